@@ -1,0 +1,163 @@
+"""Reading RecBole's atomic interaction files, and fetching those that RecBole knows a link for.
+
+Plain pandas: every error names the file, the line and the cure.
+"""
+
+import logging
+import socket
+import tempfile
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("token", "float", "token_seq", "float_seq")
+TIMEOUT = 15  # seconds without an answer from the server
+
+
+def read_header(path: Path, separator: str) -> dict[str, str]:
+    """Column names with their types, from a first line such as `user_id:token`.
+
+    Raises:
+        ValueError: the file is empty, not UTF-8, or its first line is not such a header.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            line = file.readline().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+    if not line:
+        raise ValueError(f"{path}: the file is empty; its first line must name the columns")
+    columns = {}
+    for cell in line.split(separator):
+        name, colon, kind = cell.rpartition(":")
+        if not colon or kind not in KINDS:
+            raise ValueError(
+                f"{path}: {cell!r} in the first line is no column; write NAME:TYPE with a type of "
+                f"{', '.join(KINDS)}, columns separated by {separator!r}"
+            )
+        columns[name] = kind
+    return columns
+
+
+def require_column(path: Path, header: dict[str, str], key: str, name: str, kind: str) -> None:
+    """Check that the column which the setting `key` names is there and has the right type."""
+    if name not in header:
+        raise ValueError(
+            f"{path}: column {name!r} ({key}) is missing, the file has {', '.join(header)}; "
+            f"add it or set {key}"
+        )
+    if header[name] != kind:
+        raise ValueError(f"{path}: column {name!r} ({key}) is {header[name]!r}; it must be {kind!r}")
+
+
+def read_interactions(
+    path: Path, separator: str, header: dict[str, str], wanted: list[str], time_column: str
+) -> pd.DataFrame:
+    """Read the wanted columns: tokens as text (empty ones missing), floats in double precision.
+
+    Raises:
+        ValueError: a line has too many columns, a number is none, or a time is missing,
+            NaN or infinite.
+    """
+    try:
+        frame = pd.read_csv(
+            path,
+            sep=separator,
+            names=list(header),
+            header=0,
+            usecols=wanted,
+            dtype=str,
+            keep_default_na=False,
+            na_values=[""],
+            quoting=3,
+            encoding="utf-8-sig",
+            skip_blank_lines=False,
+        )[wanted]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+    except pd.errors.ParserError as error:
+        reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
+        raise ValueError(f"{path}: {reason}; every line needs {len(header)} columns") from None
+    frame = frame.dropna(how="all")  # blank lines; the index still tells the line
+    for column in wanted:
+        if header[column] == "float":
+            frame[column] = _numbers(path, frame[column], complete=column == time_column)
+    return frame.reset_index(drop=True)
+
+
+def _numbers(path: Path, texts: pd.Series, complete: bool) -> pd.Series:
+    """A column of numbers; with `complete` none may be missing, NaN or infinite."""
+    values = pd.to_numeric(texts, errors="coerce").astype(np.float64)
+    bad = ~np.isfinite(values) if complete else values.isna() & texts.notna()
+    if bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        shown = texts.iloc[first] if isinstance(texts.iloc[first], str) else "nothing"
+        raise ValueError(
+            f"{path}: column {texts.name!r} has {shown!r} in line {texts.index[first] + 2}, not a number "
+            f"({int(bad.sum()):,} such lines); repair or remove them"
+        )
+    return values
+
+
+def download(name: str, folder: Path, url: str | None) -> None:
+    """Fetch a data set that RecBole knows a link for, into `folder`, whole or not at all.
+
+    Raises:
+        ValueError: there is no link, or the download failed; a dead server is given up on
+            after `TIMEOUT` seconds.
+    """
+    from m2rec.compat import download_url, extract_zip, rename_atomic_files
+
+    wanted = folder / f"{name}.inter"
+    if url is None:
+        raise ValueError(
+            f"dataset: {name!r} not found: there is no {wanted}, and RecBole knows no download of that "
+            f"name; put the file there or set data_path"
+        )
+    logger.info("%s is not there; downloading %s", wanted, url)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        _probe(url)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            unpacked = Path(temporary) / name
+            unpacked.mkdir()
+            archive = Path(download_url(url, temporary))
+            extract_zip(archive, unpacked)
+            rename_atomic_files(unpacked, archive.stem, name)
+            (unpacked / f"{name}.inter").stat()
+            unpacked.rename(folder)
+    except Exception as error:
+        raise ValueError(
+            f"dataset: {name!r} not found: there is no {wanted}, and its download from {url} failed "
+            f"({error}); put the file there or set data_path"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _probe(url: str) -> None:
+    """Open and close the link in a thread, because looking up a name can't be timed out."""
+    outcome: list[Any] = []
+
+    def open_link() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=TIMEOUT).close()
+            outcome.append(None)
+        except OSError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=open_link, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT + 5)
+    if not outcome:
+        raise TimeoutError(f"no answer within {TIMEOUT + 5} seconds")
+    if outcome[0] is not None:
+        raise outcome[0]

@@ -1,0 +1,128 @@
+"""RecBole, patched: the only module that imports it, so that nobody meets it unpatched.
+
+Each work-around names its upstream issue and when it can go. Everything else takes
+RecBole's names from here.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+
+INSTALL_RECBOLE = (
+    "recbole is not installed; RecBole 1.2.1 has no plain install on Python 3.12 and newer, "
+    "so run: pip install --no-deps recbole==1.2.1"
+)
+
+# RecBole 1.2.1 reads NumPy names that NumPy 2 removed (RUCAIBox/RecBole#2212, #2215); goes
+# when RecBole supports NumPy 2.
+for _old, _new in (("float_", np.float64), ("complex_", np.complex128), ("unicode_", np.str_)):
+    if _old not in np.__dict__:
+        setattr(np, _old, _new)
+
+try:
+    import recbole  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ValueError(INSTALL_RECBOLE) from error
+
+import recbole.trainer.trainer as _trainer
+from recbole.config import Config
+from recbole.data import data_preparation
+from recbole.data.dataset import SequentialDataset
+from recbole.data.dataset.dataset import Dataset
+from recbole.data.interaction import Interaction
+from recbole.evaluator import Collector
+from recbole.model import sequential_recommender
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.trainer import Trainer
+from recbole.utils import FeatureSource, FeatureType, init_seed
+from recbole.utils.url import download_url, extract_zip, rename_atomic_files
+
+# Names that RecBole reads from NumPy at call time; stock sets them at the first Config only.
+Config.compatibility_settings(None)
+
+# Importing RecBole's sequential models runs sine.py, which turns autograd's anomaly detection
+# on for the whole process (no upstream issue found; seen in 1.2.1, sine.py line 25). Training
+# is 1.6 times slower with it. Goes when sine.py no longer does that.
+torch.autograd.set_detect_anomaly(False)
+
+
+class _NoTensorboard:
+    """Takes what RecBole's trainer sends to TensorBoard and drops it."""
+
+    def add_scalar(self, *args: object, **kwargs: object) -> None:
+        """Drop a value."""
+
+    def add_hparams(self, *args: object, **kwargs: object) -> None:
+        """Drop a table."""
+
+
+def _fill_nan(self: Dataset) -> None:
+    """Dataset._fill_nan by assignment: under pandas 3 a chained inplace fillna does nothing.
+
+    No upstream issue found; goes when RecBole supports pandas 3.
+    """
+    for name in self.feat_name_list:
+        feat = getattr(self, name)
+        for column in feat:
+            kind = self.field2type[column]
+            if kind == FeatureType.TOKEN:
+                feat[column] = feat[column].fillna(0)
+            elif kind == FeatureType.FLOAT:
+                feat[column] = feat[column].fillna(feat[column].mean())
+            else:
+                dtype = np.int64 if kind == FeatureType.TOKEN_SEQ else np.float64
+                empty = np.array([], dtype=dtype)
+                feat[column] = [empty if isinstance(x, float) else x for x in feat[column]]
+
+
+def _split_remapped(feat: object, column: str, ids: np.ndarray) -> list[np.ndarray]:
+    """One array of ids per row; stock's `agg(len)` gives a single number under pandas 3."""
+    lengths = [len(x) for x in feat[column]]  # type: ignore[index]
+    return np.split(ids, np.cumsum(lengths)[:-1])
+
+
+def _remap(self: Dataset, remap_list: list[tuple[object, str, FeatureType]]) -> None:
+    """Dataset._remap with one length per row (see `_split_remapped`); same ids as stock."""
+    import pandas as pd
+
+    if not remap_list:
+        return
+    tokens, split_point = self._concat_remaped_tokens(remap_list)
+    codes, distinct = pd.factorize(tokens)
+    names = np.array(["[PAD]", *distinct])
+    index = {token: i for i, token in enumerate(names)}
+    for (feat, column, kind), ids in zip(remap_list, np.split(codes + 1, split_point), strict=True):
+        if column not in self.field2id_token:
+            self.field2id_token[column], self.field2token_id[column] = names, index
+        sequence = kind == FeatureType.TOKEN_SEQ
+        feat[column] = _split_remapped(feat, column, ids) if sequence else ids  # type: ignore[index]
+
+
+Dataset._fill_nan = _fill_nan
+Dataset._remap = _remap
+
+# RecBole leaves two finished progress bars per epoch on the screen; ours clear themselves.
+_trainer.tqdm = partial(_trainer.tqdm, leave=False)
+
+# RecBole opens ./log_tensorboard for every trainer and gives no switch (RecBole 1.2.1,
+# utils/logger.py); our trainer opens its own where the run folder is.
+_trainer.get_tensorboard = lambda logger: _NoTensorboard()
+
+__all__ = [
+    "INSTALL_RECBOLE",
+    "Collector",
+    "Config",
+    "FeatureSource",
+    "FeatureType",
+    "Interaction",
+    "SequentialDataset",
+    "SequentialRecommender",
+    "Trainer",
+    "data_preparation",
+    "download_url",
+    "extract_zip",
+    "init_seed",
+    "rename_atomic_files",
+    "sequential_recommender",
+]

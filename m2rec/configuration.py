@@ -1,0 +1,236 @@
+"""From a command line to one checked RecBole Config.
+
+Order of strength: command line, config files, properties of the data set and of the model
+variant (`m2rec/properties/`), RecBole's own defaults.
+"""
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from m2rec.compat import Config, SequentialRecommender, sequential_recommender
+from m2rec.model import M2Rec
+from m2rec.ops import resolve_backend
+from m2rec.settings import ModelSettings, RunSettings, check_together
+
+PROPERTIES = Path(__file__).parent / "properties"
+
+# RecBole reads these without listing them anywhere
+_UNLISTED = {"dataset", "encoding", "model"}
+
+
+class RunConfig(Config):
+    """RecBole's Config from one mapping alone.
+
+    It reads no sys.argv, evaluates no string, and leaves CUDA_VISIBLE_DEVICES alone.
+    """
+
+    def _load_cmd_line(self) -> dict[str, Any]:
+        return {}
+
+    def _convert_config_dict(self, config_dict: dict[str, Any]) -> dict[str, Any]:
+        return dict(config_dict)
+
+    def _init_device(self) -> None:
+        gpu = str(self.final_config_dict["gpu_id"]).strip()
+        cuda = gpu != "" and torch.cuda.is_available()
+        device = torch.device("cuda", int(gpu)) if cuda else torch.device("cpu")
+        self.final_config_dict.update(gpu_id=gpu, device=device, single_spec=True, local_rank=0)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, with 1e-3 read as a number (YAML 1.1 wants 1.0e-3)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$|[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
+    """`--key=value` arguments as a mapping; values are read as YAML.
+
+    Raises:
+        ValueError: an argument has another form.
+    """
+    values = {}
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals or not key:
+            raise ValueError(f"argument {argument!r}: expected --key=value")
+        values[key] = _parse_value(key, value)
+    return values
+
+
+def _parse_value(key: str, value: str) -> Any:
+    try:
+        return yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of keys and values.
+
+    Raises:
+        ValueError: there is no such file, or it is not a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ValueError(f"config file {str(path)!r} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config file {str(path)!r} is not valid YAML: {reason}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"config file {str(path)!r}: expected lines of 'key: value'")
+    return content
+
+
+def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> Config:
+    """One checked Config from the given values and the files that they name.
+
+    Args:
+        given: the strongest values, those of the command line.
+        default_file: the config file to read unless `config_files` names others.
+
+    Raises:
+        ValueError: a key is unknown, a value is wrong, or two don't go together.
+    """
+    named = given.get("config_files")
+    files = named.split() if isinstance(named, str) else named or []
+    paths = [Path(f) for f in files] or ([default_file] if default_file else [])
+    chosen: dict[str, Any] = {}
+    for path in paths:
+        chosen.update(read_yaml(path))
+    chosen.update({k: v for k, v in given.items() if k != "config_files"})
+
+    defaults = read_yaml(PROPERTIES / "overall.yaml")
+    name = str(chosen.get("model", defaults["model"]))
+    dataset = str(chosen.get("dataset", defaults["dataset"]))
+    variant = _properties("model", name)
+    model = find_model(str(variant.get("model", name)))
+    own = {**ModelSettings.defaults(), **_properties("model", "M2Rec")} if model is M2Rec else {}
+    values = {**defaults, **own, **_properties("dataset", dataset), **variant, **chosen}
+    values.update(model=model.__name__, variant=name)
+    _check_keys(values, dataset, model)
+    _add_derived(values, model)
+    run = RunSettings.read(values)
+    _check_evaluation(values)
+    _check_device(values)
+    if model is M2Rec:
+        settings = ModelSettings.read(values)
+        check_together(settings, run)
+        resolve_backend(settings.scan_backend, "cpu")
+    elif run.rows == "dense":
+        raise ValueError(
+            f"rows: 'dense' is for M2Rec; {name} trains on its last position only, set rows: prefix"
+        )
+    try:
+        return RunConfig(model=model, dataset=dataset, config_dict=values)
+    except (NotImplementedError, TypeError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def find_model(name: str) -> type[SequentialRecommender]:
+    """M2Rec, or the RecBole sequential model of that name.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
+    models = {"M2Rec": M2Rec, **_recbole_models()}
+    if name in models:
+        return models[name]
+    names = {*models, *(path.stem for path in (PROPERTIES / "model").glob("*.yaml"))}
+    raise ValueError(f"model: unknown model {name!r}{_nearest(name, names)}; known: {', '.join(sorted(names))}")
+
+
+def _recbole_models() -> dict[str, type[SequentialRecommender]]:
+    return {
+        name: member
+        for name, member in inspect.getmembers(sequential_recommender, inspect.isclass)
+        if issubclass(member, SequentialRecommender) and member is not SequentialRecommender
+    }
+
+
+def _properties(kind: str, name: str) -> dict[str, Any]:
+    """The shipped properties of that data set or model, empty if there are none."""
+    known = {path.stem: path for path in (PROPERTIES / kind).glob("*.yaml")}
+    return read_yaml(known[name]) if name in known else {}
+
+
+def known_keys(dataset: str, model: type[SequentialRecommender]) -> set[str]:
+    """Every key that RecBole, the model, or this project reads."""
+    stock = RunConfig(
+        model=model, dataset=dataset, config_dict={"loss_type": "CE", "train_neg_sample_args": None}
+    )
+    listed = {key for keys in stock.parameters.values() for key in keys}
+    own = {*ModelSettings.keys(), *RunSettings.keys(), "variant"}
+    return listed | set(stock.internal_config_dict) | own | _UNLISTED
+
+
+def _check_keys(values: Mapping[str, Any], dataset: str, model: type[SequentialRecommender]) -> None:
+    known = known_keys(dataset, model)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}{_nearest(str(key), known)}")
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    """A hint such as `; did you mean 'learning_rate'?`, or nothing."""
+    by_lower = {w.lower(): w for w in words}
+    match = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[match[0]]!r}?" if match else ""
+
+
+def _add_derived(values: dict[str, Any], model: type[SequentialRecommender]) -> None:
+    """Keys whose default follows from others."""
+    values.setdefault("rows", "dense" if model is M2Rec else "prefix")
+    fields = {"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "TIME_FIELD": "timestamp"}
+    columns = [values.get(key, default) for key, default in fields.items()]
+    values.setdefault("load_col", {"inter": columns})
+    values.setdefault("show_progress", sys.stderr.isatty())
+    if model is M2Rec or values.get("loss_type", "CE") == "CE":
+        values.setdefault("train_neg_sample_args", None)
+
+
+def _check_evaluation(values: Mapping[str, Any]) -> None:
+    """One protocol: leave-one-out, full ranking; and a stopping metric that is measured."""
+    args = values.get("eval_args")
+    wanted = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"}
+    if args is not None and (not isinstance(args, dict) or {**wanted, **args} != wanted):
+        raise ValueError(f"eval_args: {args} is not supported; leave it out (leave-one-out, full ranking)")
+    topk = values["topk"] if isinstance(values["topk"], list) else [values["topk"]]
+    if not all(isinstance(k, int) and k > 0 for k in topk) or not topk:
+        raise ValueError(f"topk: expected whole numbers from 1, got {values['topk']!r}")
+    metrics = values["metrics"] if isinstance(values["metrics"], list) else [values["metrics"]]
+    measured = [f"{metric}@{k}" for metric in metrics for k in topk]
+    if str(values["valid_metric"]).lower() not in [m.lower() for m in measured]:
+        raise ValueError(f"valid_metric: {values['valid_metric']!r} is not measured; choose one of {', '.join(measured)}")
+    for key in ("user_inter_num_interval", "item_inter_num_interval"):
+        interval = values.get(key)
+        if interval is not None and not re.fullmatch(r"[\[(]\s*\d+\s*,\s*(\d+|inf)\s*[\])]", str(interval)):
+            raise ValueError(f"{key}: {interval!r} is no interval; write it as '[5,inf)'")
+
+
+def _check_device(values: dict[str, Any]) -> None:
+    """A GPU that was asked for must exist; without the question RecBole takes what there is."""
+    if values.get("use_gpu") is False or values.get("gpu_id", 0) is None:
+        values["gpu_id"] = ""
+    gpu = str(values.get("gpu_id", "")).strip()
+    count = torch.cuda.device_count()
+    if gpu and not (gpu.isdigit() and int(gpu) < count):
+        raise ValueError(
+            f"gpu_id: there is no GPU {gpu!r}, PyTorch sees {count}; choose another, or leave gpu_id out"
+        )

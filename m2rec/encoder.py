@@ -1,0 +1,110 @@
+"""The network without RecBole: item table, stacked layers, scores.
+
+    letter  meaning
+    B, L    batch, sequence length (right-padded with item 0)
+    D       model width (hidden_size)
+    V, T    items including padding, width of the text vectors
+    K       branches of a layer
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from m2rec.layer import Layer
+from m2rec.settings import ModelSettings
+from m2rec.text import TextProjection, has_text
+
+_INITIAL_STD = 0.02
+
+
+class Encoder(nn.Module):
+    """Turns item histories into vectors that are compared with the item table.
+
+    Args:
+        settings: the model's settings.
+        n_items: V, padding included.
+        max_length: longest history, in steps.
+        vectors: (V, T) frozen text vectors in internal item ids, zero for an item without
+            text; None without text. They are stored with the weights.
+    """
+
+    vectors: Tensor | None
+    described: Tensor | None
+
+    def __init__(
+        self, settings: ModelSettings, n_items: int, max_length: int, vectors: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        size = settings.hidden_size
+        text_dim = None if vectors is None else vectors.shape[1]
+        self.settings, self.n_items, self.max_length = settings, n_items, max_length
+        self.register_buffer("vectors", vectors)
+        described = None if vectors is None else has_text(vectors)
+        self.register_buffer("described", described, persistent=False)
+
+        self.id_embedding = nn.Embedding(n_items, size, padding_idx=0)
+        in_table = text_dim and settings.text_in_table
+        self.table_text = TextProjection(text_dim, size, _INITIAL_STD) if in_table else None
+        self.norm = nn.LayerNorm(size)
+        self.dropout = nn.Dropout(settings.dropout_prob)
+        in_sequence = text_dim if settings.text_in_sequence else None
+        self.layers = nn.ModuleList(
+            Layer(settings, max_length, in_sequence) for _ in range(settings.n_layers)
+        )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Small embeddings; Mamba's own values stay, unless `init: mamba4rec` asks otherwise.
+
+        Mamba4Rec draws every linear map anew, Mamba's among them, which moves the initial
+        step size from [0.001, 0.1] to about 0.69.
+        """
+        nn.init.normal_(self.id_embedding.weight, std=_INITIAL_STD)
+        if self.settings.init == "mamba4rec":
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=_INITIAL_STD)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.id_embedding.weight[0] = 0
+
+    def items(self, ids: Tensor) -> Tensor:
+        """ids of any shape (...) -> their rows of the item table (..., D)."""
+        rows: Tensor = self.id_embedding(ids)
+        if self.table_text is not None:
+            assert self.vectors is not None
+            rows = rows + self.table_text(ids, self.vectors)
+        return rows
+
+    def item_table(self) -> Tensor:
+        """The whole item table, (V, D); row 0 is zero."""
+        table: Tensor = self.id_embedding.weight
+        if self.table_text is not None:
+            assert self.vectors is not None
+            table = table + self.table_text.table(self.vectors)
+        return table
+
+    def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """items: (B, L), lengths: (B,) -> (B, L, D). Padding never reaches a valid position."""
+        x, _ = self.encode(items, lengths)
+        return x
+
+    def encode(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As `forward`, with the gate's weights (B, L, K, D) of every layer."""
+        x = self.dropout(self.norm(self.items(items)))
+        weights = []
+        for layer in self.layers:
+            x, w = layer(x, items, lengths, self.vectors, self.described)
+            weights.append(w)
+        return x, weights
+
+    def last(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """items: (B, L), lengths: (B,) -> the vector of each last position, (B, D)."""
+        x = self(items, lengths)
+        return x[torch.arange(len(x), device=x.device), lengths - 1]  # type: ignore[no-any-return]
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., V), the score of every item; padding's is zero."""
+        return F.linear(x, self.item_table())

@@ -1,0 +1,198 @@
+"""One run: config -> seed -> data -> model -> trainer -> run folder."""
+
+import json
+import logging
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import yaml
+
+from m2rec import __version__
+from m2rec.compat import Config, data_preparation, init_seed
+from m2rec.configuration import find_model
+from m2rec.dataset import HistoryDataset
+from m2rec.files import write_text
+from m2rec.model import M2Rec
+from m2rec.ops import resolve_backend
+from m2rec.settings import ModelSettings
+from m2rec.trainer import RunTrainer
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
+
+
+@dataclass
+class Result:
+    """What a run leaves: its folder and the content of metrics.json."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+@dataclass
+class _Clock:
+    """Seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=perf_counter)
+
+    def lap(self, phase: str) -> None:
+        now = perf_counter()
+        self.seconds[phase] = round(now - self._last, 3)
+        self._last = now
+
+
+def run(config: Config) -> Result:
+    """Train and evaluate one model; everything it leaves is in a new run folder.
+
+    Args:
+        config: from `configuration.build_config`.
+
+    Raises:
+        ValueError: the data can't be used as asked, or training diverged.
+    """
+    clock = _Clock()
+    logger.info("%s", _describe_device(config))
+    init_seed(config["seed"], config["reproducibility"])
+    dataset = HistoryDataset(config)
+    train, valid, test = data_preparation(config, dataset)
+    _check_topk(config, dataset)
+    data = _describe_data(dataset, train, valid, test)
+    logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))
+    clock.lap("data")
+
+    init_seed(config["seed"], config["reproducibility"])
+    model = find_model(config["model"])(config, train.dataset).to(config["device"])
+    torch.autograd.set_detect_anomaly(False)
+    logger.info("%s: %s parameters", config["variant"], f"{sum(p.numel() for p in model.parameters()):,}")
+    folder = _new_folder(config)
+    _write_inputs(folder, config, dataset)
+    trainer = RunTrainer(config, model, folder)
+    has_valid = len(valid.dataset) > 0
+    if not has_valid:
+        logger.warning("no user has four interactions: no validation rows, the last epoch's weights are kept")
+    trainer.fit(train, valid if has_valid else None, show_progress=config["show_progress"])
+    clock.lap("training")
+
+    trainer.load_best()
+    results = {"valid": trainer.evaluate_both(valid, train, n_last=2)["all"] if has_valid else {}}
+    tested = trainer.evaluate_both(test, train, n_last=1)
+    results.update(test=tested["all"], test_unseen=tested["unseen"])
+    clock.lap("evaluation")
+    metrics = {
+        "model": config["variant"],
+        "dataset": config["dataset"],
+        **results,
+        "best_epoch": trainer.best_epoch,
+        "protocol": _describe_protocol(config, dataset),
+        "seed": config["seed"],
+        "commit": _commit(),
+        "versions": _versions(),
+        "data": data,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": str(config["device"]),
+        "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 3)},
+    }
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return Result(folder, metrics)
+
+
+def _describe_device(config: Config) -> str:
+    """One line: device and why, scan backend and why."""
+    device: torch.device = config["device"]
+    if device.type == "cuda":
+        where = f"{device} ({torch.cuda.get_device_name(device)})"
+    else:
+        why = "no CUDA device" if not torch.cuda.is_available() else "gpu_id is empty"
+        where = f"cpu ({why}), {torch.get_num_threads()} threads"
+    if config["model"] != M2Rec.__name__:
+        return f"device {where}"
+    backend = resolve_backend(config["scan_backend"], device)
+    return f"device {where}; scan backend {backend.name} ({backend.reason})"
+
+
+def _check_topk(config: Config, dataset: HistoryDataset) -> None:
+    n_items = dataset.item_num - 1
+    if max(config["topk"]) > n_items:
+        raise ValueError(f"topk: {config['topk']} asks for more than the {n_items} items of the data set; lower it")
+
+
+def _describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) -> dict[str, int]:
+    """Counts after filtering, and the rows and targets of each part."""
+    rows = {"train_rows": train, "valid_rows": valid, "test_rows": test}
+    return {
+        **dataset.counts,
+        **{name: len(part.dataset) for name, part in rows.items()},
+        "train_targets": train.dataset.n_targets,
+    }
+
+
+def _describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]:
+    return {
+        "split": "leave-one-out: a user's last item is the test, the one before it the validation target",
+        "ranking": "full, over all items",
+        "test": "RecBole's protocol: the user's history stays in the ranking",
+        "test_unseen": "the user's history is removed from the ranking, the target never",
+        "valid": "as test",
+        "time_order": dataset.time_order,
+        "rows": dataset.rows,
+        "chosen_by": f"best {config['valid_metric']} on valid",
+    }
+
+
+def _new_folder(config: Config) -> Path:
+    """A folder that no other run has, named after model, data set and time."""
+    time = datetime.now().strftime("%Y%m%d-%H%M%S")
+    base = Path(config["runs_dir"]) / f"{config['variant']}-{config['dataset']}-{time}"
+    for attempt in range(1, 1000):
+        folder = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ValueError(f"runs_dir: can't create {folder} ({error.strerror}); set another runs_dir") from error
+    raise ValueError(f"runs_dir: no free name like {base}; clean up {base.parent}")
+
+
+def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset) -> None:
+    """What the run was made from: the resolved config, and item tokens by internal id."""
+    settings = {k: v for k, v in config.external_config_dict.items() if k != "variant"}
+    settings["model"] = config["variant"]
+    header = f"# python run_mm.py --config_files={folder / 'config.yaml'} repeats this run\n"
+    write_text(folder / "config.yaml", header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    tokens = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
+    write_text(folder / "items.json", json.dumps(tokens, ensure_ascii=False) + "\n")
+
+
+def _commit() -> str | None:
+    """The commit of this code, `+dirty` with uncommitted changes; None outside a repository."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        call = ["git", "-C", str(root), *arguments]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {"m2rec": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

@@ -1,0 +1,47 @@
+"""The learnable merge of any number of branches, and the plain mean it is compared with."""
+
+import torch
+from torch import Tensor, nn
+
+
+class SoftmaxGate(nn.Module):
+    """Weighs K branches per position and channel: softmax over branches of W [x_1; ...; x_K] + b.
+
+    Starts as the plain mean (W and b are zero).
+
+    Args:
+        n_branches: K.
+        hidden_size: D.
+    """
+
+    def __init__(self, n_branches: int, hidden_size: int) -> None:
+        super().__init__()
+        self.logits = nn.Linear(n_branches * hidden_size, n_branches * hidden_size)
+        nn.init.zeros_(self.logits.weight)
+        nn.init.zeros_(self.logits.bias)
+
+    def forward(self, branches: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
+        """Merge the branches.
+
+        Args:
+            branches: (B, L, K, D).
+            available: (B, L, K), False where a branch has nothing to say; one at least is True.
+
+        Returns:
+            The merged (B, L, D) and the weights (B, L, K, D), which sum to 1 over K.
+        """
+        logits = self.logits(branches.flatten(-2)).unflatten(-1, branches.shape[-2:])
+        return _merge(branches, logits, available)
+
+
+class MeanGate(nn.Module):
+    """The ablation without a gate: equal weights for the branches that are available."""
+
+    def forward(self, branches: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
+        """Arguments and result as in `SoftmaxGate`."""
+        return _merge(branches, torch.zeros_like(branches), available)
+
+
+def _merge(branches: Tensor, logits: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
+    weights = logits.masked_fill(~available[..., None], -torch.inf).softmax(dim=-2)
+    return (weights * branches).sum(-2), weights

@@ -1,0 +1,70 @@
+"""Losses over item scores; plain torch, for any set of positions.
+
+    S   positions that have a target          D   width
+    V   items including padding (item 0)
+
+Padding is never a class: row 0 of the item table takes no part.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Rows = Callable[[Tensor], Tensor]
+
+
+def cross_entropy(x: Tensor, targets: Tensor, item_table: Tensor) -> Tensor:
+    """Mean softmax cross-entropy over all items.
+
+    Args:
+        x: (S, D).
+        targets: (S,), ids from 1.
+        item_table: (V, D).
+    """
+    return F.cross_entropy(x @ item_table[1:].T, targets - 1)
+
+
+def sampled_cross_entropy(
+    x: Tensor, targets: Tensor, rows: Rows, n_items: int, n_negatives: int
+) -> Tensor:
+    """Mean cross-entropy against uniform negatives shared by all positions.
+
+    Each negative stands for (V - 1) / n_negatives items, so its score is raised by the
+    logarithm of that: the sum over the negatives then estimates the sum over all items. A
+    negative that is the position's target is left out there.
+
+    Args:
+        x: (S, D).
+        targets: (S,), ids from 1.
+        rows: ids (...) -> their rows of the item table (..., D).
+        n_items: V.
+        n_negatives: negatives drawn, with replacement.
+    """
+    negatives = torch.randint(1, n_items, (n_negatives,), device=x.device)
+    positive = (x * rows(targets)).sum(-1, keepdim=True)
+    scores = x @ rows(negatives).T + math.log((n_items - 1) / n_negatives)
+    scores = scores.masked_fill(negatives == targets[:, None], -torch.inf)
+    first = torch.zeros_like(targets)
+    return F.cross_entropy(torch.cat([positive, scores], dim=1), first)
+
+
+def bpr(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor) -> Tensor:
+    """Mean Bayesian personalised ranking loss, -log sigmoid(positive - negative).
+
+    Args:
+        x: (S, D).
+        targets, negatives: (S,), ids from 1.
+        rows: ids (...) -> their rows of the item table (..., D).
+    """
+    return -F.logsigmoid((x * (rows(targets) - rows(negatives))).sum(-1)).mean()
+
+
+def other_items(targets: Tensor, n_items: int) -> Tensor:
+    """One item for each target, uniform over all items but padding and the target itself."""
+    if n_items < 3:
+        raise ValueError("loss_type: BPR needs two items to tell apart; set loss_type: CE")
+    draw = torch.randint_like(targets, 1, n_items - 1)
+    return draw + (draw >= targets)

@@ -1,0 +1,152 @@
+"""The temporal branch: Mamba (S6, arXiv 2312.00752) and Mamba-2 (SSD, arXiv 2405.21060).
+
+Parameters, names, shapes and initial values are those of `mamba_ssm.Mamba` and
+`mamba_ssm.Mamba2`, so that a state dict moves both ways.
+
+    letter  meaning
+    D       model width                     E    inner width, expand * D
+    N       state size (d_state)            R    rank of the step size (dt_rank)
+    H, P    heads and head width, H * P = E (Mamba-2)
+
+A parameter marked `_no_weight_decay` should not be decayed.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from m2rec.ops import causal_conv1d, selective_scan, ssd
+
+# The step size dt starts log-uniformly in this range (paper 2312.00752, section 3.6).
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+class Mamba(nn.Module):
+    """Mamba mixer: (B, L, D) -> (B, L, D), causal.
+
+    Args:
+        hidden_size: D.
+        d_state: N.
+        d_conv: taps of the short convolution.
+        expand: E / D.
+        backend: the operators' backend, `auto` or a name from `ops.BACKENDS`.
+    """
+
+    def __init__(
+        self, hidden_size: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        inner = expand * hidden_size
+        self.d_state, self.dt_rank, self.backend = d_state, math.ceil(hidden_size / 16), backend
+        self.in_proj = nn.Linear(hidden_size, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))  # (E, N)
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, hidden_size, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(_initial_dt_bias(inner))
+        _mark_no_weight_decay(self.A_log, self.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, L, D) -> (B, L, D)."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
+        u = causal_conv1d(u, self.conv1d.weight[:, 0], self.conv1d.bias, backend=self.backend)
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y = selective_scan(
+            u,
+            dt @ self.dt_proj.weight.T,
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            z=z,
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            backend=self.backend,
+        )
+        return self.out_proj(y)  # type: ignore[no-any-return]
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 mixer: (B, L, D) -> (B, L, D), causal; one group of B and C.
+
+    Args:
+        hidden_size: D.
+        d_state: N.
+        d_conv: taps of the short convolution.
+        expand: E / D.
+        head_dim: P, a divisor of E.
+        backend: the operators' backend, `auto` or a name from `ops.BACKENDS`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        head_dim: int = 64,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        inner = expand * hidden_size
+        heads, mixed = inner // head_dim, inner + 2 * d_state
+        self.d_state, self.inner, self.head_dim, self.backend = d_state, inner, head_dim, backend
+        self.in_proj = nn.Linear(hidden_size, inner + mixed + heads, bias=False)
+        self.conv1d = nn.Conv1d(mixed, mixed, d_conv, groups=mixed, padding=d_conv - 1)
+        self.dt_bias = nn.Parameter(_initial_dt_bias(heads))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = GatedRMSNorm(inner)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=False)
+        _mark_no_weight_decay(self.A_log, self.D, self.dt_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, L, D) -> (B, L, D)."""
+        mixed = self.inner + 2 * self.d_state
+        z, xBC, dt = self.in_proj(x).split([self.inner, mixed, len(self.D)], dim=-1)
+        xBC = causal_conv1d(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, backend=self.backend)
+        u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
+        y = ssd(
+            u.unflatten(-1, (-1, self.head_dim)),
+            dt,
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            backend=self.backend,
+        )
+        assert isinstance(y, Tensor)
+        return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[no-any-return]
+
+
+class GatedRMSNorm(nn.Module):
+    """x * silu(z), then divided by its root mean square over the channels, times a weight."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x, z: (B, L, E) -> (B, L, E)."""
+        return F.rms_norm(x * F.silu(z), self.weight.shape, self.weight, self.eps)
+
+
+def _initial_dt_bias(size: int) -> Tensor:
+    """The inverse softplus of step sizes drawn log-uniformly from [DT_MIN, DT_MAX]."""
+    dt = torch.exp(torch.rand(size) * math.log(DT_MAX / DT_MIN) + math.log(DT_MIN))
+    dt = dt.clamp(min=DT_FLOOR)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def _mark_no_weight_decay(*parameters: nn.Parameter) -> None:
+    for parameter in parameters:
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]

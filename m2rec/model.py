@@ -1,0 +1,122 @@
+"""M2Rec as a RecBole model: the encoder of `encoder.py` with RecBole's four methods.
+
+    e = item_table[s]                                item_table = id embedding + text part
+    x = dropout(layer_norm(e))
+    each layer:  m, f, t = mamba(x), filter(x), text_projection(text[s])
+                 x = layer_norm(x + dropout(sum_k g_k * branch_k)),  g = gate(m, f, t)
+                 x = layer_norm(x + feed_forward(x))
+    scores = x[last] @ item_table.T
+
+Paper: M2Rec, arXiv 2505.04445. Deviations: the filter is causal (`fourier.py`), so that all
+positions of a history can be trained at once; see README, "What differs from the paper".
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from m2rec import text_vectors
+from m2rec.compat import Config, Interaction, SequentialDataset, SequentialRecommender
+from m2rec.encoder import Encoder
+from m2rec.loss import bpr, cross_entropy, other_items, sampled_cross_entropy
+from m2rec.settings import ModelSettings
+
+logger = logging.getLogger(__name__)
+
+
+class M2Rec(SequentialRecommender):
+    """Multi-scale Mamba for sequential recommendation.
+
+    Args:
+        config: a RecBole Config; the keys are those of `ModelSettings`.
+        dataset: the training data. On `m2rec.dataset.HistoryDataset` with dense rows the
+            loss uses every position; on any other, the last one, as stock RecBole does.
+    """
+
+    def __init__(self, config: Config, dataset: SequentialDataset) -> None:
+        super().__init__(config, dataset)
+        self.settings = ModelSettings.read(config)
+        self.dense = getattr(dataset, "rows", "prefix") == "dense"
+        self.encoder = Encoder(
+            self.settings, self.n_items, self.max_seq_length, self._load_text(config, dataset)
+        )
+
+    def _load_text(self, config: Config, dataset: SequentialDataset) -> Tensor | None:
+        """The text vectors in internal ids, or None; the log says which and how many match."""
+        if not self.settings.wants_text:
+            return None
+        name, data_path = config["dataset"], Path(config["data_path"])
+        path = text_vectors.find(self.settings.text_vectors, name, data_path)
+        if path is None:
+            logger.warning(
+                "no text vectors for %s (looked for %s%s in %s and among the shipped ones): "
+                "the model runs without text",
+                name, name, text_vectors.SUFFIX, data_path,
+            )
+            return None
+        tokens = dataset.field2id_token[self.ITEM_ID]
+        text = text_vectors.load(path, tokens, self.settings.text_whitening, self.settings.text_width)
+        logger.info("text for %s of %s items, %s", f"{text.matched:,}", f"{self.n_items - 1:,}", text.source)
+        return text.vectors
+
+    def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """items: (B, L), lengths: (B,) -> the vector of each last position, (B, D)."""
+        return self.encoder.last(items, lengths)
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """Mean loss over the targets of a batch: all positions of dense rows, else the last."""
+        items, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        targets = interaction[self.ITEM_ID]
+        if self.dense:
+            targets = shifted_targets(items, lengths, targets)
+            x = self.encoder(items, lengths)[targets > 0]
+            targets = targets[targets > 0]
+        else:
+            x = self(items, lengths)
+        return self._loss(x, targets, interaction)
+
+    def _loss(self, x: Tensor, targets: Tensor, interaction: Interaction) -> Tensor:
+        """x: (S, D), targets: (S,) -> the loss that `loss_type` names."""
+        if self.settings.loss_type == "CE":
+            return cross_entropy(x, targets, self.encoder.item_table())
+        if self.settings.loss_type == "sampled":
+            return sampled_cross_entropy(
+                x, targets, self.encoder.items, self.n_items, self.settings.n_negatives
+            )
+        drawn_by_recbole = not self.dense and self.NEG_ITEM_ID in interaction
+        negatives = (
+            interaction[self.NEG_ITEM_ID] if drawn_by_recbole else other_items(targets, self.n_items)
+        )
+        return bpr(x, targets, self.encoder.items, negatives)
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """The score of each row's ITEM_ID, (B,)."""
+        x = self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        return (x * self.encoder.items(interaction[self.ITEM_ID])).sum(-1)
+
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """The score of every item for each row, (B, V).
+
+        Raises:
+            ValueError: a score is not finite; RecBole would rank such rows as if they were good.
+        """
+        x = self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        scores = self.encoder.scores(x)
+        if not torch.isfinite(scores).all():
+            raise ValueError("scores are NaN or infinite: training diverged; lower learning_rate")
+        return scores
+
+
+def shifted_targets(items: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+    """The next item at each position of (B, L) histories, 0 where there is none.
+
+    Args:
+        items: (B, L), right-padded with 0.
+        lengths: (B,).
+        last: (B,), the item after each history.
+    """
+    targets = torch.zeros_like(items)
+    targets[:, :-1] = items[:, 1:]
+    return targets.scatter(1, (lengths - 1).unsqueeze(1), last.unsqueeze(1))

@@ -1,0 +1,46 @@
+"""Causal depthwise convolution over time, the short filter in front of each scan."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from m2rec.ops.backend import resolve_backend
+
+
+def causal_conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True) -> Tensor:
+    """The definition: y[t] = bias + sum_k weight[k] * x[t - (K - 1) + k], then SiLU.
+
+    Args:
+        x: (B, L, E). Positions before the first count as zero.
+        weight: (E, K); its last tap meets the present position, as in `nn.Conv1d`.
+        bias: (E,) or None.
+        silu: apply SiLU to the result.
+
+    Returns:
+        (B, L, E) in the type of x, computed in float32 at least.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    length, taps = x.shape[1], weight.shape[1]
+    padded = F.pad(x.to(dtype), (0, 0, taps - 1, 0))
+    y = torch.zeros_like(x, dtype=dtype)
+    for k in range(taps):
+        y = y + weight[:, k].to(dtype) * padded[:, k : k + length]
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    silu: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal depthwise convolution; arguments and result as in `causal_conv1d_ref`."""
+    if resolve_backend(backend, x.device).name == "reference":
+        return causal_conv1d_ref(x, weight, bias, silu)
+    length, taps = x.shape[1], weight.shape[1]
+    y = F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), bias, padding=taps - 1, groups=x.shape[2])
+    y = y[..., :length].transpose(1, 2)
+    return F.silu(y) if silu else y

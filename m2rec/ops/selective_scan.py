@@ -1,0 +1,193 @@
+"""Selective scan, the recurrence of Mamba (arXiv 2312.00752, algorithm 2).
+
+    h[t] = exp(delta[t] * A) * h[t-1] + delta[t] * u[t] * B[t]        state (B, E, N)
+    y[t] = <C[t], h[t]> + D * u[t],   times silu(z[t]) if there is a z
+
+Meaning and argument names are those of `mamba_ssm`'s `selective_scan_fn`; the layout is
+(B, L, E) where that function has (B, E, L). Like it, the input is discretised with Euler's
+rule (delta * B) and the decay exactly (exp(delta * A)).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from m2rec.ops.backend import resolve_backend
+
+# Steps between two saved states: memory falls with 1/steps + steps, flat around sqrt(L).
+_CHUNK = 16
+_LOG2_E = 1.4426950408889634
+
+
+def selective_scan_ref(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The recurrence as it is written, one step after the other under autograd.
+
+    Args:
+        u, delta, z: (B, L, E).
+        A: (E, N), negative for a decaying state.
+        B, C: (B, L, N).
+        D, delta_bias: (E,).
+        delta_softplus: pass delta (after the bias) through softplus.
+        initial_state: (B, E, N), zero if absent.
+        return_last_state: return the state after the last step too.
+
+    Returns:
+        y (B, L, E) in the type of u; with `return_last_state` also the state (B, E, N)
+        in the type of the computation, float32 at least.
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    x, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)
+    if delta_softplus:
+        delta = F.softplus(delta)
+    batch, length, width = u.shape
+    h = x.new_zeros(batch, width, A.shape[1]) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(length):
+        decay = torch.exp(delta[:, t, :, None] * A)
+        h = decay * h + (delta[:, t] * x[:, t])[:, :, None] * B[:, t, None, :]
+        outputs.append((h * C[:, t, None, :]).sum(-1))
+    y = torch.stack(outputs, dim=1)
+    if D is not None:
+        y = y + D.to(dtype) * x
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return (y.to(u.dtype), h) if return_last_state else y.to(u.dtype)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan on the chosen backend; arguments and result as in `selective_scan_ref`."""
+    run = selective_scan_ref
+    if resolve_backend(backend, u.device).name == "torch":
+        run = _selective_scan_torch
+    return run(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state
+    )
+
+
+def _selective_scan_torch(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The (B, L, E) parts under autograd, the (B, L, E, N) recurrence in `_Scan`."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    x, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)
+    if delta_softplus:
+        delta = F.softplus(delta)
+    if initial_state is None:
+        initial_state = x.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    y, last_state = _Scan.apply(delta * x, delta, A, B, C, initial_state.to(dtype))
+    if D is not None:
+        y = y + D.to(dtype) * x
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return (y.to(u.dtype), last_state) if return_last_state else y.to(u.dtype)
+
+
+class _Scan(torch.autograd.Function):
+    """The bare recurrence h = exp(delta A) h + x B, y = <C, h>, with its own backward.
+
+    Forward keeps one state in `_CHUNK`; backward recomputes a chunk's states and walks it
+    from its end, so memory grows with L / _CHUNK blocks of state instead of several L.
+    Inside, the state is (B, N, E): sums over N then run along contiguous rows. Decays are
+    powers of two, because exp2 is several times faster than exp on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> Any:
+        """x, delta (B, L, E); A (E, N); B, C (B, L, N); h (B, E, N) -> y (B, L, E), last h."""
+        y = torch.empty_like(x)
+        A2 = A.T.contiguous() * _LOG2_E
+        h = h.mT.clone(memory_format=torch.contiguous_format)
+        decay = torch.empty_like(h)
+        saved = []
+        for t in range(x.shape[1]):
+            if t % _CHUNK == 0:
+                saved.append(h.clone())
+            _step(h, decay, x[:, t], delta[:, t], A2, B[:, t])
+            y[:, t] = _sum_over_states(h, C[:, t])
+        ctx.save_for_backward(x, delta, A, B, C, *saved)
+        return y, h.mT.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of x, delta, A, B, C and the initial state."""
+        x, delta, A, B, C, *saved = ctx.saved_tensors
+        length = x.shape[1]
+        A1 = A.T.contiguous()
+        A2 = A1 * _LOG2_E
+        dy, g = grads[0], grads[1].mT.clone(memory_format=torch.contiguous_format)
+        dx, ddelta, dB, dC = (torch.empty_like(t) for t in (x, delta, B, C))
+        dA = torch.zeros_like(g)
+        states = g.new_empty(_CHUNK + 1, *g.shape)
+        decays = g.new_empty(_CHUNK, *g.shape)
+        work = torch.empty_like(g)
+        for start in reversed(range(0, length, _CHUNK)):
+            steps = range(min(_CHUNK, length - start))
+            states[0] = saved[start // _CHUNK]
+            for k in steps:
+                t = start + k
+                states[k + 1] = states[k]
+                _step(states[k + 1], decays[k], x[:, t], delta[:, t], A2, B[:, t])
+            for k in reversed(steps):
+                t = start + k
+                g.addcmul_(C[:, t, :, None], dy[:, t, None, :])
+                dC[:, t] = torch.mul(states[k + 1], dy[:, t, None, :], out=work).sum(2)
+                dB[:, t] = torch.mul(g, x[:, t, None, :], out=work).sum(2)
+                dx[:, t] = _sum_over_states(g, B[:, t])
+                g.mul_(decays[k])
+                dexponent = states[k].mul_(g)
+                ddelta[:, t] = torch.mul(dexponent, A1, out=work).sum(1)
+                dA.addcmul_(dexponent, delta[:, t, None, :])
+        return dx, ddelta, dA.sum(0).T, dB, dC, g.mT
+
+
+def _step(h: Tensor, decay: Tensor, x: Tensor, delta: Tensor, A2: Tensor, B: Tensor) -> None:
+    """h = decay h + x B in place, with decay = 2^(delta A2), both (B, N, E)."""
+    torch.mul(delta[:, None, :], A2, out=decay)
+    decay.exp2_()
+    h.mul_(decay).addcmul_(B[:, :, None], x[:, None, :])
+
+
+def _sum_over_states(h: Tensor, v: Tensor) -> Tensor:
+    """(B, N, E) with (B, N) -> (B, E)."""
+    return torch.bmm(v[:, None, :], h)[:, 0]

@@ -1,0 +1,148 @@
+"""State space duality, the recurrence of Mamba-2 (arXiv 2405.21060).
+
+    h[t] = exp(dt[t] * A) * h[t-1] + dt[t] * x[t] B[t]^T              state (B, H, P, N)
+    y[t] = h[t] C[t] + D * x[t]
+
+One decay per head instead of one per channel and state, so that a whole chunk of positions
+is a product of matrices (section 6 of the paper). B and C are shared by all heads
+(`ngroups = 1` in `mamba_ssm`).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from m2rec.ops.backend import resolve_backend
+
+# Work inside a chunk grows with its length, the chain between chunks shrinks with it.
+_MAX_CHUNK = 64
+
+
+def ssd_ref(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The recurrence as it is written, one step after the other under autograd.
+
+    Args:
+        x: (B, L, H, P).
+        dt: (B, L, H).
+        A: (H,), negative for a decaying state.
+        B, C: (B, L, N).
+        D, dt_bias: (H,).
+        dt_softplus: pass dt (after the bias) through softplus.
+        initial_state: (B, H, P, N), zero if absent.
+        return_last_state: return the state after the last step too.
+
+    Returns:
+        y (B, L, H, P) in the type of x; with `return_last_state` also the state
+        (B, H, P, N) in the type of the computation, float32 at least.
+    """
+    u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
+    h = _start(u, B) if initial_state is None else initial_state.to(u.dtype)
+    outputs = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(dt[:, t] * A)[:, :, None, None]
+        h = decay * h + (dt[:, t, :, None] * u[:, t])[..., None] * B[:, t, None, None, :]
+        outputs.append((h * C[:, t, None, None, :]).sum(-1))
+    y = torch.stack(outputs, dim=1)
+    if D is not None:
+        y = y + D.to(u.dtype)[:, None] * u
+    return (y.to(x.dtype), h) if return_last_state else y.to(x.dtype)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SSD on the chosen backend; arguments and result as in `ssd_ref`."""
+    run = ssd_ref
+    if resolve_backend(backend, x.device).name == "torch":
+        run = _ssd_chunked
+    return run(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, return_last_state)
+
+
+def _prepare(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, dt_softplus: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Everything in float32 at least, dt with its bias and softplus."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    return x, F.softplus(dt) if dt_softplus else dt, A, B, C
+
+
+def _start(x: Tensor, B: Tensor) -> Tensor:
+    """A zero state (B, H, P, N)."""
+    return x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[2])
+
+
+def _ssd_chunked(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Chunks of equal length; inside a chunk matrix products, between chunks the recurrence.
+
+    The tail is filled with dt = 0: such a step keeps the state and adds nothing.
+    """
+    u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
+    length = x.shape[1]
+    n_chunks = -(-length // _MAX_CHUNK)
+    size = -(-length // n_chunks)
+
+    def chunk(t: Tensor) -> Tensor:
+        fill = (0, 0) * (t.dim() - 2) + (0, n_chunks * size - length)
+        return F.pad(t, fill).unflatten(1, (n_chunks, size))
+
+    xd = chunk(u * dt[..., None])  # (B, c, Q, H, P)
+    bq, cq = chunk(B), chunk(C)  # (B, c, Q, N)
+    log_decay = chunk(dt * A).transpose(2, 3).cumsum(-1)  # (B, c, H, Q), sum up to and with q
+
+    # inside the chunk: position i reads j <= i, decayed by exp(s_i - s_j)
+    gap = log_decay[..., :, None] - log_decay[..., None, :]
+    future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+    weights = torch.exp(gap.masked_fill(future, -torch.inf)) * (cq @ bq.mT)[:, :, None]
+    y = torch.einsum("bchij,bcjhp->bcihp", weights, xd)
+
+    # what each chunk adds to the state at its end, and the chain of states
+    to_end = torch.exp(log_decay[..., -1:] - log_decay)  # (B, c, H, Q)
+    added = torch.einsum("bcjn,bchj,bcjhp->bchpn", bq, to_end, xd)
+    whole = torch.exp(log_decay[..., -1])[..., None, None]  # (B, c, H, 1, 1)
+    h = _start(u, B) if initial_state is None else initial_state.to(u.dtype)
+    entering = []
+    for c in range(n_chunks):
+        entering.append(h)
+        h = whole[:, c] * h + added[:, c]
+    from_start = torch.exp(log_decay)
+    y = y + torch.einsum("bcin,bchpn,bchi->bcihp", cq, torch.stack(entering, 1), from_start)
+
+    y = y.flatten(1, 2)[:, :length]
+    if D is not None:
+        y = y + D.to(u.dtype)[:, None] * u
+    return (y.to(x.dtype), h) if return_last_state else y.to(x.dtype)

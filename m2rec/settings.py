@@ -1,0 +1,184 @@
+"""Typed, validated settings: the only place that knows the keys, their defaults and their ranges.
+
+`ModelSettings` are the keys of M2Rec itself, `RunSettings` those of any run, whatever the
+model. Both are read from a mapping, a RecBole `Config` among them; every wrong value is a
+`ValueError` of one line that names the key, the value and the cure.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Protocol, Self
+
+ROWS = ("dense", "prefix")
+TIME_ORDERS = ("exact", "recbole")
+
+
+class _Values(Protocol):
+    """What settings are read from: a dict or a RecBole Config."""
+
+    def __contains__(self, key: str, /) -> bool: ...
+    def __getitem__(self, key: str, /) -> Any: ...
+
+
+def integer(default: int, low: int) -> Any:
+    """A whole number of at least `low`."""
+    return field(default=default, metadata={"kind": int, "low": low})
+
+
+def number(default: float, low: float, high: float, open_low: bool = False, open_high: bool = False) -> Any:
+    """A number in [low, high], or in an interval without one of its ends."""
+    spec = {"kind": float, "low": low, "high": high, "open_low": open_low, "open_high": open_high}
+    return field(default=default, metadata=spec)
+
+
+def choice(default: str, *others: str) -> Any:
+    """One of a few words."""
+    return field(default=default, metadata={"kind": str, "choices": (default, *others)})
+
+
+def flag(default: bool) -> Any:
+    """True or False."""
+    return field(default=default, metadata={"kind": bool})
+
+
+def text(default: str) -> Any:
+    """Any text but the empty one."""
+    return field(default=default, metadata={"kind": str})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """Reads each field from the key of the same name and checks it."""
+
+    @classmethod
+    def keys(cls) -> tuple[str, ...]:
+        """The names of all keys."""
+        return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Every key with its default."""
+        return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+
+    @classmethod
+    def read(cls, values: _Values) -> Self:
+        """Check and collect the keys that `values` has; the others take their defaults.
+
+        Raises:
+            ValueError: a value has the wrong type or lies outside its range.
+        """
+        return cls(**{f.name: _checked(f, values[f.name]) for f in fields(cls) if f.name in values})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(_Settings):
+    """The keys of M2Rec. config.yaml explains each in place."""
+
+    hidden_size: int = integer(64, low=1)
+    n_layers: int = integer(2, low=1)
+    inner_size: int = integer(256, low=1)
+    dropout_prob: float = number(0.2, 0, 1, open_high=True)
+    mixer: str = choice("mamba2", "mamba")
+    d_state: int = integer(32, low=1)
+    d_conv: int = integer(4, low=1)
+    expand: int = integer(2, low=1)
+    head_dim: int = integer(64, low=1)
+    scan_backend: str = text("auto")
+    filter: str = choice("causal", "low_pass", "none")
+    filter_modes: int = integer(16, low=1)
+    filter_cutoff: float = number(0.5, 0, 1, open_low=True)
+    gate: str = choice("softmax", "mean")
+    text_in_sequence: bool = flag(True)
+    text_in_table: bool = flag(True)
+    text_vectors: str = text("auto")
+    text_whitening: str = choice("pca", "zca", "none")
+    text_width: int = integer(0, low=0)
+    init: str = choice("standard", "mamba4rec")
+    loss_type: str = choice("CE", "sampled", "BPR")
+    n_negatives: int = integer(512, low=1)
+
+    def __post_init__(self) -> None:
+        inner = self.expand * self.hidden_size
+        if self.mixer == "mamba2" and inner % self.head_dim:
+            raise ValueError(
+                f"head_dim: {self.head_dim} does not divide expand * hidden_size = {inner}; "
+                f"choose a divisor, or mixer: mamba"
+            )
+
+    @property
+    def wants_text(self) -> bool:
+        """Whether any part of the model uses text vectors."""
+        return self.text_vectors != "none" and (self.text_in_sequence or self.text_in_table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(_Settings):
+    """The keys of a run that both RecBole and this project read, whatever the model."""
+
+    model: str = text("M2Rec")
+    dataset: str = text("ml-100k")
+    data_path: str = text("dataset")
+    runs_dir: str = text("runs")
+    seed: int = integer(2020, low=0)
+    rows: str = choice(*ROWS)
+    time_order: str = choice(*TIME_ORDERS)
+    MAX_ITEM_LIST_LENGTH: int = integer(50, low=1)
+    epochs: int = integer(300, low=1)
+    stopping_step: int = integer(10, low=0)
+    eval_step: int = integer(1, low=1)
+    train_batch_size: int = integer(2048, low=1)
+    eval_batch_size: int = integer(4096, low=1)
+    learning_rate: float = number(0.001, 0, float("inf"), open_low=True, open_high=True)
+    weight_decay: float = number(0.0, 0, float("inf"), open_high=True)
+    learner: str = choice("adam", "adamw", "sgd", "adagrad", "rmsprop")
+    tensorboard: bool = flag(False)
+
+
+def check_together(model: ModelSettings, run: RunSettings) -> None:
+    """Refuse combinations of keys that would train on what they must not see."""
+    if model.filter == "low_pass" and run.rows == "dense":
+        raise ValueError(
+            "filter: 'low_pass' sees the future and can't be trained with rows: 'dense'; "
+            "set rows: prefix, or filter: causal"
+        )
+
+
+def _checked(f: Field[Any], value: Any) -> Any:
+    """The value in the field's type, or a ValueError."""
+    spec: Mapping[str, Any] = f.metadata
+    kind = spec["kind"]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    right_type = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not right_type or not _within(spec, value):
+        raise ValueError(f"{f.name}: expected {_expected(spec)}, got {value!r}")
+    return value
+
+
+def _within(spec: Mapping[str, Any], value: Any) -> bool:
+    if "choices" in spec:
+        return value in spec["choices"]
+    if spec["kind"] is str:
+        return bool(value)
+    if "low" not in spec:
+        return True
+    above = value > spec["low"] if spec.get("open_low") else value >= spec["low"]
+    high = spec.get("high", float("inf"))
+    below = value < high if spec.get("open_high") else value <= high
+    return bool(above and below)
+
+
+def _expected(spec: Mapping[str, Any]) -> str:
+    """The range in words."""
+    kind = spec["kind"]
+    if "choices" in spec:
+        return "one of " + ", ".join(spec["choices"])
+    if kind is bool:
+        return "True or False"
+    if kind is str:
+        return "some text"
+    if kind is int:
+        return f"a whole number of at least {spec['low']}"
+    left = "(" if spec.get("open_low") else "["
+    right = ")" if spec.get("open_high") else "]"
+    return f"a number in {left}{spec['low']}, {spec['high']}{right}"

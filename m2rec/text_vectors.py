@@ -1,0 +1,162 @@
+"""Text-vector files: one vector per item token, with where it came from.
+
+A file is safetensors with `vectors` (n, T), the item tokens as UTF-8 bytes end to end in
+`tokens` with the end of each in `token_ends`, and in its metadata `model`, `columns` and
+`date`. Vectors are joined to a data set by token, never by position.
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from m2rec.files import write_tensors
+
+SUFFIX = ".text.safetensors"
+SHIPPED = Path(__file__).parent / "properties" / "dataset"
+
+
+@dataclass(frozen=True)
+class TextVectors:
+    """Vectors by internal item id, ready for the model.
+
+    Attributes:
+        vectors: (V, T), zero for padding and for items without text; the others have unit
+            length on average.
+        matched: how many items have text.
+        mean, basis: what was subtracted (T0,) and multiplied with (T0, T), so that a later
+            item can get the same treatment; with `scale` folded into the basis.
+        source: path and provenance, for the log.
+    """
+
+    vectors: Tensor
+    matched: int
+    mean: Tensor
+    basis: Tensor
+    source: str
+
+
+def find(name: str, dataset: str, data_path: Path) -> Path | None:
+    """The file that the setting `text_vectors` means, None if there is none.
+
+    `auto` looks for <dataset>.text.safetensors beside the data, then among the shipped ones.
+
+    Raises:
+        ValueError: a file was named and does not exist.
+    """
+    if name == "none":
+        return None
+    if name != "auto":
+        if not Path(name).is_file():
+            raise ValueError(f"text_vectors: no file {name!r}; make it with scripts/embed_items.py, "
+                             "or set text_vectors: none")
+        return Path(name)
+    places = (data_path / f"{dataset}{SUFFIX}", SHIPPED / f"{dataset}{SUFFIX}")
+    return next((p for p in places if p.is_file()), None)
+
+
+def save(path: Path, tokens: Sequence[str], vectors: np.ndarray, provenance: dict[str, str]) -> None:
+    """Write a text-vector file with half-precision vectors (n, T)."""
+    encoded = [token.encode() for token in tokens]
+    ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+    tensors = {
+        "vectors": torch.from_numpy(np.asarray(vectors, dtype=np.float16)),
+        "tokens": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
+        "token_ends": torch.from_numpy(ends),
+    }
+    write_tensors(path, tensors, provenance)
+
+
+def read(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
+    """Read a text-vector file: its tokens, vectors (n, T) in float32, and provenance.
+
+    Raises:
+        ValueError: the file is not one, or is inconsistent; tokens repeat; a value is not finite.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("vectors", "tokens", "token_ends")}
+            provenance = dict(file.metadata() or {})
+    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+        raise ValueError(f"text_vectors: {path} is not a text-vector file ({error}); "
+                         "make it with scripts/embed_items.py") from None
+    vectors, ends = tensors["vectors"], tensors["token_ends"].tolist()
+    if vectors.dim() != 2 or len(vectors) != len(ends) or vectors.shape[1] == 0:
+        raise ValueError(
+            f"text_vectors: {path} has vectors of the wrong width, shape {tuple(vectors.shape)} "
+            f"for {len(ends)} tokens; expected ({len(ends)}, T)"
+        )
+    data = tensors["tokens"].numpy().tobytes()
+    tokens = [data[start:end].decode() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    if len(set(tokens)) < len(tokens):
+        twice = next(t for t in sorted(tokens) if tokens.count(t) > 1)
+        raise ValueError(f"text_vectors: {path} has token {twice!r} more than once; keep one of them")
+    if not torch.isfinite(vectors).all():
+        raise ValueError(f"text_vectors: {path} holds NaN or infinite values; make it again")
+    return tokens, vectors.float(), provenance
+
+
+def load(path: Path, id_tokens: Sequence[str], whitening: str = "pca", width: int = 0) -> TextVectors:
+    """Read a file and bring it into a data set's internal ids.
+
+    Args:
+        path: the file.
+        id_tokens: the data set's item tokens by internal id; id 0 is padding.
+        whitening: `none` (centre only), `pca` or `zca`.
+        width: keep that many principal components, 0 for all; not with `none`.
+
+    Raises:
+        ValueError: the file is unusable (see `read`), no token matches, or `width` does not fit.
+    """
+    tokens, raw, provenance = read(path)
+    row = {token: i for i, token in enumerate(tokens)}
+    found = [(i, row[str(t)]) for i, t in enumerate(id_tokens) if i > 0 and str(t) in row]
+    if not found:
+        raise ValueError(
+            f"text_vectors: {path} has no token of this data set (its first: {tokens[:3]}, the data "
+            f"set's: {[str(t) for t in id_tokens[1:4]]}); make it from this data set's items"
+        )
+    ids, rows = (torch.tensor(part) for part in zip(*found, strict=True))
+    mean, basis = fit_whitening(raw[rows], whitening, width)
+    treated = (raw[rows] - mean) @ basis
+    vectors = torch.zeros(len(id_tokens), basis.shape[1])
+    vectors[ids] = treated
+    made = provenance.get("model", "unknown model")
+    return TextVectors(vectors, len(found), mean, basis, f"{path.name} ({made}, {raw.shape[1]} wide)")
+
+
+def fit_whitening(raw: Tensor, whitening: str, width: int) -> tuple[Tensor, Tensor]:
+    """Mean (T0,) and basis (T0, T) such that (raw - mean) @ basis is whitened, mean length 1.
+
+    Args:
+        raw: (n, T0).
+        whitening: `none`, `pca` or `zca`.
+        width: number of components to keep, 0 for all that the vectors span.
+
+    Raises:
+        ValueError: `width` is larger than the vectors allow.
+    """
+    if len(raw) == 1:
+        return torch.zeros(raw.shape[1]), torch.eye(raw.shape[1]) / raw.norm().clamp(min=1e-12)
+    mean = raw.mean(0)
+    centred = (raw - mean).double()
+    if whitening == "none":
+        basis = torch.eye(raw.shape[1], dtype=torch.float64)
+    else:
+        _, singular, components = torch.linalg.svd(centred, full_matrices=False)
+        rank = max(int((singular > 1e-6 * singular[0]).sum()), 1)
+        if width > raw.shape[1]:
+            raise ValueError(f"text_width: {width} is more than the vectors' width {raw.shape[1]}")
+        kept = min(width or rank, rank)
+        components, singular = components[:kept], singular[:kept]
+        basis = components.T / singular
+        if whitening == "zca":
+            basis = basis @ components
+    length = (centred @ basis).norm(dim=1).mean()
+    return mean, (basis / length.clamp(min=1e-12)).float()

@@ -1,0 +1,76 @@
+"""Train and evaluate M2Rec or a baseline: python run_mm.py [--key=value ...].
+
+Every key of config.yaml can be given; config.yaml beside this file is read unless
+--config_files="FILE ..." names others.
+"""
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+CONFIG = Path(__file__).parent / "config.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if any(a in ("-h", "--help") for a in arguments):
+        _say(f"{__doc__}")
+        return 0
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    _start_logging()
+    try:
+        from m2rec.configuration import build_config, parse_arguments
+        from m2rec.experiment import run
+
+        result = run(build_config(parse_arguments(arguments), CONFIG))
+    except ValueError as error:
+        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        sys.stderr.write(f"run_mm.py: error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("run_mm.py: stopped\n")
+        return 130
+    _say(format_table(result.metrics))
+    _say(str(result.folder))
+    return 0
+
+
+def format_table(metrics: dict) -> str:
+    """The metrics as a table: a line per metric, a column per protocol."""
+    parts = [part for part in ("valid", "test", "test_unseen") if metrics[part]]
+    title = f"{metrics['model']} on {metrics['dataset']}, seed {metrics['seed']}, {metrics['seconds']['total']:.0f} s"
+    lines = ["", title, f"{'metric':<10}" + "".join(f"{part:>14}" for part in parts)]
+    for name in metrics["test"]:
+        lines.append(f"{name:<10}" + "".join(f"{metrics[part][name]:>14.4f}" for part in parts))
+    lines.append(
+        f"full ranking, time order {metrics['protocol']['time_order']}; "
+        "test: history stays in the ranking, test_unseen: history removed"
+    )
+    return "\n".join(lines)
+
+
+class _PlainFormatter(logging.Formatter):
+    """One line per message, without RecBole's colours where nobody sees them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if sys.stderr.isatty() else re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def _start_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(lambda record: record.name != "root" or record.levelno > logging.INFO)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

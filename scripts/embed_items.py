@@ -1,0 +1,145 @@
+"""Make a text-vector file: python scripts/embed_items.py --dataset=NAME --text-encoder=MODEL.
+
+Reads NAME.item, joins the chosen columns of each item into one text, encodes the texts with
+a sentence encoder through `transformers` (mean over tokens, unit length), and writes
+NAME.text.safetensors beside the data, where run_mm.py finds it.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from m2rec import atomic, text_vectors
+
+logger = logging.getLogger(__name__)
+
+BATCH = 64
+MAX_TOKENS = 256
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = parse_options(arguments)
+    try:
+        embed(options)
+    except ValueError as error:
+        sys.stderr.write(f"embed_items.py: error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="name of the data set")
+    parser.add_argument("--text-encoder", required=True, help="folder or hub name of the encoder")
+    parser.add_argument("--data_path", default="dataset", help="folder that holds NAME/NAME.item")
+    parser.add_argument("--columns", nargs="+", help="columns to use, in order; all by default")
+    parser.add_argument("--output", help="file to write; NAME.text.safetensors beside the data by default")
+    parser.add_argument("--model-name", help="name to record instead of --text-encoder")
+    return parser.parse_args(arguments)
+
+
+def embed(options: argparse.Namespace) -> Path:
+    """Read, encode, write; returns the file written.
+
+    Raises:
+        ValueError: items or encoder can't be read.
+    """
+    folder = data_folder(options.dataset, Path(options.data_path))
+    tokens, texts, columns = read_texts(folder / f"{options.dataset}.item", options.columns)
+    vectors = encode(texts, options.text_encoder)
+    output = Path(options.output or folder / f"{options.dataset}{text_vectors.SUFFIX}")
+    provenance = {
+        "model": options.model_name or options.text_encoder,
+        "columns": " ".join(columns),
+        "date": datetime.now(UTC).date().isoformat(),
+        "pooling": "mean, unit length",
+    }
+    text_vectors.save(output, tokens, vectors, provenance)
+    logger.info("%s: %s vectors, %s wide", output, f"{len(tokens):,}", vectors.shape[1])
+    return output
+
+
+def data_folder(dataset: str, data_path: Path) -> Path:
+    """Where RecBole reads the data set; ml-100k ships inside its package."""
+    if dataset == "ml-100k" and not (data_path / dataset).exists():
+        import recbole
+
+        return Path(recbole.__file__).parent / "dataset_example" / dataset
+    return data_path / dataset
+
+
+def read_texts(path: Path, columns: list[str] | None) -> tuple[list[str], list[str], list[str]]:
+    """Item tokens, one text each, and the columns used. Items without any text are left out.
+
+    Raises:
+        ValueError: the file or a column is missing.
+    """
+    if not path.is_file():
+        raise ValueError(f"no item file {path}; its first line must name columns, such as item_id:token")
+    header = atomic.read_header(path, "\t")
+    key, *others = header
+    for column in columns or []:
+        if column not in header:
+            raise ValueError(f"{path}: column {column!r} is missing, the file has {', '.join(header)}")
+    used = columns or others
+    frame = pd.read_csv(
+        path, sep="\t", names=list(header), header=0, dtype=str, keep_default_na=False, quoting=3,
+        encoding="utf-8-sig",
+    ).fillna("")  # fmt: skip
+    texts = [". ".join(filter(None, map(str.strip, row))) for row in frame[used].to_numpy()]
+    pairs = [(token, text) for token, text in zip(frame[key], texts, strict=True) if text]
+    if not pairs:
+        raise ValueError(f"{path}: no item has text in {', '.join(used)}")
+    return [token for token, _ in pairs], [text for _, text in pairs], used
+
+
+def encode(texts: list[str], encoder: str) -> np.ndarray:
+    """(n, T) unit vectors: mean over each text's tokens.
+
+    Raises:
+        ValueError: the encoder can't be loaded.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        model = AutoModel.from_pretrained(encoder).eval()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--text-encoder: can't load {encoder!r}: {reason}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding in a batch
+    vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    for start in tqdm(range(0, len(order), BATCH), desc="encoding", unit="batch"):
+        rows = order[start : start + BATCH]
+        batch = tokenizer(
+            [texts[i] for i in rows], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).to(device)
+        with torch.no_grad():
+            hidden = model(**batch).last_hidden_state
+        vectors[rows] = mean_over_tokens(hidden, batch["attention_mask"]).cpu().numpy()
+    return vectors
+
+
+def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """hidden: (B, L, T), mask: (B, L), 0 at padding -> (B, T) of unit length."""
+    weights = mask[..., None].to(hidden.dtype)
+    mean = (hidden * weights).sum(1) / weights.sum(1)
+    return torch.nn.functional.normalize(mean, dim=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
