@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def format_table(metrics: dict) -> str:
     """The metrics as a table: a line per metric, a column per protocol."""
     parts = [part for part in ("valid", "test", "test_unseen") if metrics[part]]
-    title = f"{metrics['model']} on {metrics['dataset']}, seed {metrics['seed']}, {metrics['seconds']['total']:.0f} s"
+    seconds = metrics["seconds"]["total"]
+    title = f"{metrics['model']} on {metrics['dataset']}, seed {metrics['seed']}, {seconds:.0f} s"
     lines = ["", title, f"{'metric':<10}" + "".join(f"{part:>14}" for part in parts)]
     for name in metrics["test"]:
         lines.append(f"{name:<10}" + "".join(f"{metrics[part][name]:>14.4f}" for part in parts))

@@ -149,14 +149,16 @@ def find_model(name: str) -> type[SequentialRecommender]:
     Raises:
         ValueError: there is none; the message names the nearest.
     """
-    models = {"M2Rec": M2Rec, **_recbole_models()}
+    models: dict[str, type[SequentialRecommender]] = {"M2Rec": M2Rec, **_recbole_models()}
     if name in models:
         return models[name]
     names = {*models, *(path.stem for path in (PROPERTIES / "model").glob("*.yaml"))}
-    raise ValueError(f"model: unknown model {name!r}{_nearest(name, names)}; known: {', '.join(sorted(names))}")
+    raise ValueError(
+        f"model: unknown model {name!r}{_nearest(name, names)}; known: {', '.join(sorted(names))}"
+    )
 
 
-def _recbole_models() -> dict[str, type[SequentialRecommender]]:
+def _recbole_models() -> dict[str, Any]:
     return {
         name: member
         for name, member in inspect.getmembers(sequential_recommender, inspect.isclass)
@@ -200,7 +202,8 @@ def _add_derived(values: dict[str, Any], model: type[SequentialRecommender]) -> 
     fields = {"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "TIME_FIELD": "timestamp"}
     columns = [values.get(key, default) for key, default in fields.items()]
     values.setdefault("load_col", {"inter": columns})
-    values.setdefault("show_progress", sys.stderr.isatty())
+    if values.get("show_progress") is None:
+        values["show_progress"] = sys.stderr.isatty()
     if model is M2Rec or values.get("loss_type", "CE") == "CE":
         values.setdefault("train_neg_sample_args", None)
 
@@ -217,7 +220,9 @@ def _check_evaluation(values: Mapping[str, Any]) -> None:
     metrics = values["metrics"] if isinstance(values["metrics"], list) else [values["metrics"]]
     measured = [f"{metric}@{k}" for metric in metrics for k in topk]
     if str(values["valid_metric"]).lower() not in [m.lower() for m in measured]:
-        raise ValueError(f"valid_metric: {values['valid_metric']!r} is not measured; choose one of {', '.join(measured)}")
+        raise ValueError(
+            f"valid_metric: {values['valid_metric']!r} is not measured; choose one of {', '.join(measured)}"
+        )
     for key in ("user_inter_num_interval", "item_inter_num_interval"):
         interval = values.get(key)
         if interval is not None and not re.fullmatch(r"[\[(]\s*\d+\s*,\s*(\d+|inf)\s*[\])]", str(interval)):

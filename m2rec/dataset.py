@@ -7,6 +7,7 @@ training targets.
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,8 @@ class HistoryDataset(SequentialDataset):
         histories: each user's items in order.
     """
 
+    inter_feat: Any  # a DataFrame while it is filtered, an Interaction once there are rows
+
     def __init__(self, config: Config) -> None:
         self.rows: str = config["rows"]
         self.time_order: str = config["time_order"]
@@ -43,7 +46,9 @@ class HistoryDataset(SequentialDataset):
         super().__init__(config)
 
     def _download(self) -> None:
-        atomic.download(self.dataset_name, Path(self.dataset_path), self._get_download_url("url", allow_none=True))
+        atomic.download(
+            self.dataset_name, Path(self.dataset_path), self._get_download_url("url", allow_none=True)
+        )
 
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
         path = Path(dataset_path) / f"{token}.inter"
@@ -164,7 +169,9 @@ class HistoryDataset(SequentialDataset):
             if column != self.uid_field:
                 value = self.inter_feat[column]
                 if value.dim() != 1:
-                    raise ValueError(f"rows: 'dense' can't carry sequence column {column!r}; set rows: prefix")
+                    raise ValueError(
+                        f"rows: 'dense' can't carry sequence column {column!r}; set rows: prefix"
+                    )
                 zero = torch.zeros((), dtype=value.dtype)
                 columns[getattr(self, f"{column}_list_field")] = torch.where(valid, value[index], zero)
         data.update(Interaction(columns))

@@ -1,10 +1,10 @@
 """The network without RecBole: item table, stacked layers, scores.
 
-    letter  meaning
-    B, L    batch, sequence length (right-padded with item 0)
-    D       model width (hidden_size)
-    V, T    items including padding, width of the text vectors
-    K       branches of a layer
+letter  meaning
+B, L    batch, sequence length (right-padded with item 0)
+D       model width (hidden_size)
+V, T    items including padding, width of the text vectors
+K       branches of a layer
 """
 
 import torch
@@ -37,18 +37,18 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         size = settings.hidden_size
-        text_dim = None if vectors is None else vectors.shape[1]
+        text_dim = 0 if vectors is None else vectors.shape[1]
         self.settings, self.n_items, self.max_length = settings, n_items, max_length
         self.register_buffer("vectors", vectors)
         described = None if vectors is None else has_text(vectors)
         self.register_buffer("described", described, persistent=False)
 
         self.id_embedding = nn.Embedding(n_items, size, padding_idx=0)
-        in_table = text_dim and settings.text_in_table
+        in_table = text_dim > 0 and settings.text_in_table
         self.table_text = TextProjection(text_dim, size, _INITIAL_STD) if in_table else None
         self.norm = nn.LayerNorm(size)
         self.dropout = nn.Dropout(settings.dropout_prob)
-        in_sequence = text_dim if settings.text_in_sequence else None
+        in_sequence = text_dim if settings.text_in_sequence else 0
         self.layers = nn.ModuleList(
             Layer(settings, max_length, in_sequence) for _ in range(settings.n_layers)
         )

@@ -21,7 +21,6 @@ from m2rec.dataset import HistoryDataset
 from m2rec.files import write_text
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
-from m2rec.settings import ModelSettings
 from m2rec.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
@@ -122,7 +121,7 @@ def _describe_device(config: Config) -> str:
 def _check_topk(config: Config, dataset: HistoryDataset) -> None:
     n_items = dataset.item_num - 1
     if max(config["topk"]) > n_items:
-        raise ValueError(f"topk: {config['topk']} asks for more than the {n_items} items of the data set; lower it")
+        raise ValueError(f"topk: {config['topk']} is more than the {n_items} items of the data set; lower it")
 
 
 def _describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) -> dict[str, int]:
@@ -160,7 +159,8 @@ def _new_folder(config: Config) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ValueError(f"runs_dir: can't create {folder} ({error.strerror}); set another runs_dir") from error
+            reason = error.strerror
+            raise ValueError(f"runs_dir: can't create {folder} ({reason}); set another") from error
     raise ValueError(f"runs_dir: no free name like {base}; clean up {base.parent}")
 
 

@@ -43,10 +43,10 @@ class CausalFilter(nn.Module):
         dtype = torch.promote_types(self.cosine.dtype, torch.float32)
         tau = torch.arange(length, device=self.cosine.device, dtype=dtype)
         damping, w, b, c = (
-            p.to(dtype)[..., None]
-            for p in (self.log_damping.exp(), self.frequency, self.cosine, self.sine)
+            p.to(dtype)[..., None] for p in (self.log_damping.exp(), self.frequency, self.cosine, self.sine)
         )
-        return (torch.exp(-damping * tau) * (b * torch.cos(w * tau) + c * torch.sin(w * tau))).sum(1)
+        modes = torch.exp(-damping * tau) * (b * torch.cos(w * tau) + c * torch.sin(w * tau))
+        return modes.sum(1)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """x: (B, L, D) -> (B, L, D); `lengths` are not needed, padding comes last."""
@@ -55,7 +55,8 @@ class CausalFilter(nn.Module):
         kernel = self.kernel(length)
         spectrum = torch.fft.rfft(x.to(kernel.dtype), n=size, dim=1)
         response = torch.fft.rfft(kernel, n=size, dim=1).T  # (size / 2 + 1, D)
-        return torch.fft.irfft(spectrum * response, n=size, dim=1)[:, :length].to(x.dtype)
+        y: Tensor = torch.fft.irfft(spectrum * response, n=size, dim=1)
+        return y[:, :length].to(x.dtype)
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One position of the same filter as M complex recurrences per channel.

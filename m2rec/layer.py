@@ -16,10 +16,10 @@ class Layer(nn.Module):
     Args:
         settings: which branches there are, and their sizes.
         max_length: longest history, in steps.
-        text_dim: T, or None without a semantic branch.
+        text_dim: T, or 0 without a semantic branch.
     """
 
-    def __init__(self, settings: ModelSettings, max_length: int, text_dim: int | None) -> None:
+    def __init__(self, settings: ModelSettings, max_length: int, text_dim: int) -> None:
         super().__init__()
         size = settings.hidden_size
         self.mamba = build_mixer(settings)

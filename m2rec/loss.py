@@ -27,9 +27,7 @@ def cross_entropy(x: Tensor, targets: Tensor, item_table: Tensor) -> Tensor:
     return F.cross_entropy(x @ item_table[1:].T, targets - 1)
 
 
-def sampled_cross_entropy(
-    x: Tensor, targets: Tensor, rows: Rows, n_items: int, n_negatives: int
-) -> Tensor:
+def sampled_cross_entropy(x: Tensor, targets: Tensor, rows: Rows, n_items: int, n_negatives: int) -> Tensor:
     """Mean cross-entropy against uniform negatives shared by all positions.
 
     Each negative stands for (V - 1) / n_negatives items, so its score is raised by the

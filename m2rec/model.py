@@ -53,7 +53,10 @@ class M2Rec(SequentialRecommender):
             logger.warning(
                 "no text vectors for %s (looked for %s%s in %s and among the shipped ones): "
                 "the model runs without text",
-                name, name, text_vectors.SUFFIX, data_path,
+                name,
+                name,
+                text_vectors.SUFFIX,
+                data_path,
             )
             return None
         tokens = dataset.field2id_token[self.ITEM_ID]
@@ -86,15 +89,14 @@ class M2Rec(SequentialRecommender):
                 x, targets, self.encoder.items, self.n_items, self.settings.n_negatives
             )
         drawn_by_recbole = not self.dense and self.NEG_ITEM_ID in interaction
-        negatives = (
-            interaction[self.NEG_ITEM_ID] if drawn_by_recbole else other_items(targets, self.n_items)
-        )
+        negatives = interaction[self.NEG_ITEM_ID] if drawn_by_recbole else other_items(targets, self.n_items)
         return bpr(x, targets, self.encoder.items, negatives)
 
     def predict(self, interaction: Interaction) -> Tensor:
         """The score of each row's ITEM_ID, (B,)."""
-        x = self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        return (x * self.encoder.items(interaction[self.ITEM_ID])).sum(-1)
+        x: Tensor = self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        rows: Tensor = self.encoder.items(interaction[self.ITEM_ID])
+        return (x * rows).sum(-1)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """The score of every item for each row, (B, V).

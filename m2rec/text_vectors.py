@@ -54,8 +54,10 @@ def find(name: str, dataset: str, data_path: Path) -> Path | None:
         return None
     if name != "auto":
         if not Path(name).is_file():
-            raise ValueError(f"text_vectors: no file {name!r}; make it with scripts/embed_items.py, "
-                             "or set text_vectors: none")
+            raise ValueError(
+                f"text_vectors: no file {name!r}; make it with scripts/embed_items.py, "
+                "or set text_vectors: none"
+            )
         return Path(name)
     places = (data_path / f"{dataset}{SUFFIX}", SHIPPED / f"{dataset}{SUFFIX}")
     return next((p for p in places if p.is_file()), None)
@@ -84,8 +86,9 @@ def read(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in ("vectors", "tokens", "token_ends")}
             provenance = dict(file.metadata() or {})
     except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
-        raise ValueError(f"text_vectors: {path} is not a text-vector file ({error}); "
-                         "make it with scripts/embed_items.py") from None
+        raise ValueError(
+            f"text_vectors: {path} is not a text-vector file ({error}); make it with scripts/embed_items.py"
+        ) from None
     vectors, ends = tensors["vectors"], tensors["token_ends"].tolist()
     if vectors.dim() != 2 or len(vectors) != len(ends) or vectors.shape[1] == 0:
         raise ValueError(

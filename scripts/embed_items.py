@@ -125,8 +125,9 @@ def encode(texts: list[str], encoder: str) -> np.ndarray:
     vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
     for start in tqdm(range(0, len(order), BATCH), desc="encoding", unit="batch"):
         rows = order[start : start + BATCH]
+        chosen = [texts[i] for i in rows]
         batch = tokenizer(
-            [texts[i] for i in rows], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+            chosen, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(device)
         with torch.no_grad():
             hidden = model(**batch).last_hidden_state

@@ -88,9 +88,7 @@ def selective_scan(
     run = selective_scan_ref
     if resolve_backend(backend, u.device).name == "torch":
         run = _selective_scan_torch
-    return run(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state
-    )
+    return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state)
 
 
 def _selective_scan_torch(
@@ -115,7 +113,7 @@ def _selective_scan_torch(
         delta = F.softplus(delta)
     if initial_state is None:
         initial_state = x.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-    y, last_state = _Scan.apply(delta * x, delta, A, B, C, initial_state.to(dtype))
+    y, last_state = _Scan.apply(delta * x, delta, A, B, C, initial_state.to(dtype))  # type: ignore[no-untyped-call]
     if D is not None:
         y = y + D.to(dtype) * x
     if z is not None:
@@ -160,7 +158,7 @@ class _Scan(torch.autograd.Function):
         dA = torch.zeros_like(g)
         states = g.new_empty(_CHUNK + 1, *g.shape)
         decays = g.new_empty(_CHUNK, *g.shape)
-        work = torch.empty_like(g)
+        work, dexponent = torch.empty_like(g), torch.empty_like(g)
         for start in reversed(range(0, length, _CHUNK)):
             steps = range(min(_CHUNK, length - start))
             states[0] = saved[start // _CHUNK]
@@ -175,7 +173,7 @@ class _Scan(torch.autograd.Function):
                 dB[:, t] = torch.mul(g, x[:, t, None, :], out=work).sum(2)
                 dx[:, t] = _sum_over_states(g, B[:, t])
                 g.mul_(decays[k])
-                dexponent = states[k].mul_(g)
+                torch.mul(states[k], g, out=dexponent)
                 ddelta[:, t] = torch.mul(dexponent, A1, out=work).sum(1)
                 dA.addcmul_(dexponent, delta[:, t, None, :])
         return dx, ddelta, dA.sum(0).T, dB, dC, g.mT

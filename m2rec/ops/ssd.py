@@ -118,7 +118,8 @@ def _ssd_chunked(
 
     def chunk(t: Tensor) -> Tensor:
         fill = (0, 0) * (t.dim() - 2) + (0, n_chunks * size - length)
-        return F.pad(t, fill).unflatten(1, (n_chunks, size))
+        padded = F.pad(t, fill)
+        return padded.reshape(len(t), n_chunks, size, *t.shape[2:])
 
     xd = chunk(u * dt[..., None])  # (B, c, Q, H, P)
     bq, cq = chunk(B), chunk(C)  # (B, c, Q, N)

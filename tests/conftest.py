@@ -1,0 +1,89 @@
+"""Shared helpers: small data sets on disk, runs of the command, NaN in uninitialised memory."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+Rows = Sequence[tuple[object, object, object]]
+
+
+@pytest.fixture(autouse=True)
+def _settled_torch() -> Iterator[None]:
+    """Each test starts from the same seed, with NaN where memory is not written."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float32)
+
+
+def write_inter(
+    folder: Path, name: str, rows: Rows, header: str = "user_id:token\titem_id:token\ttimestamp:float"
+) -> Path:
+    """Write folder/name/name.inter and return its path."""
+    path = folder / name / f"{name}.inter"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["\t".join(map(str, row)) for row in rows]
+    path.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def random_rows(n_users: int = 30, n_items: int = 20, longest: int = 25, seed: int = 0) -> Rows:
+    """Histories of 1 to `longest` items with tied times, in shuffled file order."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for user in range(n_users):
+        n = 1 + user % longest
+        items, times = rng.integers(n_items, size=n), rng.integers(0, 3 * n, size=n)
+        rows += [(f"u{user}", f"i{i}", 978300000 + int(t)) for i, t in zip(items, times, strict=True)]
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A folder with the random data set `toy`; returns what data_path should be."""
+    write_inter(tmp_path / "data", "toy", random_rows())
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call run_mm.main with arguments; returns exit status, stdout and stderr."""
+    from run_mm import main
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status = main([f"--runs_dir={tmp_path / 'runs'}", *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def small(data_path: Path, dataset: str = "toy", **others: object) -> dict[str, object]:
+    """Values for a quick run."""
+    return {
+        "dataset": dataset,
+        "data_path": str(data_path),
+        "MAX_ITEM_LIST_LENGTH": 10,
+        "epochs": 2,
+        "hidden_size": 16,
+        "inner_size": 16,
+        "head_dim": 16,
+        "d_state": 4,
+        "n_layers": 2,
+        "topk": [5, 10],
+        "gpu_id": "",
+        **others,
+    }
+
+
+def as_arguments(values: dict[str, object]) -> list[str]:
+    """The same values as command-line arguments."""
+    return [f"--{key}={value}" for key, value in values.items()]

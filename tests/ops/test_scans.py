@@ -1,0 +1,184 @@
+"""selective_scan, ssd and causal_conv1d: every backend against its reference, outputs and all gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from m2rec.ops import causal_conv1d, causal_conv1d_ref, selective_scan, selective_scan_ref, ssd, ssd_ref
+
+LENGTHS = [1, 2, 63, 200]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+Inputs = dict[str, Tensor]
+
+
+def scan_inputs(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> Inputs:
+    E, N = 5, 3
+    shapes = {
+        "u": (batch, length, E),
+        "delta": (batch, length, E),
+        "A": (E, N),
+        "B": (batch, length, N),
+        "C": (batch, length, N),
+        "D": (E,),
+        "z": (batch, length, E),
+        "delta_bias": (E,),
+        "initial_state": (batch, E, N),
+    }
+    inputs = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    inputs["A"] = -inputs["A"].exp()
+    return {name: value.to(dtype) for name, value in inputs.items()}
+
+
+def ssd_inputs(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> Inputs:
+    H, P, N = 3, 4, 5
+    shapes = {
+        "x": (batch, length, H, P),
+        "dt": (batch, length, H),
+        "A": (H,),
+        "B": (batch, length, N),
+        "C": (batch, length, N),
+        "D": (H,),
+        "dt_bias": (H,),
+        "initial_state": (batch, H, P, N),
+    }
+    inputs = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    inputs["A"] = -inputs["A"].exp()
+    return {name: value.to(dtype) for name, value in inputs.items()}
+
+
+def outputs_and_gradients(function: Callable[..., Any], inputs: Inputs, **options: Any) -> list[Tensor]:
+    """Results, then the gradient of every input under fixed random cotangents."""
+    leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+    results = function(**leaves, **options)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(1)
+    total = sum((r.double() * torch.randn(r.shape, generator=generator)).sum() for r in results)
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return [*results, *(g for g in gradients if g is not None)]
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        scale = e.double().abs().max().clamp(min=1)
+        assert ((a.double() - e.double()).abs().max() / scale) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_selective_scan_torch_equals_reference(length: int, dtype: torch.dtype):
+    inputs = scan_inputs(length, dtype)
+    options = {"delta_softplus": True, "return_last_state": True}
+    wide = {name: value.double() for name, value in inputs.items()}
+    expected = outputs_and_gradients(selective_scan_ref, wide, **options)
+    actual = outputs_and_gradients(selective_scan, inputs, backend="torch", **options)
+    assert actual[0].dtype == dtype
+    assert actual[1].dtype == torch.promote_types(dtype, torch.float32)
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("left_out", [("D",), ("z",), ("delta_bias",), ("initial_state",), ("D", "z")])
+def test_selective_scan_optional_arguments(left_out: tuple[str, ...]):
+    inputs = {k: v for k, v in scan_inputs(17).items() if k not in left_out}
+    inputs["delta"] = inputs["delta"].abs()
+    expected = outputs_and_gradients(selective_scan_ref, inputs)
+    actual = outputs_and_gradients(selective_scan, inputs, backend="torch")
+    assert_close(actual, expected, torch.float64)
+
+
+def test_selective_scan_of_one_step_by_hand():
+    """One step: y = C (delta u B) + D u, times silu(z)."""
+    u, delta, B, C, z = (torch.full((1, 1, 1), v) for v in (2.0, 0.5, 3.0, 0.25, 1.0))
+    A, D = torch.tensor([[-1.0]]), torch.tensor([4.0])
+    y = selective_scan_ref(u, delta, A, B, C, D, z)
+    assert torch.allclose(y, (0.25 * 0.5 * 2 * 3 + 4 * 2) * F.silu(z))
+
+
+def test_selective_scan_continues_from_its_state():
+    inputs = scan_inputs(40)
+    halves = [
+        {k: v if v.dim() < 3 or k == "initial_state" else v[:, part] for k, v in inputs.items()}
+        for part in (slice(0, 23), slice(23, None))
+    ]
+    whole, last = selective_scan(**inputs, return_last_state=True)
+    first, middle = selective_scan(**halves[0], return_last_state=True)
+    second, end = selective_scan(**{**halves[1], "initial_state": middle}, return_last_state=True)
+    assert torch.allclose(torch.cat([first, second], 1), whole)
+    assert torch.allclose(end, last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [*LENGTHS, 64, 65])
+def test_ssd_chunked_equals_reference(length: int, dtype: torch.dtype):
+    inputs = ssd_inputs(length, dtype)
+    options = {"dt_softplus": True, "return_last_state": True}
+    wide = {name: value.double() for name, value in inputs.items()}
+    expected = outputs_and_gradients(ssd_ref, wide, **options)
+    actual = outputs_and_gradients(ssd, inputs, backend="torch", **options)
+    assert actual[0].dtype == dtype
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("left_out", [("D",), ("dt_bias",), ("initial_state",)])
+def test_ssd_optional_arguments(left_out: tuple[str, ...]):
+    inputs = {k: v for k, v in ssd_inputs(17).items() if k not in left_out}
+    inputs["dt"] = inputs["dt"].abs()
+    expected = outputs_and_gradients(ssd_ref, inputs)
+    assert_close(outputs_and_gradients(ssd, inputs, backend="torch"), expected, torch.float64)
+
+
+def test_ssd_is_the_selective_scan_with_one_decay_per_head():
+    inputs = ssd_inputs(31)
+    x, dt, A, B, C, D = (inputs[k] for k in ("x", "dt", "A", "B", "C", "D"))
+    H, P, N = x.shape[2], x.shape[3], B.shape[2]
+    spread = A[:, None, None].expand(H, P, N).reshape(H * P, N)
+    by_scan = selective_scan_ref(
+        x.flatten(2), dt.abs().repeat_interleave(P, 2), spread, B, C, D.repeat_interleave(P)
+    )
+    assert torch.allclose(ssd(x, dt.abs(), A, B, C, D).flatten(2), by_scan)
+
+
+def test_ssd_survives_strong_decay():
+    """Sums of dt * A far below -80, where exp of a plain cumulative sum would underflow."""
+    inputs = {k: v.float() for k, v in ssd_inputs(200).items()}
+    inputs["A"] = torch.full_like(inputs["A"], -16.0)
+    results = outputs_and_gradients(ssd, inputs, dt_softplus=True)
+    assert all(torch.isfinite(r).all() for r in results)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_causal_conv1d_equals_reference(length: int, silu: bool):
+    inputs = {name: torch.randn(s).double() for name, s in (("x", (2, length, 5)), ("weight", (5, 4)), ("bias", (5,)))}
+    expected = outputs_and_gradients(causal_conv1d_ref, inputs, silu=silu)
+    actual = outputs_and_gradients(causal_conv1d, inputs, silu=silu, backend="torch")
+    assert_close(actual, expected, torch.float64)
+
+
+def test_causal_conv1d_is_torch_conv1d():
+    conv = torch.nn.Conv1d(5, 5, 4, groups=5, padding=3)
+    x = torch.randn(2, 9, 5)
+    expected = F.silu(conv(x.mT)[..., :9].mT)
+    assert torch.allclose(causal_conv1d_ref(x, conv.weight[:, 0], conv.bias), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["scan", "ssd", "conv"])
+def test_the_future_does_not_reach_the_past(name: str, backend: str):
+    def run(x: Tensor) -> Tensor:
+        if name == "conv":
+            return causal_conv1d(x, weight, backend=backend)
+        return (selective_scan if name == "scan" else ssd)(x, *inputs[1:5], backend=backend)
+
+    weight = torch.randn(5, 4).double()
+    made = ssd_inputs(20) if name == "ssd" else scan_inputs(20)
+    inputs = [value.abs() if key in ("delta", "dt") else value for key, value in made.items()]
+    changed = inputs[0].clone()
+    changed[:, 12:] += 1
+    before, after = run(inputs[0]), run(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
