@@ -1,0 +1,165 @@
+"""The whole network without RecBole: causality, padding, branches, gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from m2rec.encoder import Encoder
+from m2rec.settings import ModelSettings
+from m2rec.text import TextProjection
+
+V, T, L = 30, 6, 12
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "inner_size": 24,
+    "head_dim": 8,
+    "d_state": 4,
+    "filter_modes": 3,
+    "dropout_prob": 0.0,
+}
+
+
+def vectors() -> Tensor:
+    """(V, T) text vectors; padding and item 5 have none."""
+    made = torch.randn(V, T, generator=torch.Generator().manual_seed(7))
+    made[[0, 5]] = 0
+    return made / made.norm(dim=1).mean()
+
+
+def encoder(text: bool = True, **settings: Any) -> Encoder:
+    made = Encoder(ModelSettings(**{**SMALL, **settings}), V, L, vectors() if text else None)
+    for layer in made.layers:
+        if hasattr(layer.gate, "logits"):
+            torch.nn.init.normal_(layer.gate.logits.weight, std=0.2)
+    return made.eval()
+
+
+def histories(*lengths: int) -> tuple[Tensor, Tensor]:
+    """Random right-padded histories."""
+    items = torch.randint(1, V, (len(lengths), L))
+    for row, n in enumerate(lengths):
+        items[row, n:] = 0
+    return items, torch.tensor(lengths)
+
+
+every_form = pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="full"),
+        pytest.param({"mixer": "mamba"}, id="mamba"),
+        pytest.param({"gate": "mean", "text": False}, id="mean-no-text"),
+        pytest.param({"filter": "none", "text_in_table": False}, id="no-filter"),
+        pytest.param({"filter": "low_pass"}, id="low-pass"),
+    ],
+)
+
+
+@every_form
+def test_padding_does_not_matter(settings: dict[str, Any]):
+    made, (items, lengths) = encoder(**settings), histories(1, 5, L, 8)
+    garbage = items.clone()
+    for row, n in enumerate(lengths.tolist()):
+        garbage[row, n:] = torch.randint(1, V, (L - n,))
+    assert torch.allclose(made.last(items, lengths), made.last(garbage, lengths), atol=1e-6)
+    assert torch.allclose(made.last(items[1:2, :5], lengths[1:2]), made.last(items, lengths)[1:2], atol=1e-5)
+
+
+@every_form
+def test_each_row_alone_equals_the_row_in_the_batch(settings: dict[str, Any]):
+    made, (items, lengths) = encoder(**settings), histories(3, L, 7)
+    together = made.last(items, lengths)
+    for row in range(3):
+        alone = made.last(items[row : row + 1], lengths[row : row + 1])
+        assert torch.allclose(alone[0], together[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_the_future_does_not_reach_the_past(mixer: str):
+    made, (items, lengths) = encoder(mixer=mixer), histories(L, L)
+    changed = items.clone()
+    changed[:, 8:] = changed[:, 8:] % (V - 1) + 1
+    before, after = made(items, lengths), made(changed, lengths)
+    assert torch.allclose(before[:, :8], after[:, :8], atol=1e-5)
+    assert not torch.allclose(before[:, 8:], after[:, 8:], atol=1e-3)
+
+
+@every_form
+def test_every_parameter_gets_a_gradient(settings: dict[str, Any]):
+    made, (items, lengths) = encoder(**settings), histories(L, 9)
+    (made.scores(made.last(items, lengths)) * torch.randn(2, V)).sum().backward()
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("branch", ["mamba", "filter", "text"])
+def test_each_branch_changes_the_scores(branch: str):
+    made, (items, lengths) = encoder(), histories(L, 9)
+    before = made.scores(made.last(items, lengths))
+    for layer in made.layers:
+        for parameter in getattr(layer, branch).parameters():
+            parameter.data *= 1.5
+    assert not torch.allclose(before, made.scores(made.last(items, lengths)), atol=1e-4)
+
+
+@pytest.mark.parametrize("position", range(L))
+def test_every_item_of_the_history_changes_the_scores(position: int):
+    made, (items, lengths) = encoder(), histories(L)
+    changed = items.clone()
+    changed[0, position] = changed[0, position] % (V - 1) + 1
+    assert not torch.allclose(made.last(items, lengths), made.last(changed, lengths), atol=1e-6)
+
+
+def test_text_switches():
+    assert encoder(text=False).table_text is None
+    only_table = encoder(text_in_sequence=False)
+    assert only_table.table_text is not None and only_table.layers[0].text is None
+    assert only_table.layers[0].branches == ["temporal", "frequency"]
+    only_sequence = encoder(text_in_table=False)
+    assert only_sequence.table_text is None and only_sequence.layers[0].text is not None
+    assert encoder().layers[0].branches == ["temporal", "frequency", "semantic"]
+
+
+def test_an_item_without_text_gets_no_semantic_weight():
+    made = encoder()
+    items = torch.tensor([[3, 5, 4]])
+    _, weights = made.encode(items, torch.tensor([3]))
+    for w in weights:  # (B, L, K, D), semantic last
+        assert (w[0, 1, 2] == 0).all() and (w[0, [0, 2], 2] > 0).all()
+        assert torch.allclose(w.sum(2), torch.ones(()))
+
+
+def test_item_rows_and_table_agree_and_padding_is_zero():
+    made = encoder()
+    ids = torch.tensor([[0, 5], [29, 3]])
+    assert torch.allclose(made.items(ids), made.item_table()[ids], atol=1e-7)
+    assert (made.item_table()[0] == 0).all()
+    projection = TextProjection(T, 16, 1.0)
+    many = torch.randint(0, V, (4, V))  # more lookups than items: the other way round inside
+    assert torch.allclose(projection(many, vectors()), projection.table(vectors())[many], atol=1e-6)
+
+
+def test_initial_step_sizes_survive_unless_asked_otherwise():
+    def steps(init: str) -> Tensor:
+        made = encoder(mixer="mamba", init=init)
+        return torch.nn.functional.softplus(made.layers[0].mamba.dt_proj.bias)
+
+    assert steps("standard").max() <= 0.1001
+    assert torch.allclose(steps("mamba4rec"), torch.tensor(0.6931), atol=1e-4)
+
+
+def test_mamba4rec_written_out():
+    """Text, filter and gate off: item embedding -> Mamba -> feed-forward, as in arXiv 2403.03900."""
+    made = encoder(text=False, filter="none", gate="mean", mixer="mamba", init="mamba4rec")
+    items, lengths = histories(L, 7)
+    x = made.norm(made.id_embedding(items))
+    for layer in made.layers:
+        x = layer.norm(layer.mamba(x) + x)
+        forward = layer.feed_forward
+        x = forward.norm(forward.down(torch.nn.functional.gelu(forward.up(x))) + x)
+    expected = x[torch.arange(2), lengths - 1] @ made.id_embedding.weight.T
+    assert torch.allclose(made.scores(made.last(items, lengths)), expected, atol=1e-5)
+    names = {name.split(".")[2] for name in made.state_dict() if name.startswith("layers.")}
+    assert names == {"mamba", "norm", "feed_forward"}

@@ -1,0 +1,124 @@
+"""Mixers: parameters of mamba_ssm, initial values, causality, both backends."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from m2rec.mamba import DT_MAX, DT_MIN, GatedRMSNorm, Mamba, Mamba2
+
+D, N, E, R = 32, 8, 64, 2
+
+
+def test_mamba_state_dict_is_that_of_mamba_ssm():
+    shapes = {name: tuple(value.shape) for name, value in Mamba(D, N).state_dict().items()}
+    assert shapes == {
+        "A_log": (E, N),
+        "D": (E,),
+        "in_proj.weight": (2 * E, D),
+        "conv1d.weight": (E, 1, 4),
+        "conv1d.bias": (E,),
+        "x_proj.weight": (R + 2 * N, E),
+        "dt_proj.weight": (E, R),
+        "dt_proj.bias": (E,),
+        "out_proj.weight": (D, E),
+    }
+
+
+def test_mamba2_state_dict_is_that_of_mamba_ssm():
+    H, P = 4, 16
+    shapes = {name: tuple(v.shape) for name, v in Mamba2(D, N, head_dim=P).state_dict().items()}
+    assert shapes == {
+        "dt_bias": (H,),
+        "A_log": (H,),
+        "D": (H,),
+        "in_proj.weight": (2 * E + 2 * N + H, D),
+        "conv1d.weight": (E + 2 * N, 1, 4),
+        "conv1d.bias": (E + 2 * N,),
+        "norm.weight": (E,),
+        "out_proj.weight": (D, E),
+    }
+
+
+def test_initial_values():
+    mamba, mamba2 = Mamba(D, N), Mamba2(256, N, head_dim=8)
+    for bias in (mamba.dt_proj.bias, mamba2.dt_bias):
+        dt = F.softplus(bias)
+        assert DT_MIN * 0.999 <= dt.min() and dt.max() <= DT_MAX * 1.001
+        assert dt.max() / dt.min() > 5  # spread, not a constant
+    assert torch.allclose(mamba.A_log.exp(), torch.arange(1.0, N + 1).expand(E, N))
+    assert mamba.dt_proj.weight.abs().max() <= R**-0.5
+    A = mamba2.A_log.exp()
+    assert A.min() >= 1 and A.max() <= 16 and A.std() > 2
+    assert (mamba.D == 1).all() and (mamba2.D == 1).all()
+    assert mamba.dt_rank == math.ceil(D / 16)
+
+
+def test_mamba_written_out():
+    """The block step by step, with a plain loop for the recurrence (paper 2312.00752, figure 3)."""
+    mamba, x = Mamba(D, N).double(), torch.randn(2, 7, D).double()
+    u, z = (x @ mamba.in_proj.weight.T).split(E, -1)
+    u = F.silu(F.conv1d(u.mT, mamba.conv1d.weight, mamba.conv1d.bias, padding=3, groups=E)[..., :7].mT)
+    dt, B, C = (u @ mamba.x_proj.weight.T).split([R, N, N], -1)
+    delta = F.softplus(dt @ mamba.dt_proj.weight.T + mamba.dt_proj.bias)
+    h, outputs = torch.zeros(2, E, N).double(), []
+    for t in range(7):
+        h = torch.exp(delta[:, t, :, None] * -mamba.A_log.exp()) * h
+        h = h + delta[:, t, :, None] * u[:, t, :, None] * B[:, t, None, :]
+        outputs.append((h * C[:, t, None, :]).sum(-1) + mamba.D * u[:, t])
+    expected = (torch.stack(outputs, 1) * F.silu(z)) @ mamba.out_proj.weight.T
+    assert torch.allclose(mamba(x), expected, atol=1e-6)
+
+
+def test_gated_norm_written_out():
+    norm, x, z = GatedRMSNorm(6), torch.randn(3, 6), torch.randn(3, 6)
+    gated = x * F.silu(z)
+    assert torch.allclose(norm(x, z), gated / gated.pow(2).mean(-1, keepdim=True).add(1e-5).sqrt(), atol=1e-6)
+
+
+def mixers() -> list[object]:
+    return [
+        pytest.param(lambda backend: Mamba(D, N, backend=backend), id="mamba"),
+        pytest.param(lambda backend: Mamba2(D, N, head_dim=16, backend=backend), id="mamba2"),
+    ]
+
+
+@pytest.mark.parametrize("make", mixers())
+def test_backends_agree_and_every_parameter_learns(make):
+    x = torch.randn(3, 21, D)
+    results: list[tuple[Tensor, list[Tensor]]] = []
+    for backend in ("reference", "torch"):
+        torch.manual_seed(0)
+        mixer = make(backend)
+        y = mixer(x)
+        results.append((y, list(torch.autograd.grad(y.square().sum(), list(mixer.parameters())))))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        assert a.abs().max() > 0
+        assert torch.allclose(a, b, atol=1e-3 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("make", mixers())
+def test_the_future_does_not_reach_the_past(make):
+    mixer, x = make("torch"), torch.randn(2, 20, D)
+    changed = x.clone()
+    changed[:, 12:] = torch.randn(2, 8, D)
+    before, after = mixer(x), mixer(changed)
+    assert torch.allclose(before[:, :12], after[:, :12], atol=1e-6)
+    assert not torch.allclose(before[:, 12:], after[:, 12:], atol=1e-3)
+
+
+@pytest.mark.parametrize("mixer", [Mamba, Mamba2])
+def test_parity_with_mamba_ssm(mixer):
+    """A state dict of mamba_ssm gives the same output here (on CUDA, where it is installed)."""
+    theirs = pytest.importorskip("mamba_ssm", reason="mamba_ssm is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("mamba_ssm needs CUDA")
+    options = {"d_state": 16, "expand": 2} | ({"headdim": 64} if mixer is Mamba2 else {})
+    original = getattr(theirs, mixer.__name__)(64, **options).cuda()
+    ours = mixer(64, d_state=16).cuda()
+    ours.load_state_dict(original.state_dict())
+    x = torch.randn(4, 50, 64, device="cuda")
+    assert torch.allclose(ours(x), original(x), atol=1e-4)
