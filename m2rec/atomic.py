@@ -69,22 +69,22 @@ def read_interactions(
         frame = pd.read_csv(
             path,
             sep=separator,
-            names=list(header),
-            header=0,
-            usecols=wanted,
             dtype=str,
             keep_default_na=False,
             na_values=[""],
             quoting=3,
             encoding="utf-8-sig",
             skip_blank_lines=False,
-        )[wanted]
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     except pd.errors.ParserError as error:
         reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
         raise ValueError(f"{path}: {reason}; every line needs {len(header)} columns") from None
-    frame = frame.dropna(how="all")  # blank lines; the index still tells the line
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes a surplus first column for an index
+        raise ValueError(f"{path}: line 2 has more than the {len(header)} columns of the first line")
+    frame.columns = list(header)
+    frame = frame[wanted].dropna(how="all")  # blank lines; the index still tells the line
     for column in wanted:
         if header[column] == "float":
             frame[column] = _numbers(path, frame[column], complete=column == time_column)

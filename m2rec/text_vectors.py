@@ -145,10 +145,10 @@ def fit_whitening(raw: Tensor, whitening: str, width: int) -> tuple[Tensor, Tens
     Raises:
         ValueError: `width` is larger than the vectors allow.
     """
-    if len(raw) == 1:
-        return torch.zeros(raw.shape[1]), torch.eye(raw.shape[1]) / raw.norm().clamp(min=1e-12)
     mean = raw.mean(0)
     centred = (raw - mean).double()
+    if centred.norm() <= 1e-6 * raw.norm():  # one item, or all alike: nothing to decorrelate
+        return torch.zeros_like(mean), torch.eye(len(mean)) / mean.norm().clamp(min=1e-12)
     if whitening == "none":
         basis = torch.eye(raw.shape[1], dtype=torch.float64)
     else:

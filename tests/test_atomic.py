@@ -1,0 +1,137 @@
+"""Reading interaction files: what is right, and every way to be wrong."""
+
+import re
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from m2rec import atomic
+
+HEADER = {"user_id": "token", "item_id": "token", "timestamp": "float"}
+FIRST = "user_id:token\titem_id:token\ttimestamp:float\n"
+
+
+def read(path: Path):
+    return atomic.read_interactions(path, "\t", HEADER, list(HEADER), "timestamp")
+
+
+def written(tmp_path: Path, text: str | bytes) -> Path:
+    path = tmp_path / "x.inter"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_header(tmp_path: Path):
+    path = written(tmp_path, "﻿user_id:token\ta:b:float_seq\r\n")
+    assert atomic.read_header(path, "\t") == {"user_id": "token", "a:b": "float_seq"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("user_id\titem_id\n", "'user_id' in the first line is no column; write NAME:TYPE"),
+        ("user_id,item_id\n", "'user_id,item_id' in the first line is no column"),
+        ("user_id:text\n", "'user_id:text' in the first line is no column"),
+        (b"user_id:token\titem\xe9:token\n", "not UTF-8"),
+    ],
+)
+def test_a_wrong_header_is_named(tmp_path: Path, text: str | bytes, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        atomic.read_header(written(tmp_path, text), "\t")
+    assert str(tmp_path) in str(error.value)
+
+
+def test_columns_are_required_with_their_type(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"column 'timestamp' \(TIME_FIELD\) is missing, the file has a, b"):
+        atomic.require_column(tmp_path, {"a": "token", "b": "token"}, "TIME_FIELD", "timestamp", "float")
+    with pytest.raises(ValueError, match=r"column 'a' \(TIME_FIELD\) is 'token'; it must be 'float'"):
+        atomic.require_column(tmp_path, {"a": "token"}, "TIME_FIELD", "a", "float")
+
+
+def test_tokens_stay_as_they_are(tmp_path: Path):
+    path = written(tmp_path, FIRST + 'NA\t007\t1\n nan\t"q\t1e3\nÉ😀\tNULL\t-5.5\n')
+    frame = read(path)
+    assert frame["user_id"].tolist() == ["NA", " nan", "É😀"]
+    assert frame["item_id"].tolist() == ["007", '"q', "NULL"]
+    assert frame["timestamp"].tolist() == [1.0, 1000.0, -5.5]
+
+
+def test_times_keep_double_precision(tmp_path: Path):
+    path = written(tmp_path, FIRST + "a\tb\t1512345678901\na\tb\t1512345678902\n")
+    assert read(path)["timestamp"].diff().iloc[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a\tb\tyesterday", "column 'timestamp' has 'yesterday' in line 3, not a number"),
+        ("a\tb\tnan", "column 'timestamp' has 'nan' in line 3, not a number"),
+        ("a\tb\tinf", "column 'timestamp' has 'inf' in line 3, not a number"),
+        ("a\tb\t", "column 'timestamp' has 'nothing' in line 3, not a number"),
+        ("a\tb", "column 'timestamp' has 'nothing' in line 3, not a number"),
+        ("a\tb\t1\t2\t3", "Expected 3 fields in line 3, saw 5"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(written(tmp_path, f"{FIRST}a\tb\t1\n{line}\na\tb\t2\n"))
+
+
+def test_a_surplus_column_from_the_first_line_on(tmp_path: Path):
+    with pytest.raises(ValueError, match="line 2 has more than the 3 columns of the first line"):
+        read(written(tmp_path, f"{FIRST}a\tb\t1\t2\na\tb\t1\t2\n"))
+
+
+def test_blank_lines_are_skipped_but_counted(tmp_path: Path):
+    assert len(read(written(tmp_path, f"{FIRST}a\tb\t1\n\na\tb\t2\n\n"))) == 2
+    with pytest.raises(ValueError, match="in line 4,"):
+        read(written(tmp_path, f"{FIRST}a\tb\t1\n\na\tb\tx\n"))
+
+
+def test_latin_1_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read(written(tmp_path, FIRST.encode() + "caf\xe9\tb\t1\n".encode("latin-1")))
+
+
+def test_an_unknown_data_set_says_where_it_was_looked_for(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"dataset: 'mine' not found: there is no .*/mine/mine\.inter, and RecBole knows"):
+        atomic.download("mine", tmp_path / "mine", None)
+
+
+def test_a_failed_download_leaves_nothing(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"its download from http://127\.0\.0\.1:9/x\.zip failed"):
+        atomic.download("mine", tmp_path / "data" / "mine", "http://127.0.0.1:9/x.zip")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_silent_server_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(atomic, "TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/x.zip"
+        start = time.perf_counter()
+        with pytest.raises(ValueError, match="failed"):
+            atomic.download("mine", tmp_path / "mine", url)
+    assert time.perf_counter() - start < 10
+
+
+def test_a_download_arrives_whole(tmp_path: Path):
+    """A zip served locally, under another name inside, ends as NAME/NAME.inter."""
+    import functools
+    import http.server
+    import zipfile
+
+    served = tmp_path / "served"
+    served.mkdir()
+    with zipfile.ZipFile(served / "thing.zip", "w") as archive:
+        archive.writestr("thing.inter", FIRST + "a\tb\t1\n")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/thing.zip"
+        atomic.download("mine", tmp_path / "data" / "mine", url)
+        server.shutdown()
+    assert [p.name for p in (tmp_path / "data").rglob("*") if p.is_file()] == ["mine.inter"]

@@ -1,0 +1,171 @@
+"""From command line and files to a Config: precedence, every shipped YAML, unknown keys."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from m2rec.configuration import PROPERTIES, build_config, find_model, parse_arguments, read_yaml
+from m2rec.model import M2Rec
+from m2rec.settings import ModelSettings, RunSettings
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted(PROPERTIES.rglob("*.yaml"))
+
+
+def documented() -> tuple[dict[str, object], dict[str, object]]:
+    """The active and the commented keys of config.yaml with their values."""
+    import yaml
+
+    active = read_yaml(ROOT / "config.yaml")
+    commented = {}
+    for line in (ROOT / "config.yaml").read_text().splitlines():
+        if match := re.match(r"# (\w+): (.+?)\s+# ", line):
+            commented[match[1]] = yaml.safe_load(match[2])
+    return active, commented
+
+
+def test_order_of_strength(tmp_path: Path):
+    """Command line, config file, properties, RecBole."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 7\nlearning_rate: 5e-4\n")
+    config = build_config({"epochs": 3}, file)
+    assert config["epochs"] == 3
+    assert config["learning_rate"] == 0.0005
+    assert config["train_batch_size"] == 64  # properties/model/M2Rec.yaml, RecBole has 2048
+    assert config["neg_sampling"] is None and config["LIST_SUFFIX"] == "_list"  # RecBole's own
+
+
+def test_config_files_replace_the_default_file(tmp_path: Path):
+    default, a, b = (tmp_path / name for name in ("default.yaml", "a.yaml", "b.yaml"))
+    for path, text in ((default, "seed: 1\nepochs: 9"), (a, "seed: 2\nepochs: 8"), (b, "seed: 3")):
+        path.write_text(text)
+    config = build_config(parse_arguments([f"--config_files={a} {b}"]), default)
+    assert (config["seed"], config["epochs"]) == (3, 8)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[str(p.relative_to(PROPERTIES)) for p in SHIPPED])
+def test_every_shipped_yaml_builds_a_config(path: Path):
+    kind = path.parent.name
+    given = {"model": path.stem} if kind == "model" else {"dataset": path.stem} if kind == "dataset" else {}
+    config = build_config(given)
+    for key, value in read_yaml(path).items():
+        if key != "data_path":  # RecBole adds the data set's name
+            assert config[key] == value, key
+
+
+def test_config_yaml_holds_the_defaults_of_the_main_run():
+    active, commented = documented()
+    config = build_config({})
+    assert build_config({}, ROOT / "config.yaml").final_config_dict == config.final_config_dict
+    derived = {"show_progress"}
+    for key, value in {**active, **commented}.items():
+        if key not in derived | {"gpu_id", "user_inter_num_interval", "item_inter_num_interval", "data_path"}:
+            assert config[key] == value, key
+
+
+def test_config_yaml_documents_every_key_of_ours():
+    active, commented = documented()
+    assert not set(active) & set(commented)
+    assert set(ModelSettings.keys()) | set(RunSettings.keys()) <= set(active) | set(commented)
+
+
+def test_config_yaml_does_not_silence_the_properties():
+    """An active key would be stronger than any properties file, so none may be in one."""
+    active, _ = documented()
+    for path in SHIPPED:
+        if path.parent.name in ("dataset", "model"):
+            assert set(read_yaml(path)) - {"model"} & set(active) <= {"model"}, path
+
+
+def test_mamba4rec_is_m2rec_with_settings():
+    config = build_config({"model": "Mamba4Rec"})
+    settings = ModelSettings.read(config)
+    assert config["model"] == "M2Rec" and config["variant"] == "Mamba4Rec"
+    assert (settings.filter, settings.gate, settings.mixer, settings.init) == ("none", "mean", "mamba", "mamba4rec")
+    assert not settings.wants_text
+    assert config["rows"] == "prefix"
+
+
+def test_baselines_take_prefix_rows_and_refuse_dense_ones():
+    assert build_config({"model": "SASRec"})["rows"] == "prefix"
+    with pytest.raises(ValueError, match="rows: 'dense' is for M2Rec; SASRec trains on its last position"):
+        build_config({"model": "SASRec", "rows": "dense"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rat": 0.1}, "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"MAX_ITEM_LIST_LENTH": 9}, "unknown key 'MAX_ITEM_LIST_LENTH'; did you mean 'MAX_ITEM_LIST_LENGTH'?"),
+        ({"hiden_size": 9}, "unknown key 'hiden_size'; did you mean 'hidden_size'?"),
+        ({"model": "SASrec"}, "model: unknown model 'SASrec'; did you mean 'SASRec'?"),
+        ({"model": "os"}, "model: unknown model 'os'"),
+        ({"hidden_size": "64; import os"}, "hidden_size: expected a whole number"),
+        ({"filter": "low_pass"}, "filter: 'low_pass' sees the future"),
+        ({"gpu_id": 99}, f"gpu_id: there is no GPU '99', PyTorch sees {torch.cuda.device_count()}"),
+        ({"scan_backend": "triton"}, "scan_backend: 'triton' can't run here"),
+        ({"valid_metric": "NDCG@5"}, "valid_metric: 'NDCG@5' is not measured; choose one of Hit@10"),
+        ({"topk": [0]}, "topk: expected whole numbers from 1, got [0]"),
+        ({"metrics": ["NDCG", "Nonsense"]}, "There is no metric named 'Nonsense'"),
+        ({"user_inter_num_interval": "5"}, "user_inter_num_interval: '5' is no interval"),
+        ({"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}}}, "eval_args: {'split'"),
+        ({"config_files": "nowhere.yaml"}, "config file 'nowhere.yaml' does not exist"),
+    ],
+)
+def test_a_mistake_is_named(given: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_config(given)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("- a\n- b\n", "expected lines of 'key: value'"), ("a: [1\n", "is not valid YAML"), ("!!python/name:os.system x", "is not valid YAML")],
+)
+def test_a_broken_file_is_named(tmp_path: Path, content: str, message: str):
+    file = tmp_path / "broken.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        build_config({"config_files": str(file)})
+
+
+def test_arguments_are_yaml_and_never_evaluated():
+    values = parse_arguments(["--a=3", "--b=1e-3", "--c=[1, x]", "--d=~", "--e=__import__('os').getcwd()", "--f=a=b"])
+    assert values == {"a": 3, "b": 0.001, "c": [1, "x"], "d": None, "e": "__import__('os').getcwd()", "f": "a=b"}
+    config = build_config({"data_path": "__import__('os').getcwd()", "dataset": "x"})
+    assert config["data_path"] == "__import__('os').getcwd()/x"
+    for wrong in ("epochs=3", "--epochs", "--=3", "-e=3"):
+        with pytest.raises(ValueError, match=f"argument '{wrong}': expected --key=value"):
+            parse_arguments([wrong])
+
+
+def test_the_programs_own_arguments_stay_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["prog", "--epochs=77"])
+    assert build_config({})["epochs"] != 77
+
+
+def test_defaults_are_those_of_recbole():
+    """RunSettings repeats a few of RecBole's defaults; they must not drift apart."""
+    import recbole
+    import yaml
+
+    folder = Path(recbole.__file__).parent / "properties"
+    stock = yaml.safe_load((folder / "overall.yaml").read_text())
+    stock |= yaml.safe_load((folder / "dataset" / "sample.yaml").read_text())
+    ours = yaml.safe_load((PROPERTIES / "overall.yaml").read_text())
+    for key, value in RunSettings.defaults().items():
+        if key in ours:
+            assert ours[key] == value or key in ("epochs", "eval_batch_size"), key
+        elif key in stock:
+            assert stock[key] == value, key
+
+
+def test_models_are_found_by_their_exact_name():
+    assert find_model("M2Rec") is M2Rec
+    assert find_model("GRU4Rec").__name__ == "GRU4Rec"
+
+
+def test_anomaly_detection_is_off_and_stays_off():
+    assert not torch.is_anomaly_enabled()

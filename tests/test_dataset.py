@@ -1,0 +1,176 @@
+"""Rows and their order: dense targets exactly once, validation and test rows those of RecBole."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from m2rec.compat import SequentialDataset, data_preparation
+from m2rec.configuration import build_config
+from m2rec.dataset import HistoryDataset, Histories
+from m2rec.model import shifted_targets
+from tests.conftest import Rows, random_rows, small, write_inter
+
+
+def built(data_path: Path, stock: bool = False, **others: Any) -> list[Any]:
+    """Training, validation and test data sets, of ours or of stock RecBole."""
+    config = build_config(small(data_path, **others))
+    dataset = (SequentialDataset if stock else HistoryDataset)(config)
+    return [loader.dataset for loader in data_preparation(config, dataset)]
+
+
+def tokens(dataset: Any) -> list[tuple[Any, ...]]:
+    """Rows as (user, history, target) in the tokens of the file."""
+    feat, names = dataset.inter_feat, dataset.field2id_token
+    users, items = (names[key][feat[key].numpy()] for key in ("user_id", "item_id"))
+    histories = [
+        tuple(names["item_id"][row[:n]])
+        for row, n in zip(feat["item_id_list"].numpy(), feat["item_length"], strict=True)
+    ]
+    return list(zip(users, histories, items, strict=True))
+
+
+def targets(dataset: Any) -> Counter[tuple[int, int]]:
+    """The multiset of (user, training target) in the rows."""
+    feat = dataset.inter_feat
+    users, last = feat["user_id"], feat["item_id"]
+    if dataset.rows == "prefix":
+        return Counter(zip(users.tolist(), last.tolist(), strict=True))
+    at = shifted_targets(feat["item_id_list"], feat["item_length"], last)
+    users = users[:, None].expand_as(at)
+    return Counter(zip(users[at > 0].tolist(), at[at > 0].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("longest", [1, 7, 10, 300])
+def test_dense_targets_are_each_there_once(toy: Path, longest: int):
+    dense = built(toy, MAX_ITEM_LIST_LENGTH=longest)[0]
+    prefix = built(toy, MAX_ITEM_LIST_LENGTH=longest, rows="prefix")[0]
+    assert targets(dense) == targets(prefix)
+    assert dense.n_targets == prefix.n_targets == len(prefix)
+    assert dense.item_counter == prefix.item_counter
+    assert len(dense) <= len(prefix) and (longest == 1) == (len(dense) == len(prefix))
+
+
+@pytest.mark.parametrize("time_order", ["exact", "recbole"])
+@pytest.mark.parametrize("rows", ["dense", "prefix"])
+@pytest.mark.parametrize("longest", [1, 10, 300])
+def test_validation_and_test_rows_are_those_of_recbole(tmp_path: Path, rows: str, longest: int, time_order: str):
+    """Bit for bit; for the exact order, stock RecBole gets the file in that order and small times."""
+    made = random_rows()
+    if time_order == "exact":
+        frame = pd.DataFrame(made).sort_values(2, kind="stable")
+        frame[2] -= 978300000
+        made = list(frame.itertuples(index=False))
+    write_inter(tmp_path, "toy", made)
+    ours = built(tmp_path, rows=rows, time_order=time_order, MAX_ITEM_LIST_LENGTH=longest)
+    stock = built(tmp_path, stock=True, MAX_ITEM_LIST_LENGTH=longest)
+    for part in (1, 2):
+        a, b = ours[part].inter_feat, stock[part].inter_feat
+        assert set(a) == set(b)
+        assert len(a) > 10
+        for field in b:
+            assert a[field].dtype == b[field].dtype and torch.equal(a[field], b[field]), field
+
+
+def test_exact_order_is_the_stable_order_of_full_precision(tmp_path: Path):
+    """Times 1 s apart fall together in float32 at 9.8e8; ties keep the file's order."""
+    rows = [("u", f"i{k}", 978300000 + 5 - k) for k in range(5)] + [("u", "j", 978300005), ("u", "k", 978300005)]
+    write_inter(tmp_path, "toy", rows)
+    exact = tokens(built(tmp_path, time_order="exact")[2])
+    assert exact == [("u", ("i4", "i3", "i2", "i1", "i0", "j"), "k")]
+    recbole = tokens(built(tmp_path, time_order="recbole")[2])
+    assert recbole == [("u", ("i0", "i1", "i2", "i3", "i4", "j"), "k")]
+
+
+def test_short_histories(tmp_path: Path):
+    """One interaction: no row. Two: training only. Three: no validation. As stock RecBole."""
+    rows = [(f"u{n}", f"i{k}", k) for n in (1, 2, 3, 4) for k in range(n)]
+    write_inter(tmp_path, "toy", rows)
+    for kind in ("dense", "prefix"):
+        train, valid, test = (tokens(part) for part in built(tmp_path, rows=kind))
+        assert sorted(row[0] for row in train) == ["u2", "u3", "u4"]
+        assert [row[0] for row in valid] == ["u4"]
+        assert sorted(row[0] for row in test) == ["u3", "u4"]
+        assert test[-1] == ("u4", ("i0", "i1", "i2"), "i3") or test[0] == ("u4", ("i0", "i1", "i2"), "i3")
+
+
+def test_no_training_position_sees_or_asks_for_a_held_out_item(toy: Path):
+    train, valid, test = (tokens(part) for part in built(toy))
+    held = {(user, len(history)): item for user, history, item in test + valid}
+    assert held
+    ordered = {}
+    for user, item, _ in sorted(random_rows(), key=lambda row: row[2]):
+        ordered.setdefault(user, []).append(item)
+    for user, history, item in train:
+        used = [*history, item]
+        allowed = ordered[user] if len(ordered[user]) < 3 else ordered[user][:-1]
+        allowed = allowed if len(ordered[user]) < 4 else ordered[user][:-2]
+        windows = [allowed[k : k + len(used)] for k in range(len(allowed))]
+        assert used in windows
+
+
+def test_histories_before():
+    made = Histories(np.array([3, 3, 3, 5, 7, 7]), np.array([10, 11, 12, 20, 30, 31]))
+    owner, items = made.before(np.array([7, 3, 5]), 1)
+    assert list(zip(owner, items, strict=True)) == [(0, 30), (1, 10), (1, 11)]
+    assert made.before(np.array([3]), 2)[1].tolist() == [10]
+    assert made.before(np.array([5]), 2)[1].tolist() == []
+
+
+def test_other_columns_travel_with_the_items(tmp_path: Path):
+    rows = [(f"u{u}\ti{k}", k, k / 2) for u in range(3) for k in range(6)]
+    header = "user_id:token\titem_id:token\ttimestamp:float\trating:float"
+    write_inter(tmp_path, "toy", rows, header)
+    load = {"inter": ["user_id", "item_id", "timestamp", "rating"]}
+    for kind in ("dense", "prefix"):
+        feat = built(tmp_path, rows=kind, load_col=load)[2].inter_feat
+        assert torch.equal(feat["rating"], torch.full((3,), 2.5))
+        assert feat["rating_list"][0, :5].tolist() == [0, 0.5, 1, 1.5, 2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "others", "message"),
+    [
+        ([], {}, "dataset: 'toy' holds no interactions, only a header"),
+        (
+            [("u", f"i{k}", k) for k in range(4)],
+            {"user_inter_num_interval": "[5,inf)"},
+            "nothing of 'toy' is left after filtering (1 users, 4 items, 4 interactions before, 0 users, "
+            "0 items, 0 interactions after); loosen user_inter_num_interval",
+        ),
+        ([("a", "i", 1), ("a", "j", 2), ("b", "i", 1)], {}, "nobody in 'toy' has three interactions (the most is 2; "),
+        ([("a", "i", 1), ("a", "j", "x"), ("b", "i", 1)], {}, "toy.inter: column 'timestamp' has 'x' in line 3"),
+    ],
+)
+def test_data_that_cannot_be_used_says_why(tmp_path: Path, rows: Rows, others: dict[str, Any], message: str):
+    import re
+
+    write_inter(tmp_path, "toy", rows)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        built(tmp_path, **others)
+
+
+def test_missing_columns_and_files(tmp_path: Path):
+    write_inter(tmp_path, "toy", [("a", "b")], "user_id:token\titem_id:token")
+    with pytest.raises(ValueError, match=r"column 'timestamp' \(TIME_FIELD\) is missing"):
+        built(tmp_path)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match=r"dataset: 'bare' has no file .*bare\.inter; put it there"):
+        built(tmp_path, dataset="bare")
+    with pytest.raises(ValueError, match=r"dataset: 'gone' not found: there is no .*gone\.inter"):
+        built(tmp_path, dataset="gone")
+
+
+def test_ml_100k_orders():
+    """The time order changes 149 test targets when time is not normalised, 4 when it is."""
+    sizes = {"dataset": "ml-100k", "MAX_ITEM_LIST_LENGTH": 50}
+    exact = {row[0]: row[2] for row in tokens(built(Path(), **sizes)[2])}
+    plain = {row[0]: row[2] for row in tokens(built(Path(), **sizes, time_order="recbole", normalize_all=False)[2])}
+    scaled = {row[0]: row[2] for row in tokens(built(Path(), **sizes, time_order="recbole")[2])}
+    assert len(exact) == 943
+    assert sum(exact[u] != plain[u] for u in exact) == 149
+    assert sum(exact[u] != scaled[u] for u in exact) == 4

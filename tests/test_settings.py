@@ -1,0 +1,99 @@
+"""Every model key: type, range and the text of its error."""
+
+import re
+from typing import Any
+
+import pytest
+
+from m2rec.settings import ModelSettings, RunSettings, check_together
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("hidden_size", 0, "a whole number of at least 1"),
+    ("hidden_size", "abc", "a whole number of at least 1"),
+    ("hidden_size", 2.5, "a whole number of at least 1"),
+    ("hidden_size", True, "a whole number of at least 1"),
+    ("n_layers", 0, "a whole number of at least 1"),
+    ("inner_size", -1, "a whole number of at least 1"),
+    ("dropout_prob", 1.0, "a number in [0, 1)"),
+    ("dropout_prob", -0.1, "a number in [0, 1)"),
+    ("dropout_prob", float("nan"), "a number in [0, 1)"),
+    ("mixer", "lstm", "one of mamba2, mamba"),
+    ("d_state", 0, "a whole number of at least 1"),
+    ("d_conv", 0, "a whole number of at least 1"),
+    ("expand", 0, "a whole number of at least 1"),
+    ("head_dim", None, "a whole number of at least 1"),
+    ("scan_backend", 3, "some text"),
+    ("filter", "fft", "one of causal, low_pass, none"),
+    ("filter_modes", 0, "a whole number of at least 1"),
+    ("filter_cutoff", 0, "a number in (0, 1]"),
+    ("filter_cutoff", 1.1, "a number in (0, 1]"),
+    ("gate", "sigmoid", "one of softmax, mean"),
+    ("text_in_sequence", "yes", "True or False"),
+    ("text_in_table", 1, "True or False"),
+    ("text_vectors", "", "some text"),
+    ("text_whitening", True, "one of pca, zca, none"),
+    ("text_width", -1, "a whole number of at least 0"),
+    ("init", "xavier", "one of standard, mamba4rec"),
+    ("loss_type", "MSE", "one of CE, sampled, BPR"),
+    ("n_negatives", 0, "a whole number of at least 1"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), WRONG)
+def test_a_wrong_value_is_named(key: str, value: Any, expected: str):
+    message = re.escape(f"{key}: expected {expected}, got {value!r}")
+    with pytest.raises(ValueError, match=message):
+        ModelSettings.read({key: value})
+
+
+def test_every_model_key_has_a_wrong_value_above():
+    assert {key for key, _, _ in WRONG} == set(ModelSettings.keys())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", -1),
+        ("stopping_step", -1),
+        ("eval_step", 0),
+        ("train_batch_size", 0),
+        ("learning_rate", 0),
+        ("learning_rate", float("inf")),
+        ("weight_decay", -1),
+        ("MAX_ITEM_LIST_LENGTH", "abc"),
+        ("MAX_ITEM_LIST_LENGTH", 0),
+        ("seed", -1),
+        ("rows", "all"),
+        ("time_order", "stable"),
+        ("learner", "lion"),
+        ("dataset", 5),
+        ("tensorboard", "no"),
+    ],
+)
+def test_a_wrong_run_value_is_named(key: str, value: Any):
+    with pytest.raises(ValueError, match=re.escape(f"{key}: expected ")):
+        RunSettings.read({key: value})
+
+
+def test_reading_takes_what_is_there():
+    settings = ModelSettings.read({"hidden_size": 32, "dropout_prob": 0, "unrelated": "x"})
+    assert (settings.hidden_size, settings.dropout_prob, settings.n_layers) == (32, 0.0, 2)
+
+
+def test_head_dim_must_divide_the_inner_width():
+    with pytest.raises(ValueError, match=r"head_dim: 48 does not divide expand \* hidden_size = 128"):
+        ModelSettings(head_dim=48)
+    assert ModelSettings(head_dim=48, mixer="mamba").head_dim == 48
+
+
+def test_low_pass_is_refused_with_dense_rows():
+    with pytest.raises(ValueError, match=r"filter: 'low_pass' sees the future .* set rows: prefix"):
+        check_together(ModelSettings(filter="low_pass"), RunSettings(rows="dense"))
+    check_together(ModelSettings(filter="low_pass"), RunSettings(rows="prefix"))
+
+
+def test_text_is_wanted_only_where_it_is_used():
+    assert ModelSettings().wants_text
+    assert not ModelSettings(text_vectors="none").wants_text
+    assert not ModelSettings(text_in_sequence=False, text_in_table=False).wants_text

@@ -1,0 +1,116 @@
+"""Text vectors: joined by token, whitened once, and every way for a file to be wrong."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from m2rec import text_vectors
+
+TOKENS = ["a", "b b", "é😀", "d", "e", "f"]
+
+
+def saved(folder: Path, tokens: list[str] = TOKENS, width: int = 4) -> tuple[Path, np.ndarray]:
+    vectors = np.random.default_rng(0).normal(size=(len(tokens), width)).astype(np.float32)
+    path = folder / f"toy{text_vectors.SUFFIX}"
+    text_vectors.save(path, tokens, vectors, {"model": "m", "columns": "title", "date": "2026-01-01"})
+    return path, vectors
+
+
+def test_round_trip(tmp_path: Path):
+    path, vectors = saved(tmp_path)
+    tokens, read, provenance = text_vectors.read(path)
+    assert tokens == TOKENS
+    assert np.allclose(read, vectors, atol=2e-3)
+    assert provenance == {"model": "m", "columns": "title", "date": "2026-01-01"}
+
+
+def test_vectors_follow_their_token_under_shuffled_ids(tmp_path: Path):
+    path, _ = saved(tmp_path)
+    ids = ["[PAD]", "f", "unknown", "a", "é😀"]
+    text = text_vectors.load(path, ids, "none")
+    other = text_vectors.load(path, [ids[i] for i in (0, 4, 3, 2, 1)], "none")
+    assert text.matched == 3
+    assert (text.vectors[[0, 2]] == 0).all() and (text.vectors[[1, 3, 4]] != 0).any(1).all()
+    assert torch.allclose(text.vectors[[1, 3, 4]], other.vectors[[4, 2, 1]], atol=1e-6)
+    _, raw, _ = text_vectors.read(path)
+    centred = raw[[5, 0, 2]] - raw[[5, 0, 2]].mean(0)
+    assert torch.allclose(text.vectors[[1, 3, 4]], centred / centred.norm(dim=1).mean(), atol=1e-5)
+
+
+@pytest.mark.parametrize("whitening", ["pca", "zca"])
+def test_whitened_vectors_are_uncorrelated(whitening: str):
+    raw = torch.randn(500, 6) @ torch.randn(6, 6) + 3
+    mean, basis = text_vectors.fit_whitening(raw, whitening, 0)
+    white = (raw - mean) @ basis
+    covariance = white.T @ white / len(white)
+    assert torch.allclose(covariance / covariance[0, 0], torch.eye(6), atol=1e-3)
+    assert abs(float(white.norm(dim=1).mean()) - 1) < 1e-4
+
+
+def test_width_keeps_the_largest_components(tmp_path: Path):
+    path, _ = saved(tmp_path)
+    assert text_vectors.load(path, ["[PAD]", *TOKENS], "pca", 2).vectors.shape == (7, 2)
+    with pytest.raises(ValueError, match="text_width: 5 is more than the vectors' width 4"):
+        text_vectors.load(path, ["[PAD]", *TOKENS], "pca", 5)
+
+
+@pytest.mark.parametrize("whitening", ["none", "pca", "zca"])
+def test_a_single_item_or_equal_vectors_stay_finite(tmp_path: Path, whitening: str):
+    path, _ = saved(tmp_path)
+    alone = text_vectors.load(path, ["[PAD]", "a"], whitening).vectors
+    assert torch.isfinite(alone).all() and alone[1].abs().max() > 0
+    text_vectors.save(path, TOKENS, np.ones((6, 4)), {})
+    assert torch.isfinite(text_vectors.load(path, ["[PAD]", *TOKENS], whitening).vectors).all()
+
+
+def test_a_later_item_can_get_the_same_treatment(tmp_path: Path):
+    path, _ = saved(tmp_path)
+    text = text_vectors.load(path, ["[PAD]", *TOKENS], "pca")
+    _, raw, _ = text_vectors.read(path)
+    assert torch.allclose((raw - text.mean) @ text.basis, text.vectors[1:], atol=1e-5)
+
+
+def test_find(tmp_path: Path):
+    assert text_vectors.find("none", "ml-100k", tmp_path) is None
+    assert text_vectors.find("auto", "toy", tmp_path) is None
+    shipped = text_vectors.find("auto", "ml-100k", tmp_path)
+    assert shipped is not None and shipped.parent == text_vectors.SHIPPED
+    path, _ = saved(tmp_path)
+    assert text_vectors.find("auto", "toy", tmp_path) == path
+    assert text_vectors.find(str(path), "other", tmp_path) == path
+    with pytest.raises(ValueError, match=r"text_vectors: no file 'gone'; make it with scripts/embed_items\.py"):
+        text_vectors.find("gone", "toy", tmp_path)
+
+
+def test_the_shipped_vectors_are_complete():
+    tokens, vectors, provenance = text_vectors.read(text_vectors.SHIPPED / "ml-100k.text.safetensors")
+    assert vectors.shape == (1682, 384) and set(tokens) == {str(i) for i in range(1, 1683)}
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(1682), atol=1e-2)
+    assert provenance["model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert provenance["columns"] == "movie_title release_year class" and provenance["date"]
+
+
+def test_unusable_files_are_named(tmp_path: Path):
+    path, _ = saved(tmp_path)
+    with pytest.raises(ValueError, match=re.escape("has no token of this data set (its first: ['a', 'b b', 'é😀']")):
+        text_vectors.load(path, ["[PAD]", "x", "y"])
+    saved(tmp_path, ["a", "b", "a"])
+    with pytest.raises(ValueError, match="has token 'a' more than once"):
+        text_vectors.read(path)
+    text_vectors.save(path, ["a"], np.array([[np.nan]]), {})
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        text_vectors.read(path)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="is not a text-vector file"):
+        text_vectors.read(path)
+    save_file({"weights": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="is not a text-vector file"):
+        text_vectors.read(path)
+    ends = torch.tensor([1, 2])
+    save_file({"vectors": torch.ones(3, 4), "tokens": torch.zeros(2, dtype=torch.uint8), "token_ends": ends}, path)
+    with pytest.raises(ValueError, match=re.escape("vectors of the wrong width, shape (3, 4) for 2 tokens")):
+        text_vectors.read(path)
