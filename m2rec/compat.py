@@ -5,6 +5,7 @@ RecBole's names from here.
 """
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ for _old, _new in (("float_", np.float64), ("complex_", np.complex128), ("unicod
         setattr(np, _old, _new)
 
 try:
-    import recbole  # noqa: F401
+    import recbole
 except ModuleNotFoundError as error:
     raise ValueError(INSTALL_RECBOLE) from error
 
@@ -35,8 +36,10 @@ from recbole.evaluator import Collector
 from recbole.model import sequential_recommender
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.trainer import Trainer
-from recbole.utils import FeatureSource, FeatureType, init_seed
+from recbole.utils import FeatureSource, FeatureType, argument_list, init_seed
 from recbole.utils.url import download_url, extract_zip, rename_atomic_files
+
+RECBOLE = Path(recbole.__file__).parent
 
 # Names that RecBole reads from NumPy at call time; stock sets them at the first Config only.
 Config.compatibility_settings(None)
@@ -111,6 +114,7 @@ _trainer.get_tensorboard = lambda logger: _NoTensorboard()
 
 __all__ = [
     "INSTALL_RECBOLE",
+    "RECBOLE",
     "Collector",
     "Config",
     "FeatureSource",
@@ -119,6 +123,7 @@ __all__ = [
     "SequentialDataset",
     "SequentialRecommender",
     "Trainer",
+    "argument_list",
     "data_preparation",
     "download_url",
     "extract_zip",

@@ -9,13 +9,20 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from m2rec.compat import Config, SequentialRecommender, sequential_recommender
+from m2rec.compat import (
+    RECBOLE,
+    Config,
+    SequentialRecommender,
+    argument_list,
+    sequential_recommender,
+)
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
 from m2rec.settings import ModelSettings, RunSettings, check_together
@@ -123,8 +130,8 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     model = find_model(str(variant.get("model", name)))
     own = {**ModelSettings.defaults(), **_properties("model", "M2Rec")} if model is M2Rec else {}
     values = {**defaults, **own, **_properties("dataset", dataset), **variant, **chosen}
+    _check_keys(values)
     values.update(model=model.__name__, variant=name)
-    _check_keys(values, dataset, model)
     _add_derived(values, model)
     run = RunSettings.read(values)
     _check_evaluation(values)
@@ -172,21 +179,21 @@ def _properties(kind: str, name: str) -> dict[str, Any]:
     return read_yaml(known[name]) if name in known else {}
 
 
-def known_keys(dataset: str, model: type[SequentialRecommender]) -> set[str]:
-    """Every key that RecBole, the model, or this project reads."""
-    stock = RunConfig(
-        model=model, dataset=dataset, config_dict={"loss_type": "CE", "train_neg_sample_args": None}
-    )
-    listed = {key for keys in stock.parameters.values() for key in keys}
-    own = {*ModelSettings.keys(), *RunSettings.keys(), "variant"}
-    return listed | set(stock.internal_config_dict) | own | _UNLISTED
+@cache
+def known_keys() -> frozenset[str]:
+    """Every key that this project, RecBole, or any of its models and data sets reads."""
+    listed = re.compile(r"^(\w+):", re.MULTILINE)
+    files = (RECBOLE / "properties").rglob("*.yaml")
+    stock = {key for path in files for key in listed.findall(path.read_text(encoding="utf-8"))}
+    lists = (keys for name, keys in vars(argument_list).items() if name.endswith("_arguments"))
+    stock |= {key for keys in lists for key in keys}
+    return frozenset(stock | set(ModelSettings.keys()) | set(RunSettings.keys()) | _UNLISTED)
 
 
-def _check_keys(values: Mapping[str, Any], dataset: str, model: type[SequentialRecommender]) -> None:
-    known = known_keys(dataset, model)
+def _check_keys(values: Mapping[str, Any]) -> None:
     for key in values:
-        if key not in known:
-            raise ValueError(f"unknown key {key!r}{_nearest(str(key), known)}")
+        if key not in known_keys():
+            raise ValueError(f"unknown key {key!r}{_nearest(str(key), known_keys())}")
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ Rows = Sequence[tuple[object, object, object]]
 @pytest.fixture(autouse=True)
 def _settled_torch() -> Iterator[None]:
     """Each test starts from the same seed, with NaN where memory is not written."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -64,6 +65,20 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         return status, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def write_vectors() -> Callable[..., Path]:
+    """Write random text vectors (n, 8) for the given tokens beside a data set."""
+    from m2rec import text_vectors
+
+    def write(data_path: Path, dataset: str, tokens: list[str]) -> Path:
+        path = data_path / dataset / f"{dataset}{text_vectors.SUFFIX}"
+        vectors = np.random.default_rng(0).normal(size=(len(tokens), 8))
+        text_vectors.save(path, tokens, vectors, {"model": "random"})
+        return path
+
+    return write
 
 
 def small(data_path: Path, dataset: str = "toy", **others: object) -> dict[str, object]:

@@ -98,7 +98,9 @@ def test_latin_1_is_named(tmp_path: Path):
 
 
 def test_an_unknown_data_set_says_where_it_was_looked_for(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"dataset: 'mine' not found: there is no .*/mine/mine\.inter, and RecBole knows"):
+    with pytest.raises(
+        ValueError, match=r"dataset: 'mine' not found: there is no .*/mine/mine\.inter, and RecBole knows"
+    ):
         atomic.download("mine", tmp_path / "mine", None)
 
 

@@ -84,7 +84,12 @@ def test_mamba4rec_is_m2rec_with_settings():
     config = build_config({"model": "Mamba4Rec"})
     settings = ModelSettings.read(config)
     assert config["model"] == "M2Rec" and config["variant"] == "Mamba4Rec"
-    assert (settings.filter, settings.gate, settings.mixer, settings.init) == ("none", "mean", "mamba", "mamba4rec")
+    assert (settings.filter, settings.gate, settings.mixer, settings.init) == (
+        "none",
+        "mean",
+        "mamba",
+        "mamba4rec",
+    )
     assert not settings.wants_text
     assert config["rows"] == "prefix"
 
@@ -99,7 +104,10 @@ def test_baselines_take_prefix_rows_and_refuse_dense_ones():
     ("given", "message"),
     [
         ({"learning_rat": 0.1}, "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
-        ({"MAX_ITEM_LIST_LENTH": 9}, "unknown key 'MAX_ITEM_LIST_LENTH'; did you mean 'MAX_ITEM_LIST_LENGTH'?"),
+        (
+            {"MAX_ITEM_LIST_LENTH": 9},
+            "unknown key 'MAX_ITEM_LIST_LENTH'; did you mean 'MAX_ITEM_LIST_LENGTH'?",
+        ),
         ({"hiden_size": 9}, "unknown key 'hiden_size'; did you mean 'hidden_size'?"),
         ({"model": "SASrec"}, "model: unknown model 'SASrec'; did you mean 'SASRec'?"),
         ({"model": "os"}, "model: unknown model 'os'"),
@@ -122,7 +130,11 @@ def test_a_mistake_is_named(given: dict[str, object], message: str):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("- a\n- b\n", "expected lines of 'key: value'"), ("a: [1\n", "is not valid YAML"), ("!!python/name:os.system x", "is not valid YAML")],
+    [
+        ("- a\n- b\n", "expected lines of 'key: value'"),
+        ("a: [1\n", "is not valid YAML"),
+        ("!!python/name:os.system x", "is not valid YAML"),
+    ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, content: str, message: str):
     file = tmp_path / "broken.yaml"
@@ -132,8 +144,17 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str, message: str):
 
 
 def test_arguments_are_yaml_and_never_evaluated():
-    values = parse_arguments(["--a=3", "--b=1e-3", "--c=[1, x]", "--d=~", "--e=__import__('os').getcwd()", "--f=a=b"])
-    assert values == {"a": 3, "b": 0.001, "c": [1, "x"], "d": None, "e": "__import__('os').getcwd()", "f": "a=b"}
+    values = parse_arguments(
+        ["--a=3", "--b=1e-3", "--c=[1, x]", "--d=~", "--e=__import__('os').getcwd()", "--f=a=b"]
+    )
+    assert values == {
+        "a": 3,
+        "b": 0.001,
+        "c": [1, "x"],
+        "d": None,
+        "e": "__import__('os').getcwd()",
+        "f": "a=b",
+    }
     config = build_config({"data_path": "__import__('os').getcwd()", "dataset": "x"})
     assert config["data_path"] == "__import__('os').getcwd()/x"
     for wrong in ("epochs=3", "--epochs", "--=3", "-e=3"):

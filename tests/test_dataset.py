@@ -11,7 +11,7 @@ import torch
 
 from m2rec.compat import SequentialDataset, data_preparation
 from m2rec.configuration import build_config
-from m2rec.dataset import HistoryDataset, Histories
+from m2rec.dataset import Histories, HistoryDataset
 from m2rec.model import shifted_targets
 from tests.conftest import Rows, random_rows, small, write_inter
 
@@ -58,7 +58,9 @@ def test_dense_targets_are_each_there_once(toy: Path, longest: int):
 @pytest.mark.parametrize("time_order", ["exact", "recbole"])
 @pytest.mark.parametrize("rows", ["dense", "prefix"])
 @pytest.mark.parametrize("longest", [1, 10, 300])
-def test_validation_and_test_rows_are_those_of_recbole(tmp_path: Path, rows: str, longest: int, time_order: str):
+def test_validation_and_test_rows_are_those_of_recbole(
+    tmp_path: Path, rows: str, longest: int, time_order: str
+):
     """Bit for bit; for the exact order, stock RecBole gets the file in that order and small times."""
     made = random_rows()
     if time_order == "exact":
@@ -78,7 +80,10 @@ def test_validation_and_test_rows_are_those_of_recbole(tmp_path: Path, rows: str
 
 def test_exact_order_is_the_stable_order_of_full_precision(tmp_path: Path):
     """Times 1 s apart fall together in float32 at 9.8e8; ties keep the file's order."""
-    rows = [("u", f"i{k}", 978300000 + 5 - k) for k in range(5)] + [("u", "j", 978300005), ("u", "k", 978300005)]
+    rows = [("u", f"i{k}", 978300000 + 5 - k) for k in range(5)] + [
+        ("u", "j", 978300005),
+        ("u", "k", 978300005),
+    ]
     write_inter(tmp_path, "toy", rows)
     exact = tokens(built(tmp_path, time_order="exact")[2])
     assert exact == [("u", ("i4", "i3", "i2", "i1", "i0", "j"), "k")]
@@ -142,8 +147,16 @@ def test_other_columns_travel_with_the_items(tmp_path: Path):
             "nothing of 'toy' is left after filtering (1 users, 4 items, 4 interactions before, 0 users, "
             "0 items, 0 interactions after); loosen user_inter_num_interval",
         ),
-        ([("a", "i", 1), ("a", "j", 2), ("b", "i", 1)], {}, "nobody in 'toy' has three interactions (the most is 2; "),
-        ([("a", "i", 1), ("a", "j", "x"), ("b", "i", 1)], {}, "toy.inter: column 'timestamp' has 'x' in line 3"),
+        (
+            [("a", "i", 1), ("a", "j", 2), ("b", "i", 1)],
+            {},
+            "nobody in 'toy' has three interactions (the most is 2; ",
+        ),
+        (
+            [("a", "i", 1), ("a", "j", "x"), ("b", "i", 1)],
+            {},
+            "toy.inter: column 'timestamp' has 'x' in line 3",
+        ),
     ],
 )
 def test_data_that_cannot_be_used_says_why(tmp_path: Path, rows: Rows, others: dict[str, Any], message: str):
@@ -169,7 +182,9 @@ def test_ml_100k_orders():
     """The time order changes 149 test targets when time is not normalised, 4 when it is."""
     sizes = {"dataset": "ml-100k", "MAX_ITEM_LIST_LENGTH": 50}
     exact = {row[0]: row[2] for row in tokens(built(Path(), **sizes)[2])}
-    plain = {row[0]: row[2] for row in tokens(built(Path(), **sizes, time_order="recbole", normalize_all=False)[2])}
+    plain = {
+        row[0]: row[2] for row in tokens(built(Path(), **sizes, time_order="recbole", normalize_all=False)[2])
+    }
     scaled = {row[0]: row[2] for row in tokens(built(Path(), **sizes, time_order="recbole")[2])}
     assert len(exact) == 943
     assert sum(exact[u] != plain[u] for u in exact) == 149

@@ -1,10 +1,11 @@
 """Mixers: parameters of mamba_ssm, initial values, causality, both backends."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m2rec.mamba import DT_MAX, DT_MIN, GatedRMSNorm, Mamba, Mamba2
@@ -86,7 +87,7 @@ def mixers() -> list[object]:
 
 
 @pytest.mark.parametrize("make", mixers())
-def test_backends_agree_and_every_parameter_learns(make):
+def test_backends_agree_and_every_parameter_learns(make: Callable[[str], nn.Module]):
     x = torch.randn(3, 21, D)
     results: list[tuple[Tensor, list[Tensor]]] = []
     for backend in ("reference", "torch"):
@@ -101,7 +102,7 @@ def test_backends_agree_and_every_parameter_learns(make):
 
 
 @pytest.mark.parametrize("make", mixers())
-def test_the_future_does_not_reach_the_past(make):
+def test_the_future_does_not_reach_the_past(make: Callable[[str], nn.Module]):
     mixer, x = make("torch"), torch.randn(2, 20, D)
     changed = x.clone()
     changed[:, 12:] = torch.randn(2, 8, D)
@@ -111,7 +112,7 @@ def test_the_future_does_not_reach_the_past(make):
 
 
 @pytest.mark.parametrize("mixer", [Mamba, Mamba2])
-def test_parity_with_mamba_ssm(mixer):
+def test_parity_with_mamba_ssm(mixer: type[Mamba] | type[Mamba2]):
     """A state dict of mamba_ssm gives the same output here (on CUDA, where it is installed)."""
     theirs = pytest.importorskip("mamba_ssm", reason="mamba_ssm is not installed")
     if not torch.cuda.is_available():

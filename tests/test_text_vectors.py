@@ -82,7 +82,9 @@ def test_find(tmp_path: Path):
     path, _ = saved(tmp_path)
     assert text_vectors.find("auto", "toy", tmp_path) == path
     assert text_vectors.find(str(path), "other", tmp_path) == path
-    with pytest.raises(ValueError, match=r"text_vectors: no file 'gone'; make it with scripts/embed_items\.py"):
+    with pytest.raises(
+        ValueError, match=r"text_vectors: no file 'gone'; make it with scripts/embed_items\.py"
+    ):
         text_vectors.find("gone", "toy", tmp_path)
 
 
@@ -96,7 +98,9 @@ def test_the_shipped_vectors_are_complete():
 
 def test_unusable_files_are_named(tmp_path: Path):
     path, _ = saved(tmp_path)
-    with pytest.raises(ValueError, match=re.escape("has no token of this data set (its first: ['a', 'b b', 'é😀']")):
+    with pytest.raises(
+        ValueError, match=re.escape("has no token of this data set (its first: ['a', 'b b', 'é😀']")
+    ):
         text_vectors.load(path, ["[PAD]", "x", "y"])
     saved(tmp_path, ["a", "b", "a"])
     with pytest.raises(ValueError, match="has token 'a' more than once"):
@@ -111,6 +115,8 @@ def test_unusable_files_are_named(tmp_path: Path):
     with pytest.raises(ValueError, match="is not a text-vector file"):
         text_vectors.read(path)
     ends = torch.tensor([1, 2])
-    save_file({"vectors": torch.ones(3, 4), "tokens": torch.zeros(2, dtype=torch.uint8), "token_ends": ends}, path)
+    save_file(
+        {"vectors": torch.ones(3, 4), "tokens": torch.zeros(2, dtype=torch.uint8), "token_ends": ends}, path
+    )
     with pytest.raises(ValueError, match=re.escape("vectors of the wrong width, shape (3, 4) for 2 tokens")):
         text_vectors.read(path)

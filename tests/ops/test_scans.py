@@ -153,7 +153,10 @@ def test_ssd_survives_strong_decay():
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_causal_conv1d_equals_reference(length: int, silu: bool):
-    inputs = {name: torch.randn(s).double() for name, s in (("x", (2, length, 5)), ("weight", (5, 4)), ("bias", (5,)))}
+    inputs = {
+        name: torch.randn(s).double()
+        for name, s in (("x", (2, length, 5)), ("weight", (5, 4)), ("bias", (5,)))
+    }
     expected = outputs_and_gradients(causal_conv1d_ref, inputs, silu=silu)
     actual = outputs_and_gradients(causal_conv1d, inputs, silu=silu, backend="torch")
     assert_close(actual, expected, torch.float64)

@@ -1,0 +1,147 @@
+"""M2Rec on RecBole's data: losses, predictions, learning, determinism."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m2rec.compat import data_preparation, init_seed
+from m2rec.configuration import build_config
+from m2rec.dataset import HistoryDataset
+from m2rec.model import M2Rec, shifted_targets
+from tests.conftest import random_rows, small, write_inter
+
+FORMS = {
+    "dense": {},
+    "prefix": {"rows": "prefix"},
+    "sampled": {"loss_type": "sampled", "n_negatives": 8},
+    "bpr": {"loss_type": "BPR"},
+    "bpr-prefix": {"loss_type": "BPR", "rows": "prefix"},
+    "mamba": {"mixer": "mamba"},
+    "low-pass": {"filter": "low_pass", "rows": "prefix"},
+    "reference": {"scan_backend": "reference", "mixer": "mamba"},
+}
+
+
+def made(data_path: Path, **others: Any) -> tuple[M2Rec, list[Any]]:
+    config = build_config(small(data_path, **others))
+    init_seed(config["seed"], True)
+    loaders = data_preparation(config, HistoryDataset(config))
+    return M2Rec(config, loaders[0].dataset), list(loaders)
+
+
+def train(model: M2Rec, batches: Any, steps: int, learning_rate: float = 0.01) -> list[float]:
+    """Losses of plain Adam steps, batch after batch."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    losses: list[float] = []
+    while len(losses) < steps:
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = model.calculate_loss(batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses[:steps]
+
+
+def test_shifted_targets():
+    items = torch.tensor([[4, 5, 6, 0], [7, 0, 0, 0], [1, 2, 3, 9]])
+    targets = shifted_targets(items, torch.tensor([3, 1, 4]), torch.tensor([8, 8, 8]))
+    assert targets.tolist() == [[5, 6, 8, 0], [8, 0, 0, 0], [2, 3, 9, 8]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_learns(toy: Path, form: str):
+    model, (batches, _, _) = made(toy, **FORMS[form])
+    losses = train(model, [batches.dataset.inter_feat], 40, learning_rate=0.02)
+    assert torch.isfinite(torch.tensor(losses)).all()
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_predict_is_a_column_of_full_sort_predict(toy: Path, form: str):
+    model, (_, _, test) = made(toy, **FORMS[form])
+    model.eval()
+    interaction = test.dataset.inter_feat
+    scores = model.full_sort_predict(interaction)
+    assert scores.shape == (len(interaction), model.n_items)
+    columns = scores.gather(1, interaction["item_id"][:, None])[:, 0]
+    assert torch.allclose(model.predict(interaction), columns, atol=1e-5)
+
+
+def test_dense_loss_is_the_prefix_loss_of_all_targets(tmp_path: Path):
+    """Histories shorter than a window: the same targets with the same histories, so the same mean."""
+    write_inter(tmp_path, "toy", random_rows(longest=9))
+    losses = []
+    for rows in ("dense", "prefix"):
+        model, (train_data, _, _) = made(tmp_path, rows=rows, dropout_prob=0)
+        losses.append(float(model.eval().calculate_loss(train_data.dataset.inter_feat)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_overfits_eight_users(tmp_path: Path):
+    rows = [(f"u{u}", f"i{(7 * u + k * (u + 1)) % 40}", k) for u in range(8) for k in range(10)]
+    write_inter(tmp_path, "toy", rows)
+    model, (batches, _, _) = made(tmp_path, dropout_prob=0, hidden_size=32, topk=[10])
+    assert train(model, batches, 300)[-1] < 0.35  # first items of a history can't be told apart
+    interaction = batches.dataset.inter_feat
+    best = model.eval().full_sort_predict(interaction)[:, 1:].argmax(1) + 1
+    assert torch.equal(best, interaction["item_id"])
+
+
+def test_same_seed_same_digits(toy: Path):
+    runs = []
+    for _ in range(2):
+        model, (batches, _, _) = made(toy)
+        runs.append((train(model, batches, 5), [p.clone() for p in model.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+    other = made(toy, seed=1)
+    assert train(other[0], other[1][0], 5) != runs[0][0]
+
+
+GOLDEN = {
+    "mamba2": [2.998273, 2.951639, 2.913987, 2.872188, 2.825085],
+    "mamba": [2.996938, 2.954049, 2.922431, 2.889394, 2.852478],
+}
+
+
+@pytest.mark.parametrize("mixer", GOLDEN)
+def test_golden_losses(toy: Path, mixer: str):
+    """Five steps as they were when the model was last changed on purpose."""
+    model, (batches, _, _) = made(toy, mixer=mixer, dropout_prob=0, shuffle=False)
+    assert train(model, batches, 5) == pytest.approx(GOLDEN[mixer], rel=1e-4)
+
+
+def test_scores_that_are_not_finite_are_an_error(toy: Path):
+    model, (_, _, test) = made(toy)
+    model.encoder.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="scores are NaN or infinite"):
+        model.full_sort_predict(test.dataset.inter_feat)
+
+
+def test_text_is_stored_with_the_model(write_vectors: Callable[..., Path], toy: Path):
+    path = write_vectors(toy, "toy", [f"i{k}" for k in range(15)])
+    model, _ = made(toy, text_vectors=str(path))
+    assert model.state_dict()["encoder.vectors"].shape == (model.n_items, 8)
+    without, _ = made(toy, text_vectors="none")
+    assert "encoder.vectors" not in without.state_dict()
+
+
+def test_text_off_in_both_places_reads_no_file(toy: Path):
+    model, _ = made(toy, text_vectors="gone", text_in_sequence=False, text_in_table=False)
+    assert model.encoder.vectors is None
+
+
+def test_works_as_a_plain_recbole_model(toy: Path):
+    """On RecBole's own data set class it trains the last position of prefix rows."""
+    from m2rec.compat import SequentialDataset
+
+    config = build_config(small(toy))
+    loader = data_preparation(config, SequentialDataset(config))[0]
+    model = M2Rec(config, loader.dataset)
+    assert not model.dense
+    losses = train(model, loader, 30)
+    assert losses[-1] < losses[0]

@@ -1,0 +1,115 @@
+"""Evaluation under both protocols, checkpoints, and honest stops."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from m2rec.compat import data_preparation, init_seed
+from m2rec.configuration import build_config
+from m2rec.dataset import HistoryDataset
+from m2rec.files import write_atomically, write_text
+from m2rec.model import M2Rec
+from m2rec.trainer import RunTrainer
+from tests.conftest import random_rows, small
+
+
+def made(data_path: Path, folder: Path, **others: Any) -> tuple[RunTrainer, list[Any]]:
+    config = build_config(small(data_path, **others))
+    init_seed(config["seed"], True)
+    loaders = list(data_preparation(config, HistoryDataset(config)))
+    folder.mkdir(exist_ok=True)
+    return RunTrainer(config, M2Rec(config, loaders[0].dataset), folder), loaders
+
+
+def histories() -> dict[str, list[str]]:
+    """Each user's items in exact order, straight from the rows."""
+    ordered: dict[str, list[str]] = {}
+    for user, item, _ in sorted(random_rows(), key=lambda row: row[2]):
+        ordered.setdefault(str(user), []).append(str(item))
+    return ordered
+
+
+@pytest.mark.parametrize(("part", "n_last"), [(1, 2), (2, 1)])
+def test_both_protocols_by_hand(toy: Path, tmp_path: Path, part: int, n_last: int):
+    """Hit, NDCG and MRR computed from ranks, user by user, with items as tokens."""
+    trainer, loaders = made(toy, tmp_path / "run")
+    dataset = loaders[part].dataset
+    interaction = dataset.inter_feat
+    users = dataset.field2id_token["user_id"][interaction["user_id"].numpy()]
+    ids = dataset.field2token_id["item_id"]
+    with torch.no_grad():
+        scores = trainer.model.eval().full_sort_predict(interaction)
+    scores[:, 0] = -math.inf
+    sums = {"all": [0.0] * 3, "unseen": [0.0] * 3}
+    for row, user in enumerate(users):
+        ordered = histories()[user]
+        target = ids[ordered[-n_last]]
+        assert target == interaction["item_id"][row]
+        seen = {ids[item] for item in ordered[:-n_last]} - {target}
+        for name, removed in (("all", set()), ("unseen", seen)):
+            left = [i for i in range(1, dataset.item_num) if i not in removed]
+            rank = 1 + sum(bool(scores[row, i] > scores[row, target]) for i in left)
+            if rank <= 5:
+                for k, value in enumerate((1.0, 1 / math.log2(rank + 1), 1 / rank)):
+                    sums[name][k] += value / len(users)
+    result = trainer.evaluate_both(loaders[part], loaders[0], n_last)
+    for name, values in sums.items():
+        actual = [result[name][f"{metric}@5"] for metric in ("hit", "ndcg", "mrr")]
+        assert actual == pytest.approx(values, abs=1e-5)
+    assert result["unseen"] != result["all"]
+
+
+def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):
+    trainer, loaders = made(toy, tmp_path / "run")
+    trainer.eval_collector.data_collect(loaders[0])
+    assert trainer.evaluate_both(loaders[2], loaders[0], 1)["all"] == dict(trainer.evaluate(loaders[2]))
+
+
+def test_best_weights_and_history(toy: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    trainer, loaders = made(toy, folder, epochs=4, learning_rate=0.01)
+    trainer.fit(loaders[0], loaders[1], show_progress=False)
+    with (folder / "history.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["epoch"] for line in lines] == ["0", "1", "2", "3"]
+    scores = [float(line["valid.ndcg@10"]) for line in lines]
+    assert scores[trainer.best_epoch] == max(scores)
+    trainer.model.encoder.norm.weight.data.fill_(0)
+    trainer.load_best()
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert torch.equal(value, trainer.model.state_dict()[name])
+    assert trainer.evaluate(loaders[1])["ndcg@10"] == pytest.approx(max(scores))
+    assert {p.name for p in folder.iterdir()} == {"history.csv", "model.safetensors"}
+
+
+def test_without_validation_rows_the_last_epoch_is_kept(toy: Path, tmp_path: Path):
+    trainer, loaders = made(toy, tmp_path / "run", epochs=2)
+    trainer.fit(loaders[0], None, show_progress=False)
+    assert trainer.best_epoch == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_training(toy: Path, tmp_path: Path, value: float):
+    trainer, loaders = made(toy, tmp_path / "run")
+    trainer.model.calculate_loss = lambda interaction: torch.tensor(value, requires_grad=True)
+    with pytest.raises(ValueError, match=r"training loss became .*; lower learning_rate \(now 0\.001\)"):
+        trainer.fit(loaders[0], loaders[1], show_progress=False)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
+    path = tmp_path / "file"
+    write_text(path, "old")
+
+    def fail(target: Path) -> None:
+        target.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
