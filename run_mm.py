@@ -7,7 +7,6 @@ Every key of config.yaml can be given; config.yaml beside this file is read unle
 import logging
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in arguments):
         _say(f"{__doc__}")
         return 0
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     _start_logging()
     try:
         from m2rec.configuration import build_config, parse_arguments

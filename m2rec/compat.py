@@ -4,6 +4,7 @@ Each work-around names its upstream issue and when it can go. Everything else ta
 RecBole's names from here.
 """
 
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +49,12 @@ Config.compatibility_settings(None)
 # on for the whole process (no upstream issue found; seen in 1.2.1, sine.py line 25). Training
 # is 1.6 times slower with it. Goes when sine.py no longer does that.
 torch.autograd.set_detect_anomaly(False)
+
+
+# Each run would print these two: RecBole 1.2.1 makes tensors from pandas 3's read-only arrays
+# (it copies them next) and names torch.cuda.amp.GradScaler, which torch renamed.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler", category=FutureWarning)
 
 
 class _NoTensorboard:

@@ -21,6 +21,7 @@ from m2rec.compat import (
     Interaction,
     SequentialDataset,
 )
+from m2rec.settings import RunSettings
 
 
 class HistoryDataset(SequentialDataset):
@@ -38,8 +39,8 @@ class HistoryDataset(SequentialDataset):
     inter_feat: Any  # a DataFrame while it is filtered, an Interaction once there are rows
 
     def __init__(self, config: Config) -> None:
-        self.rows: str = config["rows"]
-        self.time_order: str = config["time_order"]
+        settings = RunSettings.read(config)
+        self.rows, self.time_order = settings.rows, settings.time_order
         self.counts: dict[str, int] = {}
         self.histories: Histories | None = None
         self._train_items: Counter[int] | None = None
