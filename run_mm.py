@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from m2rec.experiment import run
 
         result = run(build_config(parse_arguments(arguments), CONFIG))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         sys.stderr.write(f"run_mm.py: error: {' '.join(str(error).split())}\n")
         return 2

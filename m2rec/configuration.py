@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     run = RunSettings.read(values)
     _check_evaluation(values)
     _check_device(values)
+    _check_optional(values)
     if model is M2Rec:
         settings = ModelSettings.read(values)
         check_together(settings, run)
@@ -234,6 +236,12 @@ def _check_evaluation(values: Mapping[str, Any]) -> None:
         interval = values.get(key)
         if interval is not None and not re.fullmatch(r"[\[(]\s*\d+\s*,\s*(\d+|inf)\s*[\])]", str(interval)):
             raise ValueError(f"{key}: {interval!r} is no interval; write it as '[5,inf)'")
+
+
+def _check_optional(values: Mapping[str, Any]) -> None:
+    """A package that a key needs must be there."""
+    if values.get("log_wandb") and find_spec("wandb") is None:
+        raise ValueError("log_wandb: True needs the package wandb; pip install wandb, or leave log_wandb out")
 
 
 def _check_device(values: dict[str, Any]) -> None:
