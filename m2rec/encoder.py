@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         super().__init__()
         size = settings.hidden_size
         text_dim = 0 if vectors is None else vectors.shape[1]
-        self.settings, self.n_items, self.max_length = settings, n_items, max_length
+        self.settings = settings
         self.register_buffer("vectors", vectors)
         described = None if vectors is None else has_text(vectors)
         self.register_buffer("described", described, persistent=False)

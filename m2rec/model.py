@@ -22,6 +22,7 @@ from m2rec.compat import Config, Interaction, SequentialDataset, SequentialRecom
 from m2rec.encoder import Encoder
 from m2rec.loss import bpr, cross_entropy, other_items, sampled_cross_entropy
 from m2rec.settings import ModelSettings
+from m2rec.text_vectors import TextVectors
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,15 @@ class M2Rec(SequentialRecommender):
         super().__init__(config, dataset)
         self.settings = ModelSettings.read(config)
         self.dense = getattr(dataset, "rows", "prefix") == "dense"
+        text = self._load_text(config, dataset)
         self.encoder = Encoder(
-            self.settings, self.n_items, self.max_seq_length, self._load_text(config, dataset)
+            self.settings, self.n_items, self.max_seq_length, None if text is None else text.vectors
         )
+        # kept with the weights, so that a later item's text can get the same treatment
+        self.register_buffer("text_mean", None if text is None else text.mean)
+        self.register_buffer("text_basis", None if text is None else text.basis)
 
-    def _load_text(self, config: Config, dataset: SequentialDataset) -> Tensor | None:
+    def _load_text(self, config: Config, dataset: SequentialDataset) -> TextVectors | None:
         """The text vectors in internal ids, or None; the log says which and how many match."""
         if not self.settings.wants_text:
             return None
@@ -62,7 +67,7 @@ class M2Rec(SequentialRecommender):
         tokens = dataset.field2id_token[self.ITEM_ID]
         text = text_vectors.load(path, tokens, self.settings.text_whitening, self.settings.text_width)
         logger.info("text for %s of %s items, %s", f"{text.matched:,}", f"{self.n_items - 1:,}", text.source)
-        return text.vectors
+        return text
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         """items: (B, L), lengths: (B,) -> the vector of each last position, (B, D)."""

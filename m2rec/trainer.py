@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from m2rec.compat import Collector, Config, Interaction, Trainer
-from m2rec.files import write_tensors
+from m2rec.files import write_tensors, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,11 @@ class RunTrainer(Trainer):
         super().__init__(config, model)
         self.folder = folder
         self.saved_model_file = str(folder / WEIGHTS)
-        self.train_seconds = 0.0
         self.best_epoch: int | None = None
         self.validates = True
+        names = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
+        self._columns = ["epoch", "loss", "seconds", *names]
+        write_text(folder / HISTORY, ",".join(self._columns) + "\n")
         if config["tensorboard"]:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
@@ -53,7 +55,6 @@ class RunTrainer(Trainer):
         start = perf_counter()
         total = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)
         seconds = perf_counter() - start
-        self.train_seconds += seconds
         loss = (sum(total) if isinstance(total, tuple) else total) / len(train_data)
         self._epoch = {"epoch": epoch_idx, "loss": loss, "seconds": round(seconds, 3)}
         if not self.validates or (epoch_idx + 1) % self.eval_step:
@@ -70,22 +71,12 @@ class RunTrainer(Trainer):
         row = {**self._epoch, **{f"valid.{k}": float(v) for k, v in result.items()}}
         words = f"epoch {row['epoch']:>3}  loss {row['loss']:.4f}  {row['seconds']:.1f} s"
         if result:
-            best = max(float(self.best_valid_score), float(result[self.valid_metric]))
+            better = max if self.valid_metric_bigger else min
+            best = better(float(self.best_valid_score), float(result[self.valid_metric]))
             words += f"  valid {self.valid_metric} {result[self.valid_metric]:.4f}, best {best:.4f}"
         logger.info("%s", words)
-        path = self.folder / HISTORY
-        columns = self._history_columns(row, path)
-        with path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, columns, restval="").writerow(row)
-
-    def _history_columns(self, row: dict[str, Any], path: Path) -> list[str]:
-        """The file's columns; the first call writes them."""
-        if not path.exists():
-            names = [f"valid.{m.lower()}@{k}" for m in self.config["metrics"] for k in self.config["topk"]]
-            self._columns = ["epoch", "loss", "seconds", *names]
-            with path.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow(self._columns)
-        return self._columns
+        with (self.folder / HISTORY).open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns, restval="").writerow(row)
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         write_tensors(Path(self.saved_model_file), self.model.state_dict())

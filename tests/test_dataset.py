@@ -194,7 +194,7 @@ def test_ml_100k_orders():
 
 @pytest.mark.skipif("M2REC_DATA" not in os.environ, reason="M2REC_DATA names no folder with ml-1m")
 def test_ml_1m_counts_and_orders():
-    """The published counts; 8,617 windows hold all targets; float32 changes 1,190 last items of the 5-core."""
+    """The published counts; 8,617 windows hold all targets; float32 changes 1,190 last items."""
     given = {"dataset": "ml-1m", "data_path": os.environ["M2REC_DATA"]}
     ends = {}
     for time_order in ("exact", "recbole"):

@@ -77,7 +77,7 @@ def test_dense_loss_is_the_prefix_loss_of_all_targets(tmp_path: Path):
     losses = []
     for rows in ("dense", "prefix"):
         model, (train_data, _, _) = made(tmp_path, rows=rows, dropout_prob=0)
-        losses.append(float(model.eval().calculate_loss(train_data.dataset.inter_feat)))
+        losses.append(model.eval().calculate_loss(train_data.dataset.inter_feat).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -125,7 +125,9 @@ def test_scores_that_are_not_finite_are_an_error(toy: Path):
 def test_text_is_stored_with_the_model(write_vectors: Callable[..., Path], toy: Path):
     path = write_vectors(toy, "toy", [f"i{k}" for k in range(15)])
     model, _ = made(toy, text_vectors=str(path))
-    assert model.state_dict()["encoder.vectors"].shape == (model.n_items, 8)
+    state = model.state_dict()
+    assert state["encoder.vectors"].shape == (model.n_items, 8)
+    assert state["text_mean"].shape == (8,) and state["text_basis"].shape == (8, 8)
     without, _ = made(toy, text_vectors="none")
     assert "encoder.vectors" not in without.state_dict()
 
