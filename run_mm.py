@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from m2rec.configuration import build_config, parse_arguments
         from m2rec.experiment import run
 
-        result = run(build_config(parse_arguments(arguments), CONFIG))
+        config = build_config(parse_arguments(arguments), CONFIG)
+        logging.getLogger().setLevel(config["state"])
+        result = run(config)
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         sys.stderr.write(f"run_mm.py: error: {' '.join(str(error).split())}\n")

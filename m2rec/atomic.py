@@ -48,22 +48,24 @@ def read_header(path: Path, separator: str) -> dict[str, str]:
 def require_column(path: Path, header: dict[str, str], key: str, name: str, kind: str) -> None:
     """Check that the column which the setting `key` names is there and has the right type."""
     if name not in header:
+        hint = (
+            "; its columns are not separated by tabs"
+            if len(header) == 1 and "," in next(iter(header))
+            else ""
+        )
         raise ValueError(
-            f"{path}: column {name!r} ({key}) is missing, the file has {', '.join(header)}; "
+            f"{path}: column {name!r} ({key}) is missing, the file has {', '.join(header)}{hint}; "
             f"add it or set {key}"
         )
     if header[name] != kind:
         raise ValueError(f"{path}: column {name!r} ({key}) is {header[name]!r}; it must be {kind!r}")
 
 
-def read_interactions(
-    path: Path, separator: str, header: dict[str, str], wanted: list[str], time_column: str
-) -> pd.DataFrame:
-    """Read the wanted columns: tokens as text (empty ones missing), floats in double precision.
+def read_table(path: Path, separator: str, header: dict[str, str]) -> pd.DataFrame:
+    """Read all columns as text, empty cells missing; the index is the line number less 2.
 
     Raises:
-        ValueError: a line has too many columns, a number is none, or a time is missing,
-            NaN or infinite.
+        ValueError: a line has too many columns, or the file is not UTF-8.
     """
     try:
         frame = pd.read_csv(
@@ -84,7 +86,18 @@ def read_interactions(
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes a surplus first column for an index
         raise ValueError(f"{path}: line 2 has more than the {len(header)} columns of the first line")
     frame.columns = list(header)
-    frame = frame[wanted].dropna(how="all")  # blank lines; the index still tells the line
+    return frame.dropna(how="all")  # blank lines
+
+
+def read_interactions(
+    path: Path, separator: str, header: dict[str, str], wanted: list[str], time_column: str
+) -> pd.DataFrame:
+    """Read the wanted columns: tokens as text (empty ones missing), floats in double precision.
+
+    Raises:
+        ValueError: see `read_table`; a number is none, or a time is missing, NaN or infinite.
+    """
+    frame = read_table(path, separator, header)[wanted]
     for column in wanted:
         if header[column] == "float":
             frame[column] = _numbers(path, frame[column], complete=column == time_column)

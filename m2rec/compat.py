@@ -34,6 +34,7 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.dataset.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector
+from recbole.evaluator.collector import DataStruct
 from recbole.model import sequential_recommender
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.trainer import Trainer
@@ -41,6 +42,17 @@ from recbole.utils import FeatureSource, FeatureType, argument_list, init_seed
 from recbole.utils.url import download_url, extract_zip, rename_atomic_files
 
 RECBOLE = Path(recbole.__file__).parent
+
+
+def data_folder(data_path: Path, dataset: str) -> Path:
+    """Where a data set lies: data_path/NAME, or for ml-100k without one the copy inside RecBole.
+
+    RecBole 1.2.1 reads its own ml-100k whatever the data path (config/configurator.py).
+    """
+    own = data_path / dataset
+    packaged = RECBOLE / "dataset_example" / dataset
+    return packaged if packaged.is_dir() and not (own / f"{dataset}.inter").is_file() else own
+
 
 # Names that RecBole reads from NumPy at call time; stock sets them at the first Config only.
 Config.compatibility_settings(None)
@@ -109,6 +121,22 @@ def _remap(self: Dataset, remap_list: list[tuple[object, str, FeatureType]]) -> 
         feat[column] = _split_remapped(feat, column, ids) if sequence else ids  # type: ignore[index]
 
 
+def _get_data_struct(self: Collector) -> object:
+    """Collector.get_data_struct that moves tensors only: counts of items and users are no tensors.
+
+    No upstream issue found; without it ItemCoverage, AveragePopularity and their like fail in
+    RecBole 1.2.1 (evaluator/collector.py).
+    """
+    data = self.data_struct._data_dict
+    taken = DataStruct()
+    for key, value in data.items():
+        taken.set(key, value.cpu() if isinstance(value, torch.Tensor) else value)
+    for key in ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label"):
+        data.pop(key, None)
+    return taken
+
+
+Collector.get_data_struct = _get_data_struct
 Dataset._fill_nan = _fill_nan
 Dataset._remap = _remap
 
@@ -131,6 +159,7 @@ __all__ = [
     "SequentialRecommender",
     "Trainer",
     "argument_list",
+    "data_folder",
     "data_preparation",
     "download_url",
     "extract_zip",

@@ -22,6 +22,7 @@ from m2rec.compat import (
     Config,
     SequentialRecommender,
     argument_list,
+    data_folder,
     sequential_recommender,
 )
 from m2rec.model import M2Rec
@@ -31,7 +32,14 @@ from m2rec.settings import ModelSettings, RunSettings, check_together
 PROPERTIES = Path(__file__).parent / "properties"
 
 # RecBole reads these without listing them anywhere
-_UNLISTED = {"dataset", "encoding", "model"}
+_UNLISTED = {"dataset", "model"}
+
+# RecBole's metrics of a ranking with a cut, the only kind that full ranking by top-k measures
+METRICS = (
+    "Hit", "NDCG", "MRR", "Recall", "Precision", "MAP", "ItemCoverage", "AveragePopularity",
+    "ShannonEntropy", "GiniIndex", "TailPercentage",
+)  # fmt: skip
+EVALUATION = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"}
 
 
 class RunConfig(Config):
@@ -51,6 +59,11 @@ class RunConfig(Config):
         cuda = gpu != "" and torch.cuda.is_available()
         device = torch.device("cuda", int(gpu)) if cuda else torch.device("cpu")
         self.final_config_dict.update(gpu_id=gpu, device=device, single_spec=True, local_rank=0)
+
+    def _set_default_parameters(self) -> None:
+        asked = Path(self.final_config_dict["data_path"])
+        super()._set_default_parameters()
+        self.final_config_dict["data_path"] = str(data_folder(asked, self.dataset))
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,11 +88,11 @@ def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
         key, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals or not key:
             raise ValueError(f"argument {argument!r}: expected --key=value")
-        values[key] = _parse_value(key, value)
+        values[key] = _parse_value(value)
     return values
 
 
-def _parse_value(key: str, value: str) -> Any:
+def _parse_value(value: str) -> Any:
     try:
         return yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
@@ -94,8 +107,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise ValueError(f"config file {str(path)!r} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"config file {str(path)!r} can't be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config file {str(path)!r} is not valid YAML: {reason}") from None
@@ -116,13 +129,12 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     Raises:
         ValueError: a key is unknown, a value is wrong, or two don't go together.
     """
-    named = given.get("config_files")
-    files = named.split() if isinstance(named, str) else named or []
-    paths = [Path(f) for f in files] or ([default_file] if default_file else [])
     chosen: dict[str, Any] = {}
-    for path in paths:
+    for path in _config_files(given.get("config_files"), default_file):
         chosen.update(read_yaml(path))
     chosen.update({k: v for k, v in given.items() if k != "config_files"})
+    if type(chosen.get("dataset")) is int:  # a name such as 1234, which YAML reads as a number
+        chosen["dataset"] = str(chosen["dataset"])
 
     defaults = read_yaml(PROPERTIES / "overall.yaml")
     name = str(chosen.get("model", defaults["model"]))
@@ -136,6 +148,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     _add_derived(values, model)
     run = RunSettings.read(values)
     _check_evaluation(values)
+    _check_data_keys(values)
     _check_device(values)
     _check_optional(values)
     if model is M2Rec:
@@ -146,10 +159,17 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
         raise ValueError(
             f"rows: 'dense' is for M2Rec; {name} trains on its last position only, set rows: prefix"
         )
-    try:
-        return RunConfig(model=model, dataset=dataset, config_dict=values)
-    except (NotImplementedError, TypeError, RuntimeError) as error:
-        raise ValueError(str(error)) from error
+    return RunConfig(model=model, dataset=dataset, config_dict=values)
+
+
+def _config_files(named: Any, default_file: Path | None) -> list[Path]:
+    """The files to read: those of `config_files`, separated by spaces or in a list, or the default."""
+    if named is None:
+        return [default_file] if default_file else []
+    files = named.split() if isinstance(named, str) else named
+    if not isinstance(files, list) or not files or not all(isinstance(f, str) for f in files):
+        raise ValueError(f"config_files: expected the names of files, got {named!r}")
+    return [Path(f) for f in files]
 
 
 def find_model(name: str) -> type[SequentialRecommender]:
@@ -213,29 +233,60 @@ def _add_derived(values: dict[str, Any], model: type[SequentialRecommender]) -> 
     values.setdefault("load_col", {"inter": columns})
     if values.get("show_progress") is None:
         values["show_progress"] = sys.stderr.isatty()
-    if model is M2Rec or values.get("loss_type", "CE") == "CE":
+    stock = RECBOLE / "properties" / "model" / f"{model.__name__}.yaml"
+    of_model = read_yaml(stock).get("loss_type") if stock.is_file() else None
+    if model is M2Rec or values.get("loss_type", of_model) == "CE":
         values.setdefault("train_neg_sample_args", None)
 
 
-def _check_evaluation(values: Mapping[str, Any]) -> None:
+def _check_evaluation(values: dict[str, Any]) -> None:
     """One protocol: leave-one-out, full ranking; and a stopping metric that is measured."""
     args = values.get("eval_args")
-    wanted = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"}
-    if args is not None and (not isinstance(args, dict) or {**wanted, **args} != wanted):
+    if args is not None and (not isinstance(args, dict) or {**EVALUATION, **args} != EVALUATION):
         raise ValueError(f"eval_args: {args} is not supported; leave it out (leave-one-out, full ranking)")
+    values["eval_args"] = dict(EVALUATION)
     topk = values["topk"] if isinstance(values["topk"], list) else [values["topk"]]
-    if not all(isinstance(k, int) and k > 0 for k in topk) or not topk:
+    if not topk or not all(type(k) is int and k > 0 for k in topk):
         raise ValueError(f"topk: expected whole numbers from 1, got {values['topk']!r}")
     metrics = values["metrics"] if isinstance(values["metrics"], list) else [values["metrics"]]
+    known = {metric.lower() for metric in METRICS}
+    if not metrics or not all(isinstance(m, str) and m.lower() in known for m in metrics):
+        raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {values['metrics']!r}")
     measured = [f"{metric}@{k}" for metric in metrics for k in topk]
     if str(values["valid_metric"]).lower() not in [m.lower() for m in measured]:
         raise ValueError(
             f"valid_metric: {values['valid_metric']!r} is not measured; choose one of {', '.join(measured)}"
         )
+
+
+def _check_data_keys(values: Mapping[str, Any]) -> None:
+    """The forms of the keys that RecBole takes without a look."""
     for key in ("user_inter_num_interval", "item_inter_num_interval"):
-        interval = values.get(key)
-        if interval is not None and not re.fullmatch(r"[\[(]\s*\d+\s*,\s*(\d+|inf)\s*[\])]", str(interval)):
-            raise ValueError(f"{key}: {interval!r} is no interval; write it as '[5,inf)'")
+        _check_interval(key, values.get(key))
+    ranges = values.get("val_interval") or {}
+    if not isinstance(ranges, dict):
+        raise ValueError(f"val_interval: expected {{column: '[low,high]'}}, got {ranges!r}")
+    for column, wanted in ranges.items():
+        if not isinstance(wanted, list):  # a list names the tokens to keep
+            _check_interval(f"val_interval of {column}", wanted)
+    load = values.get("load_col")
+    if not isinstance(load, dict) or not isinstance(load.get("inter"), list | str):
+        raise ValueError(f"load_col: expected {{inter: [column, ...]}}, got {load!r}")
+    clip = values.get("clip_grad_norm")
+    right = isinstance(clip, dict) and set(clip) <= {"max_norm", "norm_type"} and "max_norm" in clip
+    if clip is not None and not (right and all(type(v) in (int, float) and v > 0 for v in clip.values())):
+        raise ValueError(f"clip_grad_norm: expected {{max_norm: 5}} or ~, got {clip!r}")
+    for key in ("field_separator", "seq_separator", "LIST_SUFFIX"):
+        if key in values and not (isinstance(values[key], str) and values[key]):
+            raise ValueError(f"{key}: expected some text, got {values[key]!r}")
+
+
+def _check_interval(key: str, interval: Any) -> None:
+    """None, or text such as [5,inf)."""
+    number = r"[-+]?(?:\d+\.?\d*|inf)"
+    match = re.fullmatch(rf"[\[(]\s*({number})\s*,\s*({number})\s*[\])]", str(interval))
+    if interval is not None and (not match or float(match[1]) > float(match[2])):
+        raise ValueError(f"{key}: {interval!r} is no interval from low to high; write it as '[5,inf)'")
 
 
 def _check_optional(values: Mapping[str, Any]) -> None:

@@ -71,6 +71,10 @@ class HistoryDataset(SequentialDataset):
         required = {"USER_ID_FIELD": "token", "ITEM_ID_FIELD": "token", "TIME_FIELD": "float"}
         for key, kind in required.items():
             atomic.require_column(path, header, key, self.config[key], kind)
+            if self.config[key] not in wanted:
+                raise ValueError(f"load_col: {self.config[key]!r} ({key}) is left out; add it to inter")
+        if load is not None and (unknown := sorted(set(load) - set(header))):
+            raise ValueError(f"load_col: {path} has no column {unknown[0]!r}, only {', '.join(header)}")
         if any(header[c].endswith("_seq") for c in wanted):
             return super()._load_feat(filepath, source)
         for column in wanted:
@@ -101,7 +105,7 @@ class HistoryDataset(SequentialDataset):
         if longest < 3:
             raise ValueError(
                 f"dataset: nobody in {self.dataset_name!r} has three interactions (the most is {longest}; "
-                f"{_in_words(self.counts)}); one each is needed to train, to validate and to test"
+                f"{_in_words(self.counts)}); one is needed to start from, one to train and one to test"
             )
 
     def _count(self) -> dict[str, int]:

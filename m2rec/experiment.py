@@ -4,6 +4,8 @@ import json
 import logging
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -61,16 +63,17 @@ def run(config: Config) -> Result:
     clock = _Clock()
     logger.info("%s", _describe_device(config))
     init_seed(config["seed"], config["reproducibility"])
-    dataset = HistoryDataset(config)
-    train, valid, test = data_preparation(config, dataset)
+    with _explained(f"dataset: RecBole can't prepare {config['dataset']!r} with these keys"):
+        dataset = HistoryDataset(config)
+        train, valid, test = data_preparation(config, dataset)
     _check_topk(config, dataset)
     data = _describe_data(dataset, train, valid, test)
     logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))
     clock.lap("data")
 
     init_seed(config["seed"], config["reproducibility"])
-    model = find_model(config["model"])(config, train.dataset).to(config["device"])
-    torch.autograd.set_detect_anomaly(False)
+    with _explained(f"model: {config['variant']} can't be made from these keys and this data"):
+        model = find_model(config["model"])(config, train.dataset).to(config["device"])
     logger.info("%s: %s parameters", config["variant"], f"{sum(p.numel() for p in model.parameters()):,}")
     folder = _new_folder(config)
     _write_inputs(folder, config, dataset)
@@ -78,7 +81,8 @@ def run(config: Config) -> Result:
     has_valid = len(valid.dataset) > 0
     if not has_valid:
         logger.warning("no user has four interactions: no validation rows, the last epoch's weights are kept")
-    trainer.fit(train, valid if has_valid else None, show_progress=config["show_progress"])
+    with _explained(f"model: {config['variant']} can't be trained with these keys and this data"):
+        trainer.fit(train, valid if has_valid else None, show_progress=config["show_progress"])
     clock.lap("training")
 
     trainer.load_best()
@@ -102,6 +106,22 @@ def run(config: Config) -> Result:
     }
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return Result(folder, metrics)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn RecBole's many ways to trip over a key into one line; `--state=DEBUG` shows the trace."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        TypeError,
+    ) as error:
+        raise ValueError(f"{what} ({type(error).__name__}: {error}); --state=DEBUG shows where") from error
 
 
 def _describe_device(config: Config) -> str:

@@ -20,9 +20,9 @@ class _Values(Protocol):
     def __getitem__(self, key: str, /) -> Any: ...
 
 
-def integer(default: int, low: int) -> Any:
-    """A whole number of at least `low`."""
-    return field(default=default, metadata={"kind": int, "low": low})
+def integer(default: int, low: int, high: int = 2**31 - 1) -> Any:
+    """A whole number from `low` to `high`."""
+    return field(default=default, metadata={"kind": int, "low": low, "high": high})
 
 
 def number(default: float, low: float, high: float, open_low: bool = False, open_high: bool = False) -> Any:
@@ -74,30 +74,34 @@ class _Settings:
 class ModelSettings(_Settings):
     """The keys of M2Rec. config.yaml explains each in place."""
 
-    hidden_size: int = integer(64, low=1)
-    n_layers: int = integer(2, low=1)
-    inner_size: int = integer(256, low=1)
-    dropout_prob: float = number(0.2, 0, 1, open_high=True)
+    hidden_size: int = integer(64, 1, 65_536)
+    n_layers: int = integer(2, 1, 1_000)
+    inner_size: int = integer(256, 1, 262_144)
+    dropout_prob: float = number(0.4, 0, 1, open_high=True)
     mixer: str = choice("mamba2", "mamba")
-    d_state: int = integer(32, low=1)
-    d_conv: int = integer(4, low=1)
-    expand: int = integer(2, low=1)
-    head_dim: int = integer(64, low=1)
+    d_state: int = integer(32, 1, 65_536)
+    d_conv: int = integer(4, 1, 1_000)
+    expand: int = integer(2, 1, 1_000)
+    head_dim: int = integer(64, 1, 65_536)
     scan_backend: str = text("auto")
     filter: str = choice("causal", "low_pass", "none")
-    filter_modes: int = integer(16, low=1)
+    filter_modes: int = integer(16, 1, 65_536)
     filter_cutoff: float = number(0.5, 0, 1, open_low=True)
     gate: str = choice("softmax", "mean")
     text_in_sequence: bool = flag(True)
     text_in_table: bool = flag(True)
     text_vectors: str = text("auto")
     text_whitening: str = choice("pca", "zca", "none")
-    text_width: int = integer(0, low=0)
+    text_width: int = integer(0, 0, 65_536)
     init: str = choice("standard", "mamba4rec")
     loss_type: str = choice("CE", "sampled", "BPR")
-    n_negatives: int = integer(512, low=1)
+    n_negatives: int = integer(512, 1)
 
     def __post_init__(self) -> None:
+        if self.text_width and self.text_whitening == "none":
+            raise ValueError(
+                f"text_width: {self.text_width} needs principal components; set text_whitening: pca, or 0"
+            )
         inner = self.expand * self.hidden_size
         if self.mixer == "mamba2" and inner % self.head_dim:
             raise ValueError(
@@ -119,19 +123,27 @@ class RunSettings(_Settings):
     dataset: str = text("ml-100k")
     data_path: str = text("dataset")
     runs_dir: str = text("runs")
-    seed: int = integer(2020, low=0)
+    seed: int = integer(2020, 0, 2**32 - 1)
     rows: str = choice(*ROWS)
     time_order: str = choice(*TIME_ORDERS)
-    MAX_ITEM_LIST_LENGTH: int = integer(50, low=1)
-    epochs: int = integer(300, low=1)
-    stopping_step: int = integer(10, low=0)
-    eval_step: int = integer(1, low=1)
-    train_batch_size: int = integer(2048, low=1)
-    eval_batch_size: int = integer(4096, low=1)
+    MAX_ITEM_LIST_LENGTH: int = integer(50, 1, 1_000_000)
+    epochs: int = integer(300, 1)
+    stopping_step: int = integer(10, 0)
+    eval_step: int = integer(1, 1)
+    train_batch_size: int = integer(2048, 1)
+    eval_batch_size: int = integer(4096, 1)
     learning_rate: float = number(0.001, 0, float("inf"), open_low=True, open_high=True)
     weight_decay: float = number(0.0, 0, float("inf"), open_high=True)
     learner: str = choice("adam", "adamw", "sgd", "adagrad", "rmsprop")
+    shuffle: bool = flag(True)
+    worker: int = integer(0, 0, 1_000)
+    use_gpu: bool = flag(True)
+    reproducibility: bool = flag(True)
+    show_progress: bool = flag(True)
     tensorboard: bool = flag(False)
+    state: str = choice("INFO", "DEBUG", "WARNING", "ERROR", "CRITICAL")
+    log_wandb: bool = flag(False)
+    metric_decimal_place: int = integer(4, 1, 15)
 
 
 def check_together(model: ModelSettings, run: RunSettings) -> None:
@@ -178,7 +190,7 @@ def _expected(spec: Mapping[str, Any]) -> str:
     if kind is str:
         return "some text"
     if kind is int:
-        return f"a whole number of at least {spec['low']}"
+        return f"a whole number from {spec['low']} to {spec['high']}"
     left = "(" if spec.get("open_low") else "["
     right = ")" if spec.get("open_high") else "]"
     return f"a number in {left}{spec['low']}, {spec['high']}{right}"

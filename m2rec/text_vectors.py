@@ -7,8 +7,10 @@ A file is safetensors with `vectors` (n, T), the item tokens as UTF-8 bytes end 
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -89,20 +91,33 @@ def read(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
         raise ValueError(
             f"text_vectors: {path} is not a text-vector file ({error}); make it with scripts/embed_items.py"
         ) from None
-    vectors, ends = tensors["vectors"], tensors["token_ends"].tolist()
-    if vectors.dim() != 2 or len(vectors) != len(ends) or vectors.shape[1] == 0:
+    vectors, tokens = tensors["vectors"], _decode_tokens(path, tensors["tokens"], tensors["token_ends"])
+    if vectors.dim() != 2 or len(vectors) != len(tokens) or vectors.shape[1] == 0:
         raise ValueError(
             f"text_vectors: {path} has vectors of the wrong width, shape {tuple(vectors.shape)} "
-            f"for {len(ends)} tokens; expected ({len(ends)}, T)"
+            f"for {len(tokens)} tokens; expected ({len(tokens)}, T)"
         )
-    data = tensors["tokens"].numpy().tobytes()
-    tokens = [data[start:end].decode() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    if len(set(tokens)) < len(tokens):
-        twice = next(t for t in sorted(tokens) if tokens.count(t) > 1)
+    twice, times = Counter(tokens).most_common(1)[0] if tokens else ("", 1)
+    if times > 1:
         raise ValueError(f"text_vectors: {path} has token {twice!r} more than once; keep one of them")
     if not torch.isfinite(vectors).all():
         raise ValueError(f"text_vectors: {path} holds NaN or infinite values; make it again")
     return tokens, vectors.float(), provenance
+
+
+def _decode_tokens(path: Path, data: Tensor, ends: Tensor) -> list[str]:
+    """Tokens from their bytes end to end and the end of each."""
+    whole = data.dtype == torch.uint8 and ends.dtype == torch.int64 and data.dim() == ends.dim() == 1
+    bounds = [0, *ends.tolist()] if whole else []
+    if not whole or bounds != sorted(bounds) or bounds[-1] != len(data):
+        raise ValueError(
+            f"text_vectors: {path} has damaged tokens; make it again with scripts/embed_items.py"
+        )
+    text = data.numpy().tobytes()
+    try:
+        return [text[start:end].decode() for start, end in pairwise(bounds)]
+    except UnicodeDecodeError:
+        raise ValueError(f"text_vectors: {path} has a token that is not UTF-8; make it again") from None
 
 
 def load(path: Path, id_tokens: Sequence[str], whitening: str = "pca", width: int = 0) -> TextVectors:
@@ -118,7 +133,8 @@ def load(path: Path, id_tokens: Sequence[str], whitening: str = "pca", width: in
         ValueError: the file is unusable (see `read`), no token matches, or `width` does not fit.
     """
     tokens, raw, provenance = read(path)
-    row = {token: i for i, token in enumerate(tokens)}
+    says_something = raw.any(dim=1).tolist()
+    row = {token: i for i, token in enumerate(tokens) if says_something[i]}
     found = [(i, row[str(t)]) for i, t in enumerate(id_tokens) if i > 0 and str(t) in row]
     if not found:
         raise ValueError(
@@ -131,16 +147,20 @@ def load(path: Path, id_tokens: Sequence[str], whitening: str = "pca", width: in
     vectors = torch.zeros(len(id_tokens), basis.shape[1])
     vectors[ids] = treated
     made = provenance.get("model", "unknown model")
-    return TextVectors(vectors, len(found), mean, basis, f"{path.name} ({made}, {raw.shape[1]} wide)")
+    source = f"{path.name} ({made}, {raw.shape[1]} wide, {whitening} to {basis.shape[1]})"
+    return TextVectors(vectors, len(found), mean, basis, source)
 
 
 def fit_whitening(raw: Tensor, whitening: str, width: int) -> tuple[Tensor, Tensor]:
     """Mean (T0,) and basis (T0, T) such that (raw - mean) @ basis is whitened, mean length 1.
 
+    At most n / 4 components are kept: whitening n vectors in n dimensions would put all of
+    them at the same distance from each other, and nothing would be left of the text.
+
     Args:
         raw: (n, T0).
         whitening: `none`, `pca` or `zca`.
-        width: number of components to keep, 0 for all that the vectors span.
+        width: number of components to keep, 0 for as many as there can be.
 
     Raises:
         ValueError: `width` is larger than the vectors allow.
@@ -153,7 +173,7 @@ def fit_whitening(raw: Tensor, whitening: str, width: int) -> tuple[Tensor, Tens
         basis = torch.eye(raw.shape[1], dtype=torch.float64)
     else:
         _, singular, components = torch.linalg.svd(centred, full_matrices=False)
-        rank = max(int((singular > 1e-6 * singular[0]).sum()), 1)
+        rank = max(min(int((singular > 1e-6 * singular[0]).sum()), len(raw) // 4), 1)
         if width > raw.shape[1]:
             raise ValueError(f"text_width: {width} is more than the vectors' width {raw.shape[1]}")
         kept = min(width or rank, rank)

@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from m2rec import atomic, text_vectors
+from m2rec.compat import RECBOLE, data_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     try:
         embed(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"embed_items.py: error: {' '.join(str(error).split())}\n")
         return 2
     return 0
@@ -44,6 +44,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", required=True, help="name of the data set")
     parser.add_argument("--text-encoder", required=True, help="folder or hub name of the encoder")
     parser.add_argument("--data_path", default="dataset", help="folder that holds NAME/NAME.item")
+    parser.add_argument("--id-column", default="item_id", help="column of the item token")
     parser.add_argument("--columns", nargs="+", help="columns to use, in order; all by default")
     parser.add_argument("--output", help="file to write; NAME.text.safetensors beside the data by default")
     parser.add_argument("--model-name", help="name to record instead of --text-encoder")
@@ -56,10 +57,15 @@ def embed(options: argparse.Namespace) -> Path:
     Raises:
         ValueError: items or encoder can't be read.
     """
-    folder = data_folder(options.dataset, Path(options.data_path))
-    tokens, texts, columns = read_texts(folder / f"{options.dataset}.item", options.columns)
+    name = options.dataset
+    folder = data_folder(Path(options.data_path), name)
+    output = Path(options.output or folder / f"{name}{text_vectors.SUFFIX}")
+    if folder.is_relative_to(RECBOLE) and not options.output:
+        raise ValueError(f"--output: {name} comes with RecBole, whose folder stays as it is; name a file")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output: there is no folder {output.parent}; make it or name another file")
+    tokens, texts, columns = read_texts(folder / f"{name}.item", options.id_column, options.columns)
     vectors = encode(texts, options.text_encoder)
-    output = Path(options.output or folder / f"{options.dataset}{text_vectors.SUFFIX}")
     provenance = {
         "model": options.model_name or options.text_encoder,
         "columns": " ".join(columns),
@@ -71,35 +77,27 @@ def embed(options: argparse.Namespace) -> Path:
     return output
 
 
-def data_folder(dataset: str, data_path: Path) -> Path:
-    """Where RecBole reads the data set; ml-100k ships inside its package."""
-    if dataset == "ml-100k" and not (data_path / dataset).exists():
-        import recbole
-
-        return Path(recbole.__file__).parent / "dataset_example" / dataset
-    return data_path / dataset
-
-
-def read_texts(path: Path, columns: list[str] | None) -> tuple[list[str], list[str], list[str]]:
+def read_texts(
+    path: Path, id_column: str, columns: list[str] | None
+) -> tuple[list[str], list[str], list[str]]:
     """Item tokens, one text each, and the columns used. Items without any text are left out.
 
     Raises:
-        ValueError: the file or a column is missing.
+        ValueError: the file or a column is missing, a token comes twice, or nobody has text.
     """
     if not path.is_file():
         raise ValueError(f"no item file {path}; its first line must name columns, such as item_id:token")
     header = atomic.read_header(path, "\t")
-    key, *others = header
-    for column in columns or []:
+    for column in (id_column, *(columns or [])):
         if column not in header:
             raise ValueError(f"{path}: column {column!r} is missing, the file has {', '.join(header)}")
-    used = columns or others
-    frame = pd.read_csv(
-        path, sep="\t", names=list(header), header=0, dtype=str, keep_default_na=False, quoting=3,
-        encoding="utf-8-sig",
-    ).fillna("")  # fmt: skip
+    used = columns or [column for column in header if column != id_column]
+    frame = atomic.read_table(path, "\t", header).dropna(subset=[id_column]).fillna("")
+    twice = frame[id_column][frame[id_column].duplicated()]
+    if len(twice):
+        raise ValueError(f"{path}: item {twice.iloc[0]!r} comes twice, again in line {twice.index[0] + 2}")
     texts = [". ".join(filter(None, map(str.strip, row))) for row in frame[used].to_numpy()]
-    pairs = [(token, text) for token, text in zip(frame[key], texts, strict=True) if text]
+    pairs = [(token, text) for token, text in zip(frame[id_column], texts, strict=True) if text]
     if not pairs:
         raise ValueError(f"{path}: no item has text in {', '.join(used)}")
     return [token for token, _ in pairs], [text for _, text in pairs], used

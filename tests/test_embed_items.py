@@ -59,8 +59,22 @@ def test_a_vector_does_not_depend_on_its_batch(encoder: str):
 
 
 def test_texts_join_the_chosen_columns(items: Path):
-    assert embed_items.read_texts(items, None)[1] == ["Toy Story. Comedy", "Heat"]
-    assert embed_items.read_texts(items, ["genre"])[:2] == (["1"], ["Comedy"])
+    assert embed_items.read_texts(items, "item_id", None)[1] == ["Toy Story. Comedy", "Heat"]
+    assert embed_items.read_texts(items, "item_id", ["genre"])[:2] == (["1"], ["Comedy"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("item_id:token\ttitle:token\n1\tA\n1\tB\n", "item '1' comes twice, again in line 3"),
+        ("item_id:token\ttitle:token\n1\tA\tB\n", "line 2 has more than the 2 columns"),
+        ("item_id:token\ttitle:token\n1\t\n", "no item has text in title"),
+    ],
+)
+def test_unusable_item_files(items: Path, content: str, message: str):
+    items.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        embed_items.read_texts(items, "item_id", None)
 
 
 def test_mistakes(items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -71,7 +85,12 @@ def test_mistakes(items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
             "column 'plot' is missing, the file has item_id, title, genre",
         ),
         ([*base, f"--text-encoder={tmp_path}/none"], "--text-encoder: can't load"),
-        (["--dataset=gone", "--text-encoder=x", f"--data_path={tmp_path}"], "no item file"),
+        (["--dataset=gone", "--text-encoder=x", f"--data_path={tmp_path}"], "--output: there is no folder"),
+        (
+            ["--dataset=ml-100k", "--text-encoder=x", f"--data_path={tmp_path}"],
+            "--output: ml-100k comes with RecBole",
+        ),
+        ([*base, "--text-encoder=x", "--id-column=asin"], "column 'asin' is missing, the file has item_id"),
     ):
         assert embed_items.main(arguments) == 2
         err = capsys.readouterr().err

@@ -73,6 +73,24 @@ def test_mamba_written_out():
     assert torch.allclose(mamba(x), expected, atol=1e-6)
 
 
+def test_mamba2_written_out():
+    """in_proj gives z, x, B, C, dt in this order; one decay per head (paper 2405.21060, figure 6)."""
+    P, H = 16, 4
+    mamba2, x = Mamba2(D, N, head_dim=P).double(), torch.randn(2, 7, D).double()
+    z, xBC, dt = (x @ mamba2.in_proj.weight.T).split([E, E + 2 * N, H], -1)
+    xBC = F.conv1d(xBC.mT, mamba2.conv1d.weight, mamba2.conv1d.bias, padding=3, groups=E + 2 * N)[..., :7].mT
+    u, B, C = F.silu(xBC).split([E, N, N], -1)
+    u, dt = u.unflatten(-1, (H, P)), F.softplus(dt + mamba2.dt_bias)
+    h, outputs = torch.zeros(2, H, P, N).double(), []
+    for t in range(7):
+        h = torch.exp(dt[:, t] * -mamba2.A_log.exp())[..., None, None] * h
+        h = h + dt[:, t, :, None, None] * u[:, t, :, :, None] * B[:, t, None, None, :]
+        outputs.append((h * C[:, t, None, None, :]).sum(-1) + mamba2.D[:, None] * u[:, t])
+    gated = torch.stack(outputs, 1).flatten(-2) * F.silu(z)
+    normed = gated / gated.pow(2).mean(-1, keepdim=True).add(1e-5).sqrt() * mamba2.norm.weight
+    assert torch.allclose(mamba2(x), normed @ mamba2.out_proj.weight.T, atol=1e-6)
+
+
 def test_gated_norm_written_out():
     norm, x, z = GatedRMSNorm(6), torch.randn(3, 6), torch.randn(3, 6)
     gated = x * F.silu(z)

@@ -54,7 +54,7 @@ def test_shifted_targets():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_it_learns(toy: Path, form: str):
-    model, (batches, _, _) = made(toy, **FORMS[form])
+    model, (batches, _, _) = made(toy, dropout_prob=0, **FORMS[form])
     losses = train(model, [batches.dataset.inter_feat], 40, learning_rate=0.02)
     assert torch.isfinite(torch.tensor(losses)).all()
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -124,12 +124,26 @@ def test_scores_that_are_not_finite_are_an_error(toy: Path):
 
 def test_text_is_stored_with_the_model(write_vectors: Callable[..., Path], toy: Path):
     path = write_vectors(toy, "toy", [f"i{k}" for k in range(15)])
-    model, _ = made(toy, text_vectors=str(path))
+    model, _ = made(toy, text_vectors=str(path), text_whitening="none")
     state = model.state_dict()
     assert state["encoder.vectors"].shape == (model.n_items, 8)
     assert state["text_mean"].shape == (8,) and state["text_basis"].shape == (8, 8)
     without, _ = made(toy, text_vectors="none")
     assert "encoder.vectors" not in without.state_dict()
+
+
+def test_each_item_gets_the_vector_of_its_token(write_vectors: Callable[..., Path], toy: Path):
+    """Whatever internal ids RecBole gives: raw vectors compared through the data set's tokens."""
+    from m2rec import text_vectors
+
+    path = write_vectors(toy, "toy", [f"i{k}" for k in range(19, -1, -1)])
+    tokens, raw, _ = text_vectors.read(path)
+    model, loaders = made(toy, text_vectors="auto", text_whitening="none")
+    names = loaders[0].dataset.field2id_token["item_id"]
+    expected = torch.stack([raw[tokens.index(str(name))] for name in names[1:]])
+    expected = expected - expected.mean(0)
+    cosine = torch.nn.functional.cosine_similarity(model.encoder.vectors[1:], expected)
+    assert torch.allclose(cosine, torch.ones(20), atol=1e-5)
 
 
 def test_text_off_in_both_places_reads_no_file(toy: Path):
@@ -145,5 +159,5 @@ def test_works_as_a_plain_recbole_model(toy: Path):
     loader = data_preparation(config, SequentialDataset(config))[0]
     model = M2Rec(config, loader.dataset)
     assert not model.dense
-    losses = train(model, loader, 30)
+    losses = train(model, [loader.dataset.inter_feat], 30)
     assert losses[-1] < losses[0]

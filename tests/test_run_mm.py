@@ -1,5 +1,6 @@
 """The command: whole runs through run_mm.main, the run folder, and its errors."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     folder = Path(lines[-1])
     assert folder.parent.name == "runs" and folder.name.startswith("M2Rec-toy-")
     assert "device cpu (" in err and "scan backend torch (auto: " in err
-    assert "text for 15 of 20 items, toy.text.safetensors (random, 8 wide)" in err
+    assert "text for 15 of 20 items, toy.text.safetensors (random, 8 wide, pca to 3)" in err
     assert next(line for line in lines if line.startswith("metric")).split() == [
         "metric",
         "valid",
@@ -39,6 +40,9 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     assert {"protocol", "seed", "commit", "versions", "data", "seconds"} <= set(metrics)
     assert metrics["seed"] == 5 and metrics["versions"]["torch"] == torch.__version__
     names = {f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr") for k in (5, 10)}
+    with (folder / "history.csv").open() as file:
+        best = max(float(line["valid.ndcg@10"]) for line in csv.DictReader(file))
+    assert metrics["valid"]["ndcg@10"] == pytest.approx(best)
     for part in ("valid", "test", "test_unseen"):
         assert set(metrics[part]) == names
         assert all(0 <= value <= 1 for value in metrics[part].values())
@@ -47,6 +51,52 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     tokens = json.loads((folder / "items.json").read_text())
     assert tokens[0] == "[PAD]" and len(set(tokens)) == 21
     assert load_file(folder / "model.safetensors")["encoder.id_embedding.weight"].shape == (21, 16)
+
+
+def test_the_metrics_are_those_of_the_saved_weights(command: Command, toy: Path):
+    """The best epoch is not the last; both test protocols are recomputed from the run folder by hand."""
+    from m2rec.compat import data_preparation
+    from m2rec.configuration import build_config
+    from m2rec.dataset import HistoryDataset
+    from m2rec.model import M2Rec
+
+    arguments = small(toy, epochs=30, learning_rate=0.05, stopping_step=3, text_vectors="none")
+    folder = Path(command(*as_arguments(arguments))[1].splitlines()[-1])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    with (folder / "history.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert metrics["best_epoch"] < len(lines) - 1
+    assert float(lines[metrics["best_epoch"]]["valid.hit@5"]) == pytest.approx(metrics["valid"]["hit@5"])
+
+    config = build_config({"config_files": str(folder / "config.yaml")})
+    test = data_preparation(config, HistoryDataset(config))[2].dataset
+    model = M2Rec(config, test)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.no_grad():
+        scores = model.eval().full_sort_predict(test.inter_feat)
+    scores[:, 0] = -torch.inf
+    hits = {"test": 0, "test_unseen": 0}
+    items = test.field2token_id["item_id"]
+    users = test.field2id_token["user_id"][test.inter_feat["user_id"].numpy()]
+    for row, target in enumerate(test.inter_feat["item_id"].tolist()):
+        own = [r for r in random_rows() if r[0] == users[row]]
+        before = [items[item] for _, item, _ in sorted(own, key=lambda r: r[2])[:-1]]
+        hits["test"] += int((scores[row] > scores[row, target]).sum() < 5)
+        unseen = scores[row].clone()
+        unseen[[item for item in before if item != target]] = -torch.inf
+        hits["test_unseen"] += int((unseen > unseen[target]).sum() < 5)
+    for part, count in hits.items():
+        assert metrics[part]["hit@5"] == pytest.approx(count / len(users), abs=1e-5)
+
+
+def test_every_metric_that_is_offered_works(command: Command, toy: Path):
+    from m2rec.configuration import METRICS
+
+    status, out, err = command(*as_arguments(small(toy, metrics=f"[{', '.join(METRICS)}]", epochs=1)))
+    assert status == 0, err
+    metrics = json.loads((Path(out.splitlines()[-1]) / "metrics.json").read_text())
+    assert len(metrics["test"]) == 2 * len(METRICS)
+    assert 0 < metrics["test"]["itemcoverage@10"] <= 1
 
 
 def test_a_runs_config_repeats_it(command: Command, toy: Path):
@@ -98,7 +148,7 @@ def test_one_user_and_twelve_items(command: Command, tmp_path: Path):
     ("arguments", "message"),
     [
         (["--learning_rat=1"], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
-        (["--hidden_size=x"], "hidden_size: expected a whole number of at least 1, got 'x'"),
+        (["--hidden_size=x"], "hidden_size: expected a whole number from 1 to 65536, got 'x'"),
         (["--filter=low_pass"], "filter: 'low_pass' sees the future and can't be trained with rows: 'dense'"),
         (["--model=Sasrec"], "model: unknown model 'Sasrec'; did you mean 'SASRec'?"),
         (["--dataset=gone"], "dataset: 'gone' not found: there is no "),
@@ -124,6 +174,52 @@ def test_a_mistake_is_one_line_and_status_2(command: Command, toy: Path, argumen
     assert status == 2 and out == ""
     assert last.startswith("run_mm.py: error: ") and message in last
     assert "Traceback" not in err
+
+
+HEADER = "user_id:token\titem_id:token\ttimestamp:float"
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ("", [], "toy.inter: the file is empty"),
+        (HEADER, [], "dataset: 'toy' holds no interactions, only a header"),
+        ("user_id:token\titem_id:token\na\tb", [], "toy.inter: column 'timestamp' (TIME_FIELD) is missing"),
+        (f"{HEADER}\na\tb\tnoon", [], "column 'timestamp' has 'noon' in line 2, not a number"),
+        (f"{HEADER}\na\tb\tNaN", [], "column 'timestamp' has 'NaN' in line 2, not a number"),
+        (f"{HEADER}\na\tb\t1\na\tc\t2", [], "nobody in 'toy' has three interactions (the most is 2; 1 users"),
+        (
+            f"{HEADER}\na\tb\t1",
+            ["--item_inter_num_interval=[5,inf)"],
+            "left after filtering (1 users, 1 items",
+        ),
+        (HEADER.replace("\t", ","), [], "columns are not separated by tabs"),
+        (None, ["--load_col={inter: [user_id]}"], "load_col: 'item_id' (ITEM_ID_FIELD) is left out"),
+        (None, ["--load_col={inter: [user_id, item_id, timestamp, x]}"], "toy.inter has no column 'x'"),
+        (None, ["--threshold={timestamp: 3}"], "dataset: RecBole can't prepare 'toy' with these keys ("),
+        (None, ["--model=SASRec", "--hidden_size=abc"], "model: SASRec can't be made from these keys"),
+        (None, ["--model=FEARec", "--n_layers=1"], "model: FEARec can't be made from these keys"),
+    ],
+)
+def test_data_and_keys_that_cannot_be_used(
+    command: Command, toy: Path, content: str | None, arguments: list[str], message: str
+):
+    if content is not None:
+        (toy / "toy" / "toy.inter").write_text(content)
+    given = {"dataset": "toy", "data_path": toy, "epochs": 1, "gpu_id": ""}
+    status, _, err = command(*as_arguments(given), *arguments)
+    assert status == 2 and "Traceback" not in err
+    assert message in err.splitlines()[-1]
+
+
+def test_text_vectors_that_cannot_be_used(command: Command, toy: Path, write_vectors: Callable[..., Path]):
+    for tokens, message in (
+        (["i1", "i2", "i1"], "token 'i1' more than once"),
+        (["x"], "no token of this data set"),
+    ):
+        path = write_vectors(toy, "toy", tokens)
+        status, _, err = command(*as_arguments(small(toy)), f"--text_vectors={path}")
+        assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_a_known_name_that_cannot_be_downloaded(

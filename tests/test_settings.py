@@ -8,23 +8,24 @@ import pytest
 from m2rec.settings import ModelSettings, RunSettings, check_together
 
 WRONG: list[tuple[str, Any, str]] = [
-    ("hidden_size", 0, "a whole number of at least 1"),
-    ("hidden_size", "abc", "a whole number of at least 1"),
-    ("hidden_size", 2.5, "a whole number of at least 1"),
-    ("hidden_size", True, "a whole number of at least 1"),
-    ("n_layers", 0, "a whole number of at least 1"),
-    ("inner_size", -1, "a whole number of at least 1"),
+    ("hidden_size", 0, "a whole number from 1 to "),
+    ("hidden_size", "abc", "a whole number from 1 to "),
+    ("hidden_size", 2.5, "a whole number from 1 to "),
+    ("hidden_size", True, "a whole number from 1 to "),
+    ("n_layers", 10**11, "a whole number from 1 to "),
+    ("n_layers", 0, "a whole number from 1 to "),
+    ("inner_size", -1, "a whole number from 1 to "),
     ("dropout_prob", 1.0, "a number in [0, 1)"),
     ("dropout_prob", -0.1, "a number in [0, 1)"),
     ("dropout_prob", float("nan"), "a number in [0, 1)"),
     ("mixer", "lstm", "one of mamba2, mamba"),
-    ("d_state", 0, "a whole number of at least 1"),
-    ("d_conv", 0, "a whole number of at least 1"),
-    ("expand", 0, "a whole number of at least 1"),
-    ("head_dim", None, "a whole number of at least 1"),
+    ("d_state", 0, "a whole number from 1 to "),
+    ("d_conv", 0, "a whole number from 1 to "),
+    ("expand", 0, "a whole number from 1 to "),
+    ("head_dim", None, "a whole number from 1 to "),
     ("scan_backend", 3, "some text"),
     ("filter", "fft", "one of causal, low_pass, none"),
-    ("filter_modes", 0, "a whole number of at least 1"),
+    ("filter_modes", 0, "a whole number from 1 to "),
     ("filter_cutoff", 0, "a number in (0, 1]"),
     ("filter_cutoff", 1.1, "a number in (0, 1]"),
     ("gate", "sigmoid", "one of softmax, mean"),
@@ -32,16 +33,16 @@ WRONG: list[tuple[str, Any, str]] = [
     ("text_in_table", 1, "True or False"),
     ("text_vectors", "", "some text"),
     ("text_whitening", True, "one of pca, zca, none"),
-    ("text_width", -1, "a whole number of at least 0"),
+    ("text_width", -1, "a whole number from 0 to "),
     ("init", "xavier", "one of standard, mamba4rec"),
     ("loss_type", "MSE", "one of CE, sampled, BPR"),
-    ("n_negatives", 0, "a whole number of at least 1"),
+    ("n_negatives", 0, "a whole number from 1 to "),
 ]
 
 
 @pytest.mark.parametrize(("key", "value", "expected"), WRONG)
 def test_a_wrong_value_is_named(key: str, value: Any, expected: str):
-    message = re.escape(f"{key}: expected {expected}, got {value!r}")
+    message = re.escape(f"{key}: expected {expected}") + r"[\d]*" + re.escape(f", got {value!r}")
     with pytest.raises(ValueError, match=message):
         ModelSettings.read({key: value})
 
@@ -69,6 +70,13 @@ def test_every_model_key_has_a_wrong_value_above():
         ("learner", "lion"),
         ("dataset", 5),
         ("tensorboard", "no"),
+        ("use_gpu", "abc"),
+        ("reproducibility", "abc"),
+        ("show_progress", "abc"),
+        ("shuffle", 1),
+        ("worker", -1),
+        ("metric_decimal_place", 0),
+        ("seed", 2**32),
     ],
 )
 def test_a_wrong_run_value_is_named(key: str, value: Any):
@@ -79,6 +87,11 @@ def test_a_wrong_run_value_is_named(key: str, value: Any):
 def test_reading_takes_what_is_there():
     settings = ModelSettings.read({"hidden_size": 32, "dropout_prob": 0, "unrelated": "x"})
     assert (settings.hidden_size, settings.dropout_prob, settings.n_layers) == (32, 0.0, 2)
+
+
+def test_width_needs_components():
+    with pytest.raises(ValueError, match="text_width: 5 needs principal components; set text_whitening: pca"):
+        ModelSettings(text_width=5, text_whitening="none")
 
 
 def test_head_dim_must_divide_the_inner_width():

@@ -52,10 +52,33 @@ def test_whitened_vectors_are_uncorrelated(whitening: str):
 
 
 def test_width_keeps_the_largest_components(tmp_path: Path):
-    path, _ = saved(tmp_path)
-    assert text_vectors.load(path, ["[PAD]", *TOKENS], "pca", 2).vectors.shape == (7, 2)
+    many = [str(k) for k in range(40)]
+    path, _ = saved(tmp_path, many)
+    assert text_vectors.load(path, ["[PAD]", *many], "pca").vectors.shape == (41, 4)
+    assert text_vectors.load(path, ["[PAD]", *many], "pca", 2).vectors.shape == (41, 2)
     with pytest.raises(ValueError, match="text_width: 5 is more than the vectors' width 4"):
-        text_vectors.load(path, ["[PAD]", *TOKENS], "pca", 5)
+        text_vectors.load(path, ["[PAD]", *many], "pca", 5)
+
+
+@pytest.mark.parametrize("whitening", ["pca", "zca"])
+@pytest.mark.parametrize("n", [12, 100, 1682])
+def test_neighbours_survive_whitening(n: int, whitening: str):
+    """Also with fewer items than components, where whole whitening makes all equally far."""
+    _, raw, _ = text_vectors.read(text_vectors.SHIPPED / "ml-100k.text.safetensors")
+    raw = raw[:n]
+    mean, basis = text_vectors.fit_whitening(raw, whitening, 0)
+    pairs = torch.triu_indices(n, n, 1)
+    unit = [torch.nn.functional.normalize(v, dim=1) for v in (raw, (raw - mean) @ basis)]
+    before, after = ((v @ v.T)[pairs[0], pairs[1]] for v in unit)
+    assert float(torch.corrcoef(torch.stack([before, after]))[0, 1]) > 0.25
+
+
+def test_a_zero_vector_counts_as_no_text(tmp_path: Path):
+    path, vectors = saved(tmp_path)
+    vectors[2] = 0
+    text_vectors.save(path, TOKENS, vectors, {})
+    text = text_vectors.load(path, ["[PAD]", *TOKENS])
+    assert text.matched == 5 and (text.vectors[3] == 0).all()
 
 
 @pytest.mark.parametrize("whitening", ["none", "pca", "zca"])
@@ -113,6 +136,20 @@ def test_unusable_files_are_named(tmp_path: Path):
         text_vectors.read(path)
     save_file({"weights": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="is not a text-vector file"):
+        text_vectors.read(path)
+    for ends in (
+        torch.tensor([2, 1]),
+        torch.tensor([[1, 2]]),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([1, 9]),
+    ):
+        data = torch.zeros(2, dtype=torch.uint8)
+        save_file({"vectors": torch.ones(2, 4), "tokens": data, "token_ends": ends}, path)
+        with pytest.raises(ValueError, match="has damaged tokens"):
+            text_vectors.read(path)
+    data = torch.full((2,), 255, dtype=torch.uint8)
+    save_file({"vectors": torch.ones(2, 4), "tokens": data, "token_ends": torch.tensor([1, 2])}, path)
+    with pytest.raises(ValueError, match="has a token that is not UTF-8"):
         text_vectors.read(path)
     ends = torch.tensor([1, 2])
     save_file(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from m2rec.ops.backend import resolve_backend
@@ -49,25 +50,14 @@ def selective_scan_ref(
         y (B, L, E) in the type of u; with `return_last_state` also the state (B, E, N)
         in the type of the computation, float32 at least.
     """
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    x, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(dtype)
-    if delta_softplus:
-        delta = F.softplus(delta)
-    batch, length, width = u.shape
-    h = x.new_zeros(batch, width, A.shape[1]) if initial_state is None else initial_state.to(dtype)
+    x, delta, A, B, C, h = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
     outputs = []
-    for t in range(length):
+    for t in range(u.shape[1]):
         decay = torch.exp(delta[:, t, :, None] * A)
         h = decay * h + (delta[:, t] * x[:, t])[:, :, None] * B[:, t, None, :]
         outputs.append((h * C[:, t, None, :]).sum(-1))
-    y = torch.stack(outputs, dim=1)
-    if D is not None:
-        y = y + D.to(dtype) * x
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return (y.to(u.dtype), h) if return_last_state else y.to(u.dtype)
+    y = _finish(torch.stack(outputs, dim=1), x, D, z).to(u.dtype)
+    return (y, h) if return_last_state else y
 
 
 def selective_scan(
@@ -88,7 +78,8 @@ def selective_scan(
     run = selective_scan_ref
     if resolve_backend(backend, u.device).name == "torch":
         run = _selective_scan_torch
-    return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state)
+    with torch.autocast(u.device.type, enabled=False):  # bfloat16 states lose the sum
+        return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state)
 
 
 def _selective_scan_torch(
@@ -105,6 +96,23 @@ def _selective_scan_torch(
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The (B, L, E) parts under autograd, the (B, L, E, N) recurrence in `_Scan`."""
+    x, delta, A, B, C, h = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
+    y, last_state = _Scan.apply(delta * x, delta, A, B, C, h)  # type: ignore[no-untyped-call]
+    y = _finish(y, x, D, z).to(u.dtype)
+    return (y, last_state) if return_last_state else y
+
+
+def _prepare(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Everything in float32 at least, delta with its bias and softplus, and the first state."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     x, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
     if delta_bias is not None:
@@ -113,12 +121,16 @@ def _selective_scan_torch(
         delta = F.softplus(delta)
     if initial_state is None:
         initial_state = x.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-    y, last_state = _Scan.apply(delta * x, delta, A, B, C, initial_state.to(dtype))  # type: ignore[no-untyped-call]
+    return x, delta, A, B, C, initial_state.to(dtype)
+
+
+def _finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """y + D x, times silu(z)."""
     if D is not None:
-        y = y + D.to(dtype) * x
+        y = y + D.to(y.dtype) * x
     if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return (y.to(u.dtype), last_state) if return_last_state else y.to(u.dtype)
+        y = y * F.silu(z.to(y.dtype))
+    return y
 
 
 class _Scan(torch.autograd.Function):
@@ -147,6 +159,7 @@ class _Scan(torch.autograd.Function):
         return y, h.mT.contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of x, delta, A, B, C and the initial state."""
         x, delta, A, B, C, *saved = ctx.saved_tensors

@@ -76,7 +76,8 @@ def ssd(
     run = ssd_ref
     if resolve_backend(backend, x.device).name == "torch":
         run = _ssd_chunked
-    return run(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, return_last_state)
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 states lose the sum
+        return run(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, return_last_state)
 
 
 def _prepare(

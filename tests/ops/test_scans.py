@@ -12,7 +12,7 @@ from m2rec.ops import causal_conv1d, causal_conv1d_ref, selective_scan, selectiv
 
 LENGTHS = [1, 2, 63, 200]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
 
 
 def scan_inputs(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> Inputs:
@@ -167,6 +167,21 @@ def test_causal_conv1d_is_torch_conv1d():
     x = torch.randn(2, 9, 5)
     expected = F.silu(conv(x.mT)[..., :9].mT)
     assert torch.allclose(causal_conv1d_ref(x, conv.weight[:, 0], conv.bias), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["scan", "ssd"])
+def test_autocast_does_not_reach_the_recurrence(name: str):
+    """Under bfloat16 autocast the result keeps float32 precision."""
+    if name == "scan":
+        inputs, op, ref = scan_inputs(100, torch.float32), selective_scan, selective_scan_ref
+        inputs["delta_softplus"] = True
+    else:
+        inputs, op, ref = ssd_inputs(100, torch.float32), ssd, ssd_ref
+        inputs["dt_softplus"] = True
+    expected = ref(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = op(**inputs, backend="torch")
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
