@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,7 +171,8 @@ def _describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str
 def _new_folder(config: Config) -> Path:
     """A folder that no other run has, named after model, data set and time."""
     time = datetime.now().strftime("%Y%m%d-%H%M%S")
-    base = Path(config["runs_dir"]) / f"{config['variant']}-{config['dataset']}-{time}"
+    name = re.sub(r"[^\w.+-]+", "_", f"{config['variant']}-{config['dataset']}-{time}")
+    base = Path(config["runs_dir"]) / name
     for attempt in range(1, 1000):
         folder = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
         try:

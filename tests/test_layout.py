@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "m2rec"
@@ -88,6 +89,13 @@ def test_every_path_in_the_readme_exists():
         assert target.exists(), line
         if name.endswith("/"):
             folders.append(target)
+
+
+def test_every_yaml_of_the_project_loads():
+    found = [path for path in tracked() if path.suffix in (".yaml", ".yml")]
+    assert {"config.yaml", "environment.yaml", "overall.yaml"} <= {path.name for path in found}
+    for path in found:
+        assert isinstance(yaml.safe_load(path.read_text()), dict), path
 
 
 def test_what_is_committed_is_small():

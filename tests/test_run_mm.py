@@ -108,7 +108,9 @@ def test_a_runs_config_repeats_it(command: Command, toy: Path):
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("model", ["SASRec", "BERT4Rec", "GRU4Rec", "NARM", "Caser", "FEARec", "Mamba4Rec"])
+@pytest.mark.parametrize(
+    "model", ["SASRec", "BERT4Rec", "GRU4Rec", "NARM", "Caser", "FEARec", "Mamba4Rec", "FPMC"]
+)
 def test_baselines_report_both_protocols(command: Command, toy: Path, model: str):
     sizes = {"n_layers": 2, "n_heads": 2, "embedding_size": 16, "train_batch_size": 512, "epochs": 1}
     ours = {k: v for k, v in small(toy).items() if k not in ("head_dim", "d_state")}
@@ -128,6 +130,23 @@ def test_without_text_vectors_it_says_so_and_runs(command: Command, toy: Path):
 def test_two_runs_in_one_second_have_two_folders(command: Command, toy: Path):
     folders = {command(*as_arguments(small(toy, epochs=1)))[1].splitlines()[-1] for _ in range(3)}
     assert len(folders) == 3
+
+
+def test_a_data_sets_name_stays_inside_the_runs_folder(command: Command, tmp_path: Path):
+    write_inter(tmp_path / "a b", "Ä x", random_rows())
+    status, out, _ = command(*as_arguments(small(tmp_path / "a b", "Ä x", epochs=1)))
+    assert status == 0
+    assert Path(out.splitlines()[-1]).parent == tmp_path / "runs"
+
+
+def test_bpr_of_a_recbole_model(command: Command, toy: Path):
+    given = {"dataset": "toy", "data_path": toy, "epochs": 1, "gpu_id": ""}
+    status, _, err = command(*as_arguments(given), "--model=GRU4Rec", "--loss_type=BPR", "--topk=[5,10]")
+    assert status == 0, err
+
+
+def test_mixed_precision_trains(command: Command, toy: Path):
+    assert command(*as_arguments(small(toy, enable_amp=True)))[0] == 0
 
 
 def test_only_three_interactions_each(command: Command, tmp_path: Path):
