@@ -137,7 +137,8 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x, z: (B, L, E) -> (B, L, E)."""
-        return F.rms_norm(x * F.silu(z), self.weight.shape, self.weight, self.eps)
+        gated = (x * F.silu(z)).to(self.weight.dtype)
+        return F.rms_norm(gated, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 def _initial_dt_bias(size: int) -> Tensor:
