@@ -8,16 +8,18 @@ Padding is never a class: row 0 of the item table takes no part.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Rows = Callable[[Tensor], Tensor]
 
 
-def cross_entropy(x: Tensor, targets: Tensor, item_table: Tensor) -> Tensor:
-    """Mean softmax cross-entropy over all items.
+def cross_entropy_ref(x: Tensor, targets: Tensor, item_table: Tensor) -> Tensor:
+    """Mean softmax cross-entropy over all items, with all scores (S, V) at once.
 
     Args:
         x: (S, D).
@@ -25,6 +27,45 @@ def cross_entropy(x: Tensor, targets: Tensor, item_table: Tensor) -> Tensor:
         item_table: (V, D).
     """
     return F.cross_entropy(x @ item_table[1:].T, targets - 1)
+
+
+def cross_entropy(x: Tensor, targets: Tensor, item_table: Tensor, memory: int = 16) -> Tensor:
+    """As `cross_entropy_ref`, holding at most `memory` MiB of scores (one position's at least)."""
+    dtype = torch.promote_types(item_table.dtype, torch.float32)
+    rows = max(1, memory * 2**20 // (dtype.itemsize * len(item_table)))
+    with torch.autocast(x.device.type, enabled=False):
+        loss: Tensor = _CrossEntropy.apply(x.to(dtype), item_table[1:].to(dtype), targets - 1, rows)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Softmax cross-entropy over chunks of positions; the gradient is made on the way forward.
+
+    The loss is a scalar, so backward only has to scale what forward has found.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, classes: Tensor, rows: int) -> Tensor:
+        """x (S, D), table (V, D), classes (S,), rows per chunk -> the mean loss."""
+        dx, dtable, total = torch.empty_like(x), torch.zeros_like(table), x.new_zeros(())
+        for start in range(0, len(x), rows):
+            part, own = x[start : start + rows], classes[start : start + rows, None]
+            scores = part @ table.T
+            normaliser = scores.logsumexp(1, keepdim=True)
+            total += (normaliser - scores.gather(1, own)).sum()
+            error = scores.sub_(normaliser).exp_()  # softmax less one at the target
+            error.scatter_add_(1, own, -torch.ones_like(normaliser))
+            dx[start : start + rows] = error @ table
+            dtable.addmm_(error.T, part)
+        ctx.save_for_backward(dx / len(x), dtable / len(x))
+        return total / len(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of x and table."""
+        dx, dtable = ctx.saved_tensors
+        return dx * grads[0], dtable * grads[0], None, None
 
 
 def sampled_cross_entropy(x: Tensor, targets: Tensor, rows: Rows, n_items: int, n_negatives: int) -> Tensor:

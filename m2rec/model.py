@@ -88,7 +88,7 @@ class M2Rec(SequentialRecommender):
     def _loss(self, x: Tensor, targets: Tensor, interaction: Interaction) -> Tensor:
         """x: (S, D), targets: (S,) -> the loss that `loss_type` names."""
         if self.settings.loss_type == "CE":
-            return cross_entropy(x, targets, self.encoder.item_table())
+            return cross_entropy(x, targets, self.encoder.item_table(), self.settings.loss_memory)
         if self.settings.loss_type == "sampled":
             return sampled_cross_entropy(
                 x, targets, self.encoder.items, self.n_items, self.settings.n_negatives

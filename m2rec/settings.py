@@ -95,6 +95,7 @@ class ModelSettings(_Settings):
     text_width: int = integer(0, 0, 65_536)
     init: str = choice("standard", "mamba4rec")
     loss_type: str = choice("CE", "sampled", "BPR")
+    loss_memory: int = integer(16, 1, 1_048_576)
     n_negatives: int = integer(512, 1)
 
     def __post_init__(self) -> None:

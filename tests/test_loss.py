@@ -6,13 +6,43 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from m2rec.loss import bpr, cross_entropy, other_items, sampled_cross_entropy
+from m2rec.loss import bpr, cross_entropy, cross_entropy_ref, other_items, sampled_cross_entropy
 
 S, D, V = 40, 8, 50
 
 
 def made() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(S, D), torch.randint(1, V, (S,)), torch.randn(V, D)
+
+
+@pytest.mark.parametrize("n_items", [2, V, 300_000])
+def test_cross_entropy_in_chunks_equals_the_whole(n_items: int):
+    """Value and gradients; with 300,000 items and 1 MiB a chunk is a single position."""
+    x, table = torch.randn(7, D).double(), torch.randn(n_items, D).double()
+    targets = torch.randint(1, n_items, (7,))
+    results = []
+    for function, options in ((cross_entropy_ref, {}), (cross_entropy, {"memory": 1})):
+        leaves = [x.clone().requires_grad_(), table.clone().requires_grad_()]
+        loss = function(leaves[0], targets, leaves[1], **options) * 3
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for whole, chunked in zip(*results, strict=True):
+        assert torch.allclose(whole, chunked, atol=1e-12)
+
+
+def test_cross_entropy_holds_no_more_scores_than_asked(monkeypatch: pytest.MonkeyPatch):
+    """The largest product made inside stays within `memory` MiB."""
+    sizes: list[int] = []
+    original = torch.Tensor.logsumexp
+
+    def spy(scores: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        sizes.append(scores.numel() * scores.element_size())
+        return original(scores, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "logsumexp", spy)
+    cross_entropy(
+        torch.randn(5_000, D), torch.ones(5_000, dtype=torch.int64), torch.randn(1_000, D), memory=2
+    )
+    assert len(sizes) == 10 and max(sizes) <= 2 * 2**20
 
 
 def test_cross_entropy_leaves_padding_out():

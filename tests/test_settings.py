@@ -36,6 +36,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("text_width", -1, "a whole number from 0 to "),
     ("init", "xavier", "one of standard, mamba4rec"),
     ("loss_type", "MSE", "one of CE, sampled, BPR"),
+    ("loss_memory", 0, "a whole number from 1 to "),
     ("n_negatives", 0, "a whole number from 1 to "),
 ]
 
