@@ -7,11 +7,14 @@ V, T    items including padding, width of the text vectors
 K       branches of a layer
 """
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m2rec.layer import Layer
+from m2rec.layer import Layer, LayerState
 from m2rec.settings import ModelSettings
 from m2rec.text import TextProjection, has_text
 
@@ -99,6 +102,26 @@ class Encoder(nn.Module):
             x, w = layer(x, items, lengths, self.vectors, self.described)
             weights.append(w)
         return x, weights
+
+    def advance(
+        self, items: Tensor, states: list[LayerState] | None = None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Continue histories by the items (B, L) that follow `states`, None before the first.
+
+        Every row goes its own way: rows may be at any length. The cost does not depend on what
+        came before.
+
+        Returns:
+            The vectors (B, L, D), equal to those of `forward` over the whole histories, and
+            the states after these items.
+        """
+        x = self.dropout(self.norm(self.items(items)))
+        before: Sequence[LayerState | None] = states or [None] * len(self.layers)
+        after = []
+        for layer, state in zip(cast(Iterable[Layer], self.layers), before, strict=True):
+            x, new = layer.advance(x, items, self.vectors, self.described, state)
+            after.append(new)
+        return x, after
 
     def last(self, items: Tensor, lengths: Tensor) -> Tensor:
         """items: (B, L), lengths: (B,) -> the vector of each last position, (B, D)."""

@@ -58,21 +58,29 @@ class CausalFilter(nn.Module):
         y: Tensor = torch.fft.irfft(spectrum * response, n=size, dim=1)
         return y[:, :length].to(x.dtype)
 
-    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One position of the same filter as M complex recurrences per channel.
+    def advance(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Continue a history: each mode is a complex recurrence, so its past is one number.
 
-        h_m <- exp(-a_m + i w_m) h_m + x and y = Re sum_m (b_m - i c_m) h_m.
+            h_m[t] = p_m h_m[t-1] + x[t],   p_m = exp(-a_m + i w_m),   y = Re sum_m (b_m - i c_m) h_m
 
         Args:
-            x: (B, D), the newest position.
-            state: (B, D, M) complex from the step before; None before the first.
+            x: (B, L, D), the next positions.
+            state: (B, D, M) complex from the positions before; None before the first.
 
         Returns:
-            y (B, D) and the new state.
+            y (B, L, D) and the state after x.
         """
-        pole = torch.polar(torch.exp(-self.log_damping.exp()), self.frequency)
-        h = x[..., None] + (0 if state is None else pole * state)
-        return (torch.complex(self.cosine, -self.sine) * h).real.sum(-1), h.to(pole.dtype)
+        length = x.shape[1]
+        y = self(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        pole = torch.polar(torch.exp(-self.log_damping.exp()), self.frequency).to(dtype.to_complex())
+        powers = pole[..., None] ** torch.arange(length + 1, device=x.device)  # (D, M, L + 1)
+        added = torch.einsum("bld,dml->bdm", x.to(pole.dtype), powers[..., :length].flip(-1))
+        if state is None:
+            return y, added
+        heard = torch.complex(self.cosine, -self.sine) * state
+        echo = torch.einsum("bdm,dml->bld", heard, powers[..., 1:]).real
+        return y + echo.to(y.dtype), powers[..., length] * state + added
 
 
 class LowPass(nn.Module):

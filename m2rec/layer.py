@@ -1,13 +1,22 @@
 """One stacked layer: branches -> gate -> residual and norm -> feed-forward."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from m2rec.fourier import CausalFilter, LowPass
 from m2rec.gate import MeanGate, SoftmaxGate
-from m2rec.mamba import Mamba, Mamba2
+from m2rec.mamba import Mamba, Mamba2, MixerState
 from m2rec.settings import ModelSettings
 from m2rec.text import TextProjection
+
+
+class LayerState(NamedTuple):
+    """What a layer remembers of a history; its size does not depend on the history's length."""
+
+    mixer: MixerState
+    filter: Tensor | None
 
 
 class Layer(nn.Module):
@@ -50,9 +59,42 @@ class Layer(nn.Module):
             The new (B, L, D) and the gate's weights (B, L, K, D), K in the order of `branches`.
         """
         outputs = [self.mamba(x)]
-        available = [torch.ones_like(items, dtype=torch.bool)] * len(self.branches)
         if self.filter is not None:
             outputs.append(self.filter(x, lengths))
+        return self._merge(x, outputs, items, vectors, described)
+
+    def advance(
+        self,
+        x: Tensor,
+        items: Tensor,
+        vectors: Tensor | None,
+        described: Tensor | None,
+        state: LayerState | None,
+    ) -> tuple[Tensor, LayerState]:
+        """As `forward` for the positions that follow `state`, None before the first.
+
+        Raises:
+            ValueError: the filter is the low-pass, which can't run forward in time.
+        """
+        y, mixer = self.mamba.advance(x, None if state is None else state.mixer)
+        outputs, memory = [y], None
+        if isinstance(self.filter, LowPass):
+            raise ValueError("filter: 'low_pass' needs the whole history at once; train with filter: causal")
+        if self.filter is not None:
+            f, memory = self.filter.advance(x, None if state is None else state.filter)
+            outputs.append(f)
+        return self._merge(x, outputs, items, vectors, described)[0], LayerState(mixer, memory)
+
+    def _merge(
+        self,
+        x: Tensor,
+        outputs: list[Tensor],
+        items: Tensor,
+        vectors: Tensor | None,
+        described: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The semantic branch, the gate, and what follows it; arguments and result as in `forward`."""
+        available = [torch.ones_like(items, dtype=torch.bool)] * len(self.branches)
         if self.text is not None:
             assert vectors is not None and described is not None
             outputs.append(self.text(items, vectors))

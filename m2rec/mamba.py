@@ -22,6 +22,9 @@ from m2rec.ops import causal_conv1d, selective_scan, ssd
 # The step size dt starts log-uniformly in this range (paper 2312.00752, section 3.6).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
+# What a mixer remembers of a history: the convolution's last inputs and the scan's state.
+MixerState = tuple[Tensor, Tensor]
+
 
 class Mamba(nn.Module):
     """Mamba mixer: (B, L, D) -> (B, L, D), causal.
@@ -54,10 +57,20 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, L, D) -> (B, L, D)."""
+        y, _ = self.advance(x, None)
+        return y
+
+    def advance(self, x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        """Continue a history: x (B, L, D) after `state`, None before the first position.
+
+        Returns:
+            y (B, L, D) and the state after x: the last K - 1 inputs of the convolution
+            (B, K - 1, E), and the scan's (B, E, N).
+        """
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
-        u = causal_conv1d(u, self.conv1d.weight[:, 0], self.conv1d.bias, backend=self.backend)
+        u, window = _convolve(u, state, self.conv1d, self.backend)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = selective_scan(
+        y, h = selective_scan(
             u,
             dt @ self.dt_proj.weight.T,
             -torch.exp(self.A_log.float()),
@@ -67,9 +80,11 @@ class Mamba(nn.Module):
             z=z,
             delta_bias=self.dt_proj.bias,
             delta_softplus=True,
+            initial_state=None if state is None else state[1],
+            return_last_state=True,
             backend=self.backend,
         )
-        return self.out_proj(y)  # type: ignore[no-any-return]
+        return self.out_proj(y), (window, h)
 
 
 class Mamba2(nn.Module):
@@ -108,11 +123,16 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, L, D) -> (B, L, D)."""
+        y, _ = self.advance(x, None)
+        return y
+
+    def advance(self, x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        """As `Mamba.advance`; the states are (B, K - 1, E + 2N) and (B, H, P, N)."""
         mixed = self.inner + 2 * self.d_state
         z, xBC, dt = self.in_proj(x).split([self.inner, mixed, len(self.D)], dim=-1)
-        xBC = causal_conv1d(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, backend=self.backend)
+        xBC, window = _convolve(xBC, state, self.conv1d, self.backend)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
-        y = ssd(
+        y, h = ssd(
             u.unflatten(-1, (-1, self.head_dim)),
             dt,
             -torch.exp(self.A_log.float()),
@@ -121,10 +141,11 @@ class Mamba2(nn.Module):
             self.D,
             dt_bias=self.dt_bias,
             dt_softplus=True,
+            initial_state=None if state is None else state[1],
+            return_last_state=True,
             backend=self.backend,
         )
-        assert isinstance(y, Tensor)
-        return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[no-any-return]
+        return self.out_proj(self.norm(y.flatten(-2), z)), (window, h)
 
 
 class GatedRMSNorm(nn.Module):
@@ -139,6 +160,17 @@ class GatedRMSNorm(nn.Module):
         """x, z: (B, L, E) -> (B, L, E)."""
         gated = (x * F.silu(z)).to(self.weight.dtype)
         return F.rms_norm(gated, self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def _convolve(x: Tensor, state: MixerState | None, conv: nn.Conv1d, backend: str) -> tuple[Tensor, Tensor]:
+    """The short convolution after the inputs in `state`: x (B, L, E) -> (B, L, E), last inputs."""
+    kept, weight = conv.weight.shape[2] - 1, conv.weight[:, 0]
+    if state is None:
+        y = causal_conv1d(x, weight, conv.bias, backend=backend)
+        return y, F.pad(x, (0, 0, kept, 0))[:, x.shape[1] :]
+    inputs = torch.cat([state[0], x], dim=1)
+    y = causal_conv1d(inputs, weight, conv.bias, backend=backend)
+    return y[:, kept:], inputs[:, x.shape[1] :]
 
 
 def _initial_dt_bias(size: int) -> Tensor:

@@ -112,6 +112,34 @@ def test_every_item_of_the_history_changes_the_scores(position: int):
     assert not torch.allclose(made.last(items, lengths), made.last(changed, lengths), atol=1e-6)
 
 
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("cuts", [[1] * L, [5, 1, 6], [2, 10]])
+def test_item_by_item_equals_the_whole(mixer: str, cuts: list[int]):
+    """A batch of histories of different lengths; padding only touches states nobody reads again."""
+    made, (items, lengths) = encoder(mixer=mixer), histories(L, 5, 1)
+    whole, states, pieces = made(items, lengths), None, []
+    for piece in items.split(cuts, dim=1):
+        x, states = made.advance(piece, states)
+        pieces.append(x)
+    stepped = torch.cat(pieces, 1)
+    for row, n in enumerate(lengths.tolist()):
+        assert torch.allclose(stepped[row, :n], whole[row, :n], atol=1e-5)
+
+
+def test_the_state_does_not_grow():
+    made, (items, _) = encoder(), histories(L, L)
+    sizes = []
+    for n in (1, 2, L):
+        _, states = made.advance(items[:, :n])
+        sizes.append([t.shape for state in states for t in (*state.mixer, state.filter)])
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_the_low_pass_cannot_run_forward():
+    with pytest.raises(ValueError, match="'low_pass' needs the whole history at once"):
+        encoder(filter="low_pass").advance(torch.tensor([[1]]))
+
+
 def test_text_switches():
     assert encoder(text=False).table_text is None
     only_table = encoder(text_in_sequence=False)

@@ -37,12 +37,24 @@ def test_equals_its_convolution_and_its_recurrence(length: int):
     made, x = CausalFilter(4, 5, 50).double(), torch.randn(3, length, 4).double()
     kernel = made.kernel(length)
     by_sum = torch.stack([(kernel[:, : t + 1].flip(1).T * x[:, : t + 1]).sum(1) for t in range(length)], 1)
-    state, steps = None, []
+    pole = torch.polar(torch.exp(-made.log_damping.exp()), made.frequency)
+    h, steps = torch.zeros(3, 4, 5, dtype=torch.complex128), []
     for t in range(length):
-        y, state = made.step(x[:, t], state)
-        steps.append(y)
+        h = pole * h + x[:, t, :, None]
+        steps.append((torch.complex(made.cosine, -made.sine) * h).real.sum(-1))
     assert torch.allclose(made(x), by_sum)
     assert torch.allclose(made(x), torch.stack(steps, 1))
+    assert torch.allclose(made.advance(x, None)[1], h)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 20, [7, 13], [20]])
+def test_advancing_in_pieces_equals_the_whole(cuts: list[int]):
+    made, x = CausalFilter(4, 5, 50).double(), torch.randn(3, 20, 4).double()
+    state, pieces = None, []
+    for piece in x.split(cuts, dim=1):
+        y, state = made.advance(piece, state)
+        pieces.append(y)
+    assert torch.allclose(torch.cat(pieces, 1), made(x))
 
 
 def test_passes_its_own_frequency_and_stops_another():
