@@ -35,6 +35,11 @@ def test_order_of_strength(tmp_path: Path):
     assert config["epochs"] == 3
     assert config["learning_rate"] == 0.0005
     assert config["train_batch_size"] == 64  # properties/model/M2Rec.yaml, RecBole has 2048
+    assert build_config({"dataset": "ml-1m"}, file)["MAX_ITEM_LIST_LENGTH"] == 200
+    file.write_text("MAX_ITEM_LIST_LENGTH: 77\nmodel: Mamba4Rec\nmixer: mamba2\n")
+    config = build_config({"dataset": "ml-1m"}, file)
+    assert (config["MAX_ITEM_LIST_LENGTH"], config["mixer"], config["init"]) == (77, "mamba2", "mamba4rec")
+    assert build_config({"dataset": "ml-1m", "MAX_ITEM_LIST_LENGTH": 9}, file)["MAX_ITEM_LIST_LENGTH"] == 9
     assert config["neg_sampling"] is None and config["LIST_SUFFIX"] == "_list"  # RecBole's own
 
 

@@ -75,18 +75,20 @@ def test_the_metrics_are_those_of_the_saved_weights(command: Command, toy: Path)
     with torch.no_grad():
         scores = model.eval().full_sort_predict(test.inter_feat)
     scores[:, 0] = -torch.inf
-    hits = {"test": 0, "test_unseen": 0}
+    sums = {"test": 0.0, "test_unseen": 0.0}
     items = test.field2token_id["item_id"]
     users = test.field2id_token["user_id"][test.inter_feat["user_id"].numpy()]
     for row, target in enumerate(test.inter_feat["item_id"].tolist()):
         own = [r for r in random_rows() if r[0] == users[row]]
         before = [items[item] for _, item, _ in sorted(own, key=lambda r: r[2])[:-1]]
-        hits["test"] += int((scores[row] > scores[row, target]).sum() < 5)
+        rank = 1 + int((scores[row] > scores[row, target]).sum())
+        sums["test"] += 1 / rank if rank <= 10 else 0
         unseen = scores[row].clone()
         unseen[[item for item in before if item != target]] = -torch.inf
-        hits["test_unseen"] += int((unseen > unseen[target]).sum() < 5)
-    for part, count in hits.items():
-        assert metrics[part]["hit@5"] == pytest.approx(count / len(users), abs=1e-5)
+        rank = 1 + int((unseen > unseen[target]).sum())
+        sums["test_unseen"] += 1 / rank if rank <= 10 else 0
+    for part, total in sums.items():
+        assert metrics[part]["mrr@10"] == pytest.approx(total / len(users), abs=1e-5)
 
 
 def test_every_metric_that_is_offered_works(command: Command, toy: Path):
