@@ -24,7 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from m2rec.configuration import build_config, parse_arguments
         from m2rec.experiment import run
 
-        config = build_config(parse_arguments(arguments), CONFIG)
+        given = parse_arguments(arguments)
+        if given.get("state") == "DEBUG":  # before anything can go wrong
+            logging.getLogger().setLevel(logging.DEBUG)
+        config = build_config(given, CONFIG)
         logging.getLogger().setLevel(config["state"])
         result = run(config)
     except (ValueError, OSError) as error:
@@ -44,9 +47,10 @@ def format_table(metrics: dict) -> str:
     parts = [part for part in ("valid", "test", "test_unseen") if metrics[part]]
     seconds = metrics["seconds"]["total"]
     title = f"{metrics['model']} on {metrics['dataset']}, seed {metrics['seed']}, {seconds:.0f} s"
-    lines = ["", title, f"{'metric':<10}" + "".join(f"{part:>14}" for part in parts)]
+    width = max(len(name) for name in ("metric", *metrics["test"])) + 2
+    lines = ["", title, f"{'metric':<{width}}" + "".join(f"{part:>12}" for part in parts)]
     for name in metrics["test"]:
-        lines.append(f"{name:<10}" + "".join(f"{metrics[part][name]:>14.4f}" for part in parts))
+        lines.append(f"{name:<{width}}" + "".join(f"{metrics[part][name]:>12.4f}" for part in parts))
     lines.append(
         f"full ranking, time order {metrics['protocol']['time_order']}; "
         "test: history stays in the ranking, test_unseen: history removed"

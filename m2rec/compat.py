@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 INSTALL_RECBOLE = (
-    "recbole is not installed; RecBole 1.2.1 has no plain install on Python 3.12 and newer, "
-    "so run: pip install --no-deps recbole==1.2.1"
+    "recbole is not installed; run: pip install --no-deps recbole==1.2.1 "
+    "(what it needs comes with this project; its own list can't be installed on Python 3.12 and newer)"
 )
 
 # RecBole 1.2.1 reads NumPy names that NumPy 2 removed (RUCAIBox/RecBole#2212, #2215); goes
@@ -63,7 +63,8 @@ Config.compatibility_settings(None)
 torch.autograd.set_detect_anomaly(False)
 
 
-# Each run would print these two: RecBole 1.2.1 makes tensors from pandas 3's read-only arrays
+# Each run would print these two, which no upstream issue names; they go with RecBole's next
+# release for today's torch and pandas: RecBole 1.2.1 makes tensors from pandas 3's read-only arrays
 # (it copies them next) and names torch.cuda.amp.GradScaler, which torch renamed.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler", category=FutureWarning)
@@ -105,7 +106,10 @@ def _split_remapped(feat: object, column: str, ids: np.ndarray) -> list[np.ndarr
 
 
 def _remap(self: Dataset, remap_list: list[tuple[object, str, FeatureType]]) -> None:
-    """Dataset._remap with one length per row (see `_split_remapped`); same ids as stock."""
+    """Dataset._remap with one length per row (see `_split_remapped`); same ids as stock.
+
+    No upstream issue found; goes when RecBole supports pandas 3.
+    """
     import pandas as pd
 
     if not remap_list:
@@ -140,11 +144,12 @@ Collector.get_data_struct = _get_data_struct
 Dataset._fill_nan = _fill_nan
 Dataset._remap = _remap
 
-# RecBole leaves two finished progress bars per epoch on the screen; ours clear themselves.
+# RecBole leaves two finished progress bars per epoch on the screen and has no switch (no upstream
+# issue found); goes when it has one.
 _trainer.tqdm = partial(_trainer.tqdm, leave=False)
 
 # RecBole opens ./log_tensorboard for every trainer and gives no switch (RecBole 1.2.1,
-# utils/logger.py); our trainer opens its own where the run folder is.
+# utils/logger.py; no upstream issue found); our trainer opens its own in the run folder.
 _trainer.get_tensorboard = lambda logger: _NoTensorboard()
 
 __all__ = [

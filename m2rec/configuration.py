@@ -6,6 +6,7 @@ variant (`m2rec/properties/`), RecBole's own defaults.
 
 import difflib
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -29,10 +30,21 @@ from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
 from m2rec.settings import ModelSettings, RunSettings, check_together
 
+logger = logging.getLogger(__name__)
+
 PROPERTIES = Path(__file__).parent / "properties"
 
 # RecBole reads these without listing them anywhere
 _UNLISTED = {"dataset", "model"}
+
+# RecBole's properties that hold for every sequential model
+_GENERAL = ("overall.yaml", "dataset/sample.yaml", "quick_start_config/sequential.yaml")
+
+# RecBole's keys that this project's runs don't follow: nothing is pickled, and a run has its folder
+_WITHOUT_EFFECT = {
+    "checkpoint_dir", "config_file", "dataloaders_save_path", "dataset_save_path", "save_dataloaders",
+    "save_dataset",
+}  # fmt: skip
 
 # RecBole's metrics of a ranking with a cut, the only kind that full ranking by top-k measures
 METRICS = (
@@ -154,12 +166,29 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     if model is M2Rec:
         settings = ModelSettings.read(values)
         check_together(settings, run)
-        resolve_backend(settings.scan_backend, "cpu")
     elif run.rows == "dense":
         raise ValueError(
             f"rows: 'dense' is for M2Rec; {name} trains on its last position only, set rows: prefix"
         )
-    return RunConfig(model=model, dataset=dataset, config_dict=values)
+    config = RunConfig(model=model, dataset=dataset, config_dict=values)
+    if model is M2Rec:
+        resolve_backend(config["scan_backend"], config["device"])
+    unread = sorted(set(chosen) - keys_of(model))
+    if unread:
+        logger.warning("%s does not read these keys, they change nothing: %s", name, ", ".join(unread))
+    return config
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Every key that the run reads, with its value, such that `build_config` gives the same run.
+
+    Left out is what belongs to the machine: the GPU and the progress bars, unless they were asked for.
+    """
+    own = {"gpu_id", "show_progress", "checkpoint_dir", "variant"}
+    values = {**config.internal_config_dict, **config.external_config_dict}
+    read = keys_of(config.model_class) - own
+    kept = {key: value for key, value in values.items() if key in read and not key.startswith("MODEL_")}
+    return {**kept, "model": config["variant"]}
 
 
 def _config_files(named: Any, default_file: Path | None) -> list[Path]:
@@ -207,9 +236,22 @@ def known_keys() -> frozenset[str]:
     listed = re.compile(r"^(\w+):", re.MULTILINE)
     files = (RECBOLE / "properties").rglob("*.yaml")
     stock = {key for path in files for key in listed.findall(path.read_text(encoding="utf-8"))}
+    return frozenset(stock | _listed() | set(ModelSettings.keys()) | set(RunSettings.keys()) | _UNLISTED)
+
+
+def keys_of(model: type[SequentialRecommender]) -> frozenset[str]:
+    """The keys that a run of this model reads: the general ones and the model's own."""
+    files = [*_GENERAL, f"model/{model.__name__}.yaml"]
+    paths = [RECBOLE / "properties" / file for file in files]
+    stock = {key for path in paths if path.is_file() for key in read_yaml(path)}
+    own = ModelSettings.keys() if model is M2Rec else ("loss_type",)
+    return frozenset({*stock, *_listed(), *RunSettings.keys(), *own} - _WITHOUT_EFFECT)
+
+
+def _listed() -> set[str]:
+    """The keys in RecBole's own lists of arguments."""
     lists = (keys for name, keys in vars(argument_list).items() if name.endswith("_arguments"))
-    stock |= {key for keys in lists for key in keys}
-    return frozenset(stock | set(ModelSettings.keys()) | set(RunSettings.keys()) | _UNLISTED)
+    return {key for keys in lists for key in keys}
 
 
 def _check_keys(values: Mapping[str, Any]) -> None:

@@ -5,8 +5,10 @@ import logging
 import platform
 import re
 import subprocess
+import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +21,7 @@ import yaml
 
 from m2rec import __version__
 from m2rec.compat import Config, data_preparation, init_seed
-from m2rec.configuration import find_model
+from m2rec.configuration import find_model, resolved
 from m2rec.dataset import HistoryDataset
 from m2rec.files import write_text
 from m2rec.model import M2Rec
@@ -67,14 +69,15 @@ def run(config: Config) -> Result:
     with _explained(f"dataset: RecBole can't prepare {config['dataset']!r} with these keys"):
         dataset = HistoryDataset(config)
         train, valid, test = data_preparation(config, dataset)
-    _check_topk(config, dataset)
+    _fit_topk(config, dataset.item_num - 1)
     data = _describe_data(dataset, train, valid, test)
     logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))
     clock.lap("data")
 
     init_seed(config["seed"], config["reproducibility"])
     with _explained(f"model: {config['variant']} can't be made from these keys and this data"):
-        model = find_model(config["model"])(config, train.dataset).to(config["device"])
+        with redirect_stdout(sys.stderr):  # FEARec prints while it is made
+            model = find_model(config["model"])(config, train.dataset).to(config["device"])
     logger.info("%s: %s parameters", config["variant"], f"{sum(p.numel() for p in model.parameters()):,}")
     folder = _new_folder(config)
     _write_inputs(folder, config, dataset)
@@ -101,6 +104,7 @@ def run(config: Config) -> Result:
         "commit": _commit(),
         "versions": _versions(),
         "data": data,
+        "text": getattr(model, "text_source", None),
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": str(config["device"]),
         "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 3)},
@@ -114,14 +118,12 @@ def _explained(what: str) -> Iterator[None]:
     """Turn RecBole's many ways to trip over a key into one line; `--state=DEBUG` shows the trace."""
     try:
         yield
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        NotImplementedError,
-        TypeError,
-    ) as error:
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{what}: out of memory; lower train_batch_size or MAX_ITEM_LIST_LENGTH") from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, ValueError) and Path(place).is_relative_to(Path(__file__).parent):
+            raise  # ours, which names its key
         raise ValueError(f"{what} ({type(error).__name__}: {error}); --state=DEBUG shows where") from error
 
 
@@ -131,7 +133,7 @@ def _describe_device(config: Config) -> str:
     if device.type == "cuda":
         where = f"{device} ({torch.cuda.get_device_name(device)})"
     else:
-        why = "no CUDA device" if not torch.cuda.is_available() else "gpu_id is empty"
+        why = "as asked" if torch.cuda.is_available() else "no CUDA device"
         where = f"cpu ({why}), {torch.get_num_threads()} threads"
     if config["model"] != M2Rec.__name__:
         return f"device {where}"
@@ -139,10 +141,14 @@ def _describe_device(config: Config) -> str:
     return f"device {where}; scan backend {backend.name} ({backend.reason})"
 
 
-def _check_topk(config: Config, dataset: HistoryDataset) -> None:
-    n_items = dataset.item_num - 1
-    if max(config["topk"]) > n_items:
-        raise ValueError(f"topk: {config['topk']} is more than the {n_items} items of the data set; lower it")
+def _fit_topk(config: Config, n_items: int) -> None:
+    """Cut the lengths of the ranking to the number of items, and say so."""
+    if max(config["topk"]) <= n_items:
+        return
+    topk = sorted({min(k, n_items) for k in config["topk"]})
+    metric, _, cut = config["valid_metric"].partition("@")
+    config["topk"], config["valid_metric"] = topk, f"{metric}@{min(int(cut), n_items)}"
+    logger.warning("topk: cut to %s, the data set has %s items", topk, n_items)
 
 
 def _describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) -> dict[str, int]:
@@ -188,8 +194,7 @@ def _new_folder(config: Config) -> Path:
 
 def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset) -> None:
     """What the run was made from: the resolved config, and item tokens by internal id."""
-    settings = {k: v for k, v in config.external_config_dict.items() if k != "variant"}
-    settings["model"] = config["variant"]
+    settings = resolved(config)
     header = f"# python run_mm.py --config_files={folder / 'config.yaml'} repeats this run\n"
     write_text(folder / "config.yaml", header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     tokens = [str(token) for token in dataset.field2id_token[dataset.iid_field]]

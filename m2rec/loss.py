@@ -30,9 +30,12 @@ def cross_entropy_ref(x: Tensor, targets: Tensor, item_table: Tensor) -> Tensor:
 
 
 def cross_entropy(x: Tensor, targets: Tensor, item_table: Tensor, memory: int = 16) -> Tensor:
-    """As `cross_entropy_ref`, holding at most `memory` MiB of scores (one position's at least)."""
+    """As `cross_entropy_ref`, holding at most `memory` MiB of scores (one position's at least).
+
+    Scores are held twice for a moment, when their logarithms are summed.
+    """
     dtype = torch.promote_types(item_table.dtype, torch.float32)
-    rows = max(1, memory * 2**20 // (dtype.itemsize * len(item_table)))
+    rows = max(1, memory * 2**20 // (2 * dtype.itemsize * len(item_table)))
     with torch.autocast(x.device.type, enabled=False):
         loss: Tensor = _CrossEntropy.apply(x.to(dtype), item_table[1:].to(dtype), targets - 1, rows)  # type: ignore[no-untyped-call]
     return loss

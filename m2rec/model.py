@@ -12,6 +12,7 @@ positions of a history can be trained at once; see README, "What differs from th
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from m2rec import text_vectors
 from m2rec.compat import Config, Interaction, SequentialDataset, SequentialRecommender
 from m2rec.encoder import Encoder
 from m2rec.loss import bpr, cross_entropy, other_items, sampled_cross_entropy
+from m2rec.ops import resolve_backend
 from m2rec.settings import ModelSettings
 from m2rec.text_vectors import TextVectors
 
@@ -38,7 +40,10 @@ class M2Rec(SequentialRecommender):
 
     def __init__(self, config: Config, dataset: SequentialDataset) -> None:
         super().__init__(config, dataset)
-        self.settings = ModelSettings.read(config)
+        settings = ModelSettings.read(config)
+        backend = resolve_backend(settings.scan_backend, config["device"]).name
+        self.settings = replace(settings, scan_backend=backend)
+        self.text_source: dict[str, str | int] | None = None
         self.dense = getattr(dataset, "rows", "prefix") == "dense"
         text = self._load_text(config, dataset)
         self.encoder = Encoder(
@@ -53,7 +58,8 @@ class M2Rec(SequentialRecommender):
         if not self.settings.wants_text:
             return None
         name, data_path = config["dataset"], Path(config["data_path"])
-        path = text_vectors.find(self.settings.text_vectors, name, data_path)
+        asked = Path(config.external_config_dict.get("data_path", data_path.parent)) / name
+        path = text_vectors.find(self.settings.text_vectors, name, asked, data_path)
         if path is None:
             logger.warning(
                 "no text vectors for %s (looked for %s%s in %s and among the shipped ones): "
@@ -61,12 +67,15 @@ class M2Rec(SequentialRecommender):
                 name,
                 name,
                 text_vectors.SUFFIX,
-                data_path,
+                asked,
             )
             return None
         tokens = dataset.field2id_token[self.ITEM_ID]
         text = text_vectors.load(path, tokens, self.settings.text_whitening, self.settings.text_width)
-        logger.info("text for %s of %s items, %s", f"{text.matched:,}", f"{self.n_items - 1:,}", text.source)
+        items, width = self.n_items - 1, text.vectors.shape[1]
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        logger.info("text for %s of %s items, %s, %s wide", f"{text.matched:,}", f"{items:,}", shown, width)
+        self.text_source = {"file": str(path), **text.provenance, "matched": text.matched, "items": items}
         return text
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:

@@ -118,7 +118,10 @@ class ModelSettings(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(_Settings):
-    """The keys of a run that both RecBole and this project read, whatever the model."""
+    """The keys of a run that both RecBole and this project read, whatever the model.
+
+    The defaults here are RecBole's; the project's own are in properties/overall.yaml.
+    """
 
     model: str = text("M2Rec")
     dataset: str = text("ml-100k")
@@ -147,12 +150,20 @@ class RunSettings(_Settings):
     metric_decimal_place: int = integer(4, 1, 15)
 
 
+_LONGEST_LOW_PASS = 10_000
+
+
 def check_together(model: ModelSettings, run: RunSettings) -> None:
     """Refuse combinations of keys that would train on what they must not see."""
     if model.filter == "low_pass" and run.rows == "dense":
         raise ValueError(
             "filter: 'low_pass' sees the future and can't be trained with rows: 'dense'; "
             "set rows: prefix, or filter: causal"
+        )
+    if model.filter == "low_pass" and run.MAX_ITEM_LIST_LENGTH > _LONGEST_LOW_PASS:
+        raise ValueError(
+            f"MAX_ITEM_LIST_LENGTH: {run.MAX_ITEM_LIST_LENGTH} is too long for filter: 'low_pass', whose "
+            f"memory grows with its square; set at most {_LONGEST_LOW_PASS}, or filter: causal"
         )
 
 

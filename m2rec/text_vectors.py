@@ -5,6 +5,7 @@ A file is safetensors with `vectors` (n, T), the item tokens as UTF-8 bytes end 
 `date`. Vectors are joined to a data set by token, never by position.
 """
 
+import hashlib
 import json
 import struct
 from collections import Counter
@@ -33,21 +34,21 @@ class TextVectors:
             length on average.
         matched: how many items have text.
         mean, basis: what was subtracted (T0,) and multiplied with (T0, T), so that a later
-            item can get the same treatment; with `scale` folded into the basis.
-        source: path and provenance, for the log.
+            item can get the same treatment.
+        provenance: what the file says of itself, with its sha256.
     """
 
     vectors: Tensor
     matched: int
     mean: Tensor
     basis: Tensor
-    source: str
+    provenance: dict[str, str]
 
 
-def find(name: str, dataset: str, data_path: Path) -> Path | None:
+def find(name: str, dataset: str, *folders: Path) -> Path | None:
     """The file that the setting `text_vectors` means, None if there is none.
 
-    `auto` looks for <dataset>.text.safetensors beside the data, then among the shipped ones.
+    `auto` looks for <dataset>.text.safetensors in the folders, then among the shipped ones.
 
     Raises:
         ValueError: a file was named and does not exist.
@@ -61,7 +62,7 @@ def find(name: str, dataset: str, data_path: Path) -> Path | None:
                 "or set text_vectors: none"
             )
         return Path(name)
-    places = (data_path / f"{dataset}{SUFFIX}", SHIPPED / f"{dataset}{SUFFIX}")
+    places = (folder / f"{dataset}{SUFFIX}" for folder in (*folders, SHIPPED))
     return next((p for p in places if p.is_file()), None)
 
 
@@ -146,9 +147,8 @@ def load(path: Path, id_tokens: Sequence[str], whitening: str = "pca", width: in
     treated = (raw[rows] - mean) @ basis
     vectors = torch.zeros(len(id_tokens), basis.shape[1])
     vectors[ids] = treated
-    made = provenance.get("model", "unknown model")
-    source = f"{path.name} ({made}, {raw.shape[1]} wide, {whitening} to {basis.shape[1]})"
-    return TextVectors(vectors, len(found), mean, basis, source)
+    provenance["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return TextVectors(vectors, len(found), mean, basis, provenance)
 
 
 def fit_whitening(raw: Tensor, whitening: str, width: int) -> tuple[Tensor, Tensor]:
@@ -174,9 +174,12 @@ def fit_whitening(raw: Tensor, whitening: str, width: int) -> tuple[Tensor, Tens
     else:
         _, singular, components = torch.linalg.svd(centred, full_matrices=False)
         rank = max(min(int((singular > 1e-6 * singular[0]).sum()), len(raw) // 4), 1)
-        if width > raw.shape[1]:
-            raise ValueError(f"text_width: {width} is more than the vectors' width {raw.shape[1]}")
-        kept = min(width or rank, rank)
+        if width > rank:
+            raise ValueError(
+                f"text_width: {width} is more than the {rank} components that {len(raw)} vectors of "
+                f"width {raw.shape[1]} allow; lower it, or set 0"
+            )
+        kept = width or rank
         components, singular = components[:kept], singular[:kept]
         basis = components.T / singular
         if whitening == "zca":

@@ -51,6 +51,15 @@ class RunTrainer(Trainer):
         self.validates = valid_data is not None
         return super().fit(train_data, valid_data, *args, **{"verbose": False, **kwargs})
 
+    def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
+        """RecBole's optimiser, without weight decay on the parameters that are marked so."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        marked = [p for p in parameters if getattr(p, "_no_weight_decay", False)]
+        marked_ids = {id(p) for p in marked}
+        groups = [{"params": [p for p in parameters if id(p) not in marked_ids]}]
+        groups += [{"params": marked, "weight_decay": 0.0}] if marked else []  # type: ignore[dict-item]
+        return super()._build_optimizer(params=groups, **kwargs)  # type: ignore[no-any-return]
+
     def _train_epoch(self, train_data: Any, epoch_idx: int, *args: Any, **kwargs: Any) -> Any:
         start = perf_counter()
         total = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from m2rec import atomic, text_vectors
-from m2rec.compat import RECBOLE, data_folder
+from m2rec.compat import data_folder
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--dataset", required=True, help="name of the data set")
     parser.add_argument("--text-encoder", required=True, help="folder or hub name of the encoder")
-    parser.add_argument("--data_path", default="dataset", help="folder that holds NAME/NAME.item")
+    parser.add_argument(
+        "--data-path", "--data_path", default="dataset", help="folder that holds NAME/NAME.item"
+    )
     parser.add_argument("--id-column", default="item_id", help="column of the item token")
     parser.add_argument("--columns", nargs="+", help="columns to use, in order; all by default")
     parser.add_argument("--output", help="file to write; NAME.text.safetensors beside the data by default")
@@ -59,12 +61,9 @@ def embed(options: argparse.Namespace) -> Path:
     """
     name = options.dataset
     folder = data_folder(Path(options.data_path), name)
-    output = Path(options.output or folder / f"{name}{text_vectors.SUFFIX}")
-    if folder.is_relative_to(RECBOLE) and not options.output:
-        raise ValueError(f"--output: {name} comes with RecBole, whose folder stays as it is; name a file")
-    if not output.parent.is_dir():
-        raise ValueError(f"--output: there is no folder {output.parent}; make it or name another file")
+    output = Path(options.output or Path(options.data_path) / name / f"{name}{text_vectors.SUFFIX}")
     tokens, texts, columns = read_texts(folder / f"{name}.item", options.id_column, options.columns)
+    output.parent.mkdir(parents=True, exist_ok=True)
     vectors = encode(texts, options.text_encoder)
     provenance = {
         "model": options.model_name or options.text_encoder,
@@ -115,8 +114,10 @@ def encode(texts: list[str], encoder: str) -> np.ndarray:
         tokenizer = AutoTokenizer.from_pretrained(encoder)
         model = AutoModel.from_pretrained(encoder).eval()
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--text-encoder: can't load {encoder!r}: {reason}") from error
+        raise ValueError(
+            f"--text-encoder: can't load {encoder!r}; give the name of an encoder on the hub, or a folder "
+            f"with config.json, the tokenizer's files and model.safetensors ({error})"
+        ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding in a batch

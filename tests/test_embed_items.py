@@ -85,11 +85,7 @@ def test_mistakes(items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
             "column 'plot' is missing, the file has item_id, title, genre",
         ),
         ([*base, f"--text-encoder={tmp_path}/none"], "--text-encoder: can't load"),
-        (["--dataset=gone", "--text-encoder=x", f"--data_path={tmp_path}"], "--output: there is no folder"),
-        (
-            ["--dataset=ml-100k", "--text-encoder=x", f"--data_path={tmp_path}"],
-            "--output: ml-100k comes with RecBole",
-        ),
+        (["--dataset=gone", "--text-encoder=x", f"--data_path={tmp_path}"], "no item file"),
         ([*base, "--text-encoder=x", "--id-column=asin"], "column 'asin' is missing, the file has item_id"),
     ):
         assert embed_items.main(arguments) == 2

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import as_arguments, random_rows, small, write_inter
@@ -25,7 +27,8 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     folder = Path(lines[-1])
     assert folder.parent.name == "runs" and folder.name.startswith("M2Rec-toy-")
     assert "device cpu (" in err and "scan backend torch (auto: " in err
-    assert "text for 15 of 20 items, toy.text.safetensors (random, 8 wide, pca to 3)" in err
+    assert re.search(r"text for 15 of 20 items, \S+/toy\.text\.safetensors, 3 wide", err)
+    assert "does not read" not in err
     assert next(line for line in lines if line.startswith("metric")).split() == [
         "metric",
         "valid",
@@ -46,6 +49,18 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     for part in ("valid", "test", "test_unseen"):
         assert set(metrics[part]) == names
         assert all(0 <= value <= 1 for value in metrics[part].values())
+    text = metrics["text"]
+    assert (
+        text["model"] == "random"
+        and (text["matched"], text["items"]) == (15, 20)
+        and len(text["sha256"]) == 64
+    )
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (
+        written["learning_rate"] == 0.001
+        and written["MAX_ITEM_LIST_LENGTH"] == 10
+        and written["mixer"] == "mamba2"
+    )
     counts = metrics["data"]
     assert counts["users"] == 30 and counts["items"] == 20 and counts["interactions"] == len(random_rows())
     tokens = json.loads((folder / "items.json").read_text())
@@ -134,6 +149,32 @@ def test_two_runs_in_one_second_have_two_folders(command: Command, toy: Path):
     assert len(folders) == 3
 
 
+def test_the_readmes_own_data(command: Command, tmp_path: Path):
+    """The three users' files as README shows them; more items in the ranking than the shop has."""
+    shown = re.findall(r"```\n(\w+:token\t.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(shown) == 2
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    for name, text in zip(("shop.inter", "shop.item"), shown, strict=True):
+        (folder / name).write_text(text)
+    status, out, err = command("--dataset=shop", f"--data_path={tmp_path}", "--epochs=2", "--gpu_id=")
+    assert status == 0, err
+    assert "topk: cut to [4], the data set has 4 items" in err and "ndcg@4" in out
+
+
+def test_a_key_that_the_model_does_not_read_is_named(command: Command, toy: Path):
+    base = as_arguments({"dataset": "toy", "data_path": toy, "epochs": 1, "gpu_id": ""})
+    _, _, err = command(*base, "--model=SASRec", "--filter=none")
+    assert "SASRec does not read these keys, they change nothing: filter" in err
+    _, _, err = command(*base, "--model=Mamba4Rec", "--num_layers=1", "--save_dataset=true")
+    assert "Mamba4Rec does not read these keys, they change nothing: num_layers, save_dataset" in err
+
+
+def test_debug_shows_the_trace_of_a_mistake(command: Command, toy: Path):
+    status, _, err = command(*as_arguments(small(toy)), "--state=DEBUG", "--hidden_size=x")
+    assert status == 2 and "Traceback" in err and err.splitlines()[-1].startswith("run_mm.py: error: ")
+
+
 def test_a_data_sets_name_stays_inside_the_runs_folder(command: Command, tmp_path: Path):
     write_inter(tmp_path / "a b", "Ä x", random_rows())
     status, out, _ = command(*as_arguments(small(tmp_path / "a b", "Ä x", epochs=1)))
@@ -179,10 +220,6 @@ def test_one_user_and_twelve_items(command: Command, tmp_path: Path):
             ["--scan_backend=triton"],
             "scan_backend: 'triton' can't run here; choose one of auto, reference, torch",
         ),
-        (
-            ["--topk=[500]", "--valid_metric=NDCG@500"],
-            "topk: [500] is more than the 20 items of the data set",
-        ),
         (["epochs=3"], "argument 'epochs=3': expected --key=value"),
         (["--runs_dir=/dev/null/x"], "runs_dir: can't create "),
     ],
@@ -219,6 +256,13 @@ HEADER = "user_id:token\titem_id:token\ttimestamp:float"
         (None, ["--load_col={inter: [user_id, item_id, timestamp, x]}"], "toy.inter has no column 'x'"),
         (None, ["--threshold={timestamp: 3}"], "dataset: RecBole can't prepare 'toy' with these keys ("),
         (None, ["--model=SASRec", "--hidden_size=abc"], "model: SASRec can't be made from these keys"),
+        (None, ["--model=SASRec", "--attn_dropout_prob=1.5"], "model: SASRec can't be made from these keys"),
+        (None, ["--model=SASRec", "--loss_type=sampled"], "dataset: RecBole can't prepare 'toy'"),
+        (
+            None,
+            ["--filter=low_pass", "--rows=prefix", "--MAX_ITEM_LIST_LENGTH=500000"],
+            "is too long for filter",
+        ),
         (None, ["--model=FEARec", "--n_layers=1"], "model: FEARec can't be made from these keys"),
     ],
 )

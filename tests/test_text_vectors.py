@@ -56,7 +56,9 @@ def test_width_keeps_the_largest_components(tmp_path: Path):
     path, _ = saved(tmp_path, many)
     assert text_vectors.load(path, ["[PAD]", *many], "pca").vectors.shape == (41, 4)
     assert text_vectors.load(path, ["[PAD]", *many], "pca", 2).vectors.shape == (41, 2)
-    with pytest.raises(ValueError, match="text_width: 5 is more than the vectors' width 4"):
+    with pytest.raises(
+        ValueError, match="text_width: 5 is more than the 4 components that 40 vectors of width 4 allow"
+    ):
         text_vectors.load(path, ["[PAD]", *many], "pca", 5)
 
 
