@@ -11,13 +11,13 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from m2rec.checks import check_data_keys, check_device, check_evaluation, check_optional
 from m2rec.compat import (
     RECBOLE,
     Config,
@@ -45,13 +45,6 @@ _WITHOUT_EFFECT = {
     "checkpoint_dir", "config_file", "dataloaders_save_path", "dataset_save_path", "save_dataloaders",
     "save_dataset",
 }  # fmt: skip
-
-# RecBole's metrics of a ranking with a cut, the only kind that full ranking by top-k measures
-METRICS = (
-    "Hit", "NDCG", "MRR", "Recall", "Precision", "MAP", "ItemCoverage", "AveragePopularity",
-    "ShannonEntropy", "GiniIndex", "TailPercentage",
-)  # fmt: skip
-EVALUATION = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"}
 
 
 class RunConfig(Config):
@@ -159,10 +152,10 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     values.update(model=model.__name__, variant=name)
     _add_derived(values, model)
     run = RunSettings.read(values)
-    _check_evaluation(values)
-    _check_data_keys(values)
-    _check_device(values)
-    _check_optional(values)
+    check_evaluation(values)
+    check_data_keys(values)
+    check_device(values)
+    check_optional(values)
     if model is M2Rec:
         settings = ModelSettings.read(values)
         check_together(settings, run)
@@ -279,71 +272,3 @@ def _add_derived(values: dict[str, Any], model: type[SequentialRecommender]) -> 
     of_model = read_yaml(stock).get("loss_type") if stock.is_file() else None
     if model is M2Rec or values.get("loss_type", of_model) == "CE":
         values.setdefault("train_neg_sample_args", None)
-
-
-def _check_evaluation(values: dict[str, Any]) -> None:
-    """One protocol: leave-one-out, full ranking; and a stopping metric that is measured."""
-    args = values.get("eval_args")
-    if args is not None and (not isinstance(args, dict) or {**EVALUATION, **args} != EVALUATION):
-        raise ValueError(f"eval_args: {args} is not supported; leave it out (leave-one-out, full ranking)")
-    values["eval_args"] = dict(EVALUATION)
-    topk = values["topk"] if isinstance(values["topk"], list) else [values["topk"]]
-    if not topk or not all(type(k) is int and k > 0 for k in topk):
-        raise ValueError(f"topk: expected whole numbers from 1, got {values['topk']!r}")
-    metrics = values["metrics"] if isinstance(values["metrics"], list) else [values["metrics"]]
-    known = {metric.lower() for metric in METRICS}
-    if not metrics or not all(isinstance(m, str) and m.lower() in known for m in metrics):
-        raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {values['metrics']!r}")
-    measured = [f"{metric}@{k}" for metric in metrics for k in topk]
-    if str(values["valid_metric"]).lower() not in [m.lower() for m in measured]:
-        raise ValueError(
-            f"valid_metric: {values['valid_metric']!r} is not measured; choose one of {', '.join(measured)}"
-        )
-
-
-def _check_data_keys(values: Mapping[str, Any]) -> None:
-    """The forms of the keys that RecBole takes without a look."""
-    for key in ("user_inter_num_interval", "item_inter_num_interval"):
-        _check_interval(key, values.get(key))
-    ranges = values.get("val_interval") or {}
-    if not isinstance(ranges, dict):
-        raise ValueError(f"val_interval: expected {{column: '[low,high]'}}, got {ranges!r}")
-    for column, wanted in ranges.items():
-        if not isinstance(wanted, list):  # a list names the tokens to keep
-            _check_interval(f"val_interval of {column}", wanted)
-    load = values.get("load_col")
-    if not isinstance(load, dict) or not isinstance(load.get("inter"), list | str):
-        raise ValueError(f"load_col: expected {{inter: [column, ...]}}, got {load!r}")
-    clip = values.get("clip_grad_norm")
-    right = isinstance(clip, dict) and set(clip) <= {"max_norm", "norm_type"} and "max_norm" in clip
-    if clip is not None and not (right and all(type(v) in (int, float) and v > 0 for v in clip.values())):
-        raise ValueError(f"clip_grad_norm: expected {{max_norm: 5}} or ~, got {clip!r}")
-    for key in ("field_separator", "seq_separator", "LIST_SUFFIX"):
-        if key in values and not (isinstance(values[key], str) and values[key]):
-            raise ValueError(f"{key}: expected some text, got {values[key]!r}")
-
-
-def _check_interval(key: str, interval: Any) -> None:
-    """None, or text such as [5,inf)."""
-    number = r"[-+]?(?:\d+\.?\d*|inf)"
-    match = re.fullmatch(rf"[\[(]\s*({number})\s*,\s*({number})\s*[\])]", str(interval))
-    if interval is not None and (not match or float(match[1]) > float(match[2])):
-        raise ValueError(f"{key}: {interval!r} is no interval from low to high; write it as '[5,inf)'")
-
-
-def _check_optional(values: Mapping[str, Any]) -> None:
-    """A package that a key needs must be there."""
-    if values.get("log_wandb") and find_spec("wandb") is None:
-        raise ValueError("log_wandb: True needs the package wandb; pip install wandb, or leave log_wandb out")
-
-
-def _check_device(values: dict[str, Any]) -> None:
-    """A GPU that was asked for must exist; without the question RecBole takes what there is."""
-    if values.get("use_gpu") is False or values.get("gpu_id", 0) is None:
-        values["gpu_id"] = ""
-    gpu = str(values.get("gpu_id", "")).strip()
-    count = torch.cuda.device_count()
-    if gpu and not (gpu.isdigit() and int(gpu) < count):
-        raise ValueError(
-            f"gpu_id: there is no GPU {gpu!r}, PyTorch sees {count}; choose another, or leave gpu_id out"
-        )

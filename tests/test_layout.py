@@ -19,7 +19,7 @@ RANKS = [
     {"compat"},
     {"encoder"},
     {"layer", "text_vectors", "loss", "atomic"},
-    {"settings", "text", "files", "mamba", "fourier", "gate"},
+    {"settings", "checks", "text", "files", "mamba", "fourier", "gate"},
     {"ops"},
 ]
 KNOWS_RECBOLE = {"compat"}

@@ -107,7 +107,7 @@ def test_the_metrics_are_those_of_the_saved_weights(command: Command, toy: Path)
 
 
 def test_every_metric_that_is_offered_works(command: Command, toy: Path):
-    from m2rec.configuration import METRICS
+    from m2rec.checks import METRICS
 
     status, out, err = command(*as_arguments(small(toy, metrics=f"[{', '.join(METRICS)}]", epochs=1)))
     assert status == 0, err
