@@ -175,7 +175,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
 def resolved(config: Config) -> dict[str, Any]:
     """Every key that the run reads, with its value, such that `build_config` gives the same run.
 
-    Left out is what belongs to the machine: the GPU and the progress bars, unless they were asked for.
+    Left out is what belongs to the machine and the terminal: which GPU, and progress bars.
     """
     own = {"gpu_id", "show_progress", "checkpoint_dir", "variant"}
     values = {**config.internal_config_dict, **config.external_config_dict}
