@@ -118,6 +118,8 @@ def _explained(what: str) -> Iterator[None]:
     """Turn RecBole's many ways to trip over a key into one line; `--state=DEBUG` shows the trace."""
     try:
         yield
+    except OSError:  # a full disk or an unreadable file is no fault of a key
+        raise
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{what}: out of memory; lower train_batch_size or MAX_ITEM_LIST_LENGTH") from error
     except Exception as error:

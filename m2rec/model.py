@@ -88,8 +88,8 @@ class M2Rec(SequentialRecommender):
         targets = interaction[self.ITEM_ID]
         if self.dense:
             targets = shifted_targets(items, lengths, targets)
-            x = self.encoder(items, lengths)[targets > 0]
-            targets = targets[targets > 0]
+            wanted = targets > 0
+            x, targets = self.encoder(items, lengths)[wanted], targets[wanted]
         else:
             x = self(items, lengths)
         return self._loss(x, targets, interaction)

@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Protocol, Self
 
-ROWS = ("dense", "prefix")
-TIME_ORDERS = ("exact", "recbole")
-
 
 class _Values(Protocol):
     """What settings are read from: a dict or a RecBole Config."""
@@ -128,8 +125,8 @@ class RunSettings(_Settings):
     data_path: str = text("dataset")
     runs_dir: str = text("runs")
     seed: int = integer(2020, 0, 2**32 - 1)
-    rows: str = choice(*ROWS)
-    time_order: str = choice(*TIME_ORDERS)
+    rows: str = choice("dense", "prefix")
+    time_order: str = choice("exact", "recbole")
     MAX_ITEM_LIST_LENGTH: int = integer(50, 1, 1_000_000)
     epochs: int = integer(300, 1)
     stopping_step: int = integer(10, 0)

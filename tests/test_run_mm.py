@@ -1,6 +1,7 @@
 """The command: whole runs through run_mm.main, the run folder, and its errors."""
 
 import csv
+import errno
 import json
 import re
 import subprocess
@@ -168,6 +169,19 @@ def test_a_key_that_the_model_does_not_read_is_named(command: Command, toy: Path
     assert "SASRec does not read these keys, they change nothing: filter" in err
     _, _, err = command(*base, "--model=Mamba4Rec", "--num_layers=1", "--save_dataset=true")
     assert "Mamba4Rec does not read these keys, they change nothing: num_layers, save_dataset" in err
+
+
+def test_a_full_disk_is_called_by_its_name(command: Command, toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not blamed on a key; the weights are the first large file of a run."""
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("m2rec.files.save_file", full)
+    status, _, err = command(*as_arguments(small(toy)))
+    last = err.splitlines()[-1]
+    assert status == 2 and "Traceback" not in err
+    assert last == "run_mm.py: error: [Errno 28] No space left on device: 'model.safetensors'"
 
 
 def test_debug_shows_the_trace_of_a_mistake(command: Command, toy: Path):
