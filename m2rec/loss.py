@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -71,26 +71,92 @@ class _CrossEntropy(torch.autograd.Function):
         return dx * grads[0], dtable * grads[0], None, None
 
 
-def sampled_cross_entropy(x: Tensor, targets: Tensor, rows: Rows, n_items: int, n_negatives: int) -> Tensor:
-    """Mean cross-entropy against uniform negatives shared by all positions.
+class NegativeSampler(nn.Module):
+    """Draws items from 1 to V - 1, with replacement, and knows how likely each was.
 
-    Each negative stands for (V - 1) / n_negatives items, so its score is raised by the
-    logarithm of that: the sum over the negatives then estimates the sum over all items. A
-    negative that is the position's target is left out there.
+    Args:
+        n_items: V.
+        counts: (V,) how often each item occurs; items are then drawn by popularity, count + 1,
+            so that none is left out. Without counts all are equally likely.
+    """
+
+    cumulative: Tensor | None
+    log_probability: Tensor
+
+    def __init__(self, n_items: int, counts: Tensor | None = None) -> None:
+        super().__init__()
+        self.n_items = n_items
+        weights = None if counts is None else counts[1:].double() + 1
+        cumulative = None if weights is None else weights.cumsum(0) / weights.sum()
+        log_probability = torch.full((n_items,), -math.log(max(n_items - 1, 1)))
+        if weights is not None:
+            log_probability[1:] = (weights / weights.sum()).log().float()
+        self.register_buffer("cumulative", cumulative, persistent=False)
+        self.register_buffer("log_probability", log_probability, persistent=False)
+
+    def forward(self, n: int) -> tuple[Tensor, Tensor]:
+        """Item ids (n,) and the logarithms of their probabilities (n,)."""
+        device = self.log_probability.device
+        if self.cumulative is None:
+            ids = torch.randint(1, self.n_items, (n,), device=device)
+        else:
+            draw = torch.rand(n, dtype=torch.float64, device=device)
+            ids = torch.searchsorted(self.cumulative, draw, right=True).clamp(max=self.n_items - 2) + 1
+        return ids, self.log_probability[ids]
+
+
+def sampled_cross_entropy(
+    x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, log_probability: Tensor
+) -> Tensor:
+    """Mean cross-entropy against n negatives shared by all positions.
+
+    A negative that was drawn with probability q stands for 1 / (n q) items, so its score is
+    raised by the logarithm of that: the sum over the negatives then estimates the sum over
+    all items (Bengio and Senecal, 2008). A negative that is the position's target is left
+    out there.
 
     Args:
         x: (S, D).
         targets: (S,), ids from 1.
         rows: ids (...) -> their rows of the item table (..., D).
-        n_items: V.
-        n_negatives: negatives drawn, with replacement.
+        negatives: (n,), ids from 1, drawn with replacement.
+        log_probability: (n,), log q of each.
     """
-    negatives = torch.randint(1, n_items, (n_negatives,), device=x.device)
-    positive = (x * rows(targets)).sum(-1, keepdim=True)
-    scores = x @ rows(negatives).T + math.log((n_items - 1) / n_negatives)
-    scores = scores.masked_fill(negatives == targets[:, None], -torch.inf)
+    positive, scores = _sampled_scores(x, targets, rows, negatives)
+    scores = scores - (log_probability + math.log(len(negatives)))
     first = torch.zeros_like(targets)
     return F.cross_entropy(torch.cat([positive, scores], dim=1), first)
+
+
+def gbce(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, n_items: int, t: float) -> Tensor:
+    """Mean generalised binary cross-entropy (gSASRec, arXiv 2308.07192, equations 11 and 13).
+
+        -(beta log sigmoid(positive) + sum log sigmoid(-negative)) / (n + 1),   beta = 1 - t (1 - alpha)
+
+    alpha = n / (V - 1) is the share of items that are drawn, so t = 0 is plain binary
+    cross-entropy and t = 1 undoes the overconfidence of few negatives. Unlike in gSASRec the
+    negatives are shared by all positions; one that is the position's target is left out there.
+
+    Args:
+        x: (S, D).
+        targets: (S,), ids from 1.
+        rows: ids (...) -> their rows of the item table (..., D).
+        negatives: (n,), ids from 1, uniform over all items.
+        n_items: V.
+        t: calibration, from 0 to 1.
+    """
+    positive, scores = _sampled_scores(x, targets, rows, negatives)
+    alpha = min(1.0, len(negatives) / (n_items - 1))
+    beta = 1 - t * (1 - alpha)
+    total = beta * F.softplus(-positive).sum() + F.softplus(scores).sum()
+    return total / (len(x) * (len(negatives) + 1))
+
+
+def _sampled_scores(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the targets (S, 1) and of the negatives (S, n), -inf where one is the target."""
+    positive = (x * rows(targets)).sum(-1, keepdim=True)
+    scores = x @ rows(negatives).T
+    return positive.float(), scores.float().masked_fill(negatives == targets[:, None], -torch.inf)
 
 
 def bpr(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor) -> Tensor:

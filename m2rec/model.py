@@ -21,7 +21,7 @@ from torch import Tensor
 from m2rec import text_vectors
 from m2rec.compat import Config, Interaction, SequentialDataset, SequentialRecommender
 from m2rec.encoder import Encoder
-from m2rec.loss import bpr, cross_entropy, other_items, sampled_cross_entropy
+from m2rec.loss import NegativeSampler, bpr, cross_entropy, gbce, other_items, sampled_cross_entropy
 from m2rec.ops import resolve_backend
 from m2rec.settings import ModelSettings
 from m2rec.text_vectors import TextVectors
@@ -50,6 +50,8 @@ class M2Rec(SequentialRecommender):
             self.settings, self.n_items, self.max_seq_length, None if text is None else text.vectors
         )
         # kept with the weights, so that a later item's text can get the same treatment
+        by_popularity = self.settings.negative_sampling == "popularity"
+        self.negatives = NegativeSampler(self.n_items, self._item_counts(dataset) if by_popularity else None)
         self.register_buffer("text_mean", None if text is None else text.mean)
         self.register_buffer("text_basis", None if text is None else text.basis)
 
@@ -78,6 +80,13 @@ class M2Rec(SequentialRecommender):
         self.text_source = {"file": str(path), **text.provenance, "matched": text.matched, "items": items}
         return text
 
+    def _item_counts(self, dataset: SequentialDataset) -> Tensor:
+        """How often each item is a training target, (V,)."""
+        counts = torch.zeros(self.n_items)
+        for item, count in dataset.counter(self.ITEM_ID).items():
+            counts[item] = count
+        return counts
+
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         """items: (B, L), lengths: (B,) -> the vector of each last position, (B, D)."""
         return self.encoder.last(items, lengths)
@@ -96,15 +105,17 @@ class M2Rec(SequentialRecommender):
 
     def _loss(self, x: Tensor, targets: Tensor, interaction: Interaction) -> Tensor:
         """x: (S, D), targets: (S,) -> the loss that `loss_type` names."""
-        if self.settings.loss_type == "CE":
-            return cross_entropy(x, targets, self.encoder.item_table(), self.settings.loss_memory)
-        if self.settings.loss_type == "sampled":
-            return sampled_cross_entropy(
-                x, targets, self.encoder.items, self.n_items, self.settings.n_negatives
-            )
+        settings, rows = self.settings, self.encoder.items
+        if settings.loss_type == "CE":
+            return cross_entropy(x, targets, self.encoder.item_table(), settings.loss_memory)
+        if settings.loss_type in ("sampled", "gBCE"):
+            ids, log_probability = self.negatives(settings.n_negatives)
+            if settings.loss_type == "gBCE":
+                return gbce(x, targets, rows, ids, self.n_items, settings.gbce_t)
+            return sampled_cross_entropy(x, targets, rows, ids, log_probability)
         drawn_by_recbole = not self.dense and self.NEG_ITEM_ID in interaction
         negatives = interaction[self.NEG_ITEM_ID] if drawn_by_recbole else other_items(targets, self.n_items)
-        return bpr(x, targets, self.encoder.items, negatives)
+        return bpr(x, targets, rows, negatives)
 
     def predict(self, interaction: Interaction) -> Tensor:
         """The score of each row's ITEM_ID, (B,)."""

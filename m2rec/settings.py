@@ -91,14 +91,21 @@ class ModelSettings(_Settings):
     text_whitening: str = choice("pca", "zca", "none")
     text_width: int = integer(0, 0, 65_536)
     init: str = choice("standard", "mamba4rec")
-    loss_type: str = choice("CE", "sampled", "BPR")
+    loss_type: str = choice("CE", "sampled", "gBCE", "BPR")
     loss_memory: int = integer(16, 1, 1_048_576)
     n_negatives: int = integer(512, 1)
+    negative_sampling: str = choice("uniform", "popularity")
+    gbce_t: float = number(0.75, 0, 1)
 
     def __post_init__(self) -> None:
         if self.text_width and self.text_whitening == "none":
             raise ValueError(
                 f"text_width: {self.text_width} needs principal components; set text_whitening: pca, or 0"
+            )
+        if self.loss_type == "gBCE" and self.negative_sampling != "uniform":
+            raise ValueError(
+                f"negative_sampling: {self.negative_sampling!r} does not fit loss_type: gBCE, which is "
+                f"calibrated for uniform negatives; set negative_sampling: uniform, or loss_type: sampled"
             )
         inner = self.expand * self.hidden_size
         if self.mixer == "mamba2" and inner % self.head_dim:

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from m2rec.loss import bpr, cross_entropy, cross_entropy_ref, other_items, sampled_cross_entropy
+from m2rec.loss import (
+    NegativeSampler,
+    bpr,
+    cross_entropy,
+    cross_entropy_ref,
+    gbce,
+    other_items,
+    sampled_cross_entropy,
+)
 
 S, D, V = 40, 8, 50
 
@@ -52,23 +60,62 @@ def test_cross_entropy_leaves_padding_out():
     assert torch.allclose(cross_entropy(x, targets, table), by_hand)
 
 
-def test_sampled_estimates_the_whole():
-    """With very many negatives the sampled partition sum comes near the whole one."""
+@pytest.mark.parametrize("counts", [None, torch.arange(V) % 7])
+def test_sampled_estimates_the_whole(counts: torch.Tensor | None):
+    """With very many negatives the sampled partition sum comes near the whole one, however drawn."""
     x, targets, table = made()
     whole = cross_entropy(x, targets, table)
-    sampled = sampled_cross_entropy(x, targets, lambda ids: table[ids], V, 200_000)
+    sampled = sampled_cross_entropy(x, targets, lambda ids: table[ids], *NegativeSampler(V, counts)(200_000))
     assert abs(float(whole - sampled)) < 0.02
 
 
 def test_sampled_never_uses_the_target_as_negative():
     """With two items there is one other item, so the loss is that of two classes, corrected."""
     x, targets, table = torch.randn(S, D), torch.randint(1, 3, (S,)), torch.randn(3, D)
-    n = 1000
     other = table[3 - targets]
-    loss = sampled_cross_entropy(x, targets, lambda ids: table[ids], 3, n)
-    assert torch.isfinite(loss)
+    loss = sampled_cross_entropy(x, targets, lambda ids: table[ids], *NegativeSampler(3)(1000))
     exact = F.softplus((x * (other - table[targets])).sum(-1)).mean()
     assert abs(float(loss - exact)) < 0.15
+
+
+def test_losses_stay_finite_when_every_negative_is_the_target():
+    x = torch.randn(S, D, requires_grad=True)
+    table, targets, ids = (
+        torch.randn(3, D),
+        torch.ones(S, dtype=torch.int64),
+        torch.ones(4, dtype=torch.int64),
+    )
+    losses = [
+        sampled_cross_entropy(x, targets, lambda i: table[i], ids, torch.zeros(4)),
+        gbce(x, targets, lambda i: table[i], ids, 3, 0.75),
+    ]
+    for loss in losses:
+        assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, x)[0]).all()
+
+
+def test_negatives_are_drawn_as_often_as_they_say():
+    counts = torch.tensor([100, 0, 3, 9, 0])  # padding's count does not matter
+    sampler, n = NegativeSampler(5, counts), 40_000
+    ids, log_probability = sampler(n)
+    assert torch.equal(sampler.log_probability[ids], log_probability)
+    drawn = torch.bincount(ids, minlength=5)
+    expected = n * torch.tensor([0, 1, 4, 10, 1]) / 16
+    assert drawn[0] == 0
+    assert ((drawn - expected).abs() < 5 * expected.sqrt() + 1).all()
+
+
+def test_gbce_by_hand():
+    x, targets, table = made()
+    negatives = torch.tensor([1, 2, 3])
+    t, alpha = 0.5, 3 / (V - 1)
+    beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)  # equation 13
+    total = 0.0
+    for row, target in zip(x, targets, strict=True):
+        total += float(-torch.log(torch.sigmoid(row @ table[target]) ** beta))
+        for j in negatives:
+            total -= float(torch.log(1 - torch.sigmoid(row @ table[j]))) if j != target else 0.0
+    loss = gbce(x, targets, lambda ids: table[ids], negatives, V, t)
+    assert float(loss) == pytest.approx(total / (S * 4), rel=1e-4)
 
 
 def test_bpr_by_hand():

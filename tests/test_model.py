@@ -17,6 +17,8 @@ FORMS = {
     "dense": {},
     "prefix": {"rows": "prefix"},
     "sampled": {"loss_type": "sampled", "n_negatives": 8},
+    "sampled-popularity": {"loss_type": "sampled", "n_negatives": 8, "negative_sampling": "popularity"},
+    "gbce": {"loss_type": "gBCE", "n_negatives": 8},
     "bpr": {"loss_type": "BPR"},
     "bpr-prefix": {"loss_type": "BPR", "rows": "prefix"},
     "mamba": {"mixer": "mamba"},

@@ -35,8 +35,10 @@ WRONG: list[tuple[str, Any, str]] = [
     ("text_whitening", True, "one of pca, zca, none"),
     ("text_width", -1, "a whole number from 0 to "),
     ("init", "xavier", "one of standard, mamba4rec"),
-    ("loss_type", "MSE", "one of CE, sampled, BPR"),
+    ("loss_type", "MSE", "one of CE, sampled, gBCE, BPR"),
     ("loss_memory", 0, "a whole number from 1 to "),
+    ("negative_sampling", "popular", "one of uniform, popularity"),
+    ("gbce_t", 1.5, "a number in [0, 1]"),
     ("n_negatives", 0, "a whole number from 1 to "),
 ]
 
