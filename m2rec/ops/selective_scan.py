@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from m2rec.ops.backend import resolve_backend
 
-# Steps between two saved states: memory falls with 1/steps + steps, flat around sqrt(L).
-_CHUNK = 16
+# Steps between two saved states: L / _CHUNK are kept, 2 * _CHUNK are recomputed at a time.
+_CHUNK = 8
 _LOG2_E = 1.4426950408889634
 
 
@@ -139,22 +139,24 @@ class _Scan(torch.autograd.Function):
     Forward keeps one state in `_CHUNK`; backward recomputes a chunk's states and walks it
     from its end, so memory grows with L / _CHUNK blocks of state instead of several L.
     Inside, the state is (B, N, E): sums over N then run along contiguous rows. Decays are
-    powers of two, because exp2 is several times faster than exp on a CPU.
+    powers of two, because exp2 is several times faster than exp on a CPU. Every step works
+    in place on buffers and on views made beforehand: a step is some twenty calls of a few
+    dozen microseconds, so what surrounds them counts.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> Any:
         """x, delta (B, L, E); A (E, N); B, C (B, L, N); h (B, E, N) -> y (B, L, E), last h."""
-        y = torch.empty_like(x)
         A2 = A.T.contiguous() * _LOG2_E
         h = h.mT.clone(memory_format=torch.contiguous_format)
-        decay = torch.empty_like(h)
-        saved = []
-        for t in range(x.shape[1]):
+        decay, y, saved = torch.empty_like(h), torch.empty_like(x), []
+        steps = zip(*map(_rows, (x, delta, C, y)), _columns(B), strict=True)
+        for t, (xt, dt, ct, yt, bt) in enumerate(steps):
             if t % _CHUNK == 0:
                 saved.append(h.clone())
-            _step(h, decay, x[:, t], delta[:, t], A2, B[:, t])
-            y[:, t] = _sum_over_states(h, C[:, t])
+            torch.mul(dt, A2, out=decay).exp2_()
+            h.mul_(decay).addcmul_(bt, xt)
+            yt.copy_(torch.bmm(ct, h))  # bmm into a strided view goes row by row
         ctx.save_for_backward(x, delta, A, B, C, *saved)
         return y, h.mT.contiguous()
 
@@ -163,42 +165,39 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of x, delta, A, B, C and the initial state."""
         x, delta, A, B, C, *saved = ctx.saved_tensors
-        length = x.shape[1]
+        dy, g = grads[0], grads[1].mT.clone(memory_format=torch.contiguous_format)
         A1 = A.T.contiguous()
         A2 = A1 * _LOG2_E
-        dy, g = grads[0], grads[1].mT.clone(memory_format=torch.contiguous_format)
         dx, ddelta, dB, dC = (torch.empty_like(t) for t in (x, delta, B, C))
-        dA = torch.zeros_like(g)
-        states = g.new_empty(_CHUNK + 1, *g.shape)
-        decays = g.new_empty(_CHUNK, *g.shape)
-        work, dexponent = torch.empty_like(g), torch.empty_like(g)
-        for start in reversed(range(0, length, _CHUNK)):
-            steps = range(min(_CHUNK, length - start))
-            states[0] = saved[start // _CHUNK]
-            for k in steps:
-                t = start + k
-                states[k + 1] = states[k]
-                _step(states[k + 1], decays[k], x[:, t], delta[:, t], A2, B[:, t])
-            for k in reversed(steps):
-                t = start + k
-                g.addcmul_(C[:, t, :, None], dy[:, t, None, :])
-                dC[:, t] = torch.mul(states[k + 1], dy[:, t, None, :], out=work).sum(2)
-                dB[:, t] = torch.mul(g, x[:, t, None, :], out=work).sum(2)
-                dx[:, t] = _sum_over_states(g, B[:, t])
+        xs, deltas, dys, B_rows, dxs = map(_rows, (x, delta, dy, B, dx))
+        B_columns, C_columns = _columns(B), _columns(C)
+        ddeltas, dBs, dCs = (t.unbind(1) for t in (ddelta, dB, dC))
+        dA, work = torch.zeros_like(g), torch.empty_like(g)
+        states = g.new_empty(_CHUNK + 1, *g.shape).unbind()
+        decays = g.new_empty(_CHUNK, *g.shape).unbind()
+        for start in reversed(range(0, x.shape[1], _CHUNK)):
+            steps = list(enumerate(range(start, min(start + _CHUNK, x.shape[1]))))
+            states[0].copy_(saved[start // _CHUNK])
+            for k, t in steps:
+                torch.mul(deltas[t], A2, out=decays[k]).exp2_()
+                torch.mul(states[k], decays[k], out=states[k + 1]).addcmul_(B_columns[t], xs[t])
+            for k, t in reversed(steps):
+                g.addcmul_(C_columns[t], dys[t])
+                torch.sum(torch.mul(states[k + 1], dys[t], out=work), 2, out=dCs[t])
+                torch.sum(torch.mul(g, xs[t], out=work), 2, out=dBs[t])
+                dxs[t].copy_(torch.bmm(B_rows[t], g))
                 g.mul_(decays[k])
-                torch.mul(states[k], g, out=dexponent)
-                ddelta[:, t] = torch.mul(dexponent, A1, out=work).sum(1)
-                dA.addcmul_(dexponent, delta[:, t, None, :])
+                torch.mul(states[k], g, out=work)  # the gradient of delta A
+                dA.addcmul_(work, deltas[t])
+                torch.sum(work.mul_(A1), 1, out=ddeltas[t])
         return dx, ddelta, dA.sum(0).T, dB, dC, g.mT
 
 
-def _step(h: Tensor, decay: Tensor, x: Tensor, delta: Tensor, A2: Tensor, B: Tensor) -> None:
-    """h = decay h + x B in place, with decay = 2^(delta A2), both (B, N, E)."""
-    torch.mul(delta[:, None, :], A2, out=decay)
-    decay.exp2_()
-    h.mul_(decay).addcmul_(B[:, :, None], x[:, None, :])
+def _rows(x: Tensor) -> tuple[Tensor, ...]:
+    """(B, L, K) -> L views (B, 1, K)."""
+    return x[:, :, None].unbind(1)
 
 
-def _sum_over_states(h: Tensor, v: Tensor) -> Tensor:
-    """(B, N, E) with (B, N) -> (B, E)."""
-    return torch.bmm(v[:, None, :], h)[:, 0]
+def _columns(x: Tensor) -> tuple[Tensor, ...]:
+    """(B, L, K) -> L views (B, K, 1)."""
+    return x[..., None].unbind(1)
