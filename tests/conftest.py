@@ -1,4 +1,4 @@
-"""Shared helpers: small data sets on disk, runs of the command, NaN in uninitialised memory."""
+"""Shared helpers: small data sets on disk, runs of the command, NaN in unwritten memory, Triton on a CPU."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +9,9 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products, the same on each run
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 Rows = Sequence[tuple[object, object, object]]
 

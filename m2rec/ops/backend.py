@@ -1,14 +1,22 @@
 """The one place that decides which implementation of the operators runs.
 
-To add a backend: give it a name in `BACKENDS`, say in `resolve_backend` when it can
-run, and add its branch to each operator's public function.
+    reference   the definition, a plain loop
+    torch       plain PyTorch with a backward pass of its own, for any device
+    triton      our kernels for CUDA; TRITON_INTERPRET=1 runs them on a CPU, slowly, for tests
+    mamba_ssm   the kernels of the packages mamba-ssm and causal-conv1d, for CUDA
+
+To add a backend: name it in `BACKENDS`, say in `_obstacle` what it needs, and give each
+operator's public function its branch.
 """
 
+import os
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "triton", "mamba_ssm")
 
 
 class Backend(NamedTuple):
@@ -22,13 +30,40 @@ def resolve_backend(requested: str, device: torch.device | str) -> Backend:
     """Turn `auto` or a backend's name into the backend that runs on `device`.
 
     Raises:
-        ValueError: `requested` is no backend. A named backend is never replaced silently.
+        ValueError: `requested` is no backend or can't run. A named backend is never replaced
+            silently.
     """
+    kind = torch.device(device).type
     if requested == "auto":
-        kind = torch.device(device).type
-        return Backend("torch", f"auto: the fastest here for device type {kind}")
+        return _choose(kind)
     if requested not in BACKENDS:
         raise ValueError(
-            f"scan_backend: {requested!r} can't run here; choose one of auto, {', '.join(BACKENDS)}"
+            f"scan_backend: {requested!r} is no backend; choose one of auto, {', '.join(BACKENDS)}"
         )
+    if obstacle := _obstacle(requested, kind):
+        raise ValueError(f"scan_backend: {requested!r} needs {obstacle}, or set scan_backend: auto")
     return Backend(requested, "named by scan_backend")
+
+
+def _choose(kind: str) -> Backend:
+    """Our kernels on CUDA, else plain PyTorch."""
+    if kind != "cuda":
+        return Backend("torch", f"auto: the fastest here for device type {kind}")
+    if obstacle := _obstacle("triton", kind):
+        return Backend("torch", f"auto: triton would be faster, but needs {obstacle}")
+    return Backend("triton", "auto: the fastest here for device type cuda")
+
+
+@lru_cache
+def _obstacle(name: str, kind: str) -> str:
+    """What a backend lacks to run on a device of this type, with the cure; empty if nothing."""
+    if name in ("reference", "torch"):
+        return ""
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if kind != "cuda" and not interpreted:
+        return f"a CUDA device and this is {kind}: run on a GPU"
+    packages = {"triton": ["triton"], "mamba_ssm": ["mamba_ssm", "causal_conv1d"]}[name]
+    if missing := [package for package in packages if find_spec(package) is None]:
+        names = " ".join(package.replace("_", "-") for package in missing)
+        return f"{missing[0]}, which is not installed: pip install {names}"
+    return ""

@@ -1,5 +1,7 @@
 """Causal depthwise convolution over time, the short filter in front of each scan."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,8 +40,22 @@ def causal_conv1d(
     backend: str = "auto",
 ) -> Tensor:
     """Causal depthwise convolution; arguments and result as in `causal_conv1d_ref`."""
-    if resolve_backend(backend, x.device).name == "reference":
-        return causal_conv1d_ref(x, weight, bias, silu)
+    return _implementation(resolve_backend(backend, x.device).name)(x, weight, bias, silu)
+
+
+def _implementation(backend: str) -> Callable[..., Tensor]:
+    if backend == "triton":
+        from m2rec.ops.causal_conv1d_triton import causal_conv1d_triton
+
+        return causal_conv1d_triton
+    if backend == "mamba_ssm":
+        from m2rec.ops.from_mamba_ssm import causal_conv1d_mamba_ssm
+
+        return causal_conv1d_mamba_ssm
+    return causal_conv1d_ref if backend == "reference" else _causal_conv1d_torch
+
+
+def _causal_conv1d_torch(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     length, taps = x.shape[1], weight.shape[1]
     y = F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), bias, padding=taps - 1, groups=x.shape[2])
     y = y[..., :length].transpose(1, 2)

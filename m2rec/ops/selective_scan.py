@@ -8,6 +8,7 @@ Meaning and argument names are those of `mamba_ssm`'s `selective_scan_fn`; the l
 rule (delta * B) and the decay exactly (exp(delta * A)).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,11 +76,21 @@ def selective_scan(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan on the chosen backend; arguments and result as in `selective_scan_ref`."""
-    run = selective_scan_ref
-    if resolve_backend(backend, u.device).name == "torch":
-        run = _selective_scan_torch
+    run = _implementation(resolve_backend(backend, u.device).name)
     with torch.autocast(u.device.type, enabled=False):  # bfloat16 states lose the sum
         return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state)
+
+
+def _implementation(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    if backend == "triton":
+        from m2rec.ops.selective_scan_triton import selective_scan_triton
+
+        return selective_scan_triton
+    if backend == "mamba_ssm":
+        from m2rec.ops.from_mamba_ssm import selective_scan_mamba_ssm
+
+        return selective_scan_mamba_ssm
+    return selective_scan_ref if backend == "reference" else _selective_scan_torch
 
 
 def _selective_scan_torch(
@@ -97,7 +108,8 @@ def _selective_scan_torch(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The (B, L, E) parts under autograd, the (B, L, E, N) recurrence in `_Scan`."""
     x, delta, A, B, C, h = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
-    y, last_state = _Scan.apply(delta * x, delta, A, B, C, h)  # type: ignore[no-untyped-call]
+    save = torch.is_grad_enabled()
+    y, last_state = _Scan.apply(delta * x, delta, A, B, C, h, save)  # type: ignore[no-untyped-call]
     y = _finish(y, x, D, z).to(u.dtype)
     return (y, last_state) if return_last_state else y
 
@@ -145,14 +157,16 @@ class _Scan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, save: bool
+    ) -> Any:
         """x, delta (B, L, E); A (E, N); B, C (B, L, N); h (B, E, N) -> y (B, L, E), last h."""
         A2 = A.T.contiguous() * _LOG2_E
         h = h.mT.clone(memory_format=torch.contiguous_format)
         decay, y, saved = torch.empty_like(h), torch.empty_like(x), []
         steps = zip(*map(_rows, (x, delta, C, y)), _columns(B), strict=True)
         for t, (xt, dt, ct, yt, bt) in enumerate(steps):
-            if t % _CHUNK == 0:
+            if save and t % _CHUNK == 0:
                 saved.append(h.clone())
             torch.mul(dt, A2, out=decay).exp2_()
             h.mul_(decay).addcmul_(bt, xt)
@@ -190,7 +204,7 @@ class _Scan(torch.autograd.Function):
                 torch.mul(states[k], g, out=work)  # the gradient of delta A
                 dA.addcmul_(work, deltas[t])
                 torch.sum(work.mul_(A1), 1, out=ddeltas[t])
-        return dx, ddelta, dA.sum(0).T, dB, dC, g.mT
+        return dx, ddelta, dA.sum(0).T, dB, dC, g.mT, None
 
 
 def _rows(x: Tensor) -> tuple[Tensor, ...]:

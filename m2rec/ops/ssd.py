@@ -8,6 +8,8 @@ is a product of matrices (section 6 of the paper). B and C are shared by all hea
 (`ngroups = 1` in `mamba_ssm`).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,11 +75,18 @@ def ssd(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """SSD on the chosen backend; arguments and result as in `ssd_ref`."""
-    run = ssd_ref
-    if resolve_backend(backend, x.device).name == "torch":
-        run = _ssd_chunked
+    run = _implementation(resolve_backend(backend, x.device).name)
     with torch.autocast(x.device.type, enabled=False):  # bfloat16 states lose the sum
         return run(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, return_last_state)
+
+
+def _implementation(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """`triton` takes the form of `torch`, which is all products of matrices."""
+    if backend == "mamba_ssm":
+        from m2rec.ops.from_mamba_ssm import ssd_mamba_ssm
+
+        return ssd_mamba_ssm
+    return ssd_ref if backend == "reference" else _ssd_chunked
 
 
 def _prepare(

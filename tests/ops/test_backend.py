@@ -5,18 +5,73 @@ import re
 import pytest
 import torch
 
-from m2rec.ops import resolve_backend, selective_scan
+from m2rec.ops import BACKENDS, backend, resolve_backend, selective_scan
 from tests.ops.test_scans import scan_inputs
 
 
-def test_auto_gives_a_reason():
-    backend = resolve_backend("auto", torch.device("cpu"))
-    assert backend.name == "torch"
-    assert "auto" in backend.reason
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch):
+    """No answer remembered from another environment."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend._obstacle.cache_clear()
+    yield
+    backend._obstacle.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["triton", "mamba_ssm", "Torch", ""])
-def test_a_named_backend_is_never_replaced(name: str):
-    message = f"scan_backend: {name!r} can't run here; choose one of auto, reference, torch"
+def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(backend, "find_spec", lambda name: object() if name in names else None)
+
+
+def test_auto_on_a_cpu_is_torch():
+    chosen = resolve_backend("auto", torch.device("cpu"))
+    assert chosen.name == "torch" and "auto" in chosen.reason
+
+
+def test_auto_on_cuda_is_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
+    installed(monkeypatch, "triton")
+    assert resolve_backend("auto", "cuda:0").name == "triton"
+    backend._obstacle.cache_clear()
+    installed(monkeypatch)
+    chosen = resolve_backend("auto", "cuda:0")
+    assert chosen.name == "torch" and "pip install triton" in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "packages", "cure"),
+    [
+        ("triton", "cpu", ["triton"], "needs a CUDA device and this is cpu: run on a GPU, or set"),
+        ("triton", "cuda", [], "needs triton, which is not installed: pip install triton, or set"),
+        ("mamba_ssm", "cpu", ["mamba_ssm", "causal_conv1d"], "needs a CUDA device and this is cpu"),
+        ("mamba_ssm", "cuda", [], "needs mamba_ssm, which is not installed: pip install mamba-ssm causal"),
+        (
+            "mamba_ssm",
+            "cuda",
+            ["mamba_ssm"],
+            "needs causal_conv1d, which is not installed: pip install causal",
+        ),
+    ],
+)
+def test_a_named_backend_that_cannot_run_says_how_to_get_it(
+    name: str, device: str, packages: list[str], cure: str, monkeypatch: pytest.MonkeyPatch
+):
+    installed(monkeypatch, *packages)
+    with pytest.raises(ValueError, match=re.escape(f"scan_backend: {name!r} {cure}")):
+        resolve_backend(name, device)
+
+
+def test_a_named_backend_that_can_run_is_taken(monkeypatch: pytest.MonkeyPatch):
+    installed(monkeypatch, "triton", "mamba_ssm", "causal_conv1d")
+    assert [resolve_backend(name, "cuda").name for name in BACKENDS] == list(BACKENDS)
+
+
+def test_the_interpreter_lets_triton_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    installed(monkeypatch, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend("triton", "cpu").name == "triton"
+
+
+@pytest.mark.parametrize("name", ["Torch", "", "cuda"])
+def test_an_unknown_backend_is_an_error(name: str):
+    message = f"scan_backend: {name!r} is no backend; choose one of auto, reference, torch, triton, mamba_ssm"
     with pytest.raises(ValueError, match=re.escape(message)):
         selective_scan(**scan_inputs(2), backend=name)

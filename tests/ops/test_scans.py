@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m2rec.ops import causal_conv1d, causal_conv1d_ref, selective_scan, selective_scan_ref, ssd, ssd_ref
+from m2rec.ops import (
+    causal_conv1d,
+    causal_conv1d_ref,
+    resolve_backend,
+    selective_scan,
+    selective_scan_ref,
+    ssd,
+    ssd_ref,
+)
 
 LENGTHS = [1, 2, 63, 200]
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 Inputs = dict[str, Any]
 
@@ -33,8 +43,13 @@ def scan_inputs(length: int, dtype: torch.dtype = torch.float64, batch: int = 2)
     return {name: value.to(dtype) for name, value in inputs.items()}
 
 
-def ssd_inputs(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> Inputs:
-    H, P, N = 3, 4, 5
+def ssd_inputs(
+    length: int,
+    dtype: torch.dtype = torch.float64,
+    batch: int = 2,
+    heads: tuple[int, int, int] = (3, 4, 5),
+) -> Inputs:
+    H, P, N = heads
     shapes = {
         "x": (batch, length, H, P),
         "dt": (batch, length, H),
@@ -50,13 +65,18 @@ def ssd_inputs(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) 
     return {name: value.to(dtype) for name, value in inputs.items()}
 
 
+def conv_inputs(length: int, channels: int = 5) -> Inputs:
+    shapes = {"x": (2, length, channels), "weight": (channels, 4), "bias": (channels,)}
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
 def outputs_and_gradients(function: Callable[..., Any], inputs: Inputs, **options: Any) -> list[Tensor]:
     """Results, then the gradient of every input under fixed random cotangents."""
     leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
     results = function(**leaves, **options)
     results = results if isinstance(results, tuple) else (results,)
     generator = torch.Generator().manual_seed(1)
-    total = sum((r.double() * torch.randn(r.shape, generator=generator)).sum() for r in results)
+    total = sum((r.double().cpu() * torch.randn(r.shape, generator=generator)).sum() for r in results)
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return [*results, *(g for g in gradients if g is not None)]
 
@@ -64,8 +84,21 @@ def outputs_and_gradients(function: Callable[..., Any], inputs: Inputs, **option
 def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
-        scale = e.double().abs().max().clamp(min=1)
-        assert ((a.double() - e.double()).abs().max() / scale) < TOLERANCE[dtype]
+        a, e = a.double().cpu(), e.double().cpu()
+        assert a.shape == e.shape
+        assert ((a - e).abs().max() / e.abs().max().clamp(min=1)) < TOLERANCE[dtype]
+
+
+def needs(backend: str) -> None:
+    """Skip, with the reason, where a backend can't run."""
+    try:
+        resolve_backend(backend, DEVICE)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def on_device(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return {name: value.to(DEVICE, dtype) for name, value in inputs.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -81,13 +114,105 @@ def test_selective_scan_torch_equals_reference(length: int, dtype: torch.dtype):
     assert_close(actual, expected, dtype)
 
 
+# the interpreter takes seconds for a hundred steps: on a CPU only what differs in kind
+KERNEL_LENGTHS = [*LENGTHS, 8, 9, 64, 1000] if GPU else [1, 2, 8, 9, 35]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", KERNEL_LENGTHS)
+def test_selective_scan_triton_equals_reference(length: int, dtype: torch.dtype):
+    needs("triton")
+    inputs = on_device(scan_inputs(length), dtype)
+    options = {"delta_softplus": True, "return_last_state": True}
+    wide = {name: value.double() for name, value in inputs.items()}
+    expected = outputs_and_gradients(selective_scan_ref, wide, **options)
+    actual = outputs_and_gradients(selective_scan, inputs, backend="triton", **options)
+    assert actual[0].dtype == dtype and actual[1].dtype == torch.float32
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize(("channels", "states"), [(70, 3), (1, 1), (33, 17)])
+def test_selective_scan_triton_of_awkward_sizes(channels: int, states: int):
+    """Several blocks of channels, blocks that are not full, strided inputs as a mixer's splits give them."""
+    needs("triton")
+    wide = torch.randn(2, 9, 2 * channels + 2 * states + 1, dtype=torch.float64)
+    x, delta, B, C, _ = wide.split([channels, channels, states, states, 1], dim=-1)
+    inputs = {"u": x, "delta": delta.abs(), "A": -torch.rand(channels, states).double(), "B": B, "C": C}
+    expected = outputs_and_gradients(selective_scan_ref, inputs)
+
+    joined = wide.to(DEVICE, torch.float32)
+    x, delta, B, C, _ = joined.split([channels, channels, states, states, 1], dim=-1)
+    actual = {"u": x, "delta": delta.abs(), "A": inputs["A"].to(DEVICE, torch.float32), "B": B, "C": C}
+    assert not x.is_contiguous()
+    y = selective_scan(**actual, backend="triton")
+    assert_close([y], expected[:1], torch.float32)
+    assert_close(outputs_and_gradients(selective_scan, actual, backend="triton"), expected, torch.float32)
+
+
+def test_selective_scan_triton_keeps_small_steps_exact():
+    """softplus of -12 is 6e-6: log(1 + exp(x)) in float32 would be off by a hundredth of it."""
+    needs("triton")
+    inputs = on_device(scan_inputs(3), torch.float32)
+    inputs["delta"] = torch.full_like(inputs["delta"], -12.0)
+    del inputs["delta_bias"], inputs["D"], inputs["initial_state"]
+    y = selective_scan(**inputs, delta_softplus=True, backend="triton").double()
+    wide = {name: value.double() for name, value in inputs.items()}
+    expected = selective_scan_ref(**wide, delta_softplus=True)
+    assert ((y - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_selective_scan_makes_no_states_without_gradients(backend: str):
+    """The result is the same, and nothing is kept for a backward pass that can't come."""
+    needs(backend)
+    inputs = on_device(scan_inputs(20), torch.float32)
+    inputs["delta"] = inputs["delta"].abs()
+    del inputs["delta_bias"]
+    expected = selective_scan(**inputs, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(selective_scan(**inputs, backend=backend), expected)
+
+
+@pytest.mark.parametrize("op", [selective_scan, causal_conv1d])
+def test_triton_refuses_float64(op: Callable[..., Any]):
+    needs("triton")
+    x = torch.randn(1, 2, 3, dtype=torch.float64, device=DEVICE)
+    others = [x, x[0].T, x, x] if op is selective_scan else [x[0].T]
+    with pytest.raises(ValueError, match="scan_backend: 'triton' computes in float32, got float64"):
+        op(x, *others, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", ["scan", "ssd", "conv"])
+def test_mamba_ssm_equals_reference(name: str, length: int, dtype: torch.dtype):
+    """Outputs with an initial state; gradients of y without one, which is what their backward covers."""
+    needs("mamba_ssm")
+    op, ref, inputs, options = {
+        "scan": (selective_scan, selective_scan_ref, scan_inputs(length), {"delta_softplus": True}),
+        "ssd": (ssd, ssd_ref, ssd_inputs(length, heads=(2, 16, 16)), {"dt_softplus": True}),
+        "conv": (causal_conv1d, causal_conv1d_ref, conv_inputs(length, channels=8), {}),
+    }[name]
+    inputs = on_device(inputs, dtype)
+    wide = {key: value.double() for key, value in inputs.items()}
+    if name != "conv":
+        both = {**options, "return_last_state": True}
+        assert_close([*op(**inputs, **both, backend="mamba_ssm")], [*ref(**wide, **both)], dtype)
+        del inputs["initial_state"], wide["initial_state"]
+    actual = outputs_and_gradients(op, inputs, backend="mamba_ssm", **options)
+    assert_close(actual, outputs_and_gradients(ref, wide, **options), dtype)
+
+
 @pytest.mark.parametrize("left_out", [("D",), ("z",), ("delta_bias",), ("initial_state",), ("D", "z")])
-def test_selective_scan_optional_arguments(left_out: tuple[str, ...]):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_selective_scan_optional_arguments(backend: str, left_out: tuple[str, ...]):
+    needs(backend)
+    dtype = torch.float64 if backend == "torch" else torch.float32
     inputs = {k: v for k, v in scan_inputs(17).items() if k not in left_out}
     inputs["delta"] = inputs["delta"].abs()
     expected = outputs_and_gradients(selective_scan_ref, inputs)
-    actual = outputs_and_gradients(selective_scan, inputs, backend="torch")
-    assert_close(actual, expected, torch.float64)
+    actual = outputs_and_gradients(selective_scan, on_device(inputs, dtype), backend=backend)
+    assert_close(actual, expected, dtype)
 
 
 def test_selective_scan_of_one_step_by_hand():
@@ -153,13 +278,31 @@ def test_ssd_survives_strong_decay():
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_causal_conv1d_equals_reference(length: int, silu: bool):
-    inputs = {
-        name: torch.randn(s).double()
-        for name, s in (("x", (2, length, 5)), ("weight", (5, 4)), ("bias", (5,)))
-    }
+    inputs = conv_inputs(length)
     expected = outputs_and_gradients(causal_conv1d_ref, inputs, silu=silu)
     actual = outputs_and_gradients(causal_conv1d, inputs, silu=silu, backend="torch")
     assert_close(actual, expected, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(
+    ("length", "channels", "taps"), [(1, 5, 4), (16, 70, 4), (17, 64, 3), (35, 5, 1), (9, 5, 6)]
+)
+def test_causal_conv1d_triton_equals_reference(
+    length: int, channels: int, taps: int, silu: bool, dtype: torch.dtype
+):
+    needs("triton")
+    inputs = conv_inputs(length, channels)
+    inputs["weight"] = torch.randn(channels, taps, dtype=torch.float64)
+    if taps == 1:
+        del inputs["bias"]
+    inputs = on_device(inputs, dtype)
+    wide = {name: value.double() for name, value in inputs.items()}
+    expected = outputs_and_gradients(causal_conv1d_ref, wide, silu=silu)
+    actual = outputs_and_gradients(causal_conv1d, inputs, silu=silu, backend="triton")
+    assert actual[0].dtype == dtype
+    assert_close(actual, expected, dtype)
 
 
 def test_causal_conv1d_is_torch_conv1d():
@@ -184,7 +327,7 @@ def test_autocast_does_not_reach_the_recurrence(name: str):
     assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("name", ["scan", "ssd", "conv"])
 def test_the_future_does_not_reach_the_past(name: str, backend: str):
     def run(x: Tensor) -> Tensor:
@@ -192,8 +335,11 @@ def test_the_future_does_not_reach_the_past(name: str, backend: str):
             return causal_conv1d(x, weight, backend=backend)
         return (selective_scan if name == "scan" else ssd)(x, *inputs[1:5], backend=backend)
 
-    weight = torch.randn(5, 4).double()
+    needs(backend)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    weight = torch.randn(5, 4).to(DEVICE, dtype)
     made = ssd_inputs(20) if name == "ssd" else scan_inputs(20)
+    made = on_device(made, dtype)
     inputs = [value.abs() if key in ("delta", "dt") else value for key, value in made.items()]
     changed = inputs[0].clone()
     changed[:, 12:] += 1

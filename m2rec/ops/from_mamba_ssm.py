@@ -1,0 +1,117 @@
+"""The operators on the kernels of `mamba-ssm` and `causal-conv1d`, in our layout and signatures.
+
+Their gradients leave out what comes through the last state.
+"""
+
+import torch
+from causal_conv1d import causal_conv1d_fn
+from torch import Tensor
+from torch.nn import functional as F
+
+# the sizes that mamba-ssm's chunks and causal-conv1d's taps may have
+_CHUNK = 64
+_TAPS = (2, 3, 4)
+
+
+def selective_scan_mamba_ssm(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Arguments and result as in `selective_scan_ref`.
+
+    Raises:
+        ValueError: mamba-ssm was built without its CUDA scan, as it is by default.
+    """
+    try:
+        import selective_scan_cuda  # noqa: F401
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError as error:
+        raise ValueError(
+            f"scan_backend: 'mamba_ssm' lacks the selective scan ({error}); build it with "
+            f"MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-binary mamba-ssm mamba-ssm, "
+            f"or set scan_backend: auto"
+        ) from None
+    u_, delta_, B_, C_ = (t.mT.contiguous() for t in (u, delta, B, C))
+    z_ = None if z is None else z.mT.contiguous()
+    y, last = selective_scan_fn(
+        u_,
+        delta_,
+        A.float(),
+        B_,
+        C_,
+        _float(D),
+        z_,
+        _float(delta_bias),
+        delta_softplus,
+        return_last_state=True,
+    )
+    y = y.mT
+    if initial_state is not None:  # the recurrence is linear: what the first state leaves behind is added
+        step = delta.float() if delta_bias is None else delta.float() + delta_bias.float()
+        passed = (F.softplus(step) if delta_softplus else step).cumsum(1)  # (B, L, E)
+        echo = torch.zeros_like(passed)
+        for n in range(A.shape[1]):
+            echo = echo + C[..., n, None] * torch.exp(passed * A[:, n]) * initial_state[:, None, :, n]
+        y = y + (echo if z is None else echo * F.silu(z.float())).to(y.dtype)
+        last = last + torch.exp(passed[:, -1, :, None] * A) * initial_state
+    return (y, last) if return_last_state else y
+
+
+def ssd_mamba_ssm(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Arguments and result as in `ssd_ref`."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    y, last = mamba_chunk_scan_combined(
+        x,
+        dt,
+        A.float(),
+        B.unsqueeze(2),
+        C.unsqueeze(2),
+        chunk_size=_CHUNK,
+        D=_float(D),
+        dt_bias=_float(dt_bias),
+        initial_states=initial_state,
+        dt_softplus=dt_softplus,
+        return_final_states=True,
+    )
+    return (y, last) if return_last_state else y
+
+
+def causal_conv1d_mamba_ssm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True
+) -> Tensor:
+    """Arguments and result as in `causal_conv1d_ref`.
+
+    Raises:
+        ValueError: the kernel is not made for this number of taps.
+    """
+    if weight.shape[1] not in _TAPS:
+        raise ValueError(
+            f"d_conv: {weight.shape[1]} is not among {_TAPS}, which causal-conv1d takes; "
+            f"change it, or set scan_backend: auto"
+        )
+    return causal_conv1d_fn(x.mT, weight, bias, activation="silu" if silu else None).mT  # type: ignore[no-any-return]
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
