@@ -33,7 +33,7 @@ class Encoder(nn.Module):
     """
 
     vectors: Tensor | None
-    described: Tensor | None
+    available: Tensor | None
 
     def __init__(
         self, settings: ModelSettings, n_items: int, max_length: int, vectors: Tensor | None = None
@@ -43,8 +43,6 @@ class Encoder(nn.Module):
         text_dim = 0 if vectors is None else vectors.shape[1]
         self.settings = settings
         self.register_buffer("vectors", vectors)
-        described = None if vectors is None else has_text(vectors)
-        self.register_buffer("described", described, persistent=False)
 
         self.id_embedding = nn.Embedding(n_items, size, padding_idx=0)
         in_table = text_dim > 0 and settings.text_in_table
@@ -55,7 +53,16 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(
             Layer(settings, max_length, in_sequence) for _ in range(settings.n_layers)
         )
+        available = None if not in_sequence else self._available(len(cast(Layer, self.layers[0]).branches))
+        self.register_buffer("available", available, persistent=False)
         self._initialise()
+
+    def _available(self, n_branches: int) -> Tensor:
+        """(V, K), which branches have something to say at an item: the last one, text, only of some."""
+        assert self.vectors is not None
+        available = torch.ones(len(self.vectors), n_branches, dtype=torch.bool)
+        available[:, -1] = has_text(self.vectors)
+        return available
 
     def _initialise(self) -> None:
         """Small embeddings; Mamba's own values stay, unless `init: mamba4rec` asks otherwise.
@@ -99,27 +106,39 @@ class Encoder(nn.Module):
         x = self.dropout(self.norm(self.items(items)))
         weights = []
         for layer in self.layers:
-            x, w = layer(x, items, lengths, self.vectors, self.described)
+            x, w = layer(x, items, lengths, self.vectors, self.available)
             weights.append(w)
         return x, weights
 
     def advance(
-        self, items: Tensor, states: list[LayerState] | None = None
+        self,
+        items: Tensor,
+        states: list[LayerState] | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerState]]:
         """Continue histories by the items (B, L) that follow `states`, None before the first.
 
-        Every row goes its own way: rows may be at any length. The cost does not depend on what
-        came before.
+        Every row goes its own way: rows may be at any length, and `lengths` (B,) says how many of
+        its items count where the others are padding. The cost does not depend on what came before.
 
         Returns:
             The vectors (B, L, D), equal to those of `forward` over the whole histories, and
-            the states after these items.
+            the states after the items that count.
         """
         x = self.dropout(self.norm(self.items(items)))
         before: Sequence[LayerState | None] = states or [None] * len(self.layers)
         after = []
         for layer, state in zip(cast(Iterable[Layer], self.layers), before, strict=True):
-            x, new = layer.advance(x, items, self.vectors, self.described, state)
+            x, new = layer.advance(x, items, self.vectors, self.available, state, lengths)
+            after.append(new)
+        return x, after
+
+    def step(self, items: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
+        """As `advance` for one item per row, and fastest: items (B,) -> vectors (B, D), new states."""
+        x = self.dropout(self.norm(self.items(items)))
+        after = []
+        for layer, state in zip(cast(Iterable[Layer], self.layers), states, strict=True):
+            x, new = layer.step(x, items, self.vectors, self.available, state)
             after.append(new)
         return x, after
 

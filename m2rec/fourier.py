@@ -58,29 +58,52 @@ class CausalFilter(nn.Module):
         y: Tensor = torch.fft.irfft(spectrum * response, n=size, dim=1)
         return y[:, :length].to(x.dtype)
 
-    def advance(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Continue a history: each mode is a complex recurrence, so its past is one number.
+    def advance(
+        self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Continue histories: each mode is a complex recurrence, so its past is one number.
 
             h_m[t] = p_m h_m[t-1] + x[t],   p_m = exp(-a_m + i w_m),   y = Re sum_m (b_m - i c_m) h_m
 
         Args:
             x: (B, L, D), the next positions.
             state: (B, D, M) complex from the positions before; None before the first.
+            lengths: (B,) how many of the positions count, the others are padding; None for all.
 
         Returns:
-            y (B, L, D) and the state after x.
+            y (B, L, D) and the state after the positions that count.
         """
         length = x.shape[1]
         y = self(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        pole = torch.polar(torch.exp(-self.log_damping.exp()), self.frequency).to(dtype.to_complex())
-        powers = pole[..., None] ** torch.arange(length + 1, device=x.device)  # (D, M, L + 1)
-        added = torch.einsum("bld,dml->bdm", x.to(pole.dtype), powers[..., :length].flip(-1))
+        powers = self._powers(torch.arange(length + 1, device=x.device))  # (D, M, L + 1)
+        heard = x if lengths is None else _push_to_the_end(x, lengths)
+        added = torch.einsum("bld,dml->bdm", heard.to(powers.dtype), powers[..., :length].flip(-1))
         if state is None:
             return y, added
-        heard = torch.complex(self.cosine, -self.sine) * state
-        echo = torch.einsum("bdm,dml->bld", heard, powers[..., 1:]).real
-        return y + echo.to(y.dtype), powers[..., length] * state + added
+        weighted = torch.complex(self.cosine, -self.sine) * state
+        echo = torch.einsum("bdm,dml->bld", weighted, powers[..., 1:]).real
+        passed = powers[..., length] if lengths is None else powers[..., lengths].movedim(-1, 0)
+        return y + echo.to(y.dtype), passed * state + added
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
+        state = self._powers(torch.ones((), device=x.device)) * state + x[..., None]
+        y = (self.cosine * state.real + self.sine * state.imag).sum(-1)
+        return y.to(x.dtype), state
+
+    def _powers(self, tau: Tensor) -> Tensor:
+        """p_m to the powers tau (...), (D, M, ...) complex."""
+        dtype = torch.promote_types(self.cosine.dtype, torch.float32)
+        shape = (..., *(None,) * tau.dim())
+        damping, w = self.log_damping.exp().to(dtype)[shape], self.frequency.to(dtype)[shape]
+        return torch.polar(torch.exp(-damping * tau), w * tau)
+
+
+def _push_to_the_end(x: Tensor, lengths: Tensor) -> Tensor:
+    """x (B, L, D): each row's first `lengths` positions moved to its end, zeros before them."""
+    index = torch.arange(x.shape[1], device=x.device) - (x.shape[1] - lengths[:, None])
+    moved = x.gather(1, index.clamp(min=0)[..., None].expand_as(x))
+    return moved * (index >= 0)[..., None]
 
 
 class LowPass(nn.Module):

@@ -20,12 +20,13 @@ class SoftmaxGate(nn.Module):
         nn.init.zeros_(self.logits.weight)
         nn.init.zeros_(self.logits.bias)
 
-    def forward(self, branches: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, branches: Tensor, available: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Merge the branches.
 
         Args:
             branches: (B, L, K, D).
             available: (B, L, K), False where a branch has nothing to say; one at least is True.
+                None where all have.
 
         Returns:
             The merged (B, L, D) and the weights (B, L, K, D), which sum to 1 over K.
@@ -37,11 +38,13 @@ class SoftmaxGate(nn.Module):
 class MeanGate(nn.Module):
     """The ablation without a gate: equal weights for the branches that are available."""
 
-    def forward(self, branches: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, branches: Tensor, available: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Arguments and result as in `SoftmaxGate`."""
         return _merge(branches, torch.zeros_like(branches), available)
 
 
-def _merge(branches: Tensor, logits: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
-    weights = logits.masked_fill(~available[..., None], -torch.inf).softmax(dim=-2)
+def _merge(branches: Tensor, logits: Tensor, available: Tensor | None) -> tuple[Tensor, Tensor]:
+    if available is not None:
+        logits = logits.masked_fill(~available[..., None], -torch.inf)
+    weights = logits.softmax(dim=-2)
     return (weights * branches).sum(-2), weights

@@ -44,7 +44,7 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(size)
 
     def forward(
-        self, x: Tensor, items: Tensor, lengths: Tensor, vectors: Tensor | None, described: Tensor | None
+        self, x: Tensor, items: Tensor, lengths: Tensor, vectors: Tensor | None, available: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """One layer.
 
@@ -53,7 +53,7 @@ class Layer(nn.Module):
             items: (B, L), the ids behind x.
             lengths: (B,).
             vectors: (V, T), or None without text.
-            described: (V,), which items have text, or None without text.
+            available: (V, K), which branches have something to say at an item; None if all always.
 
         Returns:
             The new (B, L, D) and the gate's weights (B, L, K, D), K in the order of `branches`.
@@ -61,29 +61,53 @@ class Layer(nn.Module):
         outputs = [self.mamba(x)]
         if self.filter is not None:
             outputs.append(self.filter(x, lengths))
-        return self._merge(x, outputs, items, vectors, described)
+        return self._merge(x, outputs, items, vectors, available)
 
     def advance(
         self,
         x: Tensor,
         items: Tensor,
         vectors: Tensor | None,
-        described: Tensor | None,
-        state: LayerState | None,
+        available: Tensor | None,
+        state: LayerState | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
         """As `forward` for the positions that follow `state`, None before the first.
+
+        Of each row's positions the first `lengths` count for the state, all without it.
 
         Raises:
             ValueError: the filter is the low-pass, which can't run forward in time.
         """
-        y, mixer = self.mamba.advance(x, None if state is None else state.mixer)
+        self.check_advance()
+        y, mixer = self.mamba.advance(x, None if state is None else state.mixer, lengths)
         outputs, memory = [y], None
+        if isinstance(self.filter, CausalFilter):
+            f, memory = self.filter.advance(x, None if state is None else state.filter, lengths)
+            outputs.append(f)
+        return self._merge(x, outputs, items, vectors, available)[0], LayerState(mixer, memory)
+
+    def step(
+        self,
+        x: Tensor,
+        items: Tensor,
+        vectors: Tensor | None,
+        available: Tensor | None,
+        state: LayerState,
+    ) -> tuple[Tensor, LayerState]:
+        """As `advance` for one position: x (B, D), items (B,) -> (B, D) and the state after it."""
+        y, mixer = self.mamba.step(x, state.mixer)
+        outputs, memory = [y], state.filter
+        if isinstance(self.filter, CausalFilter):
+            assert memory is not None
+            f, memory = self.filter.step(x, memory)
+            outputs.append(f)
+        return self._merge(x, outputs, items, vectors, available)[0], LayerState(mixer, memory)
+
+    def check_advance(self) -> None:
+        """Raise a ValueError if a part needs the whole history at once."""
         if isinstance(self.filter, LowPass):
             raise ValueError("filter: 'low_pass' needs the whole history at once; train with filter: causal")
-        if self.filter is not None:
-            f, memory = self.filter.advance(x, None if state is None else state.filter)
-            outputs.append(f)
-        return self._merge(x, outputs, items, vectors, described)[0], LayerState(mixer, memory)
 
     def _merge(
         self,
@@ -91,15 +115,14 @@ class Layer(nn.Module):
         outputs: list[Tensor],
         items: Tensor,
         vectors: Tensor | None,
-        described: Tensor | None,
+        available: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The semantic branch, the gate, and what follows it; arguments and result as in `forward`."""
-        available = [torch.ones_like(items, dtype=torch.bool)] * len(self.branches)
         if self.text is not None:
-            assert vectors is not None and described is not None
+            assert vectors is not None
             outputs.append(self.text(items, vectors))
-            available[-1] = described[items]
-        merged, weights = self.gate(torch.stack(outputs, dim=-2), torch.stack(available, dim=-1))
+        speaks = None if available is None else available[items]
+        merged, weights = self.gate(torch.stack(outputs, dim=-2), speaks)
         x = self.norm(x + self.dropout(merged))
         return self.feed_forward(x), weights
 

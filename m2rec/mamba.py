@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m2rec.ops import causal_conv1d, selective_scan, ssd
+from m2rec.ops import (
+    causal_conv1d,
+    causal_conv1d_step,
+    selective_scan,
+    selective_scan_step,
+    ssd,
+    ssd_step,
+)
 
 # The step size dt starts log-uniformly in this range (paper 2312.00752, section 3.6).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -57,22 +64,29 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, L, D) -> (B, L, D)."""
-        y, _ = self.advance(x, None)
+        y, _ = self.advance(x)
         return y
 
-    def advance(self, x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
-        """Continue a history: x (B, L, D) after `state`, None before the first position.
+    def advance(
+        self, x: Tensor, state: MixerState | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MixerState]:
+        """Continue histories.
+
+        Args:
+            x: (B, L, D), the next positions.
+            state: from the positions before; None before the first.
+            lengths: (B,) how many of the positions count, the others are padding; None for all.
 
         Returns:
-            y (B, L, D) and the state after x: the last K - 1 inputs of the convolution
-            (B, K - 1, E), and the scan's (B, E, N).
+            y (B, L, D) and the state after the positions that count: the last K - 1 inputs of
+            the convolution (B, K - 1, E), and the scan's (B, E, N).
         """
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
-        u, window = _convolve(u, state, self.conv1d, self.backend)
+        u, window = _convolve(u, state, lengths, self.conv1d, self.backend)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y, h = selective_scan(
             u,
-            dt @ self.dt_proj.weight.T,
+            _hold_at_padding(dt @ self.dt_proj.weight.T, lengths),
             -torch.exp(self.A_log.float()),
             B,
             C,
@@ -84,6 +98,16 @@ class Mamba(nn.Module):
             return_last_state=True,
             backend=self.backend,
         )
+        return self.out_proj(y), (window, h)
+
+    def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, window = _convolve_step(u, state[0], self.conv1d)
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        A = -torch.exp(self.A_log.float())
+        delta = dt @ self.dt_proj.weight.T
+        y, h = selective_scan_step(state[1], u, delta, A, B, C, self.D, z, self.dt_proj.bias, True)
         return self.out_proj(y), (window, h)
 
 
@@ -123,18 +147,19 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, L, D) -> (B, L, D)."""
-        y, _ = self.advance(x, None)
+        y, _ = self.advance(x)
         return y
 
-    def advance(self, x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
+    def advance(
+        self, x: Tensor, state: MixerState | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MixerState]:
         """As `Mamba.advance`; the states are (B, K - 1, E + 2N) and (B, H, P, N)."""
-        mixed = self.inner + 2 * self.d_state
-        z, xBC, dt = self.in_proj(x).split([self.inner, mixed, len(self.D)], dim=-1)
-        xBC, window = _convolve(xBC, state, self.conv1d, self.backend)
+        z, xBC, dt = self._project(x)
+        xBC, window = _convolve(xBC, state, lengths, self.conv1d, self.backend)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
         y, h = ssd(
             u.unflatten(-1, (-1, self.head_dim)),
-            dt,
+            _hold_at_padding(dt, lengths),
             -torch.exp(self.A_log.float()),
             B,
             C,
@@ -146,6 +171,21 @@ class Mamba2(nn.Module):
             backend=self.backend,
         )
         return self.out_proj(self.norm(y.flatten(-2), z)), (window, h)
+
+    def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
+        z, xBC, dt = self._project(x)
+        xBC, window = _convolve_step(xBC, state[0], self.conv1d)
+        u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
+        u = u.unflatten(-1, (-1, self.head_dim))
+        A = -torch.exp(self.A_log.float())
+        y, h = ssd_step(state[1], u, dt, A, B, C, self.D, self.dt_bias, True)
+        return self.out_proj(self.norm(y.flatten(-2), z)), (window, h)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (..., D) -> the gate z (..., E), what is convolved (..., E + 2N), the step size (..., H)."""
+        widths = [self.inner, self.inner + 2 * self.d_state, len(self.D)]
+        return self.in_proj(x).split(widths, dim=-1)  # type: ignore[no-any-return]
 
 
 class GatedRMSNorm(nn.Module):
@@ -162,15 +202,31 @@ class GatedRMSNorm(nn.Module):
         return F.rms_norm(gated, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
-def _convolve(x: Tensor, state: MixerState | None, conv: nn.Conv1d, backend: str) -> tuple[Tensor, Tensor]:
-    """The short convolution after the inputs in `state`: x (B, L, E) -> (B, L, E), last inputs."""
-    kept, weight = conv.weight.shape[2] - 1, conv.weight[:, 0]
-    if state is None:
-        y = causal_conv1d(x, weight, conv.bias, backend=backend)
-        return y, F.pad(x, (0, 0, kept, 0))[:, x.shape[1] :]
-    inputs = torch.cat([state[0], x], dim=1)
-    y = causal_conv1d(inputs, weight, conv.bias, backend=backend)
-    return y[:, kept:], inputs[:, x.shape[1] :]
+def _convolve(
+    x: Tensor, state: MixerState | None, lengths: Tensor | None, conv: nn.Conv1d, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The short convolution after the inputs in `state`: x (B, L, E) -> (B, L, E), last inputs that count."""
+    kept, length = conv.weight.shape[2] - 1, x.shape[1]
+    inputs = F.pad(x, (0, 0, kept, 0)) if state is None else torch.cat([state[0], x], dim=1)
+    y = causal_conv1d(x if state is None else inputs, conv.weight[:, 0], conv.bias, backend=backend)
+    if lengths is None:
+        return y[:, -length:], inputs[:, length:]
+    index = lengths[:, None] + torch.arange(kept, device=x.device)
+    return y[:, -length:], inputs.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _convolve_step(x: Tensor, window: Tensor, conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
+    """As `_convolve` for one position: x (B, E), window (B, K - 1, E) -> (B, E), new window."""
+    inputs = torch.cat([window, x[:, None]], dim=1)
+    return causal_conv1d_step(inputs, conv.weight[:, 0], conv.bias), inputs[:, 1:]
+
+
+def _hold_at_padding(dt: Tensor, lengths: Tensor | None) -> Tensor:
+    """Steps (B, L, ...) before softplus, of size zero from each row's length on: they change no state."""
+    if lengths is None:
+        return dt
+    padding = torch.arange(dt.shape[1], device=dt.device) >= lengths[:, None]
+    return dt.masked_fill(padding[..., None], -torch.inf)
 
 
 def _initial_dt_bias(size: int) -> Tensor:

@@ -115,7 +115,7 @@ def test_every_item_of_the_history_changes_the_scores(position: int):
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 @pytest.mark.parametrize("cuts", [[1] * L, [5, 1, 6], [2, 10]])
 def test_item_by_item_equals_the_whole(mixer: str, cuts: list[int]):
-    """A batch of histories of different lengths; padding only touches states nobody reads again."""
+    """Without lengths, padding only touches states that nobody reads again."""
     made, (items, lengths) = encoder(mixer=mixer), histories(L, 5, 1)
     whole, states, pieces = made(items, lengths), None, []
     for piece in items.split(cuts, dim=1):
@@ -124,6 +124,33 @@ def test_item_by_item_equals_the_whole(mixer: str, cuts: list[int]):
     stepped = torch.cat(pieces, 1)
     for row, n in enumerate(lengths.tolist()):
         assert torch.allclose(stepped[row, :n], whole[row, :n], atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"mixer": "mamba"}, {"filter": "none", "text": False}])
+def test_steps_from_padded_starts_equal_the_whole(settings: dict[str, Any]):
+    """Users of different lengths start in one padded batch, get a second padded batch, then live items."""
+    made = encoder(**settings)
+    starts, more = torch.tensor([L, 5, 1]), torch.tensor([2, 0, 3])
+    first, _ = histories(*starts.tolist())
+    second = torch.randint(1, V, (3, 4))
+    live = torch.randint(1, V, (20, 3))
+    _, states = made.advance(first, None, starts)
+    _, states = made.advance(second, states, more)
+    for items in live:
+        x, states = made.step(items, states)
+    for row in range(3):
+        history = torch.cat([first[row, : starts[row]], second[row, : more[row]], live[:, row]])
+        whole = made.last(history[None], torch.tensor([len(history)]))
+        assert torch.allclose(x[row], whole[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_a_thousand_steps_do_not_drift(mixer: str):
+    made, items = encoder(mixer=mixer), torch.randint(1, V, (1, 1000))
+    _, states = made.advance(items[:, :1])
+    for item in items[0, 1:]:
+        x, states = made.step(item[None], states)
+    assert torch.allclose(x, made(items, torch.tensor([1000]))[:, -1], atol=1e-5)
 
 
 def test_the_state_does_not_grow():

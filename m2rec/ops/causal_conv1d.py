@@ -43,6 +43,16 @@ def causal_conv1d(
     return _implementation(resolve_backend(backend, x.device).name)(x, weight, bias, silu)
 
 
+def causal_conv1d_step(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True
+) -> Tensor:
+    """The last position of a whole window: inputs (B, K, E) -> y (B, E)."""
+    y = (inputs * weight.T).sum(1)
+    if bias is not None:
+        y = y + bias
+    return F.silu(y) if silu else y
+
+
 def _implementation(backend: str) -> Callable[..., Tensor]:
     if backend == "triton":
         from m2rec.ops.causal_conv1d_triton import causal_conv1d_triton

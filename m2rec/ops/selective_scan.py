@@ -81,6 +81,25 @@ def selective_scan(
         return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state)
 
 
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step after `state` (B, E, N): u, delta, z (B, E) and B, C (B, N) -> y (B, E), new state."""
+    x, delta, A, B, C, h = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, state)
+    h = torch.exp(delta[..., None] * A) * h + (delta * x)[..., None] * B[:, None]
+    y = (h @ C[..., None])[..., 0]
+    return _finish(y, x, D, z).to(u.dtype), h
+
+
 def _implementation(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     if backend == "triton":
         from m2rec.ops.selective_scan_triton import selective_scan_triton

@@ -11,11 +11,14 @@ from torch.nn import functional as F
 from m2rec.ops import (
     causal_conv1d,
     causal_conv1d_ref,
+    causal_conv1d_step,
     resolve_backend,
     selective_scan,
     selective_scan_ref,
+    selective_scan_step,
     ssd,
     ssd_ref,
+    ssd_step,
 )
 
 LENGTHS = [1, 2, 63, 200]
@@ -221,6 +224,32 @@ def test_selective_scan_of_one_step_by_hand():
     A, D = torch.tensor([[-1.0]]), torch.tensor([4.0])
     y = selective_scan_ref(u, delta, A, B, C, D, z)
     assert torch.allclose(y, (0.25 * 0.5 * 2 * 3 + 4 * 2) * F.silu(z))
+
+
+@pytest.mark.parametrize("name", ["scan", "ssd"])
+def test_steps_equal_the_reference(name: str):
+    """All arguments, one position at a time, from an initial state."""
+    if name == "scan":
+        inputs, ref, step, option = scan_inputs(12), selective_scan_ref, selective_scan_step, "delta_softplus"
+    else:
+        inputs, ref, step, option = ssd_inputs(12), ssd_ref, ssd_step, "dt_softplus"
+    expected, last = ref(**inputs, **{option: True}, return_last_state=True)
+    state = inputs.pop("initial_state")
+    over_time = {"u", "x", "delta", "dt", "B", "C", "z"} & set(inputs)
+    outputs = []
+    for t in range(12):
+        here = {key: value[:, t] if key in over_time else value for key, value in inputs.items()}
+        y, state = step(state, **here, **{option: True})
+        outputs.append(y)
+    assert torch.allclose(torch.stack(outputs, 1), expected)
+    assert torch.allclose(state, last)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_causal_conv1d_step_equals_the_reference(silu: bool):
+    x, weight, bias = conv_inputs(9).values()
+    expected = causal_conv1d_ref(x, weight, bias, silu)
+    assert torch.allclose(causal_conv1d_step(x[:, 3:7], weight, bias, silu), expected[:, 6])
 
 
 def test_selective_scan_continues_from_its_state():
