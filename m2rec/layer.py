@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from m2rec.attention import Attention
 from m2rec.fourier import CausalFilter, LowPass
 from m2rec.gate import MeanGate, SoftmaxGate
 from m2rec.mamba import Mamba, Mamba2, MixerState
@@ -31,7 +32,7 @@ class Layer(nn.Module):
     def __init__(self, settings: ModelSettings, max_length: int, text_dim: int) -> None:
         super().__init__()
         size = settings.hidden_size
-        self.mamba = build_mixer(settings)
+        self.mixer = build_mixer(settings, max_length)
         self.filter = build_filter(settings, max_length)
         self.text = TextProjection(text_dim, size, std=1.0) if text_dim else None
         self.branches = ["temporal"]
@@ -58,7 +59,7 @@ class Layer(nn.Module):
         Returns:
             The new (B, L, D) and the gate's weights (B, L, K, D), K in the order of `branches`.
         """
-        outputs = [self.mamba(x)]
+        outputs = [self.mixer(x)]
         if self.filter is not None:
             outputs.append(self.filter(x, lengths))
         return self._merge(x, outputs, items, vectors, available)
@@ -77,10 +78,9 @@ class Layer(nn.Module):
         Of each row's positions the first `lengths` count for the state, all without it.
 
         Raises:
-            ValueError: the filter is the low-pass, which can't run forward in time.
+            ValueError: a part needs the whole history at once.
         """
-        self.check_advance()
-        y, mixer = self.mamba.advance(x, None if state is None else state.mixer, lengths)
+        y, mixer = self._recurrent_mixer().advance(x, None if state is None else state.mixer, lengths)
         outputs, memory = [y], None
         if isinstance(self.filter, CausalFilter):
             f, memory = self.filter.advance(x, None if state is None else state.filter, lengths)
@@ -96,7 +96,7 @@ class Layer(nn.Module):
         state: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """As `advance` for one position: x (B, D), items (B,) -> (B, D) and the state after it."""
-        y, mixer = self.mamba.step(x, state.mixer)
+        y, mixer = self._recurrent_mixer().step(x, state.mixer)
         outputs, memory = [y], state.filter
         if isinstance(self.filter, CausalFilter):
             assert memory is not None
@@ -104,10 +104,16 @@ class Layer(nn.Module):
             outputs.append(f)
         return self._merge(x, outputs, items, vectors, available)[0], LayerState(mixer, memory)
 
-    def check_advance(self) -> None:
-        """Raise a ValueError if a part needs the whole history at once."""
-        if isinstance(self.filter, LowPass):
-            raise ValueError("filter: 'low_pass' needs the whole history at once; train with filter: causal")
+    def _recurrent_mixer(self) -> Mamba | Mamba2:
+        """The temporal branch, if every part of the layer can go on from a state."""
+        for key, value, rival in (("mixer", "attention", Attention), ("filter", "low_pass", LowPass)):
+            if isinstance(self.mixer, rival) or isinstance(self.filter, rival):
+                raise ValueError(
+                    f"{key}: {value!r} needs the whole history at once and can't go on from a state; "
+                    f"train with another {key}"
+                )
+        assert isinstance(self.mixer, Mamba | Mamba2)
+        return self.mixer
 
     def _merge(
         self,
@@ -144,8 +150,10 @@ class FeedForward(nn.Module):
         return self.norm(x + self.dropout(self.down(h)))  # type: ignore[no-any-return]
 
 
-def build_mixer(settings: ModelSettings) -> Mamba | Mamba2:
+def build_mixer(settings: ModelSettings, max_length: int) -> Mamba | Mamba2 | Attention:
     """The temporal branch that `mixer` names."""
+    if settings.mixer == "attention":
+        return Attention(settings.hidden_size, settings.n_heads, max_length, settings.dropout_prob)
     sizes = (settings.hidden_size, settings.d_state, settings.d_conv, settings.expand)
     if settings.mixer == "mamba":
         return Mamba(*sizes, backend=settings.scan_backend)

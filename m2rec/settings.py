@@ -75,11 +75,12 @@ class ModelSettings(_Settings):
     n_layers: int = integer(2, 1, 1_000)
     inner_size: int = integer(256, 1, 262_144)
     dropout_prob: float = number(0.4, 0, 1, open_high=True)
-    mixer: str = choice("mamba2", "mamba")
+    mixer: str = choice("mamba2", "mamba", "attention")
     d_state: int = integer(32, 1, 65_536)
     d_conv: int = integer(4, 1, 1_000)
     expand: int = integer(2, 1, 1_000)
     head_dim: int = integer(64, 1, 65_536)
+    n_heads: int = integer(2, 1, 65_536)
     scan_backend: str = text("auto")
     filter: str = choice("causal", "low_pass", "none")
     filter_modes: int = integer(16, 1, 65_536)
@@ -106,6 +107,10 @@ class ModelSettings(_Settings):
             raise ValueError(
                 f"negative_sampling: {self.negative_sampling!r} does not fit loss_type: gBCE, which is "
                 f"calibrated for uniform negatives; set negative_sampling: uniform, or loss_type: sampled"
+            )
+        if self.mixer == "attention" and self.hidden_size % self.n_heads:
+            raise ValueError(
+                f"n_heads: {self.n_heads} does not divide hidden_size: {self.hidden_size}; choose a divisor"
             )
         inner = self.expand * self.hidden_size
         if self.mixer == "mamba2" and inner % self.head_dim:

@@ -49,6 +49,7 @@ every_form = pytest.mark.parametrize(
     [
         pytest.param({}, id="full"),
         pytest.param({"mixer": "mamba"}, id="mamba"),
+        pytest.param({"mixer": "attention"}, id="attention"),
         pytest.param({"gate": "mean", "text": False}, id="mean-no-text"),
         pytest.param({"filter": "none", "text_in_table": False}, id="no-filter"),
         pytest.param({"filter": "low_pass"}, id="low-pass"),
@@ -75,7 +76,7 @@ def test_each_row_alone_equals_the_row_in_the_batch(settings: dict[str, Any]):
         assert torch.allclose(alone[0], together[row], atol=1e-5)
 
 
-@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
 def test_the_future_does_not_reach_the_past(mixer: str):
     made, (items, lengths) = encoder(mixer=mixer), histories(L, L)
     changed = items.clone()
@@ -94,7 +95,7 @@ def test_every_parameter_gets_a_gradient(settings: dict[str, Any]):
         assert torch.isfinite(parameter.grad).all(), name
 
 
-@pytest.mark.parametrize("branch", ["mamba", "filter", "text"])
+@pytest.mark.parametrize("branch", ["mixer", "filter", "text"])
 def test_each_branch_changes_the_scores(branch: str):
     made, (items, lengths) = encoder(), histories(L, 9)
     before = made.scores(made.last(items, lengths))
@@ -162,9 +163,10 @@ def test_the_state_does_not_grow():
     assert sizes[0] == sizes[1] == sizes[2]
 
 
-def test_the_low_pass_cannot_run_forward():
-    with pytest.raises(ValueError, match="'low_pass' needs the whole history at once"):
-        encoder(filter="low_pass").advance(torch.tensor([[1]]))
+@pytest.mark.parametrize(("key", "value"), [("filter", "low_pass"), ("mixer", "attention")])
+def test_what_needs_the_whole_history_cannot_go_on_from_a_state(key: str, value: str):
+    with pytest.raises(ValueError, match=f"{key}: '{value}' needs the whole history at once"):
+        encoder(**{key: value}).advance(torch.tensor([[1]]))
 
 
 def test_text_switches():
@@ -199,7 +201,7 @@ def test_item_rows_and_table_agree_and_padding_is_zero():
 def test_initial_step_sizes_survive_unless_asked_otherwise():
     def steps(init: str) -> Tensor:
         made = encoder(mixer="mamba", init=init)
-        return torch.nn.functional.softplus(made.layers[0].mamba.dt_proj.bias)
+        return torch.nn.functional.softplus(made.layers[0].mixer.dt_proj.bias)
 
     assert steps("standard").max() <= 0.1001
     assert torch.allclose(steps("mamba4rec"), torch.tensor(0.6931), atol=1e-4)
@@ -211,10 +213,10 @@ def test_mamba4rec_written_out():
     items, lengths = histories(L, 7)
     x = made.norm(made.id_embedding(items))
     for layer in made.layers:
-        x = layer.norm(layer.mamba(x) + x)
+        x = layer.norm(layer.mixer(x) + x)
         forward = layer.feed_forward
         x = forward.norm(forward.down(torch.nn.functional.gelu(forward.up(x))) + x)
     expected = x[torch.arange(2), lengths - 1] @ made.id_embedding.weight.T
     assert torch.allclose(made.scores(made.last(items, lengths)), expected, atol=1e-5)
     names = {name.split(".")[2] for name in made.state_dict() if name.startswith("layers.")}
-    assert names == {"mamba", "norm", "feed_forward"}
+    assert names == {"mixer", "norm", "feed_forward"}

@@ -22,6 +22,7 @@ FORMS = {
     "bpr": {"loss_type": "BPR"},
     "bpr-prefix": {"loss_type": "BPR", "rows": "prefix"},
     "mamba": {"mixer": "mamba"},
+    "attention": {"mixer": "attention"},
     "low-pass": {"filter": "low_pass", "rows": "prefix"},
     "reference": {"scan_backend": "reference", "mixer": "mamba"},
 }
