@@ -36,8 +36,7 @@ def cross_entropy(x: Tensor, targets: Tensor, item_table: Tensor, memory: int = 
     """
     dtype = torch.promote_types(item_table.dtype, torch.float32)
     rows = max(1, memory * 2**20 // (2 * dtype.itemsize * len(item_table)))
-    with torch.autocast(x.device.type, enabled=False):
-        loss: Tensor = _CrossEntropy.apply(x.to(dtype), item_table[1:].to(dtype), targets - 1, rows)  # type: ignore[no-untyped-call]
+    loss: Tensor = _CrossEntropy.apply(x.to(dtype), item_table[1:].to(dtype), targets - 1, rows)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -156,7 +155,7 @@ def _sampled_scores(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor) -
     """Scores of the targets (S, 1) and of the negatives (S, n), -inf where one is the target."""
     positive = (x * rows(targets)).sum(-1, keepdim=True)
     scores = x @ rows(negatives).T
-    return positive.float(), scores.float().masked_fill(negatives == targets[:, None], -torch.inf)
+    return positive, scores.masked_fill(negatives == targets[:, None], -torch.inf)
 
 
 def bpr(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor) -> Tensor:

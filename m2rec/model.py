@@ -104,7 +104,11 @@ class M2Rec(SequentialRecommender):
         return self._loss(x, targets, interaction)
 
     def _loss(self, x: Tensor, targets: Tensor, interaction: Interaction) -> Tensor:
-        """x: (S, D), targets: (S,) -> the loss that `loss_type` names."""
+        """x: (S, D), targets: (S,) -> the loss that `loss_type` names, in full precision."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._loss_of(x.to(self.encoder.id_embedding.weight.dtype), targets, interaction)
+
+    def _loss_of(self, x: Tensor, targets: Tensor, interaction: Interaction) -> Tensor:
         settings, rows = self.settings, self.encoder.items
         if settings.loss_type == "CE":
             return cross_entropy(x, targets, self.encoder.item_table(), settings.loss_memory)

@@ -152,6 +152,7 @@ class RunSettings(_Settings):
     worker: int = integer(0, 0, 1_000)
     use_gpu: bool = flag(True)
     reproducibility: bool = flag(True)
+    enable_amp: bool = flag(False)
     show_progress: bool = flag(True)
     tensorboard: bool = flag(False)
     state: str = choice("INFO", "DEBUG", "WARNING", "ERROR", "CRITICAL")

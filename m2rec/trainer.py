@@ -36,6 +36,8 @@ class RunTrainer(Trainer):
     def __init__(self, config: Config, model: nn.Module, folder: Path) -> None:
         config["checkpoint_dir"] = str(folder)
         super().__init__(config, model)
+        # for enable_amp: float16, the default on CUDA, would need a loss scaler
+        torch.set_autocast_dtype(self.device.type, torch.bfloat16)
         self.folder = folder
         self.saved_model_file = str(folder / WEIGHTS)
         self.best_epoch: int | None = None

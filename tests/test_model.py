@@ -35,14 +35,18 @@ def made(data_path: Path, **others: Any) -> tuple[M2Rec, list[Any]]:
     return M2Rec(config, loaders[0].dataset), list(loaders)
 
 
-def train(model: M2Rec, batches: Any, steps: int, learning_rate: float = 0.01) -> list[float]:
+def train(
+    model: M2Rec, batches: Any, steps: int, learning_rate: float = 0.01, amp: bool = False
+) -> list[float]:
     """Losses of plain Adam steps, batch after batch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     losses: list[float] = []
     while len(losses) < steps:
         for batch in batches:
             optimizer.zero_grad()
-            loss = model.calculate_loss(batch)
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                loss = model.calculate_loss(batch)
+            assert loss.dtype == torch.float32
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
@@ -164,3 +168,15 @@ def test_works_as_a_plain_recbole_model(toy: Path):
     assert not model.dense
     losses = train(model, [loader.dataset.inter_feat], 30)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("form", ["dense", "sampled", "gbce", "bpr", "mamba", "attention"])
+def test_bfloat16_training_follows_float32(toy: Path, form: str):
+    """Under autocast the encoder computes in bfloat16, the loss in float32; both learn alike."""
+    losses = []
+    for amp in (False, True):
+        model, (batches, _, _) = made(toy, dropout_prob=0, **FORMS[form])
+        torch.manual_seed(4)
+        losses.append(train(model, [batches.dataset.inter_feat], 20, amp=amp))
+    assert losses[1] != losses[0]
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.05 * losses[0][0]
