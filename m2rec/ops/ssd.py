@@ -152,29 +152,29 @@ def _ssd_chunked(
         padded = F.pad(t, fill)
         return padded.reshape(len(t), n_chunks, size, *t.shape[2:])
 
-    xd = chunk(u * dt[..., None])  # (B, c, Q, H, P)
-    bq, cq = chunk(B), chunk(C)  # (B, c, Q, N)
-    log_decay = chunk(dt * A).transpose(2, 3).cumsum(-1)  # (B, c, H, Q), sum up to and with q
+    xd = chunk(u * dt[..., None]).transpose(2, 3).contiguous()  # (B, c, H, Q, P)
+    bq, cq = chunk(B)[:, :, None], chunk(C)[:, :, None]  # (B, c, 1, Q, N)
+    log_decay = chunk(dt * A).transpose(2, 3).cumsum(-1)[..., None]  # (B, c, H, Q, 1), sum up to and with q
 
-    # inside the chunk: position i reads j <= i, decayed by exp(s_i - s_j)
-    gap = log_decay[..., :, None] - log_decay[..., None, :]
-    future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-    weights = torch.exp(gap.masked_fill(future, -torch.inf)) * (cq @ bq.mT)[:, :, None]
-    y = torch.einsum("bchij,bcjhp->bcihp", weights, xd)
-
-    # what each chunk adds to the state at its end, and the chain of states
-    to_end = torch.exp(log_decay[..., -1:] - log_decay)  # (B, c, H, Q)
-    added = torch.einsum("bcjn,bchj,bcjhp->bchpn", bq, to_end, xd)
-    whole = torch.exp(log_decay[..., -1])[..., None, None]  # (B, c, H, 1, 1)
+    # what each chunk adds to the state at its end, and the chain of states, (B, H, N, P) here
+    to_end = torch.exp(log_decay[..., -1:, :] - log_decay)
+    added = (bq * to_end).mT @ xd
+    whole = torch.exp(log_decay[..., -1:, :])
     h = _start(u, B) if initial_state is None else initial_state.to(u.dtype)
-    entering = []
+    h, entering = h.mT, []
     for c in range(n_chunks):
         entering.append(h)
         h = whole[:, c] * h + added[:, c]
-    from_start = torch.exp(log_decay)
-    y = y + torch.einsum("bcin,bchpn,bchi->bcihp", cq, torch.stack(entering, 1), from_start)
+    from_before = (cq * torch.exp(log_decay)) @ torch.stack(entering, 1)  # (B, c, H, Q, P)
 
-    y = y.flatten(1, 2)[:, :length]
+    # inside the chunk: position i reads j <= i, decayed by exp(s_i - s_j)
+    gap = log_decay - log_decay.mT
+    future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+    weights = torch.exp(gap.masked_fill(future, -torch.inf)) * (cq @ bq.mT)
+    y = torch.baddbmm(*(t.flatten(0, 2) for t in (from_before, weights, xd)))
+
+    y = y.view_as(xd).transpose(2, 3).flatten(1, 2)[:, :length]
+    h = h.mT
     if D is not None:
         y = y + D.to(u.dtype)[:, None] * u
     return (y.to(x.dtype), h) if return_last_state else y.to(x.dtype)

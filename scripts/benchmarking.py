@@ -1,0 +1,179 @@
+"""What the benchmarks share: fair timing, peak memory, tables, JSON and pictures."""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+Row = dict[str, Any]
+
+
+def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes: device, threads, repeats and where results go."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on a CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds; each figure is their median")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for JSON and picture")
+    parser.add_argument("--name", default=name, help="results are NAME-DEVICE.json and .svg")
+    return parser
+
+
+def medians(
+    functions: Mapping[str, Callable[[], object]], repeats: int, device: str, at_least: float = 0.0
+) -> dict[str, float]:
+    """Median seconds of each function, all in turn in every round, so that noise meets them alike.
+
+    A function is called once before. One that takes less than `at_least` seconds is called as
+    often in a row as fills them.
+    """
+    calls = {}
+    for name, function in functions.items():
+        function()
+        calls[name] = max(1, round(at_least / max(_seconds(function, 1, device), 1e-9)))
+    rounds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            rounds[name].append(_seconds(function, calls[name], device))
+    return {name: median(seconds) for name, seconds in rounds.items()}
+
+
+def _seconds(function: Callable[[], object], calls: int, device: str) -> float:
+    _wait(device)
+    start = perf_counter()
+    for _ in range(calls):
+        function()
+    _wait(device)
+    return (perf_counter() - start) / calls
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def in_child(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) in a fresh process, whose memory nothing else has touched."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def peak_mib(work: Callable[[], object], device: str) -> float:
+    """Most memory that `work` held above what was held before, in MiB; on a CPU in a fresh process only."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = _status_kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    work()
+    return (_status_kib("VmHWM") - before) / 2**10
+
+
+def _status_kib(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    raise ValueError(f"/proc/self/status has no {key}; peak memory needs Linux")
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest expected value."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def finish(args: argparse.Namespace, rows: list[Row], note: str = "", **more: Any) -> None:
+    """Print the table and write NAME-DEVICE.json with the command and the machine."""
+    table = markdown(rows)
+    print(f"\n{table}\n{note}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = stem(args).with_suffix(".json")
+    record = {"command": _command(), **machine(args), "note": note, "rows": rows, **more}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(path)
+
+
+def stem(args: argparse.Namespace) -> Path:
+    """Path of the results without suffix."""
+    return Path(args.out / f"{args.name}-{args.device.split(':')[0]}")
+
+
+def _command() -> str:
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
+    return " ".join(["python", str(shown), *sys.argv[1:]])
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """Device, threads, versions and commit."""
+    if args.device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else platform.processor()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+    }
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """Rows as a Markdown table; numbers with three digits that count."""
+    rows = list(rows)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[_shown(row.get(column, "")) for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def picture(
+    args: argparse.Namespace, series: Mapping[str, tuple[list[float], list[float]]], x: str, y: str
+) -> None:
+    """Lines over two logarithmic axes, as NAME-DEVICE.svg."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "m2rec"  # the same picture is the same file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for label, (xs, ys) in series.items():
+        axes.plot(xs, ys, marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    ticks = sorted({value for xs, _ in series.values() for value in xs})
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(stem(args).with_suffix(".svg"), metadata={"Date": None})
+    pyplot.close(figure)
