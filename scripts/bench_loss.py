@@ -1,0 +1,138 @@
+"""The losses: whole and in chunks, sampled; and a training step on a catalogue of a million items.
+
+    python scripts/bench_loss.py
+
+Time and peak memory of forward and backward over the scores alone, at ml-1m's sizes and at larger
+catalogues; then one whole training step of M2Rec (64 windows of 200, Adam) with a million items.
+Before anything is timed, chunked cross-entropy is compared with the whole, value and gradients.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from benchmarking import Row, arguments, finish, in_child, medians, peak_mib, picture, relative_error
+from torch import Tensor
+
+from m2rec.encoder import Encoder
+from m2rec.loss import NegativeSampler, cross_entropy, cross_entropy_ref, gbce, sampled_cross_entropy
+from m2rec.settings import ModelSettings
+
+TOLERANCE = 1e-5
+# the whole matrix of scores and its gradient, above which it is not tried
+MOST_SCORES = 500_000_000
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def sampled(n: int, x: Tensor, targets: Tensor, table: Tensor, kind: str = "softmax") -> Tensor:
+    """The sampled loss `kind` over n uniform negatives."""
+    ids, log_probability = NegativeSampler(len(table)).to(x.device)(n)
+    if kind == "gbce":
+        return gbce(x, targets, lambda i: table[i], ids, len(table), 0.75)
+    return sampled_cross_entropy(x, targets, lambda i: table[i], ids, log_probability)
+
+
+def losses(positions: int, n_items: int) -> dict[str, Loss]:
+    """Every loss that fits."""
+    found: dict[str, Loss] = {}
+    if positions * n_items <= MOST_SCORES:
+        found["whole softmax, all scores at once"] = cross_entropy_ref
+    found["whole softmax, 16 MiB of scores"] = partial(cross_entropy, memory=16)
+    found |= {f"softmax over {n} negatives": partial(sampled, n) for n in (256, 1024)}
+    found["gBCE over 256 negatives"] = partial(sampled, 256, kind="gbce")
+    return found
+
+
+def inputs(positions: int, n_items: int, width: int, device: str) -> list[Tensor]:
+    """x, targets, table."""
+    torch.manual_seed(0)
+    x = torch.randn(positions, width, device=device).requires_grad_()
+    table = (torch.randn(n_items, width, device=device) * 0.1).requires_grad_()
+    return [x, torch.randint(1, n_items, (positions,), device=device), table]
+
+
+def both(loss: Loss, given: list[Tensor]) -> list[Tensor]:
+    """Value and gradients."""
+    value = loss(*given)
+    return [value.detach(), *torch.autograd.grad(value, [given[0], given[2]])]
+
+
+def memory_of(name: str, sizes: tuple[int, int, int], device: str, threads: int) -> float:
+    """Peak of forward and backward in MiB."""
+    torch.set_num_threads(threads)
+    both(losses(64, 100)[name], inputs(64, 100, sizes[2], device))
+    given = inputs(*sizes, device)
+    return peak_mib(lambda: both(losses(*sizes[:2])[name], given), device)
+
+
+def step_memory(loss_type: str, n_items: int, batch: int, length: int, device: str, threads: int) -> float:
+    """Peak MiB of two training steps of M2Rec, from an empty process on."""
+    torch.set_num_threads(threads)
+
+    def train() -> None:
+        made = Encoder(ModelSettings(loss_type=loss_type), n_items, length).to(device)
+        optimizer = torch.optim.Adam(made.parameters())
+        items = torch.randint(1, n_items, (batch, length), device=device)
+        for _ in range(2):
+            optimizer.zero_grad()
+            x = made(items, torch.full((batch,), length, device=device)).flatten(0, 1)
+            if loss_type == "CE":
+                loss = cross_entropy(x, items.flatten(), made.item_table())
+            else:
+                ids, log_probability = NegativeSampler(n_items).to(device)(512)
+                loss = sampled_cross_entropy(x, items.flatten(), made.items, ids, log_probability)
+            loss.backward()
+            optimizer.step()
+
+    return peak_mib(train, device)
+
+
+def measure(args: argparse.Namespace, n_items: int) -> list[Row]:
+    """All losses at one size of the catalogue."""
+    given = inputs(args.positions, n_items, args.width, args.device)
+    found = losses(args.positions, n_items)
+    small = inputs(1000, n_items, args.width, args.device)
+    expected, actual = both(cross_entropy_ref, small), both(cross_entropy, small)
+    worst = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+    if worst > TOLERANCE:
+        raise SystemExit(f"chunked and whole cross-entropy differ: {worst:.1e}")
+    work = {name: partial(both, loss, given) for name, loss in found.items()}
+    seconds = medians(work, args.repeats, args.device)
+    rows = []
+    for name in found:
+        row: Row = {"items": n_items, "loss": name, "forward + backward ms": seconds[name] * 1e3}
+        sizes = (args.positions, n_items, args.width)
+        row["peak MiB"] = in_child(memory_of, name, sizes, args.device, args.threads)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = arguments(__doc__, "bench_loss")
+    parser.add_argument("--catalogues", type=int, nargs="+", default=[3_417, 40_000])
+    parser.add_argument("--positions", type=int, default=12_800, help="S, 64 windows of 200")
+    parser.add_argument("--width", type=int, default=64, help="D")
+    parser.add_argument("--largest", type=int, default=1_000_000, help="catalogue of the whole training step")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = [row for n_items in args.catalogues for row in measure(args, n_items)]
+    steps = []
+    for loss_type in ("CE", "sampled"):
+        batch, length = max(1, args.positions // 200), 200
+        mib = in_child(step_memory, loss_type, args.largest, batch, length, args.device, args.threads)
+        steps.append({"items": args.largest, "loss_type": loss_type, "windows": batch, "peak MiB": mib})
+        print(f"training step with {args.largest:,} items, loss_type {loss_type}: {mib:,.0f} MiB", flush=True)
+    finish(args, rows, f"{args.positions:,} positions, D = {args.width}, float32", training_steps=steps)
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        xs, ys = series.setdefault(row["loss"], ([], []))
+        xs.append(row["items"])
+        ys.append(row["forward + backward ms"])
+    picture(args, series, "items in the catalogue", "ms, forward + backward")
+
+
+if __name__ == "__main__":
+    main()

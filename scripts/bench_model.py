@@ -1,0 +1,189 @@
+"""Whole models: a training step and inference per sequence, and what an epoch of ml-1m costs.
+
+    python scripts/bench_model.py               # CPU or GPU, whichever is there
+    python scripts/bench_model.py --lengths 200 --models "M2Rec" SASRec
+
+All models run through RecBole on the same random histories of exactly L items, at their default
+sizes (D = 64, two layers). A dense row trains L targets, a prefix row one: an epoch is the rows
+of ml-1m (5-core, 981,491 training targets) times the time per row. Before anything is timed,
+the dense vectors of M2Rec are compared with those of each prefix.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarking import Row, arguments, finish, medians, peak_mib, picture, relative_error
+from torch import nn
+
+from m2rec import text_vectors
+from m2rec.compat import Interaction, data_preparation, init_seed
+from m2rec.configuration import build_config, find_model
+from m2rec.dataset import HistoryDataset
+
+POSITIONS = {"cpu": 64 * 200, "cuda": 2048 * 200}
+TEXT_WIDTH = 384
+# dense windows of at most L items that hold ml-1m's targets, and the targets themselves
+ML_1M_WINDOWS, ML_1M_TARGETS = {50: 22_532, 200: 8_617}, 981_491
+TOLERANCE = 1e-4
+
+ALONE = {"filter": "none", "text_vectors": "none", "gate": "mean"}
+MODELS: dict[str, dict[str, Any]] = {
+    "M2Rec": {},
+    "M2Rec, S6": {"mixer": "mamba"},
+    "M2Rec without filter": {"filter": "none"},
+    "M2Rec without text": {"text_vectors": "none"},
+    "M2Rec without gate": {"gate": "mean"},
+    "SSD alone": ALONE,
+    "S6 alone": {**ALONE, "mixer": "mamba"},
+    "attention alone (SDPA)": {**ALONE, "mixer": "attention"},
+    "M2Rec, prefix rows": {"rows": "prefix"},
+    "Mamba4Rec": {"model": "Mamba4Rec"},
+    "Mamba4Rec, mamba_ssm": {"model": "Mamba4Rec", "scan_backend": "mamba_ssm"},
+    "SASRec": {"model": "SASRec"},
+    "BERT4Rec": {"model": "BERT4Rec"},
+    "GRU4Rec": {"model": "GRU4Rec"},
+}
+
+
+@dataclass
+class Made:
+    """A model with the batches that it is timed on."""
+
+    model: Any
+    rows: str
+    train_batch: Any
+    test_batch: Any
+    optimizer: torch.optim.Optimizer
+
+    def train(self) -> None:
+        """One training step."""
+        self.model.train()
+        self.optimizer.zero_grad()
+        self.model.calculate_loss(self.train_batch).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def infer(self) -> None:
+        """The scores of all items for each history."""
+        self.model.eval()
+        self.model.full_sort_predict(self.test_batch)
+
+
+def write_data(folder: Path, length: int, n_items: int) -> None:
+    """Users with `length` training targets each, in which every item occurs; random text vectors."""
+    generator = torch.Generator().manual_seed(0)
+    per_user = length + 3
+    n_users = max(8, -(-n_items // per_user))
+    items = torch.randint(n_items, (n_users * per_user,), generator=generator)
+    items[:n_items] = torch.randperm(n_items, generator=generator)
+    lines = [f"u{i // per_user}\ti{item}\t{i}" for i, item in enumerate(items.tolist())]
+    (folder / "bench").mkdir()
+    header = "user_id:token\titem_id:token\ttimestamp:float"
+    (folder / "bench" / "bench.inter").write_text("\n".join([header, *lines]) + "\n")
+    vectors = torch.randn(n_items, TEXT_WIDTH, generator=generator)
+    path = folder / "bench" / f"bench{text_vectors.SUFFIX}"
+    text_vectors.save(path, [f"i{k}" for k in range(n_items)], vectors, {"model": "random"})
+
+
+def make(name: str, folder: Path, length: int, batch: int, device: str) -> Made:
+    """The model that `name` stands for, on the data in `folder`."""
+    values = {
+        "dataset": "bench",
+        "data_path": str(folder),
+        "MAX_ITEM_LIST_LENGTH": length,
+        "gpu_id": device.partition(":")[2] or "0" if device.startswith("cuda") else "",
+        "train_batch_size": 2**20,
+        "eval_batch_size": 2**20,
+        "show_progress": False,
+        **MODELS[name],
+    }
+    config = build_config(values)
+    init_seed(0, True)
+    train, _, test = data_preparation(config, HistoryDataset(config))
+    model = find_model(config["model"])(config, train.dataset).to(config["device"])
+    optimizer = torch.optim.Adam(model.parameters())
+    test_batch = next(iter(test))[0]
+    batches = [tiled(rows, batch).to(config["device"]) for rows in (next(iter(train)), test_batch)]
+    rows = train.dataset.rows if config["model"] == "M2Rec" else "prefix"
+    return Made(model, rows, *batches, optimizer)
+
+
+def tiled(rows: Interaction, batch: int) -> Interaction:
+    """As many rows as `batch`, the given ones over and over."""
+    return rows[torch.arange(batch) % len(rows)]
+
+
+def check(encoder: nn.Module, length: int, n_items: int, device: str) -> None:
+    """Stop unless a dense pass gives at each position what the prefix that ends there gives."""
+    encoder.eval()
+    last = min(length, 40)
+    items = torch.randint(1, n_items, (2, last), device=device)
+    with torch.no_grad():
+        whole = encoder(items, torch.full((2,), last, device=device))
+        for n in (1, last // 2, last):
+            prefix = encoder.last(items[:, :n], torch.full((2,), n, device=device))
+            if (worst := relative_error(whole[:, n - 1], prefix)) > TOLERANCE:
+                raise SystemExit(f"dense and prefix rows differ at position {n}: relative error {worst:.1e}")
+
+
+def measure(args: argparse.Namespace, length: int) -> list[Row]:
+    """All models at one length."""
+    batch = max(1, round(args.positions / length))
+    found: dict[str, Made] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder), length, args.items)
+        for name in args.models:
+            try:
+                found[name] = make(name, Path(folder), length, batch, args.device)
+            except ValueError as error:
+                print(f"without {name}: {error}")
+    for made in found.values():
+        if hasattr(made.model, "encoder"):
+            check(made.model.encoder, length, args.items, args.device)
+    steps: dict[str, Callable[[], None]] = {name: made.train for name, made in found.items()}
+    queries = {name: made.infer for name, made in found.items()}
+    train = medians(steps, args.repeats, args.device)
+    infer = medians(queries, args.repeats, args.device)
+    rows = []
+    for name, made in found.items():
+        row: Row = {"L": length, "B": batch, "model": name, "rows": made.rows}
+        row["training ms per row"] = train[name] / batch * 1e3
+        row["targets per row"] = length if made.rows == "dense" else 1
+        row["inference ms per history"] = infer[name] / batch * 1e3
+        if length in ML_1M_WINDOWS:
+            epoch = ML_1M_WINDOWS[length] if made.rows == "dense" else ML_1M_TARGETS
+            row["minutes per epoch of ml-1m"] = train[name] / batch * epoch / 60
+        if args.device.startswith("cuda"):
+            row["peak MiB of a step"] = peak_mib(made.train, args.device)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = arguments(__doc__, "bench_model")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1000, 4000])
+    parser.add_argument("--positions", type=int, help="positions in a batch")
+    parser.add_argument("--items", type=int, default=3_416, help="catalogue, that of ml-1m by default")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.positions = args.positions or POSITIONS[args.device.split(":")[0]]
+    rows = [row for length in args.lengths for row in measure(args, length)]
+    finish(args, rows, f"{args.items:,} items, float32; epochs are rows times the time per row")
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        xs, ys = series.setdefault(row["model"], ([], []))
+        xs.append(row["L"])
+        ys.append(row["inference ms per history"])
+    picture(args, series, "history length L", "inference, ms per history")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Every benchmark runs, checks its rivals, and leaves a table, JSON and a picture."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "bench_scan": ["--lengths", "7", "--positions", "14", "--channels", "32", "--states", "4", "--no-memory"],
+    "bench_model": ["--lengths", "7", "--positions", "14", "--items", "20"],
+    "bench_stream": ["--histories", "3", "9", "--users", "1", "2", "--items", "20"],
+    "bench_loss": ["--catalogues", "30", "--positions", "20", "--largest", "50"],
+}
+# a few rows of each that must be there, and a column that must be a positive number
+EXPECTED = {
+    "bench_scan": ("what", {"reference", "torch", "ssd: torch", "mixer: m2rec"}, "forward + backward ms"),
+    "bench_model": ("model", {"M2Rec", "Mamba4Rec", "SASRec", "BERT4Rec", "GRU4Rec"}, "training ms per row"),
+    "bench_stream": ("mixer", {"mamba", "mamba2"}, "ms per event"),
+    "bench_loss": ("loss", {"whole softmax, 16 MiB of scores", "gBCE over 256 negatives"}, "peak MiB"),
+}
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_leaves_its_results(name: str, tmp_path: Path):
+    command = [
+        sys.executable,
+        f"scripts/{name}.py",
+        *SMALL[name],
+        "--device=cpu",
+        "--repeats=1",
+        "--threads=1",
+    ]
+    done = subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / f"{name}-cpu.json").read_text())
+    column, rows, number = EXPECTED[name]
+    assert rows <= {row[column] for row in record["rows"]}
+    assert all(row[number] >= 0 for row in record["rows"])
+    assert record["command"].startswith(f"python scripts/{name}.py") and record["threads"] == 1
+    assert "<svg" in (tmp_path / f"{name}-cpu.svg").read_text()
+    assert f"| {column} |" in done.stdout
