@@ -93,13 +93,13 @@ class NegativeSampler(nn.Module):
         self.register_buffer("cumulative", cumulative, persistent=False)
         self.register_buffer("log_probability", log_probability, persistent=False)
 
-    def forward(self, n: int) -> tuple[Tensor, Tensor]:
-        """Item ids (n,) and the logarithms of their probabilities (n,)."""
+    def forward(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Item ids of this shape (...) and the logarithms of their probabilities (...)."""
         device = self.log_probability.device
         if self.cumulative is None:
-            ids = torch.randint(1, self.n_items, (n,), device=device)
+            ids = torch.randint(1, self.n_items, shape, device=device)
         else:
-            draw = torch.rand(n, dtype=torch.float64, device=device)
+            draw = torch.rand(shape, dtype=torch.float64, device=device)
             ids = torch.searchsorted(self.cumulative, draw, right=True).clamp(max=self.n_items - 2) + 1
         return ids, self.log_probability[ids]
 
@@ -107,7 +107,7 @@ class NegativeSampler(nn.Module):
 def sampled_cross_entropy(
     x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, log_probability: Tensor
 ) -> Tensor:
-    """Mean cross-entropy against n negatives shared by all positions.
+    """Mean cross-entropy against n negatives, each set of n shared by a group of positions.
 
     A negative that was drawn with probability q stands for 1 / (n q) items, so its score is
     raised by the logarithm of that: the sum over the negatives then estimates the sum over
@@ -118,11 +118,11 @@ def sampled_cross_entropy(
         x: (S, D).
         targets: (S,), ids from 1.
         rows: ids (...) -> their rows of the item table (..., D).
-        negatives: (n,), ids from 1, drawn with replacement.
-        log_probability: (n,), log q of each.
+        negatives: (G, n), ids from 1, drawn with replacement: one set for each of G groups, into
+            which the positions are cut in their order.
+        log_probability: (G, n), log q of each.
     """
-    positive, scores = _sampled_scores(x, targets, rows, negatives)
-    scores = scores - (log_probability + math.log(len(negatives)))
+    positive, scores = _sampled_scores(x, targets, rows, negatives, log_probability)
     first = torch.zeros_like(targets)
     return F.cross_entropy(torch.cat([positive, scores], dim=1), first)
 
@@ -133,29 +133,42 @@ def gbce(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, n_items: int
         -(beta log sigmoid(positive) + sum log sigmoid(-negative)) / (n + 1),   beta = 1 - t (1 - alpha)
 
     alpha = n / (V - 1) is the share of items that are drawn, so t = 0 is plain binary
-    cross-entropy and t = 1 undoes the overconfidence of few negatives. Unlike in gSASRec the
-    negatives are shared by all positions; one that is the position's target is left out there.
+    cross-entropy and t = 1 undoes the overconfidence of few negatives. Unlike in gSASRec a set of
+    negatives is shared by a group of positions; one that is the target is left out there.
 
     Args:
         x: (S, D).
         targets: (S,), ids from 1.
         rows: ids (...) -> their rows of the item table (..., D).
-        negatives: (n,), ids from 1, uniform over all items.
+        negatives: (G, n), ids from 1, uniform over all items, as in `sampled_cross_entropy`.
         n_items: V.
         t: calibration, from 0 to 1.
     """
     positive, scores = _sampled_scores(x, targets, rows, negatives)
-    alpha = min(1.0, len(negatives) / (n_items - 1))
+    n = negatives.shape[1]
+    alpha = min(1.0, n / (n_items - 1))
     beta = 1 - t * (1 - alpha)
     total = beta * F.softplus(-positive).sum() + F.softplus(scores).sum()
-    return total / (len(x) * (len(negatives) + 1))
+    return total / (len(x) * (n + 1))
 
 
-def _sampled_scores(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of the targets (S, 1) and of the negatives (S, n), -inf where one is the target."""
-    positive = (x * rows(targets)).sum(-1, keepdim=True)
-    scores = x @ rows(negatives).T
-    return positive, scores.masked_fill(negatives == targets[:, None], -torch.inf)
+def _sampled_scores(
+    x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, log_probability: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scores of the targets (S, 1) and of the negatives (S, n), -inf where one is the target.
+
+    With `log_probability`, a negative's score is raised by the logarithm of what it stands for.
+    """
+    groups, n = negatives.shape
+    size = -(-len(x) // groups)
+    fill = groups * size - len(x)
+    grouped = F.pad(x, (0, 0, 0, fill)).view(groups, size, -1)
+    own = F.pad(targets, (0, fill)).view(groups, size, 1)
+    scores = grouped @ rows(negatives).mT  # (G, S / G, n)
+    if log_probability is not None:
+        scores = scores - (log_probability + math.log(n))[:, None]
+    scores = scores.masked_fill(negatives[:, None] == own, -torch.inf).flatten(0, 1)[: len(x)]
+    return (x * rows(targets)).sum(-1, keepdim=True), scores
 
 
 def bpr(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ class M2Rec(SequentialRecommender):
         if settings.loss_type == "CE":
             return cross_entropy(x, targets, self.encoder.item_table(), settings.loss_memory)
         if settings.loss_type in ("sampled", "gBCE"):
-            ids, log_probability = self.negatives(settings.n_negatives)
+            groups = -(-len(x) // settings.negatives_shared)
+            ids, log_probability = self.negatives(groups, settings.n_negatives)
             if settings.loss_type == "gBCE":
                 return gbce(x, targets, rows, ids, self.n_items, settings.gbce_t)
             return sampled_cross_entropy(x, targets, rows, ids, log_probability)

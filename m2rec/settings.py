@@ -95,6 +95,7 @@ class ModelSettings(_Settings):
     loss_type: str = choice("CE", "sampled", "gBCE", "BPR")
     loss_memory: int = integer(16, 1, 1_048_576)
     n_negatives: int = integer(512, 1)
+    negatives_shared: int = integer(128, 1)
     negative_sampling: str = choice("uniform", "popularity")
     gbce_t: float = number(0.75, 0, 1)
 

@@ -22,12 +22,13 @@ from m2rec.settings import ModelSettings
 TOLERANCE = 1e-5
 # the whole matrix of scores and its gradient, above which it is not tried
 MOST_SCORES = 500_000_000
+SHARED = ModelSettings().negatives_shared
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sampled(n: int, x: Tensor, targets: Tensor, table: Tensor, kind: str = "softmax") -> Tensor:
     """The sampled loss `kind` over n uniform negatives."""
-    ids, log_probability = NegativeSampler(len(table)).to(x.device)(n)
+    ids, log_probability = NegativeSampler(len(table)).to(x.device)(-(-len(x) // SHARED), n)
     if kind == "gbce":
         return gbce(x, targets, lambda i: table[i], ids, len(table), 0.75)
     return sampled_cross_entropy(x, targets, lambda i: table[i], ids, log_probability)
@@ -80,7 +81,7 @@ def step_memory(loss_type: str, n_items: int, batch: int, length: int, device: s
             if loss_type == "CE":
                 loss = cross_entropy(x, items.flatten(), made.item_table())
             else:
-                ids, log_probability = NegativeSampler(n_items).to(device)(512)
+                ids, log_probability = NegativeSampler(n_items).to(device)(-(-len(x) // SHARED), 512)
                 loss = sampled_cross_entropy(x, items.flatten(), made.items, ids, log_probability)
             loss.backward()
             optimizer.step()

@@ -40,6 +40,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("loss_memory", 0, "a whole number from 1 to "),
     ("negative_sampling", "popular", "one of uniform, popularity"),
     ("gbce_t", 1.5, "a number in [0, 1]"),
+    ("negatives_shared", 0, "a whole number from 1 to "),
     ("n_negatives", 0, "a whole number from 1 to "),
 ]
 
