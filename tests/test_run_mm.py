@@ -230,10 +230,7 @@ def test_one_user_and_twelve_items(command: Command, tmp_path: Path):
         (["--dataset=gone"], "dataset: 'gone' not found: there is no "),
         (["--text_vectors=gone.safetensors"], "text_vectors: no file 'gone.safetensors'"),
         (["--gpu_id=77"], "gpu_id: there is no GPU '77'"),
-        (
-            ["--scan_backend=triton"],
-            "scan_backend: 'triton' can't run here; choose one of auto, reference, torch",
-        ),
+        (["--scan_backend=mamba_ssm"], "scan_backend: 'mamba_ssm' needs a CUDA device and this is cpu"),
         (["epochs=3"], "argument 'epochs=3': expected --key=value"),
         (["--runs_dir=/dev/null/x"], "runs_dir: can't create "),
     ],
