@@ -26,6 +26,9 @@ from m2rec.ops import BACKENDS, resolve_backend, selective_scan, ssd
 POSITIONS = {"cpu": 64 * 200, "cuda": 2048 * 200}
 TOLERANCE = 1e-4
 HEAD_DIM = 64
+# transformers' slow path: its backward pass makes a whole tensor of zeros for each step's slice, so
+# time grows with the square of L; longer than this it is not timed
+LONGEST_TRANSFORMERS = 200
 Call = Callable[..., Tensor]
 
 
@@ -94,7 +97,7 @@ def mixers(channels: int, states: int, length: int, device: str) -> dict[str, Ca
     torch.manual_seed(0)
     ours = Mamba(channels // 2, states).to(device)
     found: dict[str, Call] = {"mixer: m2rec": ours}
-    if find_spec("transformers"):
+    if find_spec("transformers") and length <= LONGEST_TRANSFORMERS:
         from transformers import MambaConfig
         from transformers.models.mamba.modeling_mamba import MambaMixer
 

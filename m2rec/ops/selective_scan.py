@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from m2rec.ops.backend import resolve_backend
 
 # Steps between two saved states: L / _CHUNK are kept, 2 * _CHUNK are recomputed at a time.
-_CHUNK = 8
+_CHUNK = 4
 _LOG2_E = 1.4426950408889634
 
 
@@ -202,9 +202,8 @@ class _Scan(torch.autograd.Function):
         A1 = A.T.contiguous()
         A2 = A1 * _LOG2_E
         dx, ddelta, dB, dC = (torch.empty_like(t) for t in (x, delta, B, C))
-        xs, deltas, dys, B_rows, dxs = map(_rows, (x, delta, dy, B, dx))
-        B_columns, C_columns = _columns(B), _columns(C)
-        ddeltas, dBs, dCs = (t.unbind(1) for t in (ddelta, dB, dC))
+        xs, deltas, dys, B_rows, dxs, dBs, dCs = map(_rows, (x, delta, dy, B, dx, dB, dC))
+        B_columns, C_columns, ddeltas = _columns(B), _columns(C), ddelta.unbind(1)
         dA, work = torch.zeros_like(g), torch.empty_like(g)
         states = g.new_empty(_CHUNK + 1, *g.shape).unbind()
         decays = g.new_empty(_CHUNK, *g.shape).unbind()
@@ -216,8 +215,8 @@ class _Scan(torch.autograd.Function):
                 torch.mul(states[k], decays[k], out=states[k + 1]).addcmul_(B_columns[t], xs[t])
             for k, t in reversed(steps):
                 g.addcmul_(C_columns[t], dys[t])
-                torch.sum(torch.mul(states[k + 1], dys[t], out=work), 2, out=dCs[t])
-                torch.sum(torch.mul(g, xs[t], out=work), 2, out=dBs[t])
+                dCs[t].copy_(torch.bmm(dys[t], states[k + 1].mT))
+                dBs[t].copy_(torch.bmm(xs[t], g.mT))
                 dxs[t].copy_(torch.bmm(B_rows[t], g))
                 g.mul_(decays[k])
                 torch.mul(states[k], g, out=work)  # the gradient of delta A

@@ -148,33 +148,35 @@ def _ssd_chunked(
     size = -(-length // n_chunks)
 
     def chunk(t: Tensor) -> Tensor:
-        fill = (0, 0) * (t.dim() - 2) + (0, n_chunks * size - length)
-        padded = F.pad(t, fill)
-        return padded.reshape(len(t), n_chunks, size, *t.shape[2:])
+        if missing := n_chunks * size - length:
+            t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
+        return t.reshape(len(t), n_chunks, size, *t.shape[2:])
 
-    xd = chunk(u * dt[..., None]).transpose(2, 3).contiguous()  # (B, c, H, Q, P)
-    bq, cq = chunk(B)[:, :, None], chunk(C)[:, :, None]  # (B, c, 1, Q, N)
-    log_decay = chunk(dt * A).transpose(2, 3).cumsum(-1)[..., None]  # (B, c, H, Q, 1), sum up to and with q
+    uq = chunk(u).transpose(2, 3).contiguous()  # (B, c, H, Q, P)
+    bq, cq = chunk(B), chunk(C)  # (B, c, Q, N)
+    step = chunk(dt).transpose(2, 3)  # (B, c, H, Q)
+    log_decay = (step * A[:, None]).cumsum(-1)  # the sum up to and with q
+    whole = log_decay[..., -1:]
 
     # what each chunk adds to the state at its end, and the chain of states, (B, H, N, P) here
-    to_end = torch.exp(log_decay[..., -1:, :] - log_decay)
-    added = (bq * to_end).mT @ xd
-    whole = torch.exp(log_decay[..., -1:, :])
+    to_end = step * torch.exp(whole - log_decay)
+    added = (bq[:, :, None] * to_end[..., None]).mT @ uq
     h = _start(u, B) if initial_state is None else initial_state.to(u.dtype)
     h, entering = h.mT, []
     for c in range(n_chunks):
         entering.append(h)
-        h = whole[:, c] * h + added[:, c]
-    from_before = (cq * torch.exp(log_decay)) @ torch.stack(entering, 1)  # (B, c, H, Q, P)
+        h = torch.addcmul(added[:, c], torch.exp(whole[:, c, :, :, None]), h)
+    from_before = (cq[:, :, None] * torch.exp(log_decay)[..., None]) @ torch.stack(entering, 1)
 
-    # inside the chunk: position i reads j <= i, decayed by exp(s_i - s_j)
-    gap = log_decay - log_decay.mT
+    # inside the chunk: position i reads j <= i, decayed by exp(s_i - s_j); D joins the diagonal. The
+    # steps weigh these, because u is the larger tensor
     future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-    weights = torch.exp(gap.masked_fill(future, -torch.inf)) * (cq @ bq.mT)
-    y = torch.baddbmm(*(t.flatten(0, 2) for t in (from_before, weights, xd)))
-
-    y = y.view_as(xd).transpose(2, 3).flatten(1, 2)[:, :length]
-    h = h.mT
+    gap = log_decay[..., None] - log_decay[..., None, :]
+    decay = gap.masked_fill_(future, -torch.inf).exp_()
+    weights = decay * (cq @ bq.mT)[:, :, None] * step[..., None, :]  # (B, c, H, Q, Q)
     if D is not None:
-        y = y + D.to(u.dtype)[:, None] * u
-    return (y.to(x.dtype), h) if return_last_state else y.to(x.dtype)
+        weights.diagonal(dim1=-2, dim2=-1).add_(D.to(u.dtype)[:, None])
+    y = torch.baddbmm(*(t.flatten(0, 2) for t in (from_before, weights, uq)))
+
+    y = y.view_as(uq).transpose(2, 3).flatten(1, 2)[:, :length].to(x.dtype)
+    return (y, h.mT) if return_last_state else y
