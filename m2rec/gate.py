@@ -46,5 +46,6 @@ class MeanGate(nn.Module):
 def _merge(branches: Tensor, logits: Tensor, available: Tensor | None) -> tuple[Tensor, Tensor]:
     if available is not None:
         logits = logits.masked_fill(~available[..., None], -torch.inf)
-    weights = logits.softmax(dim=-2)
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # autocast on a CPU would leave bfloat16
+    weights = logits.softmax(dim=-2, dtype=dtype)
     return (weights * branches).sum(-2), weights

@@ -31,3 +31,12 @@ def test_a_branch_that_has_nothing_to_say_gets_no_weight():
         assert (weights[0, 2, 1] == 0).all()
         assert torch.allclose(merged[0, 2], (branches[0, 2, 0] + branches[0, 2, 2]) / 2, atol=1e-6)
         assert torch.isfinite(merged).all()
+
+
+def test_weights_keep_float32_under_autocast():
+    gate, branches = SoftmaxGate(K, D), torch.randn(B, L, K, D)
+    torch.nn.init.normal_(gate.logits.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, weights = gate(branches)
+    assert weights.dtype == torch.float32
+    assert torch.allclose(weights.sum(2), torch.ones(B, L, D), atol=1e-6)
