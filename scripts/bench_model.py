@@ -97,7 +97,7 @@ def make(name: str, folder: Path, length: int, batch: int, device: str) -> Made:
         "data_path": str(folder),
         "MAX_ITEM_LIST_LENGTH": length,
         "gpu_id": device.partition(":")[2] or "0" if device.startswith("cuda") else "",
-        "train_batch_size": 2**20,
+        "train_batch_size": batch,  # BERT4Rec masks every row it loads, one item after the other
         "eval_batch_size": 2**20,
         "show_progress": False,
         **MODELS[name],
