@@ -22,6 +22,9 @@ from m2rec.settings import ModelSettings
 TOLERANCE = 1e-5
 # the whole matrix of scores and its gradient, above which it is not tried
 MOST_SCORES = 500_000_000
+# MiB of scores held by the whole softmax over the largest catalogue: with the default of 16, two positions
+# at a time, the gradient of the whole table would be gone through for every two
+LARGEST_MEMORY = 512
 SHARED = ModelSettings().negatives_shared
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -68,18 +71,18 @@ def memory_of(name: str, sizes: tuple[int, int, int], device: str, threads: int)
 
 
 def step_memory(loss_type: str, n_items: int, batch: int, length: int, device: str, threads: int) -> float:
-    """Peak MiB of two training steps of M2Rec, from an empty process on."""
+    """Peak MiB of a training step of M2Rec, from an empty process on."""
     torch.set_num_threads(threads)
 
     def train() -> None:
         made = Encoder(ModelSettings(loss_type=loss_type), n_items, length).to(device)
         optimizer = torch.optim.Adam(made.parameters())
-        items = torch.randint(1, n_items, (batch, length), device=device)
-        for _ in range(2):
+        for rows in (1, batch):  # the first makes the optimiser's state
+            items = torch.randint(1, n_items, (rows, length), device=device)
             optimizer.zero_grad()
-            x = made(items, torch.full((batch,), length, device=device)).flatten(0, 1)
+            x = made(items, torch.full((rows,), length, device=device)).flatten(0, 1)
             if loss_type == "CE":
-                loss = cross_entropy(x, items.flatten(), made.item_table())
+                loss = cross_entropy(x, items.flatten(), made.item_table(), LARGEST_MEMORY)
             else:
                 ids, log_probability = NegativeSampler(n_items).to(device)(-(-len(x) // SHARED), 512)
                 loss = sampled_cross_entropy(x, items.flatten(), made.items, ids, log_probability)
