@@ -48,4 +48,4 @@ def _merge(branches: Tensor, logits: Tensor, available: Tensor | None) -> tuple[
         logits = logits.masked_fill(~available[..., None], -torch.inf)
     dtype = torch.promote_types(logits.dtype, torch.float32)  # autocast on a CPU would leave bfloat16
     weights = logits.softmax(dim=-2, dtype=dtype)
-    return (weights * branches).sum(-2), weights
+    return (weights * branches).sum(-2).to(branches.dtype), weights

@@ -33,6 +33,12 @@ def test_a_branch_that_has_nothing_to_say_gets_no_weight():
         assert torch.isfinite(merged).all()
 
 
+def test_the_merged_branches_keep_their_type():
+    branches = torch.randn(B, L, K, D, dtype=torch.bfloat16)
+    for gate in (SoftmaxGate(K, D).bfloat16(), MeanGate()):
+        assert gate(branches)[0].dtype == torch.bfloat16
+
+
 def test_weights_keep_float32_under_autocast():
     gate, branches = SoftmaxGate(K, D), torch.randn(B, L, K, D)
     torch.nn.init.normal_(gate.logits.weight)

@@ -24,7 +24,8 @@ def causal_conv1d_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, 
     """
     if x.dtype == torch.float64:
         raise ValueError("scan_backend: 'triton' computes in float32, got float64; use torch or reference")
-    return _Conv.apply(x, weight, bias, silu)  # type: ignore[no-any-return]
+    with torch.cuda.device_of(x):  # Triton launches on the current device; backward runs on that of forward
+        return _Conv.apply(x, weight, bias, silu)  # type: ignore[no-any-return]
 
 
 class _Conv(torch.autograd.Function):

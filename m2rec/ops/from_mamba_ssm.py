@@ -110,7 +110,8 @@ def causal_conv1d_mamba_ssm(
             f"d_conv: {weight.shape[1]} is not among {_TAPS}, which causal-conv1d takes; "
             f"change it, or set scan_backend: auto"
         )
-    return causal_conv1d_fn(x.mT, weight, bias, activation="silu" if silu else None).mT  # type: ignore[no-any-return]
+    x = x.mT.contiguous()  # channels last, as they lie, needs strides that are multiples of 8
+    return causal_conv1d_fn(x, weight, bias, activation="silu" if silu else None).mT  # type: ignore[no-any-return]
 
 
 def _float(x: Tensor | None) -> Tensor | None:

@@ -49,7 +49,10 @@ def selective_scan_triton(
     if u.dtype == torch.float64:
         raise ValueError("scan_backend: 'triton' computes in float32, got float64; use torch or reference")
     save = torch.is_grad_enabled()
-    y, last = _Scan.apply(u, delta, A.float(), B, C, D, z, delta_bias, initial_state, delta_softplus, save)
+    with torch.cuda.device_of(u):  # Triton launches on the current device; backward runs on that of forward
+        y, last = _Scan.apply(
+            u, delta, A.float(), B, C, D, z, delta_bias, initial_state, delta_softplus, save
+        )
     return (y, last) if return_last_state else y
 
 
