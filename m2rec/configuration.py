@@ -82,6 +82,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _read(text: str) -> Any:
+    """The value that a YAML text stands for; plain values only, no objects."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
     """`--key=value` arguments as a mapping; values are read as YAML.
 
@@ -99,7 +108,7 @@ def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
 
 def _parse_value(value: str) -> Any:
     try:
-        return yaml.load(value, Loader=_Loader)
+        return _read(value)
     except yaml.YAMLError:
         return value
 
@@ -111,7 +120,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: there is no such file, or it is not a mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = _read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config file {str(path)!r} can't be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

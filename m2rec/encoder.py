@@ -55,12 +55,13 @@ class Encoder(nn.Module):
         )
         available = None if not in_sequence else self._available(len(cast(Layer, self.layers[0]).branches))
         self.register_buffer("available", available, persistent=False)
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self._initialise()
 
     def _available(self, n_branches: int) -> Tensor:
         """(V, K), which branches have something to say at an item: the last one, text, only of some."""
         assert self.vectors is not None
-        available = torch.ones(len(self.vectors), n_branches, dtype=torch.bool)
+        available = torch.ones(len(self.vectors), n_branches, dtype=torch.bool, device=self.vectors.device)
         available[:, -1] = has_text(self.vectors)
         return available
 
@@ -150,3 +151,10 @@ class Encoder(nn.Module):
     def scores(self, x: Tensor) -> Tensor:
         """x: (..., D) -> (..., V), the score of every item; padding's is zero."""
         return F.linear(x, self.item_table())
+
+
+def _after_loading(encoder: nn.Module, _: object) -> None:
+    """Weights bring their text vectors, which may be of other items than those given at the start."""
+    assert isinstance(encoder, Encoder)
+    if encoder.available is not None:
+        encoder.available = encoder._available(encoder.available.shape[1])

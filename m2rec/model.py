@@ -12,7 +12,6 @@ positions of a history can be trained at once; see README, "What differs from th
 """
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from m2rec import text_vectors
 from m2rec.compat import Config, Interaction, SequentialDataset, SequentialRecommender
 from m2rec.encoder import Encoder
 from m2rec.loss import NegativeSampler, bpr, cross_entropy, gbce, other_items, sampled_cross_entropy
-from m2rec.ops import resolve_backend
 from m2rec.settings import ModelSettings
 from m2rec.text_vectors import TextVectors
 
@@ -40,9 +38,7 @@ class M2Rec(SequentialRecommender):
 
     def __init__(self, config: Config, dataset: SequentialDataset) -> None:
         super().__init__(config, dataset)
-        settings = ModelSettings.read(config)
-        backend = resolve_backend(settings.scan_backend, config["device"]).name
-        self.settings = replace(settings, scan_backend=backend)
+        self.settings = ModelSettings.read(config)
         self.text_source: dict[str, str | int] | None = None
         self.dense = getattr(dataset, "rows", "prefix") == "dense"
         text = self._load_text(config, dataset)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from benchmarking import Row, arguments, finish, in_child, medians, peak_mib, picture, relative_error
+from benchmarking import Row, arguments, finish, in_child, medians, peak_mib, picture, relative_error, settle
 from torch import Tensor
 
 from m2rec.encoder import Encoder
@@ -64,7 +64,7 @@ def both(loss: Loss, given: list[Tensor]) -> list[Tensor]:
 
 def memory_of(name: str, sizes: tuple[int, int, int], device: str, threads: int) -> float:
     """Peak of forward and backward in MiB."""
-    torch.set_num_threads(threads)
+    settle(device, threads)
     both(losses(64, 100)[name], inputs(64, 100, sizes[2], device))
     given = inputs(*sizes, device)
     return peak_mib(lambda: both(losses(*sizes[:2])[name], given), device)
@@ -72,7 +72,9 @@ def memory_of(name: str, sizes: tuple[int, int, int], device: str, threads: int)
 
 def step_memory(loss_type: str, n_items: int, batch: int, length: int, device: str, threads: int) -> float:
     """Peak MiB of a training step of M2Rec, from an empty process on."""
-    torch.set_num_threads(threads)
+    settle(device, threads)
+
+    loss = partial(cross_entropy, memory=LARGEST_MEMORY) if loss_type == "CE" else partial(sampled, 512)
 
     def train() -> None:
         made = Encoder(ModelSettings(loss_type=loss_type), n_items, length).to(device)
@@ -81,12 +83,7 @@ def step_memory(loss_type: str, n_items: int, batch: int, length: int, device: s
             items = torch.randint(1, n_items, (rows, length), device=device)
             optimizer.zero_grad()
             x = made(items, torch.full((rows,), length, device=device)).flatten(0, 1)
-            if loss_type == "CE":
-                loss = cross_entropy(x, items.flatten(), made.item_table(), LARGEST_MEMORY)
-            else:
-                ids, log_probability = NegativeSampler(n_items).to(device)(-(-len(x) // SHARED), 512)
-                loss = sampled_cross_entropy(x, items.flatten(), made.items, ids, log_probability)
-            loss.backward()
+            loss(x, items.flatten(), made.item_table()).backward()
             optimizer.step()
 
     return peak_mib(train, device)
@@ -121,7 +118,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="D")
     parser.add_argument("--largest", type=int, default=1_000_000, help="catalogue of the whole training step")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    settle(args.device, args.threads)
     rows = [row for n_items in args.catalogues for row in measure(args, n_items)]
     steps = []
     for loss_type in ("CE", "sampled"):

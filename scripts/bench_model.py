@@ -3,8 +3,9 @@
     python scripts/bench_model.py               # CPU or GPU, whichever is there
     python scripts/bench_model.py --lengths 200 --models "M2Rec" SASRec
 
-All models run through RecBole on the same random histories of exactly L items, at their default
-sizes (D = 64, two layers). A dense row trains L targets, a prefix row one: an epoch is the rows
+All models run through RecBole on the same random histories, padded to L items where they are
+shorter, at their default sizes (D = 64, two layers). A dense row trains L targets, a prefix row
+one (BERT4Rec's, its masked items): an epoch is the rows
 of ml-1m (5-core, 981,491 training targets) times the time per row. Before anything is timed,
 the dense vectors of M2Rec are compared with those of each prefix.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarking import Row, arguments, finish, medians, peak_mib, picture, relative_error
+from benchmarking import Row, arguments, finish, medians, peak_mib, picture, relative_error, settle
 from torch import nn
 
 from m2rec import text_vectors
@@ -150,10 +151,10 @@ def measure(args: argparse.Namespace, length: int) -> list[Row]:
     train = medians(steps, args.repeats, args.device)
     infer = medians(queries, args.repeats, args.device)
     rows = []
-    for name, made in found.items():
+    for name in (name for name in found if name in train and name in infer):
+        made = found[name]
         row: Row = {"L": length, "B": batch, "model": name, "rows": made.rows}
         row["training ms per row"] = train[name] / batch * 1e3
-        row["targets per row"] = length if made.rows == "dense" else 1
         row["inference ms per history"] = infer[name] / batch * 1e3
         if length in ML_1M_WINDOWS:
             epoch = ML_1M_WINDOWS[length] if made.rows == "dense" else ML_1M_TARGETS
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=3_416, help="catalogue, that of ml-1m by default")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    settle(args.device, args.threads)
     args.positions = args.positions or POSITIONS[args.device.split(":")[0]]
     rows = [row for length in args.lengths for row in measure(args, length)]
     finish(args, rows, f"{args.items:,} items, float32; epochs are rows times the time per row")

@@ -11,7 +11,7 @@ the whole pass.
 import argparse
 
 import torch
-from benchmarking import Row, arguments, finish, medians, picture, relative_error
+from benchmarking import Row, arguments, finish, medians, picture, relative_error, settle
 from torch import Tensor
 
 from m2rec.encoder import Encoder
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, nargs="+", default=[1, 1000])
     parser.add_argument("--items", type=int, default=3_417)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    settle(args.device, args.threads)
     with torch.inference_mode():
         rows = [
             measure(args, mixer, users, length)

@@ -32,22 +32,33 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def settle(device: str, threads: int) -> None:
+    """Use so many threads, and the GPU that `device` names, in this process."""
+    torch.set_num_threads(threads)
+    if ":" in device:
+        torch.cuda.set_device(device)
+
+
 def medians(
     functions: Mapping[str, Callable[[], object]], repeats: int, device: str, at_least: float = 0.0
 ) -> dict[str, float]:
     """Median seconds of each function, all in turn in every round, so that noise meets them alike.
 
-    A function is called once before. One that takes less than `at_least` seconds is called as
-    often in a row as fills them.
+    A function is called once before; one that runs out of a GPU's memory is left out. One that
+    takes less than `at_least` seconds is called as often in a row as fills them.
     """
     calls = {}
     for name, function in functions.items():
-        function()
+        try:
+            function()
+        except torch.OutOfMemoryError:
+            print(f"without {name}: out of memory")
+            continue
         calls[name] = max(1, round(at_least / max(_seconds(function, 1, device), 1e-9)))
-    rounds: dict[str, list[float]] = {name: [] for name in functions}
+    rounds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
-        for name, function in functions.items():
-            rounds[name].append(_seconds(function, calls[name], device))
+        for name in calls:
+            rounds[name].append(_seconds(functions[name], calls[name], device))
     return {name: median(seconds) for name, seconds in rounds.items()}
 
 
@@ -67,6 +78,8 @@ def _wait(device: str) -> None:
 
 def in_child(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) in a fresh process, whose memory nothing else has touched."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what this process keeps, the other can't have
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 

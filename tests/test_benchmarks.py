@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -15,7 +16,7 @@ SMALL = {
     "bench_stream": ["--histories", "3", "9", "--users", "1", "2", "--items", "20"],
     "bench_loss": ["--catalogues", "30", "--positions", "20", "--largest", "50"],
 }
-# a few rows of each that must be there, and a column that must be a positive number
+# a few rows of each that must be there, and a column of figures
 EXPECTED = {
     "bench_scan": ("what", {"reference", "torch", "ssd: torch", "mixer: m2rec"}, "forward + backward ms"),
     "bench_model": ("model", {"M2Rec", "Mamba4Rec", "SASRec", "BERT4Rec", "GRU4Rec"}, "training ms per row"),
@@ -41,7 +42,20 @@ def test_a_benchmark_leaves_its_results(name: str, tmp_path: Path):
     record = json.loads((tmp_path / f"{name}-cpu.json").read_text())
     column, rows, number = EXPECTED[name]
     assert rows <= {row[column] for row in record["rows"]}
-    assert all(row[number] >= 0 for row in record["rows"])
+    assert all(row[number] >= 0 if "MiB" in number else row[number] > 0 for row in record["rows"])
     assert record["command"].startswith(f"python scripts/{name}.py") and record["threads"] == 1
     assert "<svg" in (tmp_path / f"{name}-cpu.svg").read_text()
     assert f"| {column} |" in done.stdout
+
+
+def test_a_rival_without_room_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def no_room() -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from benchmarking import medians
+
+    assert list(medians({"small": lambda: None, "large": no_room}, 1, "cpu")) == ["small"]
+    assert capsys.readouterr().out == "without large: out of memory\n"

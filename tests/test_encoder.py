@@ -188,6 +188,15 @@ def test_an_item_without_text_gets_no_semantic_weight():
         assert torch.allclose(w.sum(2), torch.ones(()))
 
 
+def test_loaded_text_vectors_say_which_items_have_text():
+    made, other = encoder(), encoder()
+    other.vectors.zero_()
+    other.available[:, -1] = False
+    other.load_state_dict(made.state_dict())
+    items, lengths = histories(5, 3)
+    assert torch.equal(other(items, lengths), made(items, lengths))
+
+
 def test_item_rows_and_table_agree_and_padding_is_zero():
     made = encoder()
     ids = torch.tensor([[0, 5], [29, 3]])

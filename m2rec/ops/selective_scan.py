@@ -94,10 +94,11 @@ def selective_scan_step(
     delta_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step after `state` (B, E, N): u, delta, z (B, E) and B, C (B, N) -> y (B, E), new state."""
-    x, delta, A, B, C, h = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, state)
-    h = torch.exp(delta[..., None] * A) * h + (delta * x)[..., None] * B[:, None]
-    y = (h @ C[..., None])[..., 0]
-    return _finish(y, x, D, z).to(u.dtype), h
+    with torch.autocast(u.device.type, enabled=False):  # as in selective_scan
+        x, delta, A, B, C, h = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, state)
+        h = torch.exp(delta[..., None] * A) * h + (delta * x)[..., None] * B[:, None]
+        y = (h @ C[..., None])[..., 0]
+        return _finish(y, x, D, z).to(u.dtype), h
 
 
 def _implementation(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:

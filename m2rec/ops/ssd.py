@@ -92,13 +92,14 @@ def ssd_step(
     dt_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step after `state` (B, H, P, N): x (B, H, P), dt (B, H), B, C (B, N) -> y (B, H, P), new state."""
-    u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
-    decay = torch.exp(dt * A)[..., None, None]
-    h = decay * state + (dt[..., None] * u)[..., None] * B[:, None, None]
-    y = torch.matmul(h.flatten(1, 2), C[..., None])[..., 0].view_as(u)
-    if D is not None:
-        y = y + D.to(u.dtype)[:, None] * u
-    return y.to(x.dtype), h
+    with torch.autocast(x.device.type, enabled=False):  # as in ssd
+        u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
+        decay = torch.exp(dt * A)[..., None, None]
+        h = decay * state + (dt[..., None] * u)[..., None] * B[:, None, None]
+        y = torch.matmul(h.flatten(1, 2), C[..., None])[..., 0].view_as(u)
+        if D is not None:
+            y = y + D.to(u.dtype)[:, None] * u
+        return y.to(x.dtype), h
 
 
 def _implementation(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:

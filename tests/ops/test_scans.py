@@ -26,6 +26,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 Inputs = dict[str, Any]
+OVER_TIME = {"u", "x", "delta", "dt", "B", "C", "z"}
 
 
 def scan_inputs(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> Inputs:
@@ -165,8 +166,8 @@ def test_selective_scan_triton_keeps_small_steps_exact():
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_selective_scan_makes_no_states_without_gradients(backend: str):
-    """The result is the same, and nothing is kept for a backward pass that can't come."""
+def test_selective_scan_without_gradients(backend: str):
+    """The same result where no states are kept for a backward pass."""
     needs(backend)
     inputs = on_device(scan_inputs(20), torch.float32)
     inputs["delta"] = inputs["delta"].abs()
@@ -235,10 +236,9 @@ def test_steps_equal_the_reference(name: str):
         inputs, ref, step, option = ssd_inputs(12), ssd_ref, ssd_step, "dt_softplus"
     expected, last = ref(**inputs, **{option: True}, return_last_state=True)
     state = inputs.pop("initial_state")
-    over_time = {"u", "x", "delta", "dt", "B", "C", "z"} & set(inputs)
     outputs = []
     for t in range(12):
-        here = {key: value[:, t] if key in over_time else value for key, value in inputs.items()}
+        here = {key: value[:, t] if key in OVER_TIME else value for key, value in inputs.items()}
         y, state = step(state, **here, **{option: True})
         outputs.append(y)
     assert torch.allclose(torch.stack(outputs, 1), expected)
@@ -354,6 +354,19 @@ def test_autocast_does_not_reach_the_recurrence(name: str):
     with torch.autocast("cpu", torch.bfloat16):
         actual = op(**inputs, backend="torch")
     assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["scan", "ssd"])
+def test_autocast_does_not_reach_a_step(name: str):
+    made, step = (scan_inputs, selective_scan_step) if name == "scan" else (ssd_inputs, ssd_step)
+    inputs = {
+        key: value[:, 0] if key in OVER_TIME else value for key, value in made(1, torch.float32).items()
+    }
+    state = inputs.pop("initial_state")
+    expected = step(state, **inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = step(state, **inputs)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
