@@ -92,9 +92,7 @@ class M2Rec(SequentialRecommender):
         items, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         targets = interaction[self.ITEM_ID]
         if self.dense:
-            targets = shifted_targets(items, lengths, targets)
-            wanted = targets > 0
-            x, targets = self.encoder(items, lengths)[wanted], targets[wanted]
+            x, targets = self.encoder.positions(items, lengths, shifted_targets(items, lengths, targets))
         else:
             x = self(items, lengths)
         return self._loss(x, targets, interaction)

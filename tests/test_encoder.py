@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2rec.encoder import Encoder
+from m2rec.encoder import Encoder, similar_lengths
 from m2rec.settings import ModelSettings
 from m2rec.text import TextProjection
 
@@ -229,3 +229,34 @@ def test_mamba4rec_written_out():
     assert torch.allclose(made.scores(made.last(items, lengths)), expected, atol=1e-5)
     names = {name.split(".")[2] for name in made.state_dict() if name.startswith("layers.")}
     assert names == {"mixer", "norm", "feed_forward"}
+
+
+def test_rows_of_similar_length_go_together():
+    """Every row is in one group, whose width is enough for it and no wider than its longest."""
+    lengths = torch.tensor([1, 8, 9, 50, 3, 16, 17, 40])
+    groups = list(similar_lengths(lengths, 50))
+    assert [(rows.tolist(), longest) for rows, longest in groups] == [
+        ([0, 1, 4], 8),
+        ([2, 5], 16),
+        ([6], 17),
+        ([3, 7], 50),
+    ]
+    assert [longest for _, longest in similar_lengths(torch.tensor([5, 5]), 5)] == [5]
+
+
+@every_form
+def test_grouping_by_length_changes_nothing(settings: dict[str, Any]):
+    """Vectors, targets and gradients are those of the whole padded batch."""
+    made = encoder(**settings).double()
+    items, lengths = histories(12, 1, 9, 8, 2, 10)
+    targets = torch.randint(1, V, items.shape) * (items > 0)
+    whole = made(items, lengths)
+    assert len(list(similar_lengths(lengths, L))) == 2
+    torch.testing.assert_close(made.last(items, lengths), whole[torch.arange(6), lengths - 1])
+
+    weight = torch.randn(V, whole.shape[-1], dtype=whole.dtype)
+    x, wanted = made.positions(items, lengths, targets)
+    at = targets > 0
+    padded = torch.autograd.grad((whole[at] * weight[targets[at]]).sum(), list(made.parameters()))
+    grouped = torch.autograd.grad((x * weight[wanted]).sum(), list(made.parameters()))
+    torch.testing.assert_close(grouped, padded)
