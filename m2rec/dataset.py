@@ -6,12 +6,14 @@ training targets.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from m2rec import atomic
 from m2rec.compat import (
@@ -21,17 +23,23 @@ from m2rec.compat import (
     Interaction,
     SequentialDataset,
 )
+from m2rec.histories import NONE, Histories, by_time
 from m2rec.settings import RunSettings
+
+PARTS = ("train", "valid", "test")
 
 
 class HistoryDataset(SequentialDataset):
-    """A SequentialDataset with `rows` and `time_order`, for leave-one-out evaluation.
+    """A SequentialDataset with `rows`, `time_order` and `split`.
 
     Attributes:
         rows: `dense`: one training row per window of at most MAX_ITEM_LIST_LENGTH items,
             trained at all its positions; `prefix`: one row per target, as stock RecBole.
         time_order: `exact`: by full-precision time, ties in file order; `recbole`: by time
             as float32, as stock RecBole.
+        split: `leave_one_out`: each user's last item is the test, the one before validation;
+            `global_time`: one moment ends everybody's training, another one validation.
+        part: `train`, `valid` or `test` after `build`.
         counts: users, items and interactions after filtering.
         histories: each user's items in order.
     """
@@ -40,10 +48,11 @@ class HistoryDataset(SequentialDataset):
 
     def __init__(self, config: Config) -> None:
         settings = RunSettings.read(config)
-        self.rows, self.time_order = settings.rows, settings.time_order
+        self.rows, self.time_order, self.split = settings.rows, settings.time_order, settings.split
+        self._shares = settings.valid_from, settings.test_from
+        self.part: str | None = None
         self.counts: dict[str, int] = {}
         self.histories: Histories | None = None
-        self._train_items: Counter[int] | None = None
         super().__init__(config)
 
     def _download(self) -> None:
@@ -120,75 +129,64 @@ class HistoryDataset(SequentialDataset):
         """Sort by exact time before RecBole rounds it to float32; its own sorts are stable."""
         if self.time_order == "exact":
             self.inter_feat = self.inter_feat.sort_values(self.time_field, kind="stable", ignore_index=True)
+        times = self.inter_feat[self.time_field].to_numpy()
+        users = self.inter_feat[self.uid_field].to_numpy()
+        self._counts_by_time = _count_by_time(
+            users, times if self.time_order == "exact" else times.astype(np.float32), self._shares
+        )
         super()._change_feat_format()
 
     def data_augmentation(self) -> None:
-        """Make the rows: stock RecBole's for `prefix`, windows for `dense`."""
-        self.sort(by=[self.uid_field, self.time_field], ascending=True)
-        self.histories = Histories(
-            self.inter_feat[self.uid_field].numpy(), self.inter_feat[self.iid_field].numpy()
-        )
-        if self.rows == "prefix":
-            super().data_augmentation()
-        else:
-            self._make_windows()
+        """Make the rows: one per target as stock RecBole for `prefix`, windows for `dense`.
 
-    def _make_windows(self) -> None:
-        """One row per window for training, then RecBole's validation and test row per user.
-
-        A row with target position t holds the history [max(start, t - L), t), exactly the
-        slice that stock RecBole gives that target; windows end at the last training target
-        and go back in steps of L, so that each training target is at one position of one row.
+        A row with target position t holds the history [max(start, t - L), t), exactly the slice
+        that stock RecBole gives that target. Windows end at the last training target and go back
+        in steps of L, so that each training target is at one position of one row.
         """
         self._aug_presets()
+        self.sort(by=[self.uid_field, self.time_field], ascending=True)
+        histories = Histories(
+            self.inter_feat[self.uid_field].numpy().copy(), self.inter_feat[self.iid_field].numpy().copy()
+        )
+        if self.split == "global_time":
+            n_train, n_valid = (counts[histories.users] for counts in self._counts_by_time)
+            histories.split = by_time(histories.start, histories.end, n_train, n_valid)
+        self.histories = histories
+        targets, owners = zip(*self._targets(histories), strict=True)
+        self._stops = np.cumsum([len(part) for part in targets])
+        self.inter_feat = self._rows(np.concatenate(targets), np.concatenate(owners))
+
+    def _targets(self, histories: Histories) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Positions of the targets and of their users' first item, for training, validation and test."""
+        start, split = histories.start, histories.split
+        second = np.minimum(start + 1, len(histories.items) - 1)
+        # stock order of users: time of their second interaction
+        order = np.argsort(self.inter_feat[self.time_field].numpy()[second], kind="stable")
+        step = self.max_item_list_len if self.rows == "dense" else 1
+        bounds = zip(start[order], split.train_stop[order], strict=True)
+        trained = [np.arange(stop - 1, first, -step)[::-1] for first, stop in bounds]
+        yield np.concatenate(trained), np.repeat(start[order], [len(part) for part in trained])
+        for part in ("valid", "test"):
+            target = split.targets[part][order]
+            yield target[target != NONE], start[order][target != NONE]
+
+    def _rows(self, target: np.ndarray, start: np.ndarray) -> Interaction:
+        """One row per target, with the history before it from `start` on, at most L items."""
         length = self.max_item_list_len
-        uid = self.inter_feat[self.uid_field].numpy()
-        items = self.inter_feat[self.iid_field].numpy()
-        start, end = self.histories.bounds  # type: ignore[union-attr]
-        used = end - start >= 2  # a single interaction has nothing before it
-        start, end = start[used], end[used]
-        last_train = end - 1 - np.minimum(2, end - start - 2)
-
-        rows = [
-            np.r_[np.arange(last, first, -length)[::-1], np.arange(last + 1, stop)]
-            for first, last, stop in zip(start, last_train, end, strict=True)
-        ]
-        target = np.concatenate(rows)
-        row_start = np.repeat(start, [len(r) for r in rows])
-        begin = np.maximum(row_start, target - length)
+        begin = np.maximum(start, target - length)
         position = np.arange(length)
-        index = torch.from_numpy(np.minimum(begin[:, None] + position, len(uid) - 1))
+        index = torch.from_numpy(np.minimum(begin[:, None] + position, len(self.inter_feat) - 1))
         valid = torch.from_numpy(position < (target - begin)[:, None])
-
-        # stock order of users in validation and test: time of their second interaction
-        second = self.inter_feat[self.time_field].numpy()[start + 1]
-        self._user_order = uid[start][np.argsort(second, kind="stable")]
-        trained = np.zeros(len(uid) + 1, dtype=np.int64)
-        np.add.at(trained, start + 1, 1)
-        np.add.at(trained, last_train + 1, -1)
-        self._train_items = Counter(items[trained.cumsum()[:-1] > 0].tolist())
-
-        data = self.inter_feat[target]
         columns = {self.item_list_length_field: torch.from_numpy(target - begin)}
         for column in self.inter_feat:
             if column != self.uid_field:
                 value = self.inter_feat[column]
-                if value.dim() != 1:
-                    raise ValueError(
-                        f"rows: 'dense' can't carry sequence column {column!r}; set rows: prefix"
-                    )
+                there = valid.view(*valid.shape, *[1] * (value.dim() - 1))
                 zero = torch.zeros((), dtype=value.dtype)
-                columns[getattr(self, f"{column}_list_field")] = torch.where(valid, value[index], zero)
-        data.update(Interaction(columns))
-        self.inter_feat = data
-
-    def _grouped_index(self, group_by_list: np.ndarray) -> object:
-        if self.rows == "prefix":
-            return super()._grouped_index(group_by_list)
-        groups: dict[int, list[int]] = {user: [] for user in self._user_order}
-        for i, user in enumerate(group_by_list):
-            groups[user].append(i)
-        return groups.values()
+                columns[getattr(self, f"{column}_list_field")] = torch.where(there, value[index], zero)
+        rows = self.inter_feat[target]
+        rows.update(Interaction(columns))
+        return rows
 
     @property
     def n_targets(self) -> int:
@@ -199,41 +197,54 @@ class HistoryDataset(SequentialDataset):
 
     def build(self) -> list["HistoryDataset"]:
         """Split into training, validation and test rows."""
-        train, valid, test = super().build()
-        train.is_train = True
-        return [train, valid, test]
+        self._change_feat_format()
+        self._drop_unused_col()
+        parts = []
+        for part, start, stop in zip(PARTS, [0, *self._stops[:-1]], self._stops, strict=True):
+            parts.append(self.copy(self.inter_feat[start:stop]))
+            parts[-1].part = part
+        if not len(parts[0]):
+            raise ValueError(
+                f"split: {self.split!r} leaves no training target in {self.dataset_name!r}; "
+                f"raise valid_from, or set split: leave_one_out"
+            )
+        return parts
 
     def counter(self, column: str) -> Counter[int]:
         """How often each value occurs as a target; dense training rows count all their targets."""
-        if getattr(self, "is_train", False) and self.rows == "dense" and column == self.iid_field:
-            assert self._train_items is not None
-            return self._train_items
+        if self.part == "train" and self.rows == "dense" and column == self.iid_field:
+            lists, lengths = (
+                self.inter_feat[self.item_id_list_field],
+                self.inter_feat[self.item_list_length_field],
+            )
+            targets = shifted_targets(lists, lengths, self.inter_feat[column])
+            return Counter(targets[targets > 0].tolist())
         counts: Counter[int] = super().counter(column)
         return counts
 
 
-class Histories:
-    """Every user's items in order, for removing them from a ranking.
+def _count_by_time(users: np.ndarray, times: np.ndarray, shares: tuple[float, float]) -> list[np.ndarray]:
+    """Per user id, interactions before the moment that ends training, and from it to the end of validation.
+
+    The moments are where these shares of all interactions have passed; what happens at one comes after it.
+    """
+    ordered = np.sort(times)
+    moments = [ordered[min(int(share * len(times)), len(times) - 1)] for share in shares]
+    before = [np.bincount(users[times < moment], minlength=int(users.max()) + 1) for moment in moments]
+    return [before[0], before[1] - before[0]]
+
+
+def shifted_targets(items: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+    """The next item at each position of (B, L) histories, 0 where there is none.
 
     Args:
-        users: (n,) user ids, sorted.
-        items: (n,) item ids, each user's in order.
+        items: (B, L), right-padded with 0.
+        lengths: (B,).
+        last: (B,), the item after each history.
     """
-
-    def __init__(self, users: np.ndarray, items: np.ndarray) -> None:
-        starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
-        self.items = items.copy()
-        self.bounds = (starts, np.r_[starts[1:], len(users)])
-        self._row = {int(user): i for i, user in enumerate(users[starts])}
-
-    def before(self, users: np.ndarray, n_last: int) -> tuple[np.ndarray, np.ndarray]:
-        """All items but each user's last `n_last`, as (index into users, item) pairs."""
-        rows = np.array([self._row[int(user)] for user in users], dtype=np.int64)
-        start, end = self.bounds[0][rows], self.bounds[1][rows] - n_last
-        lengths = np.maximum(end - start, 0)
-        owner = np.repeat(np.arange(len(users)), lengths)
-        offset = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
-        return owner, self.items[np.repeat(start, lengths) + offset]
+    targets = torch.zeros_like(items)
+    targets[:, :-1] = items[:, 1:]
+    return targets.scatter(1, (lengths - 1).unsqueeze(1), last.unsqueeze(1))
 
 
 def _in_words(counts: dict[str, int]) -> str:

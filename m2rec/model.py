@@ -19,6 +19,7 @@ from torch import Tensor
 
 from m2rec import text_vectors
 from m2rec.compat import Config, Interaction, SequentialDataset, SequentialRecommender
+from m2rec.dataset import shifted_targets
 from m2rec.encoder import Encoder
 from m2rec.loss import NegativeSampler, bpr, cross_entropy, gbce, other_items, sampled_cross_entropy
 from m2rec.settings import ModelSettings
@@ -133,16 +134,3 @@ class M2Rec(SequentialRecommender):
         if not torch.isfinite(scores).all():
             raise ValueError("scores are NaN or infinite: training diverged; lower learning_rate")
         return scores
-
-
-def shifted_targets(items: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
-    """The next item at each position of (B, L) histories, 0 where there is none.
-
-    Args:
-        items: (B, L), right-padded with 0.
-        lengths: (B,).
-        last: (B,), the item after each history.
-    """
-    targets = torch.zeros_like(items)
-    targets[:, :-1] = items[:, 1:]
-    return targets.scatter(1, (lengths - 1).unsqueeze(1), last.unsqueeze(1))

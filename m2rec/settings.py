@@ -140,6 +140,9 @@ class RunSettings(_Settings):
     seed: int = integer(2020, 0, 2**32 - 1)
     rows: str = choice("dense", "prefix")
     time_order: str = choice("exact", "recbole")
+    split: str = choice("leave_one_out", "global_time")
+    valid_from: float = number(0.8, 0, 1, open_low=True, open_high=True)
+    test_from: float = number(0.9, 0, 1, open_low=True, open_high=True)
     MAX_ITEM_LIST_LENGTH: int = integer(50, 1, 1_000_000)
     epochs: int = integer(300, 1)
     stopping_step: int = integer(10, 0)
@@ -159,6 +162,13 @@ class RunSettings(_Settings):
     state: str = choice("INFO", "DEBUG", "WARNING", "ERROR", "CRITICAL")
     log_wandb: bool = flag(False)
     metric_decimal_place: int = integer(4, 1, 15)
+
+    def __post_init__(self) -> None:
+        if self.valid_from >= self.test_from:
+            raise ValueError(
+                f"valid_from: {self.valid_from} must be less than test_from: {self.test_from}; both are "
+                f"shares of the interactions, by time"
+            )
 
 
 _LONGEST_LOW_PASS = 10_000

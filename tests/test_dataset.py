@@ -12,8 +12,7 @@ import torch
 
 from m2rec.compat import SequentialDataset, data_preparation
 from m2rec.configuration import build_config
-from m2rec.dataset import Histories, HistoryDataset
-from m2rec.model import shifted_targets
+from m2rec.dataset import HistoryDataset, shifted_targets
 from tests.conftest import Rows, random_rows, small, write_inter
 
 
@@ -71,7 +70,7 @@ def test_validation_and_test_rows_are_those_of_recbole(
     write_inter(tmp_path, "toy", made)
     ours = built(tmp_path, rows=rows, time_order=time_order, MAX_ITEM_LIST_LENGTH=longest)
     stock = built(tmp_path, stock=True, MAX_ITEM_LIST_LENGTH=longest)
-    for part in (1, 2):
+    for part in (0, 1, 2) if rows == "prefix" else (1, 2):
         a, b = ours[part].inter_feat, stock[part].inter_feat
         assert set(a) == set(b)
         assert len(a) > 10
@@ -119,12 +118,44 @@ def test_no_training_position_sees_or_asks_for_a_held_out_item(toy: Path):
         assert used in windows
 
 
-def test_histories_before():
-    made = Histories(np.array([3, 3, 3, 5, 7, 7]), np.array([10, 11, 12, 20, 30, 31]))
-    owner, items = made.before(np.array([7, 3, 5]), 1)
-    assert list(zip(owner, items, strict=True)) == [(0, 30), (1, 10), (1, 11)]
-    assert made.before(np.array([3]), 2)[1].tolist() == [10]
-    assert made.before(np.array([5]), 2)[1].tolist() == []
+def test_global_time_split_by_hand(tmp_path: Path):
+    """Ten interactions: the moments are the times of the eighth and the ninth, which begin the next part."""
+    rows = [("a", "i0", 0), ("a", "i1", 1), ("a", "i2", 2), ("b", "i3", 3), ("b", "i4", 4), ("c", "i5", 5),
+            ("a", "i6", 6), ("c", "i7", 7), ("c", "i8", 7), ("a", "i9", 9)]  # fmt: skip
+    write_inter(tmp_path, "toy", rows)
+    given = {"split": "global_time", "valid_from": 0.6, "test_from": 0.7}
+    for kind in ("dense", "prefix"):
+        train, valid, test = built(tmp_path, rows=kind, **given)
+        trained = [("a", ("i0", "i1"), "i2"), ("b", ("i3",), "i4")]
+        assert tokens(train) == (trained if kind == "dense" else [("a", ("i0",), "i1"), *trained])
+        assert tokens(valid) == [("a", ("i0", "i1", "i2"), "i6")]
+        assert tokens(test) == [("a", ("i0", "i1", "i2", "i6"), "i9"), ("c", ("i5", "i7"), "i8")]
+        assert train.part == "train" and test.part == "test"
+
+
+@pytest.mark.parametrize("time_order", ["exact", "recbole"])
+def test_nothing_after_the_moment_is_trained(tmp_path: Path, time_order: str):
+    made = [(user, item, time + 50 * (time - 978300000)) for user, item, time in random_rows()]
+    write_inter(tmp_path, "toy", made)
+    train, valid, test = built(tmp_path, split="global_time", time_order=time_order)
+    as_read = np.float64 if time_order == "exact" else np.float32
+    times = [(user, item, as_read(time)) for user, item, time in made]
+    first, second = (sorted(time for *_, time in times)[int(share * len(made))] for share in (0.8, 0.9))
+    early = Counter((user, item) for user, item, time in times if time < first)
+    for user, history, target in tokens(train):
+        assert not Counter((user, item) for item in [*history, target]) - early
+    assert train.n_targets == sum(early.values()) - len({user for user, _ in early})
+    late = {user for user, _, time in times if time >= second}
+    owners = Counter(user for user, *_ in made)
+    assert sorted(row[0] for row in tokens(test)) == sorted(user for user in late if owners[user] > 1)
+    between = {user for user, _, time in times if first <= time < second}
+    assert {row[0] for row in tokens(valid)} <= between and len(valid) > 0
+
+
+def test_a_time_split_that_leaves_nothing_to_train_says_so(tmp_path: Path):
+    write_inter(tmp_path, "toy", [(f"u{u}", f"i{k}", 5) for u in range(3) for k in range(4)])
+    with pytest.raises(ValueError, match="split: 'global_time' leaves no training target in 'toy'"):
+        built(tmp_path, split="global_time")
 
 
 def test_other_columns_travel_with_the_items(tmp_path: Path):

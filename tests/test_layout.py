@@ -19,7 +19,7 @@ RANKS = [
     {"compat"},
     {"encoder"},
     {"layer", "text_vectors", "loss", "atomic"},
-    {"settings", "checks", "text", "files", "mamba", "attention", "fourier", "gate"},
+    {"settings", "checks", "text", "files", "histories", "mamba", "attention", "fourier", "gate"},
     {"ops"},
 ]
 KNOWS_RECBOLE = {"compat"}

@@ -9,8 +9,8 @@ import torch
 
 from m2rec.compat import data_preparation, init_seed
 from m2rec.configuration import build_config
-from m2rec.dataset import HistoryDataset
-from m2rec.model import M2Rec, shifted_targets
+from m2rec.dataset import HistoryDataset, shifted_targets
+from m2rec.model import M2Rec
 from tests.conftest import random_rows, small, write_inter
 
 FORMS = {

@@ -1,0 +1,43 @@
+"""Histories and where their targets lie."""
+
+import numpy as np
+
+from m2rec.histories import Histories, by_time, leave_one_out
+
+
+def test_leave_one_out_by_length():
+    """One interaction: nothing. Two: one to train. Three: no validation. Four and more: all."""
+    end = np.cumsum([1, 2, 3, 4, 6])
+    start = np.r_[0, end[:-1]]
+    split = leave_one_out(start, end)
+    assert (split.train_stop - start).tolist() == [1, 2, 2, 2, 4]
+    assert split.targets["valid"].tolist() == [-1, -1, -1, 8, 14]
+    assert split.targets["test"].tolist() == [-1, -1, 5, 9, 15]
+
+
+def test_by_time():
+    """(training, validation, test) counts: all; nothing before; only a first item; no test."""
+    start, end = np.array([0, 6, 8, 9]), np.array([6, 8, 9, 12])
+    split = by_time(start, end, np.array([3, 0, 0, 2]), np.array([2, 1, 0, 1]))
+    assert split.train_stop.tolist() == [3, 6, 8, 11]
+    assert split.targets["valid"].tolist() == [4, -1, -1, 11]
+    assert split.targets["test"].tolist() == [5, 7, -1, -1]
+
+
+def made() -> Histories:
+    owner = np.array([3, 3, 3, 3, 5, 7, 7, 7])
+    return Histories(owner, np.array([10, 11, 12, 13, 20, 10, 31, 32]))
+
+
+def test_before():
+    histories = made()
+    owner, items = histories.before(np.array([7, 3]), "test")
+    assert list(zip(owner, items, strict=True)) == [(0, 10), (0, 31), (1, 10), (1, 11), (1, 12)]
+    assert histories.before(np.array([3]), "valid")[1].tolist() == [10, 11]
+    assert histories.lengths(np.array([7, 3]), "test").tolist() == [2, 3]
+    assert histories.before(np.array([], dtype=int), "test")[1].tolist() == []
+
+
+def test_trained_counts_inputs_and_targets_but_no_lone_item():
+    counts = made().trained(33)
+    assert {item: int(counts[item]) for item in counts.nonzero()[0]} == {10: 2, 11: 1, 31: 1}
