@@ -5,6 +5,7 @@ Every key of config.yaml can be given; config.yaml beside this file is read unle
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in arguments):
         _say(f"{__doc__}")
         return 0
-    _start_logging()
+    others = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun starts, one speaks
+    _start_logging(logging.ERROR if others else logging.INFO)
     try:
         from m2rec.configuration import build_config, parse_arguments
         from m2rec.experiment import run
@@ -28,31 +30,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.get("state") == "DEBUG":  # before anything can go wrong
             logging.getLogger().setLevel(logging.DEBUG)
         config = build_config(given, CONFIG)
-        logging.getLogger().setLevel(config["state"])
+        logging.getLogger().setLevel(logging.ERROR if others else config["state"])
         result = run(config)
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
-        sys.stderr.write(f"run_mm.py: error: {' '.join(str(error).split())}\n")
+        if not others:
+            sys.stderr.write(f"run_mm.py: error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("run_mm.py: stopped\n")
         return 130
-    _say(format_table(result.metrics))
-    _say(str(result.folder))
+    if not others:
+        _say(format_table(result.metrics))
+        _say(str(result.folder))
     return 0
 
 
 def format_table(metrics: dict) -> str:
     """The metrics as a table: a line per metric, a column per protocol."""
     parts = [part for part in ("valid", "test", "test_unseen") if metrics[part]]
-    seconds = metrics["seconds"]["total"]
+    seconds, protocol = metrics["seconds"]["total"], metrics["protocol"]
     title = f"{metrics['model']} on {metrics['dataset']}, seed {metrics['seed']}, {seconds:.0f} s"
     width = max(len(name) for name in ("metric", *metrics["test"])) + 2
     lines = ["", title, f"{'metric':<{width}}" + "".join(f"{part:>12}" for part in parts)]
     for name in metrics["test"]:
         lines.append(f"{name:<{width}}" + "".join(f"{metrics[part][name]:>12.4f}" for part in parts))
     lines.append(
-        f"full ranking, time order {metrics['protocol']['time_order']}; "
+        f"split {protocol['split']}, full ranking, time order {protocol['time_order']}; "
         "test: history stays in the ranking, test_unseen: history removed"
     )
     return "\n".join(lines)
@@ -66,11 +70,11 @@ class _PlainFormatter(logging.Formatter):
         return text if sys.stderr.isatty() else re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def _start_logging() -> None:
+def _start_logging(level: int) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(lambda record: record.name != "root" or record.levelno > logging.INFO)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 def _say(text: str) -> None:

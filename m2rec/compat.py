@@ -5,7 +5,6 @@ RecBole's names from here.
 """
 
 import warnings
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,6 @@ from recbole.data import data_preparation
 from recbole.data.dataset import SequentialDataset
 from recbole.data.dataset.dataset import Dataset
 from recbole.data.interaction import Interaction
-from recbole.evaluator import Collector
 from recbole.evaluator.collector import DataStruct
 from recbole.model import sequential_recommender
 from recbole.model.abstract_recommender import SequentialRecommender
@@ -125,28 +123,8 @@ def _remap(self: Dataset, remap_list: list[tuple[object, str, FeatureType]]) -> 
         feat[column] = _split_remapped(feat, column, ids) if sequence else ids  # type: ignore[index]
 
 
-def _get_data_struct(self: Collector) -> object:
-    """Collector.get_data_struct that moves tensors only: counts of items and users are no tensors.
-
-    No upstream issue found; without it ItemCoverage, AveragePopularity and their like fail in
-    RecBole 1.2.1 (evaluator/collector.py).
-    """
-    data = self.data_struct._data_dict
-    taken = DataStruct()
-    for key, value in data.items():
-        taken.set(key, value.cpu() if isinstance(value, torch.Tensor) else value)
-    for key in ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label"):
-        data.pop(key, None)
-    return taken
-
-
-Collector.get_data_struct = _get_data_struct
 Dataset._fill_nan = _fill_nan
 Dataset._remap = _remap
-
-# RecBole leaves two finished progress bars per epoch on the screen and has no switch (no upstream
-# issue found); goes when it has one.
-_trainer.tqdm = partial(_trainer.tqdm, leave=False)
 
 # RecBole opens ./log_tensorboard for every trainer and gives no switch (RecBole 1.2.1,
 # utils/logger.py; no upstream issue found); our trainer opens its own in the run folder.
@@ -155,8 +133,8 @@ _trainer.get_tensorboard = lambda logger: _NoTensorboard()
 __all__ = [
     "INSTALL_RECBOLE",
     "RECBOLE",
-    "Collector",
     "Config",
+    "DataStruct",
     "FeatureSource",
     "FeatureType",
     "Interaction",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from m2rec import distributed
 from m2rec.checks import check_data_keys, check_device, check_evaluation, check_optional
 from m2rec.compat import (
     RECBOLE,
@@ -42,8 +43,8 @@ _GENERAL = ("overall.yaml", "dataset/sample.yaml", "quick_start_config/sequentia
 
 # RecBole's keys that this project's runs don't follow: nothing is pickled, and a run has its folder
 _WITHOUT_EFFECT = {
-    "checkpoint_dir", "config_file", "dataloaders_save_path", "dataset_save_path", "save_dataloaders",
-    "save_dataset",
+    "checkpoint_dir", "config_file", "dataloaders_save_path", "dataset_save_path", "enable_scaler",
+    "save_dataloaders", "save_dataset",
 }  # fmt: skip
 
 
@@ -62,7 +63,8 @@ class RunConfig(Config):
     def _init_device(self) -> None:
         gpu = str(self.final_config_dict["gpu_id"]).strip()
         cuda = gpu != "" and torch.cuda.is_available()
-        device = torch.device("cuda", int(gpu)) if cuda else torch.device("cpu")
+        number = distributed.local_rank()  # under torchrun each process has its own GPU
+        device = torch.device("cuda", int(gpu) if number is None else number) if cuda else torch.device("cpu")
         self.final_config_dict.update(gpu_id=gpu, device=device, single_spec=True, local_rank=0)
 
     def _set_default_parameters(self) -> None:

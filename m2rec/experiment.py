@@ -16,13 +16,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
-from m2rec import __version__
+from m2rec import __version__, distributed
 from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.configuration import find_model, resolved
 from m2rec.dataset import HistoryDataset
+from m2rec.evaluation import ALL, UNSEEN
 from m2rec.files import write_text
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
@@ -30,12 +32,15 @@ from m2rec.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
 
+METRICS = "metrics.json"
+RANKS = "test_ranks.csv"
+
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
 
 
 @dataclass
 class Result:
-    """What a run leaves: its folder and the content of metrics.json."""
+    """What a run leaves: its folder and the content of metrics.json, its last file."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -57,12 +62,19 @@ class _Clock:
 def run(config: Config) -> Result:
     """Train and evaluate one model; everything it leaves is in a new run folder.
 
+    Under torchrun all processes call it, share the work, and return the same.
+
     Args:
         config: from `configuration.build_config`.
 
     Raises:
         ValueError: the data can't be used as asked, or training diverged.
     """
+    with distributed.processes(config["device"]):
+        return _run(config)
+
+
+def _run(config: Config) -> Result:
     clock = _Clock()
     logger.info("%s", _describe_device(config))
     init_seed(config["seed"], config["reproducibility"])
@@ -79,8 +91,8 @@ def run(config: Config) -> Result:
         with redirect_stdout(sys.stderr):  # FEARec prints while it is made
             model = find_model(config["model"])(config, train.dataset).to(config["device"])
     logger.info("%s: %s parameters", config["variant"], f"{sum(p.numel() for p in model.parameters()):,}")
-    folder = _new_folder(config)
-    _write_inputs(folder, config, dataset)
+    folder = distributed.from_first(_new_folder(config, dataset) if distributed.is_first() else None)
+    torch.manual_seed(config["seed"] + distributed.rank())  # each process drops out its own
     trainer = RunTrainer(config, model, folder)
     has_valid = len(valid.dataset) > 0
     if not has_valid:
@@ -90,15 +102,20 @@ def run(config: Config) -> Result:
     clock.lap("training")
 
     trainer.load_best()
-    results = {"valid": trainer.evaluate_both(valid, train, n_last=2)["all"] if has_valid else {}}
-    tested = trainer.evaluate_both(test, train, n_last=1)
-    results.update(test=tested["all"], test_unseen=tested["unseen"])
+    tested = trainer.evaluate_both(test)
+    results = {
+        "valid": trainer.evaluate(valid) if has_valid else {},
+        "test": tested.metrics[ALL],
+        "test_unseen": tested.metrics[UNSEEN],
+        "test_by": tested.rows.table(config["topk"], config["metric_decimal_place"]),
+    }
     clock.lap("evaluation")
     metrics = {
         "model": config["variant"],
         "dataset": config["dataset"],
         **results,
         "best_epoch": trainer.best_epoch,
+        "epochs": len(trainer.train_loss_dict),
         "protocol": _describe_protocol(config, dataset),
         "seed": config["seed"],
         "commit": _commit(),
@@ -106,10 +123,12 @@ def run(config: Config) -> Result:
         "data": data,
         "text": getattr(model, "text_source", None),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "device": str(config["device"]),
+        **_describe_machine(config),
         "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 3)},
     }
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    if distributed.is_first():
+        tested.rows.write(folder / RANKS)
+        write_text(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     return Result(folder, metrics)
 
 
@@ -164,8 +183,16 @@ def _describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) -
 
 
 def _describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]:
+    split = {
+        "leave_one_out": "a user's last item is the test, the one before it the validation target",
+        "global_time": (
+            f"trained on the first {config['valid_from']:.0%} of all interactions by time; the validation "
+            f"target is a user's last item up to {config['test_from']:.0%}, the test target the last after"
+        ),
+    }
     return {
-        "split": "leave-one-out: a user's last item is the test, the one before it the validation target",
+        "split": dataset.split,
+        "targets": split[dataset.split],
         "ranking": "full, over all items",
         "test": "RecBole's protocol: the user's history stays in the ranking",
         "test_unseen": "the user's history is removed from the ranking, the target never",
@@ -176,8 +203,31 @@ def _describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str
     }
 
 
-def _new_folder(config: Config) -> Path:
-    """A folder that no other run has, named after model, data set and time."""
+def _describe_machine(config: Config) -> dict[str, Any]:
+    """Where it ran, on how much of it, and the largest memory that this process took, in MiB."""
+    device: torch.device = config["device"]
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory()
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
+        "processes": distributed.size(),
+        "threads": torch.get_num_threads(),
+        "peak_memory_mib": round(peak / 2**20, 1),
+    }
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held at a time."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # there is none on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 2**10
+
+
+def _new_folder(config: Config, dataset: HistoryDataset) -> Path:
+    """A folder that no other run has, named after model, data set and time, with the run's inputs."""
     time = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = re.sub(r"[^\w.+-]+", "_", f"{config['variant']}-{config['dataset']}-{time}")
     base = Path(config["runs_dir"]) / name
@@ -185,6 +235,7 @@ def _new_folder(config: Config) -> Path:
         folder = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
         try:
             folder.mkdir(parents=True)
+            _write_inputs(folder, config, dataset)
             return folder
         except FileExistsError:
             continue

@@ -2,17 +2,24 @@
 
 import csv
 import logging
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from m2rec.compat import Collector, Config, Interaction, Trainer
+from m2rec import distributed
+from m2rec.compat import Config, DataStruct, Interaction, Trainer
+from m2rec.evaluation import ALL, UNSEEN, Breakdown, Ranking, rank
 from m2rec.files import write_tensors, write_text
 
 logger = logging.getLogger(__name__)
@@ -21,11 +28,20 @@ WEIGHTS = "model.safetensors"
 HISTORY = "history.csv"
 
 
+@dataclass(frozen=True)
+class Tested:
+    """Metrics by protocol (`all`, `unseen`), and the rows they are made of."""
+
+    metrics: dict[str, dict[str, float]]
+    rows: Breakdown
+
+
 class RunTrainer(Trainer):
     """Trains one model into one run folder.
 
     The best weights so far are `model.safetensors`, replaced as a whole; `history.csv` gets a
-    line per epoch. No pickle is written or read.
+    line per epoch. No pickle is written or read. Under torchrun the rows of each batch are
+    shared out over the processes, and the first one writes.
 
     Args:
         config: a RecBole Config.
@@ -44,9 +60,11 @@ class RunTrainer(Trainer):
         self.validates = True
         names = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
         self._columns = ["epoch", "loss", "seconds", *names]
-        write_text(folder / HISTORY, ",".join(self._columns) + "\n")
-        if config["tensorboard"]:
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        distributed.broadcast(model)
+        if distributed.is_first():
+            write_text(folder / HISTORY, ",".join(self._columns) + "\n")
+            if config["tensorboard"]:
+                self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
     def fit(self, train_data: Any, valid_data: Any = None, *args: Any, **kwargs: Any) -> Any:
         """RecBole's fit, with our own line per epoch instead of its four."""
@@ -62,15 +80,53 @@ class RunTrainer(Trainer):
         groups += [{"params": marked, "weight_decay": 0.0}] if marked else []  # type: ignore[dict-item]
         return super()._build_optimizer(params=groups, **kwargs)  # type: ignore[no-any-return]
 
-    def _train_epoch(self, train_data: Any, epoch_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def _train_epoch(
+        self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
+    ) -> float:
+        """One pass over the training rows; returns the sum of the steps' losses."""
         start = perf_counter()
-        total = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)
-        seconds = perf_counter() - start
-        loss = (sum(total) if isinstance(total, tuple) else total) / len(train_data)
-        self._epoch = {"epoch": epoch_idx, "loss": loss, "seconds": round(seconds, 3)}
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        for batch in self._progress(train_data, f"train {epoch_idx:>4}", show_progress):
+            total += self._step(batch.to(self.device), train_data.dataset.rows == "dense")
+        loss = total.item()
+        seconds = round(perf_counter() - start, 3)
+        self._epoch = {"epoch": epoch_idx, "loss": loss / len(train_data), "seconds": seconds}
         if not self.validates or (epoch_idx + 1) % self.eval_step:
             self._report({})
-        return total
+        return loss
+
+    def _step(self, batch: Interaction, dense: bool) -> Tensor:
+        """One step of the optimiser on a batch, this process's rows of it; returns the loss of all."""
+        self.optimizer.zero_grad()
+        own, share = self._own_rows(batch, dense)
+        loss = torch.zeros((), device=self.device)
+        if len(own):
+            with torch.autocast(self.device.type) if self.enable_amp else nullcontext():
+                losses = self.model.calculate_loss(own)
+            loss = torch.stack(losses).sum() if isinstance(losses, tuple) else losses
+            loss = loss if share == 1 else loss * share
+            self._check_nan(loss)
+            loss.backward()
+        loss = distributed.sum_gradients(self.model.parameters(), loss.detach())
+        if self.clip_grad_norm:
+            clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
+        self.optimizer.step()
+        return loss
+
+    def _own_rows(self, batch: Interaction, dense: bool) -> tuple[Interaction, float]:
+        """This process's rows of a batch, and their share of its targets, which weighs their mean loss."""
+        if distributed.size() == 1:
+            return batch, 1.0
+        own = batch[torch.arange(distributed.rank(), len(batch), distributed.size())]
+        if not dense:
+            return own, len(own) / len(batch)
+        lengths = self.config["ITEM_LIST_LENGTH_FIELD"]
+        return own, float(own[lengths].sum() / batch[lengths].sum())
+
+    def _progress(self, steps: Iterable[Any], what: str, shown: bool) -> Iterable[Any]:
+        shown = shown and distributed.is_first()
+        return tqdm(steps, desc=what, leave=False, ncols=100) if shown else steps
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
         score, result = super()._valid_epoch(valid_data, show_progress)
@@ -79,18 +135,20 @@ class RunTrainer(Trainer):
 
     def _report(self, result: dict[str, float]) -> None:
         """One line of log and one of history.csv for the epoch that has just ended."""
-        row = {**self._epoch, **{f"valid.{k}": float(v) for k, v in result.items()}}
+        row = {**self._epoch, **{f"valid.{k}": v for k, v in result.items()}}
         words = f"epoch {row['epoch']:>3}  loss {row['loss']:.4f}  {row['seconds']:.1f} s"
         if result:
             better = max if self.valid_metric_bigger else min
             best = better(float(self.best_valid_score), float(result[self.valid_metric]))
             words += f"  valid {self.valid_metric} {result[self.valid_metric]:.4f}, best {best:.4f}"
         logger.info("%s", words)
-        with (self.folder / HISTORY).open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns, restval="").writerow(row)
+        if distributed.is_first():
+            with (self.folder / HISTORY).open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self._columns, restval="").writerow(row)
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        write_tensors(Path(self.saved_model_file), self.model.state_dict())
+        if distributed.is_first():
+            write_tensors(Path(self.saved_model_file), self.model.state_dict())
         self.best_epoch = epoch
 
     def _check_nan(self, loss: Tensor) -> None:
@@ -102,8 +160,10 @@ class RunTrainer(Trainer):
 
     def load_best(self) -> None:
         """Put the best weights back into the model."""
-        device = str(self.device)
-        self.model.load_state_dict(load_file(self.saved_model_file, device=device))
+        if distributed.is_first():
+            device = str(self.device)
+            self.model.load_state_dict(load_file(self.saved_model_file, device=device))
+        distributed.broadcast(self.model)
 
     def evaluate(
         self,
@@ -115,47 +175,36 @@ class RunTrainer(Trainer):
         """RecBole's evaluation on the weights as they are, or on the best ones."""
         if load_best_model:
             self.load_best()
-        return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
+        return self._metrics(self._rank(eval_data, (ALL,), show_progress), ALL)
 
-    @torch.no_grad()
-    def evaluate_both(self, data: Any, train_data: Any, n_last: int) -> dict[str, dict[str, float]]:
+    def evaluate_both(self, data: Any) -> Tested:
         """Metrics with the user's history in the ranking and without it, from one scoring.
 
         Args:
-            data: the rows to evaluate, from a `HistoryDataset`.
-            train_data: the training rows, which some metrics count.
-            n_last: how many of a user's last items are not yet history: 2 for validation
-                rows, 1 for test rows.
-
-        Returns:
-            `all`, RecBole's protocol, and `unseen`: items that the user had before, other
-            than the target, are taken out of the ranking.
+            data: the loader of the rows to evaluate, from a `HistoryDataset`.
         """
+        ranking = self._rank(data, (ALL, UNSEEN), False)
+        metrics = {name: self._metrics(ranking, name) for name in ranking.items}
+        return Tested(metrics, Breakdown.of(ranking, data.dataset))
+
+    def _rank(self, data: Any, protocols: Iterable[str], show_progress: bool) -> Ranking:
         self.model.eval()
         self.tot_item_num = data.dataset.item_num
         self.item_tensor = data.dataset.get_item_feature().to(self.device)
-        collectors = {"all": Collector(self.config), "unseen": Collector(self.config)}
-        for collector in collectors.values():
-            collector.data_collect(train_data)
-        for batch in data:
-            interaction, scores, rows, targets = self._full_sort_batch_eval(batch)
-            collectors["all"].eval_batch_collect(scores, interaction, rows, targets)
-            _remove_history(scores, interaction, targets, data.dataset, n_last)
-            collectors["unseen"].eval_batch_collect(scores, interaction, rows, targets)
-        return {
-            name: {k: float(v) for k, v in self.evaluator.evaluate(c.get_data_struct()).items()}
-            for name, c in collectors.items()
-        }
+        progress = partial(self._progress, what="evaluate  ", shown=show_progress)
+        return rank(self._score, data, progress, protocols)
 
+    def _score(self, interaction: Interaction) -> Tensor:
+        """Rows -> (b, V), by the model's full ranking or item by item where it has none."""
+        scores: Tensor = self._full_sort_batch_eval((interaction, None, None, None))[1]
+        return scores
 
-def _remove_history(
-    scores: Tensor, interaction: Interaction, targets: Tensor, dataset: Any, n_last: int
-) -> None:
-    """Set the scores of each row's earlier items to -inf, but keep its target's."""
-    rows = torch.arange(len(scores), device=scores.device)
-    targets = targets.to(scores.device)
-    kept = scores[rows, targets]
-    users = interaction[dataset.uid_field].cpu().numpy()
-    owner, items = dataset.histories.before(users, n_last)
-    scores[torch.from_numpy(owner).to(scores.device), torch.from_numpy(items).to(scores.device)] = -np.inf
-    scores[rows, targets] = kept
+    def _metrics(self, ranking: Ranking, protocol: str) -> dict[str, float]:
+        """RecBole's metrics of a ranking; it wants places as a 0/1 matrix with the number of targets last."""
+        data = DataStruct()
+        for name, value in self.eval_collector.data_struct._data_dict.items():
+            data.set(name, value)
+        hits = ranking.hits(protocol).int()
+        data.set("rec.items", ranking.items[protocol])
+        data.set("rec.topk", torch.cat([hits, torch.ones(len(hits), 1, dtype=hits.dtype)], dim=1))
+        return {name: float(value) for name, value in self.evaluator.evaluate(data).items()}

@@ -15,15 +15,27 @@ PACKAGE = ROOT / "m2rec"
 RANKS = [
     {"experiment"},
     {"configuration"},
-    {"trainer", "model", "dataset"},
+    {"trainer"},
+    {"evaluation", "model"},
+    {"dataset"},
     {"compat"},
     {"encoder"},
     {"layer", "text_vectors", "loss", "atomic"},
-    {"settings", "checks", "text", "files", "histories", "mamba", "attention", "fourier", "gate"},
+    {"settings", "checks", "text", "files", "distributed", "histories"},
+    {"mamba", "attention", "fourier", "gate"},
     {"ops"},
 ]
 KNOWS_RECBOLE = {"compat"}
-NEEDS_COMPAT = {"compat", "experiment", "configuration", "trainer", "model", "dataset", "atomic"}
+NEEDS_COMPAT = {
+    "compat",
+    "experiment",
+    "configuration",
+    "trainer",
+    "evaluation",
+    "model",
+    "dataset",
+    "atomic",
+}
 
 
 def imports(path: Path) -> set[str]:

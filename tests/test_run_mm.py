@@ -38,6 +38,7 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     ]
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml", "metrics.json", "history.csv", "model.safetensors", "items.json",
+        "test_ranks.csv",
     }  # fmt: skip
 
     metrics = json.loads((folder / "metrics.json").read_text())

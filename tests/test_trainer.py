@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2rec.compat import data_preparation, init_seed
+from m2rec.checks import METRICS
+from m2rec.compat import Trainer, data_preparation, init_seed
 from m2rec.configuration import build_config
 from m2rec.dataset import HistoryDataset
 from m2rec.files import write_atomically, write_text
@@ -57,7 +58,7 @@ def test_both_protocols_by_hand(toy: Path, tmp_path: Path, part: int, n_last: in
             if rank <= 5:
                 for k, value in enumerate((1.0, 1 / math.log2(rank + 1), 1 / rank)):
                     sums[name][k] += value / len(users)
-    result = trainer.evaluate_both(loaders[part], loaders[0], n_last)
+    result = trainer.evaluate_both(loaders[part]).metrics
     for name, values in sums.items():
         actual = [result[name][f"{metric}@5"] for metric in ("hit", "ndcg", "mrr")]
         assert actual == pytest.approx(values, abs=1e-5)
@@ -65,9 +66,28 @@ def test_both_protocols_by_hand(toy: Path, tmp_path: Path, part: int, n_last: in
 
 
 def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):
-    trainer, loaders = made(toy, tmp_path / "run")
+    """By RecBole's own trainer, on its own batches; metrics that it can measure today."""
+    names = ["Hit", "NDCG", "MRR", "Recall", "Precision", "MAP"]
+    trainer, loaders = made(toy, tmp_path / "run", metrics=names, eval_batch_size=7)
     trainer.eval_collector.data_collect(loaders[0])
-    assert trainer.evaluate_both(loaders[2], loaders[0], 1)["all"] == dict(trainer.evaluate(loaders[2]))
+    stock = Trainer(trainer.config, trainer.model)
+    stock.eval_collector.data_collect(loaders[0])
+    expected = stock.evaluate(loaders[2], load_best_model=False)
+    assert trainer.evaluate_both(loaders[2]).metrics["all"] == dict(expected) == trainer.evaluate(loaders[2])
+
+
+def test_metrics_over_the_whole_list(toy: Path, tmp_path: Path):
+    """Those for which RecBole 1.2.1 fails; coverage is the share of items that anybody was shown."""
+    trainer, loaders = made(toy, tmp_path / "run", metrics=list(METRICS))
+    trainer.eval_collector.data_collect(loaders[0])
+    shown = set()
+    with torch.no_grad():
+        scores = trainer.model.eval().full_sort_predict(loaders[2].dataset.inter_feat)
+    for row in scores[:, 1:]:
+        shown |= set((row.topk(5).indices + 1).tolist())
+    result = trainer.evaluate(loaders[2])
+    assert set(result) == {f"{metric.lower()}@{k}" for metric in METRICS for k in (5, 10)}
+    assert result["itemcoverage@5"] == pytest.approx(len(shown) / loaders[2].dataset.item_num, abs=1e-6)
 
 
 def test_best_weights_and_history(toy: Path, tmp_path: Path):

@@ -1,0 +1,91 @@
+"""Work shared out over the processes that torchrun starts; in a single process all of this is nothing.
+
+Every process builds the same data and the same batches and takes its own rows of each, so the
+result is that of one process at the same batch size, up to the order of floating-point sums.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Join the other processes, by NCCL on CUDA and by gloo on a CPU, and leave them at the end."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int | None:
+    """Which of this machine's processes torchrun says this is; None if it did not start it."""
+    return int(os.environ["LOCAL_RANK"]) if "RANK" in os.environ else None
+
+
+def is_first() -> bool:
+    """Whether this process writes the files."""
+    return rank() == 0
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, for all."""
+    values = [value]
+    if size() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def gather(own: Tensor) -> Tensor:
+    """Every process's rows, one process after the other; they may have different numbers of them."""
+    if size() == 1:
+        return own
+    parts: list[Any] = [None] * size()
+    dist.all_gather_object(parts, own.cpu())
+    return torch.cat(parts).to(own.device)
+
+
+def broadcast(model: nn.Module) -> None:
+    """Give all processes the first one's parameters and buffers."""
+    if size() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+    """Replace each gradient by its sum over the processes, and return the sum of their losses.
+
+    A parameter that has no gradient in any process keeps none.
+    """
+    if size() == 1:
+        return loss
+    trained = [p for p in parameters if p.requires_grad]
+    head = torch.tensor([float(p.grad is not None) for p in trained], device=loss.device)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    flat = torch.cat([loss.detach().reshape(1), head, *(part.flatten() for part in parts)])
+    dist.all_reduce(flat)
+    total, present, values = flat[0], flat[1 : 1 + len(trained)], flat[1 + len(trained) :]
+    for p, there, value in zip(
+        trained, present.tolist(), values.split([p.numel() for p in trained]), strict=True
+    ):
+        p.grad = value.view_as(p).clone() if there else None
+    return total

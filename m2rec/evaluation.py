@@ -1,0 +1,187 @@
+"""Ranking all items for each row, with the user's history in the ranking and without it.
+
+letter  meaning
+n, V    rows, items including padding
+K       length of the ranking that is kept, the longest cut of the metrics
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m2rec import distributed
+from m2rec.compat import Interaction
+from m2rec.dataset import HistoryDataset
+from m2rec.files import write_text
+
+ALL, UNSEEN = "all", "unseen"
+
+# upper ends of the buckets; what lies above the last is one more
+POPULARITY = (0, 5, 20, 100)
+HISTORY = (5, 20, 50, 200)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a model puts first for each row of a part.
+
+    Attributes:
+        targets: (n,) the items that were really next.
+        items: by protocol, (n, K) the best items, best first.
+    """
+
+    targets: Tensor
+    items: dict[str, Tensor]
+
+    def hits(self, protocol: str) -> Tensor:
+        """(n, K), True where the target stands."""
+        return self.items[protocol] == self.targets[:, None]
+
+    def places(self, protocol: str) -> np.ndarray:
+        """(n,), the target's place from 1, 0 where it is not among the K."""
+        hits = self.hits(protocol)
+        return np.asarray(torch.where(hits.any(1), hits.int().argmax(1) + 1, 0))
+
+
+@torch.no_grad()
+def rank(
+    score: Callable[[Interaction], Tensor],
+    loader: Any,
+    batches: Callable[[Iterable[Tensor]], Iterable[Tensor]],
+    protocols: Iterable[str] = (ALL, UNSEEN),
+) -> Ranking:
+    """Rank all items for every row of a part, in this process's share of the rows and all others'.
+
+    Args:
+        score: rows -> (b, V) scores, padding's -inf.
+        loader: the part's loader, of a `HistoryDataset`.
+        batches: goes through the batches of rows, for a progress bar.
+        protocols: `all`, RecBole's; `unseen`, where the items that a user had before, other than
+            the target, are taken out.
+    """
+    dataset: HistoryDataset = loader.dataset
+    cut = max(loader.config["topk"])
+    lengths = dataset.inter_feat[dataset.item_list_length_field]
+    own = lengths.argsort(stable=True)[distributed.rank() :: distributed.size()]  # alike ones together
+    found: dict[str, list[Tensor]] = {name: [torch.empty(0, cut, dtype=torch.int64)] for name in protocols}
+    for rows in batches(own.split(loader.step)):
+        interaction = loader.collate_fn(rows.numpy())[0]
+        scores = score(interaction)
+        for name, parts in found.items():
+            if name == UNSEEN:
+                remove_history(scores, interaction, dataset)
+            parts.append(scores.topk(cut).indices.cpu())
+    order = distributed.gather(own).argsort()
+    items = {name: distributed.gather(torch.cat(parts))[order] for name, parts in found.items()}
+    return Ranking(dataset.inter_feat[dataset.iid_field], items)
+
+
+def remove_history(scores: Tensor, interaction: Interaction, dataset: HistoryDataset) -> None:
+    """Set the scores of each row's earlier items to -inf, but keep its target's."""
+    assert dataset.histories is not None and dataset.part is not None
+    rows = torch.arange(len(scores), device=scores.device)
+    targets = interaction[dataset.iid_field].to(scores.device)
+    kept = scores[rows, targets]
+    owner, items = dataset.histories.before(interaction[dataset.uid_field].cpu().numpy(), dataset.part)
+    scores[torch.from_numpy(owner).to(scores.device), torch.from_numpy(items).to(scores.device)] = -torch.inf
+    scores[rows, targets] = kept
+
+
+def hit(places: np.ndarray, k: int) -> np.ndarray:
+    """(n,) places from 1, 0 for none -> 1 where the target is among the first k, else 0."""
+    return ((places >= 1) & (places <= k)).astype(float)
+
+
+def ndcg(places: np.ndarray, k: int) -> np.ndarray:
+    """As `hit`, discounted by place: 1 / log2(place + 1)."""
+    return np.asarray(hit(places, k) / np.log2(np.maximum(places, 1) + 1))
+
+
+def mrr(places: np.ndarray, k: int) -> np.ndarray:
+    """As `hit`, the reciprocal of the place."""
+    return np.asarray(hit(places, k) / np.maximum(places, 1))
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """The rows of a part, for quality by popularity of the target and by length of the history.
+
+    Attributes:
+        users, items: (n,) tokens of user and target.
+        popularity: (n,) how often training meets the target.
+        history: (n,) how many items the user had before it.
+        places: by protocol, (n,) the target's place in the ranking, 0 for none.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    popularity: np.ndarray
+    history: np.ndarray
+    places: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, ranking: Ranking, dataset: HistoryDataset) -> "Breakdown":
+        """Of a ranking of this part."""
+        assert dataset.histories is not None and dataset.part is not None
+        users = dataset.inter_feat[dataset.uid_field].numpy()
+        targets = ranking.targets.numpy()
+        return cls(
+            dataset.field2id_token[dataset.uid_field][users],
+            dataset.field2id_token[dataset.iid_field][targets],
+            dataset.histories.trained(dataset.item_num)[targets],
+            dataset.histories.lengths(users, dataset.part),
+            {name: ranking.places(name) for name in ranking.items},
+        )
+
+    def table(self, topk: Iterable[int], digits: int) -> dict[str, dict[str, dict[str, Any]]]:
+        """Number of users and the metrics in each bucket that has any.
+
+        Returns:
+            `popularity` and `history` -> bucket, such as `6-20` -> `users`, and by protocol
+            Hit, NDCG and MRR.
+        """
+        by = {"popularity": (self.popularity, POPULARITY), "history": (self.history, HISTORY)}
+        table: dict[str, dict[str, dict[str, Any]]] = {}
+        for name, (values, ends) in by.items():
+            low = 0 if name == "popularity" else 1
+            group = np.searchsorted(ends, values)
+            table[name] = {
+                bucket: self._metrics(group == number, topk, digits)
+                for number, bucket in enumerate(bucket_names(ends, low))
+                if (group == number).any()
+            }
+        return table
+
+    def _metrics(self, chosen: np.ndarray, topk: Iterable[int], digits: int) -> dict[str, Any]:
+        metrics = {
+            protocol: {
+                f"{f.__name__}@{k}": round(float(f(places[chosen], k).mean()), digits)
+                for f in (hit, ndcg, mrr)
+                for k in topk
+            }
+            for protocol, places in self.places.items()
+        }
+        return {"users": int(chosen.sum()), **metrics}
+
+    def write(self, path: Path) -> None:
+        """One line per row: user, target, history, popularity, and its place by protocol."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["user", "item", "history", "popularity", "test", "test_unseen"])
+        columns = (self.users, self.items, self.history, self.popularity, *self.places.values())
+        writer.writerows(zip(*columns, strict=True))
+        write_text(path, text.getvalue())
+
+
+def bucket_names(ends: tuple[int, ...], low: int) -> list[str]:
+    """Names of the buckets from `low` on: a number, a range, and `101+` for the last."""
+    starts = [low, *(end + 1 for end in ends)]
+    names = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=False)]
+    return [*names, f"{starts[-1]}+"]

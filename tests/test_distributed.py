@@ -1,0 +1,72 @@
+"""Two processes of torchrun end where one process ends, and every user counts once."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from m2rec import distributed
+from tests.conftest import as_arguments, small
+
+ROOT = Path(__file__).parent.parent
+
+
+def launched(n: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """run_mm.py in n processes."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+    command = [sys.executable, *start, "run_mm.py", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def result(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[dict[str, str]]]:
+    """Metrics, weights and ranks of the one run in a folder."""
+    (run,) = folder.iterdir()
+    with (run / "test_ranks.csv").open() as file:
+        ranks = list(csv.DictReader(file))
+    return json.loads((run / "metrics.json").read_text()), load_file(run / "model.safetensors"), ranks
+
+
+@pytest.mark.parametrize("rows", ["dense", "prefix"])
+def test_two_processes_equal_one(toy: Path, tmp_path: Path, rows: str):
+    """30 users do not divide by the batches, nor rows by two; the last batch has a single row."""
+    arguments = as_arguments(
+        small(toy, rows=rows, dropout_prob=0.0, text_vectors="none", train_batch_size=7, learner="sgd",
+              learning_rate=0.5, clip_grad_norm="{max_norm: 0.5}", eval_batch_size=4,
+              metrics="[NDCG,ItemCoverage]")
+    )  # fmt: skip
+    outcomes = {}
+    for n in (1, 2):
+        done = launched(n, *arguments, f"--runs_dir={tmp_path / str(n)}")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("M2Rec on toy") == 1
+        outcomes[n] = result(tmp_path / str(n))
+    one, two = outcomes[1], outcomes[2]
+    assert two[0]["processes"] == 2
+    for part in ("valid", "test", "test_unseen"):
+        assert two[0][part] == pytest.approx(one[0][part], abs=1e-5)
+    for name, value in one[1].items():
+        torch.testing.assert_close(two[1][name], value, atol=1e-5, rtol=1e-4)
+    assert two[2] == one[2] and len(two[2]) == one[0]["data"]["test_rows"]
+
+
+def test_a_mistake_is_one_line(toy: Path, tmp_path: Path):
+    done = launched(2, *as_arguments(small(toy, hidden_sise=3)), f"--runs_dir={tmp_path}")
+    assert done.returncode != 0
+    assert done.stderr.count("run_mm.py: error: unknown key 'hidden_sise'") == 1
+
+
+def test_alone_nothing_happens():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    assert (distributed.rank(), distributed.size(), distributed.is_first()) == (0, 1, True)
+    assert distributed.gather(parameter) is parameter
+    assert distributed.from_first("x") == "x"
+    loss = torch.tensor(3.0)
+    assert distributed.sum_gradients([parameter], loss) is loss and parameter.grad is None
