@@ -216,7 +216,7 @@ def find_model(name: str) -> type[SequentialRecommender]:
         return models[name]
     names = {*models, *(path.stem for path in (PROPERTIES / "model").glob("*.yaml"))}
     raise ValueError(
-        f"model: unknown model {name!r}{_nearest(name, names)}; known: {', '.join(sorted(names))}"
+        f"model: unknown model {name!r}{nearest(name, names)}; known: {', '.join(sorted(names))}"
     )
 
 
@@ -261,10 +261,10 @@ def _listed() -> set[str]:
 def _check_keys(values: Mapping[str, Any]) -> None:
     for key in values:
         if key not in known_keys():
-            raise ValueError(f"unknown key {key!r}{_nearest(str(key), known_keys())}")
+            raise ValueError(f"unknown key {key!r}{nearest(str(key), known_keys())}")
 
 
-def _nearest(word: str, words: Iterable[str]) -> str:
+def nearest(word: str, words: Iterable[str]) -> str:
     """A hint such as `; did you mean 'learning_rate'?`, or nothing."""
     by_lower = {w.lower(): w for w in words}
     match = difflib.get_close_matches(word.lower(), by_lower, n=1)

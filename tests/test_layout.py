@@ -13,7 +13,7 @@ PACKAGE = ROOT / "m2rec"
 
 # each module may import from its own and from later ranks
 RANKS = [
-    {"experiment"},
+    {"experiment", "sweeps"},
     {"configuration"},
     {"trainer"},
     {"evaluation", "model"},

@@ -1,0 +1,205 @@
+"""Sweeps: results/NAME.yaml asks, by data set, variant and seed; every finished run is an answer."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from m2rec.configuration import nearest, read_yaml
+
+METRICS = "metrics.json"
+MAIN = "main"
+# the second words of README's markers that stand for no table of the sweep
+RESERVED = ("reported", "buckets")
+
+_REQUIRED = ("title", "datasets", "seeds", "variants")
+_OWN = ("dataset", "seed")
+
+
+class Cell(NamedTuple):
+    """One run that a sweep asks for."""
+
+    dataset: str
+    variant: str
+    seed: int
+    keys: dict[str, Any]
+    """Keys of run_mm.py, without dataset and seed."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What results/NAME.yaml asks: every variant on every data set with every seed."""
+
+    name: str
+    """NAME."""
+    path: Path
+    title: str
+    command: str
+    """What fills results/NAME.csv."""
+    datasets: tuple[str, ...]
+    seeds: tuple[int, ...]
+    common: Mapping[str, Any]
+    """Keys of every run."""
+    dataset_keys: Mapping[str, Mapping[str, Any]]
+    """Keys by data set, stronger than `common`."""
+    variants: Mapping[str, Mapping[str, Any]]
+    """Keys by variant, the strongest, in the order of the tables' rows."""
+    tables: Mapping[str, tuple[str, ...]]
+    """Variants by table; one table `main` of all unless the file names others."""
+    reference: str | None
+    """The variant that the others are compared with; None: nothing is compared."""
+    baselines: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The checked sweep in a YAML file.
+
+        Raises:
+            ValueError: the file can't be read, or a key is unknown, missing or has no meaning.
+        """
+        content = read_yaml(path)
+        try:
+            return cls(name=path.stem, path=path, **_checked(content, path.stem))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def cells(self) -> Iterator[Cell]:
+        """All runs, seed by seed, so that an early stop leaves every variant with as many seeds."""
+        for dataset in self.datasets:
+            for seed in self.seeds:
+                for variant, own in self.variants.items():
+                    keys = {**self.common, **self.dataset_keys.get(dataset, {}), **own}
+                    yield Cell(dataset, variant, seed, keys)
+
+
+def slug(variant: str) -> str:
+    """A variant's name as the name of a folder."""
+    return re.sub(r"[^a-z0-9.+-]+", "-", variant.lower()).strip("-")
+
+
+def cell_folder(root: Path, dataset: str, variant: str, seed: int) -> Path:
+    """The folder that holds the run folders of one cell; `root` is that of the sweep."""
+    return root / dataset / slug(variant) / str(seed)
+
+
+def finished_run(cell: Path) -> Path | None:
+    """The newest run folder in a cell's folder that has metrics.json, which is written last."""
+    done = [(path.stat().st_mtime_ns, path.parent.name, path.parent) for path in cell.glob(f"*/{METRICS}")]
+    return max(done)[-1] if done else None
+
+
+def _checked(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The fields of a Sweep but its name and path."""
+    _check_keys(content)
+    datasets = _names("datasets", content["datasets"])
+    variants = _mappings("variants", content["variants"])
+    if not variants:
+        raise ValueError("variants: there are none; give at least one, such as M2Rec: {}")
+    _check_slugs(variants)
+    dataset_keys = _mappings("dataset_keys", content.get("dataset_keys"))
+    _check_known("dataset_keys", dataset_keys, datasets)
+    reference = content.get("reference")
+    baselines = _names("baselines", content.get("baselines") or [], empty=True)
+    _check_known("reference", [] if reference is None else [reference], variants)
+    _check_known("baselines", baselines, variants)
+    if baselines and reference is None:
+        raise ValueError("baselines: there is nothing to compare them with; name a reference")
+    return {
+        "title": str(content["title"]),
+        "command": str(content.get("command", f"python scripts/sweep.py results/{name}.yaml")),
+        "datasets": datasets,
+        "seeds": _seeds(content["seeds"]),
+        "common": _keys("common", content.get("common")),
+        "dataset_keys": dataset_keys,
+        "variants": variants,
+        "tables": _tables(content.get("tables"), variants),
+        "reference": reference,
+        "baselines": baselines,
+    }
+
+
+def _check_keys(content: Mapping[str, Any]) -> None:
+    known = [field.name for field in fields(Sweep) if field.name not in ("name", "path")]
+    for key in content:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}{nearest(str(key), known)}; known: {', '.join(known)}")
+    for key in _REQUIRED:
+        if content.get(key) is None:
+            raise ValueError(f"{key} is missing")
+
+
+def _names(key: str, value: Any, empty: bool = False) -> tuple[str, ...]:
+    """Distinct names."""
+    names = [str(name) if type(name) is int else name for name in value] if isinstance(value, list) else []
+    if not (names or (empty and value == [])) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{key}: expected a list of names, got {value!r}")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{key}: {name!r} comes twice")
+    return tuple(names)
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    whole = isinstance(value, list) and all(type(seed) is int and seed >= 0 for seed in value)
+    if not whole or not value or len(set(value)) < len(value):
+        raise ValueError(f"seeds: expected distinct whole numbers from 0, got {value!r}")
+    return tuple(value)
+
+
+def _keys(key: str, value: Any) -> dict[str, Any]:
+    """Keys of a run; the data set and the seed have lists of their own."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: expected {{key: value}}, got {value!r}")
+    for own in _OWN:
+        if own in value:
+            raise ValueError(f"{key}: {own} belongs to the list {own}s")
+    return value
+
+
+def _mappings(key: str, value: Any) -> dict[str, dict[str, Any]]:
+    """Keys of a run by name."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: expected {{name: {{key: value}}}}, got {value!r}")
+    for name in value:
+        if not isinstance(name, str):
+            raise ValueError(f"{key}: {name!r} is no text; put the name into quotes")
+    return {name: _keys(f"{key}, {name}", own) for name, own in value.items()}
+
+
+def _check_slugs(variants: Mapping[str, Any]) -> None:
+    seen: dict[str, str] = {}
+    for variant in variants:
+        if not re.search("[a-z0-9]", slug(variant)):
+            raise ValueError(f"variants: {variant!r} has no letter or digit that can name a folder")
+        other = seen.setdefault(slug(variant), variant)
+        if other != variant:
+            raise ValueError(f"variants: {other!r} and {variant!r} share the folder {slug(variant)!r}")
+
+
+def _check_known(
+    key: str, names: Sequence[Any] | Mapping[str, Any], known: Sequence[str] | Mapping[str, Any]
+) -> None:
+    for name in names:
+        if name not in known:
+            what = "data set" if key == "dataset_keys" else "variant"
+            raise ValueError(f"{key}: unknown {what} {name!r}{nearest(str(name), known)}")
+
+
+def _tables(value: Any, variants: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    if value is None:
+        return {MAIN: tuple(variants)}
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"tables: expected {{table: [variant, ...]}}, got {value!r}")
+    tables = {}
+    for table, names in value.items():
+        if not isinstance(table, str) or not re.fullmatch(r"[\w.-]+", table) or table in RESERVED:
+            reserved = " and ".join(RESERVED)
+            raise ValueError(f"tables: {table!r} can't name a table; one word, {reserved} are taken")
+        tables[table] = _names(f"tables, {table}", names)
+        _check_known(f"tables, {table}", tables[table], variants)
+    return tables
