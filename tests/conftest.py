@@ -1,5 +1,6 @@
 """Shared helpers: small data sets on disk, runs of the command, NaN in unwritten memory, Triton on a CPU."""
 
+import csv
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -105,3 +106,54 @@ def small(data_path: Path, dataset: str = "toy", **others: object) -> dict[str, 
 def as_arguments(values: dict[str, object]) -> list[str]:
     """The same values as command-line arguments."""
     return [f"--{key}={value}" for key, value in values.items()]
+
+
+SWEEP = """
+title: Toys
+datasets: [toy]
+seeds: [1, 2]
+variants:
+  M2Rec: {}
+  SASRec: {model: SASRec}
+  "no filter | gate": {filter: none}
+tables:
+  main: [M2Rec, SASRec]
+  ablations: [M2Rec, "no filter | gate"]
+reference: M2Rec
+baselines: [SASRec]
+"""
+COMMON = {
+    "dataset": "toy", "commit": "0123456789abcdef", "settings": "{}", "split": "leave-one-out: the last item",
+    "time_order": "exact", "users": "2000", "items": "50", "interactions": "123456", "device": "cpu",
+}  # fmt: skip
+
+
+def answer(variant: str, seed: int, ndcg: float, **others: object) -> dict[str, object]:
+    """A row of a sweep's CSV; every metric follows from one number."""
+    metrics = {"test_unseen.ndcg@10": ndcg, "test_unseen.hit@10": 2 * ndcg, "test.ndcg@10": ndcg / 2,
+               "test.hit@10": ndcg, "valid.ndcg@10": 0.6, "test_unseen.itemcoverage@10": 0.25}  # fmt: skip
+    times = {"best_epoch": 3, "seconds_per_epoch": 1.234, "seconds_training": 60 + seed}
+    buckets = {
+        f"{column}|{kind}": value
+        for kind in ("popularity=0", "popularity=1-5", "popularity=101+", "history=1-5", "history=201+")
+        for column, value in (("test_unseen.ndcg@10", ndcg), ("test_users", 1000))
+    }
+    return {**COMMON, "variant": variant, "seed": seed, **metrics, **times, **buckets, **others}
+
+
+@pytest.fixture
+def write_sweep(tmp_path: Path) -> Callable[..., Path]:
+    """Write results/toys.yaml and results/toys.csv with the given rows; returns the YAML's path."""
+
+    def write(*rows: dict[str, object], text: str = SWEEP) -> Path:
+        path = tmp_path / "results" / "toys.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        if rows:
+            with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+                writer.writeheader()
+                writer.writerows(rows)
+        return path
+
+    return write

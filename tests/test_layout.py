@@ -13,6 +13,9 @@ PACKAGE = ROOT / "m2rec"
 
 # each module may import from its own and from later ranks
 RANKS = [
+    {"plots"},
+    {"tables", "paired"},
+    {"results"},
     {"experiment", "sweeps"},
     {"configuration"},
     {"trainer"},
@@ -21,7 +24,7 @@ RANKS = [
     {"compat"},
     {"encoder"},
     {"layer", "text_vectors", "loss", "atomic"},
-    {"settings", "checks", "text", "files", "distributed", "histories"},
+    {"settings", "checks", "text", "files", "distributed", "histories", "statistics"},
     {"mamba", "attention", "fourier", "gate"},
     {"ops"},
 ]

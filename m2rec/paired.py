@@ -1,0 +1,166 @@
+"""A sweep's reference against its other variants, by paired tests over users."""
+
+import csv
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from m2rec.results import PAIRED, PROTOCOLS
+from m2rec.statistics import Floats, metric_of_ranks, paired_bootstrap
+from m2rec.sweeps import Sweep, cell_folder, finished_run
+
+logger = logging.getLogger(__name__)
+
+RANKS = "test_ranks.csv"
+METRICS = ("hit@10", "ndcg@10")
+MEASURES = [(protocol, metric) for protocol in PROTOCOLS for metric in METRICS]
+
+
+class Ranks(NamedTuple):
+    """The places of the test targets in one run, by user."""
+
+    folder: Path
+    targets: pd.Series
+    """Token of the target by token of the user, sorted by user."""
+    places: NDArray[np.int32]
+    """(users, protocols), 0 is below the measured part of the ranking."""
+
+
+def compare(sweep: Sweep, runs: Path) -> list[dict[str, Any]]:
+    """One row of NAME-paired.csv per data set, other variant, protocol and metric.
+
+    Each user's metric is averaged over the seeds that both variants have; variants without a
+    finished run are left out. Users are drawn, seeds are not: p says whether these runs differ
+    on other users of the same kind.
+
+    Args:
+        sweep: names the reference.
+        runs: folder of the sweep's cells.
+
+    Raises:
+        ValueError: there is no reference or no run of it, or runs saw different data.
+    """
+    if sweep.reference is None:
+        raise ValueError(f"{sweep.path}: reference: name the variant that others are compared with")
+    rows = [row for dataset in sweep.datasets for row in _compare_on(dataset, sweep, runs)]
+    if not rows:
+        raise ValueError(
+            f"{runs}: no seed of {sweep.reference!r} and another variant has a finished run; "
+            f"run {sweep.command}, or name the folder with --runs"
+        )
+    return rows
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """The rows as the text of NAME-paired.csv, numbers with six places."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, PAIRED, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def read_ranks(folder: Path) -> Ranks:
+    """The test_ranks.csv of a run folder.
+
+    Raises:
+        ValueError: it can't be read, a column is missing, a place is no whole number from 0, or
+            a user comes twice.
+    """
+    path = folder / RANKS
+    columns = ["user", "item", *PROTOCOLS]
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}; run it again") from None
+    except (ValueError, pd.errors.ParserError) as error:
+        raise ValueError(f"{path} is no CSV of ranks: {error}") from None
+    for column in columns:
+        if column not in frame:
+            raise ValueError(f"{path}: column {column!r} is missing; expected {', '.join(columns)}")
+    for column in PROTOCOLS:
+        wrong = frame[column][~frame[column].str.fullmatch(r"\d{1,9}").astype(bool)]
+        if len(wrong):
+            place = f"{wrong.iloc[0]!r} in row {wrong.index[0] + 1}"
+            raise ValueError(f"{path}: {column} is {place}, expected a whole number from 0")
+    frame = frame.set_index("user").sort_index()
+    twice = frame.index[frame.index.duplicated()]
+    if len(twice):
+        raise ValueError(f"{path}: user {twice[0]!r} comes twice")
+    return Ranks(folder, frame["item"], frame[list(PROTOCOLS)].to_numpy().astype(np.int32))
+
+
+def _compare_on(dataset: str, sweep: Sweep, runs: Path) -> Iterator[dict[str, Any]]:
+    reference = sweep.reference or ""
+    ours = _ranks_of(dataset, reference, sweep, runs)
+    for ranks in ours.values():
+        _check_same_users(ours[min(ours)], ranks)
+    others = dict.fromkeys([*sweep.baselines, *sweep.variants])
+    others.pop(reference, None)
+    pairs: dict[str, tuple[list[int], Floats, Floats]] = {}
+    for other in others:
+        theirs = _ranks_of(dataset, other, sweep, runs)
+        if seeds := [seed for seed in ours if seed in theirs]:
+            for seed in seeds:
+                _check_same_users(ours[seed], theirs[seed])
+            pairs[other] = (seeds, _average(ours, seeds), _average(theirs, seeds))
+        else:
+            logger.warning("%s: %r has no finished run with a seed of %r", dataset, other, reference)
+    if not pairs:
+        return
+    try:
+        found = paired_bootstrap(np.concatenate([left - right for _, left, right in pairs.values()], axis=1))
+    except ValueError as error:
+        raise ValueError(f"{dataset}: {error}") from None
+    for k, (other, (seeds, left, right)) in enumerate(pairs.items()):
+        for m, (protocol, metric) in enumerate(MEASURES):
+            column = k * len(MEASURES) + m
+            yield {
+                "dataset": dataset,
+                "protocol": protocol,
+                "metric": metric,
+                "variant": reference,
+                "baseline": other,
+                "seeds": " ".join(map(str, seeds)),
+                "users": len(left),
+                "variant_mean": float(left[:, m].mean()),
+                "baseline_mean": float(right[:, m].mean()),
+                **{name: float(values[column]) for name, values in found._asdict().items()},
+            }
+
+
+def _ranks_of(dataset: str, variant: str, sweep: Sweep, runs: Path) -> dict[int, Ranks]:
+    """By seed, the ranks of a variant's finished runs."""
+    folders = {seed: finished_run(cell_folder(runs, dataset, variant, seed)) for seed in sweep.seeds}
+    return {seed: read_ranks(folder) for seed, folder in folders.items() if folder}
+
+
+def _average(runs: Mapping[int, Ranks], seeds: Sequence[int]) -> Floats:
+    """(users, measures), means over the seeds."""
+    total = np.zeros((len(runs[seeds[0]].targets), len(MEASURES)))
+    for seed in seeds:
+        for m, (protocol, metric) in enumerate(MEASURES):
+            total[:, m] += metric_of_ranks(metric, runs[seed].places[:, PROTOCOLS.index(protocol)])
+    return total / len(seeds)
+
+
+def _check_same_users(one: Ranks, other: Ranks) -> None:
+    odd = one.targets.index.symmetric_difference(other.targets.index)
+    if len(odd):
+        raise ValueError(
+            f"user {odd[0]!r} is in only one of {one.folder} and {other.folder}: "
+            "they saw different data; run one again"
+        )
+    differs = one.targets.index[one.targets.to_numpy() != other.targets.to_numpy()]
+    if len(differs):
+        raise ValueError(
+            f"user {differs[0]!r} has another test item in {one.folder} than in {other.folder}: "
+            "they saw different data or another time order; run one again"
+        )

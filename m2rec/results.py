@@ -1,0 +1,191 @@
+"""What is kept of finished runs: results/NAME.csv, NAME-paired.csv and reported.csv."""
+
+import csv
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from m2rec.sweeps import Sweep
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, str]
+# finished runs by data set and variant, one per seed, in the order of the sweep's seeds
+Answers = Mapping[tuple[str, str], Sequence[Row]]
+
+PAIRED = ("dataset", "protocol", "metric", "variant", "baseline", "seeds", "users", "variant_mean",
+          "baseline_mean", "difference", "low", "high", "p")  # fmt: skip
+REPORTED = ("dataset", "protocol", "model", "hit@10", "ndcg@10", "source")
+PROTOCOLS = ("test", "test_unseen")
+COUNTS = ("users", "items", "interactions")
+
+_CELL = ("dataset", "variant", "seed")
+_NUMBERS = ("best_epoch", "seconds_per_epoch", "seconds_training", *COUNTS)
+# a mean that was rounded to six places, by seed, is within this of the same mean from ranks
+_SAME = 1e-5
+
+
+class Spread(NamedTuple):
+    """A value over seeds."""
+
+    mean: float
+    deviation: float | None
+    """Sample standard deviation; None for one seed."""
+
+
+def read_answers(sweep: Sweep) -> Answers:
+    """The finished runs that a sweep asks for; no file is no runs.
+
+    Of two rows of one cell the last counts; rows of cells that the sweep does not ask for don't.
+
+    Raises:
+        ValueError: the file can't be read, a number is none, or rows that belong together differ.
+    """
+    path = sweep.path.with_suffix(".csv")
+    rows = read_rows(path, _CELL) if path.exists() else []
+    _check_numbers(path, rows)
+    asked = {(cell.dataset, cell.variant, str(cell.seed)) for cell in sweep.cells()}
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        found[tuple(row[key] for key in _CELL)] = row
+    if others := [cell for cell in found if cell not in asked]:
+        logger.warning("%s: %s rows belong to no cell of %s", path, len(others), sweep.path.name)
+    answers = {
+        (dataset, variant): [
+            found[dataset, variant, str(seed)]
+            for seed in sweep.seeds
+            if (dataset, variant, str(seed)) in found
+        ]
+        for dataset in sweep.datasets
+        for variant in sweep.variants
+    }
+    _check_alike(path, answers)
+    return answers
+
+
+def read_paired(sweep: Sweep, answers: Answers) -> dict[tuple[str, str], Row]:
+    """By data set and variant, the test of its test_unseen ndcg@10 against the reference.
+
+    Raises:
+        ValueError: the file can't be read, or was made from other runs than `answers`.
+    """
+    path = sweep.path.with_name(f"{sweep.name}-paired.csv")
+    found = {}
+    for row in read_rows(path, PAIRED) if path.exists() else []:
+        _check_finite(path, row, ("variant_mean", "baseline_mean", "p"), empty="nan")
+        shown = (row["protocol"], row["metric"], row["variant"])
+        if shown == ("test_unseen", "ndcg@10", sweep.reference):
+            _check_same_runs(path, row, answers)
+            found[row["dataset"], row["baseline"]] = row
+    return found
+
+
+def read_reported(path: Path) -> list[Row]:
+    """Published numbers.
+
+    Raises:
+        ValueError: the file can't be read, a protocol is unknown, or a number is none.
+    """
+    rows = read_rows(path, REPORTED)
+    for number, row in enumerate(rows, start=1):
+        if row["protocol"] not in PROTOCOLS:
+            expected = " or ".join(PROTOCOLS)
+            raise ValueError(f"{path}: row {number}: protocol is {row['protocol']!r}, expected {expected}")
+        _check_finite(path, row, ("hit@10", "ndcg@10"))
+    return rows
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
+    """A CSV file with at least these columns.
+
+    Raises:
+        ValueError: it can't be read, or a column or a value is missing.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            header, rows = reader.fieldnames or [], list(reader)
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV in UTF-8: {error}") from None
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise ValueError(f"{path}: column {missing[0]!r} is missing; expected {', '.join(columns)}")
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}: row {number} has more or fewer values than the header")
+    return rows
+
+
+def value(row: Row, column: str) -> float | None:
+    """A number, None where there is none."""
+    text = row.get(column, "")
+    return float(text) if text else None
+
+
+def spread(rows: Sequence[Row], column: str) -> Spread | None:
+    """Mean and deviation over rows; None unless every row has the value."""
+    values = [found for row in rows if (found := value(row, column)) is not None]
+    if not values or len(values) < len(rows):
+        return None
+    return Spread(mean(values), stdev(values) if len(values) > 1 else None)
+
+
+def distinct(rows: Sequence[Row], column: str) -> list[str]:
+    """The values of a column, each once, in order; empty ones left out."""
+    return list(dict.fromkeys(row[column] for row in rows if row.get(column)))
+
+
+def of_dataset(answers: Answers, dataset: str) -> list[Row]:
+    """All finished runs on a data set."""
+    return [row for (of, _), rows in answers.items() if of == dataset for row in rows]
+
+
+def _check_numbers(path: Path, rows: Sequence[Row]) -> None:
+    if rows:
+        columns = [column for column in rows[0] if "@" in column or "|" in column or column in _NUMBERS]
+        for row in rows:
+            _check_finite(path, row, columns)
+
+
+def _check_finite(path: Path, row: Row, columns: Sequence[str], empty: str = "0") -> None:
+    for column in columns:
+        try:
+            finite = math.isfinite(float(row[column] or empty))
+        except ValueError:
+            finite = False
+        if not finite:
+            where = ", ".join(f"{key} {row[key]!r}" for key in (*_CELL, "baseline", "model") if key in row)
+            raise ValueError(f"{path}: {where}: {column} is {row[column]!r}, expected a number")
+
+
+def _check_alike(path: Path, answers: Answers) -> None:
+    """One variant has one setting, one data set one size."""
+    for (dataset, variant), rows in answers.items():
+        if len(settings := {row.get("settings", "") for row in rows}) > 1:
+            raise ValueError(
+                f"{path}: the rows of {variant!r} on {dataset} have different settings: "
+                f"{' and '.join(sorted(settings))}; run it again or give each its own variant"
+            )
+    for dataset in dict.fromkeys(dataset for dataset, _ in answers):
+        for column in COUNTS:
+            counts = distinct(of_dataset(answers, dataset), column)
+            if len(counts) > 1:
+                raise ValueError(f"{path}: rows on {dataset} differ in {column}: {' and '.join(counts)}")
+
+
+def _check_same_runs(path: Path, row: Row, answers: Answers) -> None:
+    seeds = row["seeds"].split()
+    for side in ("variant", "baseline"):
+        rows = [run for run in answers.get((row["dataset"], row[side]), []) if run["seed"] in seeds]
+        found = spread(rows, "test_unseen.ndcg@10")
+        known = len(rows) == len(seeds) and found is not None
+        if not known or found is None or abs(found.mean - float(row[f"{side}_mean"])) > _SAME:
+            raise ValueError(
+                f"{path}: {row[side]!r} on {row['dataset']} is not of the runs in the sweep's CSV; "
+                "make it again with scripts/report.py --paired"
+            )

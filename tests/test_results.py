@@ -1,0 +1,124 @@
+"""What is read from a sweep's CSV files, and what is refused."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from m2rec.results import Spread, read_answers, read_paired, read_reported, read_rows, spread
+from m2rec.sweeps import Sweep
+from tests.conftest import answer
+
+HEAD = "dataset,variant,seed,settings,test.ndcg@10\n"
+
+
+def test_one_row_per_seed_the_last_of_equal_cells(write_sweep: Callable[..., Path]):
+    rows = [answer("M2Rec", 2, 0.2), answer("M2Rec", 1, 0.9), answer("M2Rec", 1, 0.1)]
+    answers = read_answers(Sweep.read(write_sweep(*rows)))
+    assert [(r["seed"], r["test_unseen.ndcg@10"]) for r in answers["toy", "M2Rec"]] == [
+        ("1", "0.1"),
+        ("2", "0.2"),
+    ]
+    assert answers["toy", "SASRec"] == []
+
+
+def test_rows_of_other_cells_are_left_out_and_counted(
+    write_sweep: Callable[..., Path], caplog: pytest.LogCaptureFixture
+):
+    rows = [answer("M2Rec", 1, 0.1), answer("M2Rec", 3, 0.1), answer("old", 1, 0.1)]
+    with caplog.at_level(logging.WARNING):
+        answers = read_answers(Sweep.read(write_sweep(*rows)))
+    assert [len(found) for found in answers.values()] == [1, 0, 0]
+    assert "2 rows belong to no cell of toys.yaml" in caplog.text
+
+
+def test_no_file_and_no_rows_are_no_runs(write_sweep: Callable[..., Path]):
+    path = write_sweep()
+    assert not any(read_answers(Sweep.read(path)).values())
+    path.with_suffix(".csv").write_text(HEAD)
+    assert not any(read_answers(Sweep.read(path)).values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "column 'dataset' is missing"),
+        ("dataset,variant\ntoy,M2Rec\n", "column 'seed' is missing; expected dataset, variant, seed"),
+        (HEAD + "toy,M2Rec,1\n", "row 1 has more or fewer values than the header"),
+        (HEAD + "toy,M2Rec,1,{},0.1,7\n", "row 1 has more or fewer values than the header"),
+        (HEAD + "toy,M2Rec,1,{},nan\n", "variant 'M2Rec', seed '1': test.ndcg@10 is 'nan', expected a num"),
+        (HEAD + "toy,M2Rec,1,{},x\n", "test.ndcg@10 is 'x'"),
+        (
+            HEAD + 'toy,M2Rec,1,{},1\ntoy,M2Rec,2,"{""a"": 1}",1\n',
+            "rows of 'M2Rec' on toy have different sett",
+        ),
+        (
+            HEAD.replace("test.ndcg@10", "users") + "toy,M2Rec,1,,5\ntoy,SASRec,1,,6\n",
+            "differ in users: 5 and 6",
+        ),
+    ],
+)
+def test_unusable_rows(write_sweep: Callable[..., Path], text: str, message: str):
+    path = write_sweep()
+    path.with_suffix(".csv").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_answers(Sweep.read(path))
+    assert str(path.with_suffix(".csv")) in str(caught.value)
+
+
+def test_no_csv_at_all(tmp_path: Path):
+    with pytest.raises(ValueError, match="can't be read"):
+        read_rows(tmp_path / "none.csv", [])
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is no CSV in UTF-8"):
+        read_rows(tmp_path / "bytes.csv", [])
+
+
+def test_mean_and_sample_standard_deviation():
+    rows = [{"x": "1"}, {"x": "2"}, {"x": "6"}]
+    assert spread(rows, "x") == Spread(3.0, pytest.approx(7**0.5))
+    assert spread(rows[:1], "x") == Spread(1.0, None)
+    assert spread([*rows, {"x": ""}], "x") is None and spread([], "x") is None and spread(rows, "y") is None
+
+
+PAIRED = (
+    "dataset,protocol,metric,variant,baseline,seeds,users,variant_mean,baseline_mean,difference,low,high,p\n"
+)
+
+
+def test_the_test_that_tables_show(write_sweep: Callable[..., Path]):
+    rows = [answer("M2Rec", 1, 0.2), answer("M2Rec", 2, 0.3), answer("SASRec", 2, 0.1)]
+    sweep = Sweep.read(write_sweep(*rows))
+    answers = read_answers(sweep)
+    assert read_paired(sweep, answers) == {}
+    path = sweep.path.with_name("toys-paired.csv")
+    line = "toy,{},ndcg@10,M2Rec,SASRec,2,9,{},0.1,0.2,0.1,0.3,{}\n"
+    path.write_text(PAIRED + line.format("test", 0.15, 0.5) + line.format("test_unseen", 0.3, 0.25))
+    assert read_paired(sweep, answers)["toy", "SASRec"]["p"] == "0.25"
+    path.write_text(PAIRED + line.format("test_unseen", 0.31, 0.25))
+    with pytest.raises(ValueError, match="'M2Rec' on toy is not of the runs in the sweep's CSV"):
+        read_paired(sweep, answers)
+    path.write_text(PAIRED + line.format("test_unseen", 0.3, ""))
+    with pytest.raises(ValueError, match="baseline 'SASRec': p is '', expected a number"):
+        read_paired(sweep, answers)
+
+
+def test_published_numbers(tmp_path: Path):
+    path = tmp_path / "reported.csv"
+    head = "dataset,protocol,model,hit@10,ndcg@10,source\n"
+    path.write_text(head + "toy,test,A,0.1,,paper\n")
+    assert read_reported(path)[0]["ndcg@10"] == ""
+    path.write_text(head + "toy,UNMASK,A,0.1,,paper\n")
+    with pytest.raises(ValueError, match="row 1: protocol is 'UNMASK', expected test or test_unseen"):
+        read_reported(path)
+
+
+def test_the_published_numbers_of_the_project():
+    rows = read_reported(Path(__file__).parent.parent / "results" / "reported.csv")
+    assert {"ml-1m", "amazon-beauty", "amazon-sports-outdoors", "amazon-toys-games"} == {
+        row["dataset"] for row in rows
+    }
+    for row in rows:
+        assert row["source"] and row["model"]
+        assert 0 < float(row["ndcg@10"] or 0.01) < float(row["hit@10"]) < 1
