@@ -1,0 +1,169 @@
+"""Pictures of a sweep's results, as SVG; the same results are the same file."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from m2rec.files import write_atomically
+from m2rec.results import Answers, Spread, of_dataset, spread
+from m2rec.sweeps import Sweep
+from m2rec.tables import BUCKETED, buckets, main_variants, users_in
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ABLATIONS = "ablations"
+QUALITY = "test_unseen NDCG@10"
+_GREY = "#808080"  # legible on white and on black
+_STYLE = {
+    "svg.hashsalt": "m2rec",
+    "svg.fonttype": "none",  # text stays text
+    "savefig.transparent": True,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "errorbar.capsize": 3,
+    "legend.frameon": False,
+    "text.color": _GREY,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "grid.color": _GREY,
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _GREY,
+}
+_MARKERS = "osD^vPX<>"  # nine, so that with ten colours all pairs up to 90 differ
+
+
+class Panel(NamedTuple):
+    """What one data set adds to a picture."""
+
+    height: float
+    """Inches."""
+    draw: Callable[["Axes"], None]
+
+
+def draw(sweep: Sweep, answers: Answers) -> list[Path]:
+    """Write NAME-time.svg, NAME-ablations.svg and NAME-popularity.svg beside the CSV.
+
+    A picture for which nothing was measured is left out.
+
+    Args:
+        sweep: names variants, tables and reference.
+        answers: its finished runs.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    pictures = {"time": _time, "ablations": _ablations, "popularity": _popularity}
+    written = []
+    for name, make in pictures.items():
+        panels = {dataset: make(sweep, answers, dataset) for dataset in sweep.datasets}
+        if measured := {dataset: panel for dataset, panel in panels.items() if panel}:
+            path = sweep.path.with_name(f"{sweep.name}-{name}.svg")
+            _save(path, sweep, measured)
+            written.append(path)
+    return written
+
+
+def _save(path: Path, sweep: Sweep, panels: Mapping[str, Panel]) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install -c constraints.txt -e '.[bench]'") from None
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context(_STYLE):
+        heights = [panel.height for panel in panels.values()]
+        figure, grid = pyplot.subplots(
+            len(panels), figsize=(8, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+        )
+        for (dataset, panel), axes in zip(panels.items(), grid[:, 0], strict=True):
+            panel.draw(axes)
+            axes.set_title(dataset if len(sweep.datasets) > 1 else sweep.title)
+        write_atomically(path, lambda p: figure.savefig(p, format="svg", metadata={"Date": None}))
+        pyplot.close(figure)
+
+
+def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
+    """Quality against the seconds of a training, a point per variant."""
+    points: dict[str, tuple[Spread, Spread]] = {}
+    for variant in sweep.variants:
+        rows = answers[dataset, variant]
+        seconds, quality = spread(rows, "seconds_training"), spread(rows, BUCKETED)
+        if seconds and quality:
+            points[variant] = seconds, quality
+
+    def onto(axes: "Axes") -> None:
+        from matplotlib.ticker import LogLocator
+
+        for k, (variant, (seconds, quality)) in enumerate(points.items()):
+            marker = _MARKERS[k % len(_MARKERS)]
+            error = quality.deviation or 0.0
+            axes.errorbar(seconds.mean, quality.mean, error, fmt=marker, color=f"C{k % 10}", label=variant)
+        axes.set(xscale="log", xlabel="training, seconds", ylabel=QUALITY)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.minorticks_off()
+        axes.grid()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return Panel(max(3.5, 0.25 * len(points)), onto) if points else None
+
+
+def _ablations(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
+    """What each ablation adds to the reference or takes from it."""
+    zero = spread(answers[dataset, sweep.reference], BUCKETED) if sweep.reference else None
+    found = {v: spread(answers[dataset, v], BUCKETED) for v in sweep.tables.get(ABLATIONS, ())}
+    bars = {variant: quality for variant, quality in found.items() if quality}
+    if zero is None or not bars:
+        return None
+
+    def onto(axes: "Axes") -> None:
+        names = list(bars)
+        differences = [quality.mean - zero.mean for quality in bars.values()]
+        errors = [quality.deviation or 0.0 for quality in bars.values()]
+        axes.barh(names, differences, xerr=errors, color="C0", alpha=0.7, ecolor=_GREY)
+        for y, (name, difference) in enumerate(zip(names, differences, strict=True)):
+            text = "reference" if name == sweep.reference else f"{difference:+.4f}"
+            axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
+        axes.axvline(0, color=_GREY, linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{QUALITY}, difference to {sweep.reference} ({zero.mean:.4f})")
+        axes.grid(axis="x")
+
+    return Panel(1.2 + 0.3 * len(bars), onto)
+
+
+def _popularity(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
+    """Quality by how often the target is in the training data, a line per main variant."""
+    rows = of_dataset(answers, dataset)
+    names = buckets(rows, "popularity")
+    lines: dict[str, dict[int, Spread]] = {}
+    for variant in main_variants(sweep):
+        of_variant = answers[dataset, variant]
+        found = [spread(of_variant, f"{BUCKETED}|popularity={name}") for name in names]
+        if any(found):
+            lines[variant] = {x: quality for x, quality in enumerate(found) if quality}
+
+    def onto(axes: "Axes") -> None:
+        for k, (variant, line) in enumerate(lines.items()):
+            means = [quality.mean for quality in line.values()]
+            errors = [quality.deviation or 0.0 for quality in line.values()]
+            marker = _MARKERS[k % len(_MARKERS)]
+            axes.errorbar(list(line), means, errors, marker=marker, color=f"C{k % 10}", label=variant)
+        counts = [users_in(rows, "popularity", name) for name in names]
+        labels = [f"{name}\n{count} users" for name, count in zip(names, counts, strict=True)]
+        axes.set_xticks(range(len(names)), labels)
+        axes.set(xlabel="times that the target is in the training data", ylabel=QUALITY)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return Panel(3.5, onto) if lines else None

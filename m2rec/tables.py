@@ -1,0 +1,287 @@
+"""Markdown of a sweep's results: README's tables."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from m2rec.results import (
+    COUNTS,
+    Answers,
+    Row,
+    Spread,
+    distinct,
+    of_dataset,
+    read_paired,
+    spread,
+    value,
+)
+from m2rec.statistics import RESAMPLES
+from m2rec.sweeps import MAIN, Sweep
+
+NOT_RUN = "not run"
+KINDS = ("popularity", "history")
+BUCKETED = "test_unseen.ndcg@10"
+
+
+class Column(NamedTuple):
+    """A column of numbers over variants."""
+
+    title: str
+    source: str
+    """Column of NAME.csv."""
+    show: Callable[[Spread], str]
+    best: bool = True
+    """Whether the highest is in bold."""
+
+
+def _four(found: Spread) -> str:
+    return f"{found.mean:.4f}"
+
+
+def _four_pm(found: Spread) -> str:
+    return _four(found) if found.deviation is None else f"{found.mean:.4f} ± {found.deviation:.4f}"
+
+
+def _seconds(found: Spread) -> str:
+    return f"{found.mean:,.0f}" if found.mean >= 99.5 else f"{found.mean:.2g}"
+
+
+def _epochs(found: Spread) -> str:
+    return f"{found.mean + 1:.0f}"  # they count from 0
+
+
+COLUMNS = (
+    Column("test_unseen HR@10", "test_unseen.hit@10", _four_pm),
+    Column("test_unseen NDCG@10", "test_unseen.ndcg@10", _four_pm),
+    Column("test HR@10", "test.hit@10", _four_pm),
+    Column("test NDCG@10", "test.ndcg@10", _four_pm),
+    Column("valid NDCG@10", "valid.ndcg@10", _four),
+    Column("item coverage@10", "test_unseen.itemcoverage@10", _four),
+    Column("s / epoch", "seconds_per_epoch", _seconds, best=False),
+    Column("epochs to best", "best_epoch", _epochs, best=False),
+)
+
+
+def result_table(sweep: Sweep, answers: Answers, table: str) -> str:
+    """One of the sweep's tables: a row per variant, and a line on how they were made.
+
+    Args:
+        sweep: names tables, seeds and reference.
+        answers: its finished runs.
+        table: which of the sweep's tables.
+
+    Raises:
+        ValueError: NAME-paired.csv can't be read, or is of other runs.
+    """
+    paired = read_paired(sweep, answers)
+    blocks = []
+    for dataset in sweep.datasets:
+        variants = sweep.tables[table]
+        tests = {v: paired[dataset, v] for v in variants if (dataset, v) in paired}
+        lines = _result_lines(sweep, dataset, answers, variants, tests)
+        words = [_protocol(of_dataset(answers, dataset)), _paired_words(sweep, list(tests.values()))]
+        blocks.append(_block(sweep, dataset, [lines], words, answers))
+    return "\n\n".join(blocks)
+
+
+def bucket_tables(sweep: Sweep, answers: Answers) -> str:
+    """test_unseen NDCG@10 of the main variants by popularity of the target and length of history.
+
+    Raises:
+        ValueError: the finished runs were not measured by bucket.
+    """
+    blocks = []
+    for dataset in sweep.datasets:
+        run = bool(of_dataset(answers, dataset))
+        tables = [_bucket_lines(sweep, dataset, answers, kind) for kind in KINDS] if run else []
+        blocks.append(_block(sweep, dataset, tables, [_BUCKET_WORDS], answers))
+    return "\n\n".join(blocks)
+
+
+def reported_table(sweep: Sweep, answers: Answers, reported: Sequence[Row]) -> str:
+    """Published numbers beside ours.
+
+    A published model stands beside the variant of the same name (what follows a comma or a
+    bracket is detail); the reference has a row of its own where nothing was published of it.
+
+    Args:
+        sweep: names data sets and variants.
+        answers: its finished runs.
+        reported: rows of reported.csv.
+
+    Raises:
+        ValueError: nothing was published on one of the data sets.
+    """
+    blocks = []
+    for dataset in sweep.datasets:
+        published = [row for row in reported if row["dataset"] == dataset]
+        if not published:
+            raise ValueError(f"reported.csv has no row of {dataset}; add one or take the marker away")
+        lines = _reported_lines(sweep, dataset, answers, published)
+        words = ["Published numbers are of their authors' data, tuning and often one seed"]
+        blocks.append(_block(sweep, dataset, [lines], words, answers))
+    return "\n\n".join(blocks)
+
+
+def main_variants(sweep: Sweep) -> tuple[str, ...]:
+    """The variants of the table `main`, or of the first."""
+    return sweep.tables.get(MAIN, next(iter(sweep.tables.values())))
+
+
+def buckets(rows: Iterable[Row], kind: str) -> list[str]:
+    """The buckets of a kind in which runs were measured, from the lowest."""
+    start = f"{BUCKETED}|{kind}="
+    found = {column.removeprefix(start) for row in rows for column in row if column.startswith(start)}
+    return sorted(found, key=lambda bucket: int("0" + re.sub(r"\D.*", "", bucket)))
+
+
+def users_in(rows: Iterable[Row], kind: str, bucket: str) -> str:
+    """Test users in a bucket; nothing where they were not counted."""
+    counts = {count for row in rows if (count := value(row, f"test_users|{kind}={bucket}")) is not None}
+    return f"{max(counts):,.0f}" if counts else ""
+
+
+def _result_lines(
+    sweep: Sweep, dataset: str, answers: Answers, variants: Sequence[str], tests: Mapping[str, Row]
+) -> list[list[str]]:
+    runs = {variant: answers[dataset, variant] for variant in variants}
+    columns = [c for c in COLUMNS if any(spread(rows, c.source) for rows in runs.values())]
+    cells = [_cells(column, runs) for column in columns]
+    heads = ["variant", "n", *(column.title for column in columns), *(["p"] if tests else [])]
+    lines = [heads]
+    for k, (variant, rows) in enumerate(runs.items()):
+        line = [variant, _seeds(len(rows), len(sweep.seeds)), *(column[k] for column in cells)]
+        if tests:
+            line.append(_p(tests[variant]) if variant in tests else "")
+        lines.append(line)
+    return lines
+
+
+def _cells(column: Column, runs: Mapping[str, Sequence[Row]]) -> list[str]:
+    """A column's texts, in the order of the variants; the best in bold, unless all are equal."""
+    found = [spread(rows, column.source) for rows in runs.values()]
+    best = max((_four(one) for one in found if one), default="")
+    bold = column.best and len({_four(one) for one in found if one}) > 1
+    texts = [column.show(one) if one else "" for one in found]
+    return [
+        f"**{text}**" if bold and one and _four(one) == best else text
+        for text, one in zip(texts, found, strict=True)
+    ]
+
+
+def _seeds(done: int, asked: int) -> str:
+    if not done:
+        return NOT_RUN
+    return str(done) if done == asked else f"{done} of {asked}"
+
+
+def _p(test: Row) -> str:
+    p = float(test["p"])
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _bucket_lines(sweep: Sweep, dataset: str, answers: Answers, kind: str) -> list[list[str]]:
+    rows = of_dataset(answers, dataset)
+    runs = {variant: answers[dataset, variant] for variant in main_variants(sweep)}
+    names = buckets(rows, kind)
+    if not names:
+        path = sweep.path.with_suffix(".csv")
+        raise ValueError(f"{path}: no column {BUCKETED}|{kind}=... on {dataset}; run the sweep again")
+    columns = [Column(name, f"{BUCKETED}|{kind}={name}", _four_pm) for name in names]
+    cells = [_cells(column, runs) for column in columns]
+    lines = [[kind, *names], ["users", *(users_in(rows, kind, name) for name in names)]]
+    for k, (variant, of_variant) in enumerate(runs.items()):
+        texts = [column[k] for column in cells] if of_variant else [NOT_RUN]
+        lines.append([variant, *texts])
+    return lines
+
+
+_BUCKET_WORDS = (
+    "test_unseen NDCG@10; popularity: how often the target is in the training data; "
+    "history: the number of items before the target"
+)
+
+
+def _reported_lines(
+    sweep: Sweep, dataset: str, answers: Answers, published: Sequence[Row]
+) -> list[list[str]]:
+    heads = ["protocol", "model", "reported HR@10", "reported NDCG@10", "our HR@10", "our NDCG@10", "source"]
+    lines = [heads]
+    for protocol in sorted({row["protocol"] for row in published}):
+        rows = [row for row in published if row["protocol"] == protocol]
+        for row in rows:
+            ours = _measured(answers, dataset, _same_model(row, sweep), protocol)
+            lines.append([protocol, row["model"], row["hit@10"], row["ndcg@10"], *ours, row["source"]])
+        if sweep.reference and sweep.reference not in (_same_model(row, sweep) for row in rows):
+            ours = _measured(answers, dataset, sweep.reference, protocol)
+            lines.append([protocol, sweep.reference, "", "", *ours, "this project"])
+    return lines
+
+
+def _same_model(row: Row, sweep: Sweep) -> str | None:
+    """The variant that is the published model."""
+    names = (row["model"], re.split(r",| \(", row["model"])[0])
+    return next((name for name in names if name in sweep.variants), None)
+
+
+def _measured(answers: Answers, dataset: str, variant: str | None, protocol: str) -> list[str]:
+    """Our HR@10 and NDCG@10."""
+    rows = answers[dataset, variant] if variant else []
+    if variant and not rows:
+        return [NOT_RUN, ""]
+    found = [spread(rows, f"{protocol}.{metric}") for metric in ("hit@10", "ndcg@10")]
+    return [_four_pm(one) if one else "" for one in found]
+
+
+def _block(
+    sweep: Sweep, dataset: str, tables: Sequence[list[list[str]]], words: Sequence[str], answers: Answers
+) -> str:
+    """Tables with the name of their data set above, if there are several, and a line below."""
+    rows = of_dataset(answers, dataset)
+    parts = [f"**{dataset}**"] if len(sweep.datasets) > 1 else []
+    parts += [_markdown(lines) for lines in tables] or [NOT_RUN]
+    spread_words = "± is the standard deviation over seeds" if rows else ""
+    sentences = [*words, spread_words, f"Made by `{sweep.command}`{_commits(rows)}"]
+    parts.append(" ".join(f"{sentence}." for sentence in sentences if sentence))
+    return "\n\n".join(parts)
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    """Lines of cells as a table; the first is the head, short ones are filled up."""
+    width = len(lines[0])
+    filled = [[*line, *[""] * (width - len(line))] for line in lines]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in filled]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (escaped[0], ["---"] * width, *escaped[1:]))
+
+
+def _protocol(rows: Sequence[Row]) -> str:
+    """Split, ranking, time order, counts, device."""
+    splits = " and ".join(text.partition(":")[0] for text in distinct(rows, "split"))
+    orders = " and ".join(distinct(rows, "time_order"))
+    text = f"{splits}, full ranking" if splits else "full ranking"
+    text += f", time order {orders}" if orders else ""
+    counts = [f"{int(float(n)):,} {name}" for name in COUNTS for n in distinct(rows, name)]
+    text += f"; {', '.join(counts)}" if counts else ""
+    devices = " and ".join(distinct(rows, "device"))
+    text += f"; timed on {devices}" if devices else ""
+    return text[0].upper() + text[1:]
+
+
+def _paired_words(sweep: Sweep, tests: Sequence[Row]) -> str:
+    if not tests:
+        return ""
+    return (
+        f"p: test_unseen NDCG@10 against {sweep.reference}, two-sided paired bootstrap over users, "
+        f"{RESAMPLES:,} resamples, no correction for several tests"
+    )
+
+
+def _commits(rows: Sequence[Row]) -> str:
+    short = dict.fromkeys(_short(commit) for commit in distinct(rows, "commit"))
+    word = "commit" if len(short) == 1 else "commits"
+    return f", {word} {', '.join(short)}" if short else ""
+
+
+def _short(commit: str) -> str:
+    name, plus, dirty = commit.partition("+")
+    return f"{name[:7]}{plus}{dirty}"

@@ -1,0 +1,135 @@
+"""Rebuild README's result tables and the plots from results/: python scripts/report.py.
+
+Whatever stands between `<!-- results:NAME:TABLE -->` and `<!-- /results -->` in README.md is
+replaced by a table of results/NAME.yaml and results/NAME.csv. TABLE is one that the YAML names,
+`reported` (published numbers beside ours) or `buckets` (by popularity and length of history).
+With --check nothing is written, and the exit status is 1 if README.md would change. With --paired
+the paired tests of a sweep are made from its run folders, as results/NAME-paired.csv.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2rec import paired
+from m2rec.files import write_text
+from m2rec.plots import draw
+from m2rec.results import Answers, read_answers, read_reported
+from m2rec.sweeps import Sweep
+from m2rec.tables import bucket_tables, reported_table, result_table
+
+ROOT = Path(__file__).resolve().parent.parent
+START = "<!-- results:"
+END = "<!-- /results -->"
+MARKED = re.compile(rf"({START}([^:\s]+):([^:\s]+) -->)((?:(?!{START}).)*?)({END})", re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = parse_options(arguments)
+    try:
+        if options.paired:
+            return compare(options)
+        return report(options)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"report.py: error: {' '.join(str(error).split())}\n")
+        return 2
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if README.md would change"
+    )
+    parser.add_argument("--paired", metavar="NAME", help="make results/NAME-paired.csv from run folders")
+    parser.add_argument("--runs", type=Path, help="folder of the sweep's cells; runs/sweeps/NAME by default")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the sweeps")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the markers")
+    return parser.parse_args(arguments)
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Write NAME-paired.csv.
+
+    Raises:
+        ValueError: the sweep or its runs can't be read or compared.
+    """
+    sweep = Sweep.read(options.results / f"{options.paired}.yaml")
+    runs = options.runs or ROOT / "runs" / "sweeps" / sweep.name
+    rows = paired.compare(sweep, runs)
+    path = sweep.path.with_name(f"{sweep.name}-paired.csv")
+    write_text(path, paired.as_csv(rows))
+    print(path)
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write README.md and the plots, or only say whether README.md would change.
+
+    Raises:
+        ValueError: README.md, a marker or a result can't be used.
+    """
+    sweeps = {path.stem: Sweep.read(path) for path in sorted(options.results.glob("*.yaml"))}
+    answers = {name: read_answers(sweep) for name, sweep in sweeps.items()}
+    old = options.readme.read_text(encoding="utf-8")
+    new = fill(old, sweeps, answers, options)
+    if options.check:
+        if new != old:
+            print(f"{options.readme} is not what the results say; run python scripts/report.py")
+        return int(new != old)
+    if new != old:
+        write_text(options.readme, new)
+        print(options.readme)
+    for name, sweep in sweeps.items():
+        for path in draw(sweep, answers[name]):
+            print(path)
+    return 0
+
+
+def fill(
+    text: str, sweeps: dict[str, Sweep], answers: dict[str, Answers], options: argparse.Namespace
+) -> str:
+    """The text with the table of each marker.
+
+    Raises:
+        ValueError: a marker is not closed, or names no sweep or no table.
+    """
+    if len(MARKED.findall(text)) != text.count(START) or text.count(START) != text.count(END):
+        lone = re.search(rf"{START}[^\n]*|{END}", MARKED.sub("", text))
+        shown = lone[0] if lone else START
+        raise ValueError(f"{options.readme}: {shown!r} is no pair of {START}NAME:TABLE --> and {END}")
+
+    def block(match: re.Match[str]) -> str:
+        start, name, table, _, end = match.groups()
+        if name not in sweeps:
+            raise ValueError(
+                f"{options.readme}: {start} has no sweep, there is no {options.results / name}.yaml"
+            )
+        return f"{start}\n\n{make_table(sweeps[name], answers[name], table, options)}\n\n{end}"
+
+    return MARKED.sub(block, text)
+
+
+def make_table(sweep: Sweep, answers: Answers, table: str, options: argparse.Namespace) -> str:
+    """The Markdown for one marker.
+
+    Raises:
+        ValueError: the sweep has no such table.
+    """
+    if table == "reported":
+        return reported_table(sweep, answers, read_reported(options.results / "reported.csv"))
+    if table == "buckets":
+        return bucket_tables(sweep, answers)
+    if table not in sweep.tables:
+        known = ", ".join([*sweep.tables, "reported", "buckets"])
+        raise ValueError(f"{options.readme}: {START}{sweep.name}:{table} --> names no table; known: {known}")
+    return result_table(sweep, answers, table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

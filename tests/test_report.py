@@ -1,0 +1,125 @@
+"""scripts/report.py: README's markers, --check and --paired."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scripts import report
+from tests.conftest import answer
+from tests.test_paired import write_run
+
+Write = Callable[..., Path]
+README = "# Title\n\nBefore.\n\n<!-- results:toys:main -->\nold\n<!-- /results -->\n\nAfter.\n"
+ROWS = [answer("M2Rec", 1, 0.25), answer("SASRec", 1, 0.125)]
+
+
+@pytest.fixture
+def call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call main on the temporary README and results; returns exit status, stdout and stderr."""
+
+    def run(*arguments: str, readme: str | None = None) -> tuple[int, str, str]:
+        path = tmp_path / "README.md"
+        if readme is not None:
+            path.write_text(readme, encoding="utf-8")
+        status = report.main([f"--readme={path}", f"--results={tmp_path / 'results'}", *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_the_readme_is_what_the_results_say(capsys: pytest.CaptureFixture[str]):
+    assert report.main(["--check"]) == 0, capsys.readouterr()
+
+
+def test_fills_markers_and_leaves_the_rest(write_sweep: Write, call: Callable, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    write_sweep(*ROWS)
+    status, out, _ = call(readme=README)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    before, after = README.split("old\n")
+    assert status == 0 and text.startswith(before + "\n| variant | n |") and text.endswith("\n\n" + after)
+    assert "| M2Rec | 1 of 2 | **0.5000** | **0.2500** |" in text and "old" not in text
+    assert (tmp_path / "results" / "toys-time.svg").exists() and "toys-time.svg" in out
+    call()
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
+    assert call("--check")[:2] == (0, "")
+
+
+def test_check_writes_nothing(write_sweep: Write, call: Callable, tmp_path: Path):
+    write_sweep(*ROWS)
+    status, out, err = call("--check", readme=README)
+    assert status == 1 and out.count("\n") == 1 and "is not what the results say" in out and err == ""
+    assert (tmp_path / "README.md").read_text() == README
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"toys.yaml", "toys.csv"}
+
+
+def test_all_kinds_of_markers(write_sweep: Write, call: Callable, tmp_path: Path):
+    path = write_sweep(*ROWS)
+    head = "dataset,protocol,model,hit@10,ndcg@10,source\n"
+    path.with_name("reported.csv").write_text(head + "toy,test,SASRec,0.5,0.4,paper\n")
+    marks = "".join(
+        README[README.index("<!--") :].replace("main", t) for t in ("ablations", "reported", "buckets")
+    )
+    assert call(readme=marks)[0] == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| no filter \\| gate | not run |" in text and "| popularity | 0 | 1-5 | 101+ |" in text
+    assert "| test | SASRec | 0.5 | 0.4 | 0.1250 | 0.0625 | paper |" in text
+    assert text.count("<!-- /results -->") == text.count("After.") == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("results:toys", "results:toy", "<!-- results:toy:main --> has no sweep, there is no"),
+        (
+            ":main",
+            ":mian",
+            "<!-- results:toys:mian --> names no table; known: main, ablations, reported, buc",
+        ),
+        ("<!-- /results -->", "", "'<!-- results:toys:main -->' is no pair of"),
+        ("<!-- results:toys:main -->", "", "'<!-- /results -->' is no pair of"),
+        ("old", "<!-- results:toys:main -->", "'<!-- results:toys:main -->' is no pair of"),
+        (":main", "", "'<!-- results:toys -->' is no pair of"),
+        (":main", ":reported", "reported.csv can't be read"),
+    ],
+)
+@pytest.mark.parametrize("check", [["--check"], []])
+def test_markers_that_mean_nothing(
+    write_sweep: Write, call: Callable, tmp_path: Path, old: str, new: str, message: str, check: list[str]
+):
+    write_sweep(*ROWS)
+    text = README.replace(old, new)
+    status, out, err = call(*check, readme=text)
+    assert status == 2 and out == "" and err.startswith("report.py: error: ") and err.count("\n") == 1
+    assert message in err
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_paired(write_sweep: Write, call: Callable, tmp_path: Path):
+    path = write_sweep(*ROWS)
+    runs = tmp_path / "elsewhere"
+    # per user 1/2 (rank 3) on half, 0 on the others; SASRec a quarter
+    write_run(runs, "M2Rec", 1, [3] * 30 + [0] * 30)
+    write_run(runs, "SASRec", 1, [3] * 15 + [0] * 45)
+    status, out, _ = call("--paired=toys", f"--runs={runs}")
+    assert status == 0 and out.strip() == str(path.with_name("toys-paired.csv"))
+    assert call(readme=README)[0] == 0
+    assert "| < 0.001 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_paired_mistakes(write_sweep: Write, call: Callable, tmp_path: Path):
+    path = write_sweep()
+    for arguments, message in (
+        (["--paired=toy"], "toy.yaml' can't be read"),
+        (["--paired=toys", f"--runs={tmp_path}/none"], "no seed of 'M2Rec' and another variant"),
+    ):
+        status, _, err = call(*arguments)
+        assert status == 2 and message in err and err.count("\n") == 1
+    assert not path.with_name("toys-paired.csv").exists()
+
+
+def test_no_readme(call: Callable):
+    status, _, err = call("--check")
+    assert status == 2 and "README.md" in err and err.count("\n") == 1

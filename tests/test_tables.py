@@ -1,0 +1,137 @@
+"""README's tables, cell by cell."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from m2rec.results import read_answers
+from m2rec.sweeps import Sweep
+from m2rec.tables import bucket_tables, reported_table, result_table
+from tests.conftest import SWEEP, answer
+from tests.test_results import PAIRED
+
+Write = Callable[..., Path]
+ROWS = [answer("M2Rec", 1, 0.1), answer("M2Rec", 2, 0.3), answer("SASRec", 1, 0.15)]
+
+
+def table_of(path: Path, table: str = "main") -> list[str]:
+    sweep = Sweep.read(path)
+    return result_table(sweep, read_answers(sweep), table).splitlines()
+
+
+def test_a_result_table(write_sweep: Write):
+    lines = table_of(write_sweep(*ROWS))
+    assert lines[0] == (
+        "| variant | n | test_unseen HR@10 | test_unseen NDCG@10 | test HR@10 | test NDCG@10 | valid NDCG@10 "
+        "| item coverage@10 | s / epoch | epochs to best |"
+    )
+    assert lines[1] == "|" + " --- |" * 10
+    assert lines[2] == (
+        "| M2Rec | 2 | **0.4000 ± 0.2828** | **0.2000 ± 0.1414** | **0.2000 ± 0.1414** | **0.1000 ± 0.0707** "
+        "| 0.6000 | 0.2500 | 1.2 | 4 |"
+    )
+    assert lines[3] == ("| SASRec | 1 of 2 | 0.3000 | 0.1500 | 0.1500 | 0.0750 | 0.6000 | 0.2500 | 1.2 | 4 |")
+    assert lines[5] == (
+        "Leave-one-out, full ranking, time order exact; 2,000 users, 50 items, 123,456 interactions; "
+        "timed on cpu. ± is the standard deviation over seeds. Made by "
+        "`python scripts/sweep.py results/toys.yaml`, commit 0123456."
+    )
+    assert len(lines) == 6
+
+
+def test_a_variant_without_rows_and_a_name_with_a_bar(write_sweep: Write):
+    lines = table_of(write_sweep(*ROWS), "ablations")
+    assert lines[3] == "| no filter \\| gate | not run |" + "  |" * 8
+    assert "**" not in lines[2]  # the best of one is no best
+
+
+def test_nothing_run_yet(write_sweep: Write):
+    path = write_sweep()
+    lines = table_of(path)
+    assert lines[:4] == ["| variant | n |", "| --- | --- |", "| M2Rec | not run |", "| SASRec | not run |"]
+    sweep = Sweep.read(path)
+    assert "not run" in bucket_tables(sweep, read_answers(sweep))
+
+
+def test_a_metric_that_one_row_lacks_is_left_out(write_sweep: Write):
+    rows = [*ROWS[:1], answer("M2Rec", 2, 0.3, **{"test.hit@10": ""}), ROWS[2]]
+    assert table_of(write_sweep(*rows))[2].split(" | ")[4] == ""
+
+
+def test_each_data_set_has_its_table_and_its_best(write_sweep: Write):
+    text = SWEEP.replace("datasets: [toy]", "datasets: [toy, shop]")
+    others = [
+        answer("SASRec", 1, 0.9, dataset="shop", users=7),
+        answer("M2Rec", 1, 0.8, dataset="shop", users=7),
+    ]
+    whole = "\n".join(table_of(write_sweep(*ROWS, *others, text=text)))
+    toy, shop = whole.split("**shop**")
+    assert toy.startswith("**toy**\n\n| variant") and "2,000 users" in toy and "7 users" in shop
+    assert "| **0.2000 ± 0.1414** |" in toy and "| SASRec | 1 of 2 | **1.8000** | **0.9000** |" in shop
+
+
+def test_commits_are_short_and_all_there(write_sweep: Write):
+    rows = [ROWS[0], answer("M2Rec", 2, 0.3, commit="fedcba9876543210+dirty")]
+    assert table_of(write_sweep(*rows))[-1].endswith(", commits 0123456, fedcba9+dirty.")
+
+
+@pytest.mark.parametrize(
+    ("p", "shown"), [("0.000100", "< 0.001"), ("0.0314", "0.031"), ("1.000000", "1.000")]
+)
+def test_p_values(write_sweep: Write, p: str, shown: str):
+    path = write_sweep(*ROWS)
+    line = f"toy,test_unseen,ndcg@10,M2Rec,SASRec,1,9,0.1,0.15,-0.05,-0.1,0,{p}\n"
+    path.with_name("toys-paired.csv").write_text(PAIRED + line)
+    lines = table_of(path)
+    assert lines[0].endswith("| p |") and lines[2].endswith("|  |") and lines[3].endswith(f"| {shown} |")
+    assert "p: test_unseen NDCG@10 against M2Rec, two-sided paired bootstrap over users" in lines[-1]
+
+
+def test_buckets(write_sweep: Write):
+    sweep = Sweep.read(write_sweep(*ROWS))
+    lines = bucket_tables(sweep, read_answers(sweep)).splitlines()
+    assert lines[:5] == [
+        "| popularity | 0 | 1-5 | 101+ |",
+        "| --- | --- | --- | --- |",
+        "| users | 1,000 | 1,000 | 1,000 |",
+        "| M2Rec | **0.2000 ± 0.1414** | **0.2000 ± 0.1414** | **0.2000 ± 0.1414** |",
+        "| SASRec | 0.1500 | 0.1500 | 0.1500 |",
+    ]
+    assert "| history | 1-5 | 201+ |" in lines
+
+
+def test_runs_without_buckets(write_sweep: Write):
+    row = {key: value for key, value in ROWS[0].items() if "|" not in key}
+    sweep = Sweep.read(write_sweep(row))
+    with pytest.raises(ValueError, match=r"no column test_unseen.ndcg@10\|popularity=... on toy"):
+        bucket_tables(sweep, read_answers(sweep))
+
+
+def published(protocol: str, model: str, ndcg: str) -> dict[str, str]:
+    return {
+        "dataset": "toy",
+        "protocol": protocol,
+        "model": model,
+        "hit@10": "0.5",
+        "ndcg@10": ndcg,
+        "source": "S",
+    }
+
+
+def test_published_numbers_beside_ours(write_sweep: Write):
+    sweep = Sweep.read(write_sweep(*ROWS))
+    rows = [published("test_unseen", "SASRec, tuned", "0.4"), published("test_unseen", "Other", "")]
+    rows += [published("test", "M2Rec (claimed)", "0.3")]
+    lines = reported_table(sweep, read_answers(sweep), rows).splitlines()
+    assert lines[0] == (
+        "| protocol | model | reported HR@10 | reported NDCG@10 | our HR@10 | our NDCG@10 | source |"
+    )
+    assert lines[2:6] == [
+        "| test | M2Rec (claimed) | 0.5 | 0.3 | 0.2000 ± 0.1414 | 0.1000 ± 0.0707 | S |",
+        "| test_unseen | SASRec, tuned | 0.5 | 0.4 | 0.3000 | 0.1500 | S |",
+        "| test_unseen | Other | 0.5 |  |  |  | S |",
+        "| test_unseen | M2Rec |  |  | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 | this project |",
+    ]
+    with pytest.raises(ValueError, match=r"reported.csv has no row of toy"):
+        reported_table(sweep, read_answers(sweep), [])
