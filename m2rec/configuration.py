@@ -29,9 +29,13 @@ from m2rec.compat import (
 )
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
+from m2rec.popularity import Popularity
 from m2rec.settings import ModelSettings, RunSettings, check_together
 
 logger = logging.getLogger(__name__)
+
+# models of this project, which are not bound to one training row per target
+_OWN = (M2Rec, Popularity)
 
 PROPERTIES = Path(__file__).parent / "properties"
 
@@ -170,7 +174,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     if model is M2Rec:
         settings = ModelSettings.read(values)
         check_together(settings, run)
-    elif run.rows == "dense":
+    elif run.rows == "dense" and model not in _OWN:
         raise ValueError(
             f"rows: 'dense' is for M2Rec; {name} trains on its last position only, set rows: prefix"
         )
@@ -206,12 +210,13 @@ def _config_files(named: Any, default_file: Path | None) -> list[Path]:
 
 
 def find_model(name: str) -> type[SequentialRecommender]:
-    """M2Rec, or the RecBole sequential model of that name.
+    """One of our models, or the RecBole sequential model of that name.
 
     Raises:
         ValueError: there is none; the message names the nearest.
     """
-    models: dict[str, type[SequentialRecommender]] = {"M2Rec": M2Rec, **_recbole_models()}
+    ours = {model.__name__: model for model in _OWN}
+    models: dict[str, type[SequentialRecommender]] = {**ours, **_recbole_models()}
     if name in models:
         return models[name]
     names = {*models, *(path.stem for path in (PROPERTIES / "model").glob("*.yaml"))}
@@ -273,7 +278,9 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 def _add_derived(values: dict[str, Any], model: type[SequentialRecommender]) -> None:
     """Keys whose default follows from others."""
-    values.setdefault("rows", "dense" if model is M2Rec else "prefix")
+    values.setdefault("rows", "dense" if model in _OWN else "prefix")
+    if model is Popularity:  # it never gets better, and RecBole takes equally good for better
+        values.update(epochs=1, loss_type="CE")
     fields = {"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "TIME_FIELD": "timestamp"}
     columns = [values.get(key, default) for key, default in fields.items()]
     values.setdefault("load_col", {"inter": columns})

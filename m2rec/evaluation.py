@@ -20,6 +20,7 @@ from m2rec import distributed
 from m2rec.compat import Interaction
 from m2rec.dataset import HistoryDataset
 from m2rec.files import write_text
+from m2rec.statistics import metric_of_ranks
 
 ALL, UNSEEN = "all", "unseen"
 
@@ -94,21 +95,6 @@ def remove_history(scores: Tensor, interaction: Interaction, dataset: HistoryDat
     scores[rows, targets] = kept
 
 
-def hit(places: np.ndarray, k: int) -> np.ndarray:
-    """(n,) places from 1, 0 for none -> 1 where the target is among the first k, else 0."""
-    return ((places >= 1) & (places <= k)).astype(float)
-
-
-def ndcg(places: np.ndarray, k: int) -> np.ndarray:
-    """As `hit`, discounted by place: 1 / log2(place + 1)."""
-    return np.asarray(hit(places, k) / np.log2(np.maximum(places, 1) + 1))
-
-
-def mrr(places: np.ndarray, k: int) -> np.ndarray:
-    """As `hit`, the reciprocal of the place."""
-    return np.asarray(hit(places, k) / np.maximum(places, 1))
-
-
 @dataclass(frozen=True)
 class Breakdown:
     """The rows of a part, for quality by popularity of the target and by length of the history.
@@ -117,7 +103,7 @@ class Breakdown:
         users, items: (n,) tokens of user and target.
         popularity: (n,) how often training meets the target.
         history: (n,) how many items the user had before it.
-        places: by protocol, (n,) the target's place in the ranking, 0 for none.
+        places: for `test` and `test_unseen`, (n,) the target's place in the ranking, 0 for none.
     """
 
     users: np.ndarray
@@ -137,15 +123,15 @@ class Breakdown:
             dataset.field2id_token[dataset.iid_field][targets],
             dataset.histories.trained(dataset.item_num)[targets],
             dataset.histories.lengths(users, dataset.part),
-            {name: ranking.places(name) for name in ranking.items},
+            {"test": ranking.places(ALL), "test_unseen": ranking.places(UNSEEN)},
         )
 
     def table(self, topk: Iterable[int], digits: int) -> dict[str, dict[str, dict[str, Any]]]:
         """Number of users and the metrics in each bucket that has any.
 
         Returns:
-            `popularity` and `history` -> bucket, such as `6-20` -> `users`, and by protocol
-            Hit, NDCG and MRR.
+            `popularity` and `history` -> bucket, such as `6-20` -> `users`, and `test` and
+            `test_unseen` with Hit, NDCG and MRR.
         """
         by = {"popularity": (self.popularity, POPULARITY), "history": (self.history, HISTORY)}
         table: dict[str, dict[str, dict[str, Any]]] = {}
@@ -162,9 +148,8 @@ class Breakdown:
     def _metrics(self, chosen: np.ndarray, topk: Iterable[int], digits: int) -> dict[str, Any]:
         metrics = {
             protocol: {
-                f"{f.__name__}@{k}": round(float(f(places[chosen], k).mean()), digits)
-                for f in (hit, ndcg, mrr)
-                for k in topk
+                metric: round(float(metric_of_ranks(metric, places[chosen]).mean()), digits)
+                for metric in (f"{name}@{k}" for name in ("hit", "ndcg", "mrr") for k in topk)
             }
             for protocol, places in self.places.items()
         }
@@ -174,7 +159,7 @@ class Breakdown:
         """One line per row: user, target, history, popularity, and its place by protocol."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["user", "item", "history", "popularity", "test", "test_unseen"])
+        writer.writerow(["user", "item", "history", "popularity", *self.places])
         columns = (self.users, self.items, self.history, self.popularity, *self.places.values())
         writer.writerows(zip(*columns, strict=True))
         write_text(path, text.getvalue())

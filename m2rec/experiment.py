@@ -118,7 +118,7 @@ def _run(config: Config) -> Result:
         "epochs": len(trainer.train_loss_dict),
         "protocol": _describe_protocol(config, dataset),
         "seed": config["seed"],
-        "commit": _commit(),
+        "commit": commit(),
         "versions": _versions(),
         "data": data,
         "text": getattr(model, "text_source", None),
@@ -254,7 +254,7 @@ def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset) -> None
     write_text(folder / "items.json", json.dumps(tokens, ensure_ascii=False) + "\n")
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this code, `+dirty` with uncommitted changes; None outside a repository."""
     root = Path(__file__).parent.parent
 

@@ -120,7 +120,7 @@ def test_baselines_take_prefix_rows_and_refuse_dense_ones():
         ({"filter": "low_pass"}, "filter: 'low_pass' sees the future"),
         ({"gpu_id": 99}, f"gpu_id: there is no GPU '99', PyTorch sees {torch.cuda.device_count()}"),
         ({"scan_backend": "cuda"}, "scan_backend: 'cuda' is no backend; choose one of auto, reference"),
-        ({"valid_metric": "NDCG@5"}, "valid_metric: 'NDCG@5' is not measured; choose one of Hit@10"),
+        ({"valid_metric": "NDCG@7"}, "valid_metric: 'NDCG@7' is not measured; choose one of Hit@5"),
         ({"topk": [0]}, "topk: expected whole numbers from 1, got [0]"),
         ({"metrics": ["NDCG", "Nonsense"]}, "metrics: expected some of Hit, NDCG"),
         ({"user_inter_num_interval": "5"}, "user_inter_num_interval: '5' is no interval"),

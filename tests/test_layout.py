@@ -19,7 +19,7 @@ RANKS = [
     {"experiment", "sweeps"},
     {"configuration"},
     {"trainer"},
-    {"evaluation", "model"},
+    {"evaluation", "model", "popularity"},
     {"dataset"},
     {"compat"},
     {"encoder"},
@@ -36,6 +36,7 @@ NEEDS_COMPAT = {
     "trainer",
     "evaluation",
     "model",
+    "popularity",
     "dataset",
     "atomic",
 }
