@@ -1,14 +1,17 @@
 """What is kept of finished runs: results/NAME.csv, NAME-paired.csv and reported.csv."""
 
 import csv
+import io
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from m2rec.sweeps import Sweep
+from m2rec.files import write_text
+from m2rec.sweeps import METRICS, Cell, Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +25,89 @@ REPORTED = ("dataset", "protocol", "model", "hit@10", "ndcg@10", "source")
 PROTOCOLS = ("test", "test_unseen")
 COUNTS = ("users", "items", "interactions")
 
+_MACHINE = ("peak_memory_mib", "device", "processes", "threads", "parameters")
+_BUCKETED = ("hit@10", "ndcg@10")
 _CELL = ("dataset", "variant", "seed")
 _NUMBERS = ("best_epoch", "seconds_per_epoch", "seconds_training", *COUNTS)
 # a mean that was rounded to six places, by seed, is within this of the same mean from ranks
 _SAME = 1e-5
+
+
+def settings_text(keys: Mapping[str, Any]) -> str:
+    """A run's keys as the text that stands in the column `settings`."""
+    return json.dumps(keys, sort_keys=True, ensure_ascii=False)
+
+
+def row_of_run(cell: Cell, folder: Path) -> Row:
+    """The row of NAME.csv for a finished run.
+
+    Args:
+        cell: what was asked for.
+        folder: the run folder, with metrics.json and history.csv.
+
+    Raises:
+        ValueError: metrics.json can't be read.
+    """
+    try:
+        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        seconds = [float(line["seconds"]) for line in read_rows(folder / "history.csv", ("seconds",))]
+        row = {
+            "dataset": cell.dataset,
+            "model": metrics["model"],
+            "variant": cell.variant,
+            "seed": cell.seed,
+            "commit": metrics["commit"],
+            "settings": settings_text(cell.keys),
+            **{key: metrics["protocol"][key] for key in ("split", "time_order", "rows")},
+            "best_epoch": metrics["best_epoch"],
+            "epochs": metrics["epochs"],
+            "seconds_per_epoch": round(sum(seconds) / len(seconds), 3),
+            "seconds_training": metrics["seconds"]["training"],
+            "seconds_total": metrics["seconds"]["total"],
+            **{key: metrics[key] for key in _MACHINE},
+            **metrics["data"],
+            "text": (metrics["text"] or {}).get("sha256", ""),
+            **metrics["versions"],
+            **{f"{part}.{k}": v for part in ("valid", *PROTOCOLS) for k, v in metrics[part].items()},
+            **_bucket_columns(metrics["test_by"]),
+        }
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: no finished run ({type(error).__name__}: {error}); run it again"
+        ) from error
+    return {key: "" if found is None else str(found) for key, found in row.items()}
+
+
+def _bucket_columns(test_by: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """`test_users|KIND=BUCKET`, and the metrics of both protocols in it."""
+    columns = {}
+    for kind, buckets in test_by.items():
+        for bucket, found in buckets.items():
+            where = f"{kind}={bucket}"
+            columns[f"test_users|{where}"] = found["users"]
+            for part in PROTOCOLS:
+                of_part = {m: found[part][m] for m in _BUCKETED if m in found[part]}
+                columns.update({f"{part}.{metric}|{where}": value for metric, value in of_part.items()})
+    return columns
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of NAME.csv, none if there is no file yet.
+
+    Raises:
+        ValueError: it can't be read, or a column that names the cell is missing.
+    """
+    return read_rows(path, (*_CELL, "settings")) if path.exists() else []
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Write NAME.csv with every column that any row has."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 class Spread(NamedTuple):

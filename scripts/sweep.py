@@ -1,0 +1,224 @@
+"""Run a sweep: python scripts/sweep.py results/NAME.yaml [--jobs=N] [--data-path=DIR].
+
+The file asks for every variant on every data set with every seed; each finished run becomes a
+row of results/NAME.csv. Runs go in parallel: one per GPU, or on a CPU as many as --jobs says,
+which share its cores. Stop it whenever you like: what is in the CSV is not run again, and a run
+that was cut off starts anew. Several sweeps of one file may run side by side; each run is taken
+by one of them. A run whose settings in the file have changed is run again.
+"""
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from m2rec.experiment import commit
+from m2rec.files import write_text
+from m2rec.results import read_table, row_of_run, settings_text, write_table
+from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = "settings.json"
+LOG = "log.txt"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from command-line arguments; returns 1 if a run failed, 2 for a user's mistake."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = parse_options(arguments)
+    try:
+        sweep = Sweep.read(options.sweep)
+        if not options.allow_dirty:
+            check_clean()
+        return Work(sweep, options).run()
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"sweep.py: error: {' '.join(str(error).split())}\n")
+        return 2
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("sweep", type=Path, metavar="FILE.yaml")
+    parser.add_argument("--jobs", type=int, help="runs at a time; by default one per GPU, on a CPU one")
+    parser.add_argument("--data-path", "--data_path", help="folder that holds the data sets' folders")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="only these variants")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "sweeps", help="folder for the runs")
+    parser.add_argument("--allow-dirty", action="store_true", help="run code that is not committed")
+    return parser.parse_args(arguments)
+
+
+def check_clean() -> None:
+    """Results must name the code they are of.
+
+    Raises:
+        ValueError: tracked files have changes that are not committed.
+    """
+    found = commit()
+    if found is None or found.endswith("+dirty"):
+        raise ValueError(
+            "the code is not what a commit says, so its results could not be repeated; "
+            "commit it, or say --allow-dirty"
+        )
+
+
+@dataclass
+class Work:
+    """A sweep while it runs."""
+
+    sweep: Sweep
+    options: argparse.Namespace
+    stop: Event = field(default_factory=Event)
+
+    def __post_init__(self) -> None:
+        self.csv = self.sweep.path.with_suffix(".csv")
+        self.folder = self.options.runs / self.sweep.name
+        gpus = torch.cuda.device_count()
+        self.jobs = self.options.jobs or max(1, gpus)
+        if self.jobs < 1:
+            raise ValueError(f"--jobs: expected a whole number from 1, got {self.jobs}")
+        self.slots: SimpleQueue[str | None] = SimpleQueue()
+        for job in range(self.jobs):
+            self.slots.put(str(job % gpus) if gpus else None)
+
+    def run(self) -> int:
+        """Run what is missing; returns 1 if anything failed or was left to another sweep."""
+        cells = self._missing()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        failures: list[str] = []
+        with ThreadPoolExecutor(self.jobs) as pool, tqdm(total=len(cells), unit="run") as bar:
+            try:
+                for cell, problem in zip(cells, pool.map(self._guarded, cells), strict=True):
+                    bar.update()
+                    name = f"{cell.dataset}, {cell.variant}, seed {cell.seed}"
+                    bar.write(f"{name}: {problem or 'done'}", file=sys.stderr)
+                    failures += [name] if problem else []
+            except KeyboardInterrupt:
+                self.stop.set()
+                pool.shutdown(cancel_futures=True)
+                sys.stderr.write(
+                    f"sweep.py: stopped; the same command goes on, {self.csv} has what is done\n"
+                )
+                return 130
+        print(self.csv)
+        return int(bool(failures))
+
+    def _missing(self) -> list[Cell]:
+        """The cells without a row of their settings, in the sweep's order."""
+        names = self.options.only
+        if names and (unknown := [name for name in names if name not in self.sweep.variants]):
+            raise ValueError(f"--only: {self.sweep.path} has no variant {unknown[0]!r}")
+        done = {
+            (row["dataset"], row["variant"], row["seed"], row["settings"]) for row in read_table(self.csv)
+        }
+        return [
+            cell
+            for cell in self.sweep.cells()
+            if (not names or cell.variant in names) and (*_key(cell), settings_text(cell.keys)) not in done
+        ]
+
+    def _guarded(self, cell: Cell) -> str | None:
+        """Run a cell unless another sweep is at it; what went wrong, or None."""
+        if self.stop.is_set():
+            return "stopped"
+        slot = self.slots.get()
+        try:
+            folder = cell_folder(self.folder, cell.dataset, cell.variant, cell.seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return "another process is at it"
+                return self._run(cell, folder, lock.fileno(), slot)
+        except (ValueError, OSError) as error:
+            return str(error)
+        finally:
+            self.slots.put(slot)
+
+    def _run(self, cell: Cell, folder: Path, lock: int, gpu: str | None) -> str | None:
+        """Run a cell and keep its row; a finished run that is only missing in the CSV is taken as it is."""
+        settings = settings_text(cell.keys)
+        known = folder / SETTINGS
+        if not (finished_run(folder) and known.is_file() and known.read_text() == settings):
+            _remove_runs(folder)
+            write_text(known, settings)
+            command = [sys.executable, str(ROOT / "run_mm.py"), *self._arguments(cell, folder, gpu)]
+            with (folder / LOG).open("w") as log:
+                log.write(f"{shlex.join(command)}\n")
+                log.flush()
+                # the lock lives as long as the run does, whatever becomes of this process
+                status = subprocess.run(
+                    command, cwd=ROOT, stdout=log, stderr=log, env=self._environment(), pass_fds=(lock,)
+                ).returncode
+            if status:
+                return f"failed: {(folder / LOG).read_text().strip().splitlines()[-1]} ({folder / LOG})"
+        finished = finished_run(folder)
+        if finished is None:
+            return f"failed: no run in {folder}"
+        self._keep(cell, row_of_run(cell, finished))
+        return None
+
+    def _arguments(self, cell: Cell, folder: Path, gpu: str | None) -> list[str]:
+        path = self.options.data_path
+        machine: dict[str, Any] = {"runs_dir": str(folder.resolve()), "show_progress": False}
+        machine |= {"data_path": str(Path(path).resolve())} if path else {}
+        machine |= {"gpu_id": gpu} if gpu else {}
+        values = {"dataset": cell.dataset, **cell.keys, "seed": cell.seed, **machine}
+        return [f"--{key}={_as_argument(value)}" for key, value in values.items()]
+
+    def _environment(self) -> dict[str, str]:
+        cores = len(os.sched_getaffinity(0))
+        return {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // self.jobs))}
+
+    def _keep(self, cell: Cell, row: dict[str, Any]) -> None:
+        """Put a row into the CSV, in the sweep's order, in the place of an earlier one of its cell."""
+        with _locked(self.folder / "lock"):
+            rows = {(r["dataset"], r["variant"], r["seed"]): r for r in read_table(self.csv)}
+            rows[_key(cell)] = row
+            order = [key for key in map(_key, self.sweep.cells()) if key in rows]
+            order += [key for key in rows if key not in order]
+            write_table(self.csv, [rows[key] for key in order])
+
+
+def _key(cell: Cell) -> tuple[str, str, str]:
+    return cell.dataset, cell.variant, str(cell.seed)
+
+
+def _as_argument(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _remove_runs(folder: Path) -> None:
+    """Take away what an earlier, unfinished or outdated run left."""
+    for path in [path for path in folder.iterdir() if path.is_dir()]:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Sweeps run for real on the toy data: rows, resuming, failures, kills."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from m2rec.results import read_answers
+from m2rec.sweeps import Sweep, cell_folder
+from scripts.sweep import main
+from tests.conftest import small
+
+ROOT = Path(__file__).parent.parent
+
+
+def asked(tmp_path: Path, toy: Path, **others: Any) -> Path:
+    """A sweep of two small variants; returns its file."""
+    common = {k: v for k, v in small(toy).items() if k not in ("dataset", "data_path", "gpu_id")}
+    content = {
+        "title": "Toy",
+        "datasets": ["toy"],
+        "seeds": [1, 2],
+        "common": {**common, "epochs": 1, "text_vectors": "none", "topk": [5, 10]},
+        "variants": {"M2Rec": {}, "Popularity": {"model": "Popularity"}},
+        **others,
+    }
+    path = tmp_path / "results" / "toy.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def given(path: Path, toy: Path, *others: str) -> list[str]:
+    runs = path.parent.parent / "runs"
+    return [str(path), f"--data-path={toy}", f"--runs={runs}", "--allow-dirty", *others]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.with_suffix(".csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def started(tmp_path: Path) -> dict[str, float]:
+    """When each cell's run was started, by the cell's folder."""
+    logs = (tmp_path / "runs" / "toy").rglob("log.txt")
+    return {str(log.parent): log.stat().st_mtime for log in logs}
+
+
+def test_a_sweep_end_to_end(tmp_path: Path, toy: Path):
+    path = asked(tmp_path, toy)
+    assert main(given(path, toy, "--jobs=2")) == 0
+    found = rows(path)
+    assert [(row["variant"], row["seed"]) for row in found] == [
+        ("M2Rec", "1"), ("Popularity", "1"), ("M2Rec", "2"), ("Popularity", "2"),
+    ]  # fmt: skip
+    first = found[0]
+    assert first["model"] == "M2Rec" and json.loads(first["settings"])["hidden_size"] == 16
+    assert first["split"] == "leave_one_out" and first["time_order"] == "exact"
+    assert (first["users"], first["items"]) == ("30", "20")
+    assert float(first["peak_memory_mib"]) > 50 and float(first["seconds_total"]) > 0
+    folder = cell_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
+    (metrics,) = folder.glob("*/metrics.json")
+    expected = json.loads(metrics.read_text())
+    for part in ("valid", "test", "test_unseen"):
+        for name, value in expected[part].items():
+            assert float(first[f"{part}.{name}"]) == value
+    of_bucket = expected["test_by"]["history"]["6-20"]
+    assert float(first["test_unseen.ndcg@10|history=6-20"]) == of_bucket["test_unseen"]["ndcg@10"]
+    assert int(first["test_users|history=6-20"]) == of_bucket["users"]
+    answers = read_answers(Sweep.read(path))
+    assert len(answers["toy", "M2Rec"]) == 2
+
+    before = started(tmp_path)
+    found[1]["test.hit@10"] = "0.5"  # whatever is in the CSV stays
+    rewrite(path, found[:3])
+    assert main(given(path, toy)) == 0
+    assert started(tmp_path) == before  # the fourth was finished, only its row was missing
+    assert len(rows(path)) == 4 and rows(path)[1]["test.hit@10"] == "0.5"
+
+    asked(tmp_path, toy, variants={"M2Rec": {"n_layers": 1}, "Popularity": {"model": "Popularity"}})
+    assert main(given(path, toy)) == 0
+    changed = {folder for folder, time in started(tmp_path).items() if time != before[folder]}
+    assert {Path(folder).parent.name for folder in changed} == {"m2rec"} and len(changed) == 2
+    assert len(rows(path)) == 4 and json.loads(rows(path)[0]["settings"])["n_layers"] == 1
+
+
+def rewrite(path: Path, found: Sequence[dict[str, str]]) -> None:
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def test_what_fails_is_said_and_the_rest_runs(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]):
+    variants = {"wrong": {"hidden_sise": 3}, "Popularity": {"model": "Popularity"}}
+    path = asked(tmp_path, toy, seeds=[1], variants=variants)
+    assert main(given(path, toy)) == 1
+    assert [row["variant"] for row in rows(path)] == ["Popularity"]
+    err = capsys.readouterr().err
+    assert "toy, wrong, seed 1: failed: run_mm.py: error: unknown key 'hidden_sise'" in err
+
+
+def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
+    """Killed in the first run, which is long; it holds its cell until it ends, and then starts anew."""
+    long = {"M2Rec": {"epochs": 100_000, "stopping_step": 100_000}, "Popularity": {"model": "Popularity"}}
+    path = asked(tmp_path, toy, seeds=[1], variants=long)
+    command = [sys.executable, "scripts/sweep.py", *given(path, toy)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, env={**os.environ, "PYTHONPATH": "."}
+    )
+    cell = cell_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
+    try:
+        deadline = time.monotonic() + 90
+        while not list(cell.glob("*/model.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        assert main(given(path, toy)) == 1  # the run of the killed sweep lives on
+        assert [row["variant"] for row in rows(path)] == ["Popularity"]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    time.sleep(0.5)
+    asked(tmp_path, toy, seeds=[1])
+    assert main(given(path, toy)) == 0
+    assert [row["variant"] for row in rows(path)] == ["M2Rec", "Popularity"]
+    assert len(list(cell.glob("*/history.csv"))) == 1  # nothing is left of what was cut off
+
+
+def test_mistakes(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]):
+    path = asked(tmp_path, toy)
+    assert main(given(path, toy, "--only", "SASRec")) == 2
+    assert "--only: " in capsys.readouterr().err
+    assert main(given(path, toy, "--jobs=-1")) == 2
+    assert "--jobs: expected a whole number from 1, got -1" in capsys.readouterr().err
+    assert main([str(tmp_path / "none.yaml"), "--allow-dirty"]) == 2
+    assert "can't be read: No such file" in capsys.readouterr().err
+
+
+def test_uncommitted_code_is_refused(
+    tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    path = asked(tmp_path, toy)
+    arguments = [a for a in given(path, toy) if a != "--allow-dirty"]
+    for found in (None, "0123abc+dirty"):
+        monkeypatch.setattr("scripts.sweep.commit", lambda found=found: found)
+        assert main(arguments) == 2
+        assert "commit it, or say --allow-dirty" in capsys.readouterr().err
+    assert not path.with_suffix(".csv").exists()
