@@ -1,6 +1,7 @@
 """Shared helpers: small data sets on disk, runs of the command, NaN in unwritten memory, Triton on a CPU."""
 
 import csv
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 Rows = Sequence[tuple[object, object, object]]
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A handler that a command installs writes to this test's captured stream, which then closes."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    root.handlers[:] = before
 
 
 @pytest.fixture(autouse=True)
