@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -59,28 +59,57 @@ class _Clock:
         self._last = now
 
 
-def run(config: Config) -> Result:
-    """Train and evaluate one model; everything it leaves is in a new run folder.
+class Stopped(Exception):
+    """Raised by the `watch` of `fit` to end the training; it leaves `fit` as it is."""
 
-    Under torchrun all processes call it, share the work, and return the same.
+
+@dataclass
+class Prepared:
+    """A run that has all but its training; `parts` are the loaders of training, validation and test."""
+
+    config: Config
+    dataset: HistoryDataset
+    parts: tuple[Any, Any, Any]
+    data: dict[str, int]
+    trainer: RunTrainer
+    clock: _Clock
+
+    @property
+    def has_valid(self) -> bool:
+        """Whether there is a validation row."""
+        return len(self.parts[1].dataset) > 0
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has."""
+        return sum(p.numel() for p in self.trainer.model.parameters())
+
+
+def load_data(config: Config) -> tuple[HistoryDataset, tuple[Any, Any, Any]]:
+    """The data set, and the loaders of training, validation and test.
+
+    Raises:
+        ValueError: the data can't be used as asked.
+    """
+    init_seed(config["seed"], config["reproducibility"])
+    with _explained(f"dataset: RecBole can't prepare {config['dataset']!r} with these keys"):
+        dataset = HistoryDataset(config)
+        train, valid, test = data_preparation(config, dataset)
+    return dataset, (train, valid, test)
+
+
+def prepare(config: Config) -> Prepared:
+    """Load the data, make the model and a new run folder.
 
     Args:
         config: from `configuration.build_config`.
 
     Raises:
-        ValueError: the data can't be used as asked, or training diverged.
+        ValueError: the data can't be used as asked, or the model can't be made.
     """
-    with distributed.processes(config["device"]):
-        return _run(config)
-
-
-def _run(config: Config) -> Result:
     clock = _Clock()
     logger.info("%s", _describe_device(config))
-    init_seed(config["seed"], config["reproducibility"])
-    with _explained(f"dataset: RecBole can't prepare {config['dataset']!r} with these keys"):
-        dataset = HistoryDataset(config)
-        train, valid, test = data_preparation(config, dataset)
+    dataset, (train, valid, test) = load_data(config)
     _fit_topk(config, dataset.item_num - 1)
     data = _describe_data(dataset, train, valid, test)
     logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))
@@ -94,42 +123,78 @@ def _run(config: Config) -> Result:
     folder = distributed.from_first(_new_folder(config, dataset) if distributed.is_first() else None)
     torch.manual_seed(config["seed"] + distributed.rank())  # each process drops out its own
     trainer = RunTrainer(config, model, folder)
-    has_valid = len(valid.dataset) > 0
-    if not has_valid:
+    return Prepared(config, dataset, (train, valid, test), data, trainer, clock)
+
+
+def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -> None:
+    """Train; no test row is scored.
+
+    Args:
+        prepared: the run.
+        watch: called after each validation with the epoch, from 0, and its valid_metric; ends the
+            training by raising `Stopped`.
+
+    Raises:
+        ValueError: training diverged, or can't be done with these keys.
+    """
+    config, trainer, (train, valid, _) = prepared.config, prepared.trainer, prepared.parts
+    if not prepared.has_valid:
         logger.warning("no user has four interactions: no validation rows, the last epoch's weights are kept")
     with _explained(f"model: {config['variant']} can't be trained with these keys and this data"):
-        trainer.fit(train, valid if has_valid else None, show_progress=config["show_progress"])
-    clock.lap("training")
+        validated = valid if prepared.has_valid else None
+        trainer.fit(train, validated, show_progress=config["show_progress"], callback_fn=watch)
+    prepared.clock.lap("training")
 
+
+def run(config: Config) -> Result:
+    """Train and evaluate one model; everything it leaves is in a new run folder.
+
+    Under torchrun all processes call it, share the work, and return the same.
+
+    Args:
+        config: from `configuration.build_config`.
+
+    Raises:
+        ValueError: the data can't be used as asked, or training diverged.
+    """
+    with distributed.processes(config["device"]):
+        prepared = prepare(config)
+        fit(prepared)
+        return _evaluate(prepared)
+
+
+def _evaluate(prepared: Prepared) -> Result:
+    """Test the best weights and write metrics.json, the run's last file."""
+    config, trainer, (_, valid, test) = prepared.config, prepared.trainer, prepared.parts
     trainer.load_best()
     tested = trainer.evaluate_both(test)
-    results = {
-        "valid": trainer.evaluate(valid) if has_valid else {},
+    metrics = {
+        "model": config["variant"],
+        "dataset": config["dataset"],
+        "valid": trainer.evaluate(valid) if prepared.has_valid else {},
         "test": tested.metrics[ALL],
         "test_unseen": tested.metrics[UNSEEN],
         "test_by": tested.rows.table(config["topk"], config["metric_decimal_place"]),
     }
-    clock.lap("evaluation")
-    metrics = {
-        "model": config["variant"],
-        "dataset": config["dataset"],
-        **results,
+    prepared.clock.lap("evaluation")
+    seconds = prepared.clock.seconds
+    metrics |= {
         "best_epoch": trainer.best_epoch,
         "epochs": len(trainer.train_loss_dict),
-        "protocol": _describe_protocol(config, dataset),
+        "protocol": _describe_protocol(config, prepared.dataset),
         "seed": config["seed"],
         "commit": commit(),
         "versions": _versions(),
-        "data": data,
-        "text": getattr(model, "text_source", None),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": prepared.data,
+        "text": getattr(trainer.model, "text_source", None),
+        "parameters": prepared.parameters,
         **_describe_machine(config),
-        "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 3)},
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
     }
     if distributed.is_first():
-        tested.rows.write(folder / RANKS)
-        write_text(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
-    return Result(folder, metrics)
+        tested.rows.write(trainer.folder / RANKS)
+        write_text(trainer.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+    return Result(trainer.folder, metrics)
 
 
 @contextmanager
@@ -137,7 +202,7 @@ def _explained(what: str) -> Iterator[None]:
     """Turn RecBole's many ways to trip over a key into one line; `--state=DEBUG` shows the trace."""
     try:
         yield
-    except OSError:  # a full disk or an unreadable file is no fault of a key
+    except (OSError, Stopped):  # a full disk, an unreadable file or a stop is no fault of a key
         raise
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{what}: out of memory; lower train_batch_size or MAX_ITEM_LIST_LENGTH") from error
