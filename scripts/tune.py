@@ -1,0 +1,424 @@
+"""Search settings on validation: python scripts/tune.py FILE.yaml [--trials=N] [--key=value ...].
+
+FILE.yaml:
+
+    study: m2rec-ml-100k         # name
+    trials: 30                   # in all, over all workers
+    seed: 2020                   # of the search; the runs have their own, fixed: {seed: 1}
+    fixed:                       # keys of every run, as in config.yaml; --key=value is stronger
+      dataset: ml-100k
+    search:                      # keys to search, and how each is drawn
+      learning_rate: {low: 0.0003, high: 0.01, log: true}
+      dropout_prob: {low: 0.1, high: 0.6, step: 0.1}
+      n_layers: {low: 1, high: 4}     # whole numbers all through: a whole number
+      hidden_size: [64, 128]          # a list: one of these
+    pruner:                      # stops a trial below the median of the complete ones at the same epoch;
+      warmup_epochs: 5           # never in its first 5 epochs,
+      startup_trials: 5          # nor before 5 trials are complete. Without `pruner` none is stopped.
+
+study, trials and search must be there. What the file leaves open is as for run_mm.py: config.yaml, then
+the defaults. The first ten trials are random, the others Optuna's TPE; with one worker the same file and
+seed give the same trials.
+
+A trial is a run without its test: its value is valid_metric at the best epoch, and no test row is
+scored. Settings that are refused, or that diverge, are a failed trial, and the study goes on; fixed keys
+or data that can't be used end it before the first. At the end the best five are printed, with the command
+that trains and tests the best, and all trials are in FILE.csv.
+
+The study is a file, runs/tune/NAME.log (Optuna's JournalStorage), and its runs are in runs/tune/NAME/;
+`runs` is runs_dir. Every process with the same command joins the study, and one that is started again goes
+on. A worker starts no trial once `trials` have ended, complete, pruned or failed; those that others have
+under way then still end, so that n workers can make up to n - 1 more. The trial of a worker that was killed
+stays `running`: it is not counted, and nobody waits for it. Ctrl-C marks the trial as failed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from time import perf_counter
+from typing import Any
+
+from m2rec import experiment
+from m2rec.compat import Config
+from m2rec.configuration import build_config, known_keys, nearest, parse_arguments, read_yaml, resolved
+from m2rec.files import write_text
+
+try:
+    import optuna
+except ModuleNotFoundError:  # main says how to get it
+    optuna = None
+
+logger = logging.getLogger("tune")
+
+CONFIG = Path(__file__).parent.parent / "config.yaml"
+KEYS = ("study", "trials", "seed", "fixed", "search", "pruner")
+RANGE = ("low", "high", "log", "step")
+PRUNER = {"warmup_epochs": 0, "startup_trials": 5}
+# keys that change which rows are scored, or how: values of such trials can't be compared
+NOT_SEARCHED = {
+    "data_path", "dataset", "item_inter_num_interval", "runs_dir", "split", "test_from", "time_order",
+    "user_inter_num_interval", "valid_from", "valid_metric",
+}  # fmt: skip
+COLUMNS = ("trial", "state", "value", "epochs", "best_epoch", "seconds", "commit")
+STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}  # those that have ended
+BEST = 5
+TRIES = 20  # draws that are looked at before the fixed keys are blamed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What FILE.yaml and the command line ask for; `search` has a range or a list of choices per key."""
+
+    study: str
+    trials: int
+    seed: int
+    fixed: dict[str, Any]
+    search: dict[str, dict[str, Any] | list[Any]]
+    pruner: dict[str, int] | None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if any(a in ("-h", "--help") for a in arguments):
+        print(__doc__)
+        return 0
+    style = "%(asctime)s %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=style, datefmt="%H:%M:%S", force=True)
+    logger.setLevel(logging.INFO)
+    try:
+        tune(arguments)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"tune.py: error: {_one_line(error)}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("tune.py: stopped\n")
+        return 130
+    return 0
+
+
+def tune(arguments: Sequence[str]) -> None:
+    """Read the plan, join the study, run trials until all are done, print the table and write FILE.csv.
+
+    Raises:
+        ValueError: the plan, its fixed keys or its data are wrong, or no trial is complete.
+    """
+    if optuna is None:
+        raise ValueError('Optuna is missing: pip install -c constraints.txt -e ".[tune]"')
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    files = [a for a in arguments if not a.startswith("--")]
+    if len(files) != 1 or not files[0].endswith((".yaml", ".yml")):
+        raise ValueError(f"expected one FILE.yaml, got {' '.join(files) or 'none'}; --help shows its format")
+    path = Path(files[0])
+    plan = read_plan(path, parse_arguments(a for a in arguments if a.startswith("--")))
+    config = check_fixed(plan)
+    study = open_study(plan, config)
+    ended = tuple(optuna.trial.TrialState[name] for name in STATES)
+    if len(study.get_trials(deepcopy=False, states=ended)) < plan.trials:
+        enough = optuna.study.MaxTrialsCallback(plan.trials, states=ended)
+        objective = partial(run_trial, plan, folder(plan, config))
+        study.optimize(objective, catch=ValueError, callbacks=[_log, enough], gc_after_trial=True)
+    write_text(path.with_suffix(".csv"), format_csv(study.trials, plan.search))
+    print(format_table(study, plan, config["valid_metric"]))
+
+
+def read_plan(path: Path, given: Mapping[str, Any]) -> Plan:
+    """The plan of a file, with the values of the command line in it.
+
+    Args:
+        path: FILE.yaml.
+        given: `trials`, and keys that are stronger than those in `fixed`.
+
+    Raises:
+        ValueError: the file can't be read, or a key or value in it is wrong.
+    """
+    values = {"seed": 2020, "fixed": {}, "pruner": None, **read_yaml(path)}
+    for key in values:
+        if key not in KEYS:
+            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), KEYS)}")
+    for key in KEYS:
+        if key not in values:
+            raise ValueError(f"{path}: {key} is missing; --help shows the format")
+    for key in ("fixed", "search"):
+        if not isinstance(values[key], dict):
+            raise ValueError(f"{path}: {key}: expected lines of 'key: value', got {values[key]!r}")
+    values["trials"] = given.get("trials", values["trials"])
+    values["fixed"] = {**values["fixed"], **{k: v for k, v in given.items() if k != "trials"}}
+    try:
+        return _checked(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _checked(values: dict[str, Any]) -> Plan:
+    name = values["study"]
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"study: expected a name of letters, digits and any of ._+-, got {name!r}")
+    _check_whole("trials", values["trials"], 1)
+    _check_whole("seed", values["seed"], 0)
+    if not values["search"]:
+        raise ValueError("search: no key to search; --help shows the format")
+    for key, drawn in values["search"].items():
+        _check_searched(key, drawn, values["fixed"])
+    pruner = values["pruner"]
+    if pruner is not None:
+        if not isinstance(pruner, dict) or not set(pruner) <= set(PRUNER):
+            raise ValueError(f"pruner: expected some of {', '.join(PRUNER)}, got {pruner!r}")
+        values["pruner"] = {**PRUNER, **pruner}
+        for key, value in values["pruner"].items():
+            _check_whole(f"pruner: {key}", value, 0)
+    return Plan(**values)
+
+
+def _check_whole(key: str, value: Any, low: int) -> None:
+    if type(value) is not int or not low <= value < 2**31:
+        raise ValueError(f"{key}: expected a whole number from {low}, got {value!r}")
+
+
+def _check_searched(key: Any, drawn: Any, fixed: Mapping[str, Any]) -> None:
+    if key not in known_keys():
+        raise ValueError(f"search: unknown key {key!r}{nearest(str(key), known_keys())}")
+    if key in fixed:
+        raise ValueError(f"search: {key} is fixed too, to {fixed[key]!r}; take it out of one")
+    if key in NOT_SEARCHED:
+        raise ValueError(f"search: {key} changes what is measured; fix it, and make a study for each value")
+    if isinstance(drawn, dict):
+        _check_range(key, drawn)
+    elif not isinstance(drawn, list) or not drawn:
+        raise ValueError(f"search: {key}: expected {{low: ..., high: ...}} or a list, got {drawn!r}")
+    elif not all(value is None or type(value) in (bool, int, float, str) for value in drawn):
+        raise ValueError(f"search: {key}: expected a list of numbers, words, true, false or ~, got {drawn!r}")
+
+
+def _check_range(key: str, drawn: Mapping[str, Any]) -> None:
+    for name in drawn:
+        if name not in RANGE:
+            raise ValueError(f"search: {key}: unknown {name!r}; a range has {', '.join(RANGE)}")
+    for name in ("low", "high", "step"):
+        value = drawn.get(name)
+        wrong = type(value) not in (int, float) or not math.isfinite(value)
+        if wrong and (name in drawn or name != "step"):
+            raise ValueError(f"search: {key}: {name}: expected a number, got {value!r}")
+    low, high, log = drawn["low"], drawn["high"], drawn.get("log", False)
+    if low > high:
+        raise ValueError(f"search: {key}: low {low} is above high {high}; swap them")
+    if type(log) is not bool or (log and "step" in drawn):
+        raise ValueError(f"search: {key}: log: expected true or false, and no step beside true; got {log!r}")
+    if log and low <= 0:
+        raise ValueError(f"search: {key}: log needs low above 0, got {low}; raise low, or leave log out")
+    if drawn.get("step", 1) <= 0:
+        raise ValueError(f"search: {key}: step: expected a number above 0, got {drawn['step']}")
+
+
+def check_fixed(plan: Plan) -> Config:
+    """Look for mistakes that no trial could mend: the fixed keys and the data.
+
+    Returns:
+        the settings of the study, with some value for each searched key.
+
+    Raises:
+        ValueError: the fixed keys are refused whatever is drawn, or the data can't be used.
+    """
+    config = _first_config(plan)
+    if "state" in plan.fixed:
+        logging.getLogger("m2rec").setLevel(config["state"])
+    _, (_, valid, _) = experiment.load_data(config)
+    if not len(valid.dataset):
+        raise ValueError(f"dataset: {config['dataset']!r} has no validation rows, so nothing can be searched")
+    return config
+
+
+def _first_config(plan: Plan) -> Config:
+    """The settings with the first value of each searched key, or if they don't fit, with others."""
+    values = {
+        key: how if isinstance(how, list) else [how["low"], how["high"]] for key, how in plan.search.items()
+    }
+    picks = Random(0)
+    tries = [{key: choices[0] for key, choices in values.items()}]
+    tries += [{key: picks.choice(choices) for key, choices in values.items()} for _ in range(TRIES)]
+    errors = []
+    for drawn in tries:
+        try:
+            return build_config({**plan.fixed, **drawn}, CONFIG)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def folder(plan: Plan, config: Config) -> Path:
+    """Where the runs of the study are; the study itself is beside it."""
+    return Path(config["runs_dir"]) / "tune" / plan.study
+
+
+def open_study(plan: Plan, config: Config) -> optuna.Study:
+    """Make the study or join it.
+
+    Raises:
+        ValueError: its file is no study, or one with other settings.
+    """
+    runs = folder(plan, config)
+    # whole, because the link that locks it would lead nowhere from another folder, and never go stale
+    path = runs.with_name(f"{plan.study}.log").resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pruner = optuna.pruners.NopPruner()
+    if plan.pruner:
+        startup, warmup = plan.pruner["startup_trials"], plan.pruner["warmup_epochs"]
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=warmup)
+    try:
+        backend = optuna.storages.journal.JournalFileBackend(str(path))
+        study = optuna.create_study(
+            study_name=plan.study,
+            storage=optuna.storages.JournalStorage(backend),
+            direction="maximize" if config["valid_metric_bigger"] else "minimize",
+            pruner=pruner,
+            load_if_exists=True,
+        )
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no study of Optuna ({_one_line(error)}); move it away") from error
+    _check_same(study, plan, config)
+    return study
+
+
+def _check_same(study: optuna.Study, plan: Plan, config: Config) -> None:
+    """Values of other settings can't be compared: a study keeps those that it was started with."""
+    varied = {*plan.search, "state"}
+    settings = {**{k: v for k, v in resolved(config).items() if k not in varied}, "search": plan.search}
+    now = json.loads(json.dumps(settings, default=str))  # as they come back from the file
+    before = study.user_attrs.get("settings")
+    if before is None:
+        study.set_user_attr("settings", now)
+        return
+    for key in {**before, **now}:
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"study: {plan.study!r} was started with {key}: {before.get(key)}, not {now.get(key)}; "
+                f"name another study"
+            )
+
+
+def run_trial(plan: Plan, runs_dir: Path, trial: optuna.Trial) -> float:
+    """Train with drawn settings; returns valid_metric at the best epoch.
+
+    Raises:
+        ValueError: the settings are refused, or training diverged.
+        optuna.TrialPruned: the pruner ended it.
+    """
+    # a seed per trial: two workers never draw alike, and a study that goes on draws as one that never ended
+    trial.study.sampler = optuna.samplers.TPESampler(seed=plan.seed + trial.number)
+    drawn = {key: _draw(trial, key, how) for key, how in plan.search.items()}
+    start, prepared = perf_counter(), None
+    try:
+        config = build_config({**plan.fixed, **drawn, "runs_dir": str(runs_dir)}, CONFIG)
+        prepared = experiment.prepare(config)
+        experiment.fit(prepared, partial(_watch, trial))
+        score = float(prepared.trainer.best_valid_score)
+        if not math.isfinite(score):
+            raise ValueError(f"valid_metric: {config['valid_metric']} was {score} all along; choose another")
+        return score
+    except experiment.Stopped:
+        raise optuna.TrialPruned from None
+    except ValueError as error:
+        logger.warning("trial %s failed, %s: %s", trial.number, _arguments(drawn), _one_line(error))
+        raise
+    finally:
+        trial.set_user_attr("seconds", round(perf_counter() - start, 1))
+        trial.set_user_attr("commit", experiment.commit())
+        if prepared:
+            trial.set_user_attr("epochs", len(prepared.trainer.train_loss_dict))
+            trial.set_user_attr("best_epoch", prepared.trainer.best_epoch)
+            trial.set_user_attr("parameters", prepared.parameters)
+
+
+def _draw(trial: optuna.Trial, key: str, how: dict[str, Any] | list[Any]) -> Any:
+    if isinstance(how, list):
+        return trial.suggest_categorical(key, how)
+    whole = all(type(how.get(name, 1)) is int for name in ("low", "high", "step"))
+    return trial.suggest_int(key, **how) if whole else trial.suggest_float(key, **how)
+
+
+def _watch(trial: optuna.Trial, epoch: int, score: float) -> None:
+    trial.report(score, epoch)
+    if trial.should_prune():
+        raise experiment.Stopped
+
+
+def _log(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """One line for a trial that did not fail."""
+    if trial.state.name != "FAIL":
+        done, found = STATES[trial.state.name], trial.user_attrs
+        words = f"{trial.value:.4f} after {found['epochs']} epochs, {found['seconds']} s"
+        logger.info("trial %s %s, %s: %s", trial.number, done, _arguments(trial.params), words)
+
+
+def format_csv(trials: Iterable[optuna.trial.FrozenTrial], searched: Iterable[str]) -> str:
+    """All trials as CSV, in order: `COLUMNS`, then a column per searched key."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*COLUMNS, *searched], lineterminator="\n")
+    writer.writeheader()
+    for trial in trials:
+        attributes = {key: trial.user_attrs.get(key) for key in COLUMNS[3:]}
+        state = STATES.get(trial.state.name, "running")
+        drawn = {key: _text(value) for key, value in trial.params.items()}
+        writer.writerow({"trial": trial.number, "state": state, "value": trial.value, **attributes, **drawn})
+    return file.getvalue()
+
+
+def format_table(study: optuna.Study, plan: Plan, metric: str) -> str:
+    """How many trials ended how, the best of them, and the command of the best.
+
+    Raises:
+        ValueError: no trial is complete.
+    """
+    trials = study.trials
+    ends = [STATES.get(trial.state.name) for trial in trials]
+    counts = ", ".join(f"{ends.count(state)} {state}" for state in STATES.values())
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    if not complete:
+        raise ValueError(f"study: no trial of {plan.study!r} is complete ({counts})")
+    bigger = study.direction.name == "MAXIMIZE"
+    complete.sort(key=lambda trial: trial.value, reverse=bigger)
+    head = ["trial", metric, "epochs", "best_epoch", *plan.search]
+    rows = [head]
+    for trial in complete[:BEST]:
+        found = [str(trial.user_attrs[key]) for key in head[2:4]]
+        drawn = [_shown(trial.params[key]) for key in plan.search]
+        rows.append([str(trial.number), f"{trial.value:.4f}", *found, *drawn])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
+    command = f"python run_mm.py {_arguments({**plan.fixed, **complete[0].params})}"
+    return "\n".join(["", f"{plan.study}: {counts}; on validation:", *lines, command])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else _text(value)
+
+
+def _arguments(values: Mapping[str, Any]) -> str:
+    return " ".join(shlex.quote(f"--{key}={_text(value)}") for key, value in values.items())
+
+
+def _text(value: Any) -> str:
+    """The value as it is written after `--key=`."""
+    if isinstance(value, str) and parse_arguments([f"--key={value}"])["key"] == value:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
