@@ -44,7 +44,7 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"protocol", "seed", "commit", "versions", "data", "seconds"} <= set(metrics)
     assert metrics["seed"] == 5 and metrics["versions"]["torch"] == torch.__version__
-    names = {f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr") for k in (5, 10)}
+    names = {f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr", "itemcoverage") for k in (5, 10)}
     with (folder / "history.csv").open() as file:
         best = max(float(line["valid.ndcg@10"]) for line in csv.DictReader(file))
     assert metrics["valid"]["ndcg@10"] == pytest.approx(best)

@@ -24,7 +24,9 @@ def made(data_path: Path, folder: Path, **others: Any) -> tuple[RunTrainer, list
     init_seed(config["seed"], True)
     loaders = list(data_preparation(config, HistoryDataset(config)))
     folder.mkdir(exist_ok=True)
-    return RunTrainer(config, M2Rec(config, loaders[0].dataset), folder), loaders
+    trainer = RunTrainer(config, M2Rec(config, loaders[0].dataset), folder)
+    trainer.eval_collector.data_collect(loaders[0])  # as fit does
+    return trainer, loaders
 
 
 def histories() -> dict[str, list[str]]:
@@ -69,7 +71,6 @@ def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):
     """By RecBole's own trainer, on its own batches; metrics that it can measure today."""
     names = ["Hit", "NDCG", "MRR", "Recall", "Precision", "MAP"]
     trainer, loaders = made(toy, tmp_path / "run", metrics=names, eval_batch_size=7)
-    trainer.eval_collector.data_collect(loaders[0])
     stock = Trainer(trainer.config, trainer.model)
     stock.eval_collector.data_collect(loaders[0])
     expected = stock.evaluate(loaders[2], load_best_model=False)
@@ -79,7 +80,6 @@ def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):
 def test_metrics_over_the_whole_list(toy: Path, tmp_path: Path):
     """Those for which RecBole 1.2.1 fails; coverage is the share of items that anybody was shown."""
     trainer, loaders = made(toy, tmp_path / "run", metrics=list(METRICS))
-    trainer.eval_collector.data_collect(loaders[0])
     shown = set()
     with torch.no_grad():
         scores = trainer.model.eval().full_sort_predict(loaders[2].dataset.inter_feat)
