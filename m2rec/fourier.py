@@ -2,7 +2,8 @@
 
 `CausalFilter` is ours: a kernel of damped oscillations, one-sided, so that every position
 can be trained. `LowPass` is the paper's global low-pass (arXiv 2505.04445), which lets a
-position see its future and therefore only fits training on the last position.
+position see its future and therefore only fits training on the last position. `Residual`
+filters nothing: with it one sees what the branch's place alone is worth.
 """
 
 import math
@@ -138,3 +139,21 @@ class LowPass(nn.Module):
         inside = t < lengths[:, None]
         weights = weights * inside[:, :, None] * inside[:, None, :]
         return weights.to(x.dtype) @ x
+
+
+class Residual(nn.Module):
+    """The ablation of the filter: the branch hands on what it gets, and remembers nothing."""
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """x: (B, L, D) -> the same."""
+        return x
+
+    def advance(
+        self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As in `CausalFilter`; the state is empty."""
+        return x, x.new_empty(len(x), 0)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `CausalFilter`."""
+        return x, state

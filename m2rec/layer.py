@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from m2rec.attention import Attention
-from m2rec.fourier import CausalFilter, LowPass
+from m2rec.fourier import CausalFilter, LowPass, Residual
 from m2rec.gate import MeanGate, SoftmaxGate
 from m2rec.mamba import Mamba, Mamba2, MixerState
 from m2rec.settings import ModelSettings
@@ -82,7 +82,7 @@ class Layer(nn.Module):
         """
         y, mixer = self._recurrent_mixer().advance(x, None if state is None else state.mixer, lengths)
         outputs, memory = [y], None
-        if isinstance(self.filter, CausalFilter):
+        if isinstance(self.filter, CausalFilter | Residual):
             f, memory = self.filter.advance(x, None if state is None else state.filter, lengths)
             outputs.append(f)
         return self._merge(x, outputs, items, vectors, available)[0], LayerState(mixer, memory)
@@ -98,7 +98,7 @@ class Layer(nn.Module):
         """As `advance` for one position: x (B, D), items (B,) -> (B, D) and the state after it."""
         y, mixer = self._recurrent_mixer().step(x, state.mixer)
         outputs, memory = [y], state.filter
-        if isinstance(self.filter, CausalFilter):
+        if isinstance(self.filter, CausalFilter | Residual):
             assert memory is not None
             f, memory = self.filter.step(x, memory)
             outputs.append(f)
@@ -160,10 +160,12 @@ def build_mixer(settings: ModelSettings, max_length: int) -> Mamba | Mamba2 | At
     return Mamba2(*sizes, settings.head_dim, backend=settings.scan_backend)
 
 
-def build_filter(settings: ModelSettings, max_length: int) -> CausalFilter | LowPass | None:
+def build_filter(settings: ModelSettings, max_length: int) -> CausalFilter | LowPass | Residual | None:
     """The frequency branch that `filter` names, or None."""
     if settings.filter == "causal":
         return CausalFilter(settings.hidden_size, settings.filter_modes, max_length)
     if settings.filter == "low_pass":
         return LowPass(settings.filter_cutoff, max_length)
+    if settings.filter == "residual":
+        return Residual()
     return None

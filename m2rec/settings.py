@@ -82,7 +82,7 @@ class ModelSettings(_Settings):
     head_dim: int = integer(64, 1, 65_536)
     n_heads: int = integer(2, 1, 65_536)
     scan_backend: str = text("auto")
-    filter: str = choice("causal", "low_pass", "none")
+    filter: str = choice("causal", "low_pass", "residual", "none")
     filter_modes: int = integer(16, 1, 65_536)
     filter_cutoff: float = number(0.5, 0, 1, open_low=True)
     gate: str = choice("softmax", "mean")

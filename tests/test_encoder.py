@@ -52,6 +52,7 @@ every_form = pytest.mark.parametrize(
         pytest.param({"mixer": "attention"}, id="attention"),
         pytest.param({"gate": "mean", "text": False}, id="mean-no-text"),
         pytest.param({"filter": "none", "text_in_table": False}, id="no-filter"),
+        pytest.param({"filter": "residual"}, id="residual"),
         pytest.param({"filter": "low_pass"}, id="low-pass"),
     ],
 )
@@ -127,7 +128,9 @@ def test_item_by_item_equals_the_whole(mixer: str, cuts: list[int]):
         assert torch.allclose(stepped[row, :n], whole[row, :n], atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"mixer": "mamba"}, {"filter": "none", "text": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"mixer": "mamba"}, {"filter": "residual"}, {"filter": "none", "text": False}]
+)
 def test_steps_from_padded_starts_equal_the_whole(settings: dict[str, Any]):
     """Users of different lengths start in one padded batch, get a second padded batch, then live items."""
     made = encoder(**settings)

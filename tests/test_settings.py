@@ -25,7 +25,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("n_heads", 0, "a whole number from 1 to "),
     ("head_dim", None, "a whole number from 1 to "),
     ("scan_backend", 3, "some text"),
-    ("filter", "fft", "one of causal, low_pass, none"),
+    ("filter", "fft", "one of causal, low_pass, residual, none"),
     ("filter_modes", 0, "a whole number from 1 to "),
     ("filter_cutoff", 0, "a number in (0, 1]"),
     ("filter_cutoff", 1.1, "a number in (0, 1]"),
