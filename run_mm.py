@@ -1,17 +1,20 @@
 """Train and evaluate M2Rec or a baseline: python run_mm.py [--key=value ...].
 
 Every key of config.yaml can be given; config.yaml beside this file is read unless
---config_files="FILE ..." names others.
+--config_files="FILE ..." names others. --resume=runs/NAME goes on with a run that was stopped.
 """
 
 import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 CONFIG = Path(__file__).parent / "config.yaml"
+# keys that --resume goes with
+OF_THE_MACHINE = ("gpu_id", "use_gpu", "show_progress", "state")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,14 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _start_logging(logging.ERROR if others else logging.INFO)
     try:
         from m2rec.configuration import build_config, parse_arguments
-        from m2rec.experiment import run
+        from m2rec.experiment import resumed, run
 
         given = parse_arguments(arguments)
         if given.get("state") == "DEBUG":  # before anything can go wrong
             logging.getLogger().setLevel(logging.DEBUG)
-        config = build_config(given, CONFIG)
+        folder = resumed_folder(given)
+        machine = {key: given[key] for key in OF_THE_MACHINE if key in given}
+        config = resumed(folder, machine) if folder else build_config(given, CONFIG)
         logging.getLogger().setLevel(logging.ERROR if others else config["state"])
-        result = run(config)
+        result = run(config, folder)
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         if not others:
@@ -44,6 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(format_table(result.metrics))
         _say(str(result.folder))
     return 0
+
+
+def resumed_folder(given: Mapping[str, Any]) -> Path | None:
+    """The folder that --resume names, or None; what else a run needs is in the folder.
+
+    Raises:
+        ValueError: another key is given, or the value is no folder's name.
+    """
+    if "resume" not in given:
+        return None
+    others = sorted(set(given) - {"resume", *OF_THE_MACHINE})
+    if others or not isinstance(given["resume"], str):
+        what = f"it takes its keys from the run, not --{others[0]}" if others else "expected runs/NAME"
+        raise ValueError(f"resume: {given['resume']!r}: {what}")
+    return Path(given["resume"])
 
 
 def format_table(metrics: dict) -> str:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,16 +22,17 @@ import yaml
 
 from m2rec import __version__, distributed
 from m2rec.compat import Config, data_preparation, init_seed
-from m2rec.configuration import find_model, resolved
+from m2rec.configuration import build_config, find_model, resolved
 from m2rec.dataset import HistoryDataset
 from m2rec.evaluation import ALL, UNSEEN
 from m2rec.files import write_text
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
-from m2rec.trainer import RunTrainer
+from m2rec.trainer import CHECKPOINT, RunTrainer
 
 logger = logging.getLogger(__name__)
 
+CONFIG = "config.yaml"
 METRICS = "metrics.json"
 RANKS = "test_ranks.csv"
 
@@ -98,11 +99,12 @@ def load_data(config: Config) -> tuple[HistoryDataset, tuple[Any, Any, Any]]:
     return dataset, (train, valid, test)
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, folder: Path | None = None) -> Prepared:
     """Load the data, make the model and a new run folder.
 
     Args:
         config: from `configuration.build_config`.
+        folder: that of a run that goes on; None for a new one.
 
     Raises:
         ValueError: the data can't be used as asked, or the model can't be made.
@@ -120,9 +122,11 @@ def prepare(config: Config) -> Prepared:
         with redirect_stdout(sys.stderr):  # FEARec prints while it is made
             model = find_model(config["model"])(config, train.dataset).to(config["device"])
     logger.info("%s: %s parameters", config["variant"], f"{sum(p.numel() for p in model.parameters()):,}")
-    folder = distributed.from_first(_new_folder(config, dataset) if distributed.is_first() else None)
+    resumes = folder is not None
+    if folder is None:
+        folder = distributed.from_first(_new_folder(config, dataset) if distributed.is_first() else None)
     torch.manual_seed(config["seed"] + distributed.rank())  # each process drops out its own
-    trainer = RunTrainer(config, model, folder)
+    trainer = RunTrainer(config, model, folder, resumes)
     return Prepared(config, dataset, (train, valid, test), data, trainer, clock)
 
 
@@ -144,21 +148,40 @@ def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -
         validated = valid if prepared.has_valid else None
         trainer.fit(train, validated, show_progress=config["show_progress"], callback_fn=watch)
     prepared.clock.lap("training")
+    prepared.clock.seconds["training"] = round(trainer.seconds, 3)
 
 
-def run(config: Config) -> Result:
+def resumed(folder: Path, machine: Mapping[str, Any]) -> Config:
+    """The config of a run that was stopped, for `run(config, folder)`.
+
+    Args:
+        folder: the run folder.
+        machine: keys that belong to the machine, such as gpu_id.
+
+    Raises:
+        ValueError: the folder holds no run that can go on.
+    """
+    missing = [name for name in (CONFIG, CHECKPOINT) if not (folder / name).is_file()]
+    if missing:
+        done = "; the run is finished" if (folder / METRICS).is_file() else ""
+        raise ValueError(f"resume: {folder} has no {missing[0]} to go on from{done}")
+    return build_config({**machine, "config_files": [str(folder / CONFIG)]})
+
+
+def run(config: Config, folder: Path | None = None) -> Result:
     """Train and evaluate one model; everything it leaves is in a new run folder.
 
     Under torchrun all processes call it, share the work, and return the same.
 
     Args:
         config: from `configuration.build_config`.
+        folder: that of a run that goes on, of which `config` is; None for a new one.
 
     Raises:
         ValueError: the data can't be used as asked, or training diverged.
     """
     with distributed.processes(config["device"]):
-        prepared = prepare(config)
+        prepared = prepare(config, folder)
         fit(prepared)
         return _evaluate(prepared)
 
@@ -194,6 +217,7 @@ def _evaluate(prepared: Prepared) -> Result:
     if distributed.is_first():
         tested.rows.write(trainer.folder / RANKS)
         write_text(trainer.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+        trainer.finish()
     return Result(trainer.folder, metrics)
 
 
@@ -313,8 +337,8 @@ def _new_folder(config: Config, dataset: HistoryDataset) -> Path:
 def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset) -> None:
     """What the run was made from: the resolved config, and item tokens by internal id."""
     settings = resolved(config)
-    header = f"# python run_mm.py --config_files={folder / 'config.yaml'} repeats this run\n"
-    write_text(folder / "config.yaml", header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    header = f"# python run_mm.py --config_files={folder / CONFIG} repeats this run\n"
+    write_text(folder / CONFIG, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     tokens = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
     write_text(folder / "items.json", json.dumps(tokens, ensure_ascii=False) + "\n")
 

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from m2rec import distributed
+from m2rec import checkpoint, distributed
 from m2rec.compat import Config, DataStruct, Interaction, Trainer
 from m2rec.evaluation import ALL, UNSEEN, Breakdown, Ranking, rank
 from m2rec.files import write_tensors, write_text
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 HISTORY = "history.csv"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,18 @@ class RunTrainer(Trainer):
     """Trains one model into one run folder.
 
     The best weights so far are `model.safetensors`, replaced as a whole; `history.csv` gets a
-    line per epoch. No pickle is written or read. Under torchrun the rows of each batch are
+    line per epoch; `checkpoint.safetensors` has what it takes to go on after the last whole epoch.
+    No pickle is written or read. Under torchrun the rows of each batch are
     shared out over the processes, and the first one writes.
 
     Args:
         config: a RecBole Config.
         model: any RecBole sequential model.
         folder: the run folder, which exists.
+        resumes: whether it holds a run that goes on.
     """
 
-    def __init__(self, config: Config, model: nn.Module, folder: Path) -> None:
+    def __init__(self, config: Config, model: nn.Module, folder: Path, resumes: bool = False) -> None:
         config["checkpoint_dir"] = str(folder)
         super().__init__(config, model)
         # for enable_amp: float16, the default on CUDA, would need a loss scaler
@@ -58,18 +61,75 @@ class RunTrainer(Trainer):
         self.saved_model_file = str(folder / WEIGHTS)
         self.best_epoch: int | None = None
         self.validates = True
+        self.seconds = 0.0  # of training, in all processes that this run has had
+        self._resumes = resumes
         names = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
         self._columns = ["epoch", "loss", "seconds", *names]
         distributed.broadcast(model)
         if distributed.is_first():
-            write_text(folder / HISTORY, ",".join(self._columns) + "\n")
+            if not resumes:
+                write_text(folder / HISTORY, ",".join(self._columns) + "\n")
             if config["tensorboard"]:
                 self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
-    def fit(self, train_data: Any, valid_data: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """RecBole's fit, with our own line per epoch instead of its four."""
+    def fit(
+        self, train_data: Any, valid_data: Any = None, *args: Any, callback_fn: Any = None, **kwargs: Any
+    ) -> Any:
+        """RecBole's fit, with our own line per epoch instead of its four, and a checkpoint after each.
+
+        Args:
+            train_data, valid_data: the loaders; without validation the last weights are kept.
+            callback_fn: called with epoch and score after each validation.
+        """
         self.validates = valid_data is not None
-        return super().fit(train_data, valid_data, *args, **{"verbose": False, **kwargs})
+        self._loader = train_data.generator
+        if self._resumes:
+            self._load_checkpoint()
+        self._started = perf_counter() - self.seconds
+
+        def after_validation(epoch: int, score: float) -> None:
+            self._keep(epoch)
+            if callback_fn:
+                callback_fn(epoch, score)
+
+        kwargs = {"verbose": False, "callback_fn": after_validation, **kwargs}
+        return super().fit(train_data, valid_data, *args, **kwargs)
+
+    def _keep(self, epoch: int) -> None:
+        """Write what it takes to go on after this epoch."""
+        self.seconds = perf_counter() - self._started
+        if distributed.is_first():
+            numbers = {
+                "epoch": epoch,
+                "cur_step": self.cur_step,
+                "best_epoch": self.best_epoch,
+                "best_valid_score": float(self.best_valid_score),
+                "losses": self.train_loss_dict,
+                "seconds": self.seconds,
+            }
+            path = self.folder / CHECKPOINT
+            checkpoint.save(path, self.model, self.optimizer, self._loader, numbers)
+
+    def _load_checkpoint(self) -> None:
+        """Go on after the last whole epoch; lines of history.csv after it are dropped.
+
+        Raises:
+            ValueError: the checkpoint can't be used.
+        """
+        path = self.folder / CHECKPOINT
+        numbers = checkpoint.load(path, self.model, self.optimizer, self._loader)
+        stopped = numbers["cur_step"] > self.stopping_step  # early stopping was due, only the test is left
+        self.start_epoch = self.epochs if stopped else numbers["epoch"] + 1
+        self.cur_step, self.best_epoch = numbers["cur_step"], numbers["best_epoch"]
+        self.best_valid_score = numbers["best_valid_score"]
+        self.train_loss_dict = {int(epoch): loss for epoch, loss in numbers["losses"].items()}
+        self.seconds = numbers["seconds"]
+        logger.info("goes on after epoch %s, best %s so far", numbers["epoch"], numbers["best_valid_score"])
+        if distributed.is_first():
+            lines = (self.folder / HISTORY).read_text(encoding="utf-8").splitlines()
+            write_text(self.folder / HISTORY, "\n".join(lines[: 2 + numbers["epoch"]]) + "\n")
+        else:  # only the first one's random state was kept
+            torch.manual_seed(self.config["seed"] + distributed.rank() + 1_000_003 * self.start_epoch)
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         """RecBole's optimiser, without weight decay on the parameters that are marked so."""
@@ -147,9 +207,18 @@ class RunTrainer(Trainer):
                 csv.DictWriter(file, self._columns, restval="").writerow(row)
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+        if epoch < 0:  # RecBole's, when there is no epoch left to train
+            return
         if distributed.is_first():
             write_tensors(Path(self.saved_model_file), self.model.state_dict())
         self.best_epoch = epoch
+        if not self.validates:
+            self._keep(epoch)
+
+    def finish(self) -> None:
+        """Take away what is only needed to go on."""
+        if distributed.is_first():
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
     def _check_nan(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):

@@ -3,8 +3,8 @@
 The file asks for every variant on every data set with every seed; each finished run becomes a
 row of results/NAME.csv. Runs go in parallel: one per GPU, or on a CPU as many as --jobs says,
 which share its cores. Stop it whenever you like: what is in the CSV is not run again, and a run
-that was cut off starts anew. Several sweeps of one file may run side by side; each run is taken
-by one of them. A run whose settings in the file have changed is run again.
+that was cut off goes on after its last whole epoch. Several sweeps of one file may run side by
+side; each run is taken by one of them. A run whose settings in the file have changed is run again.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from m2rec.experiment import commit
 from m2rec.files import write_text
 from m2rec.results import read_table, row_of_run, settings_text, write_table
 from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run
+from m2rec.trainer import CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
@@ -158,31 +159,41 @@ class Work:
         """Run a cell and keep its row; a finished run that is only missing in the CSV is taken as it is."""
         settings = settings_text(cell.keys)
         known = folder / SETTINGS
-        if not (finished_run(folder) and known.is_file() and known.read_text() == settings):
-            _remove_runs(folder)
-            write_text(known, settings)
-            command = [sys.executable, str(ROOT / "run_mm.py"), *self._arguments(cell, folder, gpu)]
-            with (folder / LOG).open("w") as log:
-                log.write(f"{shlex.join(command)}\n")
-                log.flush()
-                # the lock lives as long as the run does, whatever becomes of this process
-                status = subprocess.run(
-                    command, cwd=ROOT, stdout=log, stderr=log, env=self._environment(), pass_fds=(lock,)
-                ).returncode
+        current = known.is_file() and known.read_text(encoding="utf-8") == settings
+        if not (current and finished_run(folder)):
+            resumes = stopped_run(folder) if current else None
+            if resumes is None:
+                _remove_runs(folder)
+                write_text(known, settings)
+            status = self._call(self._arguments(cell, folder, gpu, resumes), folder / LOG, lock)
             if status:
-                return f"failed: {(folder / LOG).read_text().strip().splitlines()[-1]} ({folder / LOG})"
+                last = (folder / LOG).read_text(encoding="utf-8").strip().splitlines()[-1]
+                return f"failed: {last} ({folder / LOG})"
         finished = finished_run(folder)
         if finished is None:
             return f"failed: no run in {folder}"
         self._keep(cell, row_of_run(cell, finished))
         return None
 
-    def _arguments(self, cell: Cell, folder: Path, gpu: str | None) -> list[str]:
+    def _call(self, arguments: Sequence[str], log: Path, lock: int) -> int:
+        """run_mm.py in a process of its own; its exit status."""
+        command = [sys.executable, str(ROOT / "run_mm.py"), *arguments]
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{shlex.join(command)}\n")
+            file.flush()
+            # the lock lives as long as the run does, whatever becomes of this process
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=file, env=self._environment(), pass_fds=(lock,)
+            )
+        return done.returncode
+
+    def _arguments(self, cell: Cell, folder: Path, gpu: str | None, resumes: Path | None) -> list[str]:
         path = self.options.data_path
-        machine: dict[str, Any] = {"runs_dir": str(folder.resolve()), "show_progress": False}
-        machine |= {"data_path": str(Path(path).resolve())} if path else {}
-        machine |= {"gpu_id": gpu} if gpu else {}
-        values = {"dataset": cell.dataset, **cell.keys, "seed": cell.seed, **machine}
+        values = {"dataset": cell.dataset, **cell.keys, "seed": cell.seed, "runs_dir": str(folder.resolve())}
+        values |= {"data_path": str(Path(path).resolve())} if path else {}
+        if resumes is not None:
+            values = {"resume": str(resumes.resolve())}
+        values |= {"show_progress": False, **({"gpu_id": gpu} if gpu else {})}
         return [f"--{key}={_as_argument(value)}" for key, value in values.items()]
 
     def _environment(self) -> dict[str, str]:
@@ -205,6 +216,11 @@ def _key(cell: Cell) -> tuple[str, str, str]:
 
 def _as_argument(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def stopped_run(folder: Path) -> Path | None:
+    """The run in a cell's folder that can go on, if there is one."""
+    return max((path.parent for path in folder.glob(f"*/{CHECKPOINT}")), default=None)
 
 
 def _remove_runs(folder: Path) -> None:

@@ -73,8 +73,9 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     """Call run_mm.main with arguments; returns exit status, stdout and stderr."""
     from run_mm import main
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        status = main([f"--runs_dir={tmp_path / 'runs'}", *arguments])
+    def call(*arguments: str, runs_dir: bool = True) -> tuple[int, str, str]:
+        own = [f"--runs_dir={tmp_path / 'runs'}"] if runs_dir else []
+        status = main([*own, *arguments])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -24,7 +24,7 @@ RANKS = [
     {"compat"},
     {"encoder"},
     {"layer", "text_vectors", "loss", "atomic"},
-    {"settings", "checks", "text", "files", "distributed", "histories", "statistics"},
+    {"settings", "checks", "text", "files", "checkpoint", "distributed", "histories", "statistics"},
     {"mamba", "attention", "fourier", "gate"},
     {"ops"},
 ]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_what_fails_is_said_and_the_rest_runs(tmp_path: Path, toy: Path, capsys:
 
 
 def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
-    """Killed in the first run, which is long; it holds its cell until it ends, and then starts anew."""
+    """Killed in the first run, which is long: it holds its cell until it ends, and then goes on."""
     long = {"M2Rec": {"epochs": 100_000, "stopping_step": 100_000}, "Popularity": {"model": "Popularity"}}
     path = asked(tmp_path, toy, seeds=[1], variants=long)
     command = [sys.executable, "scripts/sweep.py", *given(path, toy)]
@@ -120,7 +121,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
     cell = cell_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
     try:
         deadline = time.monotonic() + 90
-        while not list(cell.glob("*/model.safetensors")) and time.monotonic() < deadline:
+        while not list(cell.glob("*/checkpoint.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.1)
         process.kill()
         process.wait()
@@ -129,10 +130,17 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
     time.sleep(0.5)
-    asked(tmp_path, toy, seeds=[1])
+    (checkpoint,) = cell.glob("*/checkpoint.safetensors")
+    config = checkpoint.with_name("config.yaml")  # or it would go on for a day
+    config.write_text(re.sub("epochs: .*", "epochs: 1", config.read_text()))
     assert main(given(path, toy)) == 0
     assert [row["variant"] for row in rows(path)] == ["M2Rec", "Popularity"]
-    assert len(list(cell.glob("*/history.csv"))) == 1  # nothing is left of what was cut off
+    assert "goes on after epoch" in (cell / "log.txt").read_text()
+    assert not list(cell.glob("*/checkpoint.safetensors"))
+
+    asked(tmp_path, toy, seeds=[1])  # other settings: nothing of it is used
+    assert main(given(path, toy)) == 0
+    assert len(list(cell.glob("*/history.csv"))) == 1 and rows(path)[0]["epochs"] == "1"
 
 
 def test_mistakes(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]):

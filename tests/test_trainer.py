@@ -104,6 +104,10 @@ def test_best_weights_and_history(toy: Path, tmp_path: Path):
     for name, value in load_file(folder / "model.safetensors").items():
         assert torch.equal(value, trainer.model.state_dict()[name])
     assert trainer.evaluate(loaders[1])["ndcg@10"] == pytest.approx(max(scores))
+    assert {p.name for p in folder.iterdir()} == {
+        "checkpoint.safetensors", "history.csv", "model.safetensors",
+    }  # fmt: skip
+    trainer.finish()
     assert {p.name for p in folder.iterdir()} == {"history.csv", "model.safetensors"}
 
 

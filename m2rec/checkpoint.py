@@ -1,0 +1,113 @@
+"""The whole state of a training in one safetensors file: tensors, and plain numbers as JSON.
+
+Nothing is pickled: what is no tensor is a number or a list of numbers in the file's metadata.
+"""
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from m2rec.files import write_tensors
+
+_MODEL, _OPTIMIZER, _RANDOM = "model.", "optimizer.", "random."
+
+
+def save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: torch.Generator,
+    numbers: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint as a whole, in the place of an earlier one.
+
+    Args:
+        path: the file.
+        model: its parameters and buffers.
+        optimizer: its state; the groups' settings come from the run's config.
+        loader: the generator that shuffles the training rows.
+        numbers: whatever else goes on, in plain JSON.
+    """
+    tensors = {f"{_MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        tensors |= {f"{_OPTIMIZER}{index}.{name}": value for name, value in found.items()}
+    generators, words = _random_state(loader)
+    tensors |= {f"{_RANDOM}{name}": state for name, state in generators.items()}
+    write_tensors(path, tensors, {"numbers": json.dumps({**numbers, "random": words})})
+
+
+def load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loader: torch.Generator
+) -> dict[str, Any]:
+    """Put a checkpoint's state back and return its numbers.
+
+    Raises:
+        ValueError: the file can't be read, or is of another model or optimizer.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            numbers = json.loads((file.metadata() or {})["numbers"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        words = numbers.pop("random")
+        model.load_state_dict(_under(tensors, _MODEL))
+        _load_optimizer(optimizer, _under(tensors, _OPTIMIZER))
+        _set_random_state(loader, _under(tensors, _RANDOM), words)
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is no checkpoint of this run ({type(error).__name__}: {reason}); start a new run"
+        ) from error
+    return dict(numbers)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, _, key = name.partition(".")
+        if tensor.dim() and tensor.shape != parameters[int(number)].shape:
+            raise ValueError(f"{key} of parameter {number} has shape {tuple(tensor.shape)}")
+        state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _random_state(loader: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The states of every generator that training draws from, as tensors and as numbers."""
+    version, words, gauss = random.getstate()
+    of_numpy: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = of_numpy
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "loader": loader.get_state(),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "python": torch.tensor(words),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    numbers = {"python": [version, gauss], "numpy": [name, int(position), int(has_gauss), float(cached)]}
+    return tensors, numbers
+
+
+def _set_random_state(
+    loader: torch.Generator, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    torch.set_rng_state(tensors["torch"])
+    loader.set_state(tensors["loader"])
+    name, position, has_gauss, cached = numbers["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    version, gauss = numbers["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
