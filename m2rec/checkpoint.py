@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from m2rec.averaging import WeightAverage
 from m2rec.files import write_tensors
 
-_MODEL, _OPTIMIZER, _RANDOM = "model.", "optimizer.", "random."
+_MODEL, _OPTIMIZER, _RANDOM, _AVERAGE = "model.", "optimizer.", "random.", "average."
 
 
 def save(
@@ -24,6 +25,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: torch.Generator,
+    average: WeightAverage | None,
     numbers: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint as a whole, in the place of an earlier one.
@@ -33,6 +35,7 @@ def save(
         model: its parameters and buffers.
         optimizer: its state; the groups' settings come from the run's config.
         loader: the generator that shuffles the training rows.
+        average: of the weights, if the run takes one.
         numbers: whatever else goes on, in plain JSON.
     """
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
@@ -41,11 +44,19 @@ def save(
         tensors |= {f"{_OPTIMIZER}{index}.{name}": value for name, value in found.items()}
     generators, words = _random_state(loader)
     tensors |= {f"{_RANDOM}{name}": state for name, state in generators.items()}
-    write_tensors(path, tensors, {"numbers": json.dumps({**numbers, "random": words})})
+    own: dict[str, Any] = {"random": words}
+    if average is not None:
+        tensors |= {f"{_AVERAGE}{name}": value for name, value in average.averages.items()}
+        own["taken"] = average.taken
+    write_tensors(path, tensors, {"numbers": json.dumps({**numbers, **own})})
 
 
 def load(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loader: torch.Generator
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: torch.Generator,
+    average: WeightAverage | None,
 ) -> dict[str, Any]:
     """Put a checkpoint's state back and return its numbers.
 
@@ -59,6 +70,8 @@ def load(
         words = numbers.pop("random")
         model.load_state_dict(_under(tensors, _MODEL))
         _load_optimizer(optimizer, _under(tensors, _OPTIMIZER))
+        if average is not None:
+            average.load(_under(tensors, _AVERAGE), numbers.pop("taken"))
         _set_random_state(loader, _under(tensors, _RANDOM), words)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())

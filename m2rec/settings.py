@@ -151,6 +151,7 @@ class RunSettings(_Settings):
     eval_batch_size: int = integer(4096, 1)
     learning_rate: float = number(0.001, 0, float("inf"), open_low=True, open_high=True)
     weight_decay: float = number(0.0, 0, float("inf"), open_high=True)
+    average_epochs: float = number(0.0, 0, float("inf"), open_high=True)
     learner: str = choice("adam", "adamw", "sgd", "adagrad", "rmsprop")
     shuffle: bool = flag(True)
     worker: int = integer(0, 0, 1_000)

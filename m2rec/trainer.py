@@ -3,7 +3,7 @@
 import csv
 import logging
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from m2rec import checkpoint, distributed
+from m2rec.averaging import WeightAverage
 from m2rec.compat import Config, DataStruct, Interaction, Trainer
 from m2rec.evaluation import ALL, UNSEEN, Breakdown, Ranking, rank
 from m2rec.files import write_tensors, write_text
@@ -63,6 +64,7 @@ class RunTrainer(Trainer):
         self.validates = True
         self.seconds = 0.0  # of training, in all processes that this run has had
         self._resumes = resumes
+        self.average: WeightAverage | None = None
         names = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
         self._columns = ["epoch", "loss", "seconds", *names]
         distributed.broadcast(model)
@@ -83,6 +85,8 @@ class RunTrainer(Trainer):
         """
         self.validates = valid_data is not None
         self._loader = train_data.generator
+        looks_back = self.config["average_epochs"] * len(train_data)
+        self.average = WeightAverage(self.model, max(1.0, looks_back)) if looks_back else None
         if self._resumes:
             self._load_checkpoint()
         self._started = perf_counter() - self.seconds
@@ -108,7 +112,7 @@ class RunTrainer(Trainer):
                 "seconds": self.seconds,
             }
             path = self.folder / CHECKPOINT
-            checkpoint.save(path, self.model, self.optimizer, self._loader, numbers)
+            checkpoint.save(path, self.model, self.optimizer, self._loader, self.average, numbers)
 
     def _load_checkpoint(self) -> None:
         """Go on after the last whole epoch; lines of history.csv after it are dropped.
@@ -117,7 +121,7 @@ class RunTrainer(Trainer):
             ValueError: the checkpoint can't be used.
         """
         path = self.folder / CHECKPOINT
-        numbers = checkpoint.load(path, self.model, self.optimizer, self._loader)
+        numbers = checkpoint.load(path, self.model, self.optimizer, self._loader, self.average)
         stopped = numbers["cur_step"] > self.stopping_step  # early stopping was due, only the test is left
         self.start_epoch = self.epochs if stopped else numbers["epoch"] + 1
         self.cur_step, self.best_epoch = numbers["cur_step"], numbers["best_epoch"]
@@ -172,7 +176,13 @@ class RunTrainer(Trainer):
         if self.clip_grad_norm:
             clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
         return loss
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The weights that are judged: their average, if the run takes one."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def _own_rows(self, batch: Interaction, dense: bool) -> tuple[Interaction, float]:
         """This process's rows of a batch, and their share of its targets, which weighs their mean loss."""
@@ -189,7 +199,8 @@ class RunTrainer(Trainer):
         return tqdm(steps, desc=what, leave=False, ncols=100) if shown else steps
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
-        score, result = super()._valid_epoch(valid_data, show_progress)
+        with self._averaged():
+            score, result = super()._valid_epoch(valid_data, show_progress)
         self._report(result)
         return score, result
 
@@ -210,7 +221,8 @@ class RunTrainer(Trainer):
         if epoch < 0:  # RecBole's, when there is no epoch left to train
             return
         if distributed.is_first():
-            write_tensors(Path(self.saved_model_file), self.model.state_dict())
+            with self._averaged():
+                write_tensors(Path(self.saved_model_file), self.model.state_dict())
         self.best_epoch = epoch
         if not self.validates:
             self._keep(epoch)

@@ -336,6 +336,7 @@ def run_trial(plan: Plan, runs_dir: Path, trial: optuna.Trial) -> float:
         trial.set_user_attr("seconds", round(perf_counter() - start, 1))
         trial.set_user_attr("commit", experiment.commit())
         if prepared:
+            prepared.trainer.finish()
             trial.set_user_attr("epochs", len(prepared.trainer.train_loss_dict))
             trial.set_user_attr("best_epoch", prepared.trainer.best_epoch)
             trial.set_user_attr("parameters", prepared.parameters)

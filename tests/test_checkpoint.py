@@ -45,6 +45,7 @@ def outcome(folder: Path) -> tuple[Any, Any, Any, Any]:
     [
         pytest.param({}, id="dense"),
         pytest.param({"worker": 1, "enable_amp": True, "learner": "rmsprop"}, id="worker"),
+        pytest.param({"average_epochs": 1.5}, id="average"),
         pytest.param({"rows": "prefix", "loss_type": "BPR"}, id="own negatives"),
         pytest.param({"model": "BERT4Rec", "n_layers": 1}, id="masks"),
         pytest.param({"stopping_step": 0, "learning_rate": 1e-9}, id="stopped early"),
@@ -116,7 +117,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
         return model, torch.optim.Adam(model.parameters()), torch.Generator()
 
     path = tmp_path / "c.safetensors"
-    checkpoint.save(path, *made(3), {"epoch": 1})
+    checkpoint.save(path, *made(3), None, {"epoch": 1})
     with pytest.raises(ValueError, match=r"is no checkpoint of this run \(RuntimeError: .*size mismatch"):
-        checkpoint.load(path, *made(4))
-    assert checkpoint.load(path, *made(3)) == {"epoch": 1}
+        checkpoint.load(path, *made(4), None)
+    assert checkpoint.load(path, *made(3), None) == {"epoch": 1}

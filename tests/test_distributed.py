@@ -40,7 +40,8 @@ def test_two_processes_equal_one(toy: Path, tmp_path: Path, rows: str):
     arguments = as_arguments(
         small(toy, rows=rows, dropout_prob=0.0, text_vectors="none", train_batch_size=7, learner="sgd",
               learning_rate=0.5, clip_grad_norm="{max_norm: 0.5}", eval_batch_size=4,
-              metrics="[NDCG,ItemCoverage]")
+              metrics="[NDCG,ItemCoverage]",
+              average_epochs=0.5)
     )  # fmt: skip
     outcomes = {}
     for n in (1, 2):

@@ -23,8 +23,8 @@ RANKS = [
     {"dataset"},
     {"compat"},
     {"encoder"},
-    {"layer", "text_vectors", "loss", "atomic"},
-    {"settings", "checks", "text", "files", "checkpoint", "distributed", "histories", "statistics"},
+    {"layer", "text_vectors", "loss", "atomic", "checkpoint"},
+    {"settings", "checks", "text", "files", "averaging", "distributed", "histories", "statistics"},
     {"mamba", "attention", "fourier", "gate"},
     {"ops"},
 ]
