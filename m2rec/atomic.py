@@ -146,7 +146,10 @@ def download(name: str, folder: Path, url: str | None) -> None:
             extract_zip(archive, unpacked)
             rename_atomic_files(unpacked, archive.stem, name)
             (unpacked / f"{name}.inter").stat()
-            unpacked.rename(folder)
+            try:
+                unpacked.rename(folder)
+            except OSError:  # another process was faster
+                wanted.stat()
     except Exception as error:
         raise ValueError(
             f"dataset: {name!r} not found: there is no {wanted}, and its download from {url} failed "

@@ -19,7 +19,9 @@ def check_evaluation(values: dict[str, Any]) -> None:
     """One protocol: leave-one-out, full ranking; and a stopping metric that is measured."""
     args = values.get("eval_args")
     if args is not None and (not isinstance(args, dict) or {**EVALUATION, **args} != EVALUATION):
-        raise ValueError(f"eval_args: {args} is not supported; leave it out (leave-one-out, full ranking)")
+        raise ValueError(
+            f"eval_args: {args} is not supported; leave it out and set split (the ranking is always full)"
+        )
     values["eval_args"] = dict(EVALUATION)
     topk = values["topk"] if isinstance(values["topk"], list) else [values["topk"]]
     if not topk or not all(type(k) is int and k > 0 for k in topk):

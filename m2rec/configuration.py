@@ -6,6 +6,7 @@ variant (`m2rec/properties/`), RecBole's own defaults.
 
 import difflib
 import inspect
+import json
 import logging
 import re
 import sys
@@ -67,6 +68,8 @@ class RunConfig(Config):
     def _init_device(self) -> None:
         gpu = str(self.final_config_dict["gpu_id"]).strip()
         cuda = gpu != "" and torch.cuda.is_available()
+        if cuda:
+            distributed.check_gpus()
         number = distributed.local_rank()  # under torchrun each process has its own GPU
         device = torch.device("cuda", int(gpu) if number is None else number) if cuda else torch.device("cpu")
         self.final_config_dict.update(gpu_id=gpu, device=device, single_spec=True, local_rank=0)
@@ -117,6 +120,18 @@ def _parse_value(value: str) -> Any:
         return _read(value)
     except yaml.YAMLError:
         return value
+
+
+def as_text(value: Any) -> str:
+    """The value as it is written after `--key=`."""
+    if isinstance(value, str) and _parse_value(value) == value:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def as_argument(key: str, value: Any) -> str:
+    """The argument that `parse_arguments` reads as this key and value."""
+    return f"--{key}={as_text(value)}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

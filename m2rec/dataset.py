@@ -111,7 +111,7 @@ class HistoryDataset(SequentialDataset):
                 f"item_inter_num_interval or val_interval"
             )
         longest = int(self.inter_feat[self.uid_field].value_counts().max())
-        if longest < 3:
+        if longest < 3 and self.split == "leave_one_out":
             raise ValueError(
                 f"dataset: nobody in {self.dataset_name!r} has three interactions (the most is {longest}; "
                 f"{_in_words(self.counts)}); one is needed to start from, one to train and one to test"
@@ -207,6 +207,11 @@ class HistoryDataset(SequentialDataset):
             raise ValueError(
                 f"split: {self.split!r} leaves no training target in {self.dataset_name!r}; "
                 f"raise valid_from, or set split: leave_one_out"
+            )
+        if not len(parts[2]):
+            raise ValueError(
+                f"split: {self.split!r} leaves no test target in {self.dataset_name!r}: nobody has a history "
+                f"and an item after test_from; lower it, or set split: leave_one_out"
             )
         return parts
 

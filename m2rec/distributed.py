@@ -1,7 +1,8 @@
 """Work shared out over the processes that torchrun starts; in a single process all of this is nothing.
 
-Every process builds the same data and the same batches and takes its own rows of each, so the
-result is that of one process at the same batch size, up to the order of floating-point sums.
+Every process builds the same data and the same batches and takes its own rows of each, so a step
+is that of one process at the same batch size, up to the order of floating-point sums, wherever the
+loss is a mean over targets. What is drawn at random, dropout and sampled negatives, each draws itself.
 """
 
 import os
@@ -20,7 +21,11 @@ def processes(device: torch.device) -> Iterator[None]:
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL puts what it sends
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield
     finally:
@@ -38,8 +43,31 @@ def size() -> int:
 
 
 def local_rank() -> int | None:
-    """Which of this machine's processes torchrun says this is; None if it did not start it."""
-    return int(os.environ["LOCAL_RANK"]) if "RANK" in os.environ else None
+    """Which of this machine's processes torchrun says this is; None if it did not start it.
+
+    Raises:
+        ValueError: something else set RANK.
+    """
+    if "RANK" not in os.environ:
+        return None
+    if not os.environ.get("LOCAL_RANK", "").isdigit():
+        raise ValueError(
+            "RANK is set, but not LOCAL_RANK: start several processes with torchrun, or unset RANK"
+        )
+    return int(os.environ["LOCAL_RANK"])
+
+
+def check_gpus() -> None:
+    """Each of this machine's processes needs a GPU of its own.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    number, count = local_rank(), torch.cuda.device_count()
+    if number is not None and number >= count:
+        raise ValueError(
+            f"torchrun: more processes than GPUs ({count}); lower --nproc_per_node, or set use_gpu: false"
+        )
 
 
 def is_first() -> bool:

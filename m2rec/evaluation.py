@@ -65,14 +65,14 @@ def rank(
         loader: the part's loader, of a `HistoryDataset`.
         batches: goes through the batches of rows, for a progress bar.
         protocols: `all`, RecBole's; `unseen`, where the items that a user had before, other than
-            the target, are taken out.
+            the target, are taken out (where fewer than K are left, they fill the end of the list).
     """
     dataset: HistoryDataset = loader.dataset
     cut = max(loader.config["topk"])
     lengths = dataset.inter_feat[dataset.item_list_length_field]
     own = lengths.argsort(stable=True)[distributed.rank() :: distributed.size()]  # alike ones together
     found: dict[str, list[Tensor]] = {name: [torch.empty(0, cut, dtype=torch.int64)] for name in protocols}
-    for rows in batches(own.split(loader.step)):
+    for rows in batches(own.split(loader.step) if len(own) else ()):
         interaction = loader.collate_fn(rows.numpy())[0]
         scores = score(interaction)
         for name, parts in found.items():

@@ -25,16 +25,16 @@ from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.configuration import build_config, find_model, resolved
 from m2rec.dataset import HistoryDataset
 from m2rec.evaluation import ALL, UNSEEN
-from m2rec.files import write_text
+from m2rec.files import CHECKPOINT_FILE, CONFIG_FILE, ITEMS_FILE, METRICS_FILE, RANKS_FILE, write_text
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
-from m2rec.trainer import CHECKPOINT, RunTrainer
+from m2rec.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
-METRICS = "metrics.json"
-RANKS = "test_ranks.csv"
+
+# what a sweep and its report write themselves
+_NO_CODE = (":(exclude)results", ":(exclude)*.md")
 
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
 
@@ -73,6 +73,7 @@ class Prepared:
     parts: tuple[Any, Any, Any]
     data: dict[str, int]
     trainer: RunTrainer
+    commit: str | None
     clock: _Clock
 
     @property
@@ -109,7 +110,7 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
     Raises:
         ValueError: the data can't be used as asked, or the model can't be made.
     """
-    clock = _Clock()
+    clock, code = _Clock(), commit()  # of the code as it is now, whatever happens to it meanwhile
     logger.info("%s", _describe_device(config))
     dataset, (train, valid, test) = load_data(config)
     _fit_topk(config, dataset.item_num - 1)
@@ -127,7 +128,7 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
         folder = distributed.from_first(_new_folder(config, dataset) if distributed.is_first() else None)
     torch.manual_seed(config["seed"] + distributed.rank())  # each process drops out its own
     trainer = RunTrainer(config, model, folder, resumes)
-    return Prepared(config, dataset, (train, valid, test), data, trainer, clock)
+    return Prepared(config, dataset, (train, valid, test), data, trainer, code, clock)
 
 
 def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -> None:
@@ -143,7 +144,10 @@ def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -
     """
     config, trainer, (train, valid, _) = prepared.config, prepared.trainer, prepared.parts
     if not prepared.has_valid:
-        logger.warning("no user has four interactions: no validation rows, the last epoch's weights are kept")
+        why = (
+            "no user has four interactions" if prepared.dataset.split == "leave_one_out" else "see valid_from"
+        )
+        logger.warning("no validation rows (%s): the last epoch's weights are kept", why)
     with _explained(f"model: {config['variant']} can't be trained with these keys and this data"):
         validated = valid if prepared.has_valid else None
         trainer.fit(train, validated, show_progress=config["show_progress"], callback_fn=watch)
@@ -161,11 +165,11 @@ def resumed(folder: Path, machine: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: the folder holds no run that can go on.
     """
-    missing = [name for name in (CONFIG, CHECKPOINT) if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG_FILE, CHECKPOINT_FILE) if not (folder / name).is_file()]
     if missing:
-        done = "; the run is finished" if (folder / METRICS).is_file() else ""
+        done = "; the run is finished" if (folder / METRICS_FILE).is_file() else ""
         raise ValueError(f"resume: {folder} has no {missing[0]} to go on from{done}")
-    return build_config({**machine, "config_files": [str(folder / CONFIG)]})
+    return build_config({**machine, "config_files": [str(folder / CONFIG_FILE)]})
 
 
 def run(config: Config, folder: Path | None = None) -> Result:
@@ -181,9 +185,14 @@ def run(config: Config, folder: Path | None = None) -> Result:
         ValueError: the data can't be used as asked, or training diverged.
     """
     with distributed.processes(config["device"]):
-        prepared = prepare(config, folder)
-        fit(prepared)
-        return _evaluate(prepared)
+        try:
+            prepared = prepare(config, folder)
+            fit(prepared)
+            return _evaluate(prepared)
+        except Exception as error:
+            if not distributed.is_first():  # the first one may only see that this one is gone
+                logger.error("process %s: %s", distributed.rank(), error)
+            raise
 
 
 def _evaluate(prepared: Prepared) -> Result:
@@ -206,7 +215,7 @@ def _evaluate(prepared: Prepared) -> Result:
         "epochs": len(trainer.train_loss_dict),
         "protocol": _describe_protocol(config, prepared.dataset),
         "seed": config["seed"],
-        "commit": commit(),
+        "commit": prepared.commit,
         "versions": _versions(),
         "data": prepared.data,
         "text": getattr(trainer.model, "text_source", None),
@@ -215,8 +224,8 @@ def _evaluate(prepared: Prepared) -> Result:
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
     }
     if distributed.is_first():
-        tested.rows.write(trainer.folder / RANKS)
-        write_text(trainer.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+        tested.rows.write(trainer.folder / RANKS_FILE)
+        write_text(trainer.folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
         trainer.finish()
     return Result(trainer.folder, metrics)
 
@@ -337,14 +346,14 @@ def _new_folder(config: Config, dataset: HistoryDataset) -> Path:
 def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset) -> None:
     """What the run was made from: the resolved config, and item tokens by internal id."""
     settings = resolved(config)
-    header = f"# python run_mm.py --config_files={folder / CONFIG} repeats this run\n"
-    write_text(folder / CONFIG, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    header = f"# python run_mm.py --config_files={folder / CONFIG_FILE} repeats this run\n"
+    write_text(folder / CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     tokens = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-    write_text(folder / "items.json", json.dumps(tokens, ensure_ascii=False) + "\n")
+    write_text(folder / ITEMS_FILE, json.dumps(tokens, ensure_ascii=False) + "\n")
 
 
 def commit() -> str | None:
-    """The commit of this code, `+dirty` with uncommitted changes; None outside a repository."""
+    """The commit of this code, `+dirty` with uncommitted changes of it; None outside a repository."""
     root = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -352,7 +361,9 @@ def commit() -> str | None:
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + (
+            "+dirty" if git("status", "--porcelain", "-uno", "--", ".", *_NO_CODE) else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one."""
+"""The files of a run folder, and writing files so that a reader never meets half of one."""
 
 import os
 from collections.abc import Callable
@@ -6,6 +6,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.json"  # the last that a run writes
+HISTORY_FILE = "history.csv"
+RANKS_FILE = "test_ranks.csv"
+ITEMS_FILE = "items.json"
+WEIGHTS_FILE = "model.safetensors"
+CHECKPOINT_FILE = "checkpoint.safetensors"  # until the run is finished
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

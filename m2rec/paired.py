@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from m2rec.files import RANKS_FILE
 from m2rec.results import PAIRED, PROTOCOLS
 from m2rec.statistics import Floats, metric_of_ranks, paired_bootstrap
 from m2rec.sweeps import Sweep, cell_folder, finished_run
 
 logger = logging.getLogger(__name__)
 
-RANKS = "test_ranks.csv"
 METRICS = ("hit@10", "ndcg@10")
 MEASURES = [(protocol, metric) for protocol in PROTOCOLS for metric in METRICS]
 
@@ -74,7 +74,7 @@ def read_ranks(folder: Path) -> Ranks:
         ValueError: it can't be read, a column is missing, a place is no whole number from 0, or
             a user comes twice.
     """
-    path = folder / RANKS
+    path = folder / RANKS_FILE
     columns = ["user", "item", *PROTOCOLS]
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")

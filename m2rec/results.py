@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from m2rec.files import write_text
-from m2rec.sweeps import METRICS, Cell, Sweep
+from m2rec.files import HISTORY_FILE, METRICS_FILE, write_text
+from m2rec.sweeps import Cell, Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,10 @@ def row_of_run(cell: Cell, folder: Path) -> Row:
         ValueError: metrics.json can't be read.
     """
     try:
-        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-        seconds = [float(line["seconds"]) for line in read_rows(folder / "history.csv", ("seconds",))]
+        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+        seconds = [float(line["seconds"]) for line in read_rows(folder / HISTORY_FILE, ("seconds",))]
+        if missing := [metric for metric in _BUCKETED if metric not in metrics["test"]]:
+            raise ValueError(f"{missing[0]} was not measured, which tables and tests are made of; set topk")
         row = {
             "dataset": cell.dataset,
             "model": metrics["model"],

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from m2rec.configuration import nearest, read_yaml
+from m2rec.files import METRICS_FILE
 
-METRICS = "metrics.json"
 MAIN = "main"
 # the second words of README's markers that stand for no table of the sweep
 RESERVED = ("reported", "buckets")
@@ -85,7 +85,9 @@ def cell_folder(root: Path, dataset: str, variant: str, seed: int) -> Path:
 
 def finished_run(cell: Path) -> Path | None:
     """The newest run folder in a cell's folder that has metrics.json, which is written last."""
-    done = [(path.stat().st_mtime_ns, path.parent.name, path.parent) for path in cell.glob(f"*/{METRICS}")]
+    done = [
+        (path.stat().st_mtime_ns, path.parent.name, path.parent) for path in cell.glob(f"*/{METRICS_FILE}")
+    ]
     return max(done)[-1] if done else None
 
 

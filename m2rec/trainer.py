@@ -21,13 +21,9 @@ from m2rec import checkpoint, distributed
 from m2rec.averaging import WeightAverage
 from m2rec.compat import Config, DataStruct, Interaction, Trainer
 from m2rec.evaluation import ALL, UNSEEN, Breakdown, Ranking, rank
-from m2rec.files import write_tensors, write_text
+from m2rec.files import CHECKPOINT_FILE, HISTORY_FILE, WEIGHTS_FILE, write_tensors, write_text
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = "model.safetensors"
-HISTORY = "history.csv"
-CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class RunTrainer(Trainer):
         # for enable_amp: float16, the default on CUDA, would need a loss scaler
         torch.set_autocast_dtype(self.device.type, torch.bfloat16)
         self.folder = folder
-        self.saved_model_file = str(folder / WEIGHTS)
+        self.saved_model_file = str(folder / WEIGHTS_FILE)
         self.best_epoch: int | None = None
         self.validates = True
         self.seconds = 0.0  # of training, in all processes that this run has had
@@ -70,7 +66,7 @@ class RunTrainer(Trainer):
         distributed.broadcast(model)
         if distributed.is_first():
             if not resumes:
-                write_text(folder / HISTORY, ",".join(self._columns) + "\n")
+                write_text(folder / HISTORY_FILE, ",".join(self._columns) + "\n")
             if config["tensorboard"]:
                 self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
@@ -111,7 +107,7 @@ class RunTrainer(Trainer):
                 "losses": self.train_loss_dict,
                 "seconds": self.seconds,
             }
-            path = self.folder / CHECKPOINT
+            path = self.folder / CHECKPOINT_FILE
             checkpoint.save(path, self.model, self.optimizer, self._loader, self.average, numbers)
 
     def _load_checkpoint(self) -> None:
@@ -120,7 +116,7 @@ class RunTrainer(Trainer):
         Raises:
             ValueError: the checkpoint can't be used.
         """
-        path = self.folder / CHECKPOINT
+        path = self.folder / CHECKPOINT_FILE
         numbers = checkpoint.load(path, self.model, self.optimizer, self._loader, self.average)
         stopped = numbers["cur_step"] > self.stopping_step  # early stopping was due, only the test is left
         self.start_epoch = self.epochs if stopped else numbers["epoch"] + 1
@@ -130,8 +126,8 @@ class RunTrainer(Trainer):
         self.seconds = numbers["seconds"]
         logger.info("goes on after epoch %s, best %s so far", numbers["epoch"], numbers["best_valid_score"])
         if distributed.is_first():
-            lines = (self.folder / HISTORY).read_text(encoding="utf-8").splitlines()
-            write_text(self.folder / HISTORY, "\n".join(lines[: 2 + numbers["epoch"]]) + "\n")
+            lines = (self.folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
+            write_text(self.folder / HISTORY_FILE, "\n".join(lines[: 2 + numbers["epoch"]]) + "\n")
         else:  # only the first one's random state was kept
             torch.manual_seed(self.config["seed"] + distributed.rank() + 1_000_003 * self.start_epoch)
 
@@ -170,9 +166,9 @@ class RunTrainer(Trainer):
                 losses = self.model.calculate_loss(own)
             loss = torch.stack(losses).sum() if isinstance(losses, tuple) else losses
             loss = loss if share == 1 else loss * share
-            self._check_nan(loss)
             loss.backward()
         loss = distributed.sum_gradients(self.model.parameters(), loss.detach())
+        self._check_nan(loss)
         if self.clip_grad_norm:
             clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
         self.optimizer.step()
@@ -214,7 +210,7 @@ class RunTrainer(Trainer):
             words += f"  valid {self.valid_metric} {result[self.valid_metric]:.4f}, best {best:.4f}"
         logger.info("%s", words)
         if distributed.is_first():
-            with (self.folder / HISTORY).open("a", newline="", encoding="utf-8") as file:
+            with (self.folder / HISTORY_FILE).open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns, restval="").writerow(row)
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
@@ -230,7 +226,7 @@ class RunTrainer(Trainer):
     def finish(self) -> None:
         """Take away what is only needed to go on."""
         if distributed.is_first():
-            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+            (self.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
     def _check_nan(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):

@@ -47,7 +47,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--check", action="store_true", help="write nothing; exit 1 if README.md would change"
     )
     parser.add_argument("--paired", metavar="NAME", help="make results/NAME-paired.csv from run folders")
-    parser.add_argument("--runs", type=Path, help="folder of the sweep's cells; runs/sweeps/NAME by default")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "sweeps", help="folder of the sweeps' runs"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the sweeps")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the markers")
     return parser.parse_args(arguments)
@@ -60,8 +62,7 @@ def compare(options: argparse.Namespace) -> int:
         ValueError: the sweep or its runs can't be read or compared.
     """
     sweep = Sweep.read(options.results / f"{options.paired}.yaml")
-    runs = options.runs or ROOT / "runs" / "sweeps" / sweep.name
-    rows = paired.compare(sweep, runs)
+    rows = paired.compare(sweep, options.runs / sweep.name)
     path = sweep.path.with_name(f"{sweep.name}-paired.csv")
     write_text(path, paired.as_csv(rows))
     print(path)

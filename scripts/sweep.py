@@ -9,11 +9,11 @@ side; each run is taken by one of them. A run whose settings in the file have ch
 
 import argparse
 import fcntl
-import json
 import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from m2rec.configuration import as_argument
 from m2rec.experiment import commit
-from m2rec.files import write_text
+from m2rec.files import CHECKPOINT_FILE, write_text
 from m2rec.results import read_table, row_of_run, settings_text, write_table
 from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run
-from m2rec.trainer import CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,10 @@ class Work:
         self.csv = self.sweep.path.with_suffix(".csv")
         self.folder = self.options.runs / self.sweep.name
         gpus = torch.cuda.device_count()
-        self.jobs = self.options.jobs or max(1, gpus)
+        self.jobs = max(1, gpus) if self.options.jobs is None else self.options.jobs
         if self.jobs < 1:
             raise ValueError(f"--jobs: expected a whole number from 1, got {self.jobs}")
+        self.running: set[subprocess.Popen[bytes]] = set()
         self.slots: SimpleQueue[str | None] = SimpleQueue()
         for job in range(self.jobs):
             self.slots.put(str(job % gpus) if gpus else None)
@@ -114,6 +115,8 @@ class Work:
                     failures += [name] if problem else []
             except KeyboardInterrupt:
                 self.stop.set()
+                for process in list(self.running):
+                    process.send_signal(signal.SIGINT)
                 pool.shutdown(cancel_futures=True)
                 sys.stderr.write(
                     f"sweep.py: stopped; the same command goes on, {self.csv} has what is done\n"
@@ -162,6 +165,8 @@ class Work:
         current = known.is_file() and known.read_text(encoding="utf-8") == settings
         if not (current and finished_run(folder)):
             resumes = stopped_run(folder) if current else None
+            if not self.options.allow_dirty:
+                check_clean()  # somebody may have gone on working
             if resumes is None:
                 _remove_runs(folder)
                 write_text(known, settings)
@@ -182,10 +187,14 @@ class Work:
             file.write(f"{shlex.join(command)}\n")
             file.flush()
             # the lock lives as long as the run does, whatever becomes of this process
-            done = subprocess.run(
+            process = subprocess.Popen(
                 command, cwd=ROOT, stdout=file, stderr=file, env=self._environment(), pass_fds=(lock,)
             )
-        return done.returncode
+            self.running.add(process)
+            try:
+                return process.wait()
+            finally:
+                self.running.discard(process)
 
     def _arguments(self, cell: Cell, folder: Path, gpu: str | None, resumes: Path | None) -> list[str]:
         path = self.options.data_path
@@ -194,7 +203,7 @@ class Work:
         if resumes is not None:
             values = {"resume": str(resumes.resolve())}
         values |= {"show_progress": False, **({"gpu_id": gpu} if gpu else {})}
-        return [f"--{key}={_as_argument(value)}" for key, value in values.items()]
+        return [as_argument(key, value) for key, value in values.items()]
 
     def _environment(self) -> dict[str, str]:
         cores = len(os.sched_getaffinity(0))
@@ -202,7 +211,7 @@ class Work:
 
     def _keep(self, cell: Cell, row: dict[str, Any]) -> None:
         """Put a row into the CSV, in the sweep's order, in the place of an earlier one of its cell."""
-        with _locked(self.folder / "lock"):
+        with _locked(self.sweep.path):
             rows = {(r["dataset"], r["variant"], r["seed"]): r for r in read_table(self.csv)}
             rows[_key(cell)] = row
             order = [key for key in map(_key, self.sweep.cells()) if key in rows]
@@ -214,13 +223,9 @@ def _key(cell: Cell) -> tuple[str, str, str]:
     return cell.dataset, cell.variant, str(cell.seed)
 
 
-def _as_argument(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def stopped_run(folder: Path) -> Path | None:
     """The run in a cell's folder that can go on, if there is one."""
-    return max((path.parent for path in folder.glob(f"*/{CHECKPOINT}")), default=None)
+    return max((path.parent for path in folder.glob(f"*/{CHECKPOINT_FILE}")), default=None)
 
 
 def _remove_runs(folder: Path) -> None:
@@ -231,7 +236,7 @@ def _remove_runs(folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
+    with path.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -52,7 +52,16 @@ from typing import Any
 
 from m2rec import experiment
 from m2rec.compat import Config
-from m2rec.configuration import build_config, known_keys, nearest, parse_arguments, read_yaml, resolved
+from m2rec.configuration import (
+    as_argument,
+    as_text,
+    build_config,
+    known_keys,
+    nearest,
+    parse_arguments,
+    read_yaml,
+    resolved,
+)
 from m2rec.files import write_text
 
 try:
@@ -66,10 +75,11 @@ CONFIG = Path(__file__).parent.parent / "config.yaml"
 KEYS = ("study", "trials", "seed", "fixed", "search", "pruner")
 RANGE = ("low", "high", "log", "step")
 PRUNER = {"warmup_epochs": 0, "startup_trials": 5}
-# keys that change which rows are scored, or how: values of such trials can't be compared
+# keys that change which rows are scored, or how, or only luck: values of such trials can't be compared
 NOT_SEARCHED = {
-    "data_path", "dataset", "item_inter_num_interval", "runs_dir", "split", "test_from", "time_order",
-    "user_inter_num_interval", "valid_from", "valid_metric",
+    "ITEM_ID_FIELD", "TIME_FIELD", "USER_ID_FIELD", "data_path", "dataset", "filter_inter_by_user_or_item",
+    "item_inter_num_interval", "rm_dup_inter", "runs_dir", "seed", "split", "test_from", "time_order",
+    "user_inter_num_interval", "val_interval", "valid_from", "valid_metric",
 }  # fmt: skip
 COLUMNS = ("trial", "state", "value", "epochs", "best_epoch", "seconds", "commit")
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}  # those that have ended
@@ -371,7 +381,7 @@ def format_csv(trials: Iterable[optuna.trial.FrozenTrial], searched: Iterable[st
     for trial in trials:
         attributes = {key: trial.user_attrs.get(key) for key in COLUMNS[3:]}
         state = STATES.get(trial.state.name, "running")
-        drawn = {key: _text(value) for key, value in trial.params.items()}
+        drawn = {key: as_text(value) for key, value in trial.params.items()}
         writer.writerow({"trial": trial.number, "state": state, "value": trial.value, **attributes, **drawn})
     return file.getvalue()
 
@@ -403,18 +413,11 @@ def format_table(study: optuna.Study, plan: Plan, metric: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else _text(value)
+    return f"{value:.4g}" if isinstance(value, float) else as_text(value)
 
 
 def _arguments(values: Mapping[str, Any]) -> str:
-    return " ".join(shlex.quote(f"--{key}={_text(value)}") for key, value in values.items())
-
-
-def _text(value: Any) -> str:
-    """The value as it is written after `--key=`."""
-    if isinstance(value, str) and parse_arguments([f"--key={value}"])["key"] == value:
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    return " ".join(shlex.quote(as_argument(key, value)) for key, value in values.items())
 
 
 def _one_line(error: Exception) -> str:

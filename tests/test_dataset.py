@@ -158,6 +158,21 @@ def test_a_time_split_that_leaves_nothing_to_train_says_so(tmp_path: Path):
         built(tmp_path, split="global_time")
 
 
+def test_a_time_split_without_test_rows_says_so(tmp_path: Path):
+    """After the second moment there are newcomers only, each with a single item."""
+    rows = [(f"u{u}", f"i{k}", k) for u in range(4) for k in range(8)]
+    rows += [(f"new{k}", "i0", 100 + k) for k in range(4)]
+    write_inter(tmp_path, "toy", rows)
+    with pytest.raises(ValueError, match="split: 'global_time' leaves no test target in 'toy': nobody has"):
+        built(tmp_path, split="global_time")
+
+
+def test_two_interactions_are_enough_for_a_time_split(tmp_path: Path):
+    write_inter(tmp_path, "toy", [(f"u{u}", f"i{k}", 10 * u + k) for u in range(20) for k in range(2)])
+    train, valid, test = built(tmp_path, split="global_time")
+    assert (len(train), len(valid), len(test)) == (16, 2, 2)
+
+
 def test_other_columns_travel_with_the_items(tmp_path: Path):
     rows = [(f"u{u}\ti{k}", k, k / 2) for u in range(3) for k in range(6)]
     header = "user_id:token\titem_id:token\ttimestamp:float\trating:float"

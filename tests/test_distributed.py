@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from m2rec import distributed
-from tests.conftest import as_arguments, small
+from tests.conftest import as_arguments, small, write_inter
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,6 +57,34 @@ def test_two_processes_equal_one(toy: Path, tmp_path: Path, rows: str):
     for name, value in one[1].items():
         torch.testing.assert_close(two[1][name], value, atol=1e-5, rtol=1e-4)
     assert two[2] == one[2] and len(two[2]) == one[0]["data"]["test_rows"]
+
+
+def test_more_processes_than_rows(tmp_path: Path):
+    """One user has enough for validation and test; two processes have one row of each between them."""
+    rows = [("u", f"i{k}", k) for k in range(12)] + [("v", f"i{k}", k) for k in range(2)]
+    write_inter(tmp_path / "data", "toy", rows)
+    done = launched(2, *as_arguments(small(tmp_path / "data")), f"--runs_dir={tmp_path / 'runs'}")
+    assert done.returncode == 0, done.stderr
+    metrics, _, ranks = result(tmp_path / "runs")
+    assert metrics["processes"] == 2 and len(ranks) == 1 and ranks[0]["user"] == "u"
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(toy: Path, tmp_path: Path):
+    arguments = as_arguments(small(toy, learning_rate=1e30, learner="sgd", epochs=20))
+    done = launched(2, *arguments, f"--runs_dir={tmp_path}")
+    assert done.returncode != 0
+    assert re.search("run_mm.py: error: (training loss became|scores are) ", done.stderr)
+    assert "GLHF" not in done.stderr
+
+
+def test_processes_that_nothing_tells_apart(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="RANK is set, but not LOCAL_RANK"):
+        distributed.local_rank()
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(ValueError, match="torchrun: more processes than GPUs"):
+        distributed.check_gpus()
 
 
 def test_a_mistake_is_one_line(toy: Path, tmp_path: Path):

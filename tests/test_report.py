@@ -99,11 +99,11 @@ def test_markers_that_mean_nothing(
 
 def test_paired(write_sweep: Write, call: Callable, tmp_path: Path):
     path = write_sweep(*ROWS)
-    runs = tmp_path / "elsewhere"
+    runs = tmp_path / "elsewhere" / "toys"
     # per user 1/2 (rank 3) on half, 0 on the others; SASRec a quarter
     write_run(runs, "M2Rec", 1, [3] * 30 + [0] * 30)
     write_run(runs, "SASRec", 1, [3] * 15 + [0] * 45)
-    status, out, _ = call("--paired=toys", f"--runs={runs}")
+    status, out, _ = call("--paired=toys", f"--runs={runs.parent}")
     assert status == 0 and out.strip() == str(path.with_name("toys-paired.csv"))
     assert call(readme=README)[0] == 0
     assert "| < 0.001 |" in (tmp_path / "README.md").read_text(encoding="utf-8")

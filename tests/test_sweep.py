@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
+from m2rec.experiment import commit
 from m2rec.results import read_answers
 from m2rec.sweeps import Sweep, cell_folder
-from scripts.sweep import main
+from scripts.sweep import check_clean, main
 from tests.conftest import small
 
 ROOT = Path(__file__).parent.parent
@@ -132,7 +133,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
     time.sleep(0.5)
     (checkpoint,) = cell.glob("*/checkpoint.safetensors")
     config = checkpoint.with_name("config.yaml")  # or it would go on for a day
-    config.write_text(re.sub("epochs: .*", "epochs: 1", config.read_text()))
+    config.write_text(re.sub("(?m)^epochs: .*", "epochs: 1", config.read_text()))
     assert main(given(path, toy)) == 0
     assert [row["variant"] for row in rows(path)] == ["M2Rec", "Popularity"]
     assert "goes on after epoch" in (cell / "log.txt").read_text()
@@ -147,10 +148,41 @@ def test_mistakes(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str])
     path = asked(tmp_path, toy)
     assert main(given(path, toy, "--only", "SASRec")) == 2
     assert "--only: " in capsys.readouterr().err
-    assert main(given(path, toy, "--jobs=-1")) == 2
-    assert "--jobs: expected a whole number from 1, got -1" in capsys.readouterr().err
+    assert main(given(path, toy, "--jobs=0")) == 2
+    assert "--jobs: expected a whole number from 1, got 0" in capsys.readouterr().err
     assert main([str(tmp_path / "none.yaml"), "--allow-dirty"]) == 2
     assert "can't be read: No such file" in capsys.readouterr().err
+
+
+def test_results_and_readme_are_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a sweep and its report write in the repository makes no result dirty; code does."""
+
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    for name in ("m2rec/experiment.py", "results/a.csv", "README.md", "config.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("one")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr("m2rec.experiment.__file__", str(tmp_path / "m2rec" / "experiment.py"))
+    (tmp_path / "results" / "a.csv").write_text("two")
+    (tmp_path / "README.md").write_text("two")
+    assert not str(commit()).endswith("+dirty")
+    check_clean()
+    (tmp_path / "config.yaml").write_text("two")
+    assert str(commit()).endswith("+dirty")
+    with pytest.raises(ValueError, match="commit it, or say --allow-dirty"):
+        check_clean()
+
+
+def test_topk_without_10_is_refused(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]):
+    only = {"Popularity": {"model": "Popularity", "topk": [5], "valid_metric": "NDCG@5"}}
+    path = asked(tmp_path, toy, seeds=[1], variants=only)
+    assert main(given(path, toy)) == 1
+    assert "hit@10 was not measured, which tables and tests are made of" in capsys.readouterr().err
 
 
 def test_uncommitted_code_is_refused(
