@@ -200,10 +200,12 @@ def _evaluate(prepared: Prepared) -> Result:
     config, trainer, (_, valid, test) = prepared.config, prepared.trainer, prepared.parts
     trainer.load_best()
     tested = trainer.evaluate_both(test)
+    validated = trainer.evaluate_both(valid).metrics if prepared.has_valid else {ALL: {}, UNSEEN: {}}
     metrics = {
         "model": config["variant"],
         "dataset": config["dataset"],
-        "valid": trainer.evaluate(valid) if prepared.has_valid else {},
+        "valid": validated[ALL],
+        "valid_unseen": validated[UNSEEN],
         "test": tested.metrics[ALL],
         "test_unseen": tested.metrics[UNSEEN],
         "test_by": tested.rows.table(config["topk"], config["metric_decimal_place"]),
@@ -295,6 +297,7 @@ def _describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str
         "test": "RecBole's protocol: the user's history stays in the ranking",
         "test_unseen": "the user's history is removed from the ranking, the target never",
         "valid": "as test",
+        "valid_unseen": "as test_unseen",
         "time_order": dataset.time_order,
         "rows": dataset.rows,
         "chosen_by": f"best {config['valid_metric']} on valid",

@@ -26,6 +26,7 @@ PROTOCOLS = ("test", "test_unseen")
 COUNTS = ("users", "items", "interactions")
 
 _MACHINE = ("peak_memory_mib", "device", "processes", "threads", "parameters")
+_PARTS = ("valid", "valid_unseen", *PROTOCOLS)
 _BUCKETED = ("hit@10", "ndcg@10")
 _CELL = ("dataset", "variant", "seed")
 _NUMBERS = ("best_epoch", "seconds_per_epoch", "seconds_training", *COUNTS)
@@ -70,7 +71,7 @@ def row_of_run(cell: Cell, folder: Path) -> Row:
             **metrics["data"],
             "text": (metrics["text"] or {}).get("sha256", ""),
             **metrics["versions"],
-            **{f"{part}.{k}": v for part in ("valid", *PROTOCOLS) for k, v in metrics[part].items()},
+            **{f"{part}.{k}": v for part in _PARTS for k, v in metrics[part].items()},
             **_bucket_columns(metrics["test_by"]),
         }
     except (OSError, KeyError, ValueError) as error:

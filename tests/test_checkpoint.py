@@ -35,7 +35,7 @@ def outcome(folder: Path) -> tuple[Any, Any, Any, Any]:
     metrics = json.loads((folder / "metrics.json").read_text())
     with (folder / "history.csv").open() as file:
         history = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-    kept = ("valid", "test", "test_unseen", "test_by", "best_epoch", "epochs")
+    kept = ("valid", "valid_unseen", "test", "test_unseen", "test_by", "best_epoch", "epochs")
     ranks = (folder / "test_ranks.csv").read_text()
     return {key: metrics[key] for key in kept}, history, ranks, load_file(folder / "model.safetensors")
 

@@ -48,7 +48,7 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     with (folder / "history.csv").open() as file:
         best = max(float(line["valid.ndcg@10"]) for line in csv.DictReader(file))
     assert metrics["valid"]["ndcg@10"] == pytest.approx(best)
-    for part in ("valid", "test", "test_unseen"):
+    for part in ("valid", "valid_unseen", "test", "test_unseen"):
         assert set(metrics[part]) == names
         assert all(0 <= value <= 1 for value in metrics[part].values())
     text = metrics["text"]

@@ -72,7 +72,7 @@ def test_a_sweep_end_to_end(tmp_path: Path, toy: Path):
     folder = cell_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
     (metrics,) = folder.glob("*/metrics.json")
     expected = json.loads(metrics.read_text())
-    for part in ("valid", "test", "test_unseen"):
+    for part in ("valid", "valid_unseen", "test", "test_unseen"):
         for name, value in expected[part].items():
             assert float(first[f"{part}.{name}"]) == value
     of_bucket = expected["test_by"]["history"]["6-20"]
