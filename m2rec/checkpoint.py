@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from m2rec.averaging import WeightAverage
@@ -26,6 +27,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     loader: torch.Generator,
     average: WeightAverage | None,
+    device: torch.device,
     numbers: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint as a whole, in the place of an earlier one.
@@ -36,13 +38,14 @@ def save(
         optimizer: its state; the groups' settings come from the run's config.
         loader: the generator that shuffles the training rows.
         average: of the weights, if the run takes one.
+        device: where the model is.
         numbers: whatever else goes on, in plain JSON.
     """
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         tensors |= {f"{_OPTIMIZER}{index}.{name}": value for name, value in found.items()}
-    generators, words = _random_state(loader)
+    generators, words = _random_state(loader, device)
     tensors |= {f"{_RANDOM}{name}": state for name, state in generators.items()}
     own: dict[str, Any] = {"random": words}
     if average is not None:
@@ -57,6 +60,7 @@ def load(
     optimizer: torch.optim.Optimizer,
     loader: torch.Generator,
     average: WeightAverage | None,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Put a checkpoint's state back and return its numbers.
 
@@ -64,21 +68,29 @@ def load(
         ValueError: the file can't be read, or is of another model or optimizer.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            numbers = json.loads((file.metadata() or {})["numbers"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        numbers, tensors = read_numbers(path), load_file(path)
         words = numbers.pop("random")
         model.load_state_dict(_under(tensors, _MODEL))
         _load_optimizer(optimizer, _under(tensors, _OPTIMIZER))
         if average is not None:
             average.load(_under(tensors, _AVERAGE), numbers.pop("taken"))
-        _set_random_state(loader, _under(tensors, _RANDOM), words)
+        _set_random_state(loader, device, _under(tensors, _RANDOM), words)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} is no checkpoint of this run ({type(error).__name__}: {reason}); start a new run"
         ) from error
     return dict(numbers)
+
+
+def read_numbers(path: Path) -> dict[str, Any]:
+    """A checkpoint's numbers alone.
+
+    Raises:
+        OSError, SafetensorError, LookupError, ValueError: it is none.
+    """
+    with safe_open(path, framework="pt") as file:
+        return dict(json.loads((file.metadata() or {})["numbers"]))
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -96,7 +108,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _random_state(loader: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _random_state(loader: torch.Generator, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The states of every generator that training draws from, as tensors and as numbers."""
     version, words, gauss = random.getstate()
     of_numpy: Any = np.random.get_state(legacy=True)
@@ -107,14 +119,14 @@ def _random_state(loader: torch.Generator) -> tuple[dict[str, Tensor], dict[str,
         "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "python": torch.tensor(words),
     }
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
     numbers = {"python": [version, gauss], "numpy": [name, int(position), int(has_gauss), float(cached)]}
     return tensors, numbers
 
 
 def _set_random_state(
-    loader: torch.Generator, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+    loader: torch.Generator, device: torch.device, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
     torch.set_rng_state(tensors["torch"])
     loader.set_state(tensors["loader"])
@@ -122,5 +134,5 @@ def _set_random_state(
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     version, gauss = numbers["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)

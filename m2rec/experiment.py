@@ -25,7 +25,16 @@ from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.configuration import build_config, find_model, resolved
 from m2rec.dataset import HistoryDataset
 from m2rec.evaluation import ALL, UNSEEN
-from m2rec.files import CHECKPOINT_FILE, CONFIG_FILE, ITEMS_FILE, METRICS_FILE, RANKS_FILE, write_text
+from m2rec.files import (
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    HISTORY_FILE,
+    ITEMS_FILE,
+    METRICS_FILE,
+    RANKS_FILE,
+    WEIGHTS_FILE,
+    write_text,
+)
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
 from m2rec.trainer import RunTrainer
@@ -73,7 +82,6 @@ class Prepared:
     parts: tuple[Any, Any, Any]
     data: dict[str, int]
     trainer: RunTrainer
-    commit: str | None
     clock: _Clock
 
     @property
@@ -110,7 +118,7 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
     Raises:
         ValueError: the data can't be used as asked, or the model can't be made.
     """
-    clock, code = _Clock(), commit()  # of the code as it is now, whatever happens to it meanwhile
+    clock = _Clock()
     logger.info("%s", _describe_device(config))
     dataset, (train, valid, test) = load_data(config)
     _fit_topk(config, dataset.item_num - 1)
@@ -128,7 +136,8 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
         folder = distributed.from_first(_new_folder(config, dataset) if distributed.is_first() else None)
     torch.manual_seed(config["seed"] + distributed.rank())  # each process drops out its own
     trainer = RunTrainer(config, model, folder, resumes)
-    return Prepared(config, dataset, (train, valid, test), data, trainer, code, clock)
+    trainer.notes["commit"] = commit()  # of the code as it is now, whatever happens to it meanwhile
+    return Prepared(config, dataset, (train, valid, test), data, trainer, clock)
 
 
 def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -> None:
@@ -150,7 +159,11 @@ def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -
         logger.warning("no validation rows (%s): the last epoch's weights are kept", why)
     with _explained(f"model: {config['variant']} can't be trained with these keys and this data"):
         validated = valid if prepared.has_valid else None
+        code = trainer.notes["commit"]
         trainer.fit(train, validated, show_progress=config["show_progress"], callback_fn=watch)
+        if code != trainer.notes["commit"]:
+            logger.warning("trained in part by commit %s, in part by %s", trainer.notes["commit"], code)
+            trainer.notes["commit"] = f"{trainer.notes['commit']} and {code}"
     prepared.clock.lap("training")
     prepared.clock.seconds["training"] = round(trainer.seconds, 3)
 
@@ -165,10 +178,11 @@ def resumed(folder: Path, machine: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: the folder holds no run that can go on.
     """
-    missing = [name for name in (CONFIG_FILE, CHECKPOINT_FILE) if not (folder / name).is_file()]
+    needed = (CONFIG_FILE, CHECKPOINT_FILE, HISTORY_FILE, WEIGHTS_FILE)
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
-        done = "; the run is finished" if (folder / METRICS_FILE).is_file() else ""
-        raise ValueError(f"resume: {folder} has no {missing[0]} to go on from{done}")
+        cure = "the run is finished" if (folder / METRICS_FILE).is_file() else "start a new run"
+        raise ValueError(f"resume: {folder} has no {missing[0]} to go on from; {cure}")
     return build_config({**machine, "config_files": [str(folder / CONFIG_FILE)]})
 
 
@@ -217,7 +231,7 @@ def _evaluate(prepared: Prepared) -> Result:
         "epochs": len(trainer.train_loss_dict),
         "protocol": _describe_protocol(config, prepared.dataset),
         "seed": config["seed"],
-        "commit": prepared.commit,
+        "commit": trainer.notes["commit"],
         "versions": _versions(),
         "data": prepared.data,
         "text": getattr(trainer.model, "text_source", None),

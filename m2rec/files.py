@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 CONFIG_FILE = "config.yaml"
@@ -39,4 +40,7 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file atomically; shared or strided tensors are copied first."""
     plain = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    write_atomically(path, lambda p: save_file(plain, p, metadata))
+    try:
+        write_atomically(path, lambda p: save_file(plain, p, metadata))
+    except SafetensorError as error:  # a full disk, which it has its own words for
+        raise OSError(f"{path} can't be written: {error}") from error

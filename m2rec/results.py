@@ -64,7 +64,7 @@ def row_of_run(cell: Cell, folder: Path) -> Row:
             **{key: metrics["protocol"][key] for key in ("split", "time_order", "rows")},
             "best_epoch": metrics["best_epoch"],
             "epochs": metrics["epochs"],
-            "seconds_per_epoch": round(sum(seconds) / len(seconds), 3),
+            "seconds_per_epoch": round(sum(seconds) / max(1, len(seconds)), 3),
             "seconds_training": metrics["seconds"]["training"],
             "seconds_total": metrics["seconds"]["total"],
             **{key: metrics[key] for key in _MACHINE},
@@ -74,7 +74,7 @@ def row_of_run(cell: Cell, folder: Path) -> Row:
             **{f"{part}.{k}": v for part in _PARTS for k, v in metrics[part].items()},
             **_bucket_columns(metrics["test_by"]),
         }
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder}: no finished run ({type(error).__name__}: {error}); run it again"
         ) from error

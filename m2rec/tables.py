@@ -256,7 +256,7 @@ def _markdown(lines: list[list[str]]) -> str:
 
 def _protocol(rows: Sequence[Row]) -> str:
     """Split, ranking, time order, counts, device."""
-    splits = " and ".join(text.partition(":")[0] for text in distinct(rows, "split"))
+    splits = " and ".join(split.replace("_", "-") for split in distinct(rows, "split"))
     orders = " and ".join(distinct(rows, "time_order"))
     text = f"{splits}, full ranking" if splits else "full ranking"
     text += f", time order {orders}" if orders else ""

@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -59,6 +60,7 @@ class RunTrainer(Trainer):
         self.best_epoch: int | None = None
         self.validates = True
         self.seconds = 0.0  # of training, in all processes that this run has had
+        self.notes: dict[str, Any] = {}  # what else a checkpoint keeps
         self._resumes = resumes
         self.average: WeightAverage | None = None
         names = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
@@ -106,9 +108,12 @@ class RunTrainer(Trainer):
                 "best_valid_score": float(self.best_valid_score),
                 "losses": self.train_loss_dict,
                 "seconds": self.seconds,
+                "notes": self.notes,
             }
             path = self.folder / CHECKPOINT_FILE
-            checkpoint.save(path, self.model, self.optimizer, self._loader, self.average, numbers)
+            checkpoint.save(
+                path, self.model, self.optimizer, self._loader, self.average, self.device, numbers
+            )
 
     def _load_checkpoint(self) -> None:
         """Go on after the last whole epoch; lines of history.csv after it are dropped.
@@ -117,13 +122,15 @@ class RunTrainer(Trainer):
             ValueError: the checkpoint can't be used.
         """
         path = self.folder / CHECKPOINT_FILE
-        numbers = checkpoint.load(path, self.model, self.optimizer, self._loader, self.average)
+        numbers = checkpoint.load(path, self.model, self.optimizer, self._loader, self.average, self.device)
         stopped = numbers["cur_step"] > self.stopping_step  # early stopping was due, only the test is left
         self.start_epoch = self.epochs if stopped else numbers["epoch"] + 1
         self.cur_step, self.best_epoch = numbers["cur_step"], numbers["best_epoch"]
         self.best_valid_score = numbers["best_valid_score"]
         self.train_loss_dict = {int(epoch): loss for epoch, loss in numbers["losses"].items()}
-        self.seconds = numbers["seconds"]
+        self.seconds, self.notes = numbers["seconds"], numbers["notes"]
+        for left in self.folder.glob(".*.tmp"):  # of a write that was cut off
+            left.unlink(missing_ok=True)
         logger.info("goes on after epoch %s, best %s so far", numbers["epoch"], numbers["best_valid_score"])
         if distributed.is_first():
             lines = (self.folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
@@ -154,6 +161,9 @@ class RunTrainer(Trainer):
         self._epoch = {"epoch": epoch_idx, "loss": loss / len(train_data), "seconds": seconds}
         if not self.validates or (epoch_idx + 1) % self.eval_step:
             self._report({})
+            if self.validates:  # else it is kept with the weights
+                self.train_loss_dict[epoch_idx] = loss
+                self._keep(epoch_idx)
         return loss
 
     def _step(self, batch: Interaction, dense: bool) -> Tensor:
@@ -238,8 +248,11 @@ class RunTrainer(Trainer):
     def load_best(self) -> None:
         """Put the best weights back into the model."""
         if distributed.is_first():
-            device = str(self.device)
-            self.model.load_state_dict(load_file(self.saved_model_file, device=device))
+            try:
+                weights = load_file(self.saved_model_file, device=str(self.device))
+            except SafetensorError as error:
+                raise ValueError(f"{self.saved_model_file} is damaged ({error}); run it again") from error
+            self.model.load_state_dict(weights)
         distributed.broadcast(self.model)
 
     def evaluate(

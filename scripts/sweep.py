@@ -26,8 +26,10 @@ from threading import Event
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
+from m2rec import checkpoint
 from m2rec.configuration import as_argument
 from m2rec.experiment import commit
 from m2rec.files import CHECKPOINT_FILE, write_text
@@ -163,27 +165,39 @@ class Work:
         settings = settings_text(cell.keys)
         known = folder / SETTINGS
         current = known.is_file() and known.read_text(encoding="utf-8") == settings
-        if not (current and finished_run(folder)):
-            resumes = stopped_run(folder) if current else None
+        row = self._row(cell, folder) if current else None
+        if row is None:
             if not self.options.allow_dirty:
                 check_clean()  # somebody may have gone on working
-            if resumes is None:
+            resumes = stopped_run(folder) if current else None
+            status = 1 if resumes is None else self._call(cell, folder, gpu, resumes, lock)
+            if status and not self.stop.is_set():
                 _remove_runs(folder)
                 write_text(known, settings)
-            status = self._call(self._arguments(cell, folder, gpu, resumes), folder / LOG, lock)
+                status = self._call(cell, folder, gpu, None, lock)
             if status:
                 last = (folder / LOG).read_text(encoding="utf-8").strip().splitlines()[-1]
                 return f"failed: {last} ({folder / LOG})"
-        finished = finished_run(folder)
-        if finished is None:
-            return f"failed: no run in {folder}"
-        self._keep(cell, row_of_run(cell, finished))
+            finished = finished_run(folder)
+            if finished is None:
+                return f"failed: no run in {folder}"
+            row = row_of_run(cell, finished)
+        self._keep(cell, row)
         return None
 
-    def _call(self, arguments: Sequence[str], log: Path, lock: int) -> int:
+    def _row(self, cell: Cell, folder: Path) -> dict[str, Any] | None:
+        """The row of a run that is finished, if there is one that today's code can read."""
+        finished = finished_run(folder)
+        try:
+            return row_of_run(cell, finished) if finished else None
+        except ValueError as error:
+            logger.warning("%s", error)
+            return None
+
+    def _call(self, cell: Cell, folder: Path, gpu: str | None, resumes: Path | None, lock: int) -> int:
         """run_mm.py in a process of its own; its exit status."""
-        command = [sys.executable, str(ROOT / "run_mm.py"), *arguments]
-        with log.open("a", encoding="utf-8") as file:
+        command = [sys.executable, str(ROOT / "run_mm.py"), *self._arguments(cell, folder, gpu, resumes)]
+        with (folder / LOG).open("a", encoding="utf-8") as file:
             file.write(f"{shlex.join(command)}\n")
             file.flush()
             # the lock lives as long as the run does, whatever becomes of this process
@@ -191,6 +205,8 @@ class Work:
                 command, cwd=ROOT, stdout=file, stderr=file, env=self._environment(), pass_fds=(lock,)
             )
             self.running.add(process)
+            if self.stop.is_set():  # between the look at it and now
+                process.send_signal(signal.SIGINT)
             try:
                 return process.wait()
             finally:
@@ -224,8 +240,13 @@ def _key(cell: Cell) -> tuple[str, str, str]:
 
 
 def stopped_run(folder: Path) -> Path | None:
-    """The run in a cell's folder that can go on, if there is one."""
-    return max((path.parent for path in folder.glob(f"*/{CHECKPOINT_FILE}")), default=None)
+    """The run of today's code in a cell's folder that can go on, if there is one."""
+    path = max(folder.glob(f"*/{CHECKPOINT_FILE}"), default=None)
+    try:
+        same = path is not None and checkpoint.read_numbers(path)["notes"]["commit"] == commit()
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
+        return None
+    return path.parent if path is not None and same else None
 
 
 def _remove_runs(folder: Path) -> None:

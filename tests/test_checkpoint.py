@@ -15,6 +15,7 @@ from m2rec.configuration import build_config
 from m2rec.experiment import Stopped, fit, prepare
 from tests.conftest import as_arguments, small
 
+CPU = torch.device("cpu")
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -45,10 +46,9 @@ def outcome(folder: Path) -> tuple[Any, Any, Any, Any]:
     [
         pytest.param({}, id="dense"),
         pytest.param({"worker": 1, "enable_amp": True, "learner": "rmsprop"}, id="worker"),
-        pytest.param({"average_epochs": 1.5}, id="average"),
+        pytest.param({"average_epochs": 0.5, "epochs": 9}, id="average"),
         pytest.param({"rows": "prefix", "loss_type": "BPR"}, id="own negatives"),
         pytest.param({"model": "BERT4Rec", "n_layers": 1}, id="masks"),
-        pytest.param({"stopping_step": 0, "learning_rate": 1e-9}, id="stopped early"),
         pytest.param({"eval_step": 2}, id="every second epoch"),
     ],
 )
@@ -68,10 +68,22 @@ def test_stopped_and_resumed_is_as_never_stopped(
     assert status == 0, err
     assert Path(out.splitlines()[-1]) == folder and "goes on after epoch 1" in err
     one, other = outcome(whole), outcome(folder)
+    assert len(one[1]) > 3  # epochs after the stop, whose losses and scores are compared
     assert other[:3] == one[:3]
     for name, value in one[3].items():
         assert torch.equal(other[3][name], value), name
     assert not (folder / "checkpoint.safetensors").exists()
+
+
+def test_a_run_that_early_stopping_ended_only_lacks_its_test(command: Command, toy: Path, tmp_path: Path):
+    values = small(toy, epochs=50, learning_rate=0.05, stopping_step=1, text_vectors="none")
+    whole = Path(command(*as_arguments(values))[1].splitlines()[-1])
+    epochs = json.loads((whole / "metrics.json").read_text())["epochs"]
+    assert epochs < 50
+    folder = stopped({**values, "runs_dir": str(tmp_path / "runs")}, after=epochs - 1)
+    assert command(f"--resume={folder}", runs_dir=False)[0] == 0
+    one, other = outcome(whole), outcome(folder)
+    assert other[:3] == one[:3]
 
 
 def test_without_validation_rows_too(command: Command, tmp_path: Path):
@@ -117,7 +129,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
         return model, torch.optim.Adam(model.parameters()), torch.Generator()
 
     path = tmp_path / "c.safetensors"
-    checkpoint.save(path, *made(3), None, {"epoch": 1})
+    checkpoint.save(path, *made(3), None, CPU, {"epoch": 1})
     with pytest.raises(ValueError, match=r"is no checkpoint of this run \(RuntimeError: .*size mismatch"):
-        checkpoint.load(path, *made(4), None)
-    assert checkpoint.load(path, *made(3), None) == {"epoch": 1}
+        checkpoint.load(path, *made(4), None, CPU)
+    assert checkpoint.load(path, *made(3), None, CPU) == {"epoch": 1}

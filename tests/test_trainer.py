@@ -111,6 +111,20 @@ def test_best_weights_and_history(toy: Path, tmp_path: Path):
     assert {p.name for p in folder.iterdir()} == {"history.csv", "model.safetensors"}
 
 
+def test_the_average_is_what_is_validated_and_kept(toy: Path, tmp_path: Path):
+    trainer, loaders = made(toy, tmp_path / "run", epochs=1, average_epochs=100.0, learning_rate=0.05)
+    trainer.fit(loaders[0], loaders[1], show_progress=False)
+    kept, raw = load_file(tmp_path / "run" / "model.safetensors"), trainer.model.state_dict()
+    for name, value in trainer.average.averages.items():
+        assert torch.equal(kept[name], value), name
+    assert not torch.equal(kept["encoder.norm.weight"], raw["encoder.norm.weight"])
+    with (tmp_path / "run" / "history.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    of_raw = trainer.evaluate(loaders[1])["ndcg@10"]
+    trainer.load_best()
+    assert trainer.evaluate(loaders[1])["ndcg@10"] == float(line["valid.ndcg@10"]) != of_raw
+
+
 def test_without_validation_rows_the_last_epoch_is_kept(toy: Path, tmp_path: Path):
     trainer, loaders = made(toy, tmp_path / "run", epochs=2)
     trainer.fit(loaders[0], None, show_progress=False)
