@@ -134,7 +134,7 @@ reference: M2Rec
 baselines: [SASRec]
 """
 COMMON = {
-    "dataset": "toy", "commit": "0123456789abcdef", "settings": "{}", "split": "leave-one-out: the last item",
+    "dataset": "toy", "commit": "0123456789abcdef", "settings": "{}", "split": "leave_one_out",
     "time_order": "exact", "users": "2000", "items": "50", "interactions": "123456", "device": "cpu",
 }  # fmt: skip
 
