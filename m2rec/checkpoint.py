@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,26 +21,28 @@ from m2rec.files import write_tensors
 _MODEL, _OPTIMIZER, _RANDOM, _AVERAGE = "model.", "optimizer.", "random.", "average."
 
 
-def save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: torch.Generator,
-    average: WeightAverage | None,
-    device: torch.device,
-    numbers: Mapping[str, Any],
-) -> None:
+class Training(NamedTuple):
+    """What changes while a model is trained."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: torch.Generator
+    """Shuffles the training rows."""
+    average: WeightAverage | None
+    """Of the weights, if the run takes one."""
+    device: torch.device
+    """Where the model is."""
+
+
+def save(path: Path, training: Training, numbers: Mapping[str, Any]) -> None:
     """Write a checkpoint as a whole, in the place of an earlier one.
 
     Args:
         path: the file.
-        model: its parameters and buffers.
-        optimizer: its state; the groups' settings come from the run's config.
-        loader: the generator that shuffles the training rows.
-        average: of the weights, if the run takes one.
-        device: where the model is.
+        training: its state; the settings of the optimizer's groups come from the run's config.
         numbers: whatever else goes on, in plain JSON.
     """
+    model, optimizer, loader, average, device = training
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -54,19 +56,13 @@ def save(
     write_tensors(path, tensors, {"numbers": json.dumps({**numbers, **own})})
 
 
-def load(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: torch.Generator,
-    average: WeightAverage | None,
-    device: torch.device,
-) -> dict[str, Any]:
+def load(path: Path, training: Training) -> dict[str, Any]:
     """Put a checkpoint's state back and return its numbers.
 
     Raises:
         ValueError: the file can't be read, or is of another model or optimizer.
     """
+    model, optimizer, loader, average, device = training
     try:
         numbers, tensors = read_numbers(path), load_file(path)
         words = numbers.pop("random")

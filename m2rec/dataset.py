@@ -129,11 +129,11 @@ class HistoryDataset(SequentialDataset):
         """Sort by exact time before RecBole rounds it to float32; its own sorts are stable."""
         if self.time_order == "exact":
             self.inter_feat = self.inter_feat.sort_values(self.time_field, kind="stable", ignore_index=True)
-        times = self.inter_feat[self.time_field].to_numpy()
-        users = self.inter_feat[self.uid_field].to_numpy()
-        self._counts_by_time = _count_by_time(
-            users, times if self.time_order == "exact" else times.astype(np.float32), self._shares
-        )
+        if self.split == "global_time":
+            times = self.inter_feat[self.time_field].to_numpy()
+            times = times if self.time_order == "exact" else times.astype(np.float32)
+            users = self.inter_feat[self.uid_field].to_numpy()
+            self._counts_by_time = _count_by_time(users, times, self._shares)
         super()._change_feat_format()
 
     def data_augmentation(self) -> None:

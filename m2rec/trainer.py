@@ -110,10 +110,11 @@ class RunTrainer(Trainer):
                 "seconds": self.seconds,
                 "notes": self.notes,
             }
-            path = self.folder / CHECKPOINT_FILE
-            checkpoint.save(
-                path, self.model, self.optimizer, self._loader, self.average, self.device, numbers
-            )
+            checkpoint.save(self.folder / CHECKPOINT_FILE, self._training(), numbers)
+
+    def _training(self) -> checkpoint.Training:
+        """What a checkpoint keeps beside numbers."""
+        return checkpoint.Training(self.model, self.optimizer, self._loader, self.average, self.device)
 
     def _load_checkpoint(self) -> None:
         """Go on after the last whole epoch; lines of history.csv after it are dropped.
@@ -121,8 +122,7 @@ class RunTrainer(Trainer):
         Raises:
             ValueError: the checkpoint can't be used.
         """
-        path = self.folder / CHECKPOINT_FILE
-        numbers = checkpoint.load(path, self.model, self.optimizer, self._loader, self.average, self.device)
+        numbers = checkpoint.load(self.folder / CHECKPOINT_FILE, self._training())
         stopped = numbers["cur_step"] > self.stopping_step  # early stopping was due, only the test is left
         self.start_epoch = self.epochs if stopped else numbers["epoch"] + 1
         self.cur_step, self.best_epoch = numbers["cur_step"], numbers["best_epoch"]

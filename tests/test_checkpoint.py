@@ -15,7 +15,6 @@ from m2rec.configuration import build_config
 from m2rec.experiment import Stopped, fit, prepare
 from tests.conftest import as_arguments, small
 
-CPU = torch.device("cpu")
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -124,12 +123,13 @@ def test_what_can_not_go_on_is_named(command: Command, toy: Path, tmp_path: Path
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
-    def made(width: int) -> tuple[Any, ...]:
+    def made(width: int) -> checkpoint.Training:
         model = torch.nn.Linear(width, 2)
-        return model, torch.optim.Adam(model.parameters()), torch.Generator()
+        optimizer = torch.optim.Adam(model.parameters())
+        return checkpoint.Training(model, optimizer, torch.Generator(), None, torch.device("cpu"))
 
     path = tmp_path / "c.safetensors"
-    checkpoint.save(path, *made(3), None, CPU, {"epoch": 1})
+    checkpoint.save(path, made(3), {"epoch": 1})
     with pytest.raises(ValueError, match=r"is no checkpoint of this run \(RuntimeError: .*size mismatch"):
-        checkpoint.load(path, *made(4), None, CPU)
-    assert checkpoint.load(path, *made(3), None, CPU) == {"epoch": 1}
+        checkpoint.load(path, made(4))
+    assert checkpoint.load(path, made(3)) == {"epoch": 1}
