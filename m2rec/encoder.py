@@ -20,6 +20,9 @@ from m2rec.text import TextProjection, has_text
 
 _INITIAL_STD = 0.02
 
+# Adam moves a weight by about learning_rate per step; the bias of repeats must move by several in an epoch
+_BIAS_UNIT = 100.0
+
 # lengths at which a batch is cut into groups on a CPU; finer steps cost more in calls than they save
 _STEPS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -50,6 +53,9 @@ class Encoder(nn.Module):
         self.id_embedding = nn.Embedding(n_items, size, padding_idx=0)
         in_table = text_dim > 0 and settings.text_in_table
         self.table_text = TextProjection(text_dim, size, _INITIAL_STD) if in_table else None
+        self.repeat_weight = nn.Parameter(torch.zeros(())) if settings.repeat_bias else None
+        if self.repeat_weight is not None:
+            self.repeat_weight._no_weight_decay = True  # type: ignore[attr-defined]
         self.norm = nn.LayerNorm(size)
         self.dropout = nn.Dropout(settings.dropout_prob)
         in_sequence = text_dim if settings.text_in_sequence else 0
@@ -99,6 +105,11 @@ class Encoder(nn.Module):
             assert self.vectors is not None
             table = table + self.table_text.table(self.vectors)
         return table
+
+    @property
+    def repeat_bias(self) -> Tensor | None:
+        """What is added to the score of an item that the history holds, a scalar; None without it."""
+        return None if self.repeat_weight is None else _BIAS_UNIT * self.repeat_weight
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         """items: (B, L), lengths: (B,) -> (B, L, D). Padding never reaches a valid position."""
@@ -155,8 +166,8 @@ class Encoder(nn.Module):
             parts.append(x[torch.arange(len(x), device=x.device), lengths[rows] - 1])
         return torch.cat(parts)[torch.cat(order).argsort()]
 
-    def positions(self, items: Tensor, lengths: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The vectors of all positions that have a target, and those targets.
+    def positions(self, items: Tensor, lengths: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The vectors of all positions that have a target, and where those are.
 
         Args:
             items: (B, L).
@@ -164,18 +175,30 @@ class Encoder(nn.Module):
             targets: (B, L), 0 where there is none.
 
         Returns:
-            x (S, D) and targets (S,), in no particular order.
+            x (S, D), rows (S,) and times (S,), in no particular order.
         """
-        parts, wanted = [], []
+        parts, at, when = [], [], []
         for rows, longest in similar_lengths(lengths, items.shape[1]):
-            chosen = targets[rows, :longest]
-            parts.append(self(items[rows, :longest], lengths[rows])[chosen > 0])
-            wanted.append(chosen[chosen > 0])
-        return torch.cat(parts), torch.cat(wanted)
+            row, time = (targets[rows, :longest] > 0).nonzero(as_tuple=True)
+            parts.append(self(items[rows, :longest], lengths[rows])[row, time])
+            at.append(rows[row])
+            when.append(time)
+        return torch.cat(parts), torch.cat(at), torch.cat(when)
 
-    def scores(self, x: Tensor) -> Tensor:
-        """x: (..., D) -> (..., V), the score of every item; padding's is zero."""
-        return F.linear(x, self.item_table())
+    def scores(self, x: Tensor, items: Tensor) -> Tensor:
+        """The score of every item after a history.
+
+        Args:
+            x: (B, D), the vector of each history's end.
+            items: (B, L), the history, which decides where `repeat_bias` is added.
+
+        Returns:
+            (B, V); padding's score means nothing.
+        """
+        scores = F.linear(x, self.item_table())
+        if self.repeat_bias is None:
+            return scores
+        return scores.scatter(1, items, scores.gather(1, items) + self.repeat_bias)
 
 
 def similar_lengths(lengths: Tensor, longest: int) -> Iterator[tuple[Tensor, int]]:

@@ -3,7 +3,8 @@
     S   positions that have a target          D   width
     V   items including padding (item 0)
 
-Padding is never a class: row 0 of the item table takes no part.
+Padding is never a class: row 0 of the item table takes no part. Where `repeats` is given, the score
+of an item that the position has seen is raised by its bias.
 """
 
 import math
@@ -15,28 +16,41 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from m2rec.repeats import Repeats
+
 Rows = Callable[[Tensor], Tensor]
 
 
-def cross_entropy_ref(x: Tensor, targets: Tensor, item_table: Tensor) -> Tensor:
+def cross_entropy_ref(
+    x: Tensor, targets: Tensor, item_table: Tensor, repeats: Repeats | None = None
+) -> Tensor:
     """Mean softmax cross-entropy over all items, with all scores (S, V) at once.
 
     Args:
         x: (S, D).
         targets: (S,), ids from 1.
         item_table: (V, D).
+        repeats: what each position has seen.
     """
-    return F.cross_entropy(x @ item_table[1:].T, targets - 1)
+    scores = x @ item_table.T
+    if repeats is not None:
+        position, item = repeats.pairs(0, len(x))
+        scores = scores.index_put((position, item), repeats.bias, accumulate=True)
+    return F.cross_entropy(scores[:, 1:], targets - 1)
 
 
-def cross_entropy(x: Tensor, targets: Tensor, item_table: Tensor, memory: int = 16) -> Tensor:
+def cross_entropy(
+    x: Tensor, targets: Tensor, item_table: Tensor, repeats: Repeats | None = None, memory: int = 16
+) -> Tensor:
     """As `cross_entropy_ref`, holding at most `memory` MiB of scores (one position's at least).
 
     Scores are held twice for a moment, when their logarithms are summed.
     """
     dtype = torch.promote_types(item_table.dtype, torch.float32)
     rows = max(1, memory * 2**20 // (2 * dtype.itemsize * len(item_table)))
-    loss: Tensor = _CrossEntropy.apply(x.to(dtype), item_table[1:].to(dtype), targets - 1, rows)  # type: ignore[no-untyped-call]
+    bias = None if repeats is None else repeats.bias.to(dtype)
+    given = (x.to(dtype), item_table[1:].to(dtype), bias, targets - 1, rows, repeats)
+    loss: Tensor = _CrossEntropy.apply(*given)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -47,27 +61,45 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, classes: Tensor, rows: int) -> Tensor:
-        """x (S, D), table (V, D), classes (S,), rows per chunk -> the mean loss."""
-        dx, dtable, total = torch.empty_like(x), torch.zeros_like(table), x.new_zeros(())
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        table: Tensor,
+        bias: Tensor | None,
+        classes: Tensor,
+        rows: int,
+        repeats: Repeats | None,
+    ) -> Tensor:
+        """x (S, D), table (V, D), bias (), classes (S,), rows per chunk -> the mean loss."""
+        dx, dtable, dbias, total = (
+            torch.empty_like(x),
+            torch.zeros_like(table),
+            x.new_zeros(()),
+            x.new_zeros(()),
+        )
         for start in range(0, len(x), rows):
             part, own = x[start : start + rows], classes[start : start + rows, None]
             scores = part @ table.T
+            if repeats is not None and bias is not None:
+                position, item = repeats.pairs(start, start + rows)
+                seen = (position, item - 1)
+                scores[seen] += bias
             normaliser = scores.logsumexp(1, keepdim=True)
             total += (normaliser - scores.gather(1, own)).sum()
             error = scores.sub_(normaliser).exp_()  # softmax less one at the target
             error.scatter_add_(1, own, -torch.ones_like(normaliser))
+            if repeats is not None:
+                dbias += error[seen].sum()
             dx[start : start + rows] = error @ table
             dtable.addmm_(error.T, part)
-        ctx.save_for_backward(dx / len(x), dtable / len(x))
+        ctx.save_for_backward(dx / len(x), dtable / len(x), None if bias is None else dbias / len(x))
         return total / len(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Gradients of x and table."""
-        dx, dtable = ctx.saved_tensors
-        return dx * grads[0], dtable * grads[0], None, None
+        """Gradients of x, table and bias."""
+        return *(None if saved is None else saved * grads[0] for saved in ctx.saved_tensors), None, None, None
 
 
 class NegativeSampler(nn.Module):
@@ -105,7 +137,12 @@ class NegativeSampler(nn.Module):
 
 
 def sampled_cross_entropy(
-    x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, log_probability: Tensor
+    x: Tensor,
+    targets: Tensor,
+    rows: Rows,
+    negatives: Tensor,
+    log_probability: Tensor,
+    repeats: Repeats | None = None,
 ) -> Tensor:
     """Mean cross-entropy against n negatives, each set of n shared by a group of positions.
 
@@ -121,13 +158,22 @@ def sampled_cross_entropy(
         negatives: (G, n), ids from 1, drawn with replacement: one set for each of G groups, into
             which the positions are cut in their order.
         log_probability: (G, n), log q of each.
+        repeats: what each position has seen.
     """
-    positive, scores = _sampled_scores(x, targets, rows, negatives, log_probability)
+    positive, scores = _sampled_scores(x, targets, rows, negatives, repeats, log_probability)
     first = torch.zeros_like(targets)
     return F.cross_entropy(torch.cat([positive, scores], dim=1), first)
 
 
-def gbce(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, n_items: int, t: float) -> Tensor:
+def gbce(
+    x: Tensor,
+    targets: Tensor,
+    rows: Rows,
+    negatives: Tensor,
+    n_items: int,
+    t: float,
+    repeats: Repeats | None = None,
+) -> Tensor:
     """Mean generalised binary cross-entropy (gSASRec, arXiv 2308.07192, equations 11 and 13).
 
         -(beta log sigmoid(positive) + sum log sigmoid(-negative)) / (n + 1),   beta = 1 - t (1 - alpha)
@@ -143,8 +189,9 @@ def gbce(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, n_items: int
         negatives: (G, n), ids from 1, uniform over all items, as in `sampled_cross_entropy`.
         n_items: V.
         t: calibration, from 0 to 1.
+        repeats: what each position has seen.
     """
-    positive, scores = _sampled_scores(x, targets, rows, negatives)
+    positive, scores = _sampled_scores(x, targets, rows, negatives, repeats)
     n = negatives.shape[1]
     alpha = min(1.0, n / (n_items - 1))
     beta = 1 - t * (1 - alpha)
@@ -153,7 +200,12 @@ def gbce(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, n_items: int
 
 
 def _sampled_scores(
-    x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, log_probability: Tensor | None = None
+    x: Tensor,
+    targets: Tensor,
+    rows: Rows,
+    negatives: Tensor,
+    repeats: Repeats | None,
+    log_probability: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores of the targets (S, 1) and of the negatives (S, n), -inf where one is the target.
 
@@ -164,22 +216,30 @@ def _sampled_scores(
     fill = groups * size - len(x)
     grouped = F.pad(x, (0, 0, 0, fill)).view(groups, size, -1)
     own = F.pad(targets, (0, fill)).view(groups, size, 1)
+    positive = (x * rows(targets)).sum(-1)
     scores = grouped @ rows(negatives).mT  # (G, S / G, n)
+    if repeats is not None:
+        positive = positive + repeats.of(targets)
+        scores = scores + repeats.of_shared(negatives, size)
     if log_probability is not None:
         scores = scores - (log_probability + math.log(n))[:, None]
     scores = scores.masked_fill(negatives[:, None] == own, -torch.inf).flatten(0, 1)[: len(x)]
-    return (x * rows(targets)).sum(-1, keepdim=True), scores
+    return positive[:, None], scores
 
 
-def bpr(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor) -> Tensor:
+def bpr(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, repeats: Repeats | None = None) -> Tensor:
     """Mean Bayesian personalised ranking loss, -log sigmoid(positive - negative).
 
     Args:
         x: (S, D).
         targets, negatives: (S,), ids from 1.
         rows: ids (...) -> their rows of the item table (..., D).
+        repeats: what each position has seen.
     """
-    return -F.logsigmoid((x * (rows(targets) - rows(negatives))).sum(-1)).mean()
+    difference = (x * (rows(targets) - rows(negatives))).sum(-1)
+    if repeats is not None:
+        difference = difference + repeats.of(targets) - repeats.of(negatives)
+    return -F.logsigmoid(difference).mean()
 
 
 def other_items(targets: Tensor, n_items: int) -> Tensor:

@@ -5,7 +5,7 @@
     each layer:  m, f, t = mamba(x), filter(x), text_projection(text[s])
                  x = layer_norm(x + dropout(sum_k g_k * branch_k)),  g = gate(m, f, t)
                  x = layer_norm(x + feed_forward(x))
-    scores = x[last] @ item_table.T
+    scores = x[last] @ item_table.T + repeat_bias * (the history holds the item)
 
 Paper: M2Rec, arXiv 2505.04445. Deviations: the filter is causal (`fourier.py`), so that all
 positions of a history can be trained at once; see README, "What differs from the paper".
@@ -22,6 +22,7 @@ from m2rec.compat import Config, Interaction, SequentialDataset, SequentialRecom
 from m2rec.dataset import shifted_targets
 from m2rec.encoder import Encoder
 from m2rec.loss import NegativeSampler, bpr, cross_entropy, gbce, other_items, sampled_cross_entropy
+from m2rec.repeats import Repeats
 from m2rec.settings import ModelSettings
 from m2rec.text_vectors import TextVectors
 
@@ -93,35 +94,38 @@ class M2Rec(SequentialRecommender):
         items, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         targets = interaction[self.ITEM_ID]
         if self.dense:
-            x, targets = self.encoder.positions(items, lengths, shifted_targets(items, lengths, targets))
+            targets = shifted_targets(items, lengths, targets)
+            x, rows, times = self.encoder.positions(items, lengths, targets)
+            targets = targets[rows, times]
         else:
-            x = self(items, lengths)
-        return self._loss(x, targets, interaction)
-
-    def _loss(self, x: Tensor, targets: Tensor, interaction: Interaction) -> Tensor:
-        """x: (S, D), targets: (S,) -> the loss that `loss_type` names, in full precision."""
+            x, rows, times = self(items, lengths), torch.arange(len(items), device=items.device), lengths - 1
+        bias = self.encoder.repeat_bias
+        repeats = None if bias is None else Repeats(items, rows, times, bias)
         with torch.autocast(x.device.type, enabled=False):
-            return self._loss_of(x.to(self.encoder.id_embedding.weight.dtype), targets, interaction)
+            return self._loss(x.to(self.encoder.id_embedding.weight.dtype), targets, repeats, interaction)
 
-    def _loss_of(self, x: Tensor, targets: Tensor, interaction: Interaction) -> Tensor:
+    def _loss(self, x: Tensor, targets: Tensor, repeats: Repeats | None, interaction: Interaction) -> Tensor:
+        """x: (S, D), targets: (S,) -> the loss that `loss_type` names."""
         settings, rows = self.settings, self.encoder.items
         if settings.loss_type == "CE":
-            return cross_entropy(x, targets, self.encoder.item_table(), settings.loss_memory)
+            return cross_entropy(x, targets, self.encoder.item_table(), repeats, settings.loss_memory)
         if settings.loss_type in ("sampled", "gBCE"):
             groups = -(-len(x) // settings.negatives_shared)
             ids, log_probability = self.negatives(groups, settings.n_negatives)
             if settings.loss_type == "gBCE":
-                return gbce(x, targets, rows, ids, self.n_items, settings.gbce_t)
-            return sampled_cross_entropy(x, targets, rows, ids, log_probability)
+                return gbce(x, targets, rows, ids, self.n_items, settings.gbce_t, repeats)
+            return sampled_cross_entropy(x, targets, rows, ids, log_probability, repeats)
         drawn_by_recbole = not self.dense and self.NEG_ITEM_ID in interaction
         negatives = interaction[self.NEG_ITEM_ID] if drawn_by_recbole else other_items(targets, self.n_items)
-        return bpr(x, targets, rows, negatives)
+        return bpr(x, targets, rows, negatives, repeats)
 
     def predict(self, interaction: Interaction) -> Tensor:
         """The score of each row's ITEM_ID, (B,)."""
-        x: Tensor = self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        rows: Tensor = self.encoder.items(interaction[self.ITEM_ID])
-        return (x * rows).sum(-1)
+        history, items = interaction[self.ITEM_SEQ], interaction[self.ITEM_ID]
+        x: Tensor = self(history, interaction[self.ITEM_SEQ_LEN])
+        scores: Tensor = (x * self.encoder.items(items)).sum(-1)
+        bias = self.encoder.repeat_bias
+        return scores if bias is None else scores + bias * (history == items[:, None]).any(1)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """The score of every item for each row, (B, V).
@@ -129,8 +133,8 @@ class M2Rec(SequentialRecommender):
         Raises:
             ValueError: a score is not finite; RecBole would rank such rows as if they were good.
         """
-        x = self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        scores = self.encoder.scores(x)
+        history = interaction[self.ITEM_SEQ]
+        scores = self.encoder.scores(self(history, interaction[self.ITEM_SEQ_LEN]), history)
         if not torch.isfinite(scores).all():
             raise ValueError("scores are NaN or infinite: training diverged; lower learning_rate")
         return scores

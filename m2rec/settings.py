@@ -86,6 +86,7 @@ class ModelSettings(_Settings):
     filter_modes: int = integer(16, 1, 65_536)
     filter_cutoff: float = number(0.5, 0, 1, open_low=True)
     gate: str = choice("softmax", "mean")
+    repeat_bias: bool = flag(True)
     text_in_sequence: bool = flag(True)
     text_in_table: bool = flag(True)
     text_vectors: str = text("auto")

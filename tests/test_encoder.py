@@ -90,7 +90,7 @@ def test_the_future_does_not_reach_the_past(mixer: str):
 @every_form
 def test_every_parameter_gets_a_gradient(settings: dict[str, Any]):
     made, (items, lengths) = encoder(**settings), histories(L, 9)
-    (made.scores(made.last(items, lengths)) * torch.randn(2, V)).sum().backward()
+    (made.scores(made.last(items, lengths), items) * torch.randn(2, V)).sum().backward()
     for name, parameter in made.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -99,11 +99,11 @@ def test_every_parameter_gets_a_gradient(settings: dict[str, Any]):
 @pytest.mark.parametrize("branch", ["mixer", "filter", "text"])
 def test_each_branch_changes_the_scores(branch: str):
     made, (items, lengths) = encoder(), histories(L, 9)
-    before = made.scores(made.last(items, lengths))
+    before = made.scores(made.last(items, lengths), items)
     for layer in made.layers:
         for parameter in getattr(layer, branch).parameters():
             parameter.data *= 1.5
-    assert not torch.allclose(before, made.scores(made.last(items, lengths)), atol=1e-4)
+    assert not torch.allclose(before, made.scores(made.last(items, lengths), items), atol=1e-4)
 
 
 @pytest.mark.parametrize("position", range(L))
@@ -229,7 +229,7 @@ def test_mamba4rec_written_out():
         forward = layer.feed_forward
         x = forward.norm(forward.down(torch.nn.functional.gelu(forward.up(x))) + x)
     expected = x[torch.arange(2), lengths - 1] @ made.id_embedding.weight.T
-    assert torch.allclose(made.scores(made.last(items, lengths)), expected, atol=1e-5)
+    assert torch.allclose(made.scores(made.last(items, lengths), items), expected, atol=1e-5)
     names = {name.split(".")[2] for name in made.state_dict() if name.startswith("layers.")}
     assert names == {"mixer", "norm", "feed_forward"}
 
@@ -258,8 +258,9 @@ def test_grouping_by_length_changes_nothing(settings: dict[str, Any]):
     torch.testing.assert_close(made.last(items, lengths), whole[torch.arange(6), lengths - 1])
 
     weight = torch.randn(V, whole.shape[-1], dtype=whole.dtype)
-    x, wanted = made.positions(items, lengths, targets)
-    at = targets > 0
-    padded = torch.autograd.grad((whole[at] * weight[targets[at]]).sum(), list(made.parameters()))
-    grouped = torch.autograd.grad((x * weight[wanted]).sum(), list(made.parameters()))
+    x, rows, times = made.positions(items, lengths, targets)
+    wanted, at = targets[rows, times], targets > 0
+    parameters = [p for name, p in made.named_parameters() if name != "repeat_weight"]
+    padded = torch.autograd.grad((whole[at] * weight[targets[at]]).sum(), parameters)
+    grouped = torch.autograd.grad((x * weight[wanted]).sum(), parameters)
     torch.testing.assert_close(grouped, padded)

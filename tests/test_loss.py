@@ -15,6 +15,7 @@ from m2rec.loss import (
     other_items,
     sampled_cross_entropy,
 )
+from m2rec.repeats import Repeats
 
 S, D, V = 40, 8, 50
 
@@ -23,15 +24,25 @@ def made() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(S, D), torch.randint(1, V, (S,)), torch.randn(V, D)
 
 
+def seen(positions: int, bias: torch.Tensor, n_items: int = V, length: int = 9) -> Repeats:
+    """Histories in which positions lie anywhere, with items that occur twice."""
+    items = torch.randint(1, min(n_items, 12), (4, length))
+    return Repeats(items, torch.randint(4, (positions,)), torch.randint(length, (positions,)), bias)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("n_items", [2, V, 300_000])
-def test_cross_entropy_in_chunks_equals_the_whole(n_items: int):
+def test_cross_entropy_in_chunks_equals_the_whole(n_items: int, repeated: bool):
     """Value and gradients; with 300,000 items and 1 MiB a chunk is a single position."""
-    x, table = torch.randn(7, D).double(), torch.randn(n_items, D).double()
+    x, table, bias = torch.randn(7, D).double(), torch.randn(n_items, D).double(), torch.tensor(0.7).double()
     targets = torch.randint(1, n_items, (7,))
+    random = torch.get_rng_state()
     results = []
     for function, options in ((cross_entropy_ref, {}), (cross_entropy, {"memory": 1})):
-        leaves = [x.clone().requires_grad_(), table.clone().requires_grad_()]
-        loss = function(leaves[0], targets, leaves[1], **options) * 3
+        leaves = [value.clone().requires_grad_() for value in (x, table, bias)][: 3 if repeated else 2]
+        torch.set_rng_state(random)
+        repeats = seen(7, leaves[2], n_items) if repeated else None
+        loss = function(leaves[0], targets, leaves[1], repeats, **options) * 3
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     for whole, chunked in zip(*results, strict=True):
         assert torch.allclose(whole, chunked, atol=1e-12)
@@ -62,13 +73,14 @@ def test_cross_entropy_leaves_padding_out():
 
 @pytest.mark.parametrize("groups", [1, 3, S])
 @pytest.mark.parametrize("counts", [None, torch.arange(V) % 7])
-def test_sampled_estimates_the_whole(counts: torch.Tensor | None, groups: int):
+@pytest.mark.parametrize("bias", [None, -4.0, 2.0])
+def test_sampled_estimates_the_whole(counts: torch.Tensor | None, groups: int, bias: float | None):
     """With very many negatives the sampled partition sum comes near the whole one, however drawn."""
     x, targets, table = made()
-    whole = cross_entropy(x, targets, table)
-    sampled = sampled_cross_entropy(
-        x, targets, lambda ids: table[ids], *NegativeSampler(V, counts)(groups, 200_000 // groups)
-    )
+    repeats = None if bias is None else seen(S, torch.tensor(bias))
+    whole = cross_entropy(x, targets, table, repeats)
+    negatives = NegativeSampler(V, counts)(groups, 200_000 // groups)
+    sampled = sampled_cross_entropy(x, targets, lambda ids: table[ids], *negatives, repeats)
     assert abs(float(whole - sampled)) < 0.03
 
 
@@ -107,17 +119,22 @@ def test_negatives_are_drawn_as_often_as_they_say():
     assert ((drawn - expected).abs() < 5 * expected.sqrt() + 1).all()
 
 
-def test_gbce_by_hand():
+@pytest.mark.parametrize("bias", [0.0, -2.0])
+def test_gbce_by_hand(bias: float):
     x, targets, table = made()
+    repeats = seen(S, torch.tensor(bias))
+    raised = torch.zeros(S, V)
+    raised[repeats.pairs(0, S)] = bias
     negatives = torch.tensor([[1, 2, 3], [4, 5, 6]])
     t, alpha = 0.5, 3 / (V - 1)
     beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)  # equation 13
     total = 0.0
     for i, (row, target) in enumerate(zip(x, targets, strict=True)):
-        total += float(-torch.log(torch.sigmoid(row @ table[target]) ** beta))
+        scores = table @ row + raised[i]
+        total += float(-torch.log(torch.sigmoid(scores[target]) ** beta))
         for j in negatives[i // (S // 2)]:
-            total -= float(torch.log(1 - torch.sigmoid(row @ table[j]))) if j != target else 0.0
-    loss = gbce(x, targets, lambda ids: table[ids], negatives, V, t)
+            total -= float(torch.log(1 - torch.sigmoid(scores[j]))) if j != target else 0.0
+    loss = gbce(x, targets, lambda ids: table[ids], negatives, V, t, repeats)
     assert float(loss) == pytest.approx(total / (S * 4), rel=1e-4)
 
 
@@ -128,6 +145,13 @@ def test_bpr_by_hand():
     difference = (x * table[targets]).sum(1) - (x * table[negatives]).sum(1)
     expected = torch.log(1 + torch.exp(-difference)).mean()
     assert torch.allclose(bpr(x, targets, lambda ids: table[ids], negatives), expected, atol=1e-5)
+
+    repeats = seen(S, torch.tensor(3.0))
+    raised = torch.zeros(S, V)
+    raised[repeats.pairs(0, S)] = 3.0
+    difference += raised[torch.arange(S), targets] - raised[torch.arange(S), negatives]
+    expected = torch.log(1 + torch.exp(-difference)).mean()
+    assert torch.allclose(bpr(x, targets, lambda ids: table[ids], negatives, repeats), expected, atol=1e-5)
 
 
 def test_other_items_are_uniform_and_need_two_items():

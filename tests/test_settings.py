@@ -32,6 +32,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("gate", "sigmoid", "one of softmax, mean"),
     ("text_in_sequence", "yes", "True or False"),
     ("text_in_table", 1, "True or False"),
+    ("repeat_bias", "yes", "True or False"),
     ("text_vectors", "", "some text"),
     ("text_whitening", True, "one of pca, zca, none"),
     ("text_width", -1, "a whole number from 0 to "),

@@ -140,13 +140,13 @@ def test_a_loss_that_is_not_finite_stops_the_training(toy: Path, tmp_path: Path,
 
 
 def test_weight_decay_spares_what_is_marked(toy: Path, tmp_path: Path):
-    """mamba_ssm marks A_log, D and dt_bias; with a huge decay and no gradient they stay as they are."""
+    """mamba_ssm marks A_log, D and dt_bias, and so do we; with a huge decay and no gradient they stay."""
     trainer, _ = made(toy, tmp_path / "run", weight_decay=10.0)
     groups = trainer.optimizer.param_groups
     assert [g["weight_decay"] for g in groups] == [10.0, 0.0]
     spared = {id(p) for p in groups[1]["params"]}
     names = {n.split(".")[-1] for n, p in trainer.model.named_parameters() if id(p) in spared}
-    assert names == {"A_log", "D", "dt_bias"}
+    assert names == {"A_log", "D", "dt_bias", "repeat_weight"}
     assert sum(len(g["params"]) for g in groups) == len(list(trainer.model.parameters()))
 
 

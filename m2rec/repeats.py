@@ -1,0 +1,85 @@
+"""Items that a history already holds, and how much their scores are raised or lowered.
+
+letter  meaning
+B, L    batch, sequence length (right-padded with item 0)
+S, R    positions, pairs of a position and an item before it
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# positions are looked at in blocks, so that no more than so many flags are held at a time
+_FLAGS = 2**24
+
+
+def first_occurrences(items: Tensor) -> Tensor:
+    """items: (B, L) -> (B, L), True where an item stands for the first time in its row; padding never."""
+    ordered, order = items.sort(dim=1, stable=True)
+    new = ordered > 0
+    new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(new).scatter(1, order, new)
+
+
+class Repeats:
+    """What S positions of a batch have seen, the item at the position included.
+
+    Args:
+        items: (B, L).
+        rows: (S,), the row of each position.
+        times: (S,), its place in that row, from 0.
+        bias: scalar, added to the score of each item that a position has seen.
+    """
+
+    def __init__(self, items: Tensor, rows: Tensor, times: Tensor, bias: Tensor) -> None:
+        self.items, self.rows, self.times, self.bias = items, rows, times, bias
+        self._first = first_occurrences(items)
+
+    def pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Each item that positions `start` to `stop` have seen, once: position less start, item (R,)."""
+        rows, times = self.rows[start:stop], self.times[start:stop]
+        past = torch.arange(self.items.shape[1], device=self.items.device) <= times[:, None]
+        position, place = (past & self._first[rows]).nonzero(as_tuple=True)
+        return position, self.items[rows[position], place]
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All pairs, a block of positions at a time: position, item (R,)."""
+        size = max(1, _FLAGS // self.items.shape[1])
+        for start in range(0, len(self.rows), size):
+            position, item = self.pairs(start, start + size)
+            yield position + start, item
+
+    def of(self, items: Tensor) -> Tensor:
+        """items: (S,), one for each position -> (S,), `bias` where it was seen, else 0."""
+        seen = torch.zeros_like(items, dtype=torch.bool)
+        for position, item in self.blocks():
+            seen[position[item == items[position]]] = True
+        return seen * self.bias
+
+    def of_shared(self, items: Tensor, size: int) -> Tensor:
+        """As `of` for n items that each group of `size` neighbouring positions shares.
+
+        Args:
+            items: (G, n), in any order, one more than once too.
+            size: positions per group; the last may have fewer.
+
+        Returns:
+            (G, size, n).
+        """
+        groups, n = items.shape
+        ordered, order = items.sort(dim=1)
+        base = int(max(items.max(), self.items.max())) + 1
+        keys = (ordered + base * torch.arange(groups, device=items.device)[:, None]).flatten()
+        seen = torch.zeros(
+            groups * size, n, dtype=torch.bool, device=items.device
+        )  # at the first of equal ones
+        for position, item in self.blocks():
+            group = position // size
+            key = item + base * group
+            at = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
+            hit = keys[at] == key
+            seen[position[hit], (at - n * group)[hit]] = True
+        first = torch.searchsorted(keys, keys).view(groups, n) % n
+        first = torch.empty_like(first).scatter(1, order, first)
+        return seen.view(groups, size, n).gather(2, first[:, None].expand(-1, size, -1)) * self.bias
