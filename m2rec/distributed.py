@@ -28,6 +28,7 @@ def processes(device: torch.device) -> Iterator[None]:
         dist.init_process_group("gloo")
     try:
         yield
+        dist.barrier()  # gloo aborts where a process leaves while another one still talks
     finally:
         dist.destroy_process_group()
 
