@@ -74,6 +74,12 @@ class Encoder(nn.Module):
         available[:, -1] = has_text(self.vectors)
         return available
 
+    def set_vectors(self, vectors: Tensor | None) -> None:
+        """Take these text vectors (V, T) in place of the old ones."""
+        self.vectors = vectors
+        if self.available is not None:
+            self.available = self._available(self.available.shape[1])
+
     def _initialise(self) -> None:
         """Small embeddings; Mamba's own values stay, unless `init: mamba4rec` asks otherwise.
 
@@ -227,5 +233,4 @@ def similar_lengths(lengths: Tensor, longest: int) -> Iterator[tuple[Tensor, int
 def _after_loading(encoder: nn.Module, _: object) -> None:
     """Weights bring their text vectors, which may be of other items than those given at the start."""
     assert isinstance(encoder, Encoder)
-    if encoder.available is not None:
-        encoder.available = encoder._available(encoder.available.shape[1])
+    encoder.set_vectors(encoder.vectors)

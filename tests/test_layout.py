@@ -16,7 +16,7 @@ RANKS = [
     {"plots"},
     {"tables", "paired"},
     {"results"},
-    {"experiment", "sweeps"},
+    {"experiment", "sweeps", "recommender"},
     {"configuration"},
     {"trainer"},
     {"evaluation", "model", "popularity"},

@@ -1,0 +1,175 @@
+"""A run folder as a Python object: the model's own ranking, and items that it has never met."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from m2rec import experiment, text_vectors
+from m2rec.configuration import build_config
+from m2rec.recommender import Recommender
+from tests.conftest import small
+
+TOKENS = [f"i{k}" for k in range(20)]
+
+
+@pytest.fixture
+def vectors(toy: Path, write_vectors: Callable[..., Path]) -> Path:
+    return write_vectors(toy, "toy", [*TOKENS, "new", "newer"])
+
+
+@pytest.fixture
+def folder(toy: Path, tmp_path: Path, vectors: Path) -> Path:
+    return trained(toy, tmp_path)
+
+
+def trained(toy: Path, tmp_path: Path, **others: object) -> Path:
+    return experiment.run(build_config(small(toy, runs_dir=str(tmp_path / "runs"), **others))).folder
+
+
+def raw(vectors: Path, *tokens: str) -> torch.Tensor:
+    names, all_vectors, _ = text_vectors.read(vectors)
+    return all_vectors[[names.index(token) for token in tokens]]
+
+
+def test_scores_are_those_of_the_model(toy: Path, tmp_path: Path, folder: Path):
+    """Each test row's history, as tokens, through the folder alone."""
+    config = build_config(small(toy))
+    dataset, (train, _, test) = experiment.load_data(config)
+    model = experiment.find_model("M2Rec")(config, train.dataset)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    rows = test.dataset.inter_feat
+    expected = model.eval().full_sort_predict(rows)
+    names = dataset.field2id_token["item_id"]
+    histories = [
+        [str(names[i]) for i in items[:n]]
+        for items, n in zip(rows["item_id_list"].tolist(), rows["item_length"].tolist(), strict=True)
+    ]
+    scores = Recommender.load(folder).scores(histories)
+    torch.testing.assert_close(scores[:, 1:], expected[:, 1:], rtol=1e-5, atol=1e-5)
+    assert (scores[:, 0] == -torch.inf).all()
+
+
+def test_recommend(folder: Path):
+    recommender = Recommender.load(str(folder))
+    history = ["i3", "i5", "i3"]
+    (scores,) = recommender.scores([history])
+    found = recommender.recommend(history, k=4)
+    assert [r.score for r in found] == sorted((r.score for r in found), reverse=True)
+    seen = recommender.to_ids(history)
+    left = {token: float(scores[i]) for i, token in enumerate(recommender.tokens) if i not in [0, *seen]}
+    assert found[0] == max(left.items(), key=lambda pair: pair[1])
+    assert len(recommender.recommend(history, k=100)) == 18
+    assert len(recommender.recommend(history, k=100, exclude_seen=False)) == 20
+
+
+def test_only_the_end_of_a_long_history_counts(folder: Path):
+    recommender = Recommender.load(folder)
+    end = TOKENS[:10]
+    torch.testing.assert_close(recommender.scores([TOKENS[10:] + end]), recommender.scores([end]))
+
+
+def test_it_needs_no_recbole(folder: Path):
+    code = (
+        "import sys; sys.modules['recbole'] = None\n"
+        "from m2rec.recommender import Recommender\n"
+        f"print(Recommender.load({str(folder)!r}).recommend(['i3'], k=1)[0].item)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == Recommender.load(folder).recommend(["i3"], k=1)[0].item
+
+
+def test_new_items_from_their_text(folder: Path, vectors: Path):
+    """Nothing changes for the old ones; a new one's part of the table is the projection of its text."""
+    recommender = Recommender.load(folder)
+    histories = [["i1", "i2"], ["i7"]]
+    before = recommender.scores(histories)
+    recommender.add_items(["new", "newer"], raw(vectors, "new", "newer"))
+    after = recommender.scores(histories)
+    assert recommender.tokens[-2:] == ["new", "newer"] and after.shape == (2, 23)
+    torch.testing.assert_close(after[:, :21], before)
+    weights = load_file(folder / "model.safetensors")
+    treated = (raw(vectors, "newer")[0] - weights["text_mean"]) @ weights["text_basis"]
+    row = weights["encoder.table_text.linear.weight"] @ treated
+    torch.testing.assert_close(recommender.encoder.item_table()[-1], row)
+    assert not torch.allclose(recommender.scores([["i1", "new"]]), recommender.scores([["i1", "newer"]]))
+    assert len(recommender.recommend(["new"], k=100)) == 21
+
+
+def test_a_text_that_is_known_ranks_as_that_item_would_without_its_clicks(folder: Path, vectors: Path):
+    recommender = Recommender.load(folder)
+    known = recommender.to_ids(["i4"])[0]
+    recommender.encoder.id_embedding.weight.data[known] = 0
+    recommender.add_items(["again"], raw(vectors, "i4"))
+    scores = recommender.scores([["i1", "i2"]])[0]
+    torch.testing.assert_close(scores[-1], scores[known], rtol=1e-4, atol=1e-5)
+
+
+def test_added_items_are_saved(folder: Path, tmp_path: Path, vectors: Path):
+    recommender = Recommender.load(folder)
+    recommender.add_items(["new"], raw(vectors, "new"))
+    recommender.save(tmp_path / "more" / "saved")
+    loaded = Recommender.load(tmp_path / "more" / "saved")
+    assert loaded.tokens == recommender.tokens
+    assert torch.equal(loaded.scores([["new", "i3"]]), recommender.scores([["new", "i3"]]))
+    loaded.add_items(["newer"], raw(vectors, "newer"))
+    assert loaded.recommend(["newer"], k=1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "given", "message"),
+    [
+        (["i3"], torch.ones(1, 8), "'i3' is there already"),
+        (["a", "a"], torch.ones(2, 8), "'a' is there already"),
+        (["a"], torch.ones(1, 7), r"vectors of shape \(1, 7\) for 1 items; expected \(1, 8\)"),
+        (["a", "b"], torch.tensor([[1.0] * 8, [0.0] * 8]), "'b' has no text vector"),
+        (["a"], torch.tensor([[torch.nan] * 8]), "'a' has no text vector"),
+    ],
+)
+def test_items_that_can_t_be_added(folder: Path, tokens: list[str], given: torch.Tensor, message: str):
+    recommender = Recommender.load(folder)
+    before = recommender.scores([["i1"]])
+    with pytest.raises(ValueError, match=message):
+        recommender.add_items(tokens, given)
+    assert torch.equal(recommender.scores([["i1"]]), before) and len(recommender.tokens) == 21
+
+
+def test_a_model_without_text_in_the_table_takes_none(toy: Path, tmp_path: Path, vectors: Path):
+    for others in ({"text_vectors": "none"}, {"text_in_table": False}):
+        recommender = Recommender.load(trained(toy, tmp_path, epochs=1, **others))
+        with pytest.raises(ValueError, match="add_items: this run has no text in its item table"):
+            recommender.add_items(["new"], torch.ones(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("history", "message"), [([], "history: empty"), (["i3", "gone"], "knows no item 'gone'")]
+)
+def test_histories_that_can_t_be_used(folder: Path, history: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
+        Recommender.load(folder).recommend(history)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.yaml", None, "config.yaml can't be read"),
+        ("config.yaml", "model: SASRec", "model: 'SASRec' is not M2Rec"),
+        ("config.yaml", "- 1", "holds no dict"),
+        ("config.yaml", "model: !!python/object/apply:os.getcwd []", "config.yaml can't be read"),
+        ("items.json", "{", "items.json can't be read"),
+        ("items.json", json.dumps(["[PAD]", "i1"]), "the weights don't fit config.yaml and items.json"),
+        ("model.safetensors", "", "model.safetensors can't be read"),
+    ],
+)
+def test_folders_that_can_t_be_used(folder: Path, file: str, content: str | None, message: str):
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Recommender.load(folder)
