@@ -39,6 +39,7 @@ class Encoder(nn.Module):
     """
 
     vectors: Tensor | None
+    has_text: Tensor | None
     available: Tensor | None
 
     def __init__(
@@ -49,6 +50,7 @@ class Encoder(nn.Module):
         text_dim = 0 if vectors is None else vectors.shape[1]
         self.settings = settings
         self.register_buffer("vectors", vectors)
+        self.register_buffer("has_text", None if vectors is None else has_text(vectors), persistent=False)
 
         self.id_embedding = nn.Embedding(n_items, size, padding_idx=0)
         in_table = text_dim > 0 and settings.text_in_table
@@ -69,14 +71,15 @@ class Encoder(nn.Module):
 
     def _available(self, n_branches: int) -> Tensor:
         """(V, K), which branches have something to say at an item: the last one, text, only of some."""
-        assert self.vectors is not None
-        available = torch.ones(len(self.vectors), n_branches, dtype=torch.bool, device=self.vectors.device)
-        available[:, -1] = has_text(self.vectors)
+        assert self.has_text is not None
+        available = torch.ones(len(self.has_text), n_branches, dtype=torch.bool, device=self.has_text.device)
+        available[:, -1] = self.has_text
         return available
 
     def set_vectors(self, vectors: Tensor | None) -> None:
         """Take these text vectors (V, T) in place of the old ones."""
         self.vectors = vectors
+        self.has_text = None if vectors is None else has_text(vectors)
         if self.available is not None:
             self.available = self._available(self.available.shape[1])
 
@@ -101,7 +104,7 @@ class Encoder(nn.Module):
         rows: Tensor = self.id_embedding(ids)
         if self.table_text is not None:
             assert self.vectors is not None
-            rows = rows + self.table_text(ids, self.vectors)
+            rows = self._drop_ids(rows, ids) + self.table_text(ids, self.vectors)
         return rows
 
     def item_table(self) -> Tensor:
@@ -109,8 +112,18 @@ class Encoder(nn.Module):
         table: Tensor = self.id_embedding.weight
         if self.table_text is not None:
             assert self.vectors is not None
+            table = self._drop_ids(table, torch.arange(len(table), device=table.device))
             table = table + self.table_text.table(self.vectors)
         return table
+
+    def _drop_ids(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """In training, let some items with text stand by that alone, as items do that were added later."""
+        share = self.settings.id_dropout
+        if not (self.training and share):
+            return rows
+        assert self.has_text is not None
+        dropped = (torch.rand(ids.shape, device=ids.device) < share) & self.has_text[ids]
+        return rows.masked_fill(dropped[..., None], 0)
 
     @property
     def repeat_bias(self) -> Tensor | None:

@@ -89,6 +89,7 @@ class ModelSettings(_Settings):
     repeat_bias: bool = flag(True)
     text_in_sequence: bool = flag(True)
     text_in_table: bool = flag(True)
+    id_dropout: float = number(0.0, 0, 1, open_high=True)
     text_vectors: str = text("auto")
     text_whitening: str = choice("pca", "zca", "none")
     text_width: int = integer(0, 0, 65_536)

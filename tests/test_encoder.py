@@ -264,3 +264,18 @@ def test_grouping_by_length_changes_nothing(settings: dict[str, Any]):
     padded = torch.autograd.grad((whole[at] * weight[targets[at]]).sum(), parameters)
     grouped = torch.autograd.grad((x * weight[wanted]).sum(), parameters)
     torch.testing.assert_close(grouped, padded)
+
+
+def test_id_dropout_leaves_items_their_text():
+    """In training about that share of the items with text loses its id embedding, none without text."""
+    vectors = torch.randn(V, 5)
+    vectors[[0, 3]] = 0
+    made = Encoder(ModelSettings(**SMALL, id_dropout=0.5), V, L, vectors)
+    ids = torch.arange(1, V).repeat(400, 1)
+    whole, text = made.eval().items(ids), made.table_text(ids, vectors)
+    assert torch.equal(made.item_table()[1:], made.items(ids[0]))
+    for rows in (made.train().items(ids), torch.stack([made.item_table()[1:] for _ in range(400)])):
+        alone = torch.isclose(rows, text, atol=1e-6).all(-1)
+        assert torch.allclose(rows[~alone], whole[~alone], atol=1e-6)
+        share = alone.float().mean(0)
+        assert share[2] == 0 and (share[torch.arange(V - 1) != 2] - 0.5).abs().max() < 0.15

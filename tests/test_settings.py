@@ -32,6 +32,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("gate", "sigmoid", "one of softmax, mean"),
     ("text_in_sequence", "yes", "True or False"),
     ("text_in_table", 1, "True or False"),
+    ("id_dropout", 1.0, "a number in [0, 1)"),
     ("repeat_bias", "yes", "True or False"),
     ("text_vectors", "", "some text"),
     ("text_whitening", True, "one of pca, zca, none"),
