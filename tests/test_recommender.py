@@ -77,7 +77,7 @@ def test_only_the_end_of_a_long_history_counts(folder: Path):
 def test_it_needs_no_recbole(folder: Path):
     code = (
         "import sys; sys.modules['recbole'] = None\n"
-        "from m2rec.recommender import Recommender\n"
+        "from m2rec import Recommender\n"
         f"print(Recommender.load({str(folder)!r}).recommend(['i3'], k=1)[0].item)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
