@@ -24,8 +24,8 @@ RANKS = [
     {"compat"},
     {"encoder"},
     {"loss"},
-    {"layer", "text_vectors", "repeats", "atomic", "checkpoint"},
-    {"settings", "checks", "text", "files", "averaging", "distributed", "histories", "statistics"},
+    {"layer", "text_vectors", "repeats", "atomic", "checkpoint", "raw"},
+    {"settings", "checks", "text", "files", "averaging", "distributed", "histories", "statistics", "rows"},
     {"mamba", "attention", "fourier", "gate"},
     {"ops"},
 ]

@@ -1,0 +1,463 @@
+"""Raw data sets, in the formats in which they are published, as typed records.
+
+`FORMATS` is the table of them, `movielens` finds out which of three a folder holds, and
+`table` makes one for any table. To add a format, add an entry.
+"""
+
+import html
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from decimal import Decimal, InvalidOperation
+from functools import partial
+from pathlib import Path
+from reprlib import repr as short
+from typing import NamedTuple, TypeVar
+
+from m2rec.rows import (
+    Malformed,
+    Row,
+    Rows,
+    Tally,
+    csv_rows,
+    delimited_rows,
+    json_rows,
+    loose_rows,
+    parquet_rows,
+)
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+DIGITS = 28  # of a number, what Decimal computes with
+LARGEST_SECONDS = 10**11  # the year 5138; from there on a time is in smaller units
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+Record = TypeVar("Record")
+
+Keys = tuple[str, ...]
+"""Names of a value in a row; the first that is there counts."""
+
+
+class Interaction(NamedTuple):
+    """One event."""
+
+    user: str
+    item: str
+    time: Decimal
+    """Seconds since 1970 where the raw data has dates or unix time, else its own number."""
+    rating: Decimal | None
+
+
+class Item(NamedTuple):
+    """One item; its texts are one line each, in the format's order."""
+
+    token: str
+    texts: tuple[str, ...]
+
+
+def names(value: object) -> str:
+    """Text of a value; the parts of a list, nested or not, once each and with commas between."""
+    return ", ".join(dict.fromkeys(_parts(value)))
+
+
+def prose(value: object) -> str:
+    """Text of a value; the parts of a list with spaces between."""
+    return " ".join(_parts(value))
+
+
+class Text(NamedTuple):
+    """A text column of NAME.item."""
+
+    column: str
+    keys: Keys
+    kind: str = "token_seq"
+    convert: Callable[[object], str] = names
+
+
+@dataclass(frozen=True)
+class Format:
+    """Where a raw format has what is needed."""
+
+    about: str
+    rows: Callable[[Tally], Rows]
+    user: Keys
+    item: Keys
+    time: Keys
+    rating: Keys = ()
+    item_rows: Callable[[Tally], Rows] | None = None
+    """None: as `rows`."""
+    token: Keys = ()
+    """Names of an item's token in the file of items."""
+    texts: tuple[Text, ...] = ()
+
+    def interactions(self, tally: Tally) -> Iterator[Interaction]:
+        """The interactions of the file that `tally` names, in file order.
+
+        Raises:
+            ValueError: the file can't be read, or too much of it is malformed.
+        """
+        return _records(self.rows(tally), self._interaction, tally)
+
+    def items(self, tally: Tally) -> Iterator[Item]:
+        """The items of the file that `tally` names; the same token may come again.
+
+        Raises:
+            ValueError: as for `interactions`.
+        """
+        return _records((self.item_rows or self.rows)(tally), self._item, tally)
+
+    def _interaction(self, row: Row) -> Interaction:
+        rating = _value(row, self.rating) if self.rating else None
+        return Interaction(
+            token(_needed(row, self.user)),
+            token(_needed(row, self.item)),
+            seconds(_needed(row, self.time)),
+            None if rating is None else number(rating),
+        )
+
+    def _item(self, row: Row) -> Item:
+        texts = (one_line(text.convert(_value(row, text.keys))) for text in self.texts)
+        return Item(token(_needed(row, self.token)), tuple(texts))
+
+
+def _records(rows: Rows, parse: Callable[[Row], Record], tally: Tally) -> Iterator[Record]:
+    """Parse row by row; what is malformed goes to the tally."""
+    for line, row in rows:
+        try:
+            record = parse(row)
+        except Malformed as error:
+            tally.reject(line, error)
+        except RecursionError:
+            tally.reject(line, "lists in lists without end")
+        else:
+            yield record
+    tally.finish()
+
+
+def _missing(value: object) -> bool:
+    return (
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, float) and math.isnan(value))
+    )
+
+
+def _value(row: Row, keys: Keys) -> object:
+    """The first value that is not missing, or None."""
+    return next((row[key] for key in keys if not _missing(row.get(key))), None)
+
+
+def _needed(row: Row, keys: Keys) -> object:
+    value = _value(row, keys)
+    if value is None:
+        present = any(key in row for key in keys)
+        raise Malformed(
+            f"{keys[0]!r} is empty" if present else f"no {keys[0]!r}, only {short(', '.join(row))}"
+        )
+    return value
+
+
+def token(value: object) -> str:
+    """An id as it stands; a whole number without its .0.
+
+    Raises:
+        Malformed: it is no text or number, or can't stand in a tab-separated file.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        raise Malformed(f"{short(value)} is no id")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    try:
+        text = _joined(str(value), "strict")
+    except UnicodeDecodeError:
+        raise Malformed(f"id {short(value)} has half a character") from None
+    if _CONTROL.search(text):
+        raise Malformed(f"id {short(value)} has a tab, a newline or another control character")
+    return text
+
+
+def _joined(text: str, errors: str) -> str:
+    """Surrogates put together to the characters that they are halves of."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors)
+
+
+def number(value: object) -> Decimal:
+    """A number in full precision.
+
+    Raises:
+        Malformed: it is none, not finite, or has more than 28 places before or after the point.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        raise Malformed(f"{short(value)} is no number")
+    try:
+        exact = Decimal(str(value))
+    except (InvalidOperation, ValueError):
+        raise Malformed(f"{short(value)} is no number") from None
+    _, digits, exponent = exact.as_tuple()
+    if not isinstance(exponent, int) or len(digits) > DIGITS or abs(exponent) > DIGITS:
+        raise Malformed(f"{short(value)} is no number of up to {DIGITS} digits")
+    return exact
+
+
+def shortest(exact: Decimal) -> str:
+    """The shortest decimal that is exactly this number, without exponent."""
+    text = format(exact, "f")
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+def seconds(value: object) -> Decimal:
+    """Seconds since 1970 from unix time or a date, to the microsecond; a date without zone is UTC.
+
+    Numbers from 10**11 on are taken for milliseconds, from 10**14 for microseconds, from 10**17
+    for nanoseconds: each such range holds the years 1973 to 5138. Smaller ones stay as they are.
+
+    Raises:
+        Malformed: it is neither.
+    """
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if not isinstance(value, datetime):
+        try:
+            time = number(value)
+        except Malformed:
+            value = _date(value)
+        else:
+            while abs(time) >= LARGEST_SECONDS:
+                time = time.scaleb(-3)
+            return time
+    since = (value if value.tzinfo else value.replace(tzinfo=UTC)) - EPOCH
+    return since.days * 86400 + since.seconds + Decimal(since.microseconds).scaleb(-6)
+
+
+def _date(value: object) -> datetime:
+    try:
+        return datetime.fromisoformat(str(value).strip())
+    except ValueError:
+        raise Malformed(f"time {short(value)} is neither a unix number nor an ISO date") from None
+
+
+def one_line(text: str) -> str:
+    """Text without HTML entities, on one line, with single spaces."""
+    plain = html.unescape(_joined(text, "replace"))
+    return " ".join(_CONTROL.sub(" ", plain).split())
+
+
+def _parts(value: object) -> Iterator[str]:
+    """The texts in a value; objects with names have none."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _parts(part)
+    elif not _missing(value) and not isinstance(value, dict):
+        yield str(value).strip()
+
+
+def _genres(value: object) -> str:
+    """MovieLens's Comedy|Drama."""
+    return "" if value == "(no genres listed)" else names(str(value or "").split("|"))
+
+
+def _amazon_title(value: object) -> str:
+    """Some titles of 2018 are pieces of the page's JavaScript."""
+    return "" if "getTime" in str(value) else names(value)
+
+
+# the flags of u.item after its first, "unknown"
+_FLAGS = (
+    "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)  # fmt: skip
+
+
+def _ml_100k_films(tally: Tally) -> Rows:
+    """u.item: a film's genres are flags."""
+    columns = ("movieId", "title", "released", "video", "url", "unknown", *_FLAGS)
+    for line, row in delimited_rows(tally, "|", columns):
+        row["genres"] = "|".join(flag for flag in _FLAGS if row[flag] == "1")
+        yield line, row
+
+
+_RATING = ("userId", "movieId", "rating", "timestamp")
+_FILM = ("movieId", "title", "genres")
+
+
+def _movielens(about: str, rows: Callable[[Tally], Rows], item_rows: Callable[[Tally], Rows]) -> Format:
+    return Format(
+        about=about,
+        rows=rows,
+        user=("userId",),
+        item=("movieId",),
+        time=("timestamp",),
+        rating=("rating",),
+        item_rows=item_rows,
+        token=("movieId",),
+        texts=(Text("title", ("title",)), Text("genres", ("genres",), convert=_genres)),
+    )
+
+
+# by the files of the folder
+MOVIELENS = {
+    ("u.data", "u.item"): _movielens(
+        "ml-100k", partial(delimited_rows, separator="\t", columns=_RATING), _ml_100k_films
+    ),
+    ("ratings.dat", "movies.dat"): _movielens(
+        "ml-1m, ml-10m",
+        partial(delimited_rows, separator="::", columns=_RATING),
+        partial(delimited_rows, separator="::", columns=_FILM),
+    ),
+    ("ratings.csv", "movies.csv"): _movielens(
+        "ml-20m, ml-25m, ml-latest", partial(csv_rows, columns=_RATING), partial(csv_rows, columns=_FILM)
+    ),
+}
+
+FORMATS = {
+    "amazon-2014": Format(
+        about="reviews_CATEGORY.json.gz and meta_CATEGORY.json.gz (Python dicts)",
+        rows=loose_rows,
+        user=("reviewerID",),
+        item=("asin",),
+        time=("unixReviewTime",),
+        rating=("overall",),
+        token=("asin",),
+        texts=(
+            Text("title", ("title",)),
+            Text("brand", ("brand",), "token"),
+            Text("categories", ("categories",)),
+            Text("description", ("description",), convert=prose),
+        ),
+    ),
+    "amazon-2018": Format(
+        about="CATEGORY.json.gz or CATEGORY_5.json.gz, and meta_CATEGORY.json.gz",
+        rows=json_rows,
+        user=("reviewerID",),
+        item=("asin",),
+        time=("unixReviewTime",),
+        rating=("overall",),
+        token=("asin",),
+        texts=(
+            Text("title", ("title",), convert=_amazon_title),
+            Text("brand", ("brand",), "token"),
+            Text("categories", ("category",)),
+            Text("description", ("description",), convert=prose),
+        ),
+    ),
+    "amazon-2023": Format(
+        about="CATEGORY.jsonl.gz and meta_CATEGORY.jsonl.gz; an item is its parent_asin",
+        rows=json_rows,
+        user=("user_id",),
+        item=("parent_asin", "asin"),
+        time=("timestamp",),
+        rating=("rating",),
+        token=("parent_asin",),
+        texts=(
+            Text("title", ("title",)),
+            Text("store", ("store",), "token"),
+            Text("categories", ("categories",)),
+            Text("features", ("features",), convert=prose),
+            Text("description", ("description",), convert=prose),
+        ),
+    ),
+    "google-local": Format(
+        about="2021: review-STATE.json.gz and meta-STATE.json.gz",
+        rows=json_rows,
+        user=("user_id",),
+        item=("gmap_id",),
+        time=("time",),
+        rating=("rating",),
+        token=("gmap_id",),
+        texts=(
+            Text("title", ("name",)),
+            Text("categories", ("category",)),
+            Text("description", ("description",), convert=prose),
+            Text("address", ("address",)),
+        ),
+    ),
+    "yelp": Format(
+        about="yelp_academic_dataset_review.json and yelp_academic_dataset_business.json",
+        rows=json_rows,
+        user=("user_id",),
+        item=("business_id",),
+        time=("date",),
+        rating=("stars",),
+        token=("business_id",),
+        texts=(
+            Text("title", ("name",)),
+            Text("categories", ("categories",)),
+            Text("city", ("city",), "token"),
+        ),
+    ),
+    "steam": Format(
+        about="steam_reviews.json.gz and steam_games.json.gz; a user is a username, as in SASRec's data",
+        rows=loose_rows,
+        user=("username", "user_id"),
+        item=("product_id",),
+        time=("date",),
+        token=("id",),
+        texts=(
+            Text("title", ("title", "app_name")),
+            Text("genres", ("genres",)),
+            Text("tags", ("tags",)),
+            Text("developer", ("developer",), "token"),
+        ),
+    ),
+}
+TABLES = ("csv", "parquet", "jsonl")
+
+
+def movielens(folder: Path) -> tuple[Format, Path, Path | None]:
+    """The format of an unpacked MovieLens folder, its ratings, and its films if they are there.
+
+    Raises:
+        ValueError: there are no ratings in it.
+    """
+    for (ratings, films), found in MOVIELENS.items():
+        if (folder / ratings).is_file():
+            items = folder / films
+            return found, folder / ratings, items if items.is_file() else None
+    raise ValueError(
+        f"{folder}: no {', '.join(ratings for ratings, _ in MOVIELENS)} in it; "
+        f"give the folder that MovieLens's zip file unpacks to"
+    )
+
+
+def table(
+    kind: str,
+    user: str,
+    item: str,
+    time: str,
+    rating: str | None = None,
+    item_kind: str = "csv",
+    item_id: str = "",
+    texts: Sequence[str] = (),
+) -> Format:
+    """The format of tables with named columns.
+
+    Args:
+        kind: of the interactions, one of `TABLES`.
+        user, item, time, rating: columns of the interactions.
+        item_kind: of the file of items.
+        item_id, texts: columns of the items.
+    """
+    columns = [user, item, time, *([rating] if rating else [])]
+    return Format(
+        about="",
+        rows=_reader(kind, columns),
+        user=(user,),
+        item=(item,),
+        time=(time,),
+        rating=(rating,) if rating else (),
+        item_rows=_reader(item_kind, [item_id, *texts]),
+        token=(item_id,),
+        texts=tuple(Text("_".join(text.split()), (text,)) for text in texts),
+    )
+
+
+def _reader(kind: str, columns: list[str]) -> Callable[[Tally], Rows]:
+    if kind == "jsonl":
+        return json_rows
+    return partial({"csv": csv_rows, "parquet": parquet_rows}[kind], columns=columns)

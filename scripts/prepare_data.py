@@ -1,0 +1,335 @@
+"""Raw data to RecBole's files: python scripts/prepare_data.py FORMAT --interactions=PATH --dataset=NAME.
+
+Writes DIR/NAME/NAME.inter and, with --items, DIR/NAME/NAME.item with the text of the items that
+occur, and prints the data set's statistics. Files may be gzipped. They are read line by line, and
+what is written appears whole at the end, or not at all.
+
+Times: unix time or ISO dates (2021-03-04, 2021-03-04 05:06:07, with or without zone; without is
+UTC). They are written as seconds in full precision. Unix time may be in seconds, milliseconds,
+microseconds or nanoseconds: from 10^11 on a number is taken for milliseconds, from 10^14 for
+microseconds, from 10^17 for nanoseconds. Smaller numbers that are no unix time stay as they are.
+
+Text: HTML entities are resolved, white space becomes single spaces, lists are joined. Items
+without any text are left out of NAME.item; of several lines for one item the first with text counts.
+
+Malformed lines (no user, item or time; an id with a tab or newline; broken JSON; too many columns;
+not UTF-8) are counted and skipped, and the first are shown. Too many are an error, see --max-bad.
+
+Exact repeats, the same user, item and time, are kept, because to know them takes memory for each
+interaction and because Amazon's and Steam's times are days, within which a user may come back.
+--drop-repeats keeps the first of each.
+"""
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, TypeVar
+
+from tqdm import tqdm
+
+from m2rec.files import write_atomically
+from m2rec.raw import FORMATS, TABLES, Format, Interaction, movielens, shortest, table
+from m2rec.rows import Tally
+
+logger = logging.getLogger(__name__)
+
+MOVIELENS = "movielens"
+COLUMNS = ("user", "item", "time", "rating", "item_id", "text")
+Record = TypeVar("Record")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = parse_options(arguments)
+    try:
+        print(Preparation(options).run())
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"prepare_data.py: error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("prepare_data.py: stopped; nothing was written\n")
+        return 130
+    return 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=describe_formats(), formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "format", metavar="FORMAT", choices=[MOVIELENS, *FORMATS, *TABLES], help="one of those below"
+    )
+    parser.add_argument("--interactions", type=Path, required=True, help="file, for movielens the folder")
+    parser.add_argument("--items", type=Path, help="file with the items' text")
+    parser.add_argument("--dataset", required=True, metavar="NAME", help="name to give the data set")
+    parser.add_argument(
+        "--data-path", "--data_path", type=Path, default="dataset", metavar="DIR", help="default: dataset"
+    )
+    parser.add_argument("--min-rating", type=float, help="keep only interactions with at least this rating")
+    parser.add_argument("--drop-repeats", action="store_true", help="keep one of exact repeats")
+    parser.add_argument(
+        "--max-bad",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="stop with more malformed lines than this share of all,\n"
+        "judged from 10,000 lines on and at the end; default: 0.01",
+    )
+    parser.add_argument(
+        "--text-limit", type=int, default=2000, help="characters of a text column; default: 2000"
+    )
+    columns = parser.add_argument_group("columns, for csv, parquet and jsonl")
+    columns.add_argument("--user", metavar="COL")
+    columns.add_argument("--item", metavar="COL")
+    columns.add_argument("--time", metavar="COL", help="unix time or ISO dates, see above")
+    columns.add_argument("--rating", metavar="COL")
+    columns.add_argument("--item-id", metavar="COL", help="the item in the file of items")
+    columns.add_argument("--text", nargs="+", metavar="COL", help="text in the file of items")
+    return parser.parse_args(arguments)
+
+
+def describe_formats() -> str:
+    """The formats, for the help."""
+    known = {
+        MOVIELENS: "the unpacked folder: ml-100k, ml-1m, ml-10m, ml-20m, ml-25m, ml-latest",
+        **{name: entry.about for name, entry in FORMATS.items()},
+        "csv": "any file with a header, separated by , or tab or ; or |; items in any of these three",
+        "parquet": "any, with pyarrow (pip install pyarrow)",
+        "jsonl": "any file with a JSON object in each line",
+    }
+    return "formats:\n" + "\n".join(f"  {name:13} {about}" for name, about in known.items())
+
+
+@dataclass
+class Statistics:
+    """A data set in numbers."""
+
+    name: str
+    users: set[str] = field(default_factory=set)
+    items: set[str] = field(default_factory=set)
+    interactions: int = 0
+    texts: int | None = None
+    """Items with text; None without a file of items."""
+
+    def __str__(self) -> str:
+        users, items, n = len(self.users), len(self.items), self.interactions
+        cells = {
+            "data set": self.name,
+            "users": f"{users:,}",
+            "items": f"{items:,}",
+            "interactions": f"{n:,}",
+            "average length": f"{n / users:.2f}",
+            "sparsity": f"{1 - n / (users * items):.2%}",
+            "items with text": "-" if self.texts is None else f"{self.texts:,}",
+        }
+        widths = [max(len(name), len(cell)) for name, cell in cells.items()]
+        return "\n".join(
+            "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+            for line in (cells.keys(), cells.values())
+        )
+
+
+class Preparation:
+    """What the command line asks for.
+
+    Raises:
+        ValueError: options contradict each other or the format, or a file is missing.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        check_numbers(options)
+        self.format, self.interactions, self.items = find(options)
+        if options.min_rating is not None and not self.format.rating:
+            cure = "name its column with --rating" if options.format in TABLES else "leave it out"
+            raise ValueError(f"--min-rating: there is no rating in {options.format}; {cure}")
+        name = options.dataset
+        if not name or Path(name).name != name or name.startswith("."):
+            raise ValueError(
+                f"--dataset: {name!r} is no name of a folder; the folder it lies in is --data-path"
+            )
+        self.inter = options.data_path / name / f"{name}.inter"
+        self.item = self.inter.with_suffix(".item")
+        for source in filter(None, (self.interactions, self.items)):
+            for target in (self.inter, self.item):
+                if target.exists() and source.samefile(target):
+                    raise ValueError(f"{source}: the result would replace it; give another --dataset")
+
+    def run(self) -> Statistics:
+        """Write the files; returns what is in them.
+
+        Raises:
+            ValueError: a file can't be read, or nothing of it is left.
+        """
+        found = Statistics(self.options.dataset)
+        self.inter.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_atomically(self.inter, lambda temporary: self._write_all(temporary, found))
+        finally:
+            with suppress(OSError):  # it stays unless it is empty
+                self.inter.parent.rmdir()
+        return found
+
+    def _write_all(self, inter: Path, found: Statistics) -> None:
+        """Both files: the interactions take their place last, when the items have theirs."""
+        with inter.open("w", encoding="utf-8", newline="\n") as file:
+            self._write_interactions(file, found)
+        if self.items is not None:
+            write_atomically(self.item, lambda temporary: self._write_items(temporary, found))
+
+    def _write_interactions(self, file: IO[str], found: Statistics) -> None:
+        rated = bool(self.format.rating)
+        columns = ["user_id:token", "item_id:token", *(["rating:float"] if rated else []), "timestamp:float"]
+        file.write("\t".join(columns) + "\n")
+        tally = Tally(self.interactions, self.options.max_bad)
+        for record in self._wanted(with_progress(self.format.interactions(tally), tally)):
+            user, item, time, rating = record
+            cells = [user, item, shortest(time)]
+            if rated:
+                cells.insert(2, "" if rating is None else shortest(rating))
+            file.write("\t".join(cells) + "\n")
+            found.users.add(user)
+            found.items.add(item)
+            found.interactions += 1
+        report(tally)
+        if not found.interactions:
+            left = (
+                f" with --min-rating={self.options.min_rating:g}"
+                if self.options.min_rating is not None
+                else ""
+            )
+            raise ValueError(f"{self.interactions}: no interactions in it{left}; is it the right file?")
+
+    def _wanted(self, records: Iterator[Interaction]) -> Iterator[Interaction]:
+        """Those with enough rating, and each once with --drop-repeats."""
+        least, seen, repeats = self.options.min_rating, set[bytes](), 0
+        for record in records:
+            if least is not None and (record.rating is None or float(record.rating) < least):
+                continue
+            if self.options.drop_repeats:
+                text = "\t".join((record.user, record.item, shortest(record.time)))
+                digest = blake2b(text.encode(), digest_size=12).digest()
+                if digest in seen:
+                    repeats += 1
+                    continue
+                seen.add(digest)
+            yield record
+        if repeats:
+            logger.info("%s: exact repeats left out: %s", self.interactions, f"{repeats:,}")
+
+    def _write_items(self, path: Path, found: Statistics) -> None:
+        assert self.items is not None
+        tally = Tally(self.items, self.options.max_bad)
+        known, written = False, set[str]()
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            columns = (f"{text.column}:{text.kind}" for text in self.format.texts)
+            file.write("\t".join(("item_id:token", *columns)) + "\n")
+            for token, texts in with_progress(self.format.items(tally), tally):
+                known |= token in found.items
+                if token in found.items and token not in written and any(texts):
+                    written.add(token)
+                    cut = (text[: self.options.text_limit].rstrip() for text in texts)
+                    file.write("\t".join((token, *cut)) + "\n")
+        report(tally)
+        if not known:
+            raise ValueError(
+                f"{self.items}: none of its items occurs in {self.interactions}; do the two belong together?"
+            )
+        found.texts = len(written)
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Check the ranges of numbers.
+
+    Raises:
+        ValueError: one is out of its range.
+    """
+    if not 0 <= options.max_bad <= 1:
+        raise ValueError(f"--max-bad: expected a share from 0 to 1, got {options.max_bad:g}")
+    if options.text_limit < 1:
+        raise ValueError(f"--text-limit: expected a whole number from 1, got {options.text_limit}")
+    if options.min_rating is not None and not math.isfinite(options.min_rating):
+        raise ValueError(f"--min-rating: expected a number, got {options.min_rating}")
+
+
+def find(options: argparse.Namespace) -> tuple[Format, Path, Path | None]:
+    """The format, and the files of interactions and of items.
+
+    Raises:
+        ValueError: a file is missing, or the columns don't fit the format.
+    """
+    path, items = options.interactions, options.items
+    given = [f"--{name.replace('_', '-')}" for name in COLUMNS if getattr(options, name)]
+    if options.format not in TABLES and given:
+        raise ValueError(f"{given[0]}: {options.format} has columns of its own; leave it out")
+    if options.format == MOVIELENS:
+        if items is not None:
+            raise ValueError("--items: movielens takes the films from the folder; leave it out")
+        return movielens(path)
+    for option, file in (("--interactions", path), ("--items", items)):
+        if file is not None and not file.is_file():
+            raise ValueError(f"{option}: there is no file {file}")
+    return FORMATS.get(options.format) or table_of(options, given), path, items
+
+
+def table_of(options: argparse.Namespace, given: list[str]) -> Format:
+    """The format of csv, parquet or jsonl with the given columns."""
+    needed = ["--user", "--item", "--time", *(["--item-id", "--text"] if options.items else [])]
+    for option in needed:
+        if option not in given:
+            raise ValueError(f"{option}: {options.format} needs it; name a column of the file")
+    if options.items is None and (stray := [option for option in given if option in ("--item-id", "--text")]):
+        raise ValueError(f"{stray[0]}: there is no --items to read it from")
+    texts = options.text or []
+    if len({"_".join(text.split()) for text in texts} | {"item_id"}) <= len(texts):
+        raise ValueError(f"--text: {' '.join(texts)}: each column once, and none of the name item_id")
+    return table(
+        options.format,
+        options.user,
+        options.item,
+        options.time,
+        options.rating,
+        kind_of(options.items, options.format),
+        options.item_id or "",
+        texts,
+    )
+
+
+def kind_of(path: Path | None, kind: str) -> str:
+    """Which table a file of items is, by its name; `kind` if that says nothing."""
+    suffixes = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "jsonl", ".jsonl": "jsonl"}
+    return next((suffixes[s.lower()] for s in (path.suffixes if path else []) if s.lower() in suffixes), kind)
+
+
+def with_progress(records: Iterator[Record], tally: Tally) -> Iterator[Record]:
+    """The records, and on a terminal a bar over the file's bytes."""
+    size = tally.path.stat().st_size
+    with tqdm(total=size, unit="B", unit_scale=True, desc=tally.path.name, disable=None, leave=False) as bar:
+        for count, record in enumerate(records):
+            if count % 1000 == 0:
+                bar.update(tally.position - bar.n)
+            yield record
+
+
+def report(tally: Tally) -> None:
+    """Say which lines were left out."""
+    if tally.bad:
+        logger.warning(
+            "%s: %s of %s lines are malformed and left out: %s",
+            tally.path,
+            f"{tally.bad:,}",
+            f"{tally.lines:,}",
+            "; ".join(tally.examples),
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

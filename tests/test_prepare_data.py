@@ -1,0 +1,272 @@
+"""scripts/prepare_data.py: files that the rest of the project reads, whole or not at all."""
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from m2rec import atomic
+from m2rec.raw import Interaction
+from scripts import embed_items, prepare_data
+from tests.conftest import as_arguments, random_rows, small
+
+CSV = ["csv", "--user=user", "--item=item", "--time=time"]
+Prepare = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Prepare:
+    """Call the command for the data set `x` in tmp_path/data; returns exit status, stdout, stderr."""
+
+    def call(*arguments: object, dataset: str = "x") -> tuple[int, str, str]:
+        common = [f"--dataset={dataset}", f"--data-path={tmp_path / 'data'}"]
+        status = prepare_data.main([*map(str, arguments), *common])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def events(tmp_path: Path, *lines: str, header: str = "user,item,time") -> str:
+    path = tmp_path / "clicks.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return f"--interactions={path}"
+
+
+def read(tmp_path: Path, suffix: str = "inter", name: str = "x") -> list[list[str]]:
+    text = (tmp_path / "data" / name / f"{name}.{suffix}").read_text(encoding="utf-8")
+    return [line.split("\t") for line in text.splitlines()]
+
+
+def left(tmp_path: Path) -> list[str]:
+    """Everything under the data path."""
+    return sorted(str(path.relative_to(tmp_path / "data")) for path in (tmp_path / "data").rglob("*"))
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> tuple[str, str]:
+    """Amazon 2023, gzipped: three reviews, five lines of metadata."""
+    lines: list[dict[str, object]] = [
+        {"user_id": "u1", "parent_asin": "B1", "rating": 5.0, "timestamp": 1588687728923},
+        {"user_id": "u2", "parent_asin": "B2", "rating": 2.5, "timestamp": 1588687728000},
+        {"user_id": "u1", "parent_asin": "B3", "rating": None, "timestamp": 1588687728924},
+    ]
+    items: list[dict[str, object]] = [
+        {"parent_asin": "B0", "title": "Nobody has it"},
+        {"parent_asin": "B2", "title": None, "categories": []},
+        {"parent_asin": "B1", "title": 'A\t"big" &amp; long\nname', "features": ["x" * 3000]},
+        {"parent_asin": "B1", "title": "Again"},
+        {"parent_asin": "B2", "title": "Two", "store": "S"},
+    ]
+    for name, rows in (("r", lines), ("m", items)):
+        content = "\n".join(map(json.dumps, rows))
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    return f"--interactions={tmp_path / 'r.jsonl.gz'}", f"--items={tmp_path / 'm.jsonl.gz'}"
+
+
+def test_writes_both_files_and_the_statistics(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
+    status, out, err = prepare("amazon-2023", *reviews)
+    assert status == 0, err
+    assert read(tmp_path) == [
+        ["user_id:token", "item_id:token", "rating:float", "timestamp:float"],
+        ["u1", "B1", "5", "1588687728.923"],
+        ["u2", "B2", "2.5", "1588687728"],
+        ["u1", "B3", "", "1588687728.924"],
+    ]
+    kinds = ["title:token_seq", "store:token", "categories:token_seq", "features:token_seq"]
+    assert read(tmp_path, "item") == [
+        ["item_id:token", *kinds, "description:token_seq"],
+        ["B1", 'A "big" & long name', "", "", "x" * 2000, ""],
+        ["B2", "Two", "S", "", "", ""],
+    ]
+    names, values = out.splitlines()
+    assert names.split("  ") == [
+        "data set", "users", "items", "interactions", "average length", "sparsity", "items with text",
+    ]  # fmt: skip
+    assert values.split() == ["x", "2", "3", "3", "1.50", "50.00%", "2"]
+    assert left(tmp_path) == ["x", "x/x.inter", "x/x.item"]
+
+
+def test_the_project_reads_what_is_written(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
+    prepare("amazon-2023", *reviews)
+    inter = tmp_path / "data" / "x" / "x.inter"
+    header = atomic.read_header(inter, "\t")
+    frame = atomic.read_interactions(inter, "\t", header, list(header), "timestamp")
+    assert frame["timestamp"].tolist() == [1588687728.923, 1588687728.0, 1588687728.924]
+    assert frame["item_id"].tolist() == ["B1", "B2", "B3"]
+    tokens, texts, _ = embed_items.read_texts(inter.with_suffix(".item"), "item_id", None)
+    assert tokens == ["B1", "B2"] and texts[1] == "Two. S" and texts[0].startswith('A "big" & long name. xx')
+
+
+def test_any_ids_and_texts_survive(tmp_path: Path, prepare: Prepare):
+    """Random characters, those of tables and of Unicode's corners among them, come back as they were."""
+    draw = random.Random(0)
+    corners = "\t\n\r\0\"'\\,;|:# \x85\u2028\ufeff\xa0É😀aN&"
+    ids = ["".join(draw.choices(corners, k=draw.randint(1, 4))) for _ in range(300)]
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join(json.dumps({"u": "u", "i": text, "t": 1, "x": text}) for text in ids))
+    columns = ["--user=u", "--item=i", "--time=t", "--item-id=i", "--text", "x", "--max-bad=1"]
+    assert prepare("jsonl", f"--interactions={path}", f"--items={path}", *columns)[0] == 0
+    inter = tmp_path / "data" / "x" / "x.inter"
+    frame = atomic.read_interactions(inter, "\t", atomic.read_header(inter, "\t"), ["item_id"], "")
+    good = [text for text in ids if text.strip() and not set(text) & set("\t\n\r\0\x85")]
+    assert frame["item_id"].tolist() == good and 50 < len(good) < 250
+    item = inter.with_suffix(".item")
+    table = atomic.read_table(item, "\t", atomic.read_header(item, "\t"))
+    with_text = dict.fromkeys(text for text in good if text.split())
+    assert table["item_id"].tolist() == list(with_text)
+    assert table["x"].tolist() == [" ".join(text.split()) for text in with_text]
+
+
+def test_a_run_on_prepared_data(tmp_path: Path, prepare: Prepare, command: Prepare):
+    lines = [f"{user},{item},{time * 1000 + 7}" for user, item, time in random_rows()]
+    assert prepare(*CSV, events(tmp_path, *lines))[0] == 0
+    assert read(tmp_path)[1][2].endswith(".007")
+    status, out, err = command(*as_arguments(small(tmp_path / "data", "x", epochs=1)))
+    assert status == 0, err
+    metrics = json.loads((Path(out.splitlines()[-1]) / "metrics.json").read_text())
+    assert metrics["data"]["interactions"] == len(lines) and metrics["data"]["users"] == 30
+
+
+def test_movielens_takes_a_folder(tmp_path: Path, prepare: Prepare):
+    folder = tmp_path / "ml-1m"
+    folder.mkdir()
+    (folder / "ratings.dat").write_bytes(b"1::73::5::978300760\n2::1::2::978300761\n")
+    (folder / "movies.dat").write_bytes(b"73::Mis\xe9rables, Les (1995)::Drama|Musical\n")
+    status, out, err = prepare("movielens", f"--interactions={folder}", "--min-rating=3")
+    assert status == 0, err
+    assert read(tmp_path)[1:] == [["1", "73", "5", "978300760"]]
+    assert read(tmp_path, "item")[1:] == [["73", "Misérables, Les (1995)", "Drama, Musical"]]
+    assert out.split()[-1] == "1"
+
+
+def test_min_rating_compares_decimals(tmp_path: Path, prepare: Prepare):
+    path = events(tmp_path, "u,a,1,0.1", "u,b,2,0.09", "u,c,3,", header="user,item,time,stars")
+    assert prepare(*CSV, path, "--rating=stars", "--min-rating=0.1")[0] == 0
+    assert [row[1] for row in read(tmp_path)[1:]] == ["a"]
+
+
+def test_repeats_are_kept_unless_they_are_not_wanted(
+    tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    path = events(tmp_path, "u,a,1", "u,b,2", "u,a,1.0", "u,a,3", "v,a,1")
+    prepare(*CSV, path)
+    assert len(read(tmp_path)) == 6
+    prepare(*CSV, path, "--drop-repeats")
+    assert [row[1:] for row in read(tmp_path)[1:]] == [["a", "1"], ["b", "2"], ["a", "3"], ["a", "1"]]
+    assert "clicks.csv: exact repeats left out: 1" in caplog.text
+
+
+def test_malformed_lines_are_shown_and_limited(
+    tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture
+):
+    path = events(tmp_path, *[f"u,i{k},{k}" for k in range(97)], "u,,1", "u,x,soon")
+    status, _, err = prepare(*CSV, path)
+    assert status == 2 and "2 of 100 lines are malformed, more than --max-bad=0.01" in err
+    assert left(tmp_path) == []
+    assert prepare(*CSV, path, "--max-bad=0.02")[0] == 0 and len(read(tmp_path)) == 98
+    assert "clicks.csv: 2 of 100 lines are malformed and left out: line 99: " in caplog.text
+    assert "line 99: 'item' is empty; line 100: time 'soon' is neither" in caplog.text
+
+
+def test_items_of_another_kind_and_a_text_limit(tmp_path: Path, prepare: Prepare):
+    items = tmp_path / "products.tsv.gz"
+    items.write_bytes(gzip.compress(b"sku\tlong name\na\tGreen tea, 100 g\n"))
+    columns = [f"--items={items}", "--item-id=sku", "--text", "long name", "--text-limit=6"]
+    status, _, err = prepare(*CSV, events(tmp_path, "u,a,1"), *columns)
+    assert status == 0, err
+    assert read(tmp_path, "item") == [["item_id:token", "long_name:token_seq"], ["a", "Green"]]
+
+
+def test_mistakes(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
+    clicks = events(tmp_path, "u,a,1")
+    other = tmp_path / "other.csv"
+    other.write_text("id,text\nz,Z\n")
+    empty, header = tmp_path / "empty.csv", tmp_path / "header.csv"
+    empty.touch()
+    header.write_text("user,item,time\n")
+    items = [f"--items={other}", "--item-id=id", "--text"]
+    cases: list[tuple[Sequence[str], str]] = [
+        (["csv", clicks, "--user=user", "--item=item"], "--time: csv needs it; name a column of the file"),
+        ([*CSV[:3], clicks, "--time=when"], "column 'when' is missing, the file has user, item, time"),
+        ([*CSV, clicks, f"--items={other}"], "--item-id: csv needs it"),
+        ([*CSV, clicks, "--text", "x"], "--text: there is no --items to read it from"),
+        ([*CSV, clicks, *items, "text", "text"], "--text: text text: each column once"),
+        ([*CSV, clicks, *items, "item_id"], "none of the name item_id"),
+        ([*CSV, clicks, *items, "text"], "none of its items occurs in"),
+        ([*CSV, clicks, *items, "plot"], "column 'plot' is missing, the file has id, text"),
+        ([*CSV, clicks, "--min-rating=3"], "no rating in csv; name its column with --rating"),
+        ([*CSV, clicks, "--rating=time", "--min-rating=3"], "no interactions in it with --min-rating=3"),
+        ([*CSV, clicks, "--max-bad=2"], "--max-bad: expected a share from 0 to 1, got 2"),
+        ([*CSV, clicks, "--text-limit=0"], "--text-limit: expected a whole number from 1, got 0"),
+        ([*CSV, clicks, "--rating=time", "--min-rating=nan"], "--min-rating: expected a number"),
+        ([*CSV, f"--interactions={empty}"], "empty.csv: the file is empty"),
+        ([*CSV, f"--interactions={header}"], "header.csv: no interactions in it; is it the right file?"),
+        ([*CSV, f"--interactions={tmp_path}"], f"--interactions: there is no file {tmp_path}"),
+        (["yelp", clicks, "--user=x"], "--user: yelp has columns of its own; leave it out"),
+        (["yelp", f"--interactions={empty}"], "empty.csv: the file is empty"),
+        (["yelp", clicks], "2 of 2 lines are malformed"),
+        (["steam", clicks, "--min-rating=3"], "no rating in steam; leave it out"),
+        (["amazon-2023", reviews[0], "--items=none.json"], "--items: there is no file none.json"),
+        (["movielens", f"--interactions={tmp_path}"], "no u.data, ratings.dat, ratings.csv in it"),
+        (
+            ["movielens", f"--interactions={tmp_path}", f"--items={other}"],
+            "--items: movielens takes the films",
+        ),
+    ]
+    for arguments, message in cases:
+        status, _, err = prepare(*arguments)
+        assert status == 2 and message in err, (arguments, err)
+        assert err.count("\n") == 1 and err.startswith("prepare_data.py: error: "), err
+        assert not (tmp_path / "data" / "x").exists(), arguments
+    for name in ("a/b", "..", ""):
+        status, _, err = prepare(*CSV, clicks, dataset=name)
+        assert status == 2 and "is no name of a folder" in err
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
+    prepare("amazon-2023", *reviews)
+    before = read(tmp_path), read(tmp_path, "item")
+    for name in ("r", "m"):
+        path = tmp_path / f"{name}.jsonl.gz"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-20])
+        status, _, err = prepare("amazon-2023", *reviews, "--min-rating=3")
+        assert status == 2 and "is cut off or damaged" in err and err.count("\n") == 1
+        assert (read(tmp_path), read(tmp_path, "item")) == before
+        assert left(tmp_path) == ["x", "x/x.inter", "x/x.item"]
+        path.write_bytes(whole)
+
+
+def test_a_stop_leaves_nothing(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch):
+    def stopped(self: object, tally: object) -> Iterator[Interaction]:
+        yield Interaction("u", "a", Decimal(1), None)
+        assert any(name.endswith(".tmp") for name in left(tmp_path))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data.Format, "interactions", stopped)
+    status, _, err = prepare(*CSV, events(tmp_path, "u,a,1"))
+    assert status == 130 and "stopped; nothing was written" in err and left(tmp_path) == []
+
+
+def test_the_raw_file_is_not_replaced(tmp_path: Path, prepare: Prepare):
+    path = tmp_path / "data" / "x" / "x.inter"
+    path.parent.mkdir(parents=True)
+    path.write_text("user\titem\ttime\nu\ta\t1\n")
+    status, _, err = prepare(*CSV, f"--interactions={path}")
+    assert status == 2 and "the result would replace it; give another --dataset" in err
+    assert path.read_text().startswith("user\t")
+
+
+def test_the_help_names_every_format(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in (*prepare_data.FORMATS, *prepare_data.TABLES, "movielens"):
+        assert f"\n  {name} " in text

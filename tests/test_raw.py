@@ -1,0 +1,389 @@
+"""Each raw format as it is published, quirks included, and what becomes of values."""
+
+import gzip
+import json
+import re
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from m2rec import raw
+from m2rec.raw import FORMATS, Interaction, Item
+from m2rec.rows import Malformed, Tally
+
+
+def written(tmp_path: Path, content: str, name: str, encoding: str = "utf-8") -> Path:
+    """Write a file, gzipped if its name says so."""
+    path = tmp_path / name
+    data = content.encode(encoding)
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return path
+
+
+def event(user: str, item: str, time: str, rating: str | None = None) -> Interaction:
+    return Interaction(user, item, Decimal(time), None if rating is None else Decimal(rating))
+
+
+ML_100K = {
+    "u.data": "196\t242\t3\t881250949\n186\t302\t3\t891717742\n",
+    "u.item": "1|Toy Story (1995)|01-Jan-1995||http://us.imdb.com/M/title-exact?Toy%20Story%20(1995)"
+    "|0|0|0|1|1|1|0|0|0|0|0|0|0|0|0|0|0|0|0\n"
+    "267|unknown||||1|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0\n"
+    "543|Misérables, Les (1995)|01-Jan-1995||http://us.imdb.com/M/title-exact?Mis%E9rables%2C+Les+%281995%29"
+    "|0|0|0|0|0|0|0|0|1|0|0|0|1|0|0|0|0|0|1\n",
+}
+ML_1M = {
+    "ratings.dat": "1::1193::5::978300760\n1::661::3::978302109\n",
+    "movies.dat": "1::Toy Story (1995)::Animation|Children's|Comedy\n73::Misérables, "
+    "Les (1995)::Drama|Musical\n",
+}
+ML_20M = {
+    "ratings.csv": "userId,movieId,rating,timestamp\n1,2,3.5,1112486027\n1,29,4.0,1112484676\n",
+    "movies.csv": "movieId,title,genres\n1,Toy Story (1995),Adventure|Animation\n"
+    '11,"American President, The (1995)",Comedy|Drama\n'
+    '7789,"11\'09""01 - September 11 (2002)",Drama\n83773,Away with Words (1999),(no genres listed)\n',
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "encoding", "events", "items"),
+    [
+        (
+            ML_100K,
+            "latin-1",
+            [event("196", "242", "881250949", "3"), event("186", "302", "891717742", "3")],
+            [
+                Item("1", ("Toy Story (1995)", "Animation, Children's, Comedy")),
+                Item("267", ("unknown", "")),
+                Item("543", ("Misérables, Les (1995)", "Drama, Musical, Western")),
+            ],
+        ),
+        (
+            ML_1M,
+            "latin-1",
+            [event("1", "1193", "978300760", "5"), event("1", "661", "978302109", "3")],
+            [
+                Item("1", ("Toy Story (1995)", "Animation, Children's, Comedy")),
+                Item("73", ("Misérables, Les (1995)", "Drama, Musical")),
+            ],
+        ),
+        (
+            ML_20M,
+            "utf-8",
+            [event("1", "2", "1112486027", "3.5"), event("1", "29", "1112484676", "4")],
+            [
+                Item("1", ("Toy Story (1995)", "Adventure, Animation")),
+                Item("11", ("American President, The (1995)", "Comedy, Drama")),
+                Item("7789", ("11'09\"01 - September 11 (2002)", "Drama")),
+                Item("83773", ("Away with Words (1999)", "")),
+            ],
+        ),
+    ],
+)
+def test_movielens(
+    tmp_path: Path, files: dict[str, str], encoding: str, events: list[Interaction], items: list[Item]
+):
+    for name, content in files.items():
+        written(tmp_path, content, name, encoding)
+    found, ratings, films = raw.movielens(tmp_path)
+    assert films is not None
+    assert list(found.interactions(Tally(ratings))) == events
+    assert list(found.items(Tally(films))) == items
+    films.unlink()
+    assert raw.movielens(tmp_path)[2] is None
+    ratings.unlink()
+    with pytest.raises(ValueError, match=r"no u\.data, ratings\.dat, ratings\.csv in it"):
+        raw.movielens(tmp_path)
+
+
+# per format: lines of interactions, what they are, lines of items, what they are
+PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
+    "amazon-2014": (
+        '{"reviewerID": "A1YJEY40YUW4SE", "asin": "7806397051", "reviewerName": "Andrea", "helpful": [3, 4], '
+        '"reviewText": "Very oily, \\"creamy\\"", "overall": 1.0, "summary": "Don\'t waste your money", '
+        '"unixReviewTime": 1391040000, "reviewTime": "01 30, 2014"}\n',
+        [event("A1YJEY40YUW4SE", "7806397051", "1391040000", "1")],
+        "{'asin': '0205616461', 'description': \"As we age, we're\\nall `dry' \\x26 tired\", "
+        "'title': \"Bio-Active "
+        'Anti-Aging Serum (Firming Ultra-Hydrating) &amp; More", '
+        "'imUrl': 'http://ecx.images-amazon.com/x.jpg', "
+        "'salesRank': {'Health & Personal Care': 461765}, 'categories': [['Beauty', 'Skin Care'], ['Beauty', "
+        "'Face']], 'related': {'also_bought': ['B1']}, 'brand': ''}\n{'asin': 'B2', 'price': 3.17}\n",
+        [
+            Item(
+                "0205616461",
+                (
+                    "Bio-Active Anti-Aging Serum (Firming Ultra-Hydrating) & More",
+                    "",
+                    "Beauty, Skin Care, Face",
+                    "As we age, we're all `dry' & tired",
+                ),
+            ),
+            Item("B2", ("", "", "", "")),
+        ],
+    ),
+    "amazon-2018": (
+        '{"overall": 5.0, "vote": "2", "verified": true, "reviewTime": "07 3, 2015", "reviewerID": '
+        '"A1J205ZK25TZ6W", "asin": "B00005N7P0", "style": {"Format:": " Kindle"}, '
+        '"unixReviewTime": 1435881600}\n',
+        [event("A1J205ZK25TZ6W", "B00005N7P0", "1435881600", "5")],
+        '{"category": ["Grocery &amp; Gourmet Food", "Tea"], "tech1": "", '
+        '"description": ["A <b>fine</b> tea.", '
+        '"100&nbsp;g"], "fit": "", "title": "Green Tea", "also_buy": [], '
+        '"brand": "by\\n    \\n    Twinings", '
+        '"feature": [], "rank": [">#1"], "price": "$12.50", "asin": "B00005N7P0"}\n'
+        '{"category": [], "description": [], "title": "var aPageStart = (new Date()).getTime();", '
+        '"brand": null, '
+        '"asin": "B2"}\n',
+        [
+            Item(
+                "B00005N7P0",
+                (
+                    "Green Tea",
+                    "by Twinings",
+                    "Grocery & Gourmet Food, Tea",
+                    "A <b>fine</b> tea. 100 g",
+                ),
+            ),
+            Item("B2", ("", "", "", "")),
+        ],
+    ),
+    "amazon-2023": (
+        '{"rating": 5.0, "title": "Such a lovely scent", "text": "...", "images": [], "asin": "B00YQ6X8EO", '
+        '"parent_asin": "B00YQ6X8E0", "user_id": "AGKHLEW2SOWHNMFQIJGBECAF7INQ", "timestamp": 1588687728923, '
+        '"helpful_vote": 0, "verified_purchase": true}\n',
+        [event("AGKHLEW2SOWHNMFQIJGBECAF7INQ", "B00YQ6X8E0", "1588687728.923", "5")],
+        '{"main_category": "All Beauty", "title": "Howard \\ud83d\\ude00 LC0008", "average_rating": 4.8, '
+        '"features": ["Clean", "Soft"], "description": [], "price": null, "store": "Howard Products", '
+        '"categories": [], "details": {"Size": "1"}, "parent_asin": "B00YQ6X8E0", "bought_together": null}\n',
+        [Item("B00YQ6X8E0", ("Howard 😀 LC0008", "Howard Products", "", "Clean Soft", ""))],
+    ),
+    "google-local": (
+        '{"user_id": "1.18E+20", "name": "x", "time": 1597431662039, "rating": 5, "text": null, '
+        '"pics": null, '
+        '"resp": null, "gmap_id": "0x87ec2394c2cd9d2d:0xd1119cfbee0da6f3"}\n'
+        '{"user_id": "101463350189962023774", "time": 1609909927056, "rating": null, '
+        '"gmap_id": "0x87ec2394c2cd9d2d:0xd1119cfbee0da6f3"}\n',
+        [
+            event("1.18E+20", "0x87ec2394c2cd9d2d:0xd1119cfbee0da6f3", "1597431662.039", "5"),
+            event("101463350189962023774", "0x87ec2394c2cd9d2d:0xd1119cfbee0da6f3", "1609909927.056"),
+        ],
+        '{"name": "Porter Pharmacy", "address": "Porter Pharmacy, 129 N Second St, Cochran, GA 31014", '
+        '"gmap_id": "0x88f16e41928ff687:0x883dad4fd048e8f8", "description": null, "latitude": 32.3883, '
+        '"category": ["Pharmacy", "Store"], "hours": [["Friday", "8AM\\u20136PM"]], '
+        '"MISC": {"Service": ["In-store"]}}\n'
+        '{"name": "Pit", "address": null, "gmap_id": "0x1:0x2", "description": "Dark &amp; deep.", '
+        '"category": null}\n',
+        [
+            Item(
+                "0x88f16e41928ff687:0x883dad4fd048e8f8",
+                (
+                    "Porter Pharmacy",
+                    "Pharmacy, Store",
+                    "",
+                    "Porter Pharmacy, 129 N Second St, Cochran, GA 31014",
+                ),
+            ),
+            Item("0x1:0x2", ("Pit", "", "Dark & deep.", "")),
+        ],
+    ),
+    "yelp": (
+        '{"review_id":"KU_O5udG6zpxOg-VcAEodg","user_id":"mh_-eMZ6K5RLWhZyISBhwA",'
+        '"business_id":"XQfwVwDr-v0ZS3_CbbE5Xw",'
+        '"stars":3.0,"useful":0,"text":"If you decide to eat here,\\n\\nbe aware",'
+        '"date":"2018-07-07 22:09:11"}\n',
+        [event("mh_-eMZ6K5RLWhZyISBhwA", "XQfwVwDr-v0ZS3_CbbE5Xw", "1531001351", "3")],
+        '{"business_id":"MTSW4McQd7CbVtyjqoe9mw","name":"St Honore Pastries","address":"935 Race St",'
+        '"city":"Philadelphia",'
+        '"state":"PA","stars":4.0,"attributes":null,"categories":"Restaurants, Food, Bubble Tea",'
+        '"hours":null}\n'
+        '{"business_id":"B2","name":"Café","city":"","categories":null}\n',
+        [
+            Item(
+                "MTSW4McQd7CbVtyjqoe9mw",
+                ("St Honore Pastries", "Restaurants, Food, Bubble Tea", "Philadelphia"),
+            ),
+            Item("B2", ("Café", "", "")),
+        ],
+    ),
+    "steam": (
+        "{u'username': u'Chaos \"Syren\"', u'hours': 0.1, u'products': 41, u'product_id': u'725280', "
+        "u'page_order': 0, "
+        "u'date': u'2017-12-17', u'text': u'This wouldn\\u2019t do', u'early_access': False, u'page': 1}\n"
+        "{u'user_id': u'76561198', u'username': u'\\ud83d\\ude00 Ann', u'product_id': u'328100', "
+        "u'date': u'2017-08-02', u'text': u\"don't\"}\n",
+        [event('Chaos "Syren"', "725280", "1513468800"), event("😀 Ann", "328100", "1501632000")],
+        "{u'publisher': u'Kotoshiro', u'genres': [u'Action', u'Casual'], "
+        "u'app_name': u'Lost Summoner Kitty', "
+        "u'title': u'Lost Summoner Kitty', u'tags': [u'Strategy', u'Action'], u'price': 4.99, "
+        "u'id': u'761140', "
+        "u'developer': u'Kotoshiro'}\n"
+        "{u'app_name': u'Log Challenge', u'tags': [u'Action'], u'id': u'773570', u'price': 2.99}\n",
+        [
+            Item("761140", ("Lost Summoner Kitty", "Action, Casual", "Strategy, Action", "Kotoshiro")),
+            Item("773570", ("Log Challenge", "", "Action", "")),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_published_formats(tmp_path: Path, name: str):
+    suffix = ".json" if name == "yelp" else ".json.gz"
+    events, expected_events, items, expected_items = PUBLISHED[name]
+    found = FORMATS[name]
+    assert list(found.interactions(Tally(written(tmp_path, events, f"r{suffix}")))) == expected_events
+    assert list(found.items(Tally(written(tmp_path, items, f"i{suffix}")))) == expected_items
+    assert len({text.column for text in found.texts} | {"item_id"}) == len(found.texts) + 1
+
+
+def test_what_makes_an_interaction_malformed(tmp_path: Path):
+    good = {"reviewerID": "u", "asin": "i", "unixReviewTime": 1, "overall": 5.0}
+    changes: list[tuple[dict[str, object], str]] = [
+        ({"reviewerID": None}, "line 1: 'reviewerID' is empty"),
+        ({"asin": " "}, "'asin' is empty"),
+        ({"unixReviewTime": float("nan")}, "'unixReviewTime' is empty"),
+        ({"unixReviewTime": "soon"}, "time 'soon' is neither a unix number nor an ISO date"),
+        ({"unixReviewTime": float("inf")}, "time inf is neither"),
+        ({"unixReviewTime": True}, "time True is neither"),
+        ({"overall": "good"}, "'good' is no number"),
+        ({"asin": "a\tb"}, r"id 'a\tb' has a tab, a newline or another control character"),
+        ({"asin": "a\n"}, "has a tab, a newline"),
+        ({"asin": "a\0"}, "has a tab, a newline"),
+        ({"asin": "a\ud83d"}, "has half a character"),
+        ({"asin": ["a"]}, "['a'] is no id"),
+        ({"asin": True}, "True is no id"),
+    ]
+    for change, message in changes:
+        path = written(tmp_path, json.dumps({**good, **change}) + "\n" + json.dumps(good), "r.json")
+        tally = Tally(path, max_bad=1)
+        assert list(FORMATS["amazon-2018"].interactions(tally)) == [event("u", "i", "1", "5")]
+        assert len(tally.examples) == 1 and message in tally.examples[0], tally.examples
+    tally = Tally(written(tmp_path, '{"user": 1, "item": 2}\n', "r.json"), max_bad=1)
+    assert list(FORMATS["amazon-2018"].interactions(tally)) == []
+    assert tally.examples == ["line 1: no 'reviewerID', only 'user, item'"]
+
+
+def test_the_wrong_format_is_an_error(tmp_path: Path):
+    path = written(tmp_path, PUBLISHED["amazon-2023"][0], "r.json")
+    with pytest.raises(ValueError, match=r"1 of 1 lines are malformed.*no 'reviewerID', only 'rating, "):
+        list(FORMATS["amazon-2018"].interactions(Tally(path, max_bad=0.01)))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1391040000, "1391040000"),
+        ("0978300760", "978300760"),
+        (1.5e9, "1500000000"),
+        ("1588687728.9230", "1588687728.923"),
+        ("1588687728.123456789", "1588687728.123456789"),
+        (1588687728923, "1588687728.923"),
+        (1588687728000.0, "1588687728"),
+        ("1588687728923001", "1588687728.923001"),
+        (1588687728923001007, "1588687728.923001007"),
+        (Decimal("1e3"), "1000"),
+        (-86400, "-86400"),
+        ("-0", "0"),
+        (17, "17"),
+        ("2018-07-07 22:09:11", "1531001351"),
+        ("2018-07-07T22:09:11.5Z", "1531001351.5"),
+        ("2018-07-08T00:09:11+02:00", "1531001351"),
+        ("2017-12-17", "1513468800"),
+        ("1969-12-31 23:59:59.25", "-0.75"),
+        (date(2017, 12, 17), "1513468800"),
+        (datetime(2018, 7, 7, 22, 9, 11, 7), "1531001351.000007"),
+        (datetime(2018, 7, 7, 22, 9, 11, tzinfo=UTC), "1531001351"),
+    ],
+)
+def test_times(value: object, expected: str):
+    assert raw.shortest(raw.seconds(value)) == expected
+
+
+@pytest.mark.parametrize("value", ["nan", "1e400", "1e999999999", "9" * 5000, 1e-300, "12/31/2014", "", [1]])
+def test_no_times(value: object):
+    with pytest.raises(Malformed, match="neither a unix number nor an ISO date"):
+        raw.seconds(value)
+
+
+def test_text_is_one_line():
+    assert raw.one_line(" a\tb\r\n\u2028c\0d\x1be ") == "a b c d e"
+    assert raw.one_line("Salt &amp; Vinegar&nbsp;&#39;x&#39; &lt;b&gt; &#10;") == "Salt & Vinegar 'x' <b>"
+    assert raw.one_line("\ud83d\ude00 \ud83d") == "😀 \ufffd"
+    assert raw.one_line('5" "nail') == '5" "nail'
+
+
+def test_values_as_text():
+    nested = [["Beauty", "Skin"], ["Beauty", ["Face"]], None, float("nan"), " ", 7, {"a": "b"}]
+    assert raw.names(nested) == "Beauty, Skin, Face, 7"
+    assert raw.prose(["One.", None, "Two.", "One."]) == "One. Two. One."
+    assert raw.names(None) == raw.names({}) == raw.names([]) == ""
+
+
+def test_ids_from_tables():
+    assert [raw.token(value) for value in (7, 7.0, "007", "7.0", 2**70, " x")] == [
+        "7", "7", "007", "7.0", str(2**70), " x",
+    ]  # fmt: skip
+
+
+def test_lists_without_end_are_malformed(tmp_path: Path):
+    line = '{"parent_asin": "B1", "title": ' + "[" * 900 + "]" * 900 + "}\n"
+    tally = Tally(written(tmp_path, line, "i.json"), max_bad=1)
+    found = list(FORMATS["amazon-2023"].items(tally))
+    assert found in ([], [Item("B1", ("",) * 5)]) and tally.bad == 1 - len(found)
+
+
+TABLE = "who,what,stars,when,more\nu1,a,4.50,2020-01-01,x\n2,b,,1577836801,y\n"
+
+
+@pytest.mark.parametrize("kind", raw.TABLES)
+def test_tables(tmp_path: Path, kind: str):
+    path = tmp_path / f"x.{kind}"
+    lines = [
+        {"who": "u1", "what": "a", "stars": 4.5, "when": "2020-01-01", "name": "A & B", "tags": "x"},
+        {"who": "2", "what": "b", "stars": None, "when": "1577836801", "name": None, "tags": "y"},
+    ]
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        __import__("pyarrow.parquet").parquet.write_table(pyarrow.Table.from_pylist(lines), path)
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps(line) for line in lines))
+    else:
+        cells = [lines[0].keys(), *(line.values() for line in lines)]
+        path.write_text("\n".join(",".join("" if c is None else str(c) for c in row) for row in cells))
+    found = raw.table(kind, "who", "what", "when", "stars", kind, "what", ["name", "tags"])
+    assert list(found.interactions(Tally(path))) == [
+        event("u1", "a", "1577836800", "4.5"),
+        event("2", "b", "1577836801"),
+    ]
+    assert list(found.items(Tally(path))) == [Item("a", ("A & B", "x")), Item("b", ("", "y"))]
+    assert raw.table(kind, "who", "what", "when").rating == ()
+
+
+def test_parquet_with_types(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    moment = datetime(2020, 1, 1, 0, 0, 0, 250_000, tzinfo=UTC)
+    expected = "1577836800.25"
+    for unit in ("ms", "us", "ns"):
+        for zone in (None, "UTC"):
+            times = pyarrow.array([moment.replace(tzinfo=None), None], pyarrow.timestamp(unit, zone))
+            columns = {"u": pyarrow.array([7.0, 8.0]), "i": pyarrow.array(["a", "b"]).dictionary_encode()}
+            parquet.write_table(pyarrow.table({**columns, "t": times}), tmp_path / "x.parquet")
+            tally = Tally(tmp_path / "x.parquet", max_bad=1)
+            assert list(raw.table("parquet", "u", "i", "t").interactions(tally)) == [
+                event("7", "a", expected)
+            ]
+            assert tally.examples == ["line 2: 't' is empty"]
+    dates = pyarrow.table({"u": [1], "i": [2], "t": [date(2020, 1, 1)]})
+    parquet.write_table(dates, tmp_path / "x.parquet")
+    found = raw.table("parquet", "u", "i", "t").interactions(Tally(tmp_path / "x.parquet"))
+    assert list(found) == [event("1", "2", "1577836800")]
+
+
+def test_every_format_has_its_example():
+    assert set(PUBLISHED) == set(FORMATS)
+    assert all(re.fullmatch(r"[a-z0-9-]+", name) and entry.about for name, entry in FORMATS.items())
