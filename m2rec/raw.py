@@ -129,8 +129,6 @@ def _records(rows: Rows, parse: Callable[[Row], Record], tally: Tally) -> Iterat
             record = parse(row)
         except Malformed as error:
             tally.reject(line, error)
-        except RecursionError:
-            tally.reject(line, "lists in lists without end")
         else:
             yield record
     tally.finish()
@@ -250,11 +248,13 @@ def one_line(text: str) -> str:
 
 def _parts(value: object) -> Iterator[str]:
     """The texts in a value; objects with names have none."""
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _parts(part)
-    elif not _missing(value) and not isinstance(value, dict):
-        yield str(value).strip()
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, list | tuple):
+            left.extend(reversed(part))
+        elif not _missing(part) and not isinstance(part, dict):
+            yield str(part).strip()
 
 
 def _genres(value: object) -> str:

@@ -276,11 +276,10 @@ def parquet_rows(tally: Tally, columns: Sequence[str]) -> Rows:
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise ValueError(f"{tally.path}: reading Parquet needs pyarrow; run: pip install pyarrow") from None
-    wanted = list(dict.fromkeys(columns))
     try:
         with parquet.ParquetFile(tally.path) as file:
-            require_columns(tally.path, file.schema_arrow.names, wanted)
-            for batch in file.iter_batches(BATCH, columns=wanted):
+            require_columns(tally.path, file.schema_arrow.names, columns)
+            for batch in file.iter_batches(BATCH, columns=list(columns)):
                 names = batch.schema.names
                 for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     tally.lines += 1

@@ -2,7 +2,8 @@
 
 Writes DIR/NAME/NAME.inter and, with --items, DIR/NAME/NAME.item with the text of the items that
 occur, and prints the data set's statistics. Files may be gzipped. They are read line by line, and
-what is written appears whole at the end, or not at all.
+what is written appears whole at the end, or not at all, and takes the place of earlier files of that
+name; without --items an earlier NAME.item stays.
 
 Times: unix time or ISO dates (2021-03-04, 2021-03-04 05:06:07, with or without zone; without is
 UTC). They are written as seconds in full precision. Unix time may be in seconds, milliseconds,
