@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m2rec.layer import Layer, LayerState
+from m2rec.repeats import first_occurrences
 from m2rec.settings import ModelSettings
 from m2rec.text import TextProjection, has_text
 
 _INITIAL_STD = 0.02
 
-# Adam moves a weight by about learning_rate per step; the bias of repeats must move by several in an epoch
-_BIAS_UNIT = 100.0
+# adaptive optimisers move a weight by about learning_rate per step; this one must move by several in an epoch
+_BIAS_PACE = 100.0
 
 # lengths at which a batch is cut into groups on a CPU; finer steps cost more in calls than they save
 _STEPS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -55,9 +56,10 @@ class Encoder(nn.Module):
         self.id_embedding = nn.Embedding(n_items, size, padding_idx=0)
         in_table = text_dim > 0 and settings.text_in_table
         self.table_text = TextProjection(text_dim, size, _INITIAL_STD) if in_table else None
-        self.repeat_weight = nn.Parameter(torch.zeros(())) if settings.repeat_bias else None
-        if self.repeat_weight is not None:
-            self.repeat_weight._no_weight_decay = True  # type: ignore[attr-defined]
+        self.repeat_bias = nn.Parameter(torch.zeros(())) if settings.repeat_bias else None
+        if self.repeat_bias is not None:
+            self.repeat_bias._no_weight_decay = True  # type: ignore[attr-defined]
+            self.repeat_bias._pace = _BIAS_PACE  # type: ignore[attr-defined]
         self.norm = nn.LayerNorm(size)
         self.dropout = nn.Dropout(settings.dropout_prob)
         in_sequence = text_dim if settings.text_in_sequence else 0
@@ -124,11 +126,6 @@ class Encoder(nn.Module):
         assert self.has_text is not None
         dropped = (torch.rand(ids.shape, device=ids.device) < share) & self.has_text[ids]
         return rows.masked_fill(dropped[..., None], 0)
-
-    @property
-    def repeat_bias(self) -> Tensor | None:
-        """What is added to the score of an item that the history holds, a scalar; None without it."""
-        return None if self.repeat_weight is None else _BIAS_UNIT * self.repeat_weight
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         """items: (B, L), lengths: (B,) -> (B, L, D). Padding never reaches a valid position."""
@@ -204,20 +201,23 @@ class Encoder(nn.Module):
             when.append(time)
         return torch.cat(parts), torch.cat(at), torch.cat(when)
 
-    def scores(self, x: Tensor, items: Tensor) -> Tensor:
+    def scores(self, x: Tensor, items: Tensor, table: Tensor | None = None) -> Tensor:
         """The score of every item after a history.
 
         Args:
             x: (B, D), the vector of each history's end.
             items: (B, L), the history, which decides where `repeat_bias` is added.
+            table: (V, D), the item table, where it is at hand.
 
         Returns:
             (B, V); padding's score means nothing.
         """
-        scores = F.linear(x, self.item_table())
+        scores = F.linear(x, self.item_table() if table is None else table)
         if self.repeat_bias is None:
             return scores
-        return scores.scatter(1, items, scores.gather(1, items) + self.repeat_bias)
+        row, place = first_occurrences(items).nonzero(as_tuple=True)
+        raised = self.repeat_bias.to(scores.dtype).expand(len(row))
+        return scores.index_put_((row, items[row, place]), raised, accumulate=True)
 
 
 def similar_lengths(lengths: Tensor, longest: int) -> Iterator[tuple[Tensor, int]]:

@@ -48,7 +48,9 @@ def cross_entropy(
     """
     dtype = torch.promote_types(item_table.dtype, torch.float32)
     rows = max(1, memory * 2**20 // (2 * dtype.itemsize * len(item_table)))
-    bias = None if repeats is None else repeats.bias.to(dtype)
+    bias = None
+    if repeats is not None:
+        bias, rows = repeats.bias.to(dtype), min(rows, repeats.block)
     given = (x.to(dtype), item_table[1:].to(dtype), bias, targets - 1, rows, repeats)
     loss: Tensor = _CrossEntropy.apply(*given)  # type: ignore[no-untyped-call]
     return loss

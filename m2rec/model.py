@@ -57,17 +57,16 @@ class M2Rec(SequentialRecommender):
         """The text vectors in internal ids, or None; the log says which and how many match."""
         if not self.settings.wants_text:
             return None
-        name, data_path = config["dataset"], Path(config["data_path"])
-        asked = Path(config.external_config_dict.get("data_path", data_path.parent)) / name
-        path = text_vectors.find(self.settings.text_vectors, name, asked, data_path)
+        path = text_file(config)
         if path is None:
+            name = config["dataset"]
             logger.warning(
                 "no text vectors for %s (looked for %s%s in %s and among the shipped ones): "
                 "the model runs without text",
                 name,
                 name,
                 text_vectors.SUFFIX,
-                asked,
+                _folders(config)[0],
             )
             return None
         tokens = dataset.field2id_token[self.ITEM_ID]
@@ -138,3 +137,18 @@ class M2Rec(SequentialRecommender):
         if not torch.isfinite(scores).all():
             raise ValueError("scores are NaN or infinite: training diverged; lower learning_rate")
         return scores
+
+
+def text_file(config: Config) -> Path | None:
+    """The text-vector file of a run, None if there is none.
+
+    Raises:
+        ValueError: a file was named and does not exist.
+    """
+    return text_vectors.find(config["text_vectors"], config["dataset"], *_folders(config))
+
+
+def _folders(config: Config) -> tuple[Path, Path]:
+    """Where the data is: as the user said, and where RecBole found it."""
+    found = Path(config["data_path"])
+    return Path(config.external_config_dict.get("data_path", found.parent)) / config["dataset"], found

@@ -9,7 +9,8 @@ T0      width of the text vectors in their file
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,11 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2rec.encoder import Encoder
-from m2rec.files import CONFIG_FILE, ITEMS_FILE, WEIGHTS_FILE, write_tensors, write_text
-from m2rec.settings import ModelSettings
+from m2rec.files import CONFIG_FILE, ITEMS_FILE, METRICS_FILE, WEIGHTS_FILE, write_tensors, write_text
+from m2rec.settings import ModelSettings, RunSettings
 
 _ENCODER = "encoder."
 
@@ -33,13 +34,23 @@ class Recommendation(NamedTuple):
     score: float
 
 
+class _Model(NamedTuple):
+    """What changes when items are added, changed all at once."""
+
+    encoder: Encoder
+    table: Tensor
+    """(V, D), the item table."""
+    tokens: tuple[str, ...]
+    """Item tokens by internal id, that of padding first."""
+    ids: dict[str, int]
+
+
 class Recommender:
     """Ranks the items that a model was trained on, and those that were added since.
 
     Args:
         encoder: the trained network.
         tokens: item tokens by internal id, that of padding first.
-        max_length: longest history that the model has seen; of longer ones the end counts.
         config: the keys of the run.
         text_mean, text_basis: (T0,) and (T0, T), how raw text vectors become those of the model;
             None for a model without text.
@@ -49,56 +60,67 @@ class Recommender:
         self,
         encoder: Encoder,
         tokens: Sequence[str],
-        max_length: int,
         config: dict[str, Any],
         text_mean: Tensor | None = None,
         text_basis: Tensor | None = None,
     ) -> None:
-        self.encoder = encoder.eval()
-        self.tokens = list(tokens)
-        self.max_length = max_length
         self.config = config
+        self.max_length = RunSettings.read(config).MAX_ITEM_LIST_LENGTH
         self._text_mean, self._text_basis = text_mean, text_basis
-        self._ids = {token: i for i, token in enumerate(self.tokens) if i > 0}
+        self._model = _made(encoder, tokens)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu") -> "Recommender":
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Recommender":
         """The model of a run folder.
 
         Raises:
-            ValueError: a file is missing, damaged, or of another model.
+            ValueError: a file is missing, damaged, or of another model; the device is not there.
         """
-        folder = Path(folder)
+        folder, device = Path(folder), _checked_device(device)
         config = _read(folder / CONFIG_FILE, yaml.safe_load, dict)
         tokens = _read(folder / ITEMS_FILE, json.loads, list)
-        if config.get("model") != "M2Rec":
-            raise ValueError(f"{folder / CONFIG_FILE}: model: {config.get('model')!r} is not M2Rec")
+        if not all(isinstance(token, str) for token in tokens) or len(set(tokens)) < len(tokens):
+            raise ValueError(f"{folder / ITEMS_FILE} is no list of different texts")
         try:
-            weights = load_file(folder / WEIGHTS_FILE, device=device)
+            weights = load_file(folder / WEIGHTS_FILE, device=str(device))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} can't be read ({error})") from None
         state = {k.removeprefix(_ENCODER): v for k, v in weights.items() if k.startswith(_ENCODER)}
-        length = config["MAX_ITEM_LIST_LENGTH"]
-        encoder = Encoder(ModelSettings.read(config), len(tokens), length, state.get("vectors")).to(device)
+        if "id_embedding.weight" not in state:
+            raise ValueError(f"{folder}: model: {config.get('model')!r} is not made of M2Rec's parts")
+        settings = replace(ModelSettings.read(config), scan_backend="auto")  # that of this machine
+        length = RunSettings.read(config).MAX_ITEM_LIST_LENGTH
+        encoder = Encoder(settings, len(tokens), length, state.get("vectors")).to(device)
         try:
             encoder.load_state_dict(state)
         except RuntimeError as error:
             said = " ".join(str(error).split())
             raise ValueError(f"{folder}: the weights don't fit config.yaml and items.json ({said})") from None
-        return cls(encoder, tokens, length, config, weights.get("text_mean"), weights.get("text_basis"))
+        return cls(encoder, tokens, config, weights.get("text_mean"), weights.get("text_basis"))
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Item tokens by internal id, that of padding first."""
+        return self._model.tokens
 
     def save(self, folder: str | Path) -> None:
-        """Write what `load` reads, added items included, into a folder that is made if need be."""
+        """Write what `load` reads, added items included, into a folder that is made if need be.
+
+        Raises:
+            ValueError: it is the folder of a run, whose metrics are of other weights.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / METRICS_FILE).exists():
+            raise ValueError(f"save: {folder} is a run's own folder; give another")
         text = {"text_mean": self._text_mean, "text_basis": self._text_basis}
-        state = {_ENCODER + name: value for name, value in self.encoder.state_dict().items()}
+        state = {_ENCODER + name: value for name, value in self._model.encoder.state_dict().items()}
+        folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / WEIGHTS_FILE, state | {k: v for k, v in text.items() if v is not None})
         write_text(folder / ITEMS_FILE, json.dumps(self.tokens, ensure_ascii=False) + "\n")
         write_text(folder / CONFIG_FILE, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
 
     def recommend(
-        self, history: Sequence[str], k: int = 10, exclude_seen: bool = True
+        self, history: Iterable[str], k: int = 10, exclude_seen: bool = True
     ) -> list[Recommendation]:
         """The best k items after a history, best first.
 
@@ -108,84 +130,133 @@ class Recommender:
             exclude_seen: leave the history's own items out.
 
         Raises:
-            ValueError: the history is empty or holds a token that nobody knows.
+            ValueError: the history is empty or holds a token that nobody knows; k is less than 1.
         """
-        (scores,) = self.scores([history])
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"k: expected a whole number from 1, got {k!r}")
+        model, past = self._model, list(_listed(history))
+        (scores,) = self._scores(model, [past])
         if exclude_seen:
-            scores[self.to_ids(history)] = -torch.inf
+            scores[_ids(model, past)] = -torch.inf
         best = scores.topk(min(k, len(scores)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [Recommendation(self.tokens[i], score) for i, score in pairs if score > -torch.inf]
+        return [Recommendation(model.tokens[i], score) for i, score in pairs if score > -torch.inf]
 
-    @torch.no_grad()
-    def scores(self, histories: Sequence[Sequence[str]]) -> Tensor:
+    def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
         """The score of every item after each history, (B, V); that of padding is -inf.
+
+        Of histories longer than the model was trained on the end counts.
 
         Raises:
             ValueError: a history is empty or holds a token that nobody knows.
         """
-        ids = [self.to_ids(history)[-self.max_length :] for history in histories]
+        return self._scores(self._model, [_listed(history) for history in histories])
+
+    def to_ids(self, tokens: Iterable[str]) -> list[int]:
+        """Internal ids, places in `scores`.
+
+        Raises:
+            ValueError: a token that nobody knows.
+        """
+        return _ids(self._model, _listed(tokens))
+
+    @torch.no_grad()
+    def _scores(self, model: _Model, histories: list[list[str]]) -> Tensor:
+        ids = [_ids(model, history)[-self.max_length :] for history in histories]
+        if not all(ids):
+            raise ValueError("history: empty; give at least one item")
+        device = model.table.device
+        if not ids:
+            return torch.empty(0, len(model.table), device=device)
         lengths = torch.tensor([len(row) for row in ids])
         items = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
         for row, own in zip(items, ids, strict=True):
             row[: len(own)] = torch.tensor(own)
-        device = self.encoder.id_embedding.weight.device
         items, lengths = items.to(device), lengths.to(device)
-        scores = self.encoder.scores(self.encoder.last(items, lengths), items)
+        scores = model.encoder.scores(model.encoder.last(items, lengths), items, model.table)
         scores[:, 0] = -torch.inf
         return scores
 
-    def to_ids(self, history: Sequence[str]) -> list[int]:
-        if not history:
-            raise ValueError("history: empty; give at least one item")
-        unknown = [token for token in history if token not in self._ids]
-        if unknown:
-            raise ValueError(f"history: the model knows no item {unknown[0]!r}; add it with add_items")
-        return [self._ids[token] for token in history]
-
     @torch.no_grad()
-    def add_items(self, tokens: Sequence[str], vectors: Tensor) -> None:
+    def add_items(self, tokens: Iterable[str], vectors: Any) -> None:
         """Take in items that training has never met; their text is all that is known of them.
 
-        They can be ranked and stand in histories. The ids of all others stay as they are.
+        They can be ranked and stand in histories. The ids of all others stay as they are. Where
+        it fails nothing has changed.
 
         Args:
             tokens: new tokens.
-            vectors: (n, T0), their text vectors from the language model that made those of the run.
+            vectors: (n, T0) tensor or array, their text vectors from the language model that made
+                those of the run.
 
         Raises:
             ValueError: the model has no text in its item table, a token is there already or twice,
                 or the vectors don't fit.
         """
-        old = self.encoder.vectors
-        if old is None or self.encoder.table_text is None:
+        model, new = self._model, _listed(tokens)
+        old = model.encoder.vectors
+        if old is None or self._text_mean is None or self._text_basis is None:
+            raise ValueError("add_items: this run has no text; train with text_vectors")
+        if model.encoder.table_text is None:
             raise ValueError(
-                "add_items: this run has no text in its item table; train with text_vectors and "
-                "text_in_table: true"
+                "add_items: this run has no text in its item table; train with text_in_table: true"
             )
-        assert self._text_mean is not None and self._text_basis is not None
-        there = set(self._ids)
-        for token in tokens:
-            if token in there:
-                raise ValueError(f"add_items: {token!r} is there already")
+        there = set(model.ids)
+        for token in new:
+            if not isinstance(token, str) or token in there:
+                why = "is there already" if isinstance(token, str) else "is no text"
+                raise ValueError(f"add_items: {token!r} {why}")
             there.add(token)
-        if vectors.shape != (len(tokens), len(self._text_mean)):
+        raw = torch.as_tensor(vectors).to(old)
+        if raw.shape != (len(new), len(self._text_mean)):
             raise ValueError(
-                f"add_items: vectors of shape {tuple(vectors.shape)} for {len(tokens)} items; expected "
-                f"({len(tokens)}, {len(self._text_mean)}), made as those of the run"
+                f"add_items: vectors of shape {tuple(raw.shape)} for {len(new)} items; expected "
+                f"({len(new)}, {len(self._text_mean)}), made as those of the run"
             )
-        raw = vectors.to(old)
-        useless = [t for t, v in zip(tokens, raw, strict=True) if not v.isfinite().all() or not v.any()]
+        useless = [t for t, v in zip(new, raw, strict=True) if not v.isfinite().all() or not v.any()]
         if useless:
             raise ValueError(f"add_items: {useless[0]!r} has no text vector: all zero, or not finite")
-        embedding = self.encoder.id_embedding.weight
-        unknown = torch.zeros(len(tokens), embedding.shape[1]).to(embedding)
-        self.encoder.id_embedding = nn.Embedding.from_pretrained(
-            torch.cat([embedding, unknown]), freeze=False, padding_idx=0
-        )
-        self.encoder.set_vectors(torch.cat([old, (raw - self._text_mean) @ self._text_basis]))
-        self._ids |= {token: len(self.tokens) + i for i, token in enumerate(tokens)}
-        self.tokens += tokens
+        state = model.encoder.state_dict()
+        embedding = state["id_embedding.weight"]
+        unknown = torch.zeros(len(new), embedding.shape[1]).to(embedding)
+        state["id_embedding.weight"] = torch.cat([embedding, unknown])
+        state["vectors"] = torch.cat([old, (raw - self._text_mean) @ self._text_basis])
+        settings, count = model.encoder.settings, len(model.tokens) + len(new)
+        encoder = Encoder(settings, count, self.max_length, state["vectors"]).to(old.device)
+        encoder.load_state_dict(state)
+        self._model = _made(encoder, [*model.tokens, *new])
+
+
+@torch.no_grad()
+def _made(encoder: Encoder, tokens: Sequence[str]) -> _Model:
+    encoder = encoder.eval()
+    ids = {token: i for i, token in enumerate(tokens) if i > 0}
+    return _Model(encoder, encoder.item_table(), tuple(tokens), ids)
+
+
+def _listed(tokens: Iterable[str]) -> list[str]:
+    """The tokens one by one; a single text would fall into its letters."""
+    if isinstance(tokens, str):
+        raise ValueError(f"expected a list of item tokens, got one text, {tokens!r}; write [{tokens!r}]")
+    return list(tokens)
+
+
+def _ids(model: _Model, tokens: list[str]) -> list[int]:
+    for token in tokens:
+        if token not in model.ids:
+            text = "" if isinstance(token, str) else "; tokens are texts"
+            raise ValueError(f"history: the model knows no item {token!r}{text}")
+    return [model.ids[token] for token in tokens]
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: {device!r} is none; cpu, cuda or cuda:0") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: there is no {found} here; take cpu")
+    return found
 
 
 def _read(path: Path, parse: Any, kind: type) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # positions are looked at in blocks, so that no more than so many flags are held at a time
-_FLAGS = 2**24
+_FLAGS = 2**21
 
 
 def first_occurrences(items: Tensor) -> Tensor:
@@ -36,6 +36,11 @@ class Repeats:
         self.items, self.rows, self.times, self.bias = items, rows, times, bias
         self._first = first_occurrences(items)
 
+    @property
+    def block(self) -> int:
+        """How many positions to look at together."""
+        return max(1, _FLAGS // self.items.shape[1])
+
     def pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Each item that positions `start` to `stop` have seen, once: position less start, item (R,)."""
         rows, times = self.rows[start:stop], self.times[start:stop]
@@ -45,9 +50,8 @@ class Repeats:
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All pairs, a block of positions at a time: position, item (R,)."""
-        size = max(1, _FLAGS // self.items.shape[1])
-        for start in range(0, len(self.rows), size):
-            position, item = self.pairs(start, start + size)
+        for start in range(0, len(self.rows), self.block):
+            position, item = self.pairs(start, start + self.block)
             yield position + start, item
 
     def of(self, items: Tensor) -> Tensor:

@@ -139,12 +139,20 @@ class RunTrainer(Trainer):
             torch.manual_seed(self.config["seed"] + distributed.rank() + 1_000_003 * self.start_epoch)
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
-        """RecBole's optimiser, without weight decay on the parameters that are marked so."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        marked = [p for p in parameters if getattr(p, "_no_weight_decay", False)]
-        marked_ids = {id(p) for p in marked}
-        groups = [{"params": [p for p in parameters if id(p) not in marked_ids]}]
-        groups += [{"params": marked, "weight_decay": 0.0}] if marked else []  # type: ignore[dict-item]
+        """RecBole's optimiser, with a group for each way in which parameters are marked.
+
+        `_no_weight_decay`: weight decay leaves them alone. `_pace`: an optimiser whose steps are of the
+        size of the learning rate, whatever the gradient's, takes so many times larger ones.
+        """
+        marked: dict[tuple[bool, float], list[nn.Parameter]] = {(False, 1.0): []}
+        for p in self.model.parameters():
+            if p.requires_grad:
+                pace = 1.0 if self.learner.lower() == "sgd" else getattr(p, "_pace", 1.0)
+                marked.setdefault((getattr(p, "_no_weight_decay", False), pace), []).append(p)
+        groups: list[dict[str, Any]] = []
+        for (spared, pace), parameters in marked.items():
+            own: dict[str, Any] = {"weight_decay": 0.0} if spared else {}
+            groups.append({"params": parameters, "lr": pace * self.learning_rate, **own})
         return super()._build_optimizer(params=groups, **kwargs)  # type: ignore[no-any-return]
 
     def _train_epoch(

@@ -260,7 +260,7 @@ def test_grouping_by_length_changes_nothing(settings: dict[str, Any]):
     weight = torch.randn(V, whole.shape[-1], dtype=whole.dtype)
     x, rows, times = made.positions(items, lengths, targets)
     wanted, at = targets[rows, times], targets > 0
-    parameters = [p for name, p in made.named_parameters() if name != "repeat_weight"]
+    parameters = [p for name, p in made.named_parameters() if name != "repeat_bias"]
     padded = torch.autograd.grad((whole[at] * weight[targets[at]]).sum(), parameters)
     grouped = torch.autograd.grad((x * weight[wanted]).sum(), parameters)
     torch.testing.assert_close(grouped, padded)

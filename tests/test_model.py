@@ -71,8 +71,8 @@ def test_it_learns(toy: Path, form: str):
 def test_predict_is_a_column_of_full_sort_predict(toy: Path, form: str):
     model, (_, _, test) = made(toy, **FORMS[form])
     model.eval()
-    if model.encoder.repeat_weight is not None:
-        model.encoder.repeat_weight.data.fill_(0.03)
+    if model.encoder.repeat_bias is not None:
+        model.encoder.repeat_bias.data.fill_(3.0)
     interaction = test.dataset.inter_feat
     scores = model.full_sort_predict(interaction)
     assert scores.shape == (len(interaction), model.n_items)
@@ -86,7 +86,7 @@ def test_dense_loss_is_the_prefix_loss_of_all_targets(tmp_path: Path):
     losses = []
     for rows in ("dense", "prefix"):
         model, (train_data, _, _) = made(tmp_path, rows=rows, dropout_prob=0)
-        model.encoder.repeat_weight.data.fill_(0.03)
+        model.encoder.repeat_bias.data.fill_(3.0)
         losses.append(model.eval().calculate_loss(train_data.dataset.inter_feat).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -110,13 +110,13 @@ def test_it_learns_whether_items_come_back(tmp_path: Path, again: bool, loss_typ
         tmp_path, "toy", [(f"u{u}", f"i{step(7 * u, k) % 40}", k) for u in range(40) for k in range(9)]
     )
     model, (batches, _, test) = made(tmp_path, dropout_prob=0, loss_type=loss_type, n_negatives=20)
-    train(model, batches, 30)
+    train(model, batches, 30, learning_rate=0.05)
     bias = float(model.encoder.repeat_bias)
-    assert bias > 0.5 if again else bias < -0.5
+    assert bias > 0.1 if again else bias < -0.1
     rows = test.dataset.inter_feat
     scores = model.eval().full_sort_predict(rows)
     with_bias = scores.gather(1, rows["item_id_list"][:, :1])
-    model.encoder.repeat_weight = None
+    model.encoder.repeat_bias = None
     without = model.full_sort_predict(rows).gather(1, rows["item_id_list"][:, :1])
     assert torch.allclose(with_bias - without, torch.tensor(bias), atol=1e-4)
 
@@ -133,8 +133,8 @@ def test_same_seed_same_digits(toy: Path):
 
 
 GOLDEN = {
-    "mamba2": [2.998273, 2.996900, 2.916373, 2.884132, 2.847069],
-    "mamba": [2.996938, 3.000122, 2.924816, 2.901071, 2.875675],
+    "mamba2": [2.998273, 2.951639, 2.913533, 2.871461, 2.824059],
+    "mamba": [2.996938, 2.954049, 2.921999, 2.888686, 2.851456],
 }
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,16 +63,19 @@ def test_recommend(folder: Path):
     found = recommender.recommend(history, k=4)
     assert [r.score for r in found] == sorted((r.score for r in found), reverse=True)
     seen = recommender.to_ids(history)
-    left = {token: float(scores[i]) for i, token in enumerate(recommender.tokens) if i not in [0, *seen]}
+    left = {token: float(scores[i]) for i, token in enumerate(recommender.tokens) if i not in {0, *seen}}
     assert found[0] == max(left.items(), key=lambda pair: pair[1])
     assert len(recommender.recommend(history, k=100)) == 18
     assert len(recommender.recommend(history, k=100, exclude_seen=False)) == 20
 
 
 def test_only_the_end_of_a_long_history_counts(folder: Path):
+    """But none of it is recommended."""
     recommender = Recommender.load(folder)
     end = TOKENS[:10]
     torch.testing.assert_close(recommender.scores([TOKENS[10:] + end]), recommender.scores([end]))
+    found = recommender.recommend([*TOKENS[10:15], *end], k=100)
+    assert {r.item for r in found} == set(TOKENS[15:])
 
 
 def test_it_needs_no_recbole(folder: Path):
@@ -92,12 +96,15 @@ def test_new_items_from_their_text(folder: Path, vectors: Path):
     before = recommender.scores(histories)
     recommender.add_items(["new", "newer"], raw(vectors, "new", "newer"))
     after = recommender.scores(histories)
-    assert recommender.tokens[-2:] == ["new", "newer"] and after.shape == (2, 23)
+    assert recommender.tokens[-2:] == ("new", "newer") and after.shape == (2, 23)
     torch.testing.assert_close(after[:, :21], before)
     weights = load_file(folder / "model.safetensors")
     treated = (raw(vectors, "newer")[0] - weights["text_mean"]) @ weights["text_basis"]
     row = weights["encoder.table_text.linear.weight"] @ treated
-    torch.testing.assert_close(recommender.encoder.item_table()[-1], row)
+    weights_before = weights["encoder.id_embedding.weight"]
+    state = recommender._model.encoder.state_dict()
+    assert torch.equal(state["id_embedding.weight"][:21], weights_before)
+    torch.testing.assert_close(recommender._model.table[-1], row)
     assert not torch.allclose(recommender.scores([["i1", "new"]]), recommender.scores([["i1", "newer"]]))
     assert len(recommender.recommend(["new"], k=100)) == 21
 
@@ -105,8 +112,8 @@ def test_new_items_from_their_text(folder: Path, vectors: Path):
 def test_a_text_that_is_known_ranks_as_that_item_would_without_its_clicks(folder: Path, vectors: Path):
     recommender = Recommender.load(folder)
     known = recommender.to_ids(["i4"])[0]
-    recommender.encoder.id_embedding.weight.data[known] = 0
-    recommender.add_items(["again"], raw(vectors, "i4"))
+    recommender._model.encoder.id_embedding.weight.data[known] = 0
+    recommender.add_items(["again"], raw(vectors, "i4").numpy())
     scores = recommender.scores([["i1", "i2"]])[0]
     torch.testing.assert_close(scores[-1], scores[known], rtol=1e-4, atol=1e-5)
 
@@ -130,9 +137,11 @@ def test_added_items_are_saved(folder: Path, tmp_path: Path, vectors: Path):
         (["a"], torch.ones(1, 7), r"vectors of shape \(1, 7\) for 1 items; expected \(1, 8\)"),
         (["a", "b"], torch.tensor([[1.0] * 8, [0.0] * 8]), "'b' has no text vector"),
         (["a"], torch.tensor([[torch.nan] * 8]), "'a' has no text vector"),
+        ("ab", torch.ones(2, 8), "expected a list of item tokens, got one text, 'ab'"),
+        ([3], torch.ones(1, 8), "3 is no text"),
     ],
 )
-def test_items_that_can_t_be_added(folder: Path, tokens: list[str], given: torch.Tensor, message: str):
+def test_items_that_can_t_be_added(folder: Path, tokens: Any, given: torch.Tensor, message: str):
     recommender = Recommender.load(folder)
     before = recommender.scores([["i1"]])
     with pytest.raises(ValueError, match=message):
@@ -141,28 +150,67 @@ def test_items_that_can_t_be_added(folder: Path, tokens: list[str], given: torch
 
 
 def test_a_model_without_text_in_the_table_takes_none(toy: Path, tmp_path: Path, vectors: Path):
-    for others in ({"text_vectors": "none"}, {"text_in_table": False}):
+    for others, message in (({"text_vectors": "none"}, ""), ({"text_in_table": False}, " in its item table")):
         recommender = Recommender.load(trained(toy, tmp_path, epochs=1, **others))
-        with pytest.raises(ValueError, match="add_items: this run has no text in its item table"):
+        with pytest.raises(ValueError, match=f"add_items: this run has no text{message};"):
             recommender.add_items(["new"], torch.ones(1, 8))
 
 
 @pytest.mark.parametrize(
-    ("history", "message"), [([], "history: empty"), (["i3", "gone"], "knows no item 'gone'")]
+    ("history", "message"),
+    [
+        ([], "history: empty"),
+        (["i3", "gone"], "knows no item 'gone'"),
+        ("i3", r"expected a list of item tokens, got one text, 'i3'; write \['i3'\]"),
+        ([3], "knows no item 3; tokens are texts"),
+    ],
 )
-def test_histories_that_can_t_be_used(folder: Path, history: list[str], message: str):
+def test_histories_that_can_t_be_used(folder: Path, history: Any, message: str):
     with pytest.raises(ValueError, match=message):
         Recommender.load(folder).recommend(history)
+
+
+def test_odd_but_right_questions(folder: Path):
+    recommender = Recommender.load(folder, torch.device("cpu"))
+    assert recommender.scores([]).shape == (0, 21)
+    assert recommender.recommend(t for t in ["i3"]) == recommender.recommend(["i3"])
+    for k in (0, -1, 2.5, None):
+        with pytest.raises(ValueError, match=f"k: expected a whole number from 1, got {k}"):
+            recommender.recommend(["i3"], k=k)
+
+
+def test_a_run_is_not_written_over(folder: Path):
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"save: .* is a run's own folder"):
+        Recommender.load(folder).save(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_other_devices(folder: Path):
+    with pytest.raises(ValueError, match="device: 'gpu' is none"):
+        Recommender.load(folder, "gpu")
+    with pytest.raises(ValueError, match="device: there is no cuda:77 here"):
+        Recommender.load(folder, "cuda:77")
+
+
+def test_mamba4rec_is_made_of_the_same_parts(toy: Path, tmp_path: Path):
+    values = small(
+        toy, runs_dir=str(tmp_path / "runs"), model="Mamba4Rec", epochs=1, scan_backend="reference"
+    )
+    folder = experiment.run(build_config(values)).folder
+    assert len(Recommender.load(folder).recommend(["i3"], k=5)) == 5
 
 
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("config.yaml", None, "config.yaml can't be read"),
-        ("config.yaml", "model: SASRec", "model: 'SASRec' is not M2Rec"),
+        ("config.yaml", "MAX_ITEM_LIST_LENGTH: ten", "MAX_ITEM_LIST_LENGTH: expected a whole number"),
         ("config.yaml", "- 1", "holds no dict"),
         ("config.yaml", "model: !!python/object/apply:os.getcwd []", "config.yaml can't be read"),
         ("items.json", "{", "items.json can't be read"),
+        ("items.json", '["[PAD]", "a", "a"]', "items.json is no list of different texts"),
+        ("items.json", '["[PAD]", ["a"]]', "items.json is no list of different texts"),
         ("items.json", json.dumps(["[PAD]", "i1"]), "the weights don't fit config.yaml and items.json"),
         ("model.safetensors", "", "model.safetensors can't be read"),
     ],
@@ -172,4 +220,12 @@ def test_folders_that_can_t_be_used(folder: Path, file: str, content: str | None
     if content is not None:
         (folder / file).write_text(content)
     with pytest.raises(ValueError, match=message):
+        Recommender.load(folder)
+
+
+def test_another_model(toy: Path, tmp_path: Path):
+    values = small(toy, runs_dir=str(tmp_path / "runs"), model="SASRec", epochs=1)
+    values = {k: v for k, v in values.items() if k not in ("head_dim", "d_state")}
+    folder = experiment.run(build_config(values)).folder
+    with pytest.raises(ValueError, match="model: 'SASRec' is not made of M2Rec's parts"):
         Recommender.load(folder)

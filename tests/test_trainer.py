@@ -143,11 +143,21 @@ def test_weight_decay_spares_what_is_marked(toy: Path, tmp_path: Path):
     """mamba_ssm marks A_log, D and dt_bias, and so do we; with a huge decay and no gradient they stay."""
     trainer, _ = made(toy, tmp_path / "run", weight_decay=10.0)
     groups = trainer.optimizer.param_groups
-    assert [g["weight_decay"] for g in groups] == [10.0, 0.0]
-    spared = {id(p) for p in groups[1]["params"]}
+    assert [g["weight_decay"] for g in groups] == [10.0, 0.0, 0.0]
+    spared = {id(p) for group in groups[1:] for p in group["params"]}
     names = {n.split(".")[-1] for n, p in trainer.model.named_parameters() if id(p) in spared}
-    assert names == {"A_log", "D", "dt_bias", "repeat_weight"}
+    assert names == {"A_log", "D", "dt_bias", "repeat_bias"}
     assert sum(len(g["params"]) for g in groups) == len(list(trainer.model.parameters()))
+
+
+@pytest.mark.parametrize(("learner", "pace"), [("adam", 100), ("rmsprop", 100), ("sgd", 1)])
+def test_the_repeat_bias_moves_at_its_own_pace(toy: Path, tmp_path: Path, learner: str, pace: int):
+    """A step of plain gradient descent is as large as the gradient says."""
+    trainer, _ = made(toy, tmp_path / "run", learner=learner, learning_rate=0.01)
+    bias = trainer.model.encoder.repeat_bias
+    (group,) = (g for g in trainer.optimizer.param_groups if any(p is bias for p in g["params"]))
+    assert group["lr"] == pytest.approx(0.01 * pace)
+    assert {g["lr"] for g in trainer.optimizer.param_groups} == {0.01, group["lr"]}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path):

@@ -1,0 +1,122 @@
+"""scripts/new_items.py: what is taken out is in no training row, and what is tested is never trained."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from m2rec import text_vectors
+from m2rec.histories import Histories
+from m2rec.recommender import Recommender
+from scripts import new_items
+from tests.conftest import as_arguments, small, write_inter
+
+N = 30
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Users who go round the items, short histories among them; the text says where an item stands."""
+    rows = [(f"u{u}", f"i{(3 * u + k) % N}", k) for u in range(60) for k in range(3 + u % 6)]
+    path = write_inter(tmp_path / "data", "ring", rows)
+    angle = 2 * np.pi * np.arange(N)[:, None] * np.arange(1, 5) / N
+    vectors = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    tokens = [f"i{k}" for k in range(N)]
+    text_vectors.save(path.with_name(f"ring{text_vectors.SUFFIX}"), tokens, vectors, {"model": "ring"})
+    return tmp_path / "data"
+
+
+def arguments(data: Path, **others: Any) -> list[str]:
+    keys = small(data, "ring", runs_dir=str(data.parent / "runs"), **others)
+    return [*as_arguments(keys), f"--output={data.parent / 'out' / 'new.csv'}"]
+
+
+def test_what_is_tested_is_not_trained(data: Path, monkeypatch: pytest.MonkeyPatch):
+    """The rows of the inner run, and the users and targets of the evaluation, by token."""
+    trained, tested = set(), set()
+    run, ranked = new_items.run, new_items.ranked
+
+    def watched_run(config: Any) -> Any:
+        dataset, (train, _, _) = new_items.load_data(config)
+        names, users = dataset.field2id_token["item_id"], dataset.field2id_token["user_id"]
+        rows = train.dataset.inter_feat
+        for user, items, n, last in zip(
+            *(rows[c].tolist() for c in ("user_id", "item_id_list", "item_length", "item_id")), strict=True
+        ):
+            trained.update((int(users[user]), str(names[i])) for i in [*items[:n], last])
+        return run(config)
+
+    def watched_ranked(made: Recommender, histories: Histories, tokens: Any, added: set[str]) -> Any:
+        targets = histories.split.targets["test"]
+        tested.update(
+            (int(user), str(tokens[histories.items[at]]))
+            for user, at in zip(histories.users, targets, strict=True)
+            if at >= 0
+        )
+        assert added and not added & {item for _, item in trained}
+        return ranked(made, histories, tokens, added)
+
+    monkeypatch.setattr(new_items, "run", watched_run)
+    monkeypatch.setattr(new_items, "ranked", watched_ranked)
+    assert new_items.main([*arguments(data, epochs=1), "--share=0.3"]) == 0
+    assert len(tested) == 60 and trained and not trained & tested
+
+
+def test_a_line_per_seed(data: Path, capsys: pytest.CaptureFixture[str]):
+    assert new_items.main([*arguments(data, epochs=1), "--share=0.2", "--seeds", "1", "2"]) == 0
+    with (data.parent / "out" / "new.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert (first["seed"], second["seed"]) == ("1", "2")
+    assert first["items"] == "30" and first["new_items"] == "6"
+    assert int(first["new.users"]) + int(first["old.users"]) == 60
+    assert first["new.users"] == first["new_among_new.users"]
+    assert json.loads(first["settings"])["epochs"] == 1 and "new.hit@10" in capsys.readouterr().out
+
+
+def test_places_by_hand(monkeypatch: pytest.MonkeyPatch):
+    """Of equal scores the target is the last; the user's past is out of the ranking; so is padding."""
+    tokens = np.array(["[PAD]", "a", "b", "c", "d", "e"])
+    histories = Histories(np.array([1, 1, 1, 2, 2, 2]), np.array([1, 2, 3, 2, 3, 4]))
+    scores = torch.tensor([[-torch.inf, 9.0, 8.0, 5.0, 5.0, 7.0], [-torch.inf, 1.0, 9.0, 9.0, 3.0, 2.0]])
+
+    class Fixed:
+        tokens = ("[PAD]", "a", "b", "c", "d", "e")
+
+        def to_ids(self, items: list[str]) -> list[int]:
+            return [self.tokens.index(item) for item in items]
+
+        def scores(self, pasts: list[list[str]]) -> torch.Tensor:
+            assert pasts == [["a", "b"], ["b", "c"]]
+            return scores.clone()
+
+    monkeypatch.setattr(new_items, "K", 2)
+    row = new_items.ranked(Fixed(), histories, tokens, {"c", "e"})  # type: ignore[arg-type]
+    assert (row["new.users"], row["old.users"]) == (1, 1)
+    assert row["new.hit@2"] == 0  # third: e, and d with the same score
+    assert row["new_among_new.hit@2"] == 1 and row["new_among_new.chance@2"] == 1
+    assert row["old.hit@2"] == row["old.ndcg@2"] == 1
+    assert row["new.chance@2"] == pytest.approx(2 / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--share=0"], "--share: expected a number between 0 and 1, got 0.0"),
+        (["--share=nan"], "--share: expected a number between 0 and 1, got nan"),
+        (["--share=0.001"], "--share: 0.001 takes out 0 of 30 items with text"),
+        (["--model=SASRec"], "model: SASRec can't rank an item by its text"),
+        (["--text_vectors=none"], "text_in_table: new items need text in the item table"),
+        (["--text_in_table=false"], "text_in_table: new items need text in the item table"),
+        (["--split=global_time"], "split: 'global_time' is not for new items"),
+        (["--output=README.md"], "--output: README.md has other columns"),
+        (["--text_vectors=gone"], "text_vectors: no file 'gone'"),
+    ],
+)
+def test_mistakes(data: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str):
+    assert new_items.main([*arguments(data), *extra]) == 2
+    assert f"new_items.py: error: {message}" in capsys.readouterr().err
+    assert not (data.parent / "runs").exists()
