@@ -1,8 +1,8 @@
 """Text-vector files: one vector per item token, with where it came from.
 
 A file is safetensors with `vectors` (n, T), the item tokens as UTF-8 bytes end to end in
-`tokens` with the end of each in `token_ends`, and in its metadata `model`, `columns` and
-`date`. Vectors are joined to a data set by token, never by position.
+`tokens` with the end of each in `token_ends`, and in its metadata `model`, `date` and what else
+made it (`make_vectors`). Vectors are joined to a data set by token, never by position.
 """
 
 import hashlib

@@ -1,144 +1,144 @@
-"""Make a text-vector file: python scripts/embed_items.py --dataset=NAME --text-encoder=MODEL.
+"""Make a text-vector file: python scripts/embed_items.py --dataset=NAME [--text-encoder=MODEL].
 
-Reads NAME.item, joins the chosen columns of each item into one text, encodes the texts with
-a sentence encoder through `transformers` (mean over tokens, unit length), and writes
-NAME.text.safetensors beside the data, where run_mm.py finds it.
+Reads NAME.item, makes one text of each item, encodes the texts and writes NAME.text.safetensors
+beside the data, where run_mm.py finds it. MODEL is `lsa`, which needs no download, or any sentence
+encoder, BERT, T5 or decoder that `transformers` loads, from a folder or by its name on the hub.
+With --vectors the vectors come from a file instead.
+
+A run that was killed goes on when it is started again. When the file is there and nothing that
+decides its vectors has changed, nothing is done.
 """
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from m2rec import atomic, text_vectors
+from m2rec import lsa, make_vectors, text_vectors
 from m2rec.compat import data_folder
+from m2rec.item_text import items_of, read_texts
+from m2rec.text_encoder import DEVICES, DTYPES, POOLINGS, EncoderOptions, TextEncoder
+from m2rec.vector_import import VectorFile
 
 logger = logging.getLogger(__name__)
 
-BATCH = 64
-MAX_TOKENS = 256
+OF_TEXTS = ("text_encoder", "columns", "template", "instruction", "revision")
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are reported like all others, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = parse_options(arguments)
     try:
-        embed(options)
+        embed(parse_options(arguments))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"embed_items.py: error: {' '.join(str(error).split())}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("embed_items.py: stopped; the same command goes on\n")
+        return 130
     return 0
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--dataset", required=True, help="name of the data set")
-    parser.add_argument("--text-encoder", required=True, help="folder or hub name of the encoder")
-    parser.add_argument(
-        "--data-path", "--data_path", default="dataset", help="folder that holds NAME/NAME.item"
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", required=True, help="name of the data set")
+    add("--data-path", "--data_path", default="dataset", help="folder that holds NAME/NAME.item")
+    add("--output", help="file to write; NAME.text.safetensors beside the data by default")
+    add("--force", action="store_true", help="make the file again even if nothing changed")
+    text = parser.add_argument_group("text")
+    add = text.add_argument
+    add("--id-column", default="item_id", help="column of the item token")
+    add("--columns", nargs="+", help="columns to join, in order; all by default")
+    add("--template", default="", help="instead: 'title: {title}; genre: {genre}', without what is empty")
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add("--text-encoder", help="lsa (default), a folder, or a name on the hub")
+    add("--revision", default="", help="branch, tag or commit on the hub")
+    add("--model-name", default="", help="name to record instead of the folder's")
+    add("--pooling", choices=POOLINGS, default="auto", help="tokens -> vector; auto: as the model asks")
+    add("--instruction", default="", help="put before every text, as some models ask")
+    add("--max-tokens", type=int, default=0, help="of a text; 256, or fewer if the model takes fewer")
+    add(
+        "--batch-tokens",
+        type=int,
+        default=0,
+        help="of a batch with its padding; 512 on a CPU, 16384 on a GPU",
     )
-    parser.add_argument("--id-column", default="item_id", help="column of the item token")
-    parser.add_argument("--columns", nargs="+", help="columns to use, in order; all by default")
-    parser.add_argument("--output", help="file to write; NAME.text.safetensors beside the data by default")
-    parser.add_argument("--model-name", help="name to record instead of --text-encoder")
+    add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is a GPU")
+    add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU that has it, else float32")
+    add("--lsa-width", type=int, default=256, help="width of lsa; fewer if the texts have fewer to tell")
+    made = parser.add_argument_group("vectors made elsewhere")
+    made.add_argument("--vectors", type=Path, help=".npy, .parquet or .csv")
+    made.add_argument("--ids", type=Path, help="for .npy: item tokens, one per line, in its order")
     return parser.parse_args(arguments)
 
 
 def embed(options: argparse.Namespace) -> Path:
-    """Read, encode, write; returns the file written.
+    """Make the file, or leave it if it is up to date; returns its path.
 
     Raises:
-        ValueError: items or encoder can't be read.
+        ValueError: an option or a file can't be used.
     """
     name = options.dataset
     folder = data_folder(Path(options.data_path), name)
     output = Path(options.output or Path(options.data_path) / name / f"{name}{text_vectors.SUFFIX}")
-    tokens, texts, columns = read_texts(folder / f"{name}.item", options.id_column, options.columns)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    vectors = encode(texts, options.text_encoder)
-    provenance = {
-        "model": options.model_name or options.text_encoder,
-        "columns": " ".join(columns),
-        "date": datetime.now(UTC).date().isoformat(),
-        "pooling": "mean, unit length",
-    }
-    text_vectors.save(output, tokens, vectors, provenance)
-    logger.info("%s: %s vectors, %s wide", output, f"{len(tokens):,}", vectors.shape[1])
+    known = items_of(folder / f"{name}.inter", options.id_column)
+    if options.vectors or options.ids:
+        make_vectors.from_file(output, vector_file(options), known, options.force)
+        return output
+    items = read_texts(folder / f"{name}.item", options.id_column, options.columns, options.template)
+    make_vectors.from_texts(output, items, encoder_of(options, output), known, options.force)
     return output
 
 
-def read_texts(
-    path: Path, id_column: str, columns: list[str] | None
-) -> tuple[list[str], list[str], list[str]]:
-    """Item tokens, one text each, and the columns used. Items without any text are left out.
+def vector_file(options: argparse.Namespace) -> VectorFile:
+    """What --vectors names.
 
     Raises:
-        ValueError: the file or a column is missing, a token comes twice, or nobody has text.
+        ValueError: an option does not go with it, or the file can't be used.
     """
-    if not path.is_file():
-        raise ValueError(f"no item file {path}; its first line must name columns, such as item_id:token")
-    header = atomic.read_header(path, "\t")
-    for column in (id_column, *(columns or [])):
-        if column not in header:
-            raise ValueError(f"{path}: column {column!r} is missing, the file has {', '.join(header)}")
-    used = columns or [column for column in header if column != id_column]
-    frame = atomic.read_table(path, "\t", header).dropna(subset=[id_column]).fillna("")
-    twice = frame[id_column][frame[id_column].duplicated()]
-    if len(twice):
-        raise ValueError(f"{path}: item {twice.iloc[0]!r} comes twice, again in line {twice.index[0] + 2}")
-    texts = [". ".join(filter(None, map(str.strip, row))) for row in frame[used].to_numpy()]
-    pairs = [(token, text) for token, text in zip(frame[id_column], texts, strict=True) if text]
-    if not pairs:
-        raise ValueError(f"{path}: no item has text in {', '.join(used)}")
-    return [token for token, _ in pairs], [text for _, text in pairs], used
+    if options.vectors is None:
+        raise ValueError(f"--ids: {options.ids} needs --vectors, the file with the vectors")
+    for key in OF_TEXTS:
+        if getattr(options, key):
+            raise ValueError(f"--{key.replace('_', '-')}: not together with --vectors; leave one out")
+    return VectorFile(options.vectors, options.ids, options.id_column, options.model_name)
 
 
-def encode(texts: list[str], encoder: str) -> np.ndarray:
-    """(n, T) unit vectors: mean over each text's tokens.
+def encoder_of(options: argparse.Namespace, output: Path) -> TextEncoder | lsa.Lsa:
+    """What --text-encoder names. By itself lsa, but not over the work of a language model.
 
     Raises:
-        ValueError: the encoder can't be loaded.
+        ValueError: `output` was made otherwise, and nobody said that it may go.
     """
-    from transformers import AutoModel, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
-        model = AutoModel.from_pretrained(encoder).eval()
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--text-encoder: can't load {encoder!r}; give the name of an encoder on the hub, or a folder "
-            f"with config.json, the tokenizer's files and model.safetensors ({error})"
-        ) from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding in a batch
-    vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
-    for start in tqdm(range(0, len(order), BATCH), desc="encoding", unit="batch"):
-        rows = order[start : start + BATCH]
-        chosen = [texts[i] for i in rows]
-        batch = tokenizer(
-            chosen, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        ).to(device)
-        with torch.no_grad():
-            hidden = model(**batch).last_hidden_state
-        vectors[rows] = mean_over_tokens(hidden, batch["attention_mask"]).cpu().numpy()
-    return vectors
-
-
-def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """hidden: (B, L, T), mask: (B, L), 0 at padding -> (B, T) of unit length."""
-    weights = mask[..., None].to(hidden.dtype)
-    mean = (hidden * weights).sum(1) / weights.sum(1)
-    return torch.nn.functional.normalize(mean, dim=1)
+    if options.text_encoder is None:
+        logger.info(
+            "no --text-encoder: lsa, from word counts; a language model does better, for example "
+            "--text-encoder=sentence-transformers/all-MiniLM-L6-v2"
+        )
+        if output.exists() and not options.force:
+            model = text_vectors.read(output)[2].get("model", "another source")
+            if model != lsa.NAME:
+                raise ValueError(
+                    f"--text-encoder: {output} has vectors of {model}; name an encoder to replace them, "
+                    "or give --force"
+                )
+    if options.text_encoder in (None, lsa.NAME):
+        return lsa.Lsa(options.lsa_width)
+    keys = ("revision", "pooling", "instruction", "max_tokens", "batch_tokens", "device", "dtype")
+    given = {key: getattr(options, key) for key in keys}
+    return TextEncoder(EncoderOptions(options.text_encoder, name=options.model_name, **given))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.text_models import save_model
+
 ROOT = Path(__file__).parent.parent
 SMALL = {
     "bench_scan": ["--lengths", "7", "--positions", "14", "--channels", "32", "--states", "4", "--no-memory"],
@@ -46,6 +48,26 @@ def test_a_benchmark_leaves_its_results(name: str, tmp_path: Path):
     assert record["command"].startswith(f"python scripts/{name}.py") and record["threads"] == 1
     assert "<svg" in (tmp_path / f"{name}-cpu.svg").read_text()
     assert f"| {column} |" in done.stdout
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def test_encoding_compares_its_rivals(tmp_path: Path):
+    folder = save_model(tmp_path / "model", "bert")
+    items = tmp_path / "toy" / "toy.item"
+    items.parent.mkdir()
+    rows = [f"{k}\ttoy {'long ' * (k % 9)}film\n" for k in range(30)]
+    items.write_text("item_id:token\ttitle:token\n" + "".join(rows))
+    command = [sys.executable, "scripts/bench_encode.py", "--dataset=toy", f"--data-path={tmp_path}",
+               f"--text-encoder={folder}", "--items=20", "--batch-tokens", "16", "64", "--repeats=1",
+               "--threads=1", "--device=cpu", f"--out={tmp_path}"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows_made = json.loads((tmp_path / "bench_encode-cpu.json").read_text())["rows"]
+    names = ["one at a time", "64 as they come", "16 tokens a batch", "64 tokens a batch", "bfloat16"]
+    assert [row["what"] for row in rows_made] == names
+    assert all(row["texts per second"] > 0 and row["difference"] < 0.03 for row in rows_made)
+    assert "<svg" in (tmp_path / "bench_encode-cpu.svg").read_text()
 
 
 def test_a_rival_without_room_is_left_out(

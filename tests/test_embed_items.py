@@ -1,5 +1,10 @@
-"""scripts/embed_items.py with a small, randomly initialised local BERT."""
+"""scripts/embed_items.py from the command line: files, restarts after kill -9, changes, mistakes."""
 
+import logging
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,29 +13,17 @@ import torch
 
 from m2rec import text_vectors
 from scripts import embed_items
+from tests.text_models import save_model
 
+ROOT = Path(__file__).parent.parent
 ITEMS = "item_id:token\ttitle:token_seq\tgenre:token_seq\n1\tToy Story\tComedy\n2\tHeat\t\n3\t\t\n"
 
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> str:
     """A folder with a tiny BERT and its tokenizer."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path / "encoder"
-    folder.mkdir()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "toy", "story", "heat", "comedy", "."]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    BertModel(config).save_pretrained(folder)
-    return str(folder)
+    pytest.importorskip("transformers")
+    return save_model(tmp_path / "encoder", "bert")
 
 
 @pytest.fixture
@@ -41,53 +34,242 @@ def items(tmp_path: Path) -> Path:
     return path
 
 
+def run(items: Path, *arguments: str) -> int:
+    return embed_items.main(["--dataset=toy", f"--data_path={items.parent.parent}", *arguments])
+
+
+def made(items: Path) -> tuple[list[str], torch.Tensor, dict[str, str]]:
+    return text_vectors.read(items.parent / "toy.text.safetensors")
+
+
 def test_makes_vectors_beside_the_data(encoder: str, items: Path):
-    arguments = ["--dataset=toy", f"--data_path={items.parent.parent}", f"--text-encoder={encoder}"]
-    assert embed_items.main(arguments) == 0
-    tokens, vectors, provenance = text_vectors.read(items.parent / "toy.text.safetensors")
+    template = "title: {title}; genre: {genre}"
+    given = ["--device=cpu", "--instruction=film ", "--model-name=tiny", "--revision=v1"]
+    assert run(items, f"--text-encoder={encoder}", f"--template={template}", *given) == 0
+    tokens, vectors, about = made(items)
     assert tokens == ["1", "2"]  # item 3 has no text
     assert torch.allclose(vectors.norm(dim=1), torch.ones(2), atol=1e-2)
-    assert provenance["model"] == encoder and provenance["columns"] == "title genre" and provenance["date"]
+    expected = {
+        "model": "tiny",
+        "revision": "v1",
+        "pooling": "mean, unit length",
+        "columns": "title genre",
+        "template": template,
+        "instruction": "film ",
+        "max_tokens": "64",
+        "dtype": "float32",
+    }
+    assert expected.items() <= about.items()
+    assert about["torch"] == torch.__version__ and about["transformers"] and about["date"]
+    assert len(about["texts_sha256"]) == len(about["model_sha256"]) == len(about["fingerprint"]) == 64
+    assert {path.name for path in items.parent.iterdir()} == {"toy.item", "toy.text.safetensors"}
 
 
-def test_a_vector_does_not_depend_on_its_batch(encoder: str):
-    texts = ["toy story . comedy", "heat", "toy"]
-    together = embed_items.encode(texts, encoder)
-    for text, vector in zip(texts, together, strict=True):
-        assert np.allclose(embed_items.encode([text], encoder)[0], vector, atol=1e-5)
-    assert not np.allclose(together[0], together[1], atol=1e-3)
+def test_the_name_of_the_model_is_recorded(encoder: str, items: Path):
+    assert run(items, f"--text-encoder={encoder}") == 0
+    assert made(items)[2]["model"] == encoder
 
 
-def test_texts_join_the_chosen_columns(items: Path):
-    assert embed_items.read_texts(items, "item_id", None)[1] == ["Toy Story. Comedy", "Heat"]
-    assert embed_items.read_texts(items, "item_id", ["genre"])[:2] == (["1"], ["Comedy"])
+def test_nothing_is_done_twice_and_changes_are_named(
+    encoder: str, items: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    output = items.parent / "toy.text.safetensors"
+    command = [items, f"--text-encoder={encoder}", "--device=cpu"]
+    assert run(*command) == 0
+    first = output.stat().st_mtime_ns
+    assert run(*command) == 0
+    assert output.stat().st_mtime_ns == first and "is up to date, nothing to do" in caplog.text
+    for change, message in (
+        (["--max-tokens=9"], "is made again: max_tokens '64' -> '9'"),
+        (["--pooling=cls"], "pooling 'mean, unit length' -> 'cls, unit length'; max_tokens '9' -> '64'"),
+        (["--dtype=bfloat16"], "dtype 'float32' -> 'bfloat16'"),
+        (["--columns", "title"], "columns 'title genre' -> 'title'; texts changed"),
+    ):
+        before, was = output.read_bytes(), len(caplog.text)
+        assert run(*command, *change) == 0
+        assert message in caplog.text[was:] and output.read_bytes() != before
+    assert run(*command) == 0
+    items.write_text(ITEMS.replace("Heat", "Story"))
+    assert run(*command) == 0
+    assert "is made again: texts changed\n" in caplog.text
+    changed = output.stat().st_mtime_ns
+    assert run(*command, "--force") == 0
+    assert output.stat().st_mtime_ns != changed
+
+
+def test_files_of_before_there_were_fingerprints_load_and_are_made_again(
+    encoder: str, items: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    output = items.parent / "toy.text.safetensors"
+    old = {"model": encoder, "columns": "title genre", "date": "2026-01-01", "pooling": "mean, unit length"}
+    text_vectors.save(output, ["1"], np.ones((1, 4)), old)
+    assert made(items)[2] == old
+    assert run(items, f"--text-encoder={encoder}") == 0
+    assert "max_tokens was not recorded" in caplog.text and "model " not in caplog.text.split("again: ")[1]
+    assert made(items)[0] == ["1", "2"]
+
+
+def test_what_is_no_text_vector_file_stays(items: Path, capsys: pytest.CaptureFixture[str]):
+    output = items.parent / "notes.txt"
+    output.write_text("mine")
+    assert run(items, "--text-encoder=lsa", f"--output={output}") == 2
+    assert "is not a text-vector file" in capsys.readouterr().err and output.read_text() == "mine"
+    assert run(items, "--text-encoder=lsa", f"--output={output}", "--force") == 0
+    assert text_vectors.read(output)[0] == ["1", "2"]
+
+
+def test_without_an_encoder_it_is_lsa(items: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    assert run(items) == 0
+    assert "a language model does better" in caplog.text
+    about = made(items)[2]
+    assert about["model"] == "lsa" and about["width"] == "256" and about["scikit-learn"]
+    assert made(items)[1].shape == (2, 2)
+    assert run(items) == 0 and "nothing to do" in caplog.text
+
+
+def test_the_work_of_a_model_is_not_replaced_by_accident(
+    encoder: str, items: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(items, f"--text-encoder={encoder}", "--model-name=tiny") == 0
+    assert run(items) == 2
+    assert "has vectors of tiny; name an encoder" in capsys.readouterr().err
+    assert run(items, "--text-encoder=lsa") == 0 and made(items)[2]["model"] == "lsa"
+
+
+def test_items_without_text_are_named(items: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    inter = items.with_suffix(".inter")
+    inter.write_text("user_id:token\titem_id:token\n" + "".join(f"u\t{k}\n" for k in (2, 3, 9, 2)))
+    assert run(items) == 0
+    assert "1 of 3 items of the interactions have text; the first without: 3, 9\n" in caplog.text
+
+
+def test_tokens_that_fit_nowhere(items: Path, capsys: pytest.CaptureFixture[str]):
+    items.with_suffix(".inter").write_text("user_id:token\titem_id:token\nu\ti1\n")
+    assert run(items) == 2
+    assert "none of the 1 items of the interactions have text (theirs: ['i1']" in capsys.readouterr().err
+    assert not (items.parent / "toy.text.safetensors").exists()
+
+
+def test_vectors_made_elsewhere(items: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    np.save(tmp_path / "v.npy", 1e9 * np.eye(2))
+    (tmp_path / "ids.txt").write_text("2\n1\n")
+    given = [f"--vectors={tmp_path / 'v.npy'}", f"--ids={tmp_path / 'ids.txt'}", "--model-name=big"]
+    assert run(items, *given) == 0
+    tokens, vectors, about = made(items)
+    assert tokens == ["2", "1"] and torch.equal(vectors, torch.eye(2)) and about["model"] == "big"
+    assert run(items, *given) == 0 and "nothing to do" in caplog.text
+    np.save(tmp_path / "v.npy", np.ones((2, 3)))
+    assert run(items, *given) == 0 and "is made again: vectors changed" in caplog.text
+
+
+CHILD = """
+import sys
+from m2rec.text_encoder import TextEncoder
+from scripts import embed_items
+
+real, calls = TextEncoder._encode_batch, []
+def slow(self, ids):
+    if len(calls) == 3:
+        print("three", flush=True)
+        sys.stdin.read()  # until it is killed
+    calls.append(ids)
+    return real(self, ids)
+TextEncoder._encode_batch = slow
+embed_items.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 here")
+def test_a_killed_run_goes_on_where_it_stopped(
+    encoder: str, items: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    from m2rec.text_encoder import TextEncoder
+
+    caplog.set_level(logging.INFO)
+    rows = [f"{k}\t{'long ' * (k % 5)}toy {'story' if k % 2 else 'film'}\t\n" for k in range(20)]
+    items.write_text(ITEMS.splitlines()[0] + "\n" + "".join(rows))
+    command = ["--dataset=toy", f"--data_path={items.parent.parent}", f"--text-encoder={encoder}",
+               "--batch-tokens=16", "--device=cpu"]  # fmt: skip
+    assert embed_items.main([*command, f"--output={items.parent / 'whole'}"]) == 0
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"three\n"
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    partial = items.parent / "toy.text.safetensors.partial"
+    assert partial.exists() and not (items.parent / "toy.text.safetensors").exists()
+    encoded: list[int] = []
+    real = TextEncoder._encode_batch
+
+    def counting(self: TextEncoder, ids: list[list[int]]) -> np.ndarray:
+        encoded.append(len(ids))
+        return real(self, ids)
+
+    monkeypatch.setattr(TextEncoder, "_encode_batch", counting)
+    assert embed_items.main(command) == 0
+    found = [line for line in caplog.messages if "are there from an earlier run" in line]
+    kept = int(found[0].split()[0])
+    assert 0 < kept < 20 and sum(encoded) == 20 - kept
+    tokens, vectors, _ = made(items)
+    whole_tokens, whole, _ = text_vectors.read(items.parent / "whole")
+    assert tokens == whole_tokens and torch.allclose(vectors, whole, atol=1e-3)
+    assert not partial.exists()
+
+
+def test_a_partial_file_of_other_settings_is_not_used(
+    encoder: str, items: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    from m2rec.text_encoder import TextEncoder
+
+    caplog.set_level(logging.INFO)
+    command = [items, f"--text-encoder={encoder}", "--batch-tokens=1", "--device=cpu"]
+    real, calls = TextEncoder._encode_batch, []
+
+    def stopping(self: TextEncoder, ids: list[list[int]]) -> np.ndarray:
+        calls.append(ids)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, ids)
+
+    monkeypatch.setattr(TextEncoder, "_encode_batch", stopping)
+    assert run(*command) == 130
+    monkeypatch.setattr(TextEncoder, "_encode_batch", real)
+    assert run(*command, "--pooling=cls") == 0
+    assert "from an earlier run" not in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("arguments", "message"),
     [
-        ("item_id:token\ttitle:token\n1\tA\n1\tB\n", "item '1' comes twice, again in line 3"),
-        ("item_id:token\ttitle:token\n1\tA\tB\n", "line 2 has more than the 2 columns"),
-        ("item_id:token\ttitle:token\n1\t\n", "no item has text in title"),
+        (["--columns", "plot"], "column 'plot' is missing, the file has item_id, title, genre"),
+        (["--text-encoder=gone/none"], "--text-encoder: can't load 'gone/none'"),
+        (["--id-column=asin"], "column 'asin' is missing, the file has item_id"),
+        (["--template={plot}"], "column 'plot' is missing"),
+        (["--pooling=max"], "argument --pooling: invalid choice: 'max'"),
+        (["--max-tokens=many"], "argument --max-tokens: invalid int value: 'many'"),
+        (["--lsa-width=0"], "--lsa-width: 0 is no width"),
+        (["--colums=x"], "unrecognized arguments: --colums=x"),
+        (["--ids=x"], "--ids: x needs --vectors"),
+        (["--vectors=x.pkl"], "x.pkl can hold a pickle"),
+        (["--vectors=x.npy", "--text-encoder=lsa"], "--text-encoder: not together with --vectors"),
     ],
 )
-def test_unusable_item_files(items: Path, content: str, message: str):
-    items.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        embed_items.read_texts(items, "item_id", None)
+def test_mistakes(items: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str):
+    assert run(items, *arguments) == 2
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("embed_items.py: error: ")]
+    assert message in lines[0] and "Traceback" not in err
+    assert [path.name for path in items.parent.iterdir()] == ["toy.item"]
 
 
-def test_mistakes(items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    base = ["--dataset=toy", f"--data_path={items.parent.parent}"]
-    for arguments, message in (
-        (
-            [*base, "--text-encoder=x", "--columns", "plot"],
-            "column 'plot' is missing, the file has item_id, title, genre",
-        ),
-        ([*base, f"--text-encoder={tmp_path}/none"], "--text-encoder: can't load"),
-        (["--dataset=gone", "--text-encoder=x", f"--data_path={tmp_path}"], "no item file"),
-        ([*base, "--text-encoder=x", "--id-column=asin"], "column 'asin' is missing, the file has item_id"),
-    ):
-        assert embed_items.main(arguments) == 2
-        err = capsys.readouterr().err
-        assert message in err and "Traceback" not in err
+def test_a_data_set_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert embed_items.main(["--dataset=gone", f"--data_path={tmp_path}"]) == 2
+    assert "no item file" in capsys.readouterr().err

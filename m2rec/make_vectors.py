@@ -1,0 +1,168 @@
+"""Item text or imported vectors -> a text-vector file that says what made it, once and no more.
+
+What decides the vectors is kept in the file's metadata, with a fingerprint of it all. The same
+command does nothing when the file is there; another one says what differs.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from m2rec import text_vectors
+from m2rec.item_text import ItemTexts
+from m2rec.lsa import Lsa
+from m2rec.partial import Partial
+from m2rec.text_encoder import TextEncoder
+from m2rec.vector_import import VectorFile
+
+logger = logging.getLogger(__name__)
+
+
+def from_texts(
+    output: Path,
+    items: ItemTexts,
+    encoder: TextEncoder | Lsa,
+    known: Sequence[str] | None = None,
+    force: bool = False,
+) -> bool:
+    """Encode the texts and write the file; whether there was anything to do.
+
+    Finished batches of a language model are kept in `OUTPUT.partial`, from which a run that was
+    killed goes on.
+
+    Args:
+        known: tokens of the items that the interactions have; the log says which have no text.
+        force: encode again even if the file is up to date, or is something else.
+
+    Raises:
+        ValueError: see `TextEncoder.encode` and `Lsa.encode`; none of the known items has text;
+            `output` is another kind of file.
+    """
+    _say_coverage(known, items.tokens, "have text")
+    decisive = {
+        **encoder.decisive,
+        "columns": " ".join(items.columns),
+        "template": items.template,
+        "texts_sha256": items.sha256(),
+    }
+    if not force and is_current(output, decisive):
+        return False
+    if isinstance(encoder, Lsa):
+        _write(output, items.tokens, encoder.encode(items.texts), decisive, encoder.versions())
+        return True
+    with _partial(output, fingerprint(decisive)) as partial:
+        vectors = encoder.encode(items.texts, partial)
+        _write(output, items.tokens, vectors, decisive, encoder.versions())
+    return True
+
+
+def from_file(
+    output: Path, source: VectorFile, known: Sequence[str] | None = None, force: bool = False
+) -> bool:
+    """Write the file from vectors made elsewhere; whether there was anything to do.
+
+    Raises:
+        ValueError: see `VectorFile.read`; none of the known items has a vector; `output` is another
+            kind of file.
+    """
+    if not force and is_current(output, source.decisive):
+        return False
+    tokens, vectors = source.read()
+    _say_coverage(known, tokens, "have a vector")
+    _write(output, tokens, vectors, source.decisive, {})
+    return True
+
+
+def fingerprint(decisive: Mapping[str, str]) -> str:
+    """A hash of what decides the vectors."""
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def is_current(output: Path, decisive: Mapping[str, str]) -> bool:
+    """Whether `output` has these vectors already; the log says so, or what differs.
+
+    Raises:
+        ValueError: there is a file that holds no text vectors.
+    """
+    if not output.exists():
+        return False
+    try:
+        _, _, recorded = text_vectors.read(output)
+    except ValueError as error:
+        raise ValueError(f"{error}; --force overwrites it") from None
+    if recorded.get("fingerprint") == fingerprint(decisive):
+        logger.info("%s is up to date, nothing to do; --force makes it again", output)
+        return True
+    logger.info("%s is made again: %s", output, "; ".join(differences(recorded, decisive)))
+    return False
+
+
+def differences(recorded: Mapping[str, str], decisive: Mapping[str, str]) -> list[str]:
+    """What decides the vectors now and did not then, such as `max_tokens 256 -> 128`."""
+    found = []
+    for key, value in decisive.items():
+        if key not in recorded:
+            found.append(f"{key} was not recorded")
+        elif recorded[key] != value:
+            change = "" if key.endswith("sha256") else f" {recorded[key]!r} -> {value!r}"
+            found.append(f"{key.removesuffix('_sha256')}{change or ' changed'}")
+    return found
+
+
+def _say_coverage(known: Sequence[str] | None, tokens: Sequence[str], what: str) -> None:
+    """How many of the known items are among the tokens, and the first few that are not.
+
+    Raises:
+        ValueError: none of them is.
+    """
+    if not known:
+        return
+    there = set(tokens)
+    without = [item for item in known if item not in there]
+    if len(without) == len(known):
+        raise ValueError(
+            f"none of the {len(known):,} items of the interactions {what} (theirs: {list(known[:3])}, here: "
+            f"{list(tokens[:3])}); use the same tokens in both files"
+        )
+    shown = f"; the first without: {', '.join(without[:5])}" if without else ""
+    logger.info(
+        "%s of %s items of the interactions %s%s",
+        f"{len(known) - len(without):,}", f"{len(known):,}", what, shown,
+    )  # fmt: skip
+
+
+@contextmanager
+def _partial(output: Path, mark: str) -> Iterator[Partial]:
+    """The file beside the output where finished batches are kept, removed once all is well."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with Partial(output.with_name(f"{output.name}.partial"), mark) as partial:
+        yield partial
+        partial.remove()
+
+
+def _write(
+    output: Path,
+    tokens: list[str],
+    vectors: np.ndarray,
+    decisive: Mapping[str, str],
+    versions: Mapping[str, str],
+) -> None:
+    """Write vectors (n, T) with all that is known of them."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    silent = int((~vectors.any(axis=1)).sum())
+    if silent:
+        logger.warning("%s vectors are zero and count as no text", f"{silent:,}")
+    about = {
+        **decisive,
+        **versions,
+        "date": datetime.now(UTC).date().isoformat(),
+        "fingerprint": fingerprint(decisive),
+    }
+    text_vectors.save(output, tokens, vectors, about)
+    logger.info("%s: %s vectors, %s wide", output, f"{len(tokens):,}", vectors.shape[1])

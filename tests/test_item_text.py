@@ -1,0 +1,100 @@
+"""Texts from NAME.item: joined columns, templates, unusable files; the items of NAME.inter."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from m2rec import item_text
+from m2rec.item_text import fill, items_of, parse_template, read_texts
+
+ITEMS = (
+    "item_id:token\ttitle:token_seq\tgenre:token_seq\n2\tHeat\t\n1\tToy Story\tComedy\n3\t\t\n4\t\tDrama\n"
+)
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.item"
+    path.write_text(ITEMS)
+    return path
+
+
+def test_texts_join_the_chosen_columns(items: Path):
+    made = read_texts(items, "item_id", None)
+    assert made.tokens == ["1", "2", "4"] and made.texts == ["Toy Story. Comedy", "Heat", "Drama"]
+    assert made.columns == ["title", "genre"]
+    assert read_texts(items, "item_id", ["genre"]).tokens == ["1", "4"]
+    assert read_texts(items, "item_id", ["genre", "title"]).texts[0] == "Comedy. Toy Story"
+
+
+def test_a_template_leaves_out_what_is_empty(items: Path):
+    made = read_texts(items, "item_id", None, "title: {title}; genre: {genre}")
+    assert made.texts == ["title: Toy Story; genre: Comedy", "title: Heat", "genre: Drama"]
+    assert made.columns == ["title", "genre"]
+
+
+@pytest.mark.parametrize(
+    ("template", "whole", "without_b", "without_a"),
+    [
+        ("{a} ({b}), {c}", "A (B), C", "A, C", "(B), C"),
+        ("{a} by {b}.", "A by B.", "A", "by B."),
+        ("film '{a}', price {b}$", "film 'A', price B$", "film 'A'", "price B$"),
+        ("{{{a}}} {b}", "{A} B", "{A}", "B"),
+        ("{a}\n\n{b}", "A\n\nB", "A", "B"),
+        ("{a}{b}", "AB", "A", "B"),
+    ],
+)
+def test_parts_keep_what_is_theirs(template: str, whole: str, without_b: str, without_a: str):
+    parts = parse_template(template)
+    row = {"a": "A", "b": "B", "c": "C"}
+    assert fill(parts, row) == whole
+    assert fill(parts, row | {"b": ""}) == without_b
+    assert fill(parts, row | {"a": ""}) == without_a
+
+
+@pytest.mark.parametrize("template", ["no column", "{title", "title}", "{}", "{title!r}", "{title:>9}"])
+def test_templates_that_cannot_be_read(template: str):
+    with pytest.raises(ValueError, match=re.escape(f"--template: {template!r}")):
+        parse_template(template)
+
+
+def test_the_hash_knows_tokens_and_texts_but_not_their_order_in_the_file(items: Path):
+    before = read_texts(items, "item_id", None).sha256()
+    header, *lines = ITEMS.splitlines()
+    items.write_text("\n".join([header, *reversed(lines)]) + "\n")
+    assert read_texts(items, "item_id", None).sha256() == before
+    for old, new in (("Heat", "Heap"), ("2\tHeat", "5\tHeat")):
+        items.write_text(ITEMS.replace(old, new))
+        assert read_texts(items, "item_id", None).sha256() != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("item_id:token\ttitle:token\n1\tA\n1\tB\n", "item '1' comes twice, again in line 3"),
+        ("item_id:token\ttitle:token\n1\tA\tB\n", "line 2 has more than the 2 columns"),
+        ("item_id:token\ttitle:token\n1\t\n", "no item has text in title"),
+    ],
+)
+def test_unusable_item_files(items: Path, content: str, message: str):
+    items.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_texts(items, "item_id", None)
+
+
+def test_columns_that_are_not_there(items: Path):
+    with pytest.raises(ValueError, match="column 'plot' is missing, the file has item_id, title, genre"):
+        read_texts(items, "item_id", None, "{plot}")
+    with pytest.raises(ValueError, match="--columns: not together with --template"):
+        read_texts(items, "item_id", ["title"], "{title}")
+
+
+def test_items_of_the_interactions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "toy.inter"
+    assert items_of(path, "item_id") is None
+    rows = "".join(f"u{k}\ti{k % 7}\n" for k in range(50))
+    path.write_text(f"user_id:token\titem_id:token\n{rows}u\tNA\n")
+    monkeypatch.setattr(item_text, "CHUNK", 4)
+    assert items_of(path, "item_id") == [*(f"i{k}" for k in range(7)), "NA"]
+    assert items_of(path, "asin") is None

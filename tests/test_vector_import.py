@@ -1,0 +1,179 @@
+"""Vectors made elsewhere: every kind of file, what is wrong with it in one line, and no pickle."""
+
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m2rec.vector_import import VectorFile
+
+TOKENS = ["a", "b b", "é"]
+VECTORS = np.array([[3.0, 4], [0, 1], [1e6, -2]])
+SCALED = VECTORS / np.linalg.norm(VECTORS, axis=1).mean()
+
+
+def npy(folder: Path, vectors: Any = VECTORS, ids: str = "a\nb b\né\n") -> VectorFile:
+    np.save(folder / "v.npy", vectors)
+    (folder / "ids.txt").write_text(ids, encoding="utf-8")
+    return VectorFile(folder / "v.npy", folder / "ids.txt", "item_id", "")
+
+
+def text(folder: Path, content: str) -> VectorFile:
+    (folder / "v.csv").write_text(content, encoding="utf-8")
+    return VectorFile(folder / "v.csv", None, "item_id", "")
+
+
+def parquet(folder: Path, columns: dict[str, Any], **types: Any) -> VectorFile:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    table = pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
+    write_table(table, folder / "v.parquet", row_group_size=2)
+    return VectorFile(folder / "v.parquet", None, "item_id", "")
+
+
+def same(source: VectorFile, tokens: list[str] = TOKENS) -> None:
+    found, vectors = source.read()
+    assert found == tokens
+    assert vectors.dtype == np.float32 and np.allclose(vectors, SCALED, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64])
+def test_npy(tmp_path: Path, dtype: type):
+    vectors = np.minimum(VECTORS, 500).astype(dtype)
+    tokens, found = npy(tmp_path, vectors).read()
+    assert tokens == TOKENS
+    assert np.allclose(found * (vectors[0, 0] / found[0, 0]), vectors, rtol=1e-3)
+    same(npy(tmp_path, VECTORS, ids="\ufeffa\r\nb b\r\né"))
+
+
+@pytest.mark.parametrize("head", ["", "item_id,x,y\n", ",0,1\n", "item_id,1,2\n"])
+def test_csv(tmp_path: Path, head: str):
+    same(text(tmp_path, f'{head}a,3,4\n"b b",0,1\né,1e6,-2\n'))
+
+
+def test_parquet(tmp_path: Path):
+    pa = pytest.importorskip("pyarrow")
+    rows = VECTORS.tolist()
+    same(parquet(tmp_path, {"item_id": TOKENS, "vector": rows}))
+    same(parquet(tmp_path, {"vector": rows, "item_id": TOKENS}, vector=pa.list_(pa.float64(), 2)))
+    same(parquet(tmp_path, {"item_id": TOKENS, "v0": VECTORS[:, 0], "v1": VECTORS[:, 1]}))
+    same(parquet(tmp_path, {"item_id": [7, 8, 9], "vector": rows}), ["7", "8", "9"])
+    same(parquet(tmp_path, {"item_id": TOKENS, "vector": rows}, vector=pa.large_list(pa.float32())))
+
+
+def test_the_fingerprint_knows_both_files(tmp_path: Path):
+    before = npy(tmp_path).decisive
+    assert npy(tmp_path).decisive == before and before["model"] == "v.npy"
+    assert npy(tmp_path, ids="a\nb b\nc\n").decisive != before
+    assert npy(tmp_path, VECTORS + 1).decisive != before
+
+
+NAN = [[1.0, 2], [3, float("nan")], [5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        (npy, (VECTORS, "a\nb\n"), "ids.txt: 2 tokens for the 3 vectors of"),
+        (npy, (VECTORS, "a\n\nc\n"), "ids.txt: the token of vector 2 is empty"),
+        (npy, (VECTORS, "a\nb\na\n"), "ids.txt: token 'a' comes 2 times"),
+        (npy, (NAN,), "v.npy: the vector of 'b b' holds NaN or infinite values (1 such vectors)"),
+        (npy, (np.ones(3),), "v.npy: has shape (3,); it must be (items, width)"),
+        (npy, (np.ones((0, 3)), ""), "v.npy: has no vector"),
+        (npy, (np.zeros((3, 2)),), "v.npy: its vectors have a mean length of 0.0"),
+        (npy, (np.array([["x"], ["y"], ["z"]]),), "v.npy: is no array of real numbers"),
+        (text, ("a,1,2\nb,1\n",), "v.csv: line 2 has 1 numbers, the first has 2"),
+        (text, ("a,1,2\nb,1,x\n",), "v.csv: line 2 has 'x', not a number"),
+        (text, ("a,,\nb,1,2\n",), "v.csv: line 1 has '', not a number"),
+        (text, ("a,1,2\nb,1,inf\n",), "v.csv: the vector of 'b' holds NaN or infinite"),
+        (text, ("a,1\na,2\n",), "v.csv: token 'a' comes 2 times"),
+        (text, (",1\nb,2\n",), "v.csv: the token of vector 1 is empty"),
+        (text, ("",), "v.csv: has shape (0, 0)"),
+        (parquet, ({"id": TOKENS, "v": NAN},), "column 'item_id' is missing, the file has id, v; set"),
+        (parquet, ({"item_id": TOKENS, "v": NAN},), "the vector of 'b b' holds NaN"),
+        (parquet, ({"item_id": TOKENS, "v": [[1.0], [1.0, 2], [3]]},), "of 'b b' has 2 numbers"),
+        (parquet, ({"item_id": TOKENS, "v": [[1.0], None, [3]]},), "the vector of 'b b' has 0 numbers"),
+        (parquet, ({"item_id": TOKENS, "v": [[1.0], [None], [3.0]]},), "the vector of 'b b' holds NaN"),
+        (parquet, ({"item_id": TOKENS, "v": ["x", "y", "z"]},), "its only other column is string"),
+        (parquet, ({"item_id": TOKENS, "v0": [1, 2, 3], "price": [1, 2, 3]},), "column 'price' is no part"),
+        (parquet, ({"item_id": TOKENS},), "column None is no part"),
+        (parquet, ({"item_id": [1.5, 2, 3], "v": NAN},), "column 'item_id' is double; tokens must be"),
+        (parquet, ({"item_id": ["a", None, "c"], "v": NAN},), "the token of vector 2 is empty"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, kind: Any, given: tuple[Any, ...], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kind(tmp_path, *given).read()
+
+
+@pytest.mark.parametrize("name", ["v.parquet", "v.csv", "v.npy"])
+def test_files_that_are_something_else(tmp_path: Path, name: str):
+    path = tmp_path / name
+    path.write_bytes(b"\xff\xfe\x00 nothing of the kind")
+    (tmp_path / "ids.txt").write_text("a\n")
+    ids = tmp_path / "ids.txt" if name == "v.npy" else None
+    with pytest.raises(ValueError, match=re.escape(f"{path}: is no ")):
+        VectorFile(path, ids, "item_id", "").read()
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["object array", "bare pickle"])
+def test_no_pickle_in_an_npy_is_executed(tmp_path: Path, kind: str):
+    ran, path = tmp_path / "ran", tmp_path / "v.npy"
+    if kind == "object array":
+        np.save(path, np.array([Trap(ran)], dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(pickle.dumps(Trap(ran)))
+    (tmp_path / "ids.txt").write_text("a\n")
+    with pytest.raises(ValueError, match=r"v\.npy: is no array of numbers"):
+        VectorFile(path, tmp_path / "ids.txt", "item_id", "").read()
+    assert not ran.exists()
+    if kind == "bare pickle":
+        pickle.loads(path.read_bytes())  # the trap is real
+        assert ran.exists()
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pickle", "pt", "pth", "bin", "joblib", "PKL"])
+def test_files_that_can_hold_a_pickle_are_not_opened(tmp_path: Path, suffix: str):
+    path = tmp_path / f"v.{suffix}"
+    path.write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=r"--vectors: .* can hold a pickle, which is never read; give \.npy"):
+        VectorFile(path, None, "item_id", "")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_options_that_do_not_fit(tmp_path: Path):
+    path = tmp_path / "v.npy"
+    with pytest.raises(ValueError, match=r"--vectors: no file .*v\.npy"):
+        VectorFile(path, None, "item_id", "")
+    path.touch()
+    with pytest.raises(ValueError, match=r"--ids: .*v\.npy has no tokens"):
+        VectorFile(path, None, "item_id", "")
+    with pytest.raises(ValueError, match=r"--ids: no file .*gone"):
+        VectorFile(path, tmp_path / "gone", "item_id", "")
+    (tmp_path / "v.csv").touch()
+    with pytest.raises(ValueError, match=r"--ids: .* is only for \.npy"):
+        VectorFile(tmp_path / "v.csv", path, "item_id", "")
+    with pytest.raises(ValueError, match=r"--vectors: v\.xlsx is of a kind that is not read"):
+        VectorFile(Path("v.xlsx"), None, "item_id", "")
+
+
+def test_without_pyarrow_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "v.parquet").touch()
+    with pytest.raises(ValueError, match=r"v\.parquet needs pyarrow; pip install pyarrow"):
+        VectorFile(tmp_path / "v.parquet", None, "item_id", "").read()
