@@ -111,7 +111,7 @@ def test_it_learns_whether_items_come_back(tmp_path: Path, again: bool, loss_typ
     )
     model, (batches, _, test) = made(tmp_path, dropout_prob=0, loss_type=loss_type, n_negatives=20)
     train(model, batches, 30, learning_rate=0.05)
-    bias = float(model.encoder.repeat_bias)
+    bias = model.encoder.repeat_bias.item()
     assert bias > 0.1 if again else bias < -0.1
     rows = test.dataset.inter_feat
     scores = model.eval().full_sort_predict(rows)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from m2rec import atomic
+from m2rec.item_text import read_texts
 from m2rec.raw import Interaction
-from scripts import embed_items, prepare_data
+from scripts import prepare_data
 from tests.conftest import as_arguments, random_rows, small
 
 CSV = ["csv", "--user=user", "--item=item", "--time=time"]
@@ -98,8 +99,9 @@ def test_the_project_reads_what_is_written(tmp_path: Path, prepare: Prepare, rev
     frame = atomic.read_interactions(inter, "\t", header, list(header), "timestamp")
     assert frame["timestamp"].tolist() == [1588687728.923, 1588687728.0, 1588687728.924]
     assert frame["item_id"].tolist() == ["B1", "B2", "B3"]
-    tokens, texts, _ = embed_items.read_texts(inter.with_suffix(".item"), "item_id", None)
-    assert tokens == ["B1", "B2"] and texts[1] == "Two. S" and texts[0].startswith('A "big" & long name. xx')
+    items = read_texts(inter.with_suffix(".item"), "item_id", None)
+    assert items.tokens == ["B1", "B2"] and items.texts[1] == "Two. S"
+    assert items.texts[0].startswith('A "big" & long name. xx')
 
 
 def test_any_ids_and_texts_survive(tmp_path: Path, prepare: Prepare):
