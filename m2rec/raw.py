@@ -315,36 +315,37 @@ MOVIELENS = {
     ),
 }
 
+
+def _amazon(
+    about: str, rows: Callable[[Tally], Rows], categories: str, title: Callable[[object], str] = names
+) -> Format:
+    """Amazon's reviews before 2023."""
+    return Format(
+        about=about,
+        rows=rows,
+        user=("reviewerID",),
+        item=("asin",),
+        time=("unixReviewTime",),
+        rating=("overall",),
+        token=("asin",),
+        texts=(
+            Text("title", ("title",), convert=title),
+            Text("brand", ("brand",), "token"),
+            Text("categories", (categories,)),
+            Text("description", ("description",), convert=prose),
+        ),
+    )
+
+
 FORMATS = {
-    "amazon-2014": Format(
-        about="reviews_CATEGORY.json.gz and meta_CATEGORY.json.gz (Python dicts)",
-        rows=loose_rows,
-        user=("reviewerID",),
-        item=("asin",),
-        time=("unixReviewTime",),
-        rating=("overall",),
-        token=("asin",),
-        texts=(
-            Text("title", ("title",)),
-            Text("brand", ("brand",), "token"),
-            Text("categories", ("categories",)),
-            Text("description", ("description",), convert=prose),
-        ),
+    "amazon-2014": _amazon(
+        "reviews_CATEGORY.json.gz and meta_CATEGORY.json.gz (Python dicts)", loose_rows, "categories"
     ),
-    "amazon-2018": Format(
-        about="CATEGORY.json.gz or CATEGORY_5.json.gz, and meta_CATEGORY.json.gz",
-        rows=json_rows,
-        user=("reviewerID",),
-        item=("asin",),
-        time=("unixReviewTime",),
-        rating=("overall",),
-        token=("asin",),
-        texts=(
-            Text("title", ("title",), convert=_amazon_title),
-            Text("brand", ("brand",), "token"),
-            Text("categories", ("category",)),
-            Text("description", ("description",), convert=prose),
-        ),
+    "amazon-2018": _amazon(
+        "CATEGORY.json.gz or CATEGORY_5.json.gz, and meta_CATEGORY.json.gz",
+        json_rows,
+        "category",
+        _amazon_title,
     ),
     "amazon-2023": Format(
         about="CATEGORY.jsonl.gz and meta_CATEGORY.jsonl.gz; an item is its parent_asin",

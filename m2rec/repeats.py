@@ -75,9 +75,8 @@ class Repeats:
         ordered, order = items.sort(dim=1)
         base = int(max(items.max(), self.items.max())) + 1
         keys = (ordered + base * torch.arange(groups, device=items.device)[:, None]).flatten()
-        seen = torch.zeros(
-            groups * size, n, dtype=torch.bool, device=items.device
-        )  # at the first of equal ones
+        # of items that are drawn more than once, the first place stands for all
+        seen = torch.zeros(groups * size, n, dtype=torch.bool, device=items.device)
         for position, item in self.blocks():
             group = position // size
             key = item + base * group
