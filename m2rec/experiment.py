@@ -37,6 +37,7 @@ from m2rec.files import (
 )
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
+from m2rec.text_source import make_missing
 from m2rec.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,11 @@ def load_data(config: Config) -> tuple[HistoryDataset, tuple[Any, Any, Any]]:
     return dataset, (train, valid, test)
 
 
+def item_tokens(dataset: HistoryDataset) -> list[str]:
+    """Tokens by internal id, padding's first."""
+    return [str(token) for token in dataset.field2id_token[dataset.iid_field]]
+
+
 def prepare(config: Config, folder: Path | None = None) -> Prepared:
     """Load the data, make the model and a new run folder.
 
@@ -125,6 +131,9 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
     data = _describe_data(dataset, train, valid, test)
     logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))
     clock.lap("data")
+    if config["model"] == M2Rec.__name__:
+        make_missing(config, item_tokens(dataset)[1:])
+        clock.lap("text")
 
     init_seed(config["seed"], config["reproducibility"])
     with _explained(f"model: {config['variant']} can't be made from these keys and this data"):
@@ -365,8 +374,7 @@ def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset) -> None
     settings = resolved(config)
     header = f"# python run_mm.py --config_files={folder / CONFIG_FILE} repeats this run\n"
     write_text(folder / CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    tokens = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-    write_text(folder / ITEMS_FILE, json.dumps(tokens, ensure_ascii=False) + "\n")
+    write_text(folder / ITEMS_FILE, json.dumps(item_tokens(dataset), ensure_ascii=False) + "\n")
 
 
 def commit() -> str | None:

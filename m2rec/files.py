@@ -1,7 +1,8 @@
 """The files of a run folder, and writing files so that a reader never meets half of one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,3 +45,16 @@ def write_tensors(
         write_atomically(path, lambda p: save_file(plain, p, metadata))
     except SafetensorError as error:  # a full disk, which it has its own words for
         raise OSError(f"{path} can't be written: {error}") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file or folder against other processes that do the same; they wait."""
+    import fcntl  # there is none on Windows
+
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

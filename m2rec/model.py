@@ -24,6 +24,7 @@ from m2rec.encoder import Encoder
 from m2rec.loss import NegativeSampler, bpr, cross_entropy, gbce, other_items, sampled_cross_entropy
 from m2rec.repeats import Repeats
 from m2rec.settings import ModelSettings
+from m2rec.text_source import folders, text_file
 from m2rec.text_vectors import TextVectors
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class M2Rec(SequentialRecommender):
     def __init__(self, config: Config, dataset: SequentialDataset) -> None:
         super().__init__(config, dataset)
         self.settings = ModelSettings.read(config)
-        self.text_source: dict[str, str | int] | None = None
+        self.text_source: dict[str, str | int | float] | None = None
         self.dense = getattr(dataset, "rows", "prefix") == "dense"
         text = self._load_text(config, dataset)
         self.encoder = Encoder(
@@ -66,15 +67,22 @@ class M2Rec(SequentialRecommender):
                 name,
                 name,
                 text_vectors.SUFFIX,
-                _folders(config)[0],
+                folders(config)[0],
             )
             return None
         tokens = dataset.field2id_token[self.ITEM_ID]
         text = text_vectors.load(path, tokens, self.settings.text_whitening, self.settings.text_width)
         items, width = self.n_items - 1, text.vectors.shape[1]
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        logger.info("text for %s of %s items, %s, %s wide", f"{text.matched:,}", f"{items:,}", shown, width)
-        self.text_source = {"file": str(path), **text.provenance, "matched": text.matched, "items": items}
+        raw, whitened = (round(cosine, 4) for cosine in text.cosines)
+        logger.info(
+            "text for %s of %s items, %s, %s wide, mean cosine in the file %.2f",
+            f"{text.matched:,}", f"{items:,}", shown, width, raw,
+        )  # fmt: skip
+        self.text_source = {
+            "file": str(path), **text.provenance, "matched": text.matched, "items": items,
+            "mean_cosine": raw, "mean_cosine_whitened": whitened,
+        }  # fmt: skip
         return text
 
     def _item_counts(self, dataset: SequentialDataset) -> Tensor:
@@ -137,18 +145,3 @@ class M2Rec(SequentialRecommender):
         if not torch.isfinite(scores).all():
             raise ValueError("scores are NaN or infinite: training diverged; lower learning_rate")
         return scores
-
-
-def text_file(config: Config) -> Path | None:
-    """The text-vector file of a run, None if there is none.
-
-    Raises:
-        ValueError: a file was named and does not exist.
-    """
-    return text_vectors.find(config["text_vectors"], config["dataset"], *_folders(config))
-
-
-def _folders(config: Config) -> tuple[Path, Path]:
-    """Where the data is: as the user said, and where RecBole found it."""
-    found = Path(config["data_path"])
-    return Path(config.external_config_dict.get("data_path", found.parent)) / config["dataset"], found

@@ -5,7 +5,6 @@ of rows, the width, a CRC-32 of what follows, the row numbers (int64), the vecto
 can only spoil the last record, which is then cut off.
 """
 
-import fcntl
 import struct
 import zlib
 from pathlib import Path
@@ -37,6 +36,8 @@ class Partial:
         Raises:
             ValueError: another process has it open.
         """
+        import fcntl  # there is none on Windows
+
         self._file = self.path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

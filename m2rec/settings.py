@@ -91,6 +91,7 @@ class ModelSettings(_Settings):
     text_in_table: bool = flag(True)
     id_dropout: float = number(0.0, 0, 1, open_high=True)
     text_vectors: str = text("auto")
+    text_encoder: str = text("auto")
     text_whitening: str = choice("pca", "zca", "none")
     text_width: int = integer(0, 0, 65_536)
     init: str = choice("standard", "mamba4rec")

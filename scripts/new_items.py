@@ -22,12 +22,12 @@ import torch
 from m2rec import text_vectors
 from m2rec.compat import Config
 from m2rec.configuration import build_config, parse_arguments
-from m2rec.experiment import commit, load_data, run
+from m2rec.experiment import commit, item_tokens, load_data, run
 from m2rec.histories import NONE, Histories
-from m2rec.model import text_file
 from m2rec.recommender import Recommender
 from m2rec.settings import ModelSettings
 from m2rec.statistics import metric_of_ranks
+from m2rec.text_source import make_missing, text_file
 
 CONFIG = Path(__file__).parent.parent / "config.yaml"
 K = 10
@@ -74,11 +74,15 @@ def measure(given: dict[str, Any], share: float) -> dict[str, Any]:
         ValueError: nothing is taken out or left, or the model can't have new items.
     """
     config = build_config(given, CONFIG)
-    file = check_model(config)
+    check_model(config)
     dataset, _ = load_data(config)
     histories = dataset.histories
     assert histories is not None
-    tokens = np.array([str(token) for token in dataset.field2id_token[dataset.iid_field]])
+    tokens = np.array(item_tokens(dataset))
+    make_missing(config, tokens[1:].tolist())
+    file = text_file(config)
+    if file is None:
+        raise ValueError(f"text_vectors: {config['dataset']} has none; make them with scripts/embed_items.py")
     names, raw, _ = text_vectors.read(file)
     row_of = {name: i for i, name in enumerate(names) if raw[i].any()}
     taken = chosen(np.isin(tokens, list(row_of)), share, config["seed"])
@@ -106,8 +110,8 @@ def measure(given: dict[str, Any], share: float) -> dict[str, Any]:
     }
 
 
-def check_model(config: Config) -> Path:
-    """The text-vector file of a model that can have new items.
+def check_model(config: Config) -> None:
+    """A model can have new items if its item table has text.
 
     Raises:
         ValueError: it is another model, it has no text in its table, or the split is by time.
@@ -119,10 +123,6 @@ def check_model(config: Config) -> Path:
         raise ValueError("text_in_table: new items need text in the item table; leave it and text_vectors on")
     if config["split"] != "leave_one_out":
         raise ValueError(f"split: {config['split']!r} is not for new items; set leave_one_out")
-    file = text_file(config)
-    if file is None:
-        raise ValueError(f"text_vectors: {config['dataset']} has none; make them with scripts/embed_items.py")
-    return file
 
 
 def chosen(with_text: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -16,9 +16,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from m2rec import checkpoint
 from m2rec.configuration import as_argument
 from m2rec.experiment import commit
-from m2rec.files import CHECKPOINT_FILE, write_text
+from m2rec.files import CHECKPOINT_FILE, locked, write_text
 from m2rec.results import read_table, row_of_run, settings_text, write_table
 from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run
 
@@ -227,7 +226,7 @@ class Work:
 
     def _keep(self, cell: Cell, row: dict[str, Any]) -> None:
         """Put a row into the CSV, in the sweep's order, in the place of an earlier one of its cell."""
-        with _locked(self.sweep.path):
+        with locked(self.sweep.path):
             rows = {(r["dataset"], r["variant"], r["seed"]): r for r in read_table(self.csv)}
             rows[_key(cell)] = row
             order = [key for key in map(_key, self.sweep.cells()) if key in rows]
@@ -253,13 +252,6 @@ def _remove_runs(folder: Path) -> None:
     """Take away what an earlier, unfinished or outdated run left."""
     for path in [path for path in folder.iterdir() if path.is_dir()]:
         shutil.rmtree(path)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ RANKS = [
     {"configuration"},
     {"trainer"},
     {"evaluation", "model", "popularity"},
-    {"dataset"},
+    {"dataset", "text_source"},
     {"compat"},
     {"encoder"},
     {"loss"},
@@ -53,6 +53,7 @@ NEEDS_COMPAT = {
     "model",
     "popularity",
     "dataset",
+    "text_source",
     "atomic",
 }
 

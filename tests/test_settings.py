@@ -35,6 +35,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("id_dropout", 1.0, "a number in [0, 1)"),
     ("repeat_bias", "yes", "True or False"),
     ("text_vectors", "", "some text"),
+    ("text_encoder", "", "some text"),
     ("text_whitening", True, "one of pca, zca, none"),
     ("text_width", -1, "a whole number from 0 to "),
     ("init", "xavier", "one of standard, mamba4rec"),

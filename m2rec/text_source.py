@@ -1,0 +1,92 @@
+"""Which text-vector file a run reads, and making it from the item file where there is none."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2rec import make_vectors, text_vectors
+from m2rec.compat import Config
+from m2rec.files import locked
+from m2rec.item_text import read_texts
+from m2rec.lsa import NAME as LSA
+from m2rec.lsa import Lsa
+from m2rec.settings import ModelSettings
+from m2rec.text_encoder import EncoderOptions, TextEncoder
+
+logger = logging.getLogger(__name__)
+
+
+def text_file(config: Config) -> Path | None:
+    """The text-vector file of a run, None if there is none.
+
+    Raises:
+        ValueError: a file was named and does not exist.
+    """
+    return text_vectors.find(config["text_vectors"], config["dataset"], *folders(config))
+
+
+def folders(config: Config) -> tuple[Path, Path]:
+    """Where the data is: as the user said, and where RecBole found it."""
+    found = Path(config["data_path"])
+    return Path(config.external_config_dict.get("data_path", found.parent)) / config["dataset"], found
+
+
+def make_missing(config: Config, tokens: Sequence[str]) -> None:
+    """Make the text-vector file that `text_vectors: auto` looks for, as `text_encoder` says.
+
+    Of several processes that need the same file the others wait for the first. What `text_encoder:
+    auto` can't do is said in the log and leaves the run without text.
+
+    Args:
+        config: of a run of M2Rec.
+        tokens: of the data set's items.
+
+    Raises:
+        ValueError: the encoder that was asked for, or the item file, can't be used, or the vectors that are
+            there were made by another encoder.
+        OSError: the file can't be written.
+    """
+    settings = ModelSettings.read(config)
+    if settings.text_vectors != "auto" or not settings.wants_text or settings.text_encoder == "none":
+        return
+    if settings.text_encoder != "auto":
+        _make_missing(config, settings.text_encoder, tokens)
+        return
+    if text_file(config) is not None or not _item_file(config).is_file():
+        return
+    logger.info("no text vectors yet: lsa makes them, from word counts; --text_encoder=MODEL, a model does")
+    try:
+        _make_missing(config, LSA, tokens)
+    except (ValueError, OSError) as error:
+        logger.warning("text vectors can't be made: %s", error)
+
+
+def _make_missing(config: Config, encoder: str, tokens: Sequence[str]) -> None:
+    name, folder = config["dataset"], folders(config)[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if (there := text_file(config)) is not None:
+            _check_made_by(there, encoder, name)
+            return
+        texts = read_texts(_item_file(config), config["ITEM_ID_FIELD"], None)
+        device = str(config["device"].type)
+        made_by = Lsa() if encoder == LSA else TextEncoder(EncoderOptions(encoder, device=device))
+        make_vectors.from_texts(folder / f"{name}{text_vectors.SUFFIX}", texts, made_by, list(tokens))
+
+
+def _item_file(config: Config) -> Path:
+    return folders(config)[1] / f"{config['dataset']}.item"
+
+
+def _check_made_by(file: Path, encoder: str, dataset: str) -> None:
+    """Vectors of one model must not stand for those of another.
+
+    Raises:
+        ValueError: the file names another encoder than the one asked for.
+    """
+    model = text_vectors.read(file)[2].get("model", "another source")
+    if model != encoder:
+        raise ValueError(
+            f"text_encoder: {encoder!r}, but {file} has vectors of {model}; run scripts/embed_items.py "
+            f"--dataset={dataset} --text-encoder={encoder}, or leave text_encoder out"
+        )

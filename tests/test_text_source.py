@@ -1,0 +1,148 @@
+"""Text vectors that run_mm.py makes itself: when, by which encoder, and what stops it."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from m2rec import text_vectors
+from m2rec.configuration import build_config
+from m2rec.files import locked
+from m2rec.text_source import make_missing
+from run_mm import main
+from tests.conftest import as_arguments, small
+from tests.test_distributed import launched
+from tests.text_models import save_model
+
+FILE = Path("toy") / f"toy{text_vectors.SUFFIX}"
+TITLES = [
+    f"{colour} {thing}" for colour in ("red", "blue", "green", "white") for thing in "tea cup pot".split()
+]
+
+
+@pytest.fixture
+def items(toy: Path) -> Path:
+    """An item file with titles for twelve of the twenty items."""
+    lines = ["item_id:token\ttitle:token_seq", *(f"i{k}\t{title}" for k, title in enumerate(TITLES))]
+    path = toy / "toy" / "toy.item"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def trained(toy: Path, tmp_path: Path, **keys: object) -> int:
+    return main(as_arguments(small(toy, epochs=1, runs_dir=tmp_path / "runs", **keys)))
+
+
+def text_of_run(tmp_path: Path) -> dict[str, object] | None:
+    (metrics,) = (tmp_path / "runs").glob("*/metrics.json")
+    text: dict[str, object] | None = json.loads(metrics.read_text())["text"]
+    return text
+
+
+def test_missing_vectors_are_made_from_the_item_file(
+    toy: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert trained(toy, tmp_path) == 0
+    text = text_of_run(tmp_path)
+    assert text and text["model"] == "lsa" and text["matched"] == 12 and text["items"] == 20
+    assert -1 < float(str(text["mean_cosine_whitened"])) < float(str(text["mean_cosine"])) < 1
+    assert "lsa makes them, from word counts; --text_encoder=MODEL, a model does" in capsys.readouterr().err
+    made = (toy / FILE).stat().st_mtime_ns
+    assert trained(toy, tmp_path) == 0
+    assert (toy / FILE).stat().st_mtime_ns == made
+
+
+def test_a_language_model_makes_them(toy: Path, items: Path, tmp_path: Path):
+    pytest.importorskip("transformers")
+    encoder = save_model(tmp_path / "encoder", "bert")
+    assert trained(toy, tmp_path, text_encoder=encoder) == 0
+    text = text_of_run(tmp_path)
+    assert text and text["model"] == encoder and text["matched"] == 12
+
+
+def test_vectors_of_one_encoder_never_stand_for_those_of_another(
+    toy: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert trained(toy, tmp_path, text_encoder="lsa") == 0
+    before = (toy / FILE).read_bytes()
+    assert trained(toy, tmp_path, text_encoder="some/model") == 2
+    error = capsys.readouterr().err
+    assert (
+        f"text_encoder: 'some/model', but {toy / FILE} has vectors of lsa; run scripts/embed_items.py"
+        in error
+    )
+    assert (toy / FILE).read_bytes() == before
+    assert trained(toy, tmp_path, text_encoder="lsa") == trained(toy, tmp_path) == 0
+
+
+@pytest.mark.parametrize("keys", [{"text_encoder": "none"}, {"text_vectors": "none"}])
+def test_none_are_made_where_none_are_wanted(toy: Path, items: Path, tmp_path: Path, keys: dict[str, str]):
+    assert trained(toy, tmp_path, **keys) == 0
+    assert text_of_run(tmp_path) is None and not (toy / FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("item_id:token\ttitle:token_seq\n1\tTea\n", "none of the 20 items of the interactions have text"),
+        ("item_id:token\n1\n", "no item has text"),
+        ("", "empty"),
+    ],
+)
+def test_an_item_file_of_no_use_stops_only_who_asked(
+    toy: Path, tmp_path: Path, content: str, reason: str,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    (toy / "toy" / "toy.item").write_text(content, encoding="utf-8")
+    assert trained(toy, tmp_path) == 0
+    said = capsys.readouterr().err
+    assert "text vectors can't be made: " in said and reason in said
+    assert trained(toy, tmp_path, text_encoder="lsa") == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_an_encoder_that_can_t_be_had(
+    toy: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("transformers")
+    assert trained(toy, tmp_path, text_encoder=tmp_path / "nothing") == 2
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
+    assert not (toy / FILE).exists() and not (tmp_path / "runs").exists()
+
+
+def test_a_data_folder_that_can_t_be_written(
+    toy: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The run goes on without text, unless text was asked for."""
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(text_vectors, "save", full)
+    assert trained(toy, tmp_path) == 0
+    assert text_of_run(tmp_path) is None
+    assert trained(toy, tmp_path, text_encoder="lsa") == 2
+
+
+def test_two_processes_make_them_once(toy: Path, items: Path, tmp_path: Path):
+    done = launched(2, *as_arguments(small(toy, epochs=1)), f"--runs_dir={tmp_path / 'runs'}")
+    assert done.returncode == 0, done.stderr
+    text = text_of_run(tmp_path)
+    assert text and text["model"] == "lsa"
+    assert {path.name for path in (toy / "toy").iterdir()} == {"toy.inter", "toy.item", FILE.name}
+
+
+def test_the_second_process_waits_for_the_first(toy: Path, items: Path, write_vectors: Callable[..., Path]):
+    config = build_config(small(toy))
+    folder = (toy / FILE).parent
+    tokens = [f"i{k}" for k in range(20)]
+    second = threading.Thread(target=make_missing, args=(config, tokens))
+    with locked(folder):
+        second.start()
+        second.join(0.5)
+        assert second.is_alive()
+        made = write_vectors(toy, "toy", tokens).read_bytes()
+    second.join(30)
+    assert not second.is_alive() and (toy / FILE).read_bytes() == made
