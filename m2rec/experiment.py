@@ -32,9 +32,11 @@ from m2rec.files import (
     ITEMS_FILE,
     METRICS_FILE,
     RANKS_FILE,
+    TITLES_FILE,
     WEIGHTS_FILE,
     write_text,
 )
+from m2rec.item_text import read_titles
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
 from m2rec.text_source import make_missing
@@ -370,11 +372,19 @@ def _new_folder(config: Config, dataset: HistoryDataset) -> Path:
 
 
 def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset) -> None:
-    """What the run was made from: the resolved config, and item tokens by internal id."""
+    """What the run was made from: the resolved config, item tokens by internal id, and their titles."""
     settings = resolved(config)
     header = f"# python run_mm.py --config_files={folder / CONFIG_FILE} repeats this run\n"
     write_text(folder / CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    write_text(folder / ITEMS_FILE, json.dumps(item_tokens(dataset), ensure_ascii=False) + "\n")
+    tokens = item_tokens(dataset)
+    write_text(folder / ITEMS_FILE, json.dumps(tokens, ensure_ascii=False) + "\n")
+    try:
+        titles = read_titles(Path(config["data_path"]) / f"{config['dataset']}.item", config["ITEM_ID_FIELD"])
+    except ValueError as error:
+        logger.warning("no titles: %s", error)
+        return
+    if known := {token: titles[token] for token in tokens[1:] if token in titles}:
+        write_text(folder / TITLES_FILE, json.dumps(known, ensure_ascii=False) + "\n")
 
 
 def commit() -> str | None:

@@ -14,6 +14,7 @@ METRICS_FILE = "metrics.json"  # the last that a run writes
 HISTORY_FILE = "history.csv"
 RANKS_FILE = "test_ranks.csv"
 ITEMS_FILE = "items.json"
+TITLES_FILE = "titles.json"  # where the item file has titles
 WEIGHTS_FILE = "model.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"  # until the run is finished
 

@@ -14,6 +14,8 @@ from m2rec import atomic
 
 CHUNK = 500_000  # lines of NAME.inter that are held at a time
 
+TITLE_WORDS = ("title", "name")
+
 # the text between two columns: what closes the first, what separates them, what opens the second
 BETWEEN = re.compile(r"""([)\]}"'»]*)([^\w([{"'«]*)(.*)""", re.S)
 
@@ -128,6 +130,25 @@ def fill(parts: Sequence[Part], row: dict[str, str]) -> str:
         if row[part.column]:
             text += (part.separator if text else "") + part.before + row[part.column] + part.after
     return text
+
+
+def read_titles(path: Path, id_column: str) -> dict[str, str]:
+    """What people call the items, by token; empty where there is no such file or column.
+
+    The column is `title` or `name`, or the first whose name has one of these words in it.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    if not path.is_file() or id_column not in (header := atomic.read_header(path, "\t")):
+        return {}
+    columns = [column for column in header if column != id_column]
+    ranked = [[c for c in columns if c == word] for word in TITLE_WORDS]
+    ranked += [[c for c in columns if word in c.lower()] for word in TITLE_WORDS]
+    if not (named := [column for group in ranked for column in group]):
+        return {}
+    frame = atomic.read_table(path, "\t", header)[[id_column, named[0]]].dropna()
+    return dict(zip(frame[id_column], frame[named[0]].str.strip(), strict=True))
 
 
 def items_of(path: Path, id_column: str) -> list[str] | None:

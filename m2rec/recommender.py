@@ -9,7 +9,7 @@ T0      width of the text vectors in their file
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +21,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from m2rec.encoder import Encoder
-from m2rec.files import CONFIG_FILE, ITEMS_FILE, METRICS_FILE, WEIGHTS_FILE, write_tensors, write_text
+from m2rec.files import (
+    CONFIG_FILE,
+    ITEMS_FILE,
+    METRICS_FILE,
+    TITLES_FILE,
+    WEIGHTS_FILE,
+    write_tensors,
+    write_text,
+)
 from m2rec.settings import ModelSettings, RunSettings
 
 _ENCODER = "encoder."
 
 
 class Recommendation(NamedTuple):
-    """An item and its score; only the order of scores means something."""
+    """An item, its score, of which only the order means something, and its title, empty where unknown."""
 
     item: str
     score: float
+    title: str = ""
 
 
 class _Model(NamedTuple):
@@ -43,6 +52,8 @@ class _Model(NamedTuple):
     tokens: tuple[str, ...]
     """Item tokens by internal id, that of padding first."""
     ids: dict[str, int]
+    titles: dict[str, str]
+    """By item token, of those that have one."""
 
 
 class Recommender:
@@ -54,6 +65,7 @@ class Recommender:
         config: the keys of the run.
         text_mean, text_basis: (T0,) and (T0, T), how raw text vectors become those of the model;
             None for a model without text.
+        titles: by item token, of those that have one.
     """
 
     def __init__(
@@ -63,11 +75,12 @@ class Recommender:
         config: dict[str, Any],
         text_mean: Tensor | None = None,
         text_basis: Tensor | None = None,
+        titles: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.max_length = RunSettings.read(config).MAX_ITEM_LIST_LENGTH
         self._text_mean, self._text_basis = text_mean, text_basis
-        self._model = _made(encoder, tokens)
+        self._model = _made(encoder, tokens, titles or {})
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Recommender":
@@ -96,12 +109,21 @@ class Recommender:
         except RuntimeError as error:
             said = " ".join(str(error).split())
             raise ValueError(f"{folder}: the weights don't fit config.yaml and items.json ({said})") from None
-        return cls(encoder, tokens, config, weights.get("text_mean"), weights.get("text_basis"))
+        titles = _read(folder / TITLES_FILE, json.loads, dict) if (folder / TITLES_FILE).exists() else {}
+        if not all(isinstance(title, str) for title in titles.values()):
+            raise ValueError(f"{folder / TITLES_FILE} holds titles that are no text")
+        text = (weights.get("text_mean"), weights.get("text_basis"))
+        return cls(encoder, tokens, config, *text, titles)
 
     @property
     def tokens(self) -> tuple[str, ...]:
         """Item tokens by internal id, that of padding first."""
         return self._model.tokens
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Titles by item token, of those that have one."""
+        return dict(self._model.titles)
 
     def save(self, folder: str | Path) -> None:
         """Write what `load` reads, added items included, into a folder that is made if need be.
@@ -117,6 +139,7 @@ class Recommender:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / WEIGHTS_FILE, state | {k: v for k, v in text.items() if v is not None})
         write_text(folder / ITEMS_FILE, json.dumps(self.tokens, ensure_ascii=False) + "\n")
+        write_text(folder / TITLES_FILE, json.dumps(self._model.titles, ensure_ascii=False) + "\n")
         write_text(folder / CONFIG_FILE, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
 
     def recommend(
@@ -140,7 +163,8 @@ class Recommender:
             scores[_ids(model, past)] = -torch.inf
         best = scores.topk(min(k, len(scores)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [Recommendation(model.tokens[i], score) for i, score in pairs if score > -torch.inf]
+        found = [(model.tokens[i], score) for i, score in pairs if score > -torch.inf]
+        return [Recommendation(token, score, model.titles.get(token, "")) for token, score in found]
 
     def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
         """The score of every item after each history, (B, V); that of padding is -inf.
@@ -178,7 +202,7 @@ class Recommender:
         return scores
 
     @torch.no_grad()
-    def add_items(self, tokens: Iterable[str], vectors: Any) -> None:
+    def add_items(self, tokens: Iterable[str], vectors: Any, titles: Mapping[str, str] | None = None) -> None:
         """Take in items that training has never met; their text is all that is known of them.
 
         They can be ranked and stand in histories. The ids of all others stay as they are. Where
@@ -188,6 +212,7 @@ class Recommender:
             tokens: new tokens.
             vectors: (n, T0) tensor or array, their text vectors from the language model that made
                 those of the run.
+            titles: by token, of those that have one.
 
         Raises:
             ValueError: the model has no text in its item table, a token is there already or twice,
@@ -224,14 +249,15 @@ class Recommender:
         settings, count = model.encoder.settings, len(model.tokens) + len(new)
         encoder = Encoder(settings, count, self.max_length, state["vectors"]).to(old.device)
         encoder.load_state_dict(state)
-        self._model = _made(encoder, [*model.tokens, *new])
+        named = {token: (titles or {})[token] for token in new if token in (titles or {})}
+        self._model = _made(encoder, [*model.tokens, *new], {**model.titles, **named})
 
 
 @torch.no_grad()
-def _made(encoder: Encoder, tokens: Sequence[str]) -> _Model:
+def _made(encoder: Encoder, tokens: Sequence[str], titles: Mapping[str, str]) -> _Model:
     encoder = encoder.eval()
     ids = {token: i for i, token in enumerate(tokens) if i > 0}
-    return _Model(encoder, encoder.item_table(), tuple(tokens), ids)
+    return _Model(encoder, encoder.item_table(), tuple(tokens), ids, dict(titles))
 
 
 def _listed(tokens: Iterable[str]) -> list[str]:

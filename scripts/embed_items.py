@@ -14,9 +14,9 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from m2rec import lsa, make_vectors, text_vectors
+from m2rec.command_line import Parser
 from m2rec.compat import data_folder
 from m2rec.item_text import items_of, read_texts
 from m2rec.text_encoder import DEVICES, DTYPES, POOLINGS, EncoderOptions, TextEncoder
@@ -25,13 +25,6 @@ from m2rec.vector_import import VectorFile
 logger = logging.getLogger(__name__)
 
 OF_TEXTS = ("text_encoder", "columns", "template", "instruction", "revision")
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes are reported like all others, in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,20 @@ def items(tmp_path: Path) -> Path:
     return path
 
 
+def test_titles_come_from_the_column_that_says_so(tmp_path: Path):
+    path = tmp_path / "toy.item"
+    for header, expected in (
+        ("item_id:token\tbrand_name:token\ttitle:token_seq", {"1": "b"}),
+        ("item_id:token\tbrand:token\tmovie_Title:token_seq", {"1": "b"}),
+        ("item_id:token\tname:token\tbrand_name:token_seq", {"1": "a", "2": "c"}),
+        ("item_id:token\tbrand:token\tgenre:token_seq", {}),
+        ("sku:token\tbrand:token\ttitle:token_seq", {}),
+    ):
+        path.write_text(f"{header}\n1\ta\t b \n2\tc\t\n\td\te\n")
+        assert item_text.read_titles(path, "item_id") == expected
+    assert item_text.read_titles(tmp_path / "none.item", "item_id") == {}
+
+
 def test_texts_join_the_chosen_columns(items: Path):
     made = read_texts(items, "item_id", None)
     assert made.tokens == ["1", "2", "4"] and made.texts == ["Toy Story. Comedy", "Heat", "Drama"]

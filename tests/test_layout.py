@@ -35,6 +35,7 @@ RANKS = [
         "distributed",
         "histories",
         "statistics",
+        "command_line",
         "partial",
         "lsa",
         "vector_import",

@@ -64,7 +64,7 @@ def test_recommend(folder: Path):
     assert [r.score for r in found] == sorted((r.score for r in found), reverse=True)
     seen = recommender.to_ids(history)
     left = {token: float(scores[i]) for i, token in enumerate(recommender.tokens) if i not in {0, *seen}}
-    assert found[0] == max(left.items(), key=lambda pair: pair[1])
+    assert (found[0].item, found[0].score) == max(left.items(), key=lambda pair: pair[1])
     assert len(recommender.recommend(history, k=100)) == 18
     assert len(recommender.recommend(history, k=100, exclude_seen=False)) == 20
 

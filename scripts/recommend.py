@@ -1,0 +1,93 @@
+"""Recommend items by a trained run: python scripts/recommend.py runs/NAME --history TOKEN ...
+
+The history is item tokens, oldest first: apart, or between quotes with spaces between them. With
+--user=ID it is what that user of the run's data set did, all of it. Items of the history are left out.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2rec.command_line import Parser
+from m2rec.files import CONFIG_FILE
+from m2rec.recommender import Recommendation, Recommender
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
+    try:
+        options = parse_options(arguments)
+        recommender = Recommender.load(options.run, options.device)
+        history = (
+            history_of(options.run, options.user) if options.user else split(options.history, recommender)
+        )
+        found = recommender.recommend(history, options.k, exclude_seen=not options.keep_seen)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"recommend.py: error: {' '.join(str(error).split())}\n")
+        return 2
+    sys.stdout.write(as_json(found) if options.json else as_table(history, found, recommender.titles))
+    return 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("run", type=Path, help="run folder, runs/NAME, or what Recommender.save wrote")
+    whose = parser.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--history", nargs="+", help="item tokens, oldest first")
+    whose.add_argument("--user", help="a user of the run's data set")
+    add("-k", type=int, default=10, help="how many; default: 10")
+    add("--keep-seen", action="store_true", help="items of the history may come again")
+    add("--json", action="store_true", help="a list of objects with item, score and title")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    return parser.parse_args(arguments)
+
+
+def split(given: Sequence[str], recommender: Recommender) -> list[str]:
+    """The tokens in the arguments; one with spaces that is no token itself stands for several."""
+    known = set(recommender.tokens)
+    return [token for text in given for token in ([text] if text in known else text.split())]
+
+
+def history_of(run: Path, user: str) -> list[str]:
+    """All that a user of a run's data set did, oldest first.
+
+    Raises:
+        ValueError: the data set can't be loaded, or has no such user.
+    """
+    from m2rec.configuration import build_config  # RecBole, which a history on the command line needs not
+    from m2rec.experiment import item_tokens, load_data
+
+    dataset, _ = load_data(build_config({"config_files": [str(run / CONFIG_FILE)]}))
+    number = dataset.field2token_id[dataset.uid_field].get(user)
+    histories = dataset.histories
+    if histories is None or not number or number not in histories.users:
+        raise ValueError(f"--user: the data set has no user {user!r}")
+    row = int(histories.users.searchsorted(number))
+    tokens = item_tokens(dataset)
+    return [tokens[item] for item in histories.items[histories.start[row] : histories.end[row]]]
+
+
+def as_json(found: Sequence[Recommendation]) -> str:
+    """The recommendations for machines."""
+    return json.dumps([item._asdict() for item in found], ensure_ascii=False) + "\n"
+
+
+def as_table(history: Sequence[str], found: Sequence[Recommendation], titles: dict[str, str]) -> str:
+    """The end of the history, and the recommendations, a line each."""
+    width = max([4, *(len(token) for token in history[-5:]), *(len(item.item) for item in found)])
+    lines = [f"after {len(history):,} items, the last of them:"]
+    lines += [f"{'':>5}{token:<{width}}  {titles.get(token, '')}".rstrip() for token in history[-5:]]
+    lines += ["", f"{'':>3}  {'item':<{width}}  {'score':>8}  title"]
+    lines += [
+        f"{place:>3}  {item.item:<{width}}  {item.score:>8.3f}  {item.title}".rstrip()
+        for place, item in enumerate(found, 1)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

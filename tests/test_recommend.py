@@ -1,0 +1,98 @@
+"""scripts/recommend.py from the command line, on a run that was trained for it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from m2rec.configuration import build_config
+from m2rec.experiment import run
+from m2rec.recommender import Recommender
+from scripts import recommend
+from tests.conftest import small, write_inter
+
+# i1 and i10 to i14 have titles
+TITLES = {"i1": "Green tea", **{f"i{k}": f"Cup no. {k}" for k in range(10, 15)}}
+
+
+@pytest.fixture
+def folder(toy: Path, tmp_path: Path) -> Path:
+    lines = ["item_id:token\tbrand_name:token\ttitle:token_seq"]
+    lines += [f"{token}\tours\t{title}" for token, title in TITLES.items()]
+    (toy / "toy" / "toy.item").write_text("\n".join([*lines, "i2\tours\t"]) + "\n", encoding="utf-8")
+    keys = small(toy, epochs=1, runs_dir=str(tmp_path / "runs"), text_vectors="none")
+    return run(build_config(keys)).folder
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
+    return capsys
+
+
+def test_a_table_with_titles(folder: Path, said: pytest.CaptureFixture[str]):
+    assert recommend.main([str(folder), "--history", "i1", "i2", "-k", "18"]) == 0
+    lines = said.readouterr().out.splitlines()
+    assert lines[:3] == ["after 2 items, the last of them:", "     i1    Green tea", "     i2"]
+    found = Recommender.load(folder).recommend(["i1", "i2"], 18)
+    assert len(lines) == 5 + 18
+    for place, (line, item) in enumerate(zip(lines[5:], found, strict=True), 1):
+        title = TITLES.get(item.item, "")
+        assert item.title == title
+        assert line.split(maxsplit=3) == [
+            str(place),
+            item.item,
+            f"{item.score:.3f}",
+            *([title] if title else []),
+        ]
+
+
+def test_json_and_tokens_between_quotes(folder: Path, said: pytest.CaptureFixture[str]):
+    assert recommend.main([str(folder), "--history", "i1 i2", "i3", "--json", "--keep-seen", "-k=2"]) == 0
+    expected = Recommender.load(folder).recommend(["i1", "i2", "i3"], 2, exclude_seen=False)
+    assert json.loads(said.readouterr().out) == [item._asdict() for item in expected]
+
+
+def test_a_user_of_the_data_set(toy: Path, tmp_path: Path, said: pytest.CaptureFixture[str]):
+    """All that the user did, the test item included, in the order of time."""
+    rows = [(user, f"i{k}", time) for user in ("u", "v w") for k, time in ((5, 3), (1, 1), (7, 9), (2, 2))]
+    write_inter(toy, "few", rows)
+    keys = small(toy, "few", epochs=1, runs_dir=str(tmp_path / "runs"))
+    folder = run(build_config(keys)).folder
+    assert recommend.main([str(folder), "--user=v w", "--keep-seen"]) == 0
+    assert said.readouterr().out.splitlines()[:5] == [
+        "after 4 items, the last of them:", "     i1", "     i2", "     i5", "     i7"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--history", "i1", "nothing"], "history: the model knows no item 'nothing'"),
+        (["--history", " "], "history: empty"),
+        (["--history", "i1", "-k=0"], "k: expected a whole number from 1, got 0"),
+        (["--user", "nobody"], "--user: the data set has no user 'nobody'"),
+        (["--user", "[PAD]"], "--user: the data set has no user '[PAD]'"),
+        ([], "one of the arguments --history --user is required"),
+        (["--history", "i1", "--device=tpu9"], "device: 'tpu9' is none"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, said: pytest.CaptureFixture[str], arguments: list[str], message: str
+):
+    said.readouterr()
+    assert recommend.main([str(folder), *arguments]) == 2
+    captured = said.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("recommend.py: error: ")]
+    assert message in line and not captured.out
+
+
+def test_a_folder_that_is_none(tmp_path: Path, said: pytest.CaptureFixture[str]):
+    assert recommend.main([str(tmp_path), "--history", "i1"]) == 2
+    assert "config.yaml can't be read" in said.readouterr().err
+
+
+@pytest.mark.parametrize("content", ['["a"]', '{"i1": 3}', "{", ""])
+def test_titles_that_can_t_be_used(folder: Path, content: str):
+    (folder / "titles.json").write_text(content)
+    with pytest.raises(ValueError, match=r"titles\.json"):
+        Recommender.load(folder)
