@@ -32,6 +32,7 @@ from m2rec.files import (
     ITEMS_FILE,
     METRICS_FILE,
     RANKS_FILE,
+    TEXT_FILE,
     TITLES_FILE,
     WEIGHTS_FILE,
     write_text,
@@ -144,7 +145,9 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
     logger.info("%s: %s parameters", config["variant"], f"{sum(p.numel() for p in model.parameters()):,}")
     resumes = folder is not None
     if folder is None:
-        folder = distributed.from_first(_new_folder(config, dataset) if distributed.is_first() else None)
+        text = getattr(model, "text_source", None)
+        own = _new_folder(config, dataset, text) if distributed.is_first() else None
+        folder = distributed.from_first(own)
     torch.manual_seed(config["seed"] + distributed.rank())  # each process drops out its own
     trainer = RunTrainer(config, model, folder, resumes)
     trainer.notes["commit"] = commit()  # of the code as it is now, whatever happens to it meanwhile
@@ -352,7 +355,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 2**10
 
 
-def _new_folder(config: Config, dataset: HistoryDataset) -> Path:
+def _new_folder(config: Config, dataset: HistoryDataset, text: dict[str, Any] | None) -> Path:
     """A folder that no other run has, named after model, data set and time, with the run's inputs."""
     time = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = re.sub(r"[^\w.+-]+", "_", f"{config['variant']}-{config['dataset']}-{time}")
@@ -361,7 +364,7 @@ def _new_folder(config: Config, dataset: HistoryDataset) -> Path:
         folder = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
         try:
             folder.mkdir(parents=True)
-            _write_inputs(folder, config, dataset)
+            _write_inputs(folder, config, dataset, text)
             return folder
         except FileExistsError:
             continue
@@ -371,11 +374,13 @@ def _new_folder(config: Config, dataset: HistoryDataset) -> Path:
     raise ValueError(f"runs_dir: no free name like {base}; clean up {base.parent}")
 
 
-def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset) -> None:
-    """What the run was made from: the resolved config, item tokens by internal id, and their titles."""
+def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset, text: dict[str, Any] | None) -> None:
+    """What the run was made from: the resolved config, item tokens by internal id, their titles and text."""
     settings = resolved(config)
     header = f"# python run_mm.py --config_files={folder / CONFIG_FILE} repeats this run\n"
     write_text(folder / CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    if text is not None:
+        write_text(folder / TEXT_FILE, json.dumps(text, indent=2, ensure_ascii=False) + "\n")
     tokens = item_tokens(dataset)
     write_text(folder / ITEMS_FILE, json.dumps(tokens, ensure_ascii=False) + "\n")
     try:

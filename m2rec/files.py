@@ -15,6 +15,7 @@ HISTORY_FILE = "history.csv"
 RANKS_FILE = "test_ranks.csv"
 ITEMS_FILE = "items.json"
 TITLES_FILE = "titles.json"  # where the item file has titles
+TEXT_FILE = "text.json"  # what made the text vectors, where there are any
 WEIGHTS_FILE = "model.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"  # until the run is finished
 

@@ -20,11 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from m2rec import lsa, text_vectors
 from m2rec.encoder import Encoder
 from m2rec.files import (
     CONFIG_FILE,
     ITEMS_FILE,
     METRICS_FILE,
+    TEXT_FILE,
     TITLES_FILE,
     WEIGHTS_FILE,
     write_tensors,
@@ -33,6 +35,8 @@ from m2rec.files import (
 from m2rec.settings import ModelSettings, RunSettings
 
 _ENCODER = "encoder."
+# what decides the meaning of a vector's numbers, beside the language model's weights
+_MADE_ALIKE = ("pooling", "instruction")
 
 
 class Recommendation(NamedTuple):
@@ -66,6 +70,7 @@ class Recommender:
         text_mean, text_basis: (T0,) and (T0, T), how raw text vectors become those of the model;
             None for a model without text.
         titles: by item token, of those that have one.
+        text_source: what made the run's text vectors.
     """
 
     def __init__(
@@ -76,8 +81,10 @@ class Recommender:
         text_mean: Tensor | None = None,
         text_basis: Tensor | None = None,
         titles: Mapping[str, str] | None = None,
+        text_source: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
+        self.text_source = dict(text_source or {})
         self.max_length = RunSettings.read(config).MAX_ITEM_LIST_LENGTH
         self._text_mean, self._text_basis = text_mean, text_basis
         self._model = _made(encoder, tokens, titles or {})
@@ -109,11 +116,14 @@ class Recommender:
         except RuntimeError as error:
             said = " ".join(str(error).split())
             raise ValueError(f"{folder}: the weights don't fit config.yaml and items.json ({said})") from None
-        titles = _read(folder / TITLES_FILE, json.loads, dict) if (folder / TITLES_FILE).exists() else {}
+        titles, source = (
+            _read(path, json.loads, dict) if (path := folder / name).exists() else {}
+            for name in (TITLES_FILE, TEXT_FILE)
+        )
         if not all(isinstance(title, str) for title in titles.values()):
             raise ValueError(f"{folder / TITLES_FILE} holds titles that are no text")
         text = (weights.get("text_mean"), weights.get("text_basis"))
-        return cls(encoder, tokens, config, *text, titles)
+        return cls(encoder, tokens, config, *text, titles, source)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -139,6 +149,7 @@ class Recommender:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / WEIGHTS_FILE, state | {k: v for k, v in text.items() if v is not None})
         write_text(folder / ITEMS_FILE, json.dumps(self.tokens, ensure_ascii=False) + "\n")
+        write_text(folder / TEXT_FILE, json.dumps(self.text_source, ensure_ascii=False) + "\n")
         write_text(folder / TITLES_FILE, json.dumps(self._model.titles, ensure_ascii=False) + "\n")
         write_text(folder / CONFIG_FILE, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
 
@@ -251,6 +262,44 @@ class Recommender:
         encoder.load_state_dict(state)
         named = {token: (titles or {})[token] for token in new if token in (titles or {})}
         self._model = _made(encoder, [*model.tokens, *new], {**model.titles, **named})
+
+    def add_items_from(self, path: str | Path, titles: Mapping[str, str] | None = None) -> list[str]:
+        """Take in the items of a text-vector file that are new; as `add_items`, and checked to fit.
+
+        Args:
+            path: made by `scripts/embed_items.py` with the language model of the run.
+            titles: by token, of those that have one.
+
+        Returns:
+            The new tokens, none if all are known.
+
+        Raises:
+            ValueError: the file is unusable, or was not made as the run's; see also `add_items`.
+        """
+        tokens, vectors, made_by = text_vectors.read(Path(path))
+        self._check_made_alike(Path(path), made_by)
+        known = set(self.tokens)
+        rows = [row for row, token in enumerate(tokens) if token not in known and vectors[row].any()]
+        new = [tokens[row] for row in rows]
+        self.add_items(new, vectors[rows], titles)
+        return new
+
+    def _check_made_alike(self, path: Path, made_by: Mapping[str, str]) -> None:
+        """Vectors of another model, or otherwise made by the same, mean something else."""
+        ours = self.text_source
+        if ours.get("model") == lsa.NAME:
+            raise ValueError(
+                "add_items: vectors of lsa mean something only beside those that were made with them; train "
+                "with those of a language model"
+            )
+        same_weights = "model_sha256" if "model_sha256" in ours and "model_sha256" in made_by else "model"
+        for key in (same_weights, *_MADE_ALIKE):
+            if ours.get(key) != made_by.get(key):
+                models = made_by.get("model"), ours.get("model")
+                raise ValueError(
+                    f"add_items: {path} has vectors of {models[0]}, the run of {models[1]}, and {key} is "
+                    f"{made_by.get(key)!r}, not {ours.get(key)!r}; encode the items as those of the run"
+                )
 
 
 @torch.no_grad()

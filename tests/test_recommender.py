@@ -129,6 +129,47 @@ def test_added_items_are_saved(folder: Path, tmp_path: Path, vectors: Path):
     assert loaded.recommend(["newer"], k=1)
 
 
+def test_new_items_from_a_file(folder: Path, vectors: Path, tmp_path: Path):
+    """What is known is left alone, what is silent left out; the titles come along."""
+    tokens, given, about = text_vectors.read(vectors)
+    path = tmp_path / "again.text.safetensors"
+    text_vectors.save(path, [*tokens, "silent"], torch.cat([given, torch.zeros(1, 8)]).numpy(), about)
+    recommender, other = Recommender.load(folder), Recommender.load(folder)
+    assert recommender.add_items_from(path, {"new": "New one", "i3": "Old one"}) == ["new", "newer"]
+    other.add_items(["new", "newer"], raw(vectors, "new", "newer"))
+    assert torch.equal(recommender.scores([["i1", "new"]]), other.scores([["i1", "new"]]))
+    assert recommender.titles == {"new": "New one"}
+    recommender.save(tmp_path / "saved")
+    loaded = Recommender.load(tmp_path / "saved")
+    assert loaded.titles == recommender.titles and loaded.text_source == recommender.text_source
+    assert loaded.add_items_from(path) == []
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ({"model": "a"}, {"model": "b"}, "has vectors of b, the run of a, and model is 'b', not 'a'"),
+        ({"model": "a", "pooling": "cls"}, {"model": "a", "pooling": "mean"}, "pooling is 'mean', not 'cls'"),
+        ({"model": "a", "model_sha256": "1"}, {"model": "a", "model_sha256": "2"}, "model_sha256 is '2'"),
+        ({"model": "a", "model_sha256": "1"}, {"model": "b", "model_sha256": "1"}, None),
+        ({"model": "lsa"}, {"model": "lsa"}, "vectors of lsa mean something only beside"),
+    ],
+)
+def test_only_vectors_that_were_made_alike(
+    folder: Path, vectors: Path, ours: dict[str, str], theirs: dict[str, str], message: str | None
+):
+    tokens, given, _ = text_vectors.read(vectors)
+    text_vectors.save(vectors, tokens, given.numpy(), theirs)
+    recommender = Recommender.load(folder)
+    recommender.text_source = ours
+    if message is None:
+        assert recommender.add_items_from(vectors) == ["new", "newer"]
+        return
+    with pytest.raises(ValueError, match=message):
+        recommender.add_items_from(vectors)
+    assert len(recommender.tokens) == 21
+
+
 @pytest.mark.parametrize(
     ("tokens", "given", "message"),
     [

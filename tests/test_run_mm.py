@@ -28,7 +28,11 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     folder = Path(lines[-1])
     assert folder.parent.name == "runs" and folder.name.startswith("M2Rec-toy-")
     assert "device cpu (" in err and "scan backend torch (auto: " in err
-    assert re.search(r"text for 15 of 20 items, \S+/toy\.text\.safetensors, 3 wide", err)
+    assert re.search(
+        r"text for 15 of 20 items, \S+/toy\.text\.safetensors, 3 wide, mean cosine in the file -?0\.\d\d$",
+        err,
+        re.M,
+    )
     assert "does not read" not in err
     assert next(line for line in lines if line.startswith("metric")).split() == [
         "metric",
@@ -38,7 +42,7 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     ]
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml", "metrics.json", "history.csv", "model.safetensors", "items.json",
-        "test_ranks.csv",
+        "text.json", "test_ranks.csv",
     }  # fmt: skip
 
     metrics = json.loads((folder / "metrics.json").read_text())
