@@ -78,9 +78,10 @@ def result_table(sweep: Sweep, answers: Answers, table: str) -> str:
     for dataset in sweep.datasets:
         variants = sweep.tables[table]
         tests = {v: paired[dataset, v] for v in variants if (dataset, v) in paired}
-        lines = _result_lines(sweep, dataset, answers, variants, tests)
-        words = [_protocol(of_dataset(answers, dataset)), _paired_words(sweep, list(tests.values()))]
-        blocks.append(_block(sweep, dataset, [lines], words, answers))
+        tables = [_result_lines(sweep, dataset, answers, variants, tests)]
+        rows = of_dataset(answers, dataset)
+        words = [_protocol(rows), _paired_words(sweep, list(tests.values()))] if rows else []
+        blocks.append(_block(sweep, dataset, tables, words, answers, variants))
     return "\n\n".join(blocks)
 
 
@@ -94,7 +95,8 @@ def bucket_tables(sweep: Sweep, answers: Answers) -> str:
     for dataset in sweep.datasets:
         run = bool(of_dataset(answers, dataset))
         tables = [_bucket_lines(sweep, dataset, answers, kind) for kind in KINDS] if run else []
-        blocks.append(_block(sweep, dataset, tables, [_BUCKET_WORDS], answers))
+        words = [_BUCKET_WORDS] if run else []
+        blocks.append(_block(sweep, dataset, tables, words, answers, main_variants(sweep)))
     return "\n\n".join(blocks)
 
 
@@ -144,7 +146,7 @@ def users_in(rows: Iterable[Row], kind: str, bucket: str) -> str:
 def _result_lines(
     sweep: Sweep, dataset: str, answers: Answers, variants: Sequence[str], tests: Mapping[str, Row]
 ) -> list[list[str]]:
-    runs = {variant: answers[dataset, variant] for variant in variants}
+    runs = _finished(answers, dataset, variants)
     columns = [c for c in COLUMNS if any(spread(rows, c.source) for rows in runs.values())]
     cells = [_cells(column, runs) for column in columns]
     heads = ["variant", "n", *(column.title for column in columns), *(["p"] if tests else [])]
@@ -169,9 +171,12 @@ def _cells(column: Column, runs: Mapping[str, Sequence[Row]]) -> list[str]:
     ]
 
 
+def _finished(answers: Answers, dataset: str, variants: Sequence[str]) -> dict[str, Sequence[Row]]:
+    """The runs of each variant that has any."""
+    return {variant: rows for variant in variants if (rows := answers[dataset, variant])}
+
+
 def _seeds(done: int, asked: int) -> str:
-    if not done:
-        return NOT_RUN
     return str(done) if done == asked else f"{done} of {asked}"
 
 
@@ -182,7 +187,7 @@ def _p(test: Row) -> str:
 
 def _bucket_lines(sweep: Sweep, dataset: str, answers: Answers, kind: str) -> list[list[str]]:
     rows = of_dataset(answers, dataset)
-    runs = {variant: answers[dataset, variant] for variant in main_variants(sweep)}
+    runs = _finished(answers, dataset, main_variants(sweep))
     names = buckets(rows, kind)
     if not names:
         path = sweep.path.with_suffix(".csv")
@@ -190,9 +195,7 @@ def _bucket_lines(sweep: Sweep, dataset: str, answers: Answers, kind: str) -> li
     columns = [Column(name, f"{BUCKETED}|{kind}={name}", _four_pm) for name in names]
     cells = [_cells(column, runs) for column in columns]
     lines = [[kind, *names], ["users", *(users_in(rows, kind, name) for name in names)]]
-    for k, (variant, of_variant) in enumerate(runs.items()):
-        texts = [column[k] for column in cells] if of_variant else [NOT_RUN]
-        lines.append([variant, *texts])
+    lines += [[variant, *(column[k] for column in cells)] for k, variant in enumerate(runs)]
     return lines
 
 
@@ -234,14 +237,24 @@ def _measured(answers: Answers, dataset: str, variant: str | None, protocol: str
 
 
 def _block(
-    sweep: Sweep, dataset: str, tables: Sequence[list[list[str]]], words: Sequence[str], answers: Answers
+    sweep: Sweep,
+    dataset: str,
+    tables: Sequence[list[list[str]]],
+    words: Sequence[str],
+    answers: Answers,
+    variants: Sequence[str] = (),
 ) -> str:
-    """Tables with the name of their data set above, if there are several, and a line below."""
+    """Tables with the name of their data set above, if there are several, and a line below.
+
+    The line names those of the `variants` that were not run.
+    """
     rows = of_dataset(answers, dataset)
     parts = [f"**{dataset}**"] if len(sweep.datasets) > 1 else []
-    parts += [_markdown(lines) for lines in tables] or [NOT_RUN]
+    parts += [_markdown(lines) for lines in tables if len(lines) > 1]
     spread_words = "± is the standard deviation over seeds" if rows else ""
-    sentences = [*words, spread_words, f"Made by `{sweep.command}`{_commits(rows)}"]
+    missing = ", ".join(variant for variant in variants if not answers[dataset, variant])
+    not_run = f"{NOT_RUN.capitalize()}: {missing}" if missing else ""
+    sentences = [*words, spread_words, not_run, f"Made by `{sweep.command}`{_commits(rows)}"]
     parts.append(" ".join(f"{sentence}." for sentence in sentences if sentence))
     return "\n\n".join(parts)
 

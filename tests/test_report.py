@@ -64,7 +64,7 @@ def test_all_kinds_of_markers(write_sweep: Write, call: Callable, tmp_path: Path
     )
     assert call(readme=marks)[0] == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "| no filter \\| gate | not run |" in text and "| popularity | 0 | 1-5 | 101+ |" in text
+    assert "Not run: no filter | gate." in text and "| popularity | 0 | 1-5 | 101+ |" in text
     assert "| test | SASRec | 0.5 | 0.4 | 0.1250 | 0.0625 | paper |" in text
     assert text.count("<!-- /results -->") == text.count("After.") == 3
 

@@ -42,16 +42,21 @@ def test_a_result_table(write_sweep: Write):
 
 def test_a_variant_without_rows_and_a_name_with_a_bar(write_sweep: Write):
     lines = table_of(write_sweep(*ROWS), "ablations")
-    assert lines[3] == "| no filter \\| gate | not run |" + "  |" * 8
+    assert ". Not run: no filter | gate. Made by " in lines[4]
     assert "**" not in lines[2]  # the best of one is no best
 
 
 def test_nothing_run_yet(write_sweep: Write):
     path = write_sweep()
-    lines = table_of(path)
-    assert lines[:4] == ["| variant | n |", "| --- | --- |", "| M2Rec | not run |", "| SASRec | not run |"]
+    expected = "Not run: M2Rec, SASRec. Made by `python scripts/sweep.py results/toys.yaml`."
+    assert table_of(path) == [expected]
     sweep = Sweep.read(path)
-    assert "not run" in bucket_tables(sweep, read_answers(sweep))
+    assert bucket_tables(sweep, read_answers(sweep)) == expected
+
+
+def test_a_name_with_a_bar(write_sweep: Write):
+    lines = table_of(write_sweep(*ROWS, answer("no filter | gate", 1, 0.1)), "ablations")
+    assert lines[3].startswith("| no filter \\| gate | 1 of 2 | 0.2000 |")
 
 
 def test_a_metric_that_one_row_lacks_is_left_out(write_sweep: Write):
