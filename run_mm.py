@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from m2rec.configuration import build_config, parse_arguments
         from m2rec.experiment import resumed, run
+        from m2rec.signals import Interrupted
 
         given = parse_arguments(arguments)
         if given.get("state") == "DEBUG":  # before anything can go wrong
@@ -36,7 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = {key: given[key] for key in OF_THE_MACHINE if key in given}
         config = resumed(folder, machine) if folder else build_config(given, CONFIG)
         logging.getLogger().setLevel(logging.ERROR if others else config["state"])
-        result = run(config, folder)
+        try:
+            result = run(config, folder)
+        except Interrupted as stop:
+            if not others:
+                sys.stderr.write(f"run_mm.py: stopped; python run_mm.py --resume={stop.folder} goes on\n")
+            return 128 + stop.signal
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         if not others:

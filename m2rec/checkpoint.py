@@ -5,20 +5,20 @@ Nothing is pickled: what is no tensor is a number or a list of numbers in the fi
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from m2rec.averaging import WeightAverage
-from m2rec.files import write_tensors
+from m2rec.files import read_tensors, write_tensors
 
 _MODEL, _OPTIMIZER, _RANDOM, _AVERAGE = "model.", "optimizer.", "random.", "average."
+_LOADER = "loader"
 
 
 class Training(NamedTuple):
@@ -27,7 +27,7 @@ class Training(NamedTuple):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: torch.Generator
-    """Shuffles the training rows."""
+    """Shuffles the training rows; as it was when the epoch began that goes on."""
     average: WeightAverage | None
     """Of the weights, if the run takes one."""
     device: torch.device
@@ -47,8 +47,9 @@ def save(path: Path, training: Training, numbers: Mapping[str, Any]) -> None:
     for index, state in optimizer.state_dict()["state"].items():
         found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         tensors |= {f"{_OPTIMIZER}{index}.{name}": value for name, value in found.items()}
-    generators, words = _random_state(loader, device)
+    generators, words = random_state(device)
     tensors |= {f"{_RANDOM}{name}": state for name, state in generators.items()}
+    tensors[_LOADER] = loader.get_state()
     own: dict[str, Any] = {"random": words}
     if average is not None:
         tensors |= {f"{_AVERAGE}{name}": value for name, value in average.averages.items()}
@@ -56,31 +57,46 @@ def save(path: Path, training: Training, numbers: Mapping[str, Any]) -> None:
     write_tensors(path, tensors, {"numbers": json.dumps({**numbers, **own})})
 
 
-def load(path: Path, training: Training) -> dict[str, Any]:
+def load(path: Path, training: Training, check: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
     """Put a checkpoint's state back and return its numbers.
+
+    Args:
+        path: the file.
+        training: what gets the state.
+        check: looks at the numbers before anything is put back, and raises what stands against it.
 
     Raises:
         ValueError: the file can't be read, or is of another model or optimizer.
     """
+    try:
+        tensors, metadata = read_tensors(path)
+        numbers = dict(json.loads(metadata["numbers"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise _no_checkpoint(path, error) from error
+    check(numbers)
     model, optimizer, loader, average, device = training
     try:
-        numbers, tensors = read_numbers(path), load_file(path)
         words = numbers.pop("random")
         model.load_state_dict(_under(tensors, _MODEL))
         _load_optimizer(optimizer, _under(tensors, _OPTIMIZER))
         if average is not None:
             average.load(_under(tensors, _AVERAGE), numbers.pop("taken"))
-        _set_random_state(loader, device, _under(tensors, _RANDOM), words)
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is no checkpoint of this run ({type(error).__name__}: {reason}); start a new run"
-        ) from error
-    return dict(numbers)
+        loader.set_state(tensors[_LOADER])
+        set_random_state(device, _under(tensors, _RANDOM), words)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise _no_checkpoint(path, error) from error
+    return numbers
+
+
+def _no_checkpoint(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())
+    return ValueError(
+        f"{path} is no checkpoint of this run ({type(error).__name__}: {reason}); start a new run"
+    )
 
 
 def read_numbers(path: Path) -> dict[str, Any]:
-    """A checkpoint's numbers alone.
+    """A checkpoint's numbers alone, unchecked.
 
     Raises:
         OSError, SafetensorError, LookupError, ValueError: it is none.
@@ -104,14 +120,13 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _random_state(loader: torch.Generator, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The states of every generator that training draws from, as tensors and as numbers."""
+def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The states of every generator that training draws from but the loader's, as tensors and numbers."""
     version, words, gauss = random.getstate()
     of_numpy: Any = np.random.get_state(legacy=True)
     name, keys, position, has_gauss, cached = of_numpy
     tensors = {
         "torch": torch.get_rng_state(),
-        "loader": loader.get_state(),
         "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "python": torch.tensor(words),
     }
@@ -121,11 +136,9 @@ def _random_state(loader: torch.Generator, device: torch.device) -> tuple[dict[s
     return tensors, numbers
 
 
-def _set_random_state(
-    loader: torch.Generator, device: torch.device, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-) -> None:
+def set_random_state(device: torch.device, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Put back what `random_state` gave."""
     torch.set_rng_state(tensors["torch"])
-    loader.set_state(tensors["loader"])
     name, position, has_gauss, cached = numbers["numpy"]
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     version, gauss = numbers["python"]

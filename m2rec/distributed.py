@@ -85,6 +85,15 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
+def largest(number: int, device: torch.device) -> int:
+    """The largest of all processes' numbers."""
+    if size() == 1:
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def gather(own: Tensor) -> Tensor:
     """Every process's rows, one process after the other; they may have different numbers of them."""
     if size() == 1:

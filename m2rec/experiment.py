@@ -1,14 +1,16 @@
 """One run: config -> seed -> data -> model -> trainer -> run folder."""
 
+import hashlib
 import json
 import logging
+import os
 import platform
 import re
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +18,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import yaml
@@ -34,12 +37,13 @@ from m2rec.files import (
     RANKS_FILE,
     TEXT_FILE,
     TITLES_FILE,
-    WEIGHTS_FILE,
+    locked,
     write_text,
 )
 from m2rec.item_text import read_titles
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
+from m2rec.signals import Interrupted
 from m2rec.text_source import make_missing
 from m2rec.trainer import RunTrainer
 
@@ -150,6 +154,7 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
         folder = distributed.from_first(own)
     torch.manual_seed(config["seed"] + distributed.rank())  # each process drops out its own
     trainer = RunTrainer(config, model, folder, resumes)
+    trainer.notes["data"] = _fingerprint(dataset, model)
     trainer.notes["commit"] = commit()  # of the code as it is now, whatever happens to it meanwhile
     return Prepared(config, dataset, (train, valid, test), data, trainer, clock)
 
@@ -164,6 +169,7 @@ def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -
 
     Raises:
         ValueError: training diverged, or can't be done with these keys.
+        Interrupted: Ctrl-C or SIGTERM asked it to stop; the run can go on.
     """
     config, trainer, (train, valid, _) = prepared.config, prepared.trainer, prepared.parts
     if not prepared.has_valid:
@@ -192,7 +198,7 @@ def resumed(folder: Path, machine: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: the folder holds no run that can go on.
     """
-    needed = (CONFIG_FILE, CHECKPOINT_FILE, HISTORY_FILE, WEIGHTS_FILE)
+    needed = (CONFIG_FILE, CHECKPOINT_FILE, HISTORY_FILE)
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         cure = "the run is finished" if (folder / METRICS_FILE).is_file() else "start a new run"
@@ -210,17 +216,55 @@ def run(config: Config, folder: Path | None = None) -> Result:
         folder: that of a run that goes on, of which `config` is; None for a new one.
 
     Raises:
-        ValueError: the data can't be used as asked, or training diverged.
+        ValueError: the data can't be used as asked, training diverged, or another process is at this run.
+        Interrupted: Ctrl-C or SIGTERM asked it to stop; the run can go on.
     """
-    with distributed.processes(config["device"]):
+    with distributed.processes(config["device"]), ExitStack() as held:
         try:
+            if folder is not None:
+                held.enter_context(_held(folder))
             prepared = prepare(config, folder)
-            fit(prepared)
-            return _evaluate(prepared)
+            if folder is None:
+                held.enter_context(_held(prepared.trainer.folder))
+            try:
+                fit(prepared)
+                return _evaluate(prepared)
+            except Interrupted as stop:
+                raise Interrupted(stop.signal, prepared.trainer.folder) from None
         except Exception as error:
             if not distributed.is_first():  # the first one may only see that this one is gone
                 logger.error("process %s: %s", distributed.rank(), error)
             raise
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep other processes than this run's from going on with it at the same time.
+
+    Raises:
+        ValueError: one does.
+    """
+    if not distributed.is_first() or os.name != "posix":
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, wait=False))
+        except BlockingIOError:
+            raise ValueError(
+                f"resume: another process is training in {folder}; wait for it or stop it"
+            ) from None
+        yield
+
+
+def _fingerprint(dataset: HistoryDataset, model: Any) -> str:
+    """A hash of what a run is trained on: every user's items in order, and the text vectors."""
+    histories, text = dataset.histories, getattr(model, "text_source", None) or {}
+    digest = hashlib.sha256(json.dumps([item_tokens(dataset), text.get("sha256")]).encode())
+    if histories is not None:
+        for part in (histories.owner, histories.items, histories.split.train_stop):
+            digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
 
 
 def _evaluate(prepared: Prepared) -> Result:
@@ -265,7 +309,7 @@ def _explained(what: str) -> Iterator[None]:
     """Turn RecBole's many ways to trip over a key into one line; `--state=DEBUG` shows the trace."""
     try:
         yield
-    except (OSError, Stopped):  # a full disk, an unreadable file or a stop is no fault of a key
+    except (OSError, Stopped, Interrupted):  # a full disk, an unreadable file or a stop is no fault of a key
         raise
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{what}: out of memory; lower train_batch_size or MAX_ITEM_LIST_LENGTH") from error

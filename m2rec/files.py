@@ -1,12 +1,15 @@
 """The files of a run folder, and writing files so that a reader never meets half of one."""
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 CONFIG_FILE = "config.yaml"
@@ -20,8 +23,11 @@ WEIGHTS_FILE = "model.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"  # until the run is finished
 
 
+_CHECKSUM = "checksum_sha256"
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it and move it into place."""
+    """Let `write` fill a temporary file beside `path`, sync it and move it into place, for good."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -29,8 +35,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have the folder's own entries on the disk."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -41,22 +59,71 @@ def write_text(path: Path, content: str) -> None:
 def write_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically; shared or strided tensors are copied first."""
+    """Write a safetensors file atomically; shared or strided tensors are copied first.
+
+    Its metadata gets a checksum of everything in it, which `read_tensors` compares.
+    """
     plain = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    signed = {**(metadata or {}), _CHECKSUM: _checksum(plain, metadata or {})}
     try:
-        write_atomically(path, lambda p: save_file(plain, p, metadata))
+        write_atomically(path, lambda p: save_file(plain, p, signed))
     except SafetensorError as error:  # a full disk, which it has its own words for
         raise OSError(f"{path} can't be written: {error}") from error
 
 
+def read_tensors(
+    path: Path, device: str = "cpu", ours: bool = True
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A safetensors file's tensors and metadata, compared with the checksum that it brings.
+
+    A file without any metadata, which `write_tensors` never writes, is taken as it is.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
+        ours: whether metadata without a checksum are damage.
+
+    Raises:
+        ValueError: it is missing, damaged, or no such file.
+    """
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata()
+    except (OSError, SafetensorError, struct.error, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+    if metadata is None:
+        return tensors, {}
+    found = metadata.pop(_CHECKSUM, None)
+    if (found is not None or ours) and found != _checksum(tensors, metadata):
+        raise ValueError(f"{path} is damaged: its content is not what was written")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file or folder against other processes that do the same; they wait."""
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a file or folder against other processes that do the same.
+
+    Raises:
+        BlockingIOError: another one holds it, and `wait` is False.
+    """
     import fcntl  # there is none on Windows
 
     handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # data-loader workers have copies of the handle
     finally:
         os.close(handle)

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from m2rec import lsa, text_vectors
@@ -29,6 +27,7 @@ from m2rec.files import (
     TEXT_FILE,
     TITLES_FILE,
     WEIGHTS_FILE,
+    read_tensors,
     write_tensors,
     write_text,
 )
@@ -101,10 +100,7 @@ class Recommender:
         tokens = _read(folder / ITEMS_FILE, json.loads, list)
         if not all(isinstance(token, str) for token in tokens) or len(set(tokens)) < len(tokens):
             raise ValueError(f"{folder / ITEMS_FILE} is no list of different texts")
-        try:
-            weights = load_file(folder / WEIGHTS_FILE, device=str(device))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder / WEIGHTS_FILE} can't be read ({error})") from None
+        weights, _ = read_tensors(folder / WEIGHTS_FILE, str(device))
         state = {k.removeprefix(_ENCODER): v for k, v in weights.items() if k.startswith(_ENCODER)}
         if "id_embedding.weight" not in state:
             raise ValueError(f"{folder}: model: {config.get('model')!r} is not made of M2Rec's parts")

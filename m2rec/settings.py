@@ -155,6 +155,7 @@ class RunSettings(_Settings):
     epochs: int = integer(300, 1)
     stopping_step: int = integer(10, 0)
     eval_step: int = integer(1, 1)
+    checkpoint_minutes: float = number(5.0, 0, 1e6, open_low=True)
     train_batch_size: int = integer(2048, 1)
     eval_batch_size: int = integer(4096, 1)
     learning_rate: float = number(0.001, 0, float("inf"), open_low=True, open_high=True)

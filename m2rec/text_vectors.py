@@ -6,8 +6,6 @@ made it (`make_vectors`). Vectors are joined to a data set by token, never by po
 """
 
 import hashlib
-import json
-import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from m2rec.files import write_tensors
+from m2rec.files import read_tensors, write_tensors
 
 SUFFIX = ".text.safetensors"
 SHIPPED = Path(__file__).parent / "properties" / "dataset"
@@ -88,12 +85,14 @@ def read(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
         ValueError: the file is not one, or is inconsistent; tokens repeat; a value is not finite.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("vectors", "tokens", "token_ends")}
-            provenance = dict(file.metadata() or {})
-    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+        tensors, provenance = read_tensors(path, ours=False)  # files before the checksum have none
+        missing = {"vectors", "tokens", "token_ends"} - set(tensors)
+        if missing:
+            raise ValueError(f"{path} has no {', '.join(sorted(missing))}")
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path} ")
         raise ValueError(
-            f"text_vectors: {path} is not a text-vector file ({error}); make it with scripts/embed_items.py"
+            f"text_vectors: {path} is not a text-vector file ({reason}); make it with scripts/embed_items.py"
         ) from None
     vectors, tokens = tensors["vectors"], _decode_tokens(path, tensors["tokens"], tensors["token_ends"])
     if vectors.dim() != 2 or len(vectors) != len(tokens) or vectors.shape[1] == 0:

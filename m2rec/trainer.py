@@ -2,17 +2,15 @@
 
 import csv
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.tensorboard import SummaryWriter
@@ -22,7 +20,15 @@ from m2rec import checkpoint, distributed
 from m2rec.averaging import WeightAverage
 from m2rec.compat import Config, DataStruct, Interaction, Trainer
 from m2rec.evaluation import ALL, UNSEEN, Breakdown, Ranking, rank
-from m2rec.files import CHECKPOINT_FILE, HISTORY_FILE, WEIGHTS_FILE, write_tensors, write_text
+from m2rec.files import (
+    CHECKPOINT_FILE,
+    HISTORY_FILE,
+    WEIGHTS_FILE,
+    read_tensors,
+    write_tensors,
+    write_text,
+)
+from m2rec.signals import Interrupted, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +41,22 @@ class Tested:
     rows: Breakdown
 
 
+@dataclass(frozen=True)
+class _Partial:
+    """How far an epoch has come: steps, the sum of their losses, and the time they took."""
+
+    steps: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+
+
 class RunTrainer(Trainer):
     """Trains one model into one run folder.
 
     The best weights so far are `model.safetensors`, replaced as a whole; `history.csv` gets a
-    line per epoch; `checkpoint.safetensors` has what it takes to go on after the last whole epoch.
-    No pickle is written or read. Under torchrun the rows of each batch are
-    shared out over the processes, and the first one writes.
+    line per epoch; `checkpoint.safetensors` has what it takes to go on: written after each epoch, every
+    `checkpoint_minutes` within one, and when the run is asked to stop. No pickle is written or read.
+    Under torchrun the rows of each batch are shared out over the processes, and the first one writes.
 
     Args:
         config: a RecBole Config.
@@ -62,6 +77,8 @@ class RunTrainer(Trainer):
         self.seconds = 0.0  # of training, in all processes that this run has had
         self.notes: dict[str, Any] = {}  # what else a checkpoint keeps
         self._resumes = resumes
+        self._request = StopRequest()
+        self._partial = _Partial()
         self.average: WeightAverage | None = None
         names = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
         self._columns = ["epoch", "loss", "seconds", *names]
@@ -75,11 +92,14 @@ class RunTrainer(Trainer):
     def fit(
         self, train_data: Any, valid_data: Any = None, *args: Any, callback_fn: Any = None, **kwargs: Any
     ) -> Any:
-        """RecBole's fit, with our own line per epoch instead of its four, and a checkpoint after each.
+        """RecBole's fit, with our own line per epoch instead of its four, and checkpoints.
 
         Args:
             train_data, valid_data: the loaders; without validation the last weights are kept.
             callback_fn: called with epoch and score after each validation.
+
+        Raises:
+            Interrupted: it was asked to stop, and has kept what it takes to go on.
         """
         self.validates = valid_data is not None
         self._loader = train_data.generator
@@ -88,6 +108,7 @@ class RunTrainer(Trainer):
         if self._resumes:
             self._load_checkpoint()
         self._started = perf_counter() - self.seconds
+        self._kept_at = perf_counter()
 
         def after_validation(epoch: int, score: float) -> None:
             self._keep(epoch)
@@ -95,11 +116,27 @@ class RunTrainer(Trainer):
                 callback_fn(epoch, score)
 
         kwargs = {"verbose": False, "callback_fn": after_validation, **kwargs}
-        return super().fit(train_data, valid_data, *args, **kwargs)
+        with self._request:
+            return super().fit(train_data, valid_data, *args, **kwargs)
 
     def _keep(self, epoch: int) -> None:
-        """Write what it takes to go on after this epoch."""
+        """Write what it takes to go on after this epoch.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        self._write(epoch, _Partial())
+        if request := self._stop_request():
+            raise Interrupted(request)
+
+    def _write(self, epoch: int, partial: _Partial) -> None:
+        """Write the checkpoint after this epoch and a part of the next one."""
         self.seconds = perf_counter() - self._started
+        self._kept_at = perf_counter()
+        loader = self._loader
+        if partial.steps:
+            loader = torch.Generator()
+            loader.set_state(self._epoch_began)
         if distributed.is_first():
             numbers = {
                 "epoch": epoch,
@@ -109,34 +146,53 @@ class RunTrainer(Trainer):
                 "losses": self.train_loss_dict,
                 "seconds": self.seconds,
                 "notes": self.notes,
+                "partial": asdict(partial),
             }
-            checkpoint.save(self.folder / CHECKPOINT_FILE, self._training(), numbers)
+            checkpoint.save(self.folder / CHECKPOINT_FILE, self._training(loader), numbers)
 
-    def _training(self) -> checkpoint.Training:
+    def _training(self, loader: torch.Generator) -> checkpoint.Training:
         """What a checkpoint keeps beside numbers."""
-        return checkpoint.Training(self.model, self.optimizer, self._loader, self.average, self.device)
+        return checkpoint.Training(self.model, self.optimizer, loader, self.average, self.device)
 
     def _load_checkpoint(self) -> None:
-        """Go on after the last whole epoch; lines of history.csv after it are dropped.
+        """Go on where the run was kept; lines of history.csv after it are dropped.
 
         Raises:
-            ValueError: the checkpoint can't be used.
+            ValueError: the checkpoint can't be used, or is of other data.
         """
-        numbers = checkpoint.load(self.folder / CHECKPOINT_FILE, self._training())
+        path = self.folder / CHECKPOINT_FILE
+        numbers = checkpoint.load(path, self._training(self._loader), self._check_data)
+        self._partial = _Partial(**numbers["partial"])
         stopped = numbers["cur_step"] > self.stopping_step  # early stopping was due, only the test is left
         self.start_epoch = self.epochs if stopped else numbers["epoch"] + 1
         self.cur_step, self.best_epoch = numbers["cur_step"], numbers["best_epoch"]
+        if self.best_epoch is not None and distributed.is_first():
+            read_tensors(Path(self.saved_model_file))  # an epoch from now would be late to notice damage
         self.best_valid_score = numbers["best_valid_score"]
         self.train_loss_dict = {int(epoch): loss for epoch, loss in numbers["losses"].items()}
         self.seconds, self.notes = numbers["seconds"], numbers["notes"]
         for left in self.folder.glob(".*.tmp"):  # of a write that was cut off
             left.unlink(missing_ok=True)
-        logger.info("goes on after epoch %s, best %s so far", numbers["epoch"], numbers["best_valid_score"])
+        steps = f" and {self._partial.steps} steps" if self._partial.steps else ""
+        best = numbers["best_valid_score"]
+        logger.info("goes on after epoch %s%s, best %s so far", numbers["epoch"], steps, best)
         if distributed.is_first():
             lines = (self.folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
             write_text(self.folder / HISTORY_FILE, "\n".join(lines[: 2 + numbers["epoch"]]) + "\n")
         else:  # only the first one's random state was kept
             torch.manual_seed(self.config["seed"] + distributed.rank() + 1_000_003 * self.start_epoch)
+
+    def _check_data(self, numbers: Mapping[str, Any]) -> None:
+        """A run goes on with the data it began with.
+
+        Raises:
+            ValueError: it is other data.
+        """
+        if numbers["notes"].get("data") != self.notes.get("data"):
+            raise ValueError(
+                f"resume: the interactions or text vectors of {self.config['dataset']!r} have changed since "
+                f"{self.folder} was stopped; put them back, or start a new run"
+            )
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         """RecBole's optimiser, with a group for each way in which parameters are marked.
@@ -159,11 +215,20 @@ class RunTrainer(Trainer):
         self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
     ) -> float:
         """One pass over the training rows; returns the sum of the steps' losses."""
-        start = perf_counter()
+        done, self._partial = self._partial, _Partial()
+        start = perf_counter() - done.seconds
         self.model.train()
-        total = torch.zeros((), device=self.device)
-        for batch in self._progress(train_data, f"train {epoch_idx:>4}", show_progress):
+        self._epoch_began = self._loader.get_state()
+        total = torch.tensor(done.loss, device=self.device)
+        batches = self._after(done.steps, train_data)
+        for number, batch in enumerate(self._progress(batches, f"train {epoch_idx:>4}", show_progress), 1):
             total += self._step(batch.to(self.device), train_data.dataset.rows == "dense")
+            steps = done.steps + number
+            request = self._stop_request()
+            if steps < len(train_data) and (request or self._is_due()):
+                self._write(epoch_idx - 1, _Partial(steps, total.item(), perf_counter() - start))
+                if request:
+                    raise Interrupted(request)
         loss = total.item()
         seconds = round(perf_counter() - start, 3)
         self._epoch = {"epoch": epoch_idx, "loss": loss / len(train_data), "seconds": seconds}
@@ -173,6 +238,28 @@ class RunTrainer(Trainer):
                 self.train_loss_dict[epoch_idx] = loss
                 self._keep(epoch_idx)
         return loss
+
+    def _after(self, steps: int, train_data: Any) -> Iterator[Interaction]:
+        """An epoch's batches without the first ones, which were trained before the run was stopped.
+
+        Those are drawn all the same, since later ones depend on it; what they drew from other generators
+        than the loader's is put back.
+        """
+        state = checkpoint.random_state(self.device)
+        batches: Iterator[Interaction] = iter(train_data)
+        for _ in range(steps):
+            next(batches)
+        if steps:
+            checkpoint.set_random_state(self.device, *state)
+        return batches
+
+    def _is_due(self) -> bool:
+        minutes: float = self.config["checkpoint_minutes"]
+        return perf_counter() - self._kept_at > 60 * minutes
+
+    def _stop_request(self) -> int:
+        """The signal that asks the run to stop, 0 if none does, whichever process it came to."""
+        return distributed.largest(self._request.signal or 0, self.device)
 
     def _step(self, batch: Interaction, dense: bool) -> Tensor:
         """One step of the optimiser on a batch, this process's rows of it; returns the loss of all."""
@@ -256,10 +343,7 @@ class RunTrainer(Trainer):
     def load_best(self) -> None:
         """Put the best weights back into the model."""
         if distributed.is_first():
-            try:
-                weights = load_file(self.saved_model_file, device=str(self.device))
-            except SafetensorError as error:
-                raise ValueError(f"{self.saved_model_file} is damaged ({error}); run it again") from error
+            weights, _ = read_tensors(Path(self.saved_model_file), str(self.device))
             self.model.load_state_dict(weights)
         distributed.broadcast(self.model)
 

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,10 @@ from safetensors.torch import load_file
 
 from m2rec import checkpoint
 from m2rec.configuration import build_config
-from m2rec.experiment import Stopped, fit, prepare
+from m2rec.experiment import Stopped, fit, prepare, run
+from m2rec.files import locked, read_tensors
+from m2rec.signals import Interrupted
+from m2rec.trainer import RunTrainer
 from tests.conftest import as_arguments, small
 
 Command = Callable[..., tuple[int, str, str]]
@@ -74,6 +80,132 @@ def test_stopped_and_resumed_is_as_never_stopped(
     assert not (folder / "checkpoint.safetensors").exists()
 
 
+def stopped_in_an_epoch(values: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run to which SIGTERM came in that step of all; its folder."""
+    left, step = [steps], RunTrainer._step
+
+    def counted(self: RunTrainer, *batch: Any) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *batch)
+
+    monkeypatch.setattr(RunTrainer, "_step", counted)
+    with pytest.raises(Interrupted) as stop:
+        run(build_config(values))
+    monkeypatch.undo()
+    assert stop.value.signal == signal.SIGTERM and stop.value.folder is not None
+    return stop.value.folder
+
+
+@pytest.mark.parametrize(
+    ("others", "steps", "where"),
+    [
+        pytest.param({}, 9, "after epoch 0 and 3 steps", id="dense"),
+        pytest.param({}, 1, "after epoch -1 and 1 steps", id="first step"),
+        pytest.param({"average_epochs": 0.5}, 11, "after epoch 0 and 5 steps", id="last step but one"),
+        pytest.param({}, 12, "after epoch 1,", id="last step"),
+        pytest.param({"worker": 1}, 9, "after epoch 0 and 3 steps", id="worker"),
+        pytest.param(
+            {"rows": "prefix", "loss_type": "BPR", "train_batch_size": 50}, 9, "after epoch 0 and 3 steps",
+            id="own negatives",
+        ),
+        pytest.param(
+            {"model": "BERT4Rec", "n_layers": 1, "train_batch_size": 50}, 9, "after epoch 0 and 3 steps",
+            id="masks",
+        ),
+        pytest.param({"eval_step": 3}, 9, "after epoch 0 and 3 steps", id="every third epoch"),
+    ],
+)  # fmt: skip
+def test_stopped_within_an_epoch(
+    command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    others: dict[str, Any], steps: int, where: str,
+):  # fmt: skip
+    """Six steps an epoch; goes on in the middle of one, to the same end."""
+    values = small(toy, epochs=4, learning_rate=0.01, text_vectors="none", train_batch_size=7)
+    values |= others
+    if "model" in values:
+        values = {k: v for k, v in values.items() if k not in ("head_dim", "d_state", "text_vectors")}
+    status, out, err = command(*as_arguments(values))
+    assert status == 0, err
+    whole = Path(out.splitlines()[-1])
+    folder = stopped_in_an_epoch({**values, "runs_dir": str(tmp_path / "runs")}, steps, monkeypatch)
+    status, out, err = command(f"--resume={folder}", runs_dir=False)
+    assert status == 0, err
+    assert f"goes on {where}" in err
+    one, other = outcome(whole), outcome(folder)
+    assert other[:3] == one[:3]
+    for name, value in one[3].items():
+        assert torch.equal(other[3][name], value), name
+
+
+def test_a_checkpoint_every_few_minutes_within_an_epoch(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kept: list[int] = []
+    write = RunTrainer._write
+
+    def counted(self: RunTrainer, epoch: int, partial: Any) -> None:
+        kept.append(partial.steps)
+        write(self, epoch, partial)
+
+    monkeypatch.setattr(RunTrainer, "_write", counted)
+    values = small(toy, epochs=1, text_vectors="none", train_batch_size=7, runs_dir=str(tmp_path / "runs"))
+    run(build_config({**values, "checkpoint_minutes": 1e-9}))
+    assert kept == [1, 2, 3, 4, 5, 0]
+    kept.clear()
+    run(build_config(values))
+    assert kept == [0]
+
+
+def test_a_run_is_never_trained_twice_at_a_time(command: Command, toy: Path, tmp_path: Path):
+    folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
+    with locked(folder):
+        status, _, err = command(f"--resume={folder}", runs_dir=False)
+    assert status == 2 and f"resume: another process is training in {folder}" in err
+    assert command(f"--resume={folder}", runs_dir=False)[0] == 0
+
+
+@pytest.mark.parametrize("what", ["interactions", "order", "text"])
+def test_data_that_changed_is_noticed(
+    command: Command, toy: Path, tmp_path: Path, write_vectors: Callable[..., Path], what: str
+):
+    tokens = [f"i{k}" for k in range(20)]
+    write_vectors(toy, "toy", tokens)
+    folder = stopped({**small(toy), "runs_dir": str(tmp_path / "runs")}, after=0)
+    path = toy / "toy" / "toy.inter"
+    lines = path.read_text().splitlines()
+    if what == "interactions":
+        user = lines[1].split("\t")[0]
+        path.write_text("\n".join([*lines, f"{user}\ti3\t1e9"]) + "\n")
+    elif what == "order":
+        path.write_text("\n".join([lines[0], *lines[:0:-1]]) + "\n")
+    else:
+        write_vectors(toy, "toy", tokens[:-1])
+    status, _, err = command(f"--resume={folder}", runs_dir=False)
+    assert status == 2 and "resume: the interactions or text vectors of 'toy' have changed since" in err
+
+
+def test_every_damage_is_noticed(command: Command, toy: Path, tmp_path: Path):
+    """A flipped bit anywhere, and every length but the whole one."""
+    folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
+    path = folder / "checkpoint.safetensors"
+    content = path.read_bytes()
+    read_tensors(path)
+    draw = random.Random(0)
+    for _ in range(300):
+        place, bit = draw.randrange(len(content)), 1 << draw.randrange(8)
+        path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors (is damaged|can't be read)"):
+            read_tensors(path)
+    for length in range(0, len(content), 1024):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="can't be read"):
+            read_tensors(path)
+    status, _, err = command(f"--resume={folder}", runs_dir=False)
+    assert status == 2 and "is no checkpoint of this run" in err and "Traceback" not in err
+
+
 def test_a_run_that_early_stopping_ended_only_lacks_its_test(command: Command, toy: Path, tmp_path: Path):
     values = small(toy, epochs=50, learning_rate=0.05, stopping_step=1, text_vectors="none")
     whole = Path(command(*as_arguments(values))[1].splitlines()[-1])
@@ -131,5 +263,5 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
     path = tmp_path / "c.safetensors"
     checkpoint.save(path, made(3), {"epoch": 1})
     with pytest.raises(ValueError, match=r"is no checkpoint of this run \(RuntimeError: .*size mismatch"):
-        checkpoint.load(path, made(4))
-    assert checkpoint.load(path, made(3)) == {"epoch": 1}
+        checkpoint.load(path, made(4), lambda numbers: None)
+    assert checkpoint.load(path, made(3), lambda numbers: None) == {"epoch": 1}

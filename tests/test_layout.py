@@ -36,6 +36,7 @@ RANKS = [
         "histories",
         "statistics",
         "command_line",
+        "signals",
         "partial",
         "lsa",
         "vector_import",

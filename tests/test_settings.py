@@ -66,6 +66,7 @@ def test_every_model_key_has_a_wrong_value_above():
         ("epochs", -1),
         ("stopping_step", -1),
         ("eval_step", 0),
+        ("checkpoint_minutes", 0),
         ("train_batch_size", 0),
         ("learning_rate", 0),
         ("learning_rate", float("inf")),
