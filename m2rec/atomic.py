@@ -41,6 +41,8 @@ def read_header(path: Path, separator: str) -> dict[str, str]:
                 f"{path}: {cell!r} in the first line is no column; write NAME:TYPE with a type of "
                 f"{', '.join(KINDS)}, columns separated by {separator!r}"
             )
+        if name in columns:
+            raise ValueError(f"{path}: column {name!r} comes twice in the first line; rename one")
         columns[name] = kind
     return columns
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import platform
 import re
 import subprocess
@@ -138,8 +137,10 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
     data = _describe_data(dataset, train, valid, test)
     logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))
     clock.lap("data")
-    if config["model"] == M2Rec.__name__:
+    if config["model"] == M2Rec.__name__ and folder is None:
         make_missing(config, item_tokens(dataset)[1:])
+        if config["device"].type == "cuda":
+            torch.cuda.reset_peak_memory_stats(config["device"])
         clock.lap("text")
 
     init_seed(config["seed"], config["reproducibility"])
@@ -244,7 +245,7 @@ def _held(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: one does.
     """
-    if not distributed.is_first() or os.name != "posix":
+    if not distributed.is_first():
         yield
         return
     with ExitStack() as stack:
@@ -429,7 +430,7 @@ def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset, text: d
     write_text(folder / ITEMS_FILE, json.dumps(tokens, ensure_ascii=False) + "\n")
     try:
         titles = read_titles(Path(config["data_path"]) / f"{config['dataset']}.item", config["ITEM_ID_FIELD"])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         logger.warning("no titles: %s", error)
         return
     if known := {token: titles[token] for token in tokens[1:] if token in titles}:

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ TEXT_FILE = "text.json"  # what made the text vectors, where there are any
 WEIGHTS_FILE = "model.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"  # until the run is finished
 
+
+logger = logging.getLogger(__name__)
 
 _CHECKSUM = "checksum_sha256"
 
@@ -111,19 +114,31 @@ def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a file or folder against other processes that do the same.
+    """Hold a file or folder against other processes that do the same, where the system can do that.
 
     Raises:
         BlockingIOError: another one holds it, and `wait` is False.
     """
-    import fcntl  # there is none on Windows
-
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            logger.info("another process is at %s; waiting for it", path)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:  # file systems that don't know locks
+            logger.debug("%s can't be locked: %s", path, error)
         try:
             yield
         finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # data-loader workers have copies of the handle
+            with suppress(OSError):  # data-loader workers have copies of the handle
+                fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
         os.close(handle)

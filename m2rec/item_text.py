@@ -148,7 +148,8 @@ def read_titles(path: Path, id_column: str) -> dict[str, str]:
     if not (named := [column for group in ranked for column in group]):
         return {}
     frame = atomic.read_table(path, "\t", header)[[id_column, named[0]]].dropna()
-    return dict(zip(frame[id_column], frame[named[0]].str.strip(), strict=True))
+    titles = zip(frame[id_column], frame[named[0]].str.strip(), strict=True)
+    return {token: title for token, title in titles if title}
 
 
 def items_of(path: Path, id_column: str) -> list[str] | None:

@@ -64,4 +64,4 @@ def _tf_idf(texts: Sequence[str]) -> Any:
             return tf_idf.fit_transform(texts)
         except ValueError:  # no word is left
             continue
-    raise ValueError("--text-encoder: lsa finds no word in any text; name other --columns")
+    raise ValueError("text_encoder: lsa finds no word in any text; name other columns")

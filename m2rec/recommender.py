@@ -35,7 +35,7 @@ from m2rec.settings import ModelSettings, RunSettings
 
 _ENCODER = "encoder."
 # what decides the meaning of a vector's numbers, beside the language model's weights
-_MADE_ALIKE = ("pooling", "instruction")
+_MADE_ALIKE = ("revision", "pooling", "instruction")
 
 
 class Recommendation(NamedTuple):
@@ -118,6 +118,8 @@ class Recommender:
         )
         if not all(isinstance(title, str) for title in titles.values()):
             raise ValueError(f"{folder / TITLES_FILE} holds titles that are no text")
+        if not source and (folder / METRICS_FILE).exists():  # of a run from before text.json
+            source = _read(folder / METRICS_FILE, json.loads, dict).get("text") or {}
         text = (weights.get("text_mean"), weights.get("text_basis"))
         return cls(encoder, tokens, config, *text, titles, source)
 
@@ -225,20 +227,20 @@ class Recommender:
             ValueError: the model has no text in its item table, a token is there already or twice,
                 or the vectors don't fit.
         """
+        self._check_text()
         model, new = self._model, _listed(tokens)
         old = model.encoder.vectors
-        if old is None or self._text_mean is None or self._text_basis is None:
-            raise ValueError("add_items: this run has no text; train with text_vectors")
-        if model.encoder.table_text is None:
-            raise ValueError(
-                "add_items: this run has no text in its item table; train with text_in_table: true"
-            )
+        assert old is not None and self._text_mean is not None and self._text_basis is not None
         there = set(model.ids)
         for token in new:
             if not isinstance(token, str) or token in there:
                 why = "is there already" if isinstance(token, str) else "is no text"
                 raise ValueError(f"add_items: {token!r} {why}")
             there.add(token)
+        named = {token: titles[token] for token in new if token in titles} if titles else {}
+        for token, title in named.items():
+            if not isinstance(title, str):
+                raise ValueError(f"add_items: the title of {token!r} is {title!r}, which is no text")
         raw = torch.as_tensor(vectors).to(old)
         if raw.shape != (len(new), len(self._text_mean)):
             raise ValueError(
@@ -256,7 +258,6 @@ class Recommender:
         settings, count = model.encoder.settings, len(model.tokens) + len(new)
         encoder = Encoder(settings, count, self.max_length, state["vectors"]).to(old.device)
         encoder.load_state_dict(state)
-        named = {token: (titles or {})[token] for token in new if token in (titles or {})}
         self._model = _made(encoder, [*model.tokens, *new], {**model.titles, **named})
 
     def add_items_from(self, path: str | Path, titles: Mapping[str, str] | None = None) -> list[str]:
@@ -272,6 +273,7 @@ class Recommender:
         Raises:
             ValueError: the file is unusable, or was not made as the run's; see also `add_items`.
         """
+        self._check_text()
         tokens, vectors, made_by = text_vectors.read(Path(path))
         self._check_made_alike(Path(path), made_by)
         known = set(self.tokens)
@@ -283,19 +285,39 @@ class Recommender:
     def _check_made_alike(self, path: Path, made_by: Mapping[str, str]) -> None:
         """Vectors of another model, or otherwise made by the same, mean something else."""
         ours = self.text_source
-        if ours.get("model") == lsa.NAME:
+        if not made_by.get("model") or not ours.get("model"):
+            lacks = path if not made_by.get("model") else "the run"
+            raise ValueError(f"add_items: {lacks} does not say which model made its vectors; use add_items")
+        if ours["model"] == lsa.NAME:
             raise ValueError(
                 "add_items: vectors of lsa mean something only beside those that were made with them; train "
                 "with those of a language model"
             )
         same_weights = "model_sha256" if "model_sha256" in ours and "model_sha256" in made_by else "model"
-        for key in (same_weights, *_MADE_ALIKE):
-            if ours.get(key) != made_by.get(key):
-                models = made_by.get("model"), ours.get("model")
+        pairs = {key: (ours.get(key) or "", made_by.get(key) or "") for key in (same_weights, *_MADE_ALIKE)}
+        if not all(pairs["revision"]):  # older files have none
+            del pairs["revision"]
+        for key, (wanted, found) in pairs.items():
+            if found != wanted:
+                models = f"{made_by['model']}, the run of {ours['model']}"
                 raise ValueError(
-                    f"add_items: {path} has vectors of {models[0]}, the run of {models[1]}, and {key} is "
-                    f"{made_by.get(key)!r}, not {ours.get(key)!r}; encode the items as those of the run"
+                    f"add_items: {path} has vectors of {models}, and {key} is {found!r}, not {wanted!r}; "
+                    f"encode the items as those of the run"
                 )
+
+    def _check_text(self) -> None:
+        """New items need text in the item table.
+
+        Raises:
+            ValueError: this run has none.
+        """
+        encoder = self._model.encoder
+        if encoder.vectors is None or self._text_mean is None or self._text_basis is None:
+            raise ValueError("add_items: this run has no text; train with text_vectors")
+        if encoder.table_text is None:
+            raise ValueError(
+                "add_items: this run has no text in its item table; train with text_in_table: true"
+            )
 
 
 @torch.no_grad()
@@ -325,6 +347,8 @@ def _checked_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: {device!r} is none; cpu, cuda or cuda:0") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {device!r} is not supported; cpu or cuda")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: there is no {found} here; take cpu")
     return found

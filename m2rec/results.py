@@ -124,7 +124,7 @@ class Spread(NamedTuple):
 def read_answers(sweep: Sweep) -> Answers:
     """The finished runs that a sweep asks for; no file is no runs.
 
-    Of two rows of one cell the last counts; rows of cells that the sweep does not ask for don't.
+    Of two rows of one cell the last counts; rows of cells or settings that the sweep does not ask for don't.
 
     Raises:
         ValueError: the file can't be read, a number is none, or rows that belong together differ.
@@ -132,12 +132,19 @@ def read_answers(sweep: Sweep) -> Answers:
     path = sweep.path.with_suffix(".csv")
     rows = read_rows(path, _CELL) if path.exists() else []
     _check_numbers(path, rows)
-    asked = {(cell.dataset, cell.variant, str(cell.seed)) for cell in sweep.cells()}
+    asked = {(c.dataset, c.variant, str(c.seed)): settings_text(c.keys) for c in sweep.cells()}
     found: dict[tuple[str, ...], Row] = {}
+    others = 0
     for row in rows:
-        found[tuple(row[key] for key in _CELL)] = row
-    if others := [cell for cell in found if cell not in asked]:
-        logger.warning("%s: %s rows belong to no cell of %s", path, len(others), sweep.path.name)
+        cell = (row["dataset"], row["variant"], row["seed"])
+        if asked.get(cell) == row.get("settings", asked.get(cell)):
+            found[cell] = row
+        else:
+            others += 1
+    if others:
+        logger.warning(
+            "%s: %s rows are of no cell of %s, or of other settings", path, others, sweep.path.name
+        )
     answers = {
         (dataset, variant): [
             found[dataset, variant, str(seed)]
@@ -249,13 +256,7 @@ def _check_finite(path: Path, row: Row, columns: Sequence[str], empty: str = "0"
 
 
 def _check_alike(path: Path, answers: Answers) -> None:
-    """One variant has one setting, one data set one size."""
-    for (dataset, variant), rows in answers.items():
-        if len(settings := {row.get("settings", "") for row in rows}) > 1:
-            raise ValueError(
-                f"{path}: the rows of {variant!r} on {dataset} have different settings: "
-                f"{' and '.join(sorted(settings))}; run it again or give each its own variant"
-            )
+    """One data set has one size."""
     for dataset in dict.fromkeys(dataset for dataset, _ in answers):
         for column in COUNTS:
             counts = distinct(of_dataset(answers, dataset), column)

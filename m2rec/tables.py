@@ -252,7 +252,7 @@ def _block(
     parts = [f"**{dataset}**"] if len(sweep.datasets) > 1 else []
     parts += [_markdown(lines) for lines in tables if len(lines) > 1]
     spread_words = "± is the standard deviation over seeds" if rows else ""
-    missing = ", ".join(variant for variant in variants if not answers[dataset, variant])
+    missing = "; ".join(variant for variant in variants if not answers[dataset, variant])
     not_run = f"{NOT_RUN.capitalize()}: {missing}" if missing else ""
     sentences = [*words, spread_words, not_run, f"Made by `{sweep.command}`{_commits(rows)}"]
     parts.append(" ".join(f"{sentence}." for sentence in sentences if sentence))

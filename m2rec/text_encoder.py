@@ -91,7 +91,7 @@ class TextEncoder:
         self.max_tokens = self._max_tokens()
         self.decisive = {
             "model": options.name or options.encoder,
-            "revision": getattr(self.config, "_commit_hash", None) or options.revision,
+            "revision": self._commit() or options.revision,
             "model_sha256": self._fingerprint(),
             "pooling": f"{self.pooling}, unit length",
             "instruction": options.instruction,
@@ -201,7 +201,7 @@ class TextEncoder:
         missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
         if missing:
             raise ValueError(
-                f"--text-encoder: {self.options.encoder!r} has no weights for {missing[0]} and "
+                f"text_encoder: {self.options.encoder!r} has no weights for {missing[0]} and "
                 f"{len(missing) - 1} more; give a model whose weights fit its config.json"
             )
         return model
@@ -212,7 +212,7 @@ class TextEncoder:
             from transformers import AutoConfig, AutoTokenizer
         except ImportError as error:
             raise ValueError(
-                f'--text-encoder: needs transformers ({error}); pip install -e ".[text]", or give lsa'
+                f'text_encoder: needs transformers ({error}); pip install -e ".[text]", or give lsa'
             ) from None
         given = {"revision": self.options.revision or None, "trust_remote_code": False}
         with self._loading():
@@ -234,7 +234,7 @@ class TextEncoder:
         except Exception as error:  # a model's own code can raise anything
             at = f" at revision {self.options.revision!r}" if self.options.revision else ""
             raise ValueError(
-                f"--text-encoder: can't load {self.options.encoder!r}{at}; give lsa, a name on the hub, or "
+                f"text_encoder: can't load {self.options.encoder!r}{at}; give lsa, a name on the hub, or "
                 f"a folder with config.json, the tokenizer's files and model.safetensors ({error})"
             ) from error
         finally:
@@ -286,7 +286,7 @@ class TextEncoder:
     def _fingerprint(self) -> str:
         """A hash of the model: of a folder its files, large ones by samples; of a hub name its configuration.
 
-        A name on the hub comes with the commit, which decides everything.
+        Of that the commit, in `revision`, decides the weights.
         """
         digest, folder = hashlib.sha256(), Path(self.options.encoder)
         if not folder.is_dir():
@@ -297,6 +297,16 @@ class TextEncoder:
                 digest.update(f"{path.name} {path.stat().st_size}\n".encode())
                 digest.update(_samples(path))
         return digest.hexdigest()
+
+    def _commit(self) -> str:
+        """The commit of a name on the hub, which its place in the cache tells; empty for a folder."""
+        from transformers.utils import cached_file
+
+        if Path(self.options.encoder).is_dir():
+            return ""
+        path = cached_file(self.options.encoder, "config.json", revision=self.options.revision or None)
+        parts = Path(str(path)).parts
+        return parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
 
     def _json_beside(self, name: str) -> Any:
         """A JSON file that comes with the model, None without one."""

@@ -2,7 +2,10 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+
+import torch
 
 from m2rec import make_vectors, text_vectors
 from m2rec.compat import Config
@@ -47,46 +50,72 @@ def make_missing(config: Config, tokens: Sequence[str]) -> None:
         OSError: the file can't be written.
     """
     settings = ModelSettings.read(config)
-    if settings.text_vectors != "auto" or not settings.wants_text or settings.text_encoder == "none":
+    encoder, wanted = settings.text_encoder, settings.wants_text
+    if not wanted or (encoder == "none" and settings.text_vectors == "auto"):
         return
-    if settings.text_encoder != "auto":
-        _make_missing(config, settings.text_encoder, tokens)
-        return
-    if text_file(config) is not None or not _item_file(config).is_file():
-        return
-    logger.info("no text vectors yet: lsa makes them, from word counts; --text_encoder=MODEL, a model does")
-    try:
-        _make_missing(config, LSA, tokens)
-    except (ValueError, OSError) as error:
-        logger.warning("text vectors can't be made: %s", error)
+    if (there := text_file(config)) is not None:
+        _check_made_by(there, encoder, config)
+        _warn_of_changes(there, config)
+    elif encoder not in ("auto", "none"):
+        _make(config, encoder, tokens)
+    elif _item_file(config).is_file():
+        logger.info(
+            "no text vectors yet: lsa makes them, from word counts; --text_encoder=MODEL, a model does"
+        )
+        try:
+            _make(config, LSA, tokens)
+        except (ValueError, OSError) as error:
+            logger.warning("text vectors can't be made: %s", error)
 
 
-def _make_missing(config: Config, encoder: str, tokens: Sequence[str]) -> None:
-    name, folder = config["dataset"], folders(config)[0]
+def _make(config: Config, encoder: str, tokens: Sequence[str]) -> None:
+    """Make the file, unless another process did so while this one waited."""
+    folder, device = folders(config)[0], config["device"]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        if (there := text_file(config)) is not None:
-            _check_made_by(there, encoder, name)
+        if text_file(config) is not None:
             return
         texts = read_texts(_item_file(config), config["ITEM_ID_FIELD"], None)
-        device = str(config["device"].type)
-        made_by = Lsa() if encoder == LSA else TextEncoder(EncoderOptions(encoder, device=device))
-        make_vectors.from_texts(folder / f"{name}{text_vectors.SUFFIX}", texts, made_by, list(tokens))
+        output = folder / f"{config['dataset']}{text_vectors.SUFFIX}"
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            made_by = Lsa() if encoder == LSA else TextEncoder(EncoderOptions(encoder, device=device.type))
+            make_vectors.from_texts(output, texts, made_by, list(tokens))
 
 
 def _item_file(config: Config) -> Path:
     return folders(config)[1] / f"{config['dataset']}.item"
 
 
-def _check_made_by(file: Path, encoder: str, dataset: str) -> None:
+def _check_made_by(file: Path, encoder: str, config: Config) -> None:
     """Vectors of one model must not stand for those of another.
 
     Raises:
         ValueError: the file names another encoder than the one asked for.
     """
+    if encoder in ("auto", "none"):
+        return
     model = text_vectors.read(file)[2].get("model", "another source")
     if model != encoder:
         raise ValueError(
             f"text_encoder: {encoder!r}, but {file} has vectors of {model}; run scripts/embed_items.py "
-            f"--dataset={dataset} --text-encoder={encoder}, or leave text_encoder out"
+            f"--dataset={config['dataset']} --data-path={folders(config)[0].parent} "
+            f"--text-encoder={encoder}, or leave text_encoder out"
+        )
+
+
+def _warn_of_changes(file: Path, config: Config) -> None:
+    """Vectors are only made again when that is asked for; but it is said when the texts have changed."""
+    about, items = text_vectors.read(file)[2], _item_file(config)
+    if "texts_sha256" not in about or not items.is_file():
+        return
+    template = about.get("template", "")
+    try:
+        columns = None if template else about["columns"].split(" ")
+        now = read_texts(items, config["ITEM_ID_FIELD"], columns, template).sha256()
+    except (ValueError, OSError, LookupError) as error:
+        logger.warning("%s can't be compared with %s: %s", file, items, error)
+        return
+    if now != about["texts_sha256"]:
+        logger.warning(
+            "%s has changed since %s was made of it; scripts/embed_items.py makes it again", items, file
         )

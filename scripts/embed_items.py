@@ -18,6 +18,7 @@ from pathlib import Path
 from m2rec import lsa, make_vectors, text_vectors
 from m2rec.command_line import Parser
 from m2rec.compat import data_folder
+from m2rec.files import locked
 from m2rec.item_text import items_of, read_texts
 from m2rec.text_encoder import DEVICES, DTYPES, POOLINGS, EncoderOptions, TextEncoder
 from m2rec.vector_import import VectorFile
@@ -87,11 +88,13 @@ def embed(options: argparse.Namespace) -> Path:
     folder = data_folder(Path(options.data_path), name)
     output = Path(options.output or Path(options.data_path) / name / f"{name}{text_vectors.SUFFIX}")
     known = items_of(folder / f"{name}.inter", options.id_column)
-    if options.vectors or options.ids:
-        make_vectors.from_file(output, vector_file(options), known, options.force)
-        return output
-    items = read_texts(folder / f"{name}.item", options.id_column, options.columns, options.template)
-    make_vectors.from_texts(output, items, encoder_of(options, output), known, options.force)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with locked(output.parent):  # a run that finds none would make its own
+        if options.vectors or options.ids:
+            make_vectors.from_file(output, vector_file(options), known, options.force)
+            return output
+        items = read_texts(folder / f"{name}.item", options.id_column, options.columns, options.template)
+        make_vectors.from_texts(output, items, encoder_of(options, output), known, options.force)
     return output
 
 

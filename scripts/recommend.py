@@ -20,14 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(arguments)
         recommender = Recommender.load(options.run, options.device)
-        history = (
-            history_of(options.run, options.user) if options.user else split(options.history, recommender)
-        )
+        history = chosen_history(options, recommender)
         found = recommender.recommend(history, options.k, exclude_seen=not options.keep_seen)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"recommend.py: error: {' '.join(str(error).split())}\n")
         return 2
-    sys.stdout.write(as_json(found) if options.json else as_table(history, found, recommender.titles))
+    said = as_json(found) if options.json else as_table(history, found, recommender.titles)
+    sys.stdout.write(said.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
     return 0
 
 
@@ -46,6 +45,23 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def chosen_history(options: argparse.Namespace, recommender: Recommender) -> list[str]:
+    """The history that the command line names.
+
+    Raises:
+        ValueError: there is no such user, or the user has met items since that the run does not know.
+    """
+    if options.user is None:
+        return split(options.history, recommender)
+    history = history_of(options.run, options.user)
+    if unknown := set(history) - set(recommender.tokens):
+        raise ValueError(
+            f"--user: {options.user!r} has met {min(unknown)!r} since this run was trained; train again, or "
+            f"give the known ones by --history"
+        )
+    return history
+
+
 def split(given: Sequence[str], recommender: Recommender) -> list[str]:
     """The tokens in the arguments; one with spaces that is no token itself stands for several."""
     known = set(recommender.tokens)
@@ -61,7 +77,9 @@ def history_of(run: Path, user: str) -> list[str]:
     from m2rec.configuration import build_config  # RecBole, which a history on the command line needs not
     from m2rec.experiment import item_tokens, load_data
 
-    dataset, _ = load_data(build_config({"config_files": [str(run / CONFIG_FILE)]}))
+    # the run may have been trained on another machine; what its data are does not depend on that
+    here = {"scan_backend": "auto", "use_gpu": False, "log_wandb": False, "tensorboard": False}
+    dataset, _ = load_data(build_config({"config_files": [str(run / CONFIG_FILE)], **here}))
     number = dataset.field2token_id[dataset.uid_field].get(user)
     histories = dataset.histories
     if histories is None or not number or number not in histories.users:

@@ -149,6 +149,8 @@ def answer(variant: str, seed: int, ndcg: float, **others: object) -> dict[str, 
         for kind in ("popularity=0", "popularity=1-5", "popularity=101+", "history=1-5", "history=201+")
         for column, value in (("test_unseen.ndcg@10", ndcg), ("test_users", 1000))
     }
+    settings = {"SASRec": '{"model": "SASRec"}', "no filter | gate": '{"filter": "none"}'}
+    others = {"settings": settings.get(variant, "{}"), **others}
     return {**COMMON, "variant": variant, "seed": seed, **metrics, **times, **buckets, **others}
 
 

@@ -37,6 +37,7 @@ def test_header(tmp_path: Path):
         ("user_id,item_id\n", "'user_id,item_id' in the first line is no column"),
         ("user_id:text\n", "'user_id:text' in the first line is no column"),
         (b"user_id:token\titem\xe9:token\n", "not UTF-8"),
+        ("a:token\tb:token\ta:float\n", "column 'a' comes twice in the first line"),
     ],
 )
 def test_a_wrong_header_is_named(tmp_path: Path, text: str | bytes, message: str):

@@ -250,7 +250,7 @@ def test_a_partial_file_of_other_settings_is_not_used(
     ("arguments", "message"),
     [
         (["--columns", "plot"], "column 'plot' is missing, the file has item_id, title, genre"),
-        (["--text-encoder=gone/none"], "--text-encoder: can't load 'gone/none'"),
+        (["--text-encoder=gone/none"], "text_encoder: can't load 'gone/none'"),
         (["--id-column=asin"], "column 'asin' is missing, the file has item_id"),
         (["--template={plot}"], "column 'plot' is missing"),
         (["--pooling=max"], "argument --pooling: invalid choice: 'max'"),

@@ -1,6 +1,9 @@
 """scripts/recommend.py from the command line, on a run that was trained for it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from m2rec.recommender import Recommender
 from scripts import recommend
 from tests.conftest import small, write_inter
 
+ROOT = Path(__file__).parent.parent
 # i1 and i10 to i14 have titles
 TITLES = {"i1": "Green tea", **{f"i{k}": f"Cup no. {k}" for k in range(10, 15)}}
 
@@ -64,6 +68,22 @@ def test_a_user_of_the_data_set(toy: Path, tmp_path: Path, said: pytest.CaptureF
     ]  # fmt: skip
 
 
+def test_an_item_that_the_run_does_not_know_yet(folder: Path, toy: Path, said: pytest.CaptureFixture[str]):
+    path = toy / "toy" / "toy.inter"
+    path.write_text(path.read_text() + "u5\tbrand-new\t2e9\n")
+    assert recommend.main([str(folder), "--user=u5"]) == 2
+    assert "--user: 'u5' has met 'brand-new' since this run was trained" in said.readouterr().err
+
+
+def test_a_terminal_without_accents(folder: Path):
+    (folder / "titles.json").write_text('{"i1": "Thé"}', encoding="utf-8")
+    command = [sys.executable, "scripts/recommend.py", str(folder), "--history", "i1"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Th\\xe9" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -71,6 +91,7 @@ def test_a_user_of_the_data_set(toy: Path, tmp_path: Path, said: pytest.CaptureF
         (["--history", " "], "history: empty"),
         (["--history", "i1", "-k=0"], "k: expected a whole number from 1, got 0"),
         (["--user", "nobody"], "--user: the data set has no user 'nobody'"),
+        (["--user", ""], "--user: the data set has no user ''"),
         (["--user", "[PAD]"], "--user: the data set has no user '[PAD]'"),
         ([], "one of the arguments --history --user is required"),
         (["--history", "i1", "--device=tpu9"], "device: 'tpu9' is none"),

@@ -152,6 +152,15 @@ def test_new_items_from_a_file(folder: Path, vectors: Path, tmp_path: Path):
         ({"model": "a", "pooling": "cls"}, {"model": "a", "pooling": "mean"}, "pooling is 'mean', not 'cls'"),
         ({"model": "a", "model_sha256": "1"}, {"model": "a", "model_sha256": "2"}, "model_sha256 is '2'"),
         ({"model": "a", "model_sha256": "1"}, {"model": "b", "model_sha256": "1"}, None),
+        (
+            {"model": "a", "model_sha256": "1", "revision": "x"},
+            {"model": "a", "model_sha256": "1", "revision": "y"},
+            "revision is 'y', not 'x'",
+        ),
+        ({"model": "a", "instruction": "q: "}, {"model": "a"}, "instruction is '', not 'q: '"),
+        ({"model": "a"}, {"model": "a", "instruction": "", "revision": "x"}, None),  # the shipped file
+        ({}, {"model": "a"}, "the run does not say which model made its vectors"),
+        ({"model": "a"}, {}, "safetensors does not say which model made its vectors"),
         ({"model": "lsa"}, {"model": "lsa"}, "vectors of lsa mean something only beside"),
     ],
 )
@@ -167,6 +176,19 @@ def test_only_vectors_that_were_made_alike(
         return
     with pytest.raises(ValueError, match=message):
         recommender.add_items_from(vectors)
+    assert len(recommender.tokens) == 21
+
+
+def test_a_run_from_before_text_json(folder: Path, vectors: Path):
+    (folder / "text.json").unlink()
+    assert Recommender.load(folder).add_items_from(vectors) == ["new", "newer"]
+
+
+@pytest.mark.parametrize("title", [5, float("nan"), None])
+def test_a_title_that_is_no_text(folder: Path, vectors: Path, title: Any):
+    recommender = Recommender.load(folder)
+    with pytest.raises(ValueError, match="add_items: the title of 'new' is "):
+        recommender.add_items_from(vectors, {"new": title})
     assert len(recommender.tokens) == 21
 
 
@@ -195,6 +217,8 @@ def test_a_model_without_text_in_the_table_takes_none(toy: Path, tmp_path: Path,
         recommender = Recommender.load(trained(toy, tmp_path, epochs=1, **others))
         with pytest.raises(ValueError, match=f"add_items: this run has no text{message};"):
             recommender.add_items(["new"], torch.ones(1, 8))
+        with pytest.raises(ValueError, match=f"add_items: this run has no text{message};"):
+            recommender.add_items_from(vectors)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +252,8 @@ def test_a_run_is_not_written_over(folder: Path):
 
 
 def test_other_devices(folder: Path):
+    with pytest.raises(ValueError, match="device: 'mps' is not supported; cpu or cuda"):
+        Recommender.load(folder, "mps")
     with pytest.raises(ValueError, match="device: 'gpu' is none"):
         Recommender.load(folder, "gpu")
     with pytest.raises(ValueError, match="device: there is no cuda:77 here"):

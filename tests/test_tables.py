@@ -48,7 +48,7 @@ def test_a_variant_without_rows_and_a_name_with_a_bar(write_sweep: Write):
 
 def test_nothing_run_yet(write_sweep: Write):
     path = write_sweep()
-    expected = "Not run: M2Rec, SASRec. Made by `python scripts/sweep.py results/toys.yaml`."
+    expected = "Not run: M2Rec; SASRec. Made by `python scripts/sweep.py results/toys.yaml`."
     assert table_of(path) == [expected]
     sweep = Sweep.read(path)
     assert bucket_tables(sweep, read_answers(sweep)) == expected

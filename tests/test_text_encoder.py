@@ -219,7 +219,7 @@ def test_options_that_do_not_fit(tmp_path: Path, others: dict[str, object], mess
 
 
 def test_models_that_cannot_be_used(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"--text-encoder: can't load '.*none'"):
+    with pytest.raises(ValueError, match=r"text_encoder: can't load '.*none'"):
         encoder(str(tmp_path / "none"))
     folder = save_model(tmp_path / "bert", "bert")
     weights = load_file(tmp_path / "bert" / "model.safetensors")
@@ -229,12 +229,28 @@ def test_models_that_cannot_be_used(tmp_path: Path):
         encoder(folder).encode(TEXTS)
 
 
+def test_a_name_on_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two revisions with one config.json and other weights, in a cache as the hub's client makes it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for seed, commit in enumerate(("1" * 40, "3" * 40)):
+        save_model(tmp_path / "models--a--one" / "snapshots" / commit, "bert", seed=seed)
+    refs = tmp_path / "models--a--one" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("3" * 40)
+    old, new = encoder("a/one", revision="1" * 40), encoder("a/one")
+    assert old.decisive["model_sha256"] == new.decisive["model_sha256"]
+    assert (old.decisive["revision"], new.decisive["revision"]) == ("1" * 40, "3" * 40)
+    assert not np.allclose(old.encode(TEXTS), new.encode(TEXTS), atol=0.1)
+
+
 def test_weights_are_never_unpickled(tmp_path: Path):
     folder = save_model(tmp_path, "bert")
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="--text-encoder: can't load"):
+    with pytest.raises(ValueError, match="text_encoder: can't load"):
         encoder(folder).encode(TEXTS)
 
 
@@ -244,12 +260,12 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path):
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ValueError, match="--text-encoder: can't load"):
+    with pytest.raises(ValueError, match="text_encoder: can't load"):
         encoder(folder)
     assert not (tmp_path / "ran").exists()
 
 
 def test_without_transformers_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"--text-encoder: needs transformers .*; pip install .*\[text\]"):
+    with pytest.raises(ValueError, match=r"text_encoder: needs transformers .*; pip install .*\[text\]"):
         encoder("any")

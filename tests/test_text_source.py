@@ -1,6 +1,7 @@
 """Text vectors that run_mm.py makes itself: when, by which encoder, and what stops it."""
 
 import json
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,25 @@ def test_vectors_of_one_encoder_never_stand_for_those_of_another(
     assert trained(toy, tmp_path, text_encoder="lsa") == trained(toy, tmp_path) == 0
 
 
+def test_a_named_file_of_another_encoder(
+    toy: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert trained(toy, tmp_path) == 0
+    assert trained(toy, tmp_path, text_vectors=toy / FILE, text_encoder="some/model") == 2
+    assert f"text_encoder: 'some/model', but {toy / FILE} has vectors of lsa" in capsys.readouterr().err
+
+
+def test_texts_that_have_changed_since_are_said(
+    toy: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert trained(toy, tmp_path) == trained(toy, tmp_path) == 0
+    assert "has changed since" not in capsys.readouterr().err
+    with items.open("a") as file:
+        file.write("i15\tblack tray\n")
+    assert trained(toy, tmp_path) == 0
+    assert f"{items} has changed since {toy / FILE} was made of it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("keys", [{"text_encoder": "none"}, {"text_vectors": "none"}])
 def test_none_are_made_where_none_are_wanted(toy: Path, items: Path, tmp_path: Path, keys: dict[str, str]):
     assert trained(toy, tmp_path, **keys) == 0
@@ -126,7 +146,7 @@ def test_a_data_folder_that_can_t_be_written(
     assert trained(toy, tmp_path, text_encoder="lsa") == 2
 
 
-def test_two_processes_make_them_once(toy: Path, items: Path, tmp_path: Path):
+def test_two_processes_share_them(toy: Path, items: Path, tmp_path: Path):
     done = launched(2, *as_arguments(small(toy, epochs=1)), f"--runs_dir={tmp_path / 'runs'}")
     assert done.returncode == 0, done.stderr
     text = text_of_run(tmp_path)
@@ -134,10 +154,13 @@ def test_two_processes_make_them_once(toy: Path, items: Path, tmp_path: Path):
     assert {path.name for path in (toy / "toy").iterdir()} == {"toy.inter", "toy.item", FILE.name}
 
 
-def test_the_second_process_waits_for_the_first(toy: Path, items: Path, write_vectors: Callable[..., Path]):
+def test_the_second_process_waits_for_the_first(
+    toy: Path, items: Path, write_vectors: Callable[..., Path], caplog: pytest.LogCaptureFixture
+):
     config = build_config(small(toy))
     folder = (toy / FILE).parent
     tokens = [f"i{k}" for k in range(20)]
+    caplog.set_level(logging.INFO)
     second = threading.Thread(target=make_missing, args=(config, tokens))
     with locked(folder):
         second.start()
@@ -146,3 +169,5 @@ def test_the_second_process_waits_for_the_first(toy: Path, items: Path, write_ve
         made = write_vectors(toy, "toy", tokens).read_bytes()
     second.join(30)
     assert not second.is_alive() and (toy / FILE).read_bytes() == made
+    assert f"another process is at {folder}; waiting for it" in caplog.text
+    assert "can't be made" not in caplog.text
