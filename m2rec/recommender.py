@@ -336,7 +336,7 @@ def _listed(tokens: Iterable[str]) -> list[str]:
 
 def _ids(model: _Model, tokens: list[str]) -> list[int]:
     for token in tokens:
-        if token not in model.ids:
+        if not isinstance(token, str) or token not in model.ids:
             text = "" if isinstance(token, str) else "; tokens are texts"
             raise ValueError(f"history: the model knows no item {token!r}{text}")
     return [model.ids[token] for token in tokens]

@@ -104,7 +104,7 @@ def _read_npy(path: Path) -> np.ndarray:
     """(n, T), float64."""
     try:
         found = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # NumPy reads the header as Python source, with all that can go wrong there
         raise ValueError(
             f"{path}: is no array of numbers ({error}); save it with numpy.save from a float array"
         ) from None
