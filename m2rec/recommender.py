@@ -98,7 +98,7 @@ class Recommender:
         folder, device = Path(folder), _checked_device(device)
         config = _read(folder / CONFIG_FILE, yaml.safe_load, dict)
         tokens = _read(folder / ITEMS_FILE, json.loads, list)
-        if not all(isinstance(token, str) for token in tokens) or len(set(tokens)) < len(tokens):
+        if len(tokens) < 2 or not all(isinstance(t, str) for t in tokens) or len(set(tokens)) < len(tokens):
             raise ValueError(f"{folder / ITEMS_FILE} is no list of different texts")
         weights, _ = read_tensors(folder / WEIGHTS_FILE, str(device))
         state = {k.removeprefix(_ENCODER): v for k, v in weights.items() if k.startswith(_ENCODER)}
@@ -164,7 +164,7 @@ class Recommender:
         Raises:
             ValueError: the history is empty or holds a token that nobody knows; k is less than 1.
         """
-        if not isinstance(k, int) or k < 1:
+        if type(k) is not int or k < 1:
             raise ValueError(f"k: expected a whole number from 1, got {k!r}")
         model, past = self._model, list(_listed(history))
         (scores,) = self._scores(model, [past])

@@ -79,6 +79,7 @@ class RunTrainer(Trainer):
         self._resumes = resumes
         self._request = StopRequest()
         self._partial = _Partial()
+        self._place = 0, 0  # epoch and step, from 1
         self.average: WeightAverage | None = None
         names = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
         self._columns = ["epoch", "loss", "seconds", *names]
@@ -222,8 +223,9 @@ class RunTrainer(Trainer):
         total = torch.tensor(done.loss, device=self.device)
         batches = self._after(done.steps, train_data)
         for number, batch in enumerate(self._progress(batches, f"train {epoch_idx:>4}", show_progress), 1):
-            total += self._step(batch.to(self.device), train_data.dataset.rows == "dense")
             steps = done.steps + number
+            self._place = epoch_idx, steps
+            total += self._step(batch.to(self.device), train_data.dataset.rows == "dense")
             request = self._stop_request()
             if steps < len(train_data) and (request or self._is_due()):
                 self._write(epoch_idx - 1, _Partial(steps, total.item(), perf_counter() - start))
@@ -335,9 +337,10 @@ class RunTrainer(Trainer):
 
     def _check_nan(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
+            kept = "" if self.best_epoch is None else f"; the weights of epoch {self.best_epoch} are kept"
             raise ValueError(
-                f"training loss became {loss.item()}; lower learning_rate "
-                f"(now {self.learning_rate}) or set clip_grad_norm: {{max_norm: 5}}"
+                f"training loss became {loss.item()} in epoch {self._place[0]}, step {self._place[1]}; lower "
+                f"learning_rate (now {self.learning_rate}) or set clip_grad_norm: {{max_norm: 5}}{kept}"
             )
 
     def load_best(self) -> None:
