@@ -4,16 +4,19 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2rec import distributed
+from m2rec import checkpoint, distributed
 from tests.conftest import as_arguments, small, write_inter
 
 ROOT = Path(__file__).parent.parent
@@ -100,3 +103,31 @@ def test_alone_nothing_happens():
     assert distributed.from_first("x") == "x"
     loss = torch.tensor(3.0)
     assert distributed.sum_gradients([parameter], loss) is loss and parameter.grad is None
+
+
+def test_one_process_that_is_asked_to_stop_stops_all(toy: Path, tmp_path: Path):
+    """None waits for another, the run is kept, and both go on with it."""
+    runs = tmp_path / "runs"
+    arguments = as_arguments(
+        small(toy, epochs=9999, stopping_step=9999, text_vectors="none", train_batch_size=7, runs_dir=runs)
+    )
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*start, "run_mm.py", *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 100
+    while not list(runs.glob("*/checkpoint.safetensors")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    second = next(c for c in psutil.Process(process.pid).children() if c.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    (folder,) = runs.iterdir()
+    assert err.count(f"run_mm.py: stopped; python run_mm.py --resume={folder} goes on") == 1
+    epoch = checkpoint.read_numbers(folder / "checkpoint.safetensors")["epoch"]
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 9999", f"epochs: {epoch + 3}"))
+    done = launched(2, f"--resume={folder}")
+    assert done.returncode == 0, done.stderr
+    assert result(runs)[0]["epochs"] == epoch + 3
