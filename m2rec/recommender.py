@@ -98,7 +98,8 @@ class Recommender:
         folder, device = Path(folder), _checked_device(device)
         config = _read(folder / CONFIG_FILE, yaml.safe_load, dict)
         tokens = _read(folder / ITEMS_FILE, json.loads, list)
-        if len(tokens) < 2 or not all(isinstance(t, str) for t in tokens) or len(set(tokens)) < len(tokens):
+        own = tokens[1:]  # an item may be called as padding is
+        if not own or not all(isinstance(token, str) for token in tokens) or len(set(own)) < len(own):
             raise ValueError(f"{folder / ITEMS_FILE} is no list of different texts")
         weights, _ = read_tensors(folder / WEIGHTS_FILE, str(device))
         state = {k.removeprefix(_ENCODER): v for k, v in weights.items() if k.startswith(_ENCODER)}

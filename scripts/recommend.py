@@ -14,6 +14,8 @@ from m2rec.command_line import Parser
 from m2rec.files import CONFIG_FILE
 from m2rec.recommender import Recommendation, Recommender
 
+WIDEST = 40  # characters of a token in the table
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
@@ -96,15 +98,22 @@ def as_json(found: Sequence[Recommendation]) -> str:
 
 def as_table(history: Sequence[str], found: Sequence[Recommendation], titles: dict[str, str]) -> str:
     """The end of the history, and the recommendations, a line each."""
-    width = max([4, *(len(token) for token in history[-5:]), *(len(item.item) for item in found)])
+    past = [(cut(token), titles.get(token, "")) for token in history[-5:]]
+    best = [(cut(item.item), f"{item.score:.3f}", item.title) for item in found]
+    width = max(len("item"), *(len(row[0]) for row in [*past, *best]))
     lines = [f"after {len(history):,} items, the last of them:"]
-    lines += [f"{'':>5}{token:<{width}}  {titles.get(token, '')}".rstrip() for token in history[-5:]]
+    lines += [f"{'':>5}{token:<{width}}  {title}".rstrip() for token, title in past]
     lines += ["", f"{'':>3}  {'item':<{width}}  {'score':>8}  title"]
     lines += [
-        f"{place:>3}  {item.item:<{width}}  {item.score:>8.3f}  {item.title}".rstrip()
-        for place, item in enumerate(found, 1)
+        f"{place:>3}  {token:<{width}}  {score:>8}  {title}".rstrip()
+        for place, (token, score, title) in enumerate(best, 1)
     ]
     return "\n".join(lines) + "\n"
+
+
+def cut(token: str) -> str:
+    """A token that fits into a table."""
+    return token if len(token) <= WIDEST else token[: WIDEST - 1] + "…"
 
 
 if __name__ == "__main__":

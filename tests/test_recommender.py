@@ -184,6 +184,14 @@ def test_a_run_from_before_text_json(folder: Path, vectors: Path):
     assert Recommender.load(folder).add_items_from(vectors) == ["new", "newer"]
 
 
+def test_an_item_with_the_name_of_padding(toy: Path, tmp_path: Path):
+    path = toy / "toy" / "toy.inter"
+    path.write_text(path.read_text().replace("\ti3\t", "\t[PAD]\t"))
+    recommender = Recommender.load(trained(toy, tmp_path, text_vectors="none"))
+    assert "[PAD]" in {r.item for r in recommender.recommend(["i1"], k=100)}
+    assert recommender.to_ids(["[PAD]"]) != [0] and recommender.recommend(["[PAD]"])
+
+
 @pytest.mark.parametrize("title", [5, float("nan"), None])
 def test_a_title_that_is_no_text(folder: Path, vectors: Path, title: Any):
     recommender = Recommender.load(folder)

@@ -150,6 +150,15 @@ def test_without_text_vectors_it_says_so_and_runs(command: Command, toy: Path):
     assert "no text vectors for toy (looked for toy.text.safetensors in " in err
 
 
+def test_the_same_digits_with_any_number_of_workers(command: Command, toy: Path):
+    tables = []
+    for workers in (0, 1, 2):
+        status, out, err = command(*as_arguments(small(toy, worker=workers, text_vectors="none")))
+        assert status == 0, err
+        tables.append(re.sub(r"\d+ s$|^.*/runs/.*$", "", out, flags=re.M))
+    assert tables[0] == tables[1] == tables[2]
+
+
 def test_two_runs_in_one_second_have_two_folders(command: Command, toy: Path):
     folders = {command(*as_arguments(small(toy, epochs=1)))[1].splitlines()[-1] for _ in range(3)}
     assert len(folders) == 3
