@@ -111,8 +111,8 @@ def _compare_on(dataset: str, sweep: Sweep, runs: Path) -> Iterator[dict[str, An
             for seed in seeds:
                 _check_same_users(ours[seed], theirs[seed])
             pairs[other] = (seeds, _average(ours, seeds), _average(theirs, seeds))
-        else:
-            logger.warning("%s: %r has no finished run with a seed of %r", dataset, other, reference)
+    if missing := [other for other in others if other not in pairs]:
+        logger.info("%s: no run with a seed of %s: %s", dataset, reference, "; ".join(missing))
     if not pairs:
         return
     try:
