@@ -120,7 +120,7 @@ def encoder_of(options: argparse.Namespace, output: Path) -> TextEncoder | lsa.L
     """
     if options.text_encoder is None:
         logger.info(
-            "no --text-encoder: lsa, from word counts; a language model does better, for example "
+            "no --text-encoder: lsa, from word counts; for a language model give its name, for example "
             "--text-encoder=sentence-transformers/all-MiniLM-L6-v2"
         )
         if output.exists() and not options.force:
