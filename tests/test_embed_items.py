@@ -123,7 +123,7 @@ def test_what_is_no_text_vector_file_stays(items: Path, capsys: pytest.CaptureFi
 def test_without_an_encoder_it_is_lsa(items: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     assert run(items) == 0
-    assert "a language model does better" in caplog.text
+    assert "no --text-encoder: lsa, from word counts" in caplog.text
     about = made(items)[2]
     assert about["model"] == "lsa" and about["width"] == "256" and about["scikit-learn"]
     assert made(items)[1].shape == (2, 2)
