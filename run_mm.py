@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = run(config, folder)
         except Interrupted as stop:
             if not others:
-                sys.stderr.write(f"run_mm.py: stopped; python run_mm.py --resume={stop.folder} goes on\n")
+                how = f"; python run_mm.py --resume={stop.folder} goes on" if stop.folder else ""
+                sys.stderr.write(f"run_mm.py: stopped{how}\n")
             return 128 + stop.signal
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)

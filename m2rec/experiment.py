@@ -5,6 +5,7 @@ import json
 import logging
 import platform
 import re
+import signal
 import subprocess
 import sys
 import traceback
@@ -230,8 +231,10 @@ def run(config: Config, folder: Path | None = None) -> Result:
             try:
                 fit(prepared)
                 return _evaluate(prepared)
-            except Interrupted as stop:
-                raise Interrupted(stop.signal, prepared.trainer.folder) from None
+            except KeyboardInterrupt as stop:
+                own = prepared.trainer.folder
+                number = stop.signal if isinstance(stop, Interrupted) else signal.SIGINT
+                raise Interrupted(number, own if (own / CHECKPOINT_FILE).exists() else None) from None
         except Exception as error:
             if not distributed.is_first():  # the first one may only see that this one is gone
                 logger.error("process %s: %s", distributed.rank(), error)
@@ -310,7 +313,7 @@ def _explained(what: str) -> Iterator[None]:
     """Turn RecBole's many ways to trip over a key into one line; `--state=DEBUG` shows the trace."""
     try:
         yield
-    except (OSError, Stopped, Interrupted):  # a full disk, an unreadable file or a stop is no fault of a key
+    except (OSError, Stopped):  # a full disk, an unreadable file or a stop is no fault of a key
         raise
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{what}: out of memory; lower train_batch_size or MAX_ITEM_LIST_LENGTH") from error

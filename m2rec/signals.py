@@ -49,12 +49,12 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
-class Interrupted(Exception):
-    """A run was asked to stop and has kept what it takes to go on.
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop, and has kept what it takes to go on if it could.
 
     Attributes:
         signal: the number of the signal.
-        folder: that of the run, where it is known.
+        folder: that of the run, None if there is nothing in it to go on from.
     """
 
     def __init__(self, number: int, folder: Path | None = None) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -234,6 +235,20 @@ def test_ctrl_c_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "_watch", interrupted)
+    status, out, err = study()
+    assert status == 130 and out == ""
+    assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
+    assert [t.state.name for t in trials(toy)] == ["FAIL"]
+
+
+def test_sigterm_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
+    watch = tune._watch
+
+    def killed(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        watch(*arguments)
+
+    monkeypatch.setattr(tune, "_watch", killed)
     status, out, err = study()
     assert status == 130 and out == ""
     assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
