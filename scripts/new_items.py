@@ -32,6 +32,7 @@ from m2rec.text_source import make_missing, text_file
 CONFIG = Path(__file__).parent.parent / "config.yaml"
 K = 10
 BATCH = 256
+OF_THE_PLACE = ("dataset", "seed", "data_path", "runs_dir")  # no settings, or columns of their own
 GROUPS = ("new", "new_among_new", "old")
 COLUMNS = [
     *("dataset", "seed", "share", "commit", "settings", "items", "new_items"),
@@ -97,7 +98,7 @@ def measure(given: dict[str, Any], share: float) -> dict[str, Any]:
     recommender = Recommender.load(run(build_config({**given, **without}, CONFIG)).folder)
     added = tokens[taken].tolist()
     recommender.add_items(added, raw[[row_of[token] for token in added]])
-    others = {key: value for key, value in given.items() if key not in ("dataset", "seed", "data_path")}
+    others = {key: value for key, value in given.items() if key not in OF_THE_PLACE}
     return {
         "dataset": config["dataset"],
         "seed": config["seed"],
