@@ -146,3 +146,23 @@ def test_a_disk_that_is_full(
     assert not list(folder.glob(".*.tmp"))
     (tiny_disk / "filler").unlink()
     assert command(f"--resume={folder}", runs_dir=False)[0] == 0
+
+
+def test_a_run_folder_that_can_not_be_written(
+    values: dict[str, Any], tiny_disk: Path, command: Callable[..., tuple[int, str, str]]
+):
+    process = started({**values, "runs_dir": str(tiny_disk)}, None)
+    wait_for(lambda: list(tiny_disk.glob("*/checkpoint.safetensors")))
+    process.kill()
+    process.join()
+    (folder,) = tiny_disk.iterdir()
+    remount = ["mount", "-o", "remount,{}", str(tiny_disk)]
+    subprocess.run([part.format("ro") for part in remount], check=True)
+    try:
+        status, _, err = command(f"--resume={folder}", runs_dir=False)
+        assert status == 2 and "Read-only file system" in err and "Traceback" not in err
+        status, _, err = command(*as_arguments({**values, "runs_dir": str(tiny_disk)}), runs_dir=False)
+        assert status == 2 and "runs_dir: can't create" in err and "Traceback" not in err
+    finally:
+        subprocess.run([part.format("rw") for part in remount], check=True)
+    assert command(f"--resume={folder}", runs_dir=False)[0] == 0
