@@ -67,6 +67,15 @@ def _check_interval(key: str, interval: Any) -> None:
         raise ValueError(f"{key}: {interval!r} is no interval from low to high; write it as '[5,inf)'")
 
 
+def check_pickles(values: Mapping[str, Any]) -> None:
+    """No key of RecBole's that loads a pickle."""
+    if values.get("pre_model_path"):
+        raise ValueError(
+            f"pre_model_path: {values['pre_model_path']!r} would be unpickled, which is never done here; "
+            f"leave it out"
+        )
+
+
 def check_optional(values: Mapping[str, Any]) -> None:
     """A package that a key needs must be there."""
     if values.get("log_wandb") and find_spec("wandb") is None:

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from m2rec import distributed
-from m2rec.checks import check_data_keys, check_device, check_evaluation, check_optional
+from m2rec.checks import check_data_keys, check_device, check_evaluation, check_optional, check_pickles
 from m2rec.compat import (
     RECBOLE,
     Config,
@@ -186,6 +186,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     check_data_keys(values)
     check_device(values)
     check_optional(values)
+    check_pickles(values)
     if model is M2Rec:
         settings = ModelSettings.read(values)
         check_together(settings, run)

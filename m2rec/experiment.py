@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ import yaml
 
 from m2rec import __version__, distributed
 from m2rec.compat import Config, data_preparation, init_seed
-from m2rec.configuration import build_config, find_model, resolved
+from m2rec.configuration import build_config, find_model, read_yaml, resolved
 from m2rec.dataset import HistoryDataset
 from m2rec.evaluation import ALL, UNSEEN
 from m2rec.files import (
@@ -43,15 +43,24 @@ from m2rec.files import (
 from m2rec.item_text import read_titles
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
-from m2rec.signals import Interrupted
+from m2rec.signals import Interrupted, StopRequest
 from m2rec.text_source import make_missing
 from m2rec.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
 
 
+# keys of a run that may be others when it goes on: its length, the machine's, and where its files are
+_MAY_CHANGE = {
+    "checkpoint_minutes", "data_path", "epochs", "eval_batch_size", "gpu_id", "log_wandb", "runs_dir",
+    "scan_backend", "show_progress", "state", "stopping_step", "tensorboard", "text_encoder", "text_vectors",
+    "use_gpu", "worker",
+}  # fmt: skip
+
 # what a sweep and its report write themselves
 _NO_CODE = (":(exclude)results", ":(exclude)*.md")
+
+_PATIENCE = 10.0  # seconds: data-loader workers of a run that was killed hold its folder for five
 
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
 
@@ -156,7 +165,9 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
         folder = distributed.from_first(own)
     torch.manual_seed(config["seed"] + distributed.rank())  # each process drops out its own
     trainer = RunTrainer(config, model, folder, resumes)
-    trainer.notes["data"] = _fingerprint(dataset, model)
+    parts = (train, valid, test)
+    trainer.notes |= {"data": _fingerprint(dataset, parts), "settings": _lasting(config)}
+    trainer.notes["text"] = (getattr(model, "text_source", None) or {}).get("sha256")
     trainer.notes["commit"] = commit()  # of the code as it is now, whatever happens to it meanwhile
     return Prepared(config, dataset, (train, valid, test), data, trainer, clock)
 
@@ -181,11 +192,7 @@ def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -
         logger.warning("no validation rows (%s): the last epoch's weights are kept", why)
     with _explained(f"model: {config['variant']} can't be trained with these keys and this data"):
         validated = valid if prepared.has_valid else None
-        code = trainer.notes["commit"]
         trainer.fit(train, validated, show_progress=config["show_progress"], callback_fn=watch)
-        if code != trainer.notes["commit"]:
-            logger.warning("trained in part by commit %s, in part by %s", trainer.notes["commit"], code)
-            trainer.notes["commit"] = f"{trainer.notes['commit']} and {code}"
     prepared.clock.lap("training")
     prepared.clock.seconds["training"] = round(trainer.seconds, 3)
 
@@ -205,7 +212,16 @@ def resumed(folder: Path, machine: Mapping[str, Any]) -> Config:
     if missing:
         cure = "the run is finished" if (folder / METRICS_FILE).is_file() else "start a new run"
         raise ValueError(f"resume: {folder} has no {missing[0]} to go on from; {cure}")
-    return build_config({**machine, "config_files": [str(folder / CONFIG_FILE)]})
+    given: dict[str, Any] = {**machine, "config_files": [str(folder / CONFIG_FILE)]}
+    if read_yaml(folder / CONFIG_FILE).get("text_vectors") == "auto":  # the file of then, not of now
+        try:
+            file = json.loads((folder / TEXT_FILE).read_text(encoding="utf-8"))["file"]
+        except OSError:
+            file = "none"
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"resume: {folder / TEXT_FILE} is damaged ({error}); start a new run") from None
+        given["text_vectors"] = file
+    return build_config(given)
 
 
 def run(config: Config, folder: Path | None = None) -> Result:
@@ -226,14 +242,16 @@ def run(config: Config, folder: Path | None = None) -> Result:
             if folder is not None:
                 held.enter_context(_held(folder))
             prepared = prepare(config, folder)
+            last = StopRequest(at_once=True)
             if folder is None:
                 held.enter_context(_held(prepared.trainer.folder))
             try:
                 fit(prepared)
-                return _evaluate(prepared)
-            except KeyboardInterrupt as stop:
+                with last:
+                    return _evaluate(prepared)
+            except KeyboardInterrupt:
                 own = prepared.trainer.folder
-                number = stop.signal if isinstance(stop, Interrupted) else signal.SIGINT
+                number = prepared.trainer.stopped_by or last.signal or signal.SIGINT
                 raise Interrupted(number, own if (own / CHECKPOINT_FILE).exists() else None) from None
         except Exception as error:
             if not distributed.is_first():  # the first one may only see that this one is gone
@@ -252,23 +270,46 @@ def _held(folder: Path) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder, wait=False))
-        except BlockingIOError:
+        end = perf_counter() + _PATIENCE
+        while True:
+            try:
+                stack.enter_context(locked(folder, wait=False))
+                break
+            except BlockingIOError:
+                if perf_counter() < end:
+                    sleep(0.2)
+                    continue
             raise ValueError(
                 f"resume: another process is training in {folder}; wait for it or stop it"
             ) from None
         yield
 
 
-def _fingerprint(dataset: HistoryDataset, model: Any) -> str:
-    """A hash of what a run is trained on: every user's items in order, and the text vectors."""
-    histories, text = dataset.histories, getattr(model, "text_source", None) or {}
-    digest = hashlib.sha256(json.dumps([item_tokens(dataset), text.get("sha256")]).encode())
-    if histories is not None:
-        for part in (histories.owner, histories.items, histories.split.train_stop):
-            digest.update(np.ascontiguousarray(part).data)
+def _fingerprint(dataset: HistoryDataset, parts: Iterable[Any]) -> str:
+    """A hash of what a run is trained and tested on: every user's items in order, all rows, item features."""
+    digest = hashlib.sha256(json.dumps(item_tokens(dataset)).encode())
+    arrays: list[Any] = []
+    if dataset.histories is not None:
+        arrays += [dataset.histories.owner, dataset.histories.items]
+    for part in parts:
+        rows = part.dataset.inter_feat
+        names = (dataset.uid_field, dataset.iid_field, dataset.item_list_length_field)
+        arrays += [rows[name].numpy() for name in names if name in rows]
+    features = dataset.item_feat
+    if features is not None:
+        arrays += [features[name].numpy() for name in features.columns]
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _lasting(config: Config) -> dict[str, str]:
+    """The settings that a run keeps from its start to its end, as text."""
+    return {
+        key: json.dumps(value, default=str)
+        for key, value in resolved(config).items()
+        if key not in _MAY_CHANGE
+    }
 
 
 def _evaluate(prepared: Prepared) -> Result:

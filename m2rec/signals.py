@@ -16,12 +16,17 @@ _SAME = 1.0  # seconds
 class StopRequest:
     """Use it with `with`, in the main thread; in another thread it never asks.
 
+    Args:
+        at_once: whether already the first signal raises KeyboardInterrupt.
+
     Attributes:
         signal: the number of the signal that came, None as long as none did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool = False) -> None:
         self.signal: int | None = None
+        self._at_once = at_once
+        self._owner = os.getpid()
         self._came = 0.0
         self._before: dict[int, Any] = {}
 
@@ -40,8 +45,13 @@ class StopRequest:
         """Note the first one; raise KeyboardInterrupt at the second.
 
         Raises:
-            KeyboardInterrupt: it is not the first.
+            KeyboardInterrupt: it is not the first, or one is enough.
         """
+        if os.getpid() != self._owner:  # a data-loader worker, which its parent ends
+            return
+        if self._at_once:
+            self.signal = number
+            raise KeyboardInterrupt
         if self.signal is None:
             self.signal, self._came = number, monotonic()
             os.write(2, b"stopping after this step; once more stops at once\n")  # a handler must not log

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from m2rec.compat import Config, DataStruct, Interaction, Trainer
 from m2rec.evaluation import ALL, UNSEEN, Breakdown, Ranking, rank
 from m2rec.files import (
     CHECKPOINT_FILE,
+    CONFIG_FILE,
     HISTORY_FILE,
     WEIGHTS_FILE,
     read_tensors,
@@ -118,7 +120,15 @@ class RunTrainer(Trainer):
 
         kwargs = {"verbose": False, "callback_fn": after_validation, **kwargs}
         with self._request:
-            return super().fit(train_data, valid_data, *args, **kwargs)
+            outcome = super().fit(train_data, valid_data, *args, **kwargs)
+            if request := self._stop_request():
+                raise Interrupted(request)
+        return outcome
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that asked the training to stop, None if none did."""
+        return self._request.signal
 
     def _keep(self, epoch: int) -> None:
         """Write what it takes to go on after this epoch.
@@ -162,38 +172,83 @@ class RunTrainer(Trainer):
             ValueError: the checkpoint can't be used, or is of other data.
         """
         path = self.folder / CHECKPOINT_FILE
-        numbers = checkpoint.load(path, self._training(self._loader), self._check_data)
+        numbers = checkpoint.load(path, self._training(self._loader), self._check_notes)
         self._partial = _Partial(**numbers["partial"])
         stopped = numbers["cur_step"] > self.stopping_step  # early stopping was due, only the test is left
         self.start_epoch = self.epochs if stopped else numbers["epoch"] + 1
         self.cur_step, self.best_epoch = numbers["cur_step"], numbers["best_epoch"]
-        if self.best_epoch is not None and distributed.is_first():
-            read_tensors(Path(self.saved_model_file))  # an epoch from now would be late to notice damage
         self.best_valid_score = numbers["best_valid_score"]
         self.train_loss_dict = {int(epoch): loss for epoch, loss in numbers["losses"].items()}
-        self.seconds, self.notes = numbers["seconds"], numbers["notes"]
-        for left in self.folder.glob(".*.tmp"):  # of a write that was cut off
-            left.unlink(missing_ok=True)
+        self.seconds = numbers["seconds"]
+        self._take_notes(numbers["notes"])
+        if distributed.is_first():
+            self._check_weights(numbers["epoch"])
+            self._cut_history(numbers["epoch"])
+            for left in self.folder.glob(".*.tmp"):  # of a write that was cut off
+                left.unlink(missing_ok=True)
+        else:  # only the first one's random state was kept
+            torch.manual_seed(self.config["seed"] + distributed.rank() + 1_000_003 * self.start_epoch)
         steps = f" and {self._partial.steps} steps" if self._partial.steps else ""
         best = numbers["best_valid_score"]
         logger.info("goes on after epoch %s%s, best %s so far", numbers["epoch"], steps, best)
-        if distributed.is_first():
-            lines = (self.folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
-            write_text(self.folder / HISTORY_FILE, "\n".join(lines[: 2 + numbers["epoch"]]) + "\n")
-        else:  # only the first one's random state was kept
-            torch.manual_seed(self.config["seed"] + distributed.rank() + 1_000_003 * self.start_epoch)
 
-    def _check_data(self, numbers: Mapping[str, Any]) -> None:
-        """A run goes on with the data it began with.
+    def _check_notes(self, numbers: Mapping[str, Any]) -> None:
+        """A run goes on with the data, text vectors and settings that it began with.
 
         Raises:
-            ValueError: it is other data.
+            ValueError: something is other than it was.
         """
-        if numbers["notes"].get("data") != self.notes.get("data"):
+        began, cure = numbers["notes"], "put it back, or start a new run"
+        if began.get("data") != self.notes.get("data"):
+            name = self.config["dataset"]
+            raise ValueError(f"resume: the data of {name!r} have changed since the run stopped; {cure}")
+        if began.get("text") != self.notes.get("text"):
+            raise ValueError(f"resume: the text vectors have changed since the run stopped; {cure}")
+        ours, theirs = self.notes.get("settings", {}), began.get("settings", {})
+        if other := [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]:
             raise ValueError(
-                f"resume: the interactions or text vectors of {self.config['dataset']!r} have changed since "
-                f"{self.folder} was stopped; put them back, or start a new run"
+                f"resume: {other[0]} was {theirs.get(other[0])} and is {ours.get(other[0])} in "
+                f"{self.folder / CONFIG_FILE}; {cure}"
             )
+
+    def _take_notes(self, began: dict[str, Any]) -> None:
+        """Those of the checkpoint, with this code beside what trained before."""
+        code, before = self.notes.get("commit"), began.get("commit")
+        self.notes = began
+        if str(code) not in str(before).split(" and "):
+            logger.warning("trained in part by commit %s, in part by %s", before, code)
+            self.notes["commit"] = f"{before} and {code}"
+
+    def _check_weights(self, epoch: int) -> None:
+        """The best weights so far are whole, and those of the best epoch.
+
+        Newer ones are of an epoch whose checkpoint was not written any more: they are the best then.
+
+        Raises:
+            ValueError: they are not.
+        """
+        path = Path(self.saved_model_file)
+        if not path.exists() and self.best_epoch is None:
+            return
+        _, about = read_tensors(path)
+        found = int(about.get("epoch", -1))
+        if found > epoch:
+            self.best_epoch, self.best_valid_score = found, float(about["score"])
+        elif found != self.best_epoch:
+            raise ValueError(f"resume: {path} is of epoch {found}, not of {self.best_epoch}; start a new run")
+
+    def _cut_history(self, epoch: int) -> None:
+        """Drop the lines of history.csv after this epoch.
+
+        Raises:
+            ValueError: lines before are missing.
+        """
+        path = self.folder / HISTORY_FILE
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[: 2 + epoch]
+        numbers = [line.partition(",")[0] for line in lines]
+        if numbers != ["epoch", *map(str, range(epoch + 1))]:
+            raise ValueError(f"resume: {path} has lost lines before epoch {epoch}; start a new run")
+        write_text(path, "\n".join(lines) + "\n")
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         """RecBole's optimiser, with a group for each way in which parameters are marked.
@@ -220,17 +275,20 @@ class RunTrainer(Trainer):
         start = perf_counter() - done.seconds
         self.model.train()
         self._epoch_began = self._loader.get_state()
-        total = torch.tensor(done.loss, device=self.device)
+        total, steps = torch.tensor(done.loss, device=self.device), done.steps
         batches = self._after(done.steps, train_data)
-        for number, batch in enumerate(self._progress(batches, f"train {epoch_idx:>4}", show_progress), 1):
-            steps = done.steps + number
+        for batch in self._progress(batches, f"train {epoch_idx:>4}", show_progress):
+            steps += 1
             self._place = epoch_idx, steps
             total += self._step(batch.to(self.device), train_data.dataset.rows == "dense")
             request = self._stop_request()
             if steps < len(train_data) and (request or self._is_due()):
                 self._write(epoch_idx - 1, _Partial(steps, total.item(), perf_counter() - start))
-                if request:
-                    raise Interrupted(request)
+            if steps < len(train_data) and request:
+                raise Interrupted(request)
+        if steps < len(train_data):  # data-loader workers got the signal too, and are gone
+            self._write(epoch_idx - 1, _Partial(steps, total.item(), perf_counter() - start))
+            raise Interrupted(self._stop_request())
         loss = total.item()
         seconds = round(perf_counter() - start, 3)
         self._epoch = {"epoch": epoch_idx, "loss": loss / len(train_data), "seconds": seconds}
@@ -253,7 +311,17 @@ class RunTrainer(Trainer):
             next(batches)
         if steps:
             checkpoint.set_random_state(self.device, *state)
-        return batches
+        while (batch := self._next(batches)) is not None:
+            yield batch
+
+    def _next(self, batches: Iterator[Interaction]) -> Interaction | None:
+        """The next batch; None at the end, or where the signal that asks to stop has killed the workers."""
+        try:
+            return next(batches, None)
+        except RuntimeError:
+            if distributed.size() > 1 or self._request.signal is None:
+                raise
+            return None
 
     def _is_due(self) -> bool:
         minutes: float = self.config["checkpoint_minutes"]
@@ -319,13 +387,16 @@ class RunTrainer(Trainer):
         if distributed.is_first():
             with (self.folder / HISTORY_FILE).open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns, restval="").writerow(row)
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint must not be on the disk before it
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         if epoch < 0:  # RecBole's, when there is no epoch left to train
             return
         if distributed.is_first():
             with self._averaged():
-                write_tensors(Path(self.saved_model_file), self.model.state_dict())
+                about = {"epoch": str(epoch), "score": str(float(self.best_valid_score))}
+                write_tensors(Path(self.saved_model_file), self.model.state_dict(), about)
         self.best_epoch = epoch
         if not self.validates:
             self._keep(epoch)

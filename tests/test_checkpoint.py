@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from m2rec import checkpoint
 from m2rec.configuration import build_config
-from m2rec.experiment import Stopped, fit, prepare, run
-from m2rec.files import locked, read_tensors
+from m2rec.experiment import Stopped, fit, prepare, resumed, run
+from m2rec.files import locked, read_tensors, write_tensors
 from m2rec.signals import Interrupted
 from m2rec.trainer import RunTrainer
 from tests.conftest import as_arguments, small
@@ -158,7 +158,10 @@ def test_a_checkpoint_every_few_minutes_within_an_epoch(
     assert kept == [0]
 
 
-def test_a_run_is_never_trained_twice_at_a_time(command: Command, toy: Path, tmp_path: Path):
+def test_a_run_is_never_trained_twice_at_a_time(
+    command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("m2rec.experiment._PATIENCE", 0.5)
     folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
     with locked(folder):
         status, _, err = command(f"--resume={folder}", runs_dir=False)
@@ -166,24 +169,114 @@ def test_a_run_is_never_trained_twice_at_a_time(command: Command, toy: Path, tmp
     assert command(f"--resume={folder}", runs_dir=False)[0] == 0
 
 
-@pytest.mark.parametrize("what", ["interactions", "order", "text"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("interactions", "resume: the data of 'toy' have changed"),
+        ("order", "resume: the data of 'toy' have changed"),
+        ("times", "resume: the data of 'toy' have changed"),
+        ("text", "resume: the text vectors have changed"),
+        ("text is gone", "text_vectors: no file"),
+    ],
+)
 def test_data_that_changed_is_noticed(
-    command: Command, toy: Path, tmp_path: Path, write_vectors: Callable[..., Path], what: str
+    command: Command, toy: Path, tmp_path: Path, write_vectors: Callable[..., Path], what: str, message: str
 ):
     tokens = [f"i{k}" for k in range(20)]
-    write_vectors(toy, "toy", tokens)
+    vectors = write_vectors(toy, "toy", tokens)
     folder = stopped({**small(toy), "runs_dir": str(tmp_path / "runs")}, after=0)
     path = toy / "toy" / "toy.inter"
-    lines = path.read_text().splitlines()
+    head, *lines = path.read_text().splitlines()
     if what == "interactions":
-        user = lines[1].split("\t")[0]
-        path.write_text("\n".join([*lines, f"{user}\ti3\t1e9"]) + "\n")
+        lines.append(f"{lines[0].split()[0]}\ti3\t1e9")
     elif what == "order":
-        path.write_text("\n".join([lines[0], *lines[:0:-1]]) + "\n")
-    else:
+        lines.reverse()
+    elif what == "times":  # the same histories, but the rows of training come in another order
+        cells = [line.split("\t") for line in lines]
+        lines = [f"{u}\t{i}\t{float(t) + 1e6 * (int(u[1:]) % 2)}" for u, i, t in cells]
+    elif what == "text":
         write_vectors(toy, "toy", tokens[:-1])
+    else:
+        vectors.unlink()
+    path.write_text("\n".join([head, *lines]) + "\n")
     status, _, err = command(f"--resume={folder}", runs_dir=False)
-    assert status == 2 and "resume: the interactions or text vectors of 'toy' have changed since" in err
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+def test_text_that_came_later_changes_nothing(
+    command: Command, toy: Path, tmp_path: Path, write_vectors: Callable[..., Path]
+):
+    folder = stopped({**small(toy), "runs_dir": str(tmp_path / "runs")}, after=0)
+    write_vectors(toy, "toy", [f"i{k}" for k in range(20)])
+    status, _, err = command(f"--resume={folder}", runs_dir=False)
+    assert status == 0, err
+    assert json.loads((folder / "metrics.json").read_text())["text"] is None
+
+
+def test_settings_that_changed_are_named(command: Command, toy: Path, tmp_path: Path):
+    values = {**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}
+    folder = stopped(values, after=0)
+    config = folder / "config.yaml"
+    whole = config.read_text()
+    for old, new, message in (
+        ("learning_rate: 0.001", "learning_rate: 0.01", "resume: learning_rate was 0.001 and is 0.01 in"),
+        ("seed: 2020", "seed: 2021", "resume: seed was 2020 and is 2021 in"),
+        ("hidden_size: 16", "hidden_size: 32", "resume: hidden_size was 16 and is 32 in"),
+    ):
+        assert old in whole
+        config.write_text(whole.replace(old, new))
+        status, _, err = command(f"--resume={folder}", runs_dir=False)
+        assert status == 2 and message in err
+    config.write_text(whole.replace("epochs: 2", "epochs: 3"))
+    assert command(f"--resume={folder}", runs_dir=False)[0] == 0
+
+
+def test_weights_of_an_epoch_whose_checkpoint_is_not_there(command: Command, toy: Path, tmp_path: Path):
+    """They are the best then; others are refused."""
+    values = {
+        **small(toy, epochs=5, learning_rate=0.01, text_vectors="none"),
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    folder = stopped(values, after=1)
+    path = folder / "model.safetensors"
+    weights, about = read_tensors(path)
+    for epoch, message in (("0", "is of epoch 0, not of 1"), ("-1", "is of epoch -1, not of 1")):
+        write_tensors(path, weights, {**about, "epoch": epoch})
+        if about["epoch"] == epoch:
+            continue
+        status, _, err = command(f"--resume={folder}", runs_dir=False)
+        assert status == 2 and message.replace("not of 1", f"not of {about['epoch']}") in err
+    write_tensors(path, weights, {"epoch": "2", "score": "0.9"})  # of an attempt that did far better
+    assert command(f"--resume={folder}", runs_dir=False)[0] == 0
+    assert json.loads((folder / "metrics.json").read_text())["best_epoch"] == 2
+    assert all(torch.equal(load_file(path)[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("content", ["", "epoch,loss\n", "epoch\n1,2\n", "\0\n\n\n\n"])
+def test_a_history_that_lost_lines(command: Command, toy: Path, tmp_path: Path, content: str):
+    folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
+    (folder / "history.csv").write_text(content)
+    status, _, err = command(f"--resume={folder}", runs_dir=False)
+    assert status == 2 and "history.csv has lost lines before epoch 0" in err
+
+
+def test_every_code_that_trained_is_named(
+    command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    values = {**small(toy, epochs=3, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}
+    monkeypatch.setattr("m2rec.experiment.commit", lambda: "a")
+    folder = stopped(values, after=0)
+    monkeypatch.setattr("m2rec.experiment.commit", lambda: "b")
+    prepared = prepare(resumed(folder, {}), folder)
+
+    def stop(epoch: int, score: float) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(prepared, stop)
+    monkeypatch.setattr("m2rec.experiment.commit", lambda: "a")
+    assert command(f"--resume={folder}", runs_dir=False)[0] == 0
+    assert json.loads((folder / "metrics.json").read_text())["commit"] == "a and b"
 
 
 def test_every_damage_is_noticed(command: Command, toy: Path, tmp_path: Path):

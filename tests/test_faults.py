@@ -114,6 +114,19 @@ def test_asked_to_stop_it_says_how_to_go_on(values: dict[str, Any], tmp_path: Pa
     resumed(folder, {})
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_workers_too(values: dict[str, Any], tmp_path: Path, number: int, status: int):
+    """As schedulers and terminals send it, to the whole group."""
+    own = {**values, "epochs": 10_000, "stopping_step": 10_000, "worker": 2, "checkpoint_minutes": 5}
+    command = [sys.executable, "run_mm.py", *as_arguments(own)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: list((tmp_path / "runs").glob("*/checkpoint.safetensors")))
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert err.count("stopping after this step") == 1 and "--resume=" in err and "Traceback" not in err
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""

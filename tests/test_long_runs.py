@@ -28,5 +28,5 @@ def test_memory_files_and_threads_stay_flat(toy: Path, tmp_path: Path, monkeypat
     fit(prepare(build_config({**values, "average_epochs": 0.5, "runs_dir": str(tmp_path)})))
     assert len(seen) == 6 * epochs >= STEPS
     warm, end = seen[len(seen) // 4], seen[-1]
-    assert end[0] < 1.05 * warm[0]
+    assert end[0] - warm[0] < 8 * 2**20
     assert end[1:] == warm[1:]

@@ -245,6 +245,7 @@ def test_one_user_and_twelve_items(command: Command, tmp_path: Path):
         (["--text_vectors=gone.safetensors"], "text_vectors: no file 'gone.safetensors'"),
         (["--gpu_id=77"], "gpu_id: there is no GPU '77'"),
         (["--scan_backend=mamba_ssm"], "scan_backend: 'mamba_ssm' needs a CUDA device and this is cpu"),
+        (["--pre_model_path=x.pth"], "pre_model_path: 'x.pth' would be unpickled"),
         (["epochs=3"], "argument 'epochs=3': expected --key=value"),
         (["--runs_dir=/dev/null/x"], "runs_dir: can't create "),
     ],
