@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from m2rec.averaging import WeightAverage
-from m2rec.files import read_tensors, write_tensors
+from m2rec.files import read_metadata, read_tensors, write_tensors
 
 _MODEL, _OPTIMIZER, _RANDOM, _AVERAGE = "model.", "optimizer.", "random.", "average."
 _LOADER = "loader"
@@ -99,10 +98,9 @@ def read_numbers(path: Path) -> dict[str, Any]:
     """A checkpoint's numbers alone, unchecked.
 
     Raises:
-        OSError, SafetensorError, LookupError, ValueError: it is none.
+        LookupError, ValueError: it is none.
     """
-    with safe_open(path, framework="pt") as file:
-        return dict(json.loads((file.metadata() or {})["numbers"]))
+    return dict(json.loads(read_metadata(path)["numbers"]))
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

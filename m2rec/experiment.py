@@ -1,29 +1,23 @@
 """One run: config -> seed -> data -> model -> trainer -> run folder."""
 
-import hashlib
 import json
 import logging
-import platform
 import re
 import signal
-import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
 import yaml
 
-from m2rec import __version__, distributed
+from m2rec import distributed, provenance
 from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.configuration import build_config, find_model, read_yaml, resolved
 from m2rec.dataset import HistoryDataset
@@ -42,27 +36,23 @@ from m2rec.files import (
 )
 from m2rec.item_text import read_titles
 from m2rec.model import M2Rec
-from m2rec.ops import resolve_backend
+from m2rec.provenance import (
+    commit,
+    describe_data,
+    describe_device,
+    describe_machine,
+    describe_protocol,
+    fingerprint,
+    item_tokens,
+    lasting_settings,
+)
 from m2rec.signals import Interrupted, StopRequest
 from m2rec.text_source import make_missing
 from m2rec.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
 
-
-# keys of a run that may be others when it goes on: its length, the machine's, and where its files are
-_MAY_CHANGE = {
-    "checkpoint_minutes", "data_path", "epochs", "eval_batch_size", "gpu_id", "log_wandb", "runs_dir",
-    "scan_backend", "show_progress", "state", "stopping_step", "tensorboard", "text_encoder", "text_vectors",
-    "use_gpu", "worker",
-}  # fmt: skip
-
-# what a sweep and its report write themselves
-_NO_CODE = (":(exclude)results", ":(exclude)*.md")
-
 _PATIENCE = 10.0  # seconds: data-loader workers of a run that was killed hold its folder for five
-
-_PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
 
 
 @dataclass
@@ -125,11 +115,6 @@ def load_data(config: Config) -> tuple[HistoryDataset, tuple[Any, Any, Any]]:
     return dataset, (train, valid, test)
 
 
-def item_tokens(dataset: HistoryDataset) -> list[str]:
-    """Tokens by internal id, padding's first."""
-    return [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-
-
 def prepare(config: Config, folder: Path | None = None) -> Prepared:
     """Load the data, make the model and a new run folder.
 
@@ -141,10 +126,10 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
         ValueError: the data can't be used as asked, or the model can't be made.
     """
     clock = _Clock()
-    logger.info("%s", _describe_device(config))
+    logger.info("%s", describe_device(config))
     dataset, (train, valid, test) = load_data(config)
     _fit_topk(config, dataset.item_num - 1)
-    data = _describe_data(dataset, train, valid, test)
+    data = describe_data(dataset, train, valid, test)
     logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))
     clock.lap("data")
     if config["model"] == M2Rec.__name__ and folder is None:
@@ -159,17 +144,20 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
             model = find_model(config["model"])(config, train.dataset).to(config["device"])
     logger.info("%s: %s parameters", config["variant"], f"{sum(p.numel() for p in model.parameters()):,}")
     resumes = folder is not None
+    text = getattr(model, "text_source", None)
     if folder is None:
-        text = getattr(model, "text_source", None)
         own = _new_folder(config, dataset, text) if distributed.is_first() else None
         folder = distributed.from_first(own)
     torch.manual_seed(config["seed"] + distributed.rank())  # each process drops out its own
     trainer = RunTrainer(config, model, folder, resumes)
     parts = (train, valid, test)
-    trainer.notes |= {"data": _fingerprint(dataset, parts), "settings": _lasting(config)}
-    trainer.notes["text"] = (getattr(model, "text_source", None) or {}).get("sha256")
-    trainer.notes["commit"] = commit()  # of the code as it is now, whatever happens to it meanwhile
-    return Prepared(config, dataset, (train, valid, test), data, trainer, clock)
+    trainer.notes = {
+        "data": fingerprint(dataset, parts),
+        "text": text and text["sha256"],
+        "settings": lasting_settings(config),
+        "commit": commit(),  # of the code as it is now, whatever happens to it meanwhile
+    }
+    return Prepared(config, dataset, parts, data, trainer, clock)
 
 
 def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -> None:
@@ -266,50 +254,15 @@ def _held(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: one does.
     """
-    if not distributed.is_first():
-        yield
-        return
     with ExitStack() as stack:
-        end = perf_counter() + _PATIENCE
-        while True:
-            try:
-                stack.enter_context(locked(folder, wait=False))
-                break
-            except BlockingIOError:
-                if perf_counter() < end:
-                    sleep(0.2)
-                    continue
+        try:
+            if distributed.is_first():
+                stack.enter_context(locked(folder, _PATIENCE))
+        except BlockingIOError:
             raise ValueError(
                 f"resume: another process is training in {folder}; wait for it or stop it"
             ) from None
         yield
-
-
-def _fingerprint(dataset: HistoryDataset, parts: Iterable[Any]) -> str:
-    """A hash of what a run is trained and tested on: every user's items in order, all rows, item features."""
-    digest = hashlib.sha256(json.dumps(item_tokens(dataset)).encode())
-    arrays: list[Any] = []
-    if dataset.histories is not None:
-        arrays += [dataset.histories.owner, dataset.histories.items]
-    for part in parts:
-        rows = part.dataset.inter_feat
-        names = (dataset.uid_field, dataset.iid_field, dataset.item_list_length_field)
-        arrays += [rows[name].numpy() for name in names if name in rows]
-    features = dataset.item_feat
-    if features is not None:
-        arrays += [features[name].numpy() for name in features.columns]
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def _lasting(config: Config) -> dict[str, str]:
-    """The settings that a run keeps from its start to its end, as text."""
-    return {
-        key: json.dumps(value, default=str)
-        for key, value in resolved(config).items()
-        if key not in _MAY_CHANGE
-    }
 
 
 def _evaluate(prepared: Prepared) -> Result:
@@ -332,14 +285,14 @@ def _evaluate(prepared: Prepared) -> Result:
     metrics |= {
         "best_epoch": trainer.best_epoch,
         "epochs": len(trainer.train_loss_dict),
-        "protocol": _describe_protocol(config, prepared.dataset),
+        "protocol": describe_protocol(config, prepared.dataset),
         "seed": config["seed"],
         "commit": trainer.notes["commit"],
-        "versions": _versions(),
+        "versions": provenance.versions(),
         "data": prepared.data,
         "text": getattr(trainer.model, "text_source", None),
         "parameters": prepared.parameters,
-        **_describe_machine(config),
+        **describe_machine(config),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
     }
     if distributed.is_first():
@@ -365,20 +318,6 @@ def _explained(what: str) -> Iterator[None]:
         raise ValueError(f"{what} ({type(error).__name__}: {error}); --state=DEBUG shows where") from error
 
 
-def _describe_device(config: Config) -> str:
-    """One line: device and why, scan backend and why."""
-    device: torch.device = config["device"]
-    if device.type == "cuda":
-        where = f"{device} ({torch.cuda.get_device_name(device)})"
-    else:
-        why = "as asked" if torch.cuda.is_available() else "no CUDA device"
-        where = f"cpu ({why}), {torch.get_num_threads()} threads"
-    if config["model"] != M2Rec.__name__:
-        return f"device {where}"
-    backend = resolve_backend(config["scan_backend"], device)
-    return f"device {where}; scan backend {backend.name} ({backend.reason})"
-
-
 def _fit_topk(config: Config, n_items: int) -> None:
     """Cut the lengths of the ranking to the number of items, and say so."""
     if max(config["topk"]) <= n_items:
@@ -387,61 +326,6 @@ def _fit_topk(config: Config, n_items: int) -> None:
     metric, _, cut = config["valid_metric"].partition("@")
     config["topk"], config["valid_metric"] = topk, f"{metric}@{min(int(cut), n_items)}"
     logger.warning("topk: cut to %s, the data set has %s items", topk, n_items)
-
-
-def _describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) -> dict[str, int]:
-    """Counts after filtering, and the rows and targets of each part."""
-    rows = {"train_rows": train, "valid_rows": valid, "test_rows": test}
-    return {
-        **dataset.counts,
-        **{name: len(part.dataset) for name, part in rows.items()},
-        "train_targets": train.dataset.n_targets,
-    }
-
-
-def _describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]:
-    split = {
-        "leave_one_out": "a user's last item is the test, the one before it the validation target",
-        "global_time": (
-            f"trained on the first {config['valid_from']:.0%} of all interactions by time; the validation "
-            f"target is a user's last item up to {config['test_from']:.0%}, the test target the last after"
-        ),
-    }
-    return {
-        "split": dataset.split,
-        "targets": split[dataset.split],
-        "ranking": "full, over all items",
-        "test": "RecBole's protocol: the user's history stays in the ranking",
-        "test_unseen": "the user's history is removed from the ranking, the target never",
-        "valid": "as test",
-        "valid_unseen": "as test_unseen",
-        "time_order": dataset.time_order,
-        "rows": dataset.rows,
-        "chosen_by": f"best {config['valid_metric']} on valid",
-    }
-
-
-def _describe_machine(config: Config) -> dict[str, Any]:
-    """Where it ran, on how much of it, and the largest memory that this process took, in MiB."""
-    device: torch.device = config["device"]
-    on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory()
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
-        "processes": distributed.size(),
-        "threads": torch.get_num_threads(),
-        "peak_memory_mib": round(peak / 2**20, 1),
-    }
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has held at a time."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource  # there is none on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 2**10
 
 
 def _new_folder(config: Config, dataset: HistoryDataset, text: dict[str, Any] | None) -> Path:
@@ -479,29 +363,3 @@ def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset, text: d
         return
     if known := {token: titles[token] for token in tokens[1:] if token in titles}:
         write_text(folder / TITLES_FILE, json.dumps(known, ensure_ascii=False) + "\n")
-
-
-def commit() -> str | None:
-    """The commit of this code, `+dirty` with uncommitted changes of it; None outside a repository."""
-    root = Path(__file__).parent.parent
-
-    def git(*arguments: str) -> str:
-        call = ["git", "-C", str(root), *arguments]
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + (
-            "+dirty" if git("status", "--porcelain", "-uno", "--", ".", *_NO_CODE) else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _versions() -> dict[str, str]:
-    found = {"m2rec": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found

@@ -7,7 +7,10 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +25,6 @@ TITLES_FILE = "titles.json"  # where the item file has titles
 TEXT_FILE = "text.json"  # what made the text vectors, where there are any
 WEIGHTS_FILE = "model.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"  # until the run is finished
-
 
 logger = logging.getLogger(__name__)
 
@@ -79,28 +81,40 @@ def read_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A safetensors file's tensors and metadata, compared with the checksum that it brings.
 
-    A file without any metadata, which `write_tensors` never writes, is taken as it is.
-
     Args:
         path: the file.
         device: where the tensors go.
-        ours: whether metadata without a checksum are damage.
+        ours: whether a file without a checksum, which `write_tensors` never writes, is refused.
 
     Raises:
         ValueError: it is missing, damaged, or no such file.
     """
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata()
-    except (OSError, SafetensorError, struct.error, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from None
-    if metadata is None:
-        return tensors, {}
+    with _opened(path, device) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = dict(file.metadata() or {})
     found = metadata.pop(_CHECKSUM, None)
     if (found is not None or ours) and found != _checksum(tensors, metadata):
         raise ValueError(f"{path} is damaged: its content is not what was written")
     return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """A safetensors file's metadata alone, which nothing is compared with.
+
+    Raises:
+        ValueError: it is missing, or no such file.
+    """
+    with _opened(path, "cpu") as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path, device: str) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
+    except (OSError, SafetensorError, struct.error, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from None
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
@@ -113,28 +127,37 @@ def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, patience: float = inf) -> Iterator[None]:
     """Hold a file or folder against other processes that do the same, where the system can do that.
 
+    Args:
+        path: the file or folder.
+        patience: seconds to wait for another one that holds it.
+
     Raises:
-        BlockingIOError: another one holds it, and `wait` is False.
+        BlockingIOError: it still does.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle, end, waits = os.open(path, os.O_RDONLY), monotonic() + patience, False
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise
-            logger.info("another process is at %s; waiting for it", path)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:  # file systems that don't know locks
-            logger.debug("%s can't be locked: %s", path, error)
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if monotonic() >= end:
+                    raise
+                if not waits:
+                    logger.info("another process is at %s; waiting for it", path)
+                waits = True
+                sleep(0.05)
+                continue
+            except OSError as error:  # file systems that don't know locks
+                logger.debug("%s can't be locked: %s", path, error)
+            break
         try:
             yield
         finally:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from m2rec import lsa, text_vectors
+from m2rec import text_vectors
 from m2rec.encoder import Encoder
 from m2rec.files import (
     CONFIG_FILE,
@@ -34,8 +34,6 @@ from m2rec.files import (
 from m2rec.settings import ModelSettings, RunSettings
 
 _ENCODER = "encoder."
-# what decides the meaning of a vector's numbers, beside the language model's weights
-_MADE_ALIKE = ("revision", "pooling", "instruction")
 
 
 class Recommendation(NamedTuple):
@@ -119,8 +117,6 @@ class Recommender:
         )
         if not all(isinstance(title, str) for title in titles.values()):
             raise ValueError(f"{folder / TITLES_FILE} holds titles that are no text")
-        if not source and (folder / METRICS_FILE).exists():  # of a run from before text.json
-            source = _read(folder / METRICS_FILE, json.loads, dict).get("text") or {}
         text = (weights.get("text_mean"), weights.get("text_basis"))
         return cls(encoder, tokens, config, *text, titles, source)
 
@@ -276,35 +272,12 @@ class Recommender:
         """
         self._check_text()
         tokens, vectors, made_by = text_vectors.read(Path(path))
-        self._check_made_alike(Path(path), made_by)
+        text_vectors.check_made_alike(Path(path), made_by, self.text_source)
         known = set(self.tokens)
         rows = [row for row, token in enumerate(tokens) if token not in known and vectors[row].any()]
         new = [tokens[row] for row in rows]
         self.add_items(new, vectors[rows], titles)
         return new
-
-    def _check_made_alike(self, path: Path, made_by: Mapping[str, str]) -> None:
-        """Vectors of another model, or otherwise made by the same, mean something else."""
-        ours = self.text_source
-        if not made_by.get("model") or not ours.get("model"):
-            lacks = path if not made_by.get("model") else "the run"
-            raise ValueError(f"add_items: {lacks} does not say which model made its vectors; use add_items")
-        if ours["model"] == lsa.NAME:
-            raise ValueError(
-                "add_items: vectors of lsa mean something only beside those that were made with them; train "
-                "with those of a language model"
-            )
-        same_weights = "model_sha256" if "model_sha256" in ours and "model_sha256" in made_by else "model"
-        pairs = {key: (ours.get(key) or "", made_by.get(key) or "") for key in (same_weights, *_MADE_ALIKE)}
-        if not all(pairs["revision"]):  # older files have none
-            del pairs["revision"]
-        for key, (wanted, found) in pairs.items():
-            if found != wanted:
-                models = f"{made_by['model']}, the run of {ours['model']}"
-                raise ValueError(
-                    f"add_items: {path} has vectors of {models}, and {key} is {found!r}, not {wanted!r}; "
-                    f"encode the items as those of the run"
-                )
 
     def _check_text(self) -> None:
         """New items need text in the item table.

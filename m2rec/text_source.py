@@ -9,7 +9,7 @@ import torch
 
 from m2rec import make_vectors, text_vectors
 from m2rec.compat import Config
-from m2rec.files import locked
+from m2rec.files import locked, read_metadata
 from m2rec.item_text import read_texts
 from m2rec.lsa import NAME as LSA
 from m2rec.lsa import Lsa
@@ -94,7 +94,7 @@ def _check_made_by(file: Path, encoder: str, config: Config) -> None:
     """
     if encoder in ("auto", "none"):
         return
-    model = text_vectors.read(file)[2].get("model", "another source")
+    model = read_metadata(file).get("model", "another source")
     if model != encoder:
         raise ValueError(
             f"text_encoder: {encoder!r}, but {file} has vectors of {model}; run scripts/embed_items.py "
@@ -105,7 +105,7 @@ def _check_made_by(file: Path, encoder: str, config: Config) -> None:
 
 def _warn_of_changes(file: Path, config: Config) -> None:
     """Vectors are only made again when that is asked for; but it is said when the texts have changed."""
-    about, items = text_vectors.read(file)[2], _item_file(config)
+    about, items = read_metadata(file), _item_file(config)
     if "texts_sha256" not in about or not items.is_file():
         return
     template = about.get("template", "")

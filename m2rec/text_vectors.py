@@ -7,15 +7,17 @@ made it (`make_vectors`). Vectors are joined to a data set by token, never by po
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from m2rec import lsa
 from m2rec.files import read_tensors, write_tensors
 
 SUFFIX = ".text.safetensors"
@@ -106,6 +108,39 @@ def read(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
     if not torch.isfinite(vectors).all():
         raise ValueError(f"text_vectors: {path} holds NaN or infinite values; make it again")
     return tokens, vectors.float(), provenance
+
+
+def check_made_alike(path: Path, made_by: Mapping[str, str], wanted: Mapping[str, Any]) -> None:
+    """Vectors of another model, or otherwise made by the same, mean something else.
+
+    Args:
+        path: the file of the vectors.
+        made_by: what it says of itself.
+        wanted: what the file said of itself whose vectors they should go with.
+
+    Raises:
+        ValueError: they don't.
+    """
+    if not made_by.get("model") or not wanted.get("model"):
+        lacks = path if not made_by.get("model") else "the run"
+        raise ValueError(f"add_items: {lacks} does not say which model made its vectors; use add_items")
+    if wanted["model"] == lsa.NAME:
+        raise ValueError(
+            "add_items: vectors of lsa mean something only beside those that were made with them; train "
+            "with those of a language model"
+        )
+    same_weights = "model_sha256" if "model_sha256" in wanted and "model_sha256" in made_by else "model"
+    keys = [same_weights, "pooling", "instruction"]
+    if wanted.get("revision") and made_by.get("revision"):  # older files have none
+        keys.append("revision")
+    for key in keys:
+        ours, theirs = wanted.get(key) or "", made_by.get(key) or ""
+        if ours != theirs:
+            models = f"{made_by['model']}, the run of {wanted['model']}"
+            raise ValueError(
+                f"add_items: {path} has vectors of {models}, and {key} is {theirs!r}, not {ours!r}; "
+                f"encode the items as those of the run"
+            )
 
 
 def _decode_tokens(path: Path, data: Tensor, ends: Tensor) -> list[str]:

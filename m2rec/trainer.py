@@ -3,7 +3,7 @@
 import csv
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,13 +17,12 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from m2rec import checkpoint, distributed
+from m2rec import checkpoint, distributed, resuming
 from m2rec.averaging import WeightAverage
 from m2rec.compat import Config, DataStruct, Interaction, Trainer
 from m2rec.evaluation import ALL, UNSEEN, Breakdown, Ranking, rank
 from m2rec.files import (
     CHECKPOINT_FILE,
-    CONFIG_FILE,
     HISTORY_FILE,
     WEIGHTS_FILE,
     read_tensors,
@@ -171,8 +170,11 @@ class RunTrainer(Trainer):
         Raises:
             ValueError: the checkpoint can't be used, or is of other data.
         """
-        path = self.folder / CHECKPOINT_FILE
-        numbers = checkpoint.load(path, self._training(self._loader), self._check_notes)
+        numbers = checkpoint.load(
+            self.folder / CHECKPOINT_FILE,
+            self._training(self._loader),
+            lambda found: resuming.check_notes(found["notes"], self.notes, self.folder),
+        )
         self._partial = _Partial(**numbers["partial"])
         stopped = numbers["cur_step"] > self.stopping_step  # early stopping was due, only the test is left
         self.start_epoch = self.epochs if stopped else numbers["epoch"] + 1
@@ -182,8 +184,9 @@ class RunTrainer(Trainer):
         self.seconds = numbers["seconds"]
         self._take_notes(numbers["notes"])
         if distributed.is_first():
-            self._check_weights(numbers["epoch"])
-            self._cut_history(numbers["epoch"])
+            if newer := resuming.check_weights(self.folder, numbers["epoch"], self.best_epoch):
+                self.best_epoch, self.best_valid_score = newer
+            resuming.cut_history(self.folder, numbers["epoch"])
             for left in self.folder.glob(".*.tmp"):  # of a write that was cut off
                 left.unlink(missing_ok=True)
         else:  # only the first one's random state was kept
@@ -192,25 +195,6 @@ class RunTrainer(Trainer):
         best = numbers["best_valid_score"]
         logger.info("goes on after epoch %s%s, best %s so far", numbers["epoch"], steps, best)
 
-    def _check_notes(self, numbers: Mapping[str, Any]) -> None:
-        """A run goes on with the data, text vectors and settings that it began with.
-
-        Raises:
-            ValueError: something is other than it was.
-        """
-        began, cure = numbers["notes"], "put it back, or start a new run"
-        if began.get("data") != self.notes.get("data"):
-            name = self.config["dataset"]
-            raise ValueError(f"resume: the data of {name!r} have changed since the run stopped; {cure}")
-        if began.get("text") != self.notes.get("text"):
-            raise ValueError(f"resume: the text vectors have changed since the run stopped; {cure}")
-        ours, theirs = self.notes.get("settings", {}), began.get("settings", {})
-        if other := [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]:
-            raise ValueError(
-                f"resume: {other[0]} was {theirs.get(other[0])} and is {ours.get(other[0])} in "
-                f"{self.folder / CONFIG_FILE}; {cure}"
-            )
-
     def _take_notes(self, began: dict[str, Any]) -> None:
         """Those of the checkpoint, with this code beside what trained before."""
         code, before = self.notes.get("commit"), began.get("commit")
@@ -218,37 +202,6 @@ class RunTrainer(Trainer):
         if str(code) not in str(before).split(" and "):
             logger.warning("trained in part by commit %s, in part by %s", before, code)
             self.notes["commit"] = f"{before} and {code}"
-
-    def _check_weights(self, epoch: int) -> None:
-        """The best weights so far are whole, and those of the best epoch.
-
-        Newer ones are of an epoch whose checkpoint was not written any more: they are the best then.
-
-        Raises:
-            ValueError: they are not.
-        """
-        path = Path(self.saved_model_file)
-        if not path.exists() and self.best_epoch is None:
-            return
-        _, about = read_tensors(path)
-        found = int(about.get("epoch", -1))
-        if found > epoch:
-            self.best_epoch, self.best_valid_score = found, float(about["score"])
-        elif found != self.best_epoch:
-            raise ValueError(f"resume: {path} is of epoch {found}, not of {self.best_epoch}; start a new run")
-
-    def _cut_history(self, epoch: int) -> None:
-        """Drop the lines of history.csv after this epoch.
-
-        Raises:
-            ValueError: lines before are missing.
-        """
-        path = self.folder / HISTORY_FILE
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[: 2 + epoch]
-        numbers = [line.partition(",")[0] for line in lines]
-        if numbers != ["epoch", *map(str, range(epoch + 1))]:
-            raise ValueError(f"resume: {path} has lost lines before epoch {epoch}; start a new run")
-        write_text(path, "\n".join(lines) + "\n")
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         """RecBole's optimiser, with a group for each way in which parameters are marked.
@@ -284,8 +237,8 @@ class RunTrainer(Trainer):
             request = self._stop_request()
             if steps < len(train_data) and (request or self._is_due()):
                 self._write(epoch_idx - 1, _Partial(steps, total.item(), perf_counter() - start))
-            if steps < len(train_data) and request:
-                raise Interrupted(request)
+                if request:
+                    raise Interrupted(request)
         if steps < len(train_data):  # data-loader workers got the signal too, and are gone
             self._write(epoch_idx - 1, _Partial(steps, total.item(), perf_counter() - start))
             raise Interrupted(self._stop_request())

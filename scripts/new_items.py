@@ -22,8 +22,9 @@ import torch
 from m2rec import text_vectors
 from m2rec.compat import Config
 from m2rec.configuration import build_config, parse_arguments
-from m2rec.experiment import commit, item_tokens, load_data, run
+from m2rec.experiment import load_data, run
 from m2rec.histories import NONE, Histories
+from m2rec.provenance import commit, item_tokens
 from m2rec.recommender import Recommender
 from m2rec.settings import ModelSettings
 from m2rec.statistics import metric_of_ranks

@@ -77,7 +77,8 @@ def history_of(run: Path, user: str) -> list[str]:
         ValueError: the data set can't be loaded, or has no such user.
     """
     from m2rec.configuration import build_config  # RecBole, which a history on the command line needs not
-    from m2rec.experiment import item_tokens, load_data
+    from m2rec.experiment import load_data
+    from m2rec.provenance import item_tokens
 
     # the run may have been trained on another machine; what its data are does not depend on that
     here = {"scan_backend": "auto", "use_gpu": False, "log_wandb": False, "tensorboard": False}
@@ -92,8 +93,8 @@ def history_of(run: Path, user: str) -> list[str]:
 
 
 def as_json(found: Sequence[Recommendation]) -> str:
-    """The recommendations for machines."""
-    return json.dumps([item._asdict() for item in found], ensure_ascii=False) + "\n"
+    """The recommendations for machines, in ASCII."""
+    return json.dumps([item._asdict() for item in found]) + "\n"
 
 
 def as_table(history: Sequence[str], found: Sequence[Recommendation], titles: dict[str, str]) -> str:

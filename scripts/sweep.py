@@ -25,13 +25,12 @@ from threading import Event
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from m2rec import checkpoint
 from m2rec.configuration import as_argument
-from m2rec.experiment import commit
 from m2rec.files import CHECKPOINT_FILE, locked, write_text
+from m2rec.provenance import commit
 from m2rec.results import read_table, row_of_run, settings_text, write_table
 from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run
 
@@ -243,7 +242,7 @@ def stopped_run(folder: Path) -> Path | None:
     path = max(folder.glob(f"*/{CHECKPOINT_FILE}"), default=None)
     try:
         same = path is not None and checkpoint.read_numbers(path)["notes"]["commit"] == commit()
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         return None
     return path.parent if path is not None and same else None
 

@@ -50,7 +50,7 @@ from random import Random
 from time import perf_counter
 from typing import Any
 
-from m2rec import experiment
+from m2rec import experiment, provenance
 from m2rec.compat import Config
 from m2rec.configuration import (
     as_argument,
@@ -344,7 +344,7 @@ def run_trial(plan: Plan, runs_dir: Path, trial: optuna.Trial) -> float:
         raise
     finally:
         trial.set_user_attr("seconds", round(perf_counter() - start, 1))
-        trial.set_user_attr("commit", experiment.commit())
+        trial.set_user_attr("commit", provenance.commit())
         if prepared:
             prepared.trainer.finish()
             trial.set_user_attr("epochs", len(prepared.trainer.train_loss_dict))

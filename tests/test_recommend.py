@@ -77,11 +77,15 @@ def test_an_item_that_the_run_does_not_know_yet(folder: Path, toy: Path, said: p
 
 def test_a_terminal_without_accents(folder: Path):
     (folder / "titles.json").write_text('{"i1": "Thé"}', encoding="utf-8")
-    command = [sys.executable, "scripts/recommend.py", str(folder), "--history", "i1"]
+    command = [sys.executable, "scripts/recommend.py", str(folder), "--history", "i1", "--keep-seen", "-k=20"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "Th\\xe9" in done.stdout
+    for arguments in (command, [*command, "--json"]):
+        done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        if "--json" in arguments:
+            assert "Thé" in [item["title"] for item in json.loads(done.stdout)]
+        else:
+            assert "Th\\xe9" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -179,11 +179,6 @@ def test_only_vectors_that_were_made_alike(
     assert len(recommender.tokens) == 21
 
 
-def test_a_run_from_before_text_json(folder: Path, vectors: Path):
-    (folder / "text.json").unlink()
-    assert Recommender.load(folder).add_items_from(vectors) == ["new", "newer"]
-
-
 def test_an_item_with_the_name_of_padding(toy: Path, tmp_path: Path):
     path = toy / "toy" / "toy.inter"
     path.write_text(path.read_text().replace("\ti3\t", "\t[PAD]\t"))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from m2rec.experiment import commit
+from m2rec.provenance import commit
 from m2rec.results import read_answers
 from m2rec.sweeps import Sweep, cell_folder
 from scripts.sweep import check_clean, main
@@ -167,7 +167,7 @@ def test_results_and_readme_are_no_code(tmp_path: Path, monkeypatch: pytest.Monk
     git("init")
     git("add", ".")
     git("commit", "-m", "one")
-    monkeypatch.setattr("m2rec.experiment.__file__", str(tmp_path / "m2rec" / "experiment.py"))
+    monkeypatch.setattr("m2rec.provenance.__file__", str(tmp_path / "m2rec" / "provenance.py"))
     (tmp_path / "results" / "a.csv").write_text("two")
     (tmp_path / "README.md").write_text("two")
     assert not str(commit()).endswith("+dirty")

@@ -1,0 +1,161 @@
+"""What a run says of itself: its data, settings, protocol, machine, code and versions."""
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from m2rec import __version__, distributed
+from m2rec.compat import Config
+from m2rec.configuration import resolved
+from m2rec.dataset import HistoryDataset
+from m2rec.model import M2Rec
+from m2rec.ops import resolve_backend
+
+# keys of a run that may be others when it goes on: its length, the machine's, and where its files are
+_MAY_CHANGE = {
+    "checkpoint_minutes", "data_path", "epochs", "eval_batch_size", "gpu_id", "log_wandb", "runs_dir",
+    "scan_backend", "show_progress", "state", "stopping_step", "tensorboard", "text_encoder", "text_vectors",
+    "use_gpu", "worker",
+}  # fmt: skip
+
+# what a sweep and its report write themselves
+_NO_CODE = (":(exclude)results", ":(exclude)*.md")
+
+_PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
+
+
+def item_tokens(dataset: HistoryDataset) -> list[str]:
+    """Tokens by internal id, padding's first."""
+    return [str(token) for token in dataset.field2id_token[dataset.iid_field]]
+
+
+def fingerprint(dataset: HistoryDataset, parts: Iterable[Any]) -> str:
+    """A hash of what a run is trained and tested on: every user's items in order, all rows, item features."""
+    digest = hashlib.sha256(json.dumps(item_tokens(dataset)).encode())
+    arrays: list[Any] = []
+    if dataset.histories is not None:
+        arrays += [dataset.histories.owner, dataset.histories.items]
+    for part in parts:
+        rows = part.dataset.inter_feat
+        names = (dataset.uid_field, dataset.iid_field, dataset.item_list_length_field)
+        arrays += [rows[name].numpy() for name in names if name in rows]
+    features = dataset.item_feat
+    if features is not None:
+        arrays += [features[name].numpy() for name in features.columns]
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def lasting_settings(config: Config) -> dict[str, str]:
+    """The settings that a run keeps from its start to its end, as text."""
+    return {
+        key: json.dumps(value, default=str)
+        for key, value in resolved(config).items()
+        if key not in _MAY_CHANGE
+    }
+
+
+def describe_device(config: Config) -> str:
+    """One line: device and why, scan backend and why."""
+    device: torch.device = config["device"]
+    if device.type == "cuda":
+        where = f"{device} ({torch.cuda.get_device_name(device)})"
+    else:
+        why = "as asked" if torch.cuda.is_available() else "no CUDA device"
+        where = f"cpu ({why}), {torch.get_num_threads()} threads"
+    if config["model"] != M2Rec.__name__:
+        return f"device {where}"
+    backend = resolve_backend(config["scan_backend"], device)
+    return f"device {where}; scan backend {backend.name} ({backend.reason})"
+
+
+def describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) -> dict[str, int]:
+    """Counts after filtering, and the rows and targets of each part."""
+    rows = {"train_rows": train, "valid_rows": valid, "test_rows": test}
+    return {
+        **dataset.counts,
+        **{name: len(part.dataset) for name, part in rows.items()},
+        "train_targets": train.dataset.n_targets,
+    }
+
+
+def describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]:
+    split = {
+        "leave_one_out": "a user's last item is the test, the one before it the validation target",
+        "global_time": (
+            f"trained on the first {config['valid_from']:.0%} of all interactions by time; the validation "
+            f"target is a user's last item up to {config['test_from']:.0%}, the test target the last after"
+        ),
+    }
+    return {
+        "split": dataset.split,
+        "targets": split[dataset.split],
+        "ranking": "full, over all items",
+        "test": "RecBole's protocol: the user's history stays in the ranking",
+        "test_unseen": "the user's history is removed from the ranking, the target never",
+        "valid": "as test",
+        "valid_unseen": "as test_unseen",
+        "time_order": dataset.time_order,
+        "rows": dataset.rows,
+        "chosen_by": f"best {config['valid_metric']} on valid",
+    }
+
+
+def describe_machine(config: Config) -> dict[str, Any]:
+    """Where it ran, on how much of it, and the largest memory that this process took, in MiB."""
+    device: torch.device = config["device"]
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory()
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
+        "processes": distributed.size(),
+        "threads": torch.get_num_threads(),
+        "peak_memory_mib": round(peak / 2**20, 1),
+    }
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held at a time."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # there is none on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 2**10
+
+
+def commit() -> str | None:
+    """The commit of this code, `+dirty` with uncommitted changes of it; None outside a repository."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        call = ["git", "-C", str(root), *arguments]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (
+            "+dirty" if git("status", "--porcelain", "-uno", "--", ".", *_NO_CODE) else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    found = {"m2rec": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
