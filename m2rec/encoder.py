@@ -66,10 +66,15 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(
             Layer(settings, max_length, in_sequence) for _ in range(settings.n_layers)
         )
-        available = None if not in_sequence else self._available(len(cast(Layer, self.layers[0]).branches))
+        available = None if not in_sequence else self._available(len(self.branches))
         self.register_buffer("available", available, persistent=False)
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self._initialise()
+
+    @property
+    def branches(self) -> list[str]:
+        """Names of a layer's branches, in the order of the gate's weights."""
+        return cast(Layer, self.layers[0]).branches
 
     def _available(self, n_branches: int) -> Tensor:
         """(V, K), which branches have something to say at an item: the last one, text, only of some."""

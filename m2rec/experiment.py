@@ -25,6 +25,7 @@ from m2rec.evaluation import ALL, UNSEEN
 from m2rec.files import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
+    COUNTS_FILE,
     HISTORY_FILE,
     ITEMS_FILE,
     METRICS_FILE,
@@ -356,6 +357,9 @@ def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset, text: d
         write_text(folder / TEXT_FILE, json.dumps(text, indent=2, ensure_ascii=False) + "\n")
     tokens = item_tokens(dataset)
     write_text(folder / ITEMS_FILE, json.dumps(tokens, ensure_ascii=False) + "\n")
+    if dataset.histories is not None:
+        counts = dataset.histories.trained(dataset.item_num).tolist()
+        write_text(folder / COUNTS_FILE, json.dumps(counts) + "\n")
     try:
         titles = read_titles(Path(config["data_path"]) / f"{config['dataset']}.item", config["ITEM_ID_FIELD"])
     except (ValueError, OSError) as error:

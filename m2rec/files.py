@@ -21,6 +21,7 @@ METRICS_FILE = "metrics.json"  # the last that a run writes
 HISTORY_FILE = "history.csv"
 RANKS_FILE = "test_ranks.csv"
 ITEMS_FILE = "items.json"
+COUNTS_FILE = "counts.json"  # how often training meets each item
 TITLES_FILE = "titles.json"  # where the item file has titles
 TEXT_FILE = "text.json"  # what made the text vectors, where there are any
 WEIGHTS_FILE = "model.safetensors"

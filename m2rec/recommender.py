@@ -1,39 +1,32 @@
-"""A trained run as a Python object: ranks items for any history, and takes in new items by their text.
+"""A trained run as a Python object: ranks items for any history, follows users live, takes in new items.
 
 It needs the run folder alone: no RecBole, no data set, and nothing in the folder is unpickled.
 
 letter  meaning
-B, L    histories, their padded length
-V, T    items including padding, width of the text vectors in the model
+B, V    histories, items including padding
 T0      width of the text vectors in their file
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
+from torch.nn import functional as F
 
-from m2rec import text_vectors
-from m2rec.encoder import Encoder
-from m2rec.files import (
-    CONFIG_FILE,
-    ITEMS_FILE,
-    METRICS_FILE,
-    TEXT_FILE,
-    TITLES_FILE,
-    WEIGHTS_FILE,
-    read_tensors,
-    write_tensors,
-    write_text,
-)
-from m2rec.settings import ModelSettings, RunSettings
+from m2rec import export, history_files, session, text_vectors, trained
+from m2rec.history_files import Ranked
+from m2rec.ranking import Adjustments, best_items
+from m2rec.session import Memory
+from m2rec.trained import Trained
 
-_ENCODER = "encoder."
+logger = logging.getLogger(__name__)
+
+# histories that are ranked together
+_BATCH = 256
 
 
 class Recommendation(NamedTuple):
@@ -44,81 +37,50 @@ class Recommendation(NamedTuple):
     title: str = ""
 
 
-class _Model(NamedTuple):
-    """What changes when items are added, changed all at once."""
+class Explanation(NamedTuple):
+    """How far the model trusted each branch at one event of a history."""
 
-    encoder: Encoder
-    table: Tensor
-    """(V, D), the item table."""
-    tokens: tuple[str, ...]
-    """Item tokens by internal id, that of padding first."""
-    ids: dict[str, int]
-    titles: dict[str, str]
-    """By item token, of those that have one."""
+    item: str
+    title: str
+    weights: dict[str, float]
+    """By branch, the gate's weight, mean over layers and channels; they add up to 1."""
+    by_layer: list[dict[str, float]]
+    """The same for each layer."""
+
+
+class _Choice(NamedTuple):
+    """Which items may be recommended."""
+
+    pool: Tensor | None
+    """Ascending ids of the candidates; None for all items."""
+    excluded: frozenset[int]
 
 
 class Recommender:
     """Ranks the items that a model was trained on, and those that were added since.
 
+    An item is named by its token, a text. A token that nobody knows is an error, or with
+    `skip_unknown` is left out with a warning.
+
     Args:
-        encoder: the trained network.
-        tokens: item tokens by internal id, that of padding first.
-        config: the keys of the run.
-        text_mean, text_basis: (T0,) and (T0, T), how raw text vectors become those of the model;
-            None for a model without text.
-        titles: by item token, of those that have one.
-        text_source: what made the run's text vectors.
+        model: a trained model.
+        whole_history: whether all of a history counts, or of one that is longer than those in
+            training (`MAX_ITEM_LIST_LENGTH`) the end alone.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        tokens: Sequence[str],
-        config: dict[str, Any],
-        text_mean: Tensor | None = None,
-        text_basis: Tensor | None = None,
-        titles: Mapping[str, str] | None = None,
-        text_source: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.config = config
-        self.text_source = dict(text_source or {})
-        self.max_length = RunSettings.read(config).MAX_ITEM_LIST_LENGTH
-        self._text_mean, self._text_basis = text_mean, text_basis
-        self._model = _made(encoder, tokens, titles or {})
+    def __init__(self, model: Trained, whole_history: bool = False) -> None:
+        self._model, self.whole_history = model, whole_history
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Recommender":
-        """The model of a run folder.
+    def load(
+        cls, folder: str | Path, device: str | torch.device = "cpu", whole_history: bool = False
+    ) -> "Recommender":
+        """The model of a run folder, or of one that `save` wrote.
 
         Raises:
             ValueError: a file is missing, damaged, or of another model; the device is not there.
         """
-        folder, device = Path(folder), _checked_device(device)
-        config = _read(folder / CONFIG_FILE, yaml.safe_load, dict)
-        tokens = _read(folder / ITEMS_FILE, json.loads, list)
-        own = tokens[1:]  # an item may be called as padding is
-        if not own or not all(isinstance(token, str) for token in tokens) or len(set(own)) < len(own):
-            raise ValueError(f"{folder / ITEMS_FILE} is no list of different texts")
-        weights, _ = read_tensors(folder / WEIGHTS_FILE, str(device))
-        state = {k.removeprefix(_ENCODER): v for k, v in weights.items() if k.startswith(_ENCODER)}
-        if "id_embedding.weight" not in state:
-            raise ValueError(f"{folder}: model: {config.get('model')!r} is not made of M2Rec's parts")
-        settings = replace(ModelSettings.read(config), scan_backend="auto")  # that of this machine
-        length = RunSettings.read(config).MAX_ITEM_LIST_LENGTH
-        encoder = Encoder(settings, len(tokens), length, state.get("vectors")).to(device)
-        try:
-            encoder.load_state_dict(state)
-        except RuntimeError as error:
-            said = " ".join(str(error).split())
-            raise ValueError(f"{folder}: the weights don't fit config.yaml and items.json ({said})") from None
-        titles, source = (
-            _read(path, json.loads, dict) if (path := folder / name).exists() else {}
-            for name in (TITLES_FILE, TEXT_FILE)
-        )
-        if not all(isinstance(title, str) for title in titles.values()):
-            raise ValueError(f"{folder / TITLES_FILE} holds titles that are no text")
-        text = (weights.get("text_mean"), weights.get("text_basis"))
-        return cls(encoder, tokens, config, *text, titles, source)
+        return cls(trained.read(Path(folder), _checked_device(device)), whole_history)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -130,57 +92,125 @@ class Recommender:
         """Titles by item token, of those that have one."""
         return dict(self._model.titles)
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The keys of the run."""
+        return self._model.config
+
+    @property
+    def text_source(self) -> Mapping[str, Any]:
+        """What made the run's text vectors."""
+        return self._model.text_source
+
     def save(self, folder: str | Path) -> None:
         """Write what `load` reads, added items included, into a folder that is made if need be.
 
         Raises:
             ValueError: it is the folder of a run, whose metrics are of other weights.
         """
-        folder = Path(folder)
-        if (folder / METRICS_FILE).exists():
-            raise ValueError(f"save: {folder} is a run's own folder; give another")
-        text = {"text_mean": self._text_mean, "text_basis": self._text_basis}
-        state = {_ENCODER + name: value for name, value in self._model.encoder.state_dict().items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / WEIGHTS_FILE, state | {k: v for k, v in text.items() if v is not None})
-        write_text(folder / ITEMS_FILE, json.dumps(self.tokens, ensure_ascii=False) + "\n")
-        write_text(folder / TEXT_FILE, json.dumps(self.text_source, ensure_ascii=False) + "\n")
-        write_text(folder / TITLES_FILE, json.dumps(self._model.titles, ensure_ascii=False) + "\n")
-        write_text(folder / CONFIG_FILE, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        trained.write(self._model, Path(folder))
 
     def recommend(
-        self, history: Iterable[str], k: int = 10, exclude_seen: bool = True
+        self,
+        history: Iterable[str],
+        k: int = 10,
+        exclude_seen: bool = True,
+        candidates: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+        skip_unknown: bool = False,
     ) -> list[Recommendation]:
         """The best k items after a history, best first.
 
+        After an empty history they are the items that training met most often, with how often as
+        their score, and the log says so.
+
         Args:
-            history: item tokens, oldest first; at least one.
+            history: item tokens, oldest first.
             k: how many; fewer come where there are not so many.
             exclude_seen: leave the history's own items out.
+            candidates: choose from these items only; from all by default.
+            exclude: leave these out too; a token that nobody knows does no harm here.
+            skip_unknown: leave out what nobody knows in history and candidates.
 
         Raises:
-            ValueError: the history is empty or holds a token that nobody knows; k is less than 1.
+            ValueError: a token that nobody knows; k is less than 1.
         """
-        if type(k) is not int or k < 1:
-            raise ValueError(f"k: expected a whole number from 1, got {k!r}")
-        model, past = self._model, list(_listed(history))
-        (scores,) = self._scores(model, [past])
-        if exclude_seen:
-            scores[_ids(model, past)] = -torch.inf
-        best = scores.topk(min(k, len(scores)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        found = [(model.tokens[i], score) for i, score in pairs if score > -torch.inf]
-        return [Recommendation(token, score, model.titles.get(token, "")) for token, score in found]
+        (found,) = self.recommend_batch([history], k, exclude_seen, candidates, exclude, skip_unknown)
+        return found
+
+    def recommend_batch(
+        self,
+        histories: Iterable[Iterable[str]],
+        k: int = 10,
+        exclude_seen: bool = True,
+        candidates: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+        skip_unknown: bool = False,
+    ) -> Iterator[list[Recommendation]]:
+        """As `recommend` for each of any number of histories, in their order.
+
+        Histories are taken as they are needed, some hundred at a time, so there may be millions.
+        """
+        _check_k(k)
+        model, choice = self._model, self._choice(candidates, exclude, skip_unknown)
+        rest = iter(histories)
+        while part := list(islice(rest, _BATCH)):
+            ids = [_ids(model, _listed(history), skip_unknown) for history in part]
+            yield from self._ranked(model, ids, k, exclude_seen, choice)
+
+    def recommend_file(
+        self,
+        histories: str | Path,
+        output: str | Path,
+        k: int = 10,
+        exclude_seen: bool = True,
+        skip_unknown: bool = False,
+        progress: bool = False,
+    ) -> int:
+        """As `recommend` for each history of a file, of any size, into a Parquet file.
+
+        Args:
+            histories: FILE.parquet or a CSV file with the columns `user` and `history`, see
+                `m2rec.history_files.read_histories`.
+            output: written with the columns `user`, `items` and `scores`, whole or not at all.
+            k, exclude_seen, skip_unknown: as in `recommend`.
+            progress: show a bar on the terminal.
+
+        Returns:
+            How many histories there were.
+
+        Raises:
+            ValueError: the file can't be read, holds a token that nobody knows, or pyarrow is not
+                installed; k is less than 1.
+        """
+        _check_k(k)
+        users, rows = tee(history_files.read_histories(Path(histories), progress))
+        found = self.recommend_batch(
+            (tokens for _, tokens in rows), k, exclude_seen, skip_unknown=skip_unknown
+        )
+        ranked = (
+            Ranked(user, [item.item for item in items], [item.score for item in items])
+            for (user, _), items in zip(users, found, strict=True)
+        )
+        return history_files.write_ranked(Path(output), ranked)
 
     def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
         """The score of every item after each history, (B, V); that of padding is -inf.
 
-        Of histories longer than the model was trained on the end counts.
-
         Raises:
             ValueError: a history is empty or holds a token that nobody knows.
         """
-        return self._scores(self._model, [_listed(history) for history in histories])
+        model = self._model
+        ids = [_ids(model, _listed(history)) for history in histories]
+        if not all(ids):
+            raise ValueError("history: empty; give at least one item")
+        if not ids:
+            return torch.empty(0, len(model.table), device=model.table.device)
+        raised = [set(self._counted(row)) for row in ids]
+        scores = F.linear(self._vectors(model, ids), model.table)
+        places = self._adjustments(model, raised, [[0]] * len(ids))
+        places.apply(scores, places.items, 0)
+        return scores
 
     def to_ids(self, tokens: Iterable[str]) -> list[int]:
         """Internal ids, places in `scores`.
@@ -190,24 +220,104 @@ class Recommender:
         """
         return _ids(self._model, _listed(tokens))
 
-    @torch.no_grad()
-    def _scores(self, model: _Model, histories: list[list[str]]) -> Tensor:
-        ids = [_ids(model, history)[-self.max_length :] for history in histories]
-        if not all(ids):
-            raise ValueError("history: empty; give at least one item")
-        device = model.table.device
-        if not ids:
-            return torch.empty(0, len(model.table), device=device)
-        lengths = torch.tensor([len(row) for row in ids])
-        items = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
-        for row, own in zip(items, ids, strict=True):
-            row[: len(own)] = torch.tensor(own)
-        items, lengths = items.to(device), lengths.to(device)
-        scores = model.encoder.scores(model.encoder.last(items, lengths), items, model.table)
-        scores[:, 0] = -torch.inf
-        return scores
+    def similar_items(self, token: str, k: int = 10) -> list[Recommendation]:
+        """The items whose rows of the item table point most nearly the same way; the score is the cosine.
+
+        Raises:
+            ValueError: nobody knows the token; k is less than 1.
+        """
+        _check_k(k)
+        model = self._model
+        (item,) = _ids(model, [token])
+        cosines = F.cosine_similarity(model.table, model.table[item], dim=1)
+        cosines[[0, item]] = -torch.inf
+        best = cosines.topk(min(k, len(cosines)))
+        return _named(model, best.indices.tolist(), best.values.tolist())
 
     @torch.no_grad()
+    def explain(self, history: Iterable[str]) -> list[Explanation]:
+        """For each event of a history, the gate's weights of the branches.
+
+        Of a history that is longer than those in training the end is explained, unless
+        `whole_history`.
+
+        Raises:
+            ValueError: the history is empty or holds a token that nobody knows.
+        """
+        model = self._model
+        ids = self._counted(_ids(model, _listed(history)))
+        if not ids:
+            raise ValueError("history: empty; give at least one item")
+        items = torch.tensor([ids], device=model.table.device)
+        _, weights = model.encoder.encode(items, torch.tensor([len(ids)], device=items.device))
+        branches = model.encoder.branches
+        means = torch.stack([layer[0].mean(-1) for layer in weights], dim=1).tolist()  # (L, layers, K)
+        explained = []
+        for item, layers in zip(ids, means, strict=True):
+            by_layer = [dict(zip(branches, layer, strict=True)) for layer in layers]
+            mean = {name: sum(layer[name] for layer in by_layer) / len(by_layer) for name in branches}
+            token = model.tokens[item]
+            explained.append(Explanation(token, model.titles.get(token, ""), mean, by_layer))
+        return explained
+
+    def session(self, history: Iterable[str] = (), skip_unknown: bool = False) -> "Session":
+        """A user who is followed live: every event costs the same, however long the history.
+
+        All of the history counts, as with `whole_history`.
+
+        Raises:
+            ValueError: a token that nobody knows, or a model with a part that needs the whole
+                history at once (`mixer: attention`, `filter: low_pass`).
+        """
+        memory = Memory()
+        session.remember(self._model.encoder, _ids(self._model, _listed(history), skip_unknown), memory)
+        return Session(self, memory)
+
+    def restore_session(self, data: bytes) -> "Session":
+        """A session from what `Session.to_bytes` made.
+
+        Raises:
+            ValueError: the data is damaged, or of another model.
+        """
+        return Session(self, session.from_bytes(data, self._model.encoder))
+
+    def add_events(self, sessions: Sequence["Session"], tokens: Sequence[str]) -> None:
+        """One event for each of many users in one pass, much cheaper than one by one.
+
+        Args:
+            sessions: different ones of this recommender.
+            tokens: the next item of each.
+
+        Raises:
+            ValueError: a token that nobody knows, or a session that comes twice or is another
+                recommender's; then nothing has changed.
+        """
+        items = _ids(self._model, _listed(tokens))
+        if len(items) != len(sessions):
+            raise ValueError(f"add_events: {len(sessions)} sessions, but {len(items)} tokens")
+        memories = self._memories(sessions)
+        session.remember_together(self._model.encoder, memories, items)
+
+    def recommend_sessions(
+        self,
+        sessions: Sequence["Session"],
+        k: int = 10,
+        exclude_seen: bool = True,
+        candidates: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+    ) -> list[list[Recommendation]]:
+        """As `recommend` for each of many live users, in one pass."""
+        _check_k(k)
+        model, choice = self._model, self._choice(candidates, exclude, False)
+        memories = self._memories(sessions)
+        going = [memory for memory in memories if memory.vector is not None]
+        seen: list[Collection[int]] = [memory.seen for memory in going]
+        vectors = [memory.vector for memory in going if memory.vector is not None]
+        best = []
+        if vectors:
+            best = self._best(model, torch.cat(vectors), seen, seen, k, exclude_seen, choice)
+        return self._with_popular(model, [memory.vector is not None for memory in memories], best, k, choice)
+
     def add_items(self, tokens: Iterable[str], vectors: Any, titles: Mapping[str, str] | None = None) -> None:
         """Take in items that training has never met; their text is all that is known of them.
 
@@ -224,38 +334,7 @@ class Recommender:
             ValueError: the model has no text in its item table, a token is there already or twice,
                 or the vectors don't fit.
         """
-        self._check_text()
-        model, new = self._model, _listed(tokens)
-        old = model.encoder.vectors
-        assert old is not None and self._text_mean is not None and self._text_basis is not None
-        there = set(model.ids)
-        for token in new:
-            if not isinstance(token, str) or token in there:
-                why = "is there already" if isinstance(token, str) else "is no text"
-                raise ValueError(f"add_items: {token!r} {why}")
-            there.add(token)
-        named = {token: titles[token] for token in new if token in titles} if titles else {}
-        for token, title in named.items():
-            if not isinstance(title, str):
-                raise ValueError(f"add_items: the title of {token!r} is {title!r}, which is no text")
-        raw = torch.as_tensor(vectors).to(old)
-        if raw.shape != (len(new), len(self._text_mean)):
-            raise ValueError(
-                f"add_items: vectors of shape {tuple(raw.shape)} for {len(new)} items; expected "
-                f"({len(new)}, {len(self._text_mean)}), made as those of the run"
-            )
-        useless = [t for t, v in zip(new, raw, strict=True) if not v.isfinite().all() or not v.any()]
-        if useless:
-            raise ValueError(f"add_items: {useless[0]!r} has no text vector: all zero, or not finite")
-        state = model.encoder.state_dict()
-        embedding = state["id_embedding.weight"]
-        unknown = torch.zeros(len(new), embedding.shape[1]).to(embedding)
-        state["id_embedding.weight"] = torch.cat([embedding, unknown])
-        state["vectors"] = torch.cat([old, (raw - self._text_mean) @ self._text_basis])
-        settings, count = model.encoder.settings, len(model.tokens) + len(new)
-        encoder = Encoder(settings, count, self.max_length, state["vectors"]).to(old.device)
-        encoder.load_state_dict(state)
-        self._model = _made(encoder, [*model.tokens, *new], {**model.titles, **named})
+        self._model = trained.with_items(self._model, _listed(tokens), vectors, titles or {})
 
     def add_items_from(self, path: str | Path, titles: Mapping[str, str] | None = None) -> list[str]:
         """Take in the items of a text-vector file that are new; as `add_items`, and checked to fit.
@@ -270,7 +349,7 @@ class Recommender:
         Raises:
             ValueError: the file is unusable, or was not made as the run's; see also `add_items`.
         """
-        self._check_text()
+        trained.check_takes_items(self._model)
         tokens, vectors, made_by = text_vectors.read(Path(path))
         text_vectors.check_made_alike(Path(path), made_by, self.text_source)
         known = set(self.tokens)
@@ -279,26 +358,150 @@ class Recommender:
         self.add_items(new, vectors[rows], titles)
         return new
 
-    def _check_text(self) -> None:
-        """New items need text in the item table.
+    def export(self, path: str | Path, batch_size: int = 1) -> None:
+        """Write a torch.export program that PyTorch runs without this package, and compare it.
+
+        Args:
+            path: such as `m2rec.pt2`; `torch.export.load(path).module()(items, lengths)` runs it, see
+                `m2rec.export.export`.
+            batch_size: histories that it takes at a time.
 
         Raises:
-            ValueError: this run has none.
+            ValueError: batch_size is less than 1, or the program differs from the model.
         """
-        encoder = self._model.encoder
-        if encoder.vectors is None or self._text_mean is None or self._text_basis is None:
-            raise ValueError("add_items: this run has no text; train with text_vectors")
-        if encoder.table_text is None:
-            raise ValueError(
-                "add_items: this run has no text in its item table; train with text_in_table: true"
-            )
+        export.export(self._model, Path(path), batch_size)
+
+    def _ranked(
+        self, model: Trained, ids: list[list[int]], k: int, exclude_seen: bool, choice: _Choice
+    ) -> list[list[Recommendation]]:
+        """By history."""
+        known = [row for row in ids if row]
+        seen: list[Collection[int]] = [set(row) for row in known]
+        counted: list[Collection[int]] = [set(self._counted(row)) for row in known]
+        best = []
+        if known:
+            best = self._best(model, self._vectors(model, known), counted, seen, k, exclude_seen, choice)
+        return self._with_popular(model, [bool(row) for row in ids], best, k, choice)
+
+    @torch.no_grad()
+    def _best(
+        self,
+        model: Trained,
+        vectors: Tensor,
+        counted: Sequence[Collection[int]],
+        seen: Sequence[Collection[int]],
+        k: int,
+        exclude_seen: bool,
+        choice: _Choice,
+    ) -> list[list[Recommendation]]:
+        """The best items for vectors (B, D) of histories that hold these items."""
+        hidden = [{*(own if exclude_seen else ()), *choice.excluded} for own in seen]
+        adjustments = self._adjustments(model, counted, hidden)
+        scores, items = best_items(vectors, model.table, k, adjustments, choice.pool)
+        return [
+            _named(model, row, values) for row, values in zip(items.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def _adjustments(
+        self, model: Trained, counted: Sequence[Collection[int]], hidden: Sequence[Collection[int]]
+    ) -> Adjustments:
+        bias = model.encoder.repeat_bias
+        return Adjustments(counted, hidden, 0.0 if bias is None else bias.item(), model.table.device)
+
+    @torch.no_grad()
+    def _vectors(self, model: Trained, ids: list[list[int]]) -> Tensor:
+        """The vectors (B, D) of histories that hold at least one item each."""
+        ids = [self._counted(row) for row in ids]
+        device = model.table.device
+        lengths = torch.tensor([len(row) for row in ids])
+        items = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
+        for row, own in zip(items, ids, strict=True):
+            row[: len(own)] = torch.tensor(own)
+        return model.encoder.last(items.to(device), lengths.to(device))
+
+    def _counted(self, ids: list[int]) -> list[int]:
+        """The part of a history that the model is shown."""
+        return ids if self.whole_history else ids[-self._model.max_length :]
+
+    def _with_popular(
+        self, model: Trained, known: list[bool], best: list[list[Recommendation]], k: int, choice: _Choice
+    ) -> list[list[Recommendation]]:
+        """`best` for who is known, and what is popular for who is not."""
+        if all(known):
+            return best
+        logger.warning("%s of %s histories are empty and get what is popular", known.count(False), len(known))
+        popular, ranked = self._popular(model, k, choice), iter(best)
+        return [next(ranked) if is_known else list(popular) for is_known in known]
+
+    def _popular(self, model: Trained, k: int, choice: _Choice) -> list[Recommendation]:
+        """What training met most often, the lower id first where two were met as often."""
+        if not model.counts:
+            raise ValueError("history: empty, and this run does not say what is popular; give an item")
+        pool = range(1, len(model.tokens)) if choice.pool is None else choice.pool.tolist()
+        left = [item for item in pool if item not in choice.excluded]
+        best = sorted(left, key=lambda item: (-model.counts[item], item))[:k]
+        return _named(model, best, [float(model.counts[item]) for item in best])
+
+    def _choice(
+        self, candidates: Iterable[str] | None, exclude: Iterable[str] | None, skip_unknown: bool
+    ) -> _Choice:
+        model = self._model
+        excluded = frozenset(model.ids[t] for t in _listed(exclude or []) if _knows(model, t))
+        if candidates is None:
+            return _Choice(None, excluded)
+        ids = sorted(set(_ids(model, _listed(candidates), skip_unknown, "candidates")))
+        return _Choice(torch.tensor(ids, dtype=torch.int64, device=model.table.device), excluded)
+
+    def _memories(self, sessions: Sequence["Session"]) -> list[Memory]:
+        if len({id(one) for one in sessions}) < len(sessions):
+            raise ValueError("sessions: one comes twice")
+        if any(one.recommender is not self for one in sessions):
+            raise ValueError("sessions: one is of another recommender")
+        return [one._memory for one in sessions]
 
 
-@torch.no_grad()
-def _made(encoder: Encoder, tokens: Sequence[str], titles: Mapping[str, str]) -> _Model:
-    encoder = encoder.eval()
-    ids = {token: i for i, token in enumerate(tokens) if i > 0}
-    return _Model(encoder, encoder.item_table(), tuple(tokens), ids, dict(titles))
+class Session:
+    """One user, followed live; made by `Recommender.session`.
+
+    It remembers a state of constant size and which items there were, not their order.
+    """
+
+    def __init__(self, recommender: Recommender, memory: Memory) -> None:
+        self.recommender, self._memory = recommender, memory
+
+    @property
+    def seen(self) -> list[str]:
+        """The different items of the history, in the order of their first event."""
+        return [self.recommender.tokens[item] for item in self._memory.seen]
+
+    def add(self, token: str) -> None:
+        """The user's next event.
+
+        Raises:
+            ValueError: a token that nobody knows.
+        """
+        model = self.recommender._model
+        session.remember(model.encoder, _ids(model, [token]), self._memory)
+
+    def recommend(
+        self,
+        k: int = 10,
+        exclude_seen: bool = True,
+        candidates: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+    ) -> list[Recommendation]:
+        """As `Recommender.recommend` after all events so far."""
+        (found,) = self.recommender.recommend_sessions([self], k, exclude_seen, candidates, exclude)
+        return found
+
+    def to_bytes(self) -> bytes:
+        """To be kept anywhere, and brought back by `Recommender.restore_session`; nothing is pickled."""
+        return session.to_bytes(self._memory, session.fingerprint(self.recommender._model.encoder))
+
+
+def _named(model: Trained, items: Sequence[int], scores: Sequence[float]) -> list[Recommendation]:
+    pairs = [(model.tokens[i], score) for i, score in zip(items, scores, strict=True) if score > -torch.inf]
+    return [Recommendation(token, score, model.titles.get(token, "")) for token, score in pairs]
 
 
 def _listed(tokens: Iterable[str]) -> list[str]:
@@ -308,12 +511,25 @@ def _listed(tokens: Iterable[str]) -> list[str]:
     return list(tokens)
 
 
-def _ids(model: _Model, tokens: list[str]) -> list[int]:
-    for token in tokens:
-        if not isinstance(token, str) or token not in model.ids:
-            text = "" if isinstance(token, str) else "; tokens are texts"
-            raise ValueError(f"history: the model knows no item {token!r}{text}")
-    return [model.ids[token] for token in tokens]
+def _knows(model: Trained, token: object) -> bool:
+    return isinstance(token, str) and token in model.ids
+
+
+def _ids(model: Trained, tokens: list[str], skip_unknown: bool = False, what: str = "history") -> list[int]:
+    """Internal ids; `what` names the argument."""
+    known = [_knows(model, token) for token in tokens]
+    if not all(known):
+        first = tokens[known.index(False)]
+        if not skip_unknown:
+            text = "" if isinstance(first, str) else "; tokens are texts"
+            raise ValueError(f"{what}: the model knows no item {first!r}{text}")
+        logger.warning("%s: %s unknown items are left out, such as %r", what, known.count(False), first)
+    return [model.ids[token] for token, is_known in zip(tokens, known, strict=True) if is_known]
+
+
+def _check_k(k: int) -> None:
+    if type(k) is not int or k < 1:
+        raise ValueError(f"k: expected a whole number from 1, got {k!r}")
 
 
 def _checked_device(device: str | torch.device) -> torch.device:
@@ -326,18 +542,3 @@ def _checked_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: there is no {found} here; take cpu")
     return found
-
-
-def _read(path: Path, parse: Any, kind: type) -> Any:
-    """A file's content.
-
-    Raises:
-        ValueError: it is missing, or holds something else.
-    """
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} can't be read ({' '.join(str(error).split())})") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} holds no {kind.__name__}")
-    return content

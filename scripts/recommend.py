@@ -2,6 +2,8 @@
 
 The history is item tokens, oldest first: apart, or between quotes with spaces between them. With
 --user=ID it is what that user of the run's data set did, all of it. Items of the history are left out.
+--interactive takes titles from the keyboard and shows how the ranking changes. --input=FILE ranks after
+every history of a CSV or Parquet file with the columns user and history, into the Parquet file --output.
 """
 
 import argparse
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m2rec.command_line import Parser
+from m2rec.dialogue import Dialogue
 from m2rec.files import CONFIG_FILE
 from m2rec.recommender import Recommendation, Recommender
 
@@ -22,14 +25,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(arguments)
         recommender = Recommender.load(options.run, options.device)
-        history = chosen_history(options, recommender)
-        found = recommender.recommend(history, options.k, exclude_seen=not options.keep_seen)
+        said = answer(options, recommender)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"recommend.py: error: {' '.join(str(error).split())}\n")
         return 2
-    said = as_json(found) if options.json else as_table(history, found, recommender.titles)
+    except KeyboardInterrupt:
+        sys.stderr.write("recommend.py: stopped\n")
+        return 130
     sys.stdout.write(said.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
     return 0
+
+
+def answer(options: argparse.Namespace, recommender: Recommender) -> str:
+    """What to print at the end."""
+    how = {"exclude_seen": not options.keep_seen, "skip_unknown": options.skip_unknown}
+    if options.interactive:
+        Dialogue(recommender, options.k, sys.stdout).run(sys.stdin)
+        return ""
+    if options.input:
+        rows = recommender.recommend_file(
+            options.input, options.output, options.k, progress=sys.stderr.isatty(), **how
+        )
+        return f"{rows:,} users: {options.output}\n"
+    history = chosen_history(options, recommender)
+    found = recommender.recommend(history, options.k, **how)
+    return as_json(found) if options.json else as_table(history, found, recommender.titles)
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,11 +60,18 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     whose = parser.add_mutually_exclusive_group(required=True)
     whose.add_argument("--history", nargs="+", help="item tokens, oldest first")
     whose.add_argument("--user", help="a user of the run's data set")
+    whose.add_argument("--interactive", action="store_true", help="titles from the keyboard, one per line")
+    whose.add_argument("--input", metavar="FILE", help="CSV or Parquet file with the columns user, history")
+    add("--output", metavar="FILE", help="for --input: Parquet file with user, items, scores")
     add("-k", type=int, default=10, help="how many; default: 10")
     add("--keep-seen", action="store_true", help="items of the history may come again")
+    add("--skip-unknown", action="store_true", help="leave out items that the run does not know")
     add("--json", action="store_true", help="a list of objects with item, score and title")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if bool(options.input) != bool(options.output):
+        parser.error("--input and --output go together")
+    return options
 
 
 def chosen_history(options: argparse.Namespace, recommender: Recommender) -> list[str]:
@@ -56,7 +83,7 @@ def chosen_history(options: argparse.Namespace, recommender: Recommender) -> lis
     if options.user is None:
         return split(options.history, recommender)
     history = history_of(options.run, options.user)
-    if unknown := set(history) - set(recommender.tokens):
+    if not options.skip_unknown and (unknown := set(history) - set(recommender.tokens)):
         raise ValueError(
             f"--user: {options.user!r} has met {min(unknown)!r} since this run was trained; train again, or "
             f"give the known ones by --history"

@@ -5,6 +5,8 @@ ours is one line; anything else than it or an OSError is a bug. M2REC_FUZZ says 
 reader gets.
 """
 
+import hashlib
+import io
 import json
 import os
 import string
@@ -18,8 +20,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m2rec import atomic, text_vectors
+from m2rec import atomic, text_vectors, trained
 from m2rec.configuration import build_config, known_keys, parse_arguments, read_yaml
+from m2rec.dialogue import Dialogue
 from m2rec.encoder import Encoder
 from m2rec.files import read_tensors, write_tensors
 from m2rec.item_text import items_of, parse_template, read_texts, read_titles
@@ -180,6 +183,9 @@ def test_yaml_and_arguments(path: Path, content: bytes, argument: str):
     only_our_errors(lambda: parse_arguments([argument, f"--a={argument}"]))
 
 
+FOLDER = ["config.yaml", "items.json", "titles.json", "text.json", "counts.json"]
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved recommender of random weights, of five items with text."""
@@ -190,9 +196,17 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors[0] = 0
     encoder = Encoder(ModelSettings.read(config), 6, 5, vectors)
     tokens = ["[PAD]", "a", "b", "c", "d", "😀"]
-    Recommender(encoder, tokens, config, torch.zeros(3), torch.eye(3), {"a": "A"}, {"model": "m"}).save(
-        folder
+    model = trained.made(
+        encoder,
+        tokens,
+        titles={"a": "A"},
+        counts=[0, 4, 3, 2, 1, 0],
+        config=config,
+        text_mean=torch.zeros(3),
+        text_basis=torch.eye(3),
+        text_source={"model": "m"},
     )
+    trained.write(model, folder)
     return folder
 
 
@@ -204,12 +218,17 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_histories(run_folder: Path, history: Sequence[Any], k: Any):
     recommender = Recommender.load(run_folder)
     only_our_errors(lambda: recommender.recommend(history, k))
-    only_our_errors(lambda: recommender.recommend(history))
+    only_our_errors(lambda: recommender.recommend(history, skip_unknown=True))
+    only_our_errors(lambda: recommender.recommend(["a"], candidates=history, exclude=history))
+    only_our_errors(lambda: recommender.session(history).recommend())
     only_our_errors(lambda: recommender.add_items(["new"], [[1.0, 2.0, 3.0]], {"new": k}))
 
 
 @fuzzed
-@given(data=st.data(), name=st.sampled_from(["config.yaml", "items.json", "titles.json", "text.json"]))
+@given(
+    data=st.data(),
+    name=st.sampled_from(["config.yaml", "items.json", "titles.json", "text.json", "counts.json"]),
+)
 def test_run_folders(run_folder: Path, tmp_path: Path, data: st.DataObject, name: str):
     for path in run_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -217,3 +236,30 @@ def test_run_folders(run_folder: Path, tmp_path: Path, data: st.DataObject, name
     other = st.builds(lambda value: json.dumps(value).encode(), values)
     (tmp_path / name).write_bytes(data.draw(broken(whole) | other))
     only_our_errors(lambda: Recommender.load(tmp_path).recommend(["a"], 3))
+    only_our_errors(lambda: Recommender.load(tmp_path).recommend([], 3))
+
+
+@fuzzed
+@given(data=st.data(), signed=st.booleans())
+def test_saved_sessions(run_folder: Path, data: st.DataObject, signed: bool):
+    """Signed as anybody can, too."""
+    recommender = Recommender.load(run_folder)
+    content = data.draw(broken(recommender.session(["a", "b"]).to_bytes()[32:]))
+    digest = hashlib.sha256(content if signed else b"").digest()
+    only_our_errors(lambda: recommender.restore_session(digest + content).recommend())
+
+
+@fuzzed
+@given(rows=broken(b'user,history\nanna,a b c\nbert,\n"c","[""a"", ""b""]"\n'))
+def test_files_of_histories(run_folder: Path, tmp_path: Path, rows: bytes):
+    (tmp_path / "in.csv").write_bytes(rows)
+    recommender = Recommender.load(run_folder)
+    out = tmp_path / "out.parquet"
+    only_our_errors(lambda: recommender.recommend_file(tmp_path / "in.csv", out, skip_unknown=True))
+    assert {path.name for path in tmp_path.iterdir()} <= {"in.csv", "out.parquet"}
+
+
+@fuzzed
+@given(lines=st.lists(st.text(max_size=40) | st.sampled_from(["a", "A", "1", "why", "undo", "new"])))
+def test_conversations(run_folder: Path, lines: list[str]):
+    only_our_errors(lambda: Dialogue(Recommender.load(run_folder), 3, io.StringIO()).run(lines))

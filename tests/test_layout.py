@@ -13,10 +13,12 @@ PACKAGE = ROOT / "m2rec"
 
 # each module may import from its own and from later ranks
 RANKS = [
-    {"plots"},
+    {"plots", "dialogue"},
     {"tables", "paired"},
     {"results"},
     {"experiment", "sweeps", "recommender"},
+    {"export", "session", "ranking", "history_files"},
+    {"trained"},
     {"provenance"},
     {"configuration"},
     {"trainer"},

@@ -1,11 +1,13 @@
 """scripts/recommend.py from the command line, on a run that was trained for it."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 
 from m2rec.configuration import build_config
@@ -88,16 +90,50 @@ def test_a_terminal_without_accents(folder: Path):
             assert "Th\\xe9" in done.stdout
 
 
+def test_nothing_is_answered_with_what_is_popular(folder: Path, said: pytest.CaptureFixture[str]):
+    said.readouterr()
+    assert recommend.main([str(folder), "--history", " ", "-k=2", "--json"]) == 0
+    counts = json.loads((folder / "counts.json").read_text())
+    assert [item["score"] for item in json.loads(said.readouterr().out)] == sorted(counts, reverse=True)[:2]
+
+
+def test_unknown_items_can_be_skipped(folder: Path, said: pytest.CaptureFixture[str]):
+    for arguments in (["i1"], ["nothing", "i1", "--skip-unknown"]):
+        assert recommend.main([str(folder), "--json", "--history", *arguments]) == 0
+    first, second = [line for line in said.readouterr().out.splitlines() if line.startswith("[")]
+    assert first == second
+
+
+def test_a_file_of_histories(folder: Path, tmp_path: Path, said: pytest.CaptureFixture[str]):
+    (tmp_path / "in.csv").write_text("user,history\nanna,i1 i2\nbert,i7\n")
+    files = ["--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.parquet")]
+    said.readouterr()
+    assert recommend.main([str(folder), *files, "-k=3"]) == 0
+    assert said.readouterr().out == f"2 users: {tmp_path / 'out.parquet'}\n"
+    expected = [item.item for item in Recommender.load(folder).recommend(["i1", "i2"], k=3)]
+    assert pandas.read_parquet(tmp_path / "out.parquet")["items"][0].tolist() == expected
+
+
+def test_a_conversation(folder: Path, said: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("green tea\nwhy\n"))
+    said.readouterr()
+    assert recommend.main([str(folder), "--interactive", "-k=3"]) == 0
+    out = said.readouterr().out
+    assert "+ Green tea\n" in out and "Green tea: temporal" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--history", "i1", "nothing"], "history: the model knows no item 'nothing'"),
-        (["--history", " "], "history: empty"),
         (["--history", "i1", "-k=0"], "k: expected a whole number from 1, got 0"),
         (["--user", "nobody"], "--user: the data set has no user 'nobody'"),
         (["--user", ""], "--user: the data set has no user ''"),
         (["--user", "[PAD]"], "--user: the data set has no user '[PAD]'"),
-        ([], "one of the arguments --history --user is required"),
+        ([], "one of the arguments --history --user --interactive --input is required"),
+        (["--input", "a.csv"], "--input and --output go together"),
+        (["--history", "i1", "--output", "a.parquet"], "--input and --output go together"),
+        (["--input", "none.csv", "--output", "a.parquet"], "none.csv"),
         (["--history", "i1", "--device=tpu9"], "device: 'tpu9' is none"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,73 @@ def test_only_the_end_of_a_long_history_counts(folder: Path):
     torch.testing.assert_close(recommender.scores([TOKENS[10:] + end]), recommender.scores([end]))
     found = recommender.recommend([*TOKENS[10:15], *end], k=100)
     assert {r.item for r in found} == set(TOKENS[15:])
+
+
+def test_only_some_may_be_recommended(folder: Path):
+    recommender, history = Recommender.load(folder), ["i3", "i5"]
+    everything = recommender.recommend(history, k=100, exclude_seen=False)
+    some = ["i9", "i3", "i1", "i17", "i9"]
+    found = recommender.recommend(history, candidates=some, exclude=["i17", "nobody knows"])
+    assert [r.item for r in found] == [r.item for r in everything if r.item in {"i9", "i1"}]
+    found = recommender.recommend(history, exclude_seen=False, candidates=some)
+    assert [r.item for r in found] == [r.item for r in everything if r.item in some]
+    assert recommender.recommend(history, candidates=[]) == []
+    with pytest.raises(ValueError, match="candidates: the model knows no item 'tea'"):
+        recommender.recommend(history, candidates=["tea"])
+    (only,) = recommender.recommend(history, candidates=["tea", "i9"], skip_unknown=True)
+    assert only.item == "i9"
+
+
+def test_after_nothing_the_popular_items(folder: Path, toy: Path, caplog: pytest.LogCaptureFixture):
+    recommender = Recommender.load(folder)
+    dataset, _ = experiment.load_data(build_config(small(toy)))
+    counts = dataset.histories.trained(dataset.item_num)
+    found = recommender.recommend([], k=30)
+    assert [r.score for r in found] == sorted(counts[1:], reverse=True) and len(found) == 20
+    assert all(counts[recommender.to_ids([r.item])[0]] == r.score for r in found)
+    assert "1 of 1 histories are empty and get what is popular" in caplog.text
+    (folder / "counts.json").unlink()
+    with pytest.raises(ValueError, match="history: empty, and this run does not say what is popular"):
+        Recommender.load(folder).recommend([])
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{}", "[-1]", "[1.5]", "", "[true]"])
+def test_counts_that_can_t_be_used(folder: Path, content: str):
+    (folder / "counts.json").write_text(content)
+    with pytest.raises(ValueError, match=r"counts\.json"):
+        Recommender.load(folder)
+
+
+def test_similar_items(folder: Path):
+    recommender = Recommender.load(folder)
+    found = recommender.similar_items("i3", k=100)
+    assert len(found) == 19 and "i3" not in {r.item for r in found}
+    table = torch.nn.functional.normalize(recommender._model.table[1:])
+    cosines = dict(
+        zip(recommender.tokens[1:], (table @ table[recommender.to_ids(["i3"])[0] - 1]).tolist(), strict=True)
+    )
+    assert [r.score for r in found] == pytest.approx([cosines[r.item] for r in found], abs=1e-5)
+    assert [r.score for r in found] == sorted((r.score for r in found), reverse=True)
+    assert [r.item for r in recommender.similar_items("i3", k=1)] == [found[0].item]
+
+
+def test_explain(folder: Path):
+    recommender = Recommender.load(folder)
+    history = ["i3", "i5", "i3"]
+    explained = recommender.explain(history)
+    assert [event.item for event in explained] == history
+    _, weights = recommender._model.encoder.encode(
+        torch.tensor([recommender.to_ids(history)]), torch.tensor([3])
+    )
+    for place, event in enumerate(explained):
+        assert list(event.weights) == ["temporal", "frequency", "semantic"]
+        assert sum(event.weights.values()) == pytest.approx(1, abs=1e-5)
+        assert len(event.by_layer) == len(weights)
+        for layer, own in zip(weights, event.by_layer, strict=True):
+            assert list(own.values()) == pytest.approx(layer[0, place].mean(-1).tolist())
+    assert len(recommender.explain(TOKENS)) == recommender._model.max_length
+    with pytest.raises(ValueError, match="history: empty"):
+        recommender.explain([])
 
 
 def test_it_needs_no_recbole(folder: Path):
@@ -170,7 +238,7 @@ def test_only_vectors_that_were_made_alike(
     tokens, given, _ = text_vectors.read(vectors)
     text_vectors.save(vectors, tokens, given.numpy(), theirs)
     recommender = Recommender.load(folder)
-    recommender.text_source = ours
+    recommender = Recommender(replace(recommender._model, text_source=ours))
     if message is None:
         assert recommender.add_items_from(vectors) == ["new", "newer"]
         return
@@ -227,7 +295,6 @@ def test_a_model_without_text_in_the_table_takes_none(toy: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("history", "message"),
     [
-        ([], "history: empty"),
         (["i3", "gone"], "knows no item 'gone'"),
         ("i3", r"expected a list of item tokens, got one text, 'i3'; write \['i3'\]"),
         ([3], "knows no item 3; tokens are texts"),
@@ -236,6 +303,11 @@ def test_a_model_without_text_in_the_table_takes_none(toy: Path, tmp_path: Path,
 def test_histories_that_can_t_be_used(folder: Path, history: Any, message: str):
     with pytest.raises(ValueError, match=message):
         Recommender.load(folder).recommend(history)
+
+
+def test_scores_need_a_history(folder: Path):
+    with pytest.raises(ValueError, match="history: empty; give at least one item"):
+        Recommender.load(folder).scores([["i1"], []])
 
 
 def test_odd_but_right_questions(folder: Path):

@@ -1,0 +1,95 @@
+"""A trained model as a program that PyTorch alone runs.
+
+letter  meaning
+B, L    histories, their padded length (right-padded with item 0)
+V, D    items including padding, model width
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from m2rec.encoder import Encoder
+from m2rec.files import ITEMS_FILE, write_atomically
+from m2rec.trained import Trained
+
+_TOLERANCE = 1e-4
+
+
+class Program(nn.Module):
+    """Histories -> the score of every item, without a step whose shape depends on the values.
+
+    Args:
+        encoder: a trained network.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.table: Tensor
+        self.register_buffer("table", encoder.item_table())
+
+    def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """items: (B, L) int64, lengths: (B,) int64, at least 1 -> (B, V); that of padding is -inf."""
+        x = self.encoder(items, lengths)
+        last = (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2])
+        scores = F.linear(x.gather(1, last)[:, 0], self.table)
+        bias = self.encoder.repeat_bias
+        if bias is not None:
+            seen = torch.zeros_like(scores).scatter(1, items, 1.0)
+            scores = scores + bias * seen
+        padding = torch.arange(scores.shape[1], device=scores.device) == 0
+        return scores.masked_fill(padding, -torch.inf)
+
+
+@torch.no_grad()
+def export(trained: Trained, path: Path, batch_size: int = 1) -> None:
+    """Write a torch.export program, read it again and compare it with the model.
+
+    `torch.export.load(path).module()(items, lengths)` runs it without this package: items
+    (batch_size, L) int64, internal ids, oldest first, padded with 0 behind; lengths (batch_size,);
+    L is the run's MAX_ITEM_LIST_LENGTH. The tokens by internal id are in its extra file items.json.
+
+    Raises:
+        ValueError: batch_size is less than 1, or the program does not do what the model does.
+    """
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size: expected a whole number from 1, got {batch_size!r}")
+    inputs = _examples(trained, batch_size)
+    program = Program(_frozen(trained)).eval()
+    expected = program(*inputs)
+    exported = torch.export.export(program, inputs)
+    tokens = json.dumps(trained.tokens, ensure_ascii=False)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # by name it would want its own suffix
+            torch.export.save(exported, file, extra_files={ITEMS_FILE: tokens})
+        with temporary.open("rb") as file:
+            found = torch.export.load(file).module()(*inputs)
+        if not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
+            worst = (found - expected).nan_to_num().abs().max()
+            raise ValueError(f"export: the program differs from the model by {worst:.1e}")
+
+    write_atomically(path, write)
+
+
+def _frozen(trained: Trained) -> Encoder:
+    """A copy on the CPU that knows no gradients and calls no kernel of this machine."""
+    settings = replace(trained.encoder.settings, scan_backend="torch")
+    encoder = Encoder(settings, len(trained.tokens), trained.max_length, trained.encoder.vectors)
+    encoder.load_state_dict(trained.encoder.state_dict())  # copies
+    return encoder.cpu().eval().requires_grad_(False)
+
+
+def _examples(trained: Trained, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Random histories of all lengths."""
+    random = torch.Generator().manual_seed(0)
+    shape = (batch_size, trained.max_length)
+    items = torch.randint(1, len(trained.tokens), shape, generator=random)
+    lengths = torch.randint(1, trained.max_length + 1, (batch_size,), generator=random)
+    items[torch.arange(trained.max_length) >= lengths[:, None]] = 0
+    return items, lengths

@@ -1,0 +1,98 @@
+"""Files of many histories, and of what was recommended after them; neither is ever held whole."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from m2rec.files import write_atomically
+from m2rec.rows import Row, Tally, csv_rows, parquet_rows
+
+USER, HISTORY = "user", "history"
+
+_GROUP = 8192  # rows that are written together
+
+
+class Ranked(NamedTuple):
+    """A user's recommendations, best first."""
+
+    user: str
+    items: Sequence[str]
+    scores: Sequence[float]
+
+
+def read_histories(path: Path, progress: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """Users and their item tokens, oldest first, row by row.
+
+    The columns are `user` and `history`, a list in Parquet, in CSV tokens with blanks between
+    them or a JSON list. Nothing in it is an empty history.
+
+    Args:
+        path: FILE.parquet, or a CSV file, plain or gzipped.
+        progress: show a bar on the terminal.
+
+    Raises:
+        ValueError: the file can't be read, or a row has no user or no list of tokens.
+    """
+    tally = Tally(path)
+    rows = (parquet_rows if path.suffix == ".parquet" else csv_rows)(tally, (USER, HISTORY))
+    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=not progress) as bar:
+        for line, row in rows:
+            yield _user(path, line, row), _tokens(path, line, row[HISTORY])
+            bar.update(tally.position - bar.n)
+    tally.finish()
+
+
+def write_ranked(path: Path, ranked: Iterable[Ranked]) -> int:
+    """Write a Parquet file with the columns `user`, `items` and `scores`, whole or not at all.
+
+    Returns:
+        How many rows it has.
+
+    Raises:
+        ValueError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise ValueError(f"{path}: writing Parquet needs pyarrow; run: pip install pyarrow") from None
+    text, numbers = pyarrow.list_(pyarrow.string()), pyarrow.list_(pyarrow.float32())
+    schema = pyarrow.schema([(USER, pyarrow.string()), ("items", text), ("scores", numbers)])
+    rest, rows = iter(ranked), 0
+
+    def write(temporary: Path) -> None:
+        nonlocal rows
+        with parquet.ParquetWriter(temporary, schema) as writer:
+            while part := list(islice(rest, _GROUP)):
+                columns = [list(column) for column in zip(*part, strict=True)]
+                writer.write_table(pyarrow.table(columns, schema=schema))
+                rows += len(part)
+
+    write_atomically(path, write)
+    return rows
+
+
+def _user(path: Path, line: int, row: Row) -> str:
+    user = row[USER]
+    if user is None or user == "":
+        raise ValueError(f"{path}, line {line}: {USER} is empty")
+    return str(user)
+
+
+def _tokens(path: Path, line: int, cell: Any) -> list[str]:
+    if isinstance(cell, str) and cell.startswith("["):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path}, line {line}: {HISTORY} is no JSON list: {cell[:60]!r}") from None
+    if isinstance(cell, str):
+        return cell.split()
+    if not isinstance(cell, list | None) or any(
+        isinstance(token, list | dict | None) for token in cell or []
+    ):
+        raise ValueError(f"{path}, line {line}: {HISTORY} is {str(cell)[:60]!r}, expected a list of tokens")
+    return [str(token) for token in cell or []]

@@ -1,0 +1,88 @@
+"""The best items for vectors of histories, exactly, in a memory that does not grow with the catalogue.
+
+letter  meaning
+B, D    histories, model width
+V, P    items including padding, items that may be recommended
+R       pairs of a history and an item
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# scores that are held at a time
+_SCORES = 2**22
+
+
+class Adjustments:
+    """What is added to the scores of some items, by history; minus infinity takes an item out.
+
+    Args:
+        raised: by history, ids of the items whose score is raised, each once.
+        hidden: by history, ids of the items that are taken out, each once; padding is anyway.
+        raise_by: what is added to the former, 0 for nothing.
+        device: where the scores are.
+    """
+
+    def __init__(
+        self,
+        raised: Sequence[Collection[int]],
+        hidden: Sequence[Collection[int]],
+        raise_by: float,
+        device: torch.device,
+    ) -> None:
+        wanted = [raised] if raise_by else []
+        rows: list[int] = []
+        items: list[int] = []
+        values: list[float] = []
+        for groups, value in ((hidden, -torch.inf), *((group, raise_by) for group in wanted)):
+            for row, group in enumerate(groups):
+                rows += [row] * len(group)
+                items += group
+                values += [value] * len(group)
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)  # (R,)
+        self.items = torch.tensor(items, dtype=torch.int64, device=device)
+        self.values = torch.tensor(values, dtype=torch.float32, device=device)
+
+    def apply(self, scores: Tensor, places: Tensor, low: int) -> None:
+        """Change scores (B, n) of the items at `low` to `low + n`; places (R,) of `items`, -1 for none."""
+        inside = (places >= low) & (places < low + scores.shape[1])
+        at = (self.rows[inside], places[inside] - low)
+        scores.index_put_(at, self.values[inside].to(scores.dtype), accumulate=True)
+
+
+def best_items(
+    x: Tensor, table: Tensor, k: int, adjustments: Adjustments, pool: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k items of the highest scores for each history, best first.
+
+    Args:
+        x: (B, D), the vectors of the histories.
+        table: (V, D), the item table; row 0 is padding's, which is never found.
+        k: how many; fewer come where there are fewer.
+        adjustments: added to the scores.
+        pool: (P,), ascending ids of the items to choose from; None for all.
+
+    Returns:
+        Scores and ids (B, min(k, P)); minus infinity where nothing is left.
+    """
+    if pool is None:
+        pool = torch.arange(1, len(table), device=table.device)
+    if not len(pool):
+        return x.new_empty(len(x), 0), pool.new_empty(len(x), 0)
+    whole = len(pool) == len(table) - 1
+    places = torch.searchsorted(pool, adjustments.items).clamp(max=len(pool) - 1)
+    places[pool[places] != adjustments.items] = -1
+    width = max(_SCORES // max(1, len(x)), 1)
+    best = [(x.new_empty(len(x), 0), pool.new_empty(len(x), 0))]
+    for low in range(0, len(pool), width):
+        rows = table[1 + low : 1 + low + width] if whole else table[pool[low : low + width]]
+        scores = F.linear(x, rows)
+        adjustments.apply(scores, places, low)
+        top = scores.topk(min(k, scores.shape[1]))
+        best.append((top.values, pool[low + top.indices]))
+    values, items = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
+    top = values.topk(min(k, values.shape[1]))
+    return top.values, items.gather(1, top.indices)

@@ -1,0 +1,191 @@
+"""One user's history as the model remembers it: of constant size, and an event costs constant time.
+
+letter  meaning
+B, D    users, model width
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from m2rec.encoder import Encoder
+from m2rec.layer import LayerState
+
+_PIECE = 256  # items of a history that are encoded at a time
+_MODEL, _SEEN, _VECTOR = "model", "seen", "vector"
+_DIGEST = hashlib.sha256().digest_size
+
+
+class Memory:
+    """What is left of a history: the states of all layers, the last vector, and which items it held.
+
+    Args:
+        states: after the last event, of one user; None before the first event.
+        vector: (1, D), what items are compared with; None before the first event.
+        seen: internal ids of the items of the history.
+    """
+
+    def __init__(
+        self,
+        states: list[LayerState] | None = None,
+        vector: Tensor | None = None,
+        seen: Iterable[int] = (),
+    ) -> None:
+        self.states, self.vector = states, vector
+        self.seen = dict.fromkeys(seen)
+
+    def go_on(self, states: list[LayerState], vector: Tensor, items: Iterable[int]) -> None:
+        """Take these new events in."""
+        self.states, self.vector = states, vector
+        self.seen.update(dict.fromkeys(items))
+
+
+@torch.no_grad()
+def remember(encoder: Encoder, items: Sequence[int], memory: Memory) -> None:
+    """Take in some items, in pieces, so that even a history of millions needs little room.
+
+    Raises:
+        ValueError: the model has a part that needs the whole history at once.
+    """
+    states, vector = memory.states, memory.vector
+    device = encoder.id_embedding.weight.device
+    for start in range(0, len(items), _PIECE):
+        piece = torch.tensor(items[start : start + _PIECE], device=device)
+        if states is not None and len(piece) == 1:
+            vector, states = encoder.step(piece, states)
+        else:
+            x, states = encoder.advance(piece[None], states)
+            vector = x[:, -1]
+    if states is not None and vector is not None:
+        memory.go_on(states, vector, items)
+
+
+@torch.no_grad()
+def remember_together(encoder: Encoder, memories: Sequence[Memory], items: Sequence[int]) -> None:
+    """One event for each of many users, in one pass.
+
+    Args:
+        encoder: the network.
+        memories: one per user, each a different one.
+        items: each one's next item.
+    """
+    fresh = [row for row, memory in enumerate(memories) if memory.states is None]
+    going = [row for row, memory in enumerate(memories) if memory.states is not None]
+    for rows in (fresh, going):
+        if not rows:
+            continue
+        ids = torch.tensor([items[row] for row in rows], device=encoder.id_embedding.weight.device)
+        if rows is fresh:
+            x, states = encoder.advance(ids[:, None])
+            x = x[:, 0]
+        else:
+            x, states = encoder.step(ids, _together([memories[row].states or [] for row in rows]))
+        for place, (row, own) in enumerate(zip(rows, _apart(states, len(rows)), strict=True)):
+            memories[row].go_on(own, x[place : place + 1].clone(), [items[row]])
+
+
+def fingerprint(encoder: Encoder) -> bytes:
+    """Of the weights that a state depends on; that of items that came later is the same."""
+    digest = hashlib.sha256()
+    state = encoder.state_dict()
+    for name in sorted(name for name in state if name.startswith(("layers.", "norm."))):
+        digest.update(name.encode() + state[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def to_bytes(memory: Memory, model: bytes) -> bytes:
+    """A memory as bytes, with a checksum and the fingerprint of its model."""
+    tensors = {_MODEL: torch.frombuffer(bytearray(model), dtype=torch.uint8)}
+    tensors[_SEEN] = torch.tensor(list(memory.seen), dtype=torch.int32)
+    if memory.states is not None and memory.vector is not None:
+        tensors[_VECTOR] = memory.vector
+        tensors |= _flat(memory.states)
+    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    return hashlib.sha256(content).digest() + content
+
+
+def from_bytes(data: bytes, encoder: Encoder) -> Memory:
+    """What `to_bytes` made, on the encoder's device.
+
+    Raises:
+        ValueError: it is damaged, none, or of another model.
+    """
+    if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
+        raise ValueError("session: the data is damaged, or is no saved session")
+    try:
+        tensors = load(data[_DIGEST:])
+        model, seen = tensors.pop(_MODEL).numpy().tobytes(), tensors.pop(_SEEN).tolist()
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"session: the data is no saved session ({error})") from None
+    if model != fingerprint(encoder):
+        raise ValueError("session: it was saved with another model; start it again from the history")
+    if not all(0 < item < encoder.id_embedding.num_embeddings for item in seen):
+        raise ValueError("session: it has items that this model does not know; add them first")
+    if not tensors:
+        return Memory()
+    device = encoder.id_embedding.weight.device
+    like = Memory()
+    remember(encoder, [1], like)
+    assert like.states is not None and like.vector is not None
+    expected = {_VECTOR: like.vector, **_flat(like.states)}
+    shapes, found = ({k: (t.shape, t.dtype) for k, t in ts.items()} for ts in (expected, tensors))
+    if shapes != found:
+        raise ValueError("session: the data is no saved session of this model")
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return Memory(_deep(tensors, like.states), tensors[_VECTOR], seen)
+
+
+def _together(states: Sequence[list[LayerState]]) -> list[LayerState]:
+    """States of users, one batch of them."""
+    batch = []
+    for layer in zip(*states, strict=True):
+        mixer = tuple(torch.cat(parts) for parts in zip(*(state.mixer for state in layer), strict=True))
+        memories = [state.filter for state in layer if state.filter is not None]
+        batch.append(LayerState((mixer[0], mixer[1]), torch.cat(memories) if memories else None))
+    return batch
+
+
+def _apart(states: list[LayerState], users: int) -> list[list[LayerState]]:
+    """The reverse; copies, so that one user's state does not keep those of all in memory."""
+
+    def own(tensor: Tensor, user: int) -> Tensor:
+        return tensor[user : user + 1].clone()
+
+    return [
+        [
+            LayerState(
+                (own(state.mixer[0], user), own(state.mixer[1], user)),
+                None if state.filter is None else own(state.filter, user),
+            )
+            for state in states
+        ]
+        for user in range(users)
+    ]
+
+
+def _flat(states: Sequence[LayerState]) -> dict[str, Tensor]:
+    """By layer and part; complex numbers as two."""
+    found = {}
+    for number, state in enumerate(states):
+        parts = {"mixer0": state.mixer[0], "mixer1": state.mixer[1], "filter": state.filter}
+        for name, tensor in parts.items():
+            if tensor is not None:
+                plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+                found[f"{number}.{name}"] = plain
+    return found
+
+
+def _deep(tensors: dict[str, Tensor], like: Sequence[LayerState]) -> list[LayerState]:
+    """The reverse of `_flat`, for states as those of `like`."""
+    states = []
+    for number, state in enumerate(like):
+        memory = tensors.get(f"{number}.filter")
+        if state.filter is not None and state.filter.is_complex() and memory is not None:
+            memory = torch.view_as_complex(memory)
+        mixer = (tensors[f"{number}.mixer0"], tensors[f"{number}.mixer1"])
+        states.append(LayerState(mixer, memory))
+    return states

@@ -1,0 +1,258 @@
+"""A trained model as a run folder holds it: read, written, and with more items.
+
+The run folder alone is needed: no RecBole, no data set, and nothing in the folder is unpickled.
+
+letter  meaning
+V, D    items including padding, model width
+T       width of the text vectors in the model
+T0      width of the text vectors in their file
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from m2rec.encoder import Encoder
+from m2rec.files import (
+    CONFIG_FILE,
+    COUNTS_FILE,
+    ITEMS_FILE,
+    METRICS_FILE,
+    TEXT_FILE,
+    TITLES_FILE,
+    WEIGHTS_FILE,
+    read_tensors,
+    write_tensors,
+    write_text,
+)
+from m2rec.settings import ModelSettings, RunSettings
+
+_ENCODER = "encoder."
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and what it knows of its items; never changed in place."""
+
+    encoder: Encoder
+    table: Tensor
+    """(V, D), the item table."""
+    tokens: tuple[str, ...]
+    """Item tokens by internal id, that of padding first."""
+    ids: Mapping[str, int]
+    """Internal ids by item token, without padding's."""
+    titles: Mapping[str, str]
+    """By item token, of those that have one."""
+    counts: tuple[int, ...]
+    """How often training meets each item, by internal id; empty where that is unknown."""
+    config: Mapping[str, Any]
+    """The keys of the run."""
+    max_length: int
+    """Items of a history that training saw at most."""
+    text_mean: Tensor | None
+    """(T0,), taken from raw text vectors; None without text, as the next."""
+    text_basis: Tensor | None
+    """(T0, T), what they are multiplied with then."""
+    text_source: Mapping[str, Any]
+    """What made the run's text vectors."""
+
+
+def read(folder: Path, device: torch.device) -> Trained:
+    """The model of a run folder.
+
+    Raises:
+        ValueError: a file is missing, damaged, or of another model.
+    """
+    config = _parsed(folder / CONFIG_FILE, yaml.safe_load, dict)
+    tokens = _read_tokens(folder / ITEMS_FILE)
+    weights, _ = read_tensors(folder / WEIGHTS_FILE, str(device))
+    state = {k.removeprefix(_ENCODER): v for k, v in weights.items() if k.startswith(_ENCODER)}
+    if "id_embedding.weight" not in state:
+        raise ValueError(f"{folder}: model: {config.get('model')!r} is not made of M2Rec's parts")
+    settings = replace(ModelSettings.read(config), scan_backend="auto")  # that of this machine
+    length = RunSettings.read(config).MAX_ITEM_LIST_LENGTH
+    encoder = Encoder(settings, len(tokens), length, state.get("vectors")).to(device)
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{folder}: the weights don't fit config.yaml and items.json ({said})") from None
+    return made(
+        encoder,
+        tokens,
+        titles=_read_titles(folder / TITLES_FILE),
+        counts=_read_counts(folder / COUNTS_FILE, len(tokens)),
+        config=config,
+        text_mean=weights.get("text_mean"),
+        text_basis=weights.get("text_basis"),
+        text_source=_parsed(path, json.loads, dict) if (path := folder / TEXT_FILE).exists() else {},
+    )
+
+
+@torch.no_grad()
+def made(
+    encoder: Encoder,
+    tokens: Sequence[str],
+    *,
+    titles: Mapping[str, str],
+    counts: Sequence[int],
+    config: Mapping[str, Any],
+    text_mean: Tensor | None,
+    text_basis: Tensor | None,
+    text_source: Mapping[str, Any],
+) -> Trained:
+    """A `Trained` from what it is made of; the rest of its fields follow."""
+    encoder = encoder.eval()
+    return Trained(
+        encoder=encoder,
+        table=encoder.item_table(),
+        tokens=tuple(tokens),
+        ids={token: i for i, token in enumerate(tokens) if i > 0},
+        titles=dict(titles),
+        counts=tuple(counts),
+        config=config,
+        max_length=RunSettings.read(config).MAX_ITEM_LIST_LENGTH,
+        text_mean=text_mean,
+        text_basis=text_basis,
+        text_source=dict(text_source),
+    )
+
+
+def write(trained: Trained, folder: Path) -> None:
+    """Write what `read` reads into a folder, which is made if need be.
+
+    Raises:
+        ValueError: it is the folder of a run, whose metrics are of other weights.
+    """
+    if (folder / METRICS_FILE).exists():
+        raise ValueError(f"save: {folder} is a run's own folder; give another")
+    text = {"text_mean": trained.text_mean, "text_basis": trained.text_basis}
+    state = {_ENCODER + name: value for name, value in trained.encoder.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, state | {k: v for k, v in text.items() if v is not None})
+    parts = {
+        ITEMS_FILE: trained.tokens,
+        TITLES_FILE: trained.titles,
+        TEXT_FILE: trained.text_source,
+        **({COUNTS_FILE: trained.counts} if trained.counts else {}),
+    }
+    for name, content in parts.items():
+        write_text(folder / name, json.dumps(content, ensure_ascii=False) + "\n")
+    write_text(folder / CONFIG_FILE, yaml.safe_dump(trained.config, sort_keys=False, allow_unicode=True))
+
+
+def check_takes_items(trained: Trained) -> None:
+    """New items need text in the item table.
+
+    Raises:
+        ValueError: this run has none.
+    """
+    if trained.encoder.vectors is None or trained.text_mean is None or trained.text_basis is None:
+        raise ValueError("add_items: this run has no text; train with text_vectors")
+    if trained.encoder.table_text is None:
+        raise ValueError("add_items: this run has no text in its item table; train with text_in_table: true")
+
+
+@torch.no_grad()
+def with_items(trained: Trained, new: Sequence[str], vectors: Any, titles: Mapping[str, str]) -> Trained:
+    """The model with items that training has never met; the ids of all others stay.
+
+    Args:
+        trained: the model.
+        new: their tokens.
+        vectors: (n, T0) tensor or array, their raw text vectors.
+        titles: by token; those of other items are left out.
+
+    Raises:
+        ValueError: the model has no text in its item table, a token is there already or twice, or
+            the vectors don't fit.
+    """
+    check_takes_items(trained)
+    old, mean, basis = trained.encoder.vectors, trained.text_mean, trained.text_basis
+    assert old is not None and mean is not None and basis is not None
+    _check_new(trained, new)
+    named = {token: titles[token] for token in new if token in titles}
+    for token, title in named.items():
+        if not isinstance(title, str):
+            raise ValueError(f"add_items: the title of {token!r} is {title!r}, which is no text")
+    raw = torch.as_tensor(vectors).to(old)
+    if raw.shape != (len(new), len(mean)):
+        raise ValueError(
+            f"add_items: vectors of shape {tuple(raw.shape)} for {len(new)} items; expected "
+            f"({len(new)}, {len(mean)}), made as those of the run"
+        )
+    useless = [t for t, v in zip(new, raw, strict=True) if not v.isfinite().all() or not v.any()]
+    if useless:
+        raise ValueError(f"add_items: {useless[0]!r} has no text vector: all zero, or not finite")
+    state = trained.encoder.state_dict()
+    embedding = state["id_embedding.weight"]
+    unknown = torch.zeros(len(new), embedding.shape[1]).to(embedding)
+    state["id_embedding.weight"] = torch.cat([embedding, unknown])
+    state["vectors"] = torch.cat([old, (raw - mean) @ basis])
+    tokens = [*trained.tokens, *new]
+    encoder = Encoder(trained.encoder.settings, len(tokens), trained.max_length, state["vectors"])
+    encoder = encoder.to(old.device)
+    encoder.load_state_dict(state)
+    return made(
+        encoder,
+        tokens,
+        titles={**trained.titles, **named},
+        counts=[*trained.counts, *[0] * len(new)] if trained.counts else [],
+        config=trained.config,
+        text_mean=mean,
+        text_basis=basis,
+        text_source=trained.text_source,
+    )
+
+
+def _check_new(trained: Trained, new: Sequence[str]) -> None:
+    there = set(trained.ids)
+    for token in new:
+        if not isinstance(token, str) or token in there:
+            why = "is there already" if isinstance(token, str) else "is no text"
+            raise ValueError(f"add_items: {token!r} {why}")
+        there.add(token)
+
+
+def _read_tokens(path: Path) -> list[str]:
+    tokens = _parsed(path, json.loads, list)
+    own = tokens[1:]  # an item may be called as padding is
+    if not own or not all(isinstance(token, str) for token in tokens) or len(set(own)) < len(own):
+        raise ValueError(f"{path} is no list of different texts")
+    return tokens  # type: ignore[no-any-return]
+
+
+def _read_titles(path: Path) -> dict[str, str]:
+    titles = _parsed(path, json.loads, dict) if path.exists() else {}
+    if not all(isinstance(title, str) for title in titles.values()):
+        raise ValueError(f"{path} holds titles that are no text")
+    return titles
+
+
+def _read_counts(path: Path, n_items: int) -> list[int]:
+    counts = _parsed(path, json.loads, list) if path.exists() else []  # older runs have none
+    whole = all(type(count) is int and count >= 0 for count in counts)
+    if not whole or (counts and len(counts) != n_items):
+        raise ValueError(f"{path} is no list of {n_items} whole numbers from 0")
+    return counts
+
+
+def _parsed(path: Path, parse: Any, kind: type) -> Any:
+    """A file's content.
+
+    Raises:
+        ValueError: it is missing, or holds something else.
+    """
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} can't be read ({' '.join(str(error).split())})") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds no {kind.__name__}")
+    return content

@@ -1,0 +1,142 @@
+"""Recommending by a trained run: one history, a live event, many histories, against RecBole's own way.
+
+    python scripts/bench_recommend.py runs/NAME
+
+The rival is RecBole's full_sort_topk with the same model, which makes a test row of each user,
+padded to the longest history, and ranks all items, those of the history too. Before anything is
+timed, the best items of both are compared. Two more rows are of an untrained model with a million
+items.
+"""
+
+import argparse
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from benchmarking import Row, arguments, finish, medians, settle
+
+from m2rec import trained
+from m2rec.configuration import build_config
+from m2rec.encoder import Encoder
+from m2rec.experiment import load_data
+from m2rec.files import CONFIG_FILE
+from m2rec.model import M2Rec
+from m2rec.provenance import item_tokens
+from m2rec.recommender import Recommender
+from m2rec.settings import ModelSettings
+
+K = 10
+MILLION = 1_000_000
+
+
+class Rival:
+    """RecBole's full_sort_topk on the data of the run.
+
+    Args:
+        run: the run folder.
+        users: how many of its test users.
+    """
+
+    def __init__(self, run: Path, users: int, device: str) -> None:
+        own = {"scan_backend": "auto", "log_wandb": False, "tensorboard": False, "use_gpu": device != "cpu"}
+        config = build_config({"config_files": [str(run / CONFIG_FILE)], **own})
+        dataset, (train, _, self.test) = load_data(config)
+        model = trained.read(run, torch.device(device))
+        self.model = M2Rec(config, train.dataset).to(device).eval()
+        self.model.encoder.load_state_dict(model.encoder.state_dict())
+        rows = self.test.dataset.inter_feat[:users]
+        self.users = rows[dataset.uid_field].numpy()
+        self.device, tokens = device, item_tokens(dataset)
+        pairs = zip(
+            rows[dataset.item_id_list_field].tolist(), rows[dataset.item_list_length_field], strict=True
+        )
+        self.histories = [[tokens[item] for item in items[:length]] for items, length in pairs]
+
+    @torch.no_grad()
+    def top(self, start: int, stop: int) -> torch.Tensor:
+        """Internal ids of the best items of some users, (B, K)."""
+        from recbole.utils.case_study import full_sort_topk  # once compat has mended what it needs
+
+        _, items = full_sort_topk(self.users[start:stop], self.model, self.test, K, self.device)
+        return items
+
+
+def compare(recommender: Recommender, rival: Rival, n: int) -> None:
+    """Both must find the same items, but for ties."""
+    expected = rival.top(0, n).tolist()
+    for row, found in zip(
+        expected, recommender.recommend_batch(rival.histories[:n], K, exclude_seen=False), strict=True
+    ):
+        ids = recommender.to_ids(item.item for item in found)
+        if len(set(row) & set(ids)) < K - 1:
+            raise SystemExit(f"the best items differ: {row} and {ids}")
+
+
+def live(recommender: Recommender, history: list[str]) -> Callable[[], object]:
+    """An event and what to recommend after it, over and over."""
+    session, next_items = recommender.session(history), cycle(history)
+
+    def event() -> None:
+        session.add(next(next_items))
+        session.recommend(K)
+
+    return event
+
+
+def large(device: str) -> Recommender:
+    """An untrained model of a million items."""
+    torch.manual_seed(0)
+    encoder = Encoder(ModelSettings(), MILLION + 1, 200).to(device)
+    tokens = ["[PAD]", *map(str, range(1, MILLION + 1))]
+    nothing = {"titles": {}, "counts": [], "text_mean": None, "text_basis": None, "text_source": {}}
+    return Recommender(trained.made(encoder, tokens, config={"MAX_ITEM_LIST_LENGTH": 200}, **nothing))
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = arguments(__doc__, "bench_recommend")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--users", type=int, default=2000, help="test users for the batch")
+    parser.add_argument("--length", type=int, default=200, help="items of the one history")
+    parser.add_argument("--batch", type=int, default=256, help="users that the rival ranks together")
+    parser.add_argument("--no-million", action="store_true", help="without the large catalogue")
+    args = parser.parse_args()
+    settle(args.device, args.threads)
+    recommender, rival = Recommender.load(args.run, args.device), Rival(args.run, args.users, args.device)
+    compare(recommender, rival, min(len(rival.users), args.batch))
+    tokens = recommender.tokens[1:]
+    history = [tokens[(37 * i) % len(tokens)] for i in range(args.length)]
+    n = len(rival.users)
+    one = {
+        f"recommend, {args.length:,} items": lambda: recommender.recommend(history, K),
+        f"live event and ranking, {args.length:,} items": live(recommender, history),
+        f"live event and ranking, {50 * args.length:,} items": live(recommender, 50 * history),
+        "RecBole, one user": lambda: rival.top(0, 1),
+    }
+    many = {
+        "recommend_batch": lambda: list(recommender.recommend_batch(rival.histories, K)),
+        "RecBole, batches": lambda: [rival.top(i, i + args.batch) for i in range(0, n, args.batch)],
+    }
+    rows: list[Row] = [
+        {"what": name, "ms": seconds * 1e3, "per second": 1 / seconds}
+        for name, seconds in medians(one, args.repeats, args.device, at_least=0.3).items()
+    ]
+    for name, seconds in medians(many, args.repeats, args.device).items():
+        rows.append({"what": f"{name}, {n:,} users", "ms": seconds * 1e3, "per second": n / seconds})
+    if not args.no_million:
+        model = large(args.device)
+        past = [model.tokens[37 * i + 1] for i in range(args.length)]
+        some = {
+            "recommend, 1,000,000 items to choose from": lambda: model.recommend(past, K),
+            "live event and ranking, 1,000,000 items": live(model, past),
+        }
+        for name, seconds in medians(some, args.repeats, args.device, at_least=0.3).items():
+            rows.append({"what": name, "ms": seconds * 1e3, "per second": 1 / seconds})
+    mean = sum(map(len, rival.histories)) / n
+    finish(args, rows, f"{len(tokens):,} items; the users' histories have {mean:.0f} items on average")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The conversation: finding items by title, and what is shown after each."""
+
+import io
+
+import pytest
+
+from m2rec.dialogue import Catalogue, Dialogue, moved
+from tests.test_session import TOKENS, V, recommender
+
+TITLES = {
+    "50": "Star Wars (1977)",
+    "172": "Empire Strikes Back, The (1980)",
+    "181": "Return of the Jedi (1983)",
+    "222": "Star Trek: First Contact (1996)",
+    "227": "Star Trek VI (1991)",
+    "1": "Amélie (2001)",
+    "2": "Amélie (2001)",
+    "12": "12 Monkeys",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("50", ["50"]),
+        ("Star Wars (1977)", ["50"]),
+        ("STAR wars", ["50"]),
+        ("jedi", ["181"]),
+        ("empire back", ["172"]),
+        ("star trek", ["227", "222"]),
+        ("star", ["50", "227", "222"]),
+        ("retrun of the jedi", ["181"]),
+        ("Star Wras", ["50"]),
+        ("amélie 2001", ["1", "2"]),
+        ("AMÉLIE", ["1", "2"]),
+        ("nameless", ["nameless"]),
+        ("12", ["12"]),
+        ("qqq", []),
+        ("?!", []),
+        ("", []),
+    ],
+)
+def test_finding(text: str, found: list[str]):
+    assert Catalogue([*TITLES, "nameless"], TITLES).find(text) == found
+
+
+def test_moved():
+    assert [moved(*places) for places in ((None, 1), (2, 2), (5, 2), (1, 4))] == ["new", "", "+3", "-3"]
+
+
+def talk(*lines: str) -> str:
+    output = io.StringIO()
+    Dialogue(recommender(whole_history=False), 3, output).run([f"{line}\n" for line in lines])
+    return output.getvalue()
+
+
+def places(said: str) -> list[str]:
+    """The lines of rankings and choices."""
+    return [line for line in said.splitlines()[1:] if line[:3].strip().isdigit()]
+
+
+def test_the_ranking_changes_with_each_item():
+    model = recommender(whole_history=False)
+    said = talk("i5", "tea", "why", "quit", "i9")
+    assert "39 items. Type a title" in said and "+ i5\n" in said and "+ Tea\n" in said and "i9" not in said
+    shown = [line.split()[-1] for line in places(said)]
+    expected = [model.recommend(history, k=3) for history in (["i5"], ["i5", "i3"])]
+    assert shown == [item.title or item.item for found in expected for item in found]
+    assert "  Tea: temporal " in said and "semantic" in said
+
+
+def test_choosing_by_number():
+    said = talk("i2", "i1x", "2")
+    offered, chosen = said.split("which number?\n")
+    second = places(offered)[4].split()[-1]
+    assert chosen.startswith(f"+ {second}\n")
+    assert [line.split()[-1] for line in places(chosen)] == [
+        item.title or item.item for item in recommender(whole_history=False).recommend(["i2", second], k=3)
+    ]
+
+
+def test_going_back():
+    once, twice = talk("i5"), talk("i5", "i7", "undo")
+    undone = [line.split()[-1] for line in places(twice)[6:]]
+    assert undone == [line.split()[-1] for line in places(once)]
+    assert talk("i5", "new", "undo", "why").endswith("nothing to explain yet\n")
+
+
+def test_nothing_found():
+    assert "nothing like 'qqq'; type a title" in talk("qqq")
+
+
+def test_a_terminal_that_knows_no_accents():
+    raw = io.BytesIO()
+    output = io.TextIOWrapper(raw, encoding="ascii")
+    Dialogue(recommender(), 1, output).say("Amélie")
+    assert raw.getvalue() == b"Am\\xe9lie\n"
+
+
+def test_every_item_can_be_typed():
+    catalogue = Catalogue(TOKENS[1:], {})
+    assert all(catalogue.find(token) == [token] for token in TOKENS[1:V])

@@ -1,0 +1,115 @@
+"""Histories from files, recommendations into files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from m2rec.history_files import read_histories
+from tests.test_session import TOKENS, assert_same, events, recommender
+
+HISTORIES = {"anna": events(3), "bert": [], "01": events(40, seed=1)}
+
+
+def as_csv(path: Path) -> Path:
+    lines = ["user,history", *(f"{user},{' '.join(tokens)}" for user, tokens in HISTORIES.items())]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def as_json_lists(path: Path) -> Path:
+    cells = [json.dumps(tokens).replace('"', '""') for tokens in HISTORIES.values()]
+    rows = [f'{user},"{cell}"' for user, cell in zip(HISTORIES, cells, strict=True)]
+    path.write_text("\n".join(["user,history", *rows]) + "\n")
+    return path
+
+
+def as_parquet(path: Path) -> Path:
+    columns = {"user": list(HISTORIES), "other": [1, 2, 3], "history": list(HISTORIES.values())}
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("h.csv", as_csv), ("h.csv", as_json_lists), ("h.parquet", as_parquet)]
+)
+def test_histories(tmp_path: Path, name: str, write: Callable[[Path], Path]):
+    assert dict(read_histories(write(tmp_path / name))) == HISTORIES
+
+
+def test_recommendations_of_a_file(tmp_path: Path):
+    model, out = recommender(whole_history=False), tmp_path / "out.parquet"
+    assert model.recommend_file(as_csv(tmp_path / "in.csv"), out, k=4, progress=True) == 3
+    table = parquet.read_table(out)
+    assert table.column_names == ["user", "items", "scores"]
+    assert table["user"].to_pylist() == list(HISTORIES)
+    for items, scores, history in zip(
+        table["items"].to_pylist(), table["scores"].to_pylist(), HISTORIES.values(), strict=True
+    ):
+        expected = model.recommend(history, k=4)
+        assert items == [r.item for r in expected]
+        assert scores == pytest.approx([r.score for r in expected], abs=1e-5)
+
+
+def test_many_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The input is read as far as the output has been written, but for a few batches."""
+    from m2rec import history_files
+    from m2rec import recommender as module
+
+    monkeypatch.setattr(module, "_BATCH", 10)
+    monkeypatch.setattr(history_files, "_GROUP", 20)
+    read, most = 0, 0
+    model = recommender(whole_history=False)
+
+    def histories():
+        nonlocal read
+        for n in range(200):
+            read += 1
+            yield [TOKENS[1 + n % 30]]
+
+    for done, found in enumerate(model.recommend_batch(histories(), k=2), 1):
+        most = max(most, read - done)
+        assert len(found) == 2
+    assert done == 200 and most <= 10
+
+
+def test_a_batch_is_each_alone():
+    model = recommender(whole_history=False)
+    histories = [events(n, seed=n) for n in (1, 50, 3, 12, 13)]
+    for found, history in zip(model.recommend_batch(histories, 6), histories, strict=True):
+        assert_same(found, model.recommend(history, 6))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("user,history\nanna,i1 tea\n", "the model knows no item 'tea'"),
+        ("user,items\nanna,i1\n", "history"),
+        ("", "is empty"),
+        ("user,history\n,i1\n", "line 2: user is empty"),
+        ('user,history\nanna,"[1, 2"\n', "line 2: history is no JSON list"),
+        ('user,history\nanna,"[[1], 2]"\n', "line 2: history is '.*', expected a list of tokens"),
+        ('user,history\nanna,"[null]"\n', "line 2: history is '.*', expected a list of tokens"),
+        (None, "No such file"),
+    ],
+)
+def test_files_that_can_t_be_used_leave_nothing(tmp_path: Path, content: str | None, message: str):
+    path, out = tmp_path / "in.csv", tmp_path / "out.parquet"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((ValueError, OSError), match=message):
+        recommender().recommend_file(path, out)
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_unknown_items_can_be_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path, out = tmp_path / "in.csv", tmp_path / "out.parquet"
+    path.write_text("user,history\nanna,i1 tea i2\n")
+    model = recommender()
+    assert model.recommend_file(path, out, k=3, skip_unknown=True) == 1
+    expected = model.recommend(["i1", "i2"], k=3)
+    assert parquet.read_table(out)["items"].to_pylist() == [[r.item for r in expected]]
+    assert "1 unknown items are left out, such as 'tea'" in caplog.text

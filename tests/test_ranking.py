@@ -1,0 +1,66 @@
+"""The best items in chunks, against sorting all scores at once."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from m2rec import ranking
+from m2rec.ranking import Adjustments, best_items
+
+V, D = 103, 8
+
+
+@pytest.fixture
+def table() -> Tensor:
+    return torch.randn(V, D)
+
+
+def reference(
+    x: Tensor,
+    table: Tensor,
+    k: int,
+    raised: list[set[int]],
+    hidden: list[set[int]],
+    raise_by: float,
+    pool: list[int],
+) -> tuple[Tensor, Tensor]:
+    scores = x @ table.T
+    for row, (up, out) in enumerate(zip(raised, hidden, strict=True)):
+        scores[row, list(up)] += raise_by
+        scores[row, list(out)] = -torch.inf
+    outside = torch.ones(V, dtype=torch.bool)
+    outside[pool] = False
+    scores[:, outside] = -torch.inf
+    best = scores.topk(min(k, len(pool)))
+    return best.values, best.indices
+
+
+@pytest.mark.parametrize("budget", [1, 40, 2**22])
+@pytest.mark.parametrize("pool", [None, [2, 3, 50, 60, 102]])
+@pytest.mark.parametrize("raise_by", [-3.0, 0.0, 3.0])
+@pytest.mark.parametrize("k", [1, 4, 200])
+def test_as_sorting_everything(
+    table: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    budget: int,
+    pool: list[int] | None,
+    raise_by: float,
+    k: int,
+):
+    monkeypatch.setattr(ranking, "_SCORES", budget)
+    x = torch.randn(3, D)
+    raised, hidden = [{1, 2, 50}, set(), {102}], [{2, 7}, {60, 102}, set()]
+    adjustments = Adjustments(raised, hidden, raise_by, table.device)
+    ids = None if pool is None else torch.tensor(pool)
+    values, items = best_items(x, table, k, adjustments, ids)
+    everything = pool or list(range(1, V))
+    expected, places = reference(x, table, k, raised, hidden, raise_by, everything)
+    torch.testing.assert_close(values, expected)
+    found = values > -torch.inf
+    assert torch.equal(items[found], places[found])
+
+
+def test_nothing_to_choose_from(table: Tensor):
+    none = torch.empty(0, dtype=torch.int64)
+    values, items = best_items(torch.randn(2, D), table, 3, Adjustments([()], [()], 0.0, table.device), none)
+    assert values.shape == items.shape == (2, 0)
