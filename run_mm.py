@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if not others:
         _say(format_table(result.metrics))
+        _say(next_steps(result.folder, result.recommends))
         _say(str(result.folder))
     return 0
 
@@ -87,6 +88,16 @@ def format_table(metrics: dict) -> str:
         "test: history stays in the ranking, test_unseen: history removed"
     )
     return "\n".join(lines)
+
+
+def next_steps(folder: Path, recommends: bool) -> str:
+    """What one would do next."""
+    steps = {
+        "look at it": str(folder / "report.html"),
+        "use it": f"python scripts/recommend.py {folder} --interactive" if recommends else "",
+        "repeat it": f"python run_mm.py --config_files={folder / 'config.yaml'}",
+    }
+    return "\n".join(f"{what + ':':<12}{how}" for what, how in steps.items() if how)
 
 
 class _PlainFormatter(logging.Formatter):

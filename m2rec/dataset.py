@@ -41,6 +41,8 @@ class HistoryDataset(SequentialDataset):
             `global_time`: one moment ends everybody's training, another one validation.
         part: `train`, `valid` or `test` after `build`.
         counts: users, items and interactions after filtering.
+        gaps: quartiles of the time between neighbouring interactions of a user, in the file's unit;
+            None where nobody has two.
         histories: each user's items in order.
     """
 
@@ -52,6 +54,7 @@ class HistoryDataset(SequentialDataset):
         self._shares = settings.valid_from, settings.test_from
         self.part: str | None = None
         self.counts: dict[str, int] = {}
+        self.gaps: tuple[float, float, float] | None = None
         self.histories: Histories | None = None
         super().__init__(config)
 
@@ -104,6 +107,7 @@ class HistoryDataset(SequentialDataset):
             if len(self.inter_feat):
                 raise
         self.counts = self._count()
+        self.gaps = _gaps(self.inter_feat[self.uid_field], self.inter_feat[self.time_field])
         if not self.counts["interactions"]:
             raise ValueError(
                 f"dataset: nothing of {self.dataset_name!r} is left after filtering ({_in_words(before)} "
@@ -254,3 +258,14 @@ def shifted_targets(items: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
 
 def _in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in counts.items())
+
+
+def _gaps(users: pd.Series, times: pd.Series) -> tuple[float, float, float] | None:
+    """The quartiles of the time between neighbouring interactions of a user."""
+    ordered = pd.DataFrame({"user": pd.factorize(users)[0], "time": times.to_numpy()})
+    ordered = ordered.sort_values(["user", "time"])
+    between = ordered["time"].diff()[ordered["user"].diff() == 0]
+    if not len(between):
+        return None
+    low, middle, high = (float(q) for q in between.quantile([0.25, 0.5, 0.75]))
+    return low, middle, high

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from m2rec import distributed, provenance
+from m2rec import distributed, provenance, report
 from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.configuration import build_config, find_model, read_yaml, resolved
 from m2rec.dataset import HistoryDataset
@@ -27,6 +27,7 @@ from m2rec.files import (
     CONFIG_FILE,
     COUNTS_FILE,
     HISTORY_FILE,
+    INSIGHTS_FILE,
     ITEMS_FILE,
     METRICS_FILE,
     RANKS_FILE,
@@ -35,6 +36,7 @@ from m2rec.files import (
     locked,
     write_text,
 )
+from m2rec.insights import look
 from m2rec.item_text import read_titles
 from m2rec.model import M2Rec
 from m2rec.provenance import (
@@ -62,6 +64,8 @@ class Result:
 
     folder: Path
     metrics: dict[str, Any]
+    recommends: bool
+    """Whether `Recommender` can load it."""
 
 
 @dataclass
@@ -267,7 +271,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _evaluate(prepared: Prepared) -> Result:
-    """Test the best weights and write metrics.json, the run's last file."""
+    """Test the best weights and write metrics.json, the run's last file but for its report."""
     config, trainer, (_, valid, test) = prepared.config, prepared.trainer, prepared.parts
     trainer.load_best()
     tested = trainer.evaluate_both(test)
@@ -298,9 +302,12 @@ def _evaluate(prepared: Prepared) -> Result:
     }
     if distributed.is_first():
         tested.rows.write(trainer.folder / RANKS_FILE)
+        found = look(trainer.model, test.dataset, prepared.dataset)
+        write_text(trainer.folder / INSIGHTS_FILE, json.dumps(found, ensure_ascii=False) + "\n")
         write_text(trainer.folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
         trainer.finish()
-    return Result(trainer.folder, metrics)
+        report.write(trainer.folder)
+    return Result(trainer.folder, metrics, isinstance(trainer.model, M2Rec))
 
 
 @contextmanager

@@ -24,6 +24,8 @@ ITEMS_FILE = "items.json"
 COUNTS_FILE = "counts.json"  # how often training meets each item
 TITLES_FILE = "titles.json"  # where the item file has titles
 TEXT_FILE = "text.json"  # what made the text vectors, where there are any
+INSIGHTS_FILE = "insights.json"  # what the gate and the filter do, and examples
+REPORT_FILE = "report.html"
 WEIGHTS_FILE = "model.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"  # until the run is finished
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from m2rec.charts import GREY, MARKERS, styled
 from m2rec.files import write_atomically
 from m2rec.results import Answers, Spread, of_dataset, spread
 from m2rec.sweeps import Sweep
@@ -14,26 +15,6 @@ if TYPE_CHECKING:
 
 ABLATIONS = "ablations"
 QUALITY = "test_unseen NDCG@10"
-_GREY = "#808080"  # legible on white and on black
-_STYLE = {
-    "svg.hashsalt": "m2rec",
-    "svg.fonttype": "none",  # text stays text
-    "savefig.transparent": True,
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.3,
-    "errorbar.capsize": 3,
-    "legend.frameon": False,
-    "text.color": _GREY,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "grid.color": _GREY,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _GREY,
-}
-_MARKERS = "osD^vPX<>"  # nine, so that with ten colours all pairs up to 90 differ
 
 
 class Panel(NamedTuple):
@@ -55,9 +36,6 @@ def draw(sweep: Sweep, answers: Answers) -> list[Path]:
 
     Returns:
         The files written.
-
-    Raises:
-        ValueError: matplotlib is not installed.
     """
     pictures = {"time": _time, "ablations": _ablations, "popularity": _popularity}
     written = []
@@ -71,15 +49,9 @@ def draw(sweep: Sweep, answers: Answers) -> list[Path]:
 
 
 def _save(path: Path, sweep: Sweep, panels: Mapping[str, Panel]) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install -c constraints.txt -e '.[bench]'") from None
+    with styled():
+        from matplotlib import pyplot
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with matplotlib.rc_context(_STYLE):
         heights = [panel.height for panel in panels.values()]
         figure, grid = pyplot.subplots(
             len(panels), figsize=(8, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
@@ -104,7 +76,7 @@ def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
         from matplotlib.ticker import LogLocator
 
         for k, (variant, (seconds, quality)) in enumerate(points.items()):
-            marker = _MARKERS[k % len(_MARKERS)]
+            marker = MARKERS[k % len(MARKERS)]
             error = quality.deviation or 0.0
             axes.errorbar(seconds.mean, quality.mean, error, fmt=marker, color=f"C{k % 10}", label=variant)
         axes.set(xscale="log", xlabel="training, seconds", ylabel=QUALITY)
@@ -129,11 +101,11 @@ def _ablations(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
         names = list(bars)
         differences = [quality.mean - zero.mean for quality in bars.values()]
         errors = [quality.deviation or 0.0 for quality in bars.values()]
-        axes.barh(names, differences, xerr=errors, color="C0", alpha=0.7, ecolor=_GREY)
+        axes.barh(names, differences, xerr=errors, color="C0", alpha=0.7, ecolor=GREY)
         for y, (name, difference) in enumerate(zip(names, differences, strict=True)):
             text = "reference" if name == sweep.reference else f"{difference:+.4f}"
             axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
-        axes.axvline(0, color=_GREY, linewidth=0.8)
+        axes.axvline(0, color=GREY, linewidth=0.8)
         axes.invert_yaxis()
         axes.set_xlabel(f"{QUALITY}, difference to {sweep.reference} ({zero.mean:.4f})")
         axes.grid(axis="x")
@@ -156,7 +128,7 @@ def _popularity(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
         for k, (variant, line) in enumerate(lines.items()):
             means = [quality.mean for quality in line.values()]
             errors = [quality.deviation or 0.0 for quality in line.values()]
-            marker = _MARKERS[k % len(_MARKERS)]
+            marker = MARKERS[k % len(MARKERS)]
             axes.errorbar(list(line), means, errors, marker=marker, color=f"C{k % 10}", label=variant)
         counts = [users_in(rows, "popularity", name) for name in names]
         labels = [f"{name}\n{count} users" for name, count in zip(names, counts, strict=True)]

@@ -1,5 +1,8 @@
 """Rebuild README's result tables and the plots from results/: python scripts/report.py.
 
+With run folders, python scripts/report.py RUN [RUN ...] [--output=FILE], pages are made instead: of one
+run its report.html again, of several one page that sets them side by side.
+
 Whatever stands between `<!-- results:NAME:TABLE -->` and `<!-- /results -->` in README.md is
 replaced by a table of results/NAME.yaml and results/NAME.csv. TABLE is one that the YAML names,
 `reported` (published numbers beside ours) or `buckets` (by popularity and length of history).
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m2rec import paired
+from m2rec import report as page
 from m2rec.files import write_text
 from m2rec.plots import draw
 from m2rec.results import Answers, read_answers, read_reported
@@ -32,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parse_options(arguments)
     try:
+        if options.runs_shown:
+            return show(options)
         if options.paired:
             return compare(options)
         return report(options)
@@ -44,6 +50,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
+        "runs_shown", nargs="*", type=Path, metavar="RUN", help="folders of finished runs, for a page of them"
+    )
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="page of several runs")
+    parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if README.md would change"
     )
     parser.add_argument("--paired", metavar="NAME", help="make results/NAME-paired.csv from run folders")
@@ -53,6 +63,17 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the sweeps")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the markers")
     return parser.parse_args(arguments)
+
+
+def show(options: argparse.Namespace) -> int:
+    """Write a page of one run or of several.
+
+    Raises:
+        ValueError: one is no finished run.
+    """
+    runs = options.runs_shown
+    print(page.write(runs[0]) if len(runs) == 1 else page.compare(runs, options.output))
+    return 0
 
 
 def compare(options: argparse.Namespace) -> int:

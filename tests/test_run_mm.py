@@ -43,8 +43,13 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     ]
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml", "metrics.json", "history.csv", "model.safetensors", "items.json",
-        "text.json", "test_ranks.csv",
+        "text.json", "test_ranks.csv", "counts.json", "insights.json", "report.html",
     }  # fmt: skip
+    assert lines[-4:-1] == [
+        f"look at it: {folder}/report.html",
+        f"use it:     python scripts/recommend.py {folder} --interactive",
+        f"repeat it:  python run_mm.py --config_files={folder}/config.yaml",
+    ]
 
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"protocol", "seed", "commit", "versions", "data", "seconds"} <= set(metrics)

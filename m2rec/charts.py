@@ -1,0 +1,142 @@
+"""Charts as SVG, legible on white and on black; the same numbers are the same file."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GREY = "#808080"
+MARKERS = "osD^vPX<>"  # nine, so that with ten colours all pairs up to 90 differ
+_STYLE = {
+    "svg.hashsalt": "m2rec",
+    "svg.fonttype": "none",  # text stays text
+    "savefig.transparent": True,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "errorbar.capsize": 3,
+    "legend.frameon": False,
+    "text.color": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "grid.color": GREY,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+}
+_SIZE = (4.6, 2.7)  # inches: text keeps its size on a phone
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw without a screen, in the project's style."""
+    matplotlib.use("Agg")
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> bytes:
+    """Lines over whole numbers, such as epochs."""
+
+    def onto(axes: "Axes") -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for label, (xs, ys) in series.items():
+            axes.plot(xs, ys, marker="." if len(xs) < 40 else "", label=label)
+        axes.set(xlabel=x, ylabel=y)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid()
+        _legend(axes, len(series))
+
+    return _svg(onto)
+
+
+def bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str, y: str) -> bytes:
+    """A bar per group and series, side by side."""
+
+    def onto(axes: "Axes") -> None:
+        width = 0.8 / max(len(series), 1)
+        for k, (label, values) in enumerate(series.items()):
+            places = [g - 0.4 + (k + 0.5) * width for g in range(len(groups))]
+            axes.bar(places, values, width, label=label, alpha=0.8)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(axis="y")
+        _legend(axes, len(series))
+
+    return _svg(onto)
+
+
+def shares(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str) -> bytes:
+    """Per group a bar of shares that add up to one."""
+
+    def onto(axes: "Axes") -> None:
+        base = [0.0] * len(groups)
+        for label, values in series.items():
+            axes.bar(range(len(groups)), values, 0.8, base, label=label, alpha=0.8)
+            base = [low + value for low, value in zip(base, values, strict=True)]
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set(xlabel=x, ylabel="weight", ylim=(0, 1))
+        _legend(axes, len(series))
+
+    return _svg(onto)
+
+
+def bands(series: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> bytes:
+    """Per label x, lower, middle and upper values: lines with a band around, over two logarithmic axes."""
+
+    def onto(axes: "Axes") -> None:
+        for label, (xs, lower, middle, upper) in series.items():
+            (line,) = axes.plot(xs, middle, label=label)
+            axes.fill_between(xs, lower, upper, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+        _plain_ticks(axes)
+        axes.grid()
+        _legend(axes, len(series))
+
+    return _svg(onto)
+
+
+def steps(edges: Sequence[float], series: Mapping[str, Sequence[float]], x: str, y: str) -> bytes:
+    """Histograms over a logarithmic axis; edges (n + 1,), values (n,) by label."""
+
+    def onto(axes: "Axes") -> None:
+        for label, values in series.items():
+            axes.stairs(values, edges, label=label, linewidth=1.5)
+        axes.set(xlabel=x, ylabel=y, xscale="log", ylim=(0, None))
+        _plain_ticks(axes)
+        axes.grid()
+        _legend(axes, len(series))
+
+    return _svg(onto)
+
+
+def _plain_ticks(axes: "Axes") -> None:
+    """1, 2, 5, 10 instead of powers of ten, and none between."""
+    from matplotlib.ticker import LogLocator
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.minorticks_off()
+
+
+def _legend(axes: "Axes", n: int) -> None:
+    if n > 1:
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
+
+
+def _svg(draw: Callable[["Axes"], None]) -> bytes:
+    with styled():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        draw(figure.subplots())
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        return file.getvalue()

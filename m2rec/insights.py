@@ -1,0 +1,176 @@
+"""What a trained model does on its test rows: which branch the gate trusts, what the filter hears, examples.
+
+letter  meaning
+B, L    rows, sequence length
+K, D    branches of a layer, model width
+M       modes of a channel's filter
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from m2rec.compat import Interaction
+from m2rec.dataset import HistoryDataset
+from m2rec.encoder import Encoder
+from m2rec.evaluation import POPULARITY, bucket_names
+from m2rec.fourier import CausalFilter
+
+_POSITIONS = (1, 2, 5, 10, 20, 50, 100, 200)
+_ROWS = 512  # test rows that the gate is looked at on
+_BATCH = 64
+_EXAMPLES = 6
+_SHOWN = 8  # items of an example's history
+_BEST = 5
+_DIGITS = 5
+
+
+@torch.no_grad()
+def look(model: nn.Module, test: HistoryDataset, whole: HistoryDataset) -> dict[str, Any]:
+    """Everything that the report shows beside the metrics, as plain numbers and texts.
+
+    Args:
+        model: trained; gate and filter are looked at if it has them.
+        test: the test rows.
+        whole: the data set, with the gaps between interactions.
+
+    Returns:
+        `loads`: whether `Recommender` can load it; `examples`; and where there are such: `gaps`
+        between interactions, `gate` and, by layer, `filter`.
+    """
+    model.eval()
+    encoder = getattr(model, "encoder", None)
+    found: dict[str, Any] = {"loads": isinstance(encoder, Encoder), "examples": _examples(model, test)}
+    if whole.gaps is not None:
+        found["gaps"] = dict(zip(("lower_quartile", "median", "upper_quartile"), whole.gaps, strict=True))
+    if isinstance(encoder, Encoder):
+        if len(encoder.branches) > 1:
+            found["gate"] = _gate(encoder, test)
+        filters = [layer.filter for layer in encoder.layers if isinstance(layer.filter, CausalFilter)]
+        if filters:
+            longest = test.inter_feat[test.item_id_list_field].shape[1]
+            found["filter"] = [_filter(own, longest) for own in filters]
+    return found
+
+
+def _gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
+    """The gate's weights, mean over channels, by layer, position and popularity."""
+    assert test.histories is not None
+    device = encoder.id_embedding.weight.device
+    counts = torch.from_numpy(test.histories.trained(test.item_num))
+    positions, popularity = _Means(_POSITIONS), _Means(POPULARITY)
+    layers: list[_Means] = [_Means(()) for _ in encoder.layers]
+    for rows in _spread(len(test), _ROWS).split(_BATCH):
+        batch = test.inter_feat[rows]
+        items, lengths = batch[test.item_id_list_field], batch[test.item_list_length_field]
+        _, weights = encoder.encode(items.to(device), lengths.to(device))
+        there = torch.arange(items.shape[1]) < lengths[:, None]
+        by_layer = [layer.mean(-1).cpu()[there] for layer in weights]  # (n, K) each
+        for means, own in zip(layers, by_layer, strict=True):
+            means.add(own, torch.zeros(len(own), dtype=torch.int64))
+        mean = torch.stack(by_layer).mean(0)
+        place = torch.arange(1, items.shape[1] + 1).expand_as(items)[there]
+        positions.add(mean, place)
+        popularity.add(mean, counts[items[there]])
+    return {
+        "branches": encoder.branches,
+        "by_layer": {str(n): own for n, means in enumerate(layers, 1) for own in means.table(1).values()},
+        "by_position": positions.table(1),
+        "by_popularity": popularity.table(0),
+    }
+
+
+class _Means:
+    """Means of weights by buckets of a number.
+
+    Args:
+        ends: the last number of each bucket but the last one.
+    """
+
+    def __init__(self, ends: tuple[int, ...]) -> None:
+        self.ends = ends
+        self.sums: dict[int, Tensor] = {}
+        self.counts: dict[int, int] = {}
+
+    def add(self, weights: Tensor, numbers: Tensor) -> None:
+        """Weights (n, K) at numbers (n,)."""
+        bucket = torch.bucketize(numbers, torch.tensor(self.ends))
+        for key in bucket.unique().tolist():
+            own = weights[bucket == key]
+            self.sums[key] = self.sums.get(key, 0) + own.double().sum(0)
+            self.counts[key] = self.counts.get(key, 0) + len(own)
+
+    def table(self, low: int) -> dict[str, list[float]]:
+        """Means by the bucket's name; `low` is the smallest number."""
+        names = bucket_names(self.ends, low)
+        return {
+            names[key]: [round(w, _DIGITS) for w in (self.sums[key] / self.counts[key]).tolist()]
+            for key in sorted(self.sums)
+        }
+
+
+def _filter(layer: CausalFilter, longest: int) -> dict[str, Any]:
+    """How much of each period a layer's channels let through, and the periods of their modes."""
+    size = max(2 * longest, 8)
+    gain = torch.fft.rfft(layer.kernel(size).double(), dim=1).abs()[:, 1:].cpu()  # (D, size / 2)
+    period = size / np.arange(1, gain.shape[1] + 1)
+    quartiles = gain.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
+    kept = np.unique(np.geomspace(1, gain.shape[1], 80).round().astype(int)) - 1
+    # a mode's gain at its own frequency; slower than the longest history is no period any more
+    amplitude = torch.hypot(layer.cosine, layer.sine) / -torch.expm1(-layer.log_damping.exp())
+    own = 2 * math.pi / layer.frequency.abs().clamp(min=1e-9)
+    edges = np.geomspace(2, max(longest, 4), 13)
+    inside = own.flatten().clamp(2, max(longest, 4)).double().cpu().numpy()
+    strength, _ = np.histogram(inside, edges, weights=amplitude.flatten().double().cpu().numpy())
+    return {
+        "period": _rounded(period[kept]),
+        "lower": _rounded(quartiles[0].numpy()[kept]),
+        "median": _rounded(quartiles[1].numpy()[kept]),
+        "upper": _rounded(quartiles[2].numpy()[kept]),
+        "edges": _rounded(edges),
+        "strength": _rounded(strength / max(strength.sum(), 1e-12)),
+    }
+
+
+def _examples(model: nn.Module, test: HistoryDataset) -> list[dict[str, Any]]:
+    """Some test users: the end of the history, the best items that are not in it, and what was next."""
+    assert test.histories is not None and test.part is not None
+    rows = _spread(len(test), _EXAMPLES)
+    if not len(rows):
+        return []
+    batch: Interaction = test.inter_feat[rows]
+    device = next(model.parameters()).device
+    scores: Tensor = model.full_sort_predict(batch.to(device)).cpu().float()  # type: ignore[operator]
+    users, targets = batch[test.uid_field].cpu().numpy(), batch[test.iid_field].cpu()
+    kept = scores[torch.arange(len(rows)), targets].clone()
+    owner, seen = test.histories.before(users, test.part)
+    scores[torch.from_numpy(owner), torch.from_numpy(seen)] = -torch.inf
+    scores[:, 0] = -torch.inf
+    scores[torch.arange(len(rows)), targets] = kept
+    best = scores.topk(min(_BEST, scores.shape[1] - 1)).indices.tolist()
+    tokens = test.field2id_token[test.iid_field]
+    lengths = test.histories.lengths(users, test.part)
+    return [
+        {
+            "user": str(test.field2id_token[test.uid_field][user]),
+            "history": [str(tokens[i]) for i in seen[owner == row][-_SHOWN:]],
+            "length": int(lengths[row]),
+            "recommended": [str(tokens[i]) for i in best[row]],
+            "next": str(tokens[targets[row]]),
+            "place": int((scores[row] > kept[row]).sum()) + 1,
+        }
+        for row, user in enumerate(users)
+    ]
+
+
+def _spread(n: int, most: int) -> Tensor:
+    """At most so many of n row numbers, evenly spread."""
+    return torch.from_numpy(np.unique(np.linspace(0, max(n - 1, 0), min(n, most)).round().astype(np.int64)))
+
+
+def _rounded(values: Sequence[float] | Mapping[int, float] | np.ndarray) -> list[float]:
+    return [float(f"{value:.5g}") for value in np.asarray(values)]

@@ -1,0 +1,390 @@
+"""Run folders -> one HTML page that needs no network: metrics, curves, gate, filter, examples."""
+
+import base64
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from m2rec import charts
+from m2rec.files import (
+    CONFIG_FILE,
+    HISTORY_FILE,
+    INSIGHTS_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    TITLES_FILE,
+    write_text,
+)
+
+_PARTS = ("valid", "test", "test_unseen")
+_UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
+
+_CSS = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; --strong: #2563eb; }
+@media (prefers-color-scheme: dark) { :root { --strong: #7aa7ff; } }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 72rem;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+p { max-width: 48rem; }
+.facts, .note { color: #808080; }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+figure { margin: 0; }
+figure img { width: 100%; max-width: 34rem; height: auto; }
+figcaption { font-size: .9rem; color: #808080; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child, .words th, .words td { text-align: left; }
+.numbers th:first-child, .numbers td { white-space: nowrap; }
+.words td { min-width: 8rem; }
+pre { background: var(--soft); padding: .6rem; border-radius: .4rem; white-space: pre-wrap; }
+article { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem 1rem; }
+article ol { margin: .2rem 0; padding-left: 1.4rem; }
+.hit { font-weight: 600; color: var(--strong); }
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left in its folder."""
+
+    folder: Path
+    metrics: Mapping[str, Any]
+    config: Mapping[str, Any]
+    history: list[dict[str, str]]
+    """A row per epoch."""
+    titles: Mapping[str, str]
+    insights: Mapping[str, Any]
+    """As `insights.look` found them; empty for runs that were made before there were any."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read a folder.
+
+        Raises:
+            ValueError: a file is missing or damaged.
+        """
+        if not (folder / METRICS_FILE).is_file():
+            raise ValueError(f"{folder} is no finished run: it has no {METRICS_FILE}")
+        try:
+            history = (folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
+            return cls(
+                folder,
+                _json(folder / METRICS_FILE),
+                dict(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))),
+                list(csv.DictReader(history)),
+                _json(folder / TITLES_FILE, {}),
+                _json(folder / INSIGHTS_FILE, {}),
+            )
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise ValueError(f"{folder}: a file can't be read ({' '.join(str(error).split())})") from None
+
+    @property
+    def metric(self) -> str:
+        """The metric that the weights were chosen by."""
+        return str(self.config["valid_metric"]).lower()
+
+    def title(self, token: str) -> str:
+        """An item as a person knows it."""
+        return self.titles.get(token, token)
+
+
+def write(folder: Path) -> Path:
+    """Write report.html into the folder of a finished run.
+
+    Raises:
+        ValueError: it is none.
+    """
+    run = Run.read(folder)
+    name = f"{run.metrics['model']} on {run.metrics['dataset']}"
+    sections = [
+        _head(name, [run]),
+        _section("Quality", _metrics_table(run), _protocol(run)),
+        _section("Training", _grid(_curves([run]))),
+        _section("Who is served", _grid(_buckets(run))),
+        _gate(run),
+        _filter(run),
+        _examples(run),
+        _section("Settings", _settings(run.config), _commands(run)),
+    ]
+    path = folder / REPORT_FILE
+    write_text(path, _page(name, sections))
+    return path
+
+
+def compare(folders: Sequence[Path], path: Path) -> Path:
+    """Write one page that sets several finished runs side by side.
+
+    Raises:
+        ValueError: one is none.
+    """
+    runs = [Run.read(folder) for folder in folders]
+    sections = [
+        _head("Runs compared", runs),
+        _section("Quality", *(_side_by_side(runs, part) for part in ("test", "test_unseen"))),
+        _section("Training", _grid(_curves(runs))),
+        _section("What differs", _differences(runs)),
+        *(_section(run.folder.name, _protocol(run), _commands(run)) for run in runs),
+    ]
+    write_text(path, _page("Runs compared", sections))
+    return path
+
+
+def _head(name: str, runs: Sequence[Run]) -> str:
+    facts = []
+    for run in runs:
+        m = run.metrics
+        facts.append(
+            f"{run.folder.name}: seed {m['seed']}, {m['parameters']:,} parameters, {m['epochs']} epochs "
+            f"(best {m['best_epoch']}), {m['seconds']['total']:,.0f} s on {m['device']}, "
+            f"commit {str(m['commit'])[:9]}"
+        )
+    return f"<h1>{escape(name)}</h1>" + "".join(f'<p class="facts">{escape(fact)}</p>' for fact in facts)
+
+
+def _metrics_table(run: Run) -> str:
+    parts = [part for part in _PARTS if run.metrics.get(part)]
+    rows = [[name, *(_number(run.metrics[part][name]) for part in parts)] for name in run.metrics["test"]]
+    return _table(["metric", *parts], rows)
+
+
+def _side_by_side(runs: Sequence[Run], part: str) -> str:
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics[part]))
+    rows = [[name, *(_number(run.metrics[part].get(name)) for run in runs)] for name in names]
+    return f"<h3>{part}</h3>" + _table(["metric", *(run.folder.name for run in runs)], rows)
+
+
+def _protocol(run: Run) -> str:
+    p = run.metrics["protocol"]
+    data = ", ".join(f"{name} {count:,}" for name, count in run.metrics["data"].items())
+    return (
+        f'<p class="note">Split {escape(p["split"])}: {escape(p["targets"])}. '
+        f"Ranking {escape(p['ranking'])}, time order {escape(p['time_order'])}, "
+        f"{escape(p['chosen_by'])}. test: {escape(p['test'])}. test_unseen: {escape(p['test_unseen'])}. "
+        f"Data: {escape(data)}.</p>"
+    )
+
+
+def _curves(runs: Sequence[Run]) -> Iterable[str]:
+    metric = f"valid.{runs[0].metric}"
+    for column, label in (("loss", "training loss"), (metric, f"{runs[0].metric} on valid")):
+        series: dict[str, tuple[list[int], list[float]]] = {}
+        for run in runs:
+            points = [(int(row["epoch"]), float(row[column])) for row in run.history if row.get(column)]
+            if points:
+                xs, ys = [x for x, _ in points], [y for _, y in points]
+                series[run.folder.name if len(runs) > 1 else label] = (xs, ys)
+        if series:
+            said = "; ".join(f"{name} from {ys[0]:.4g} to {ys[-1]:.4g}" for name, (_, ys) in series.items())
+            yield _figure(charts.lines(series, "epoch", label), f"{label} by epoch: {said}", label)
+
+
+def _buckets(run: Run) -> Iterable[str]:
+    words = {
+        "popularity": "how often the target is in the training data",
+        "history": "items before the target",
+    }
+    for name, x in words.items():
+        table = run.metrics.get("test_by", {}).get(name, {})
+        metric = run.metric if all(run.metric in row["test"] for row in table.values()) else None
+        if not table or metric is None:
+            continue
+        groups = [f"{bucket}\n{row['users']:,} users" for bucket, row in table.items()]
+        series = {part: [row[part][metric] for row in table.values()] for part in ("test", "test_unseen")}
+        said = ", ".join(f"{b}: {row['test_unseen'][metric]:.4f}" for b, row in table.items())
+        yield _figure(
+            charts.bars(groups, series, x, metric),
+            f"{metric} by {x}, test_unseen: {said}",
+            f"{metric} by {x}",
+        )
+
+
+def _gate(run: Run) -> str:
+    gate = run.insights.get("gate")
+    if not gate:
+        return ""
+    words = {
+        "by_layer": ("layer", "by layer"),
+        "by_position": ("position in the history", "by position, 1 is the oldest item"),
+        "by_popularity": ("how often training meets the item", "by how popular the item is"),
+    }
+    figures = []
+    for key, (x, caption) in words.items():
+        table = gate[key]
+        series = {name: [row[k] for row in table.values()] for k, name in enumerate(gate["branches"])}
+        said = "; ".join(
+            f"{bucket}: {_weights(gate['branches'], weights)}" for bucket, weights in table.items()
+        )
+        figures.append(
+            _figure(charts.shares(list(table), series, x), f"gate weights {caption}: {said}", caption)
+        )
+    note = (
+        "What the gate gives each branch, mean over channels: temporal is the Mamba block, frequency the "
+        "Fourier filter, semantic the text of the items. Taken from test histories."
+    )
+    return _section("Which branch is trusted", f"<p>{note}</p>", _grid(figures))
+
+
+def _weights(branches: Sequence[str], weights: Sequence[float]) -> str:
+    return ", ".join(f"{name} {weight:.2f}" for name, weight in zip(branches, weights, strict=True))
+
+
+def _filter(run: Run) -> str:
+    layers = run.insights.get("filter")
+    if not layers:
+        return ""
+    names = [f"layer {n}" for n in range(1, len(layers) + 1)]
+    response = {
+        name: (own["period"], own["lower"], own["median"], own["upper"])
+        for name, own in zip(names, layers, strict=True)
+    }
+    peaks = [own["period"][max(range(len(own["median"])), key=own["median"].__getitem__)] for own in layers]
+    said = "; ".join(
+        f"{name} is loudest at {peak:.3g} events" for name, peak in zip(names, peaks, strict=True)
+    )
+    found = {name: own["strength"] for name, own in zip(names, layers, strict=True)}
+    strongest = [max(range(len(values)), key=values.__getitem__) for values in found.values()]
+    edges = layers[0]["edges"]
+    heard = "; ".join(
+        f"{name} mostly {edges[k]:.3g} to {edges[k + 1]:.3g} events"
+        for name, k in zip(names, strongest, strict=True)
+    )
+    figures = [
+        _figure(
+            charts.bands(response, "period, events", "gain"),
+            f"gain of the filter by period, median and quartiles over channels: {said}",
+            "frequency response: line the median channel, band the middle half",
+        ),
+        _figure(
+            charts.steps(edges, found, "period, events", "share"),
+            f"periods of the filter's modes, weighted by their gain: {heard}",
+            "the periods found, weighted by how much of them passes",
+        ),
+    ]
+    return _section("What the filter hears", _gaps(run), _grid(figures))
+
+
+def _gaps(run: Run) -> str:
+    gaps = run.insights.get("gaps")
+    if not gaps:
+        return ""
+    middle = gaps["median"]
+    text = (
+        f"A period is counted in events. Half of all interactions follow the one before within "
+        f"{_time(middle)}, a quarter within {_time(gaps['lower_quartile'])}, a quarter after more than "
+        f"{_time(gaps['upper_quartile'])}"
+    )
+    scale = f"; at that pace 10 events take about {_time(10 * middle)}." if middle else "."
+    return f"<p>{escape(text + scale)} Times are read as seconds.</p>"
+
+
+def _time(seconds: float) -> str:
+    for unit, length in _UNITS:
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def _examples(run: Run) -> str:
+    examples = run.insights.get("examples")
+    if not examples:
+        return ""
+    articles = []
+    for example in examples:
+        past = "".join(f"<li>{escape(run.title(token))}</li>" for token in example["history"])
+        start = example["length"] - len(example["history"]) + 1
+        best = "".join(
+            f"<li{' class=hit' if token == example['next'] else ''}>{escape(run.title(token))}</li>"
+            for token in example["recommended"]
+        )
+        articles.append(
+            f"<article><p><b>User {escape(example['user'])}</b>, {example['length']:,} items, the last:</p>"
+            f'<ol start="{start}">{past}</ol><p>Recommended:</p><ol>{best}</ol>'
+            f'<p>Next was <span class="hit">{escape(run.title(example["next"]))}</span>, in place '
+            f"{example['place']:,}.</p></article>"
+        )
+    note = "Test users, evenly spread, not chosen. What they had before is left out of the ranking."
+    return _section("Examples", f"<p>{note}</p>", f'<div class="grid">{"".join(articles)}</div>')
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    rows = [[key, _value(value)] for key, value in sorted(config.items())]
+    return (
+        f"<details><summary>All {len(rows)} keys</summary>{_table(['key', 'value'], rows, 'words')}</details>"
+    )
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    keys = sorted({key for run in runs for key in run.config})
+    rows = [[key, *(_value(run.config.get(key)) for run in runs)] for key in keys]
+    other = [row for row in rows if len(set(row[1:])) > 1]
+    return _table(["key", *(run.folder.name for run in runs)], other, "words") if other else "<p>Nothing.</p>"
+
+
+def _commands(run: Run) -> str:
+    lines = [f"python run_mm.py --config_files={run.folder / CONFIG_FILE}"]
+    if run.insights.get("loads"):
+        lines.append(f"python scripts/recommend.py {run.folder} --interactive")
+    return f"<p>To repeat the run and to use it:</p><pre>{escape(chr(10).join(lines))}</pre>"
+
+
+def _value(value: Any) -> str:
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    lines = []
+    for row in rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        lines.append(f'<tr><th scope="row">{escape(row[0])}</th>{cells}</tr>')
+    return (
+        f'<div class="wide" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _figure(svg: bytes, alternative: str, caption: str) -> str:
+    data = base64.b64encode(svg).decode()
+    return (
+        f'<figure><img alt="{escape(alternative)}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _grid(parts: Iterable[str]) -> str:
+    return f'<div class="grid">{"".join(parts)}</div>'
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def _page(title: str, sections: Iterable[str]) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'
+        f"<title>{escape(title)}</title><style>{_CSS}</style></head>\n"
+        f"<body><main>{chr(10).join(section for section in sections if section)}</main></body></html>\n"
+    )
+
+
+def _json(path: Path, otherwise: Any = None) -> Any:
+    if otherwise is not None and not path.exists():
+        return otherwise
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return content

@@ -1,0 +1,103 @@
+"""What the report is told of a model, against the model itself."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from m2rec import insights
+from m2rec.configuration import build_config, find_model
+from m2rec.experiment import load_data
+from tests.conftest import random_rows, small, write_inter
+
+
+@pytest.fixture
+def prepared(toy: Path):
+    config = build_config(small(toy, text_vectors="none"))
+    dataset, (train, _, test) = load_data(config)
+    torch.manual_seed(3)
+    model = find_model("M2Rec")(config, train.dataset).eval()
+    for layer in model.encoder.layers:
+        torch.nn.init.normal_(layer.gate.logits.weight)
+    return model, test.dataset, dataset
+
+
+def test_the_gate(prepared: tuple):
+    """Every position of every test row counts once."""
+    model, test, dataset = prepared
+    gate = insights.look(model, test, dataset)["gate"]
+    assert gate["branches"] == ["temporal", "frequency"]
+    rows = test.inter_feat
+    items, lengths = rows["item_id_list"], rows["item_length"]
+    with torch.no_grad():
+        _, weights = model.encoder.encode(items, lengths)
+    means = torch.stack([layer.mean(-1) for layer in weights])  # (layers, B, L, K)
+    there = torch.arange(items.shape[1]) < lengths[:, None]
+    for number, layer in enumerate(means, 1):
+        assert gate["by_layer"][str(number)] == pytest.approx(layer[there].mean(0).tolist(), abs=1e-4)
+    mean = means.mean(0)
+    assert gate["by_position"]["1"] == pytest.approx(mean[:, 0].mean(0).tolist(), abs=1e-4)
+    place = torch.arange(1, items.shape[1] + 1).expand_as(items)
+    for bucket, (low, high) in {"3-5": (3, 5), "6-10": (6, 10)}.items():
+        inside = there & (place >= low) & (place <= high)
+        assert gate["by_position"][bucket] == pytest.approx(mean[inside].mean(0).tolist(), abs=1e-4)
+    counts = torch.from_numpy(test.histories.trained(test.item_num))[items]
+    inside = there & (counts >= 6) & (counts <= 20)
+    assert gate["by_popularity"]["6-20"] == pytest.approx(mean[inside].mean(0).tolist(), abs=1e-4)
+
+
+def test_the_filter(prepared: tuple):
+    """A channel with a single slow mode lets its period through and little else."""
+    model, test, dataset = prepared
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            layer.filter.frequency.fill_(2 * np.pi / 5)
+            layer.filter.log_damping.fill_(-6.0)
+            layer.filter.cosine.fill_(1.0)
+            layer.filter.sine.zero_()
+    first, *others = insights.look(model, test, dataset)["filter"]
+    assert len(others) == 1
+    loudest = first["period"][int(np.argmax(first["median"]))]
+    assert loudest == pytest.approx(5, rel=0.15)
+    strongest = int(np.argmax(first["strength"]))
+    assert first["edges"][strongest] <= 5 <= first["edges"][strongest + 1]
+    assert sum(first["strength"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_examples_are_the_models_ranking(prepared: tuple):
+    model, test, dataset = prepared
+    found = insights.look(model, test, dataset)["examples"]
+    assert len(found) == 6 and len({example["user"] for example in found}) == 6
+    own = {}
+    for user, item, _ in sorted(random_rows(), key=lambda row: row[2]):
+        own.setdefault(user, []).append(item)
+    tokens = list(test.field2id_token["item_id"])
+    users = list(test.field2id_token["user_id"][test.inter_feat["user_id"].numpy()])
+    with torch.no_grad():
+        scores = model.full_sort_predict(test.inter_feat)
+    for example in found:
+        history = own[example["user"]][:-1]
+        assert example["history"] == history[-8:] and example["length"] == len(history)
+        assert example["next"] == own[example["user"]][-1]
+        row = scores[users.index(example["user"])]
+        left = [i for i in range(1, len(tokens)) if tokens[i] not in set(history) - {example["next"]}]
+        ranked = sorted(left, key=lambda i: -row[i].item())
+        assert example["recommended"] == [tokens[i] for i in ranked[:5]]
+        assert example["place"] == 1 + [tokens[i] for i in ranked].index(example["next"])
+
+
+def test_gaps_are_in_the_files_unit(tmp_path: Path):
+    rows = [("a", "i1", 100), ("a", "i2", 110), ("a", "i3", 130), ("a", "i1", 170), ("b", "i2", 5)]
+    write_inter(tmp_path, "gaps", [*rows, ("b", "i3", 85), ("b", "i1", 245), ("b", "i2", 565)])
+    config = build_config(small(tmp_path, dataset="gaps", text_vectors="none"))
+    dataset, _ = load_data(config)
+    assert dataset.gaps == tuple(np.quantile([10, 20, 40, 80, 160, 320], [0.25, 0.5, 0.75]))
+
+
+def test_a_baseline_has_examples_only(toy: Path):
+    ours = {k: v for k, v in small(toy).items() if k not in ("head_dim", "d_state")}
+    config = build_config({**ours, "model": "SASRec", "n_layers": 1, "n_heads": 2, "train_batch_size": 64})
+    dataset, (train, _, test) = load_data(config)
+    found = insights.look(find_model("SASRec")(config, train.dataset), test.dataset, dataset)
+    assert found["loads"] is False and set(found) == {"loads", "examples", "gaps"}

@@ -1,0 +1,152 @@
+"""report.html: what it says, and how it looks in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from m2rec import experiment, report
+from m2rec.configuration import build_config
+from scripts import report as script
+from tests.conftest import small
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+TITLES = ["i1\tTea & <b>biscuits</b>", "i2\tA title of " + "very " * 30 + "many words"]
+# the page reports of itself; text and pictures must be inside, and only a table may scroll in its box
+MEASURE = """<script>window.onload = () => {
+  const wide = [...document.querySelectorAll('main *')].filter(e => !e.closest('.wide') &&
+    e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName);
+  const broken = [...document.images].filter(i => !i.naturalWidth).length;
+  document.body.dataset.found = JSON.stringify({wide, broken, images: document.images.length,
+    over: document.documentElement.scrollWidth - innerWidth, width: innerWidth});
+}</script>"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a model with text and with hostile titles."""
+    from tests.conftest import random_rows, write_inter
+
+    root = tmp_path_factory.mktemp("report")
+    write_inter(root, "toy", random_rows())
+    (root / "toy" / "toy.item").write_text("item_id:token\ttitle:token_seq\n" + "\n".join(TITLES) + "\n")
+    return experiment.run(build_config(small(root, runs_dir=str(root / "runs"), epochs=2))).folder
+
+
+class Page(HTMLParser):
+    """Tags that were opened and closed, alternatives of pictures, and all text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.alternatives, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+        self.alternatives += [dict(attributes).get("alt")] if tag == "img" else []
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_it_says_what_the_run_found(folder: Path):
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    words = " ".join(page.words)
+    assert page.open == [] and "http" not in re.sub(r"base64,[^\"]+", "", text)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for part in ("valid", "test", "test_unseen"):
+        assert f"{metrics[part]['ndcg@5']:.4f}" in words
+    for section in (
+        "Quality", "Training", "Who is served", "Which branch is trusted", "What the filter hears",
+        "Examples", "Settings",
+    ):  # fmt: skip
+        assert section in words
+    assert len(page.alternatives) == 9 and all(len(said) > 30 for said in page.alternatives)
+    assert f"python run_mm.py --config_files={folder / 'config.yaml'}" in words
+    assert f"python scripts/recommend.py {folder} --interactive" in words
+    for example in json.loads((folder / "insights.json").read_text())["examples"]:
+        assert f"User {example['user']}" in words and f"in place {example['place']:,}." in " ".join(
+            words.split()
+        )
+    assert "<b>biscuits" not in text
+
+
+def test_the_same_run_is_the_same_page(folder: Path):
+    before = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    assert script.main([str(folder)]) == 0
+    assert (folder / "report.html").read_bytes() == before
+
+
+def test_a_run_from_before_there_were_insights(folder: Path, tmp_path: Path):
+    old = Path(shutil.copytree(folder, tmp_path / "old"))
+    (old / "insights.json").unlink()
+    page = Page(report.write(old).read_text())
+    assert "Quality" in page.words and "Examples" not in page.words and len(page.alternatives) == 4
+
+
+def test_runs_side_by_side(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("hidden_size: 16", "hidden_size: 32"))
+    metrics = json.loads((other / "metrics.json").read_text())
+    metrics["test"]["ndcg@5"] = 0.98765
+    (other / "metrics.json").write_text(json.dumps(metrics))
+    out = tmp_path / "both.html"
+    assert script.main([str(folder), str(other), f"--output={out}"]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    words = Page(out.read_text()).words
+    assert "0.9877" in words and "hidden_size" in words and "n_layers" not in words
+
+
+@pytest.mark.parametrize("broken", ["metrics.json", "config.yaml", "insights.json", "titles.json"])
+def test_folders_that_can_t_be_shown(
+    folder: Path, tmp_path: Path, broken: str, capsys: pytest.CaptureFixture
+):
+    assert script.main([str(tmp_path)]) == 2
+    assert "is no finished run: it has no metrics.json" in capsys.readouterr().err
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / broken).write_text("[1")
+    assert script.main([str(copy)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"report.py: error: {copy}: a file can't be read")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("several", [False, True])
+def test_in_a_browser(folder: Path, tmp_path: Path, width: int, several: bool):
+    """It renders, nothing is cut off, every picture is there, and the console stays empty."""
+    page = tmp_path / "page.html"
+    if several:
+        report.compare([folder, folder], page)
+    else:
+        page.write_bytes((folder / "report.html").read_bytes())
+    # Chromium's window is never narrower than 500, so the page is looked at through a frame
+    inner = page.read_text().replace("</head>", MEASURE + "</head>").replace("<details>", "<details open>")
+    page.write_text(inner)
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe id="f" src="page.html" width="{width}" height="900" style="border:0"></iframe><script>'
+        "const f = document.getElementById('f'); f.onload = () => "
+        "{ document.title = f.contentDocument.body.dataset.found; }</script>"
+    )
+    command = [
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000",
+        "--window-size=1600,1000", "--dump-dom", frame.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = json.loads(re.search(r"<title>(\{.*?\})</title>", done.stdout)[1].replace("&amp;", "&"))
+    assert found["width"] == width and found["images"] == (2 if several else 9)
+    assert (found["wide"], found["broken"]) == ([], 0) and found["over"] <= 0
+    assert "CONSOLE" not in done.stderr
