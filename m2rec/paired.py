@@ -57,6 +57,21 @@ def compare(sweep: Sweep, runs: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def with_earlier(rows: list[dict[str, Any]], earlier: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """New rows, and of earlier ones those of pairs that are not compared anew, or were over more seeds.
+
+    The runs of a sweep need not all be on one machine.
+    """
+
+    def pair(row: Mapping[str, Any]) -> tuple[str, str]:
+        return row["dataset"], row["baseline"]
+
+    seeds = {pair(row): len(row["seeds"].split()) for row in rows}
+    kept = [dict(row) for row in earlier if len(row["seeds"].split()) > seeds.get(pair(row), 0)]
+    outdated = {pair(row) for row in kept}
+    return [row for row in rows if pair(row) not in outdated] + kept
+
+
 def as_csv(rows: list[dict[str, Any]]) -> str:
     """The rows as the text of NAME-paired.csv, numbers with six places."""
     text = io.StringIO()

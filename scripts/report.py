@@ -7,7 +7,8 @@ Whatever stands between `<!-- results:NAME:TABLE -->` and `<!-- /results -->` in
 replaced by a table of results/NAME.yaml and results/NAME.csv. TABLE is one that the YAML names,
 `reported` (published numbers beside ours) or `buckets` (by popularity and length of history).
 With --check nothing is written, and the exit status is 1 if README.md would change. With --paired
-the paired tests of a sweep are made from its run folders, as results/NAME-paired.csv.
+the paired tests of a sweep are made from its run folders, as results/NAME-paired.csv; those of runs
+that are not there stay as they are.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from m2rec import paired
 from m2rec import report as page
 from m2rec.files import write_text
 from m2rec.plots import draw
-from m2rec.results import Answers, read_answers, read_reported
+from m2rec.results import PAIRED, Answers, read_answers, read_reported, read_rows
 from m2rec.sweeps import Sweep
 from m2rec.tables import bucket_tables, reported_table, result_table
 
@@ -85,7 +86,8 @@ def compare(options: argparse.Namespace) -> int:
     sweep = Sweep.read(options.results / f"{options.paired}.yaml")
     rows = paired.compare(sweep, options.runs / sweep.name)
     path = sweep.path.with_name(f"{sweep.name}-paired.csv")
-    write_text(path, paired.as_csv(rows))
+    earlier = read_rows(path, PAIRED) if path.exists() else []
+    write_text(path, paired.as_csv(paired.with_earlier(rows, earlier)))
     print(path)
     return 0
 

@@ -1,5 +1,6 @@
 """scripts/report.py: README's markers, --check and --paired."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,25 @@ def test_paired(write_sweep: Write, call: Callable, tmp_path: Path):
     assert status == 0 and out.strip() == str(path.with_name("toys-paired.csv"))
     assert call(readme=README)[0] == 0
     assert "| < 0.001 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_paired_keeps_what_it_cannot_make_again(write_sweep: Write, call: Callable, tmp_path: Path):
+    """Pairs of runs that are elsewhere stay; a pair of fewer seeds than before does not replace it."""
+    path, runs = write_sweep(*ROWS).with_name("toys-paired.csv"), tmp_path / "runs" / "toys"
+    write_run(runs, "M2Rec", 1, [3] * 30 + [0] * 30)
+    write_run(runs, "no filter | gate", 1, [3] * 20 + [0] * 40)
+    write_run(runs, "SASRec", 1, [3] * 15 + [0] * 45)
+    write_run(runs, "M2Rec", 2, [3] * 30 + [0] * 30)
+    write_run(runs, "SASRec", 2, [3] * 14 + [0] * 46)
+    assert call("--paired=toys", f"--runs={runs.parent}")[0] == 0
+    both = path.read_text()
+    shutil.rmtree(runs / "toy" / "no-filter-gate")
+    shutil.rmtree(runs / "toy" / "sasrec" / "2")
+    assert call("--paired=toys", f"--runs={runs.parent}")[0] == 0
+    assert sorted(path.read_text().splitlines()) == sorted(both.splitlines())
+    write_run(runs, "no filter | gate", 1, [3] * 10 + [0] * 50)
+    assert call("--paired=toys", f"--runs={runs.parent}")[0] == 0
+    assert len(path.read_text().splitlines()) == len(both.splitlines()) and path.read_text() != both
 
 
 def test_paired_mistakes(write_sweep: Write, call: Callable, tmp_path: Path):
