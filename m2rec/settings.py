@@ -223,6 +223,11 @@ def _within(spec: Mapping[str, Any], value: Any) -> bool:
     return bool(above and below)
 
 
+def allowed(f: Field[Any]) -> str:
+    """What a field's values may be, in words."""
+    return _expected(f.metadata)
+
+
 def _expected(spec: Mapping[str, Any]) -> str:
     """The range in words."""
     kind = spec["kind"]

@@ -174,7 +174,7 @@ def test_two_runs_in_one_second_have_two_folders(command: Command, toy: Path):
 
 def test_the_readmes_own_data(command: Command, tmp_path: Path):
     """The three users' files as README shows them; more items in the ranking than the shop has."""
-    shown = re.findall(r"```\n(\w+:token\t.*?)```", (ROOT / "README.md").read_text(), re.S)
+    shown = re.findall(r"```\n(\w+:token\t.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
     assert len(shown) == 2
     folder = tmp_path / "shop"
     folder.mkdir()
