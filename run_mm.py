@@ -113,6 +113,7 @@ def _start_logging(level: int) -> None:
     handler.setFormatter(_PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(lambda record: record.name != "root" or record.levelno > logging.INFO)
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of every font
 
 
 def _say(text: str) -> None:

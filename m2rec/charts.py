@@ -1,7 +1,7 @@
 """Charts as SVG, legible on white and on black; the same numbers are the same file."""
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ import matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 GREY = "#808080"
 MARKERS = "osD^vPX<>"  # nine, so that with ten colours all pairs up to 90 differ
@@ -31,12 +32,14 @@ _STYLE = {
     "axes.labelcolor": GREY,
 }
 _SIZE = (4.6, 2.7)  # inches: text keeps its size on a phone
+_LINE = 0.18  # inches, of a legend
+_LONG = 16  # characters, from which three names don't fit side by side
+_MANY = 6  # groups, from which their names stand aslant
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw without a screen, in the project's style."""
-    matplotlib.use("Agg")
+    """Draw in the project's style."""
     with matplotlib.rc_context(_STYLE):
         yield
 
@@ -52,7 +55,7 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str,
         axes.set(xlabel=x, ylabel=y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
-        _legend(axes, len(series))
+        _legend(axes, series)
 
     return _svg(onto)
 
@@ -65,10 +68,10 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str, y
         for k, (label, values) in enumerate(series.items()):
             places = [g - 0.4 + (k + 0.5) * width for g in range(len(groups))]
             axes.bar(places, values, width, label=label, alpha=0.8)
-        axes.set_xticks(range(len(groups)), groups)
+        _name(axes, groups)
         axes.set(xlabel=x, ylabel=y)
         axes.grid(axis="y")
-        _legend(axes, len(series))
+        _legend(axes, series)
 
     return _svg(onto)
 
@@ -81,9 +84,9 @@ def shares(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str)
         for label, values in series.items():
             axes.bar(range(len(groups)), values, 0.8, base, label=label, alpha=0.8)
             base = [low + value for low, value in zip(base, values, strict=True)]
-        axes.set_xticks(range(len(groups)), groups)
+        _name(axes, groups)
         axes.set(xlabel=x, ylabel="weight", ylim=(0, 1))
-        _legend(axes, len(series))
+        _legend(axes, series)
 
     return _svg(onto)
 
@@ -96,9 +99,9 @@ def bands(series: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> by
             (line,) = axes.plot(xs, middle, label=label)
             axes.fill_between(xs, lower, upper, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
-        _plain_ticks(axes)
+        _plain_ticks(axes.xaxis, axes.yaxis)
         axes.grid()
-        _legend(axes, len(series))
+        _legend(axes, series)
 
     return _svg(onto)
 
@@ -110,25 +113,39 @@ def steps(edges: Sequence[float], series: Mapping[str, Sequence[float]], x: str,
         for label, values in series.items():
             axes.stairs(values, edges, label=label, linewidth=1.5)
         axes.set(xlabel=x, ylabel=y, xscale="log", ylim=(0, None))
-        _plain_ticks(axes)
+        _plain_ticks(axes.xaxis)
         axes.grid()
-        _legend(axes, len(series))
+        _legend(axes, series)
 
     return _svg(onto)
 
 
-def _plain_ticks(axes: "Axes") -> None:
+def _plain_ticks(*many: "Axis") -> None:
     """1, 2, 5, 10 instead of powers of ten, and none between."""
     from matplotlib.ticker import LogLocator
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.minorticks_off()
+    for axis in many:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(LogLocator(subs=()))
 
 
-def _legend(axes: "Axes", n: int) -> None:
-    if n > 1:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
+def _name(axes: "Axes", groups: Sequence[str]) -> None:
+    axes.set_xticks(range(len(groups)), groups)
+    if len(groups) > _MANY:
+        axes.tick_params("x", rotation=45)
+
+
+def _legend(axes: "Axes", labels: Iterable[str]) -> None:
+    """Above the axes; long names each in a line of their own, for which the picture grows."""
+    names = list(labels)
+    if len(names) < 2:
+        return
+    columns = 3 if max(map(len, names)) < _LONG else 1
+    lines = -(-len(names) // columns)
+    if lines > 1 and (figure := axes.get_figure(root=True)):
+        figure.set_figheight(_SIZE[1] + _LINE * (lines - 1))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, fontsize=8)
 
 
 def _svg(draw: Callable[["Axes"], None]) -> bytes:

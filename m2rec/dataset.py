@@ -72,6 +72,11 @@ class HistoryDataset(SequentialDataset):
             )
         super()._load_inter_feat(token, dataset_path)
 
+    @property
+    def history_field(self) -> str:
+        """The column of the histories, (n, L); RecBole names it after that of the items."""
+        return str(getattr(self, f"{self.iid_field}_list_field"))
+
     def _load_feat(self, filepath: str, source: FeatureSource) -> pd.DataFrame:
         """Read interactions with our reader; the rest, and sequence columns, with RecBole's."""
         if source != FeatureSource.INTERACTION:
@@ -223,7 +228,7 @@ class HistoryDataset(SequentialDataset):
         """How often each value occurs as a target; dense training rows count all their targets."""
         if self.part == "train" and self.rows == "dense" and column == self.iid_field:
             lists, lengths = (
-                self.inter_feat[self.item_id_list_field],
+                self.inter_feat[self.history_field],
                 self.inter_feat[self.item_list_length_field],
             )
             targets = shifted_targets(lists, lengths, self.inter_feat[column])

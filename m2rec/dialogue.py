@@ -106,8 +106,9 @@ class Dialogue:
 
     def answer(self, text: str) -> None:
         """One line of the person's."""
-        if text.isdigit() and 0 < int(text) <= len(self.choices):
-            self.add(self.choices[int(text) - 1])
+        numbered = {str(number): token for number, token in enumerate(self.choices, 1)}
+        if text in numbered:
+            self.add(numbered[text])
         elif text in self.commands:
             self.commands[text]()
         else:
@@ -119,7 +120,6 @@ class Dialogue:
 
     def add(self, token: str) -> None:
         """The person's next item."""
-        self.session.add(token)
         self.history.append(token)
         self.choices = []
         self.say(f"+ {self.catalogue.names[token]}")
@@ -137,7 +137,7 @@ class Dialogue:
 
     def show(self) -> None:
         """The ranking, and how each place has changed."""
-        found = self.session.recommend(self.k)
+        found = self.recommender.recommend(self.history, self.k)
         before = {item.item: place for place, item in enumerate(self.ranking, 1)}
         for place, item in enumerate(found, 1):
             self.say(f"{place:>3} {moved(before.get(item.item), place):>4}  {item.title or item.item}")
@@ -169,7 +169,6 @@ class Dialogue:
         self.output.flush()
 
     def _start(self, history: list[str]) -> None:
-        self.session = self.recommender.session(history)
         self.history, self.choices, self.ranking = history, [], []
 
 

@@ -31,6 +31,7 @@ from m2rec.files import (
     ITEMS_FILE,
     METRICS_FILE,
     RANKS_FILE,
+    REPORT_FILE,
     TEXT_FILE,
     TITLES_FILE,
     locked,
@@ -288,6 +289,7 @@ def _evaluate(prepared: Prepared) -> Result:
     prepared.clock.lap("evaluation")
     seconds = prepared.clock.seconds
     metrics |= {
+        "valid_metric": config["valid_metric"].lower(),
         "best_epoch": trainer.best_epoch,
         "epochs": len(trainer.train_loss_dict),
         "protocol": describe_protocol(config, prepared.dataset),
@@ -302,12 +304,23 @@ def _evaluate(prepared: Prepared) -> Result:
     }
     if distributed.is_first():
         tested.rows.write(trainer.folder / RANKS_FILE)
-        found = look(trainer.model, test.dataset, prepared.dataset)
-        write_text(trainer.folder / INSIGHTS_FILE, json.dumps(found, ensure_ascii=False) + "\n")
         write_text(trainer.folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
         trainer.finish()
-        report.write(trainer.folder)
+        _show(prepared)
     return Result(trainer.folder, metrics, isinstance(trainer.model, M2Rec))
+
+
+def _show(prepared: Prepared) -> None:
+    """Write insights.json and report.html; the run is finished, whatever goes wrong with them."""
+    trainer, test = prepared.trainer, prepared.parts[2].dataset
+    try:
+        found = look(trainer.model, trainer.score, test, prepared.dataset)
+        write_text(trainer.folder / INSIGHTS_FILE, json.dumps(found, ensure_ascii=False) + "\n")
+        report.write(trainer.folder)
+    except (Exception, KeyboardInterrupt) as error:
+        logger.debug("traceback", exc_info=True)
+        said = f"{type(error).__name__}: {error}"
+        logger.warning("no %s (%s); the run is complete", REPORT_FILE, " ".join(said.split()))
 
 
 @contextmanager
@@ -368,7 +381,8 @@ def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset, text: d
         counts = dataset.histories.trained(dataset.item_num).tolist()
         write_text(folder / COUNTS_FILE, json.dumps(counts) + "\n")
     try:
-        titles = read_titles(Path(config["data_path"]) / f"{config['dataset']}.item", config["ITEM_ID_FIELD"])
+        path = Path(config["data_path"]) / f"{config['dataset']}.item"
+        titles = read_titles(path, config["ITEM_ID_FIELD"], config["field_separator"])
     except (ValueError, OSError) as error:
         logger.warning("no titles: %s", error)
         return

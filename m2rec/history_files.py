@@ -1,5 +1,6 @@
 """Files of many histories, and of what was recommended after them; neither is ever held whole."""
 
+import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from m2rec.files import write_atomically
-from m2rec.rows import Row, Tally, csv_rows, parquet_rows
+from m2rec.rows import LINE_LIMIT, Row, Tally, csv_rows, parquet_rows
 
 USER, HISTORY = "user", "history"
 
@@ -38,12 +39,15 @@ def read_histories(path: Path, progress: bool = False) -> Iterator[tuple[str, li
         ValueError: the file can't be read, or a row has no user or no list of tokens.
     """
     tally = Tally(path)
-    rows = (parquet_rows if path.suffix == ".parquet" else csv_rows)(tally, (USER, HISTORY))
+    csv.field_size_limit(max(csv.field_size_limit(), LINE_LIMIT))  # a history may be long
+    is_parquet = path.suffix == ".parquet"
+    rows = (parquet_rows if is_parquet else csv_rows)(tally, (USER, HISTORY))
     with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=not progress) as bar:
         for line, row in rows:
             yield _user(path, line, row), _tokens(path, line, row[HISTORY])
             bar.update(tally.position - bar.n)
-    tally.finish()
+    if not is_parquet:  # which may have no rows
+        tally.finish()
 
 
 def write_ranked(path: Path, ranked: Iterable[Ranked]) -> int:
@@ -84,7 +88,7 @@ def _user(path: Path, line: int, row: Row) -> str:
 
 
 def _tokens(path: Path, line: int, cell: Any) -> list[str]:
-    if isinstance(cell, str) and cell.startswith("["):
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             cell = json.loads(cell)
         except (ValueError, RecursionError):

@@ -7,7 +7,7 @@ M       modes of a channel's filter
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from m2rec.fourier import CausalFilter
 
 _POSITIONS = (1, 2, 5, 10, 20, 50, 100, 200)
 _ROWS = 512  # test rows that the gate is looked at on
-_BATCH = 64
+_POSITIONS_AT_A_TIME = 4096
 _EXAMPLES = 6
 _SHOWN = 8  # items of an example's history
 _BEST = 5
@@ -30,11 +30,14 @@ _DIGITS = 5
 
 
 @torch.no_grad()
-def look(model: nn.Module, test: HistoryDataset, whole: HistoryDataset) -> dict[str, Any]:
+def look(
+    model: nn.Module, score: Callable[[Interaction], Tensor], test: HistoryDataset, whole: HistoryDataset
+) -> dict[str, Any]:
     """Everything that the report shows beside the metrics, as plain numbers and texts.
 
     Args:
         model: trained; gate and filter are looked at if it has them.
+        score: rows -> the scores of all items.
         test: the test rows.
         whole: the data set, with the gaps between interactions.
 
@@ -44,7 +47,7 @@ def look(model: nn.Module, test: HistoryDataset, whole: HistoryDataset) -> dict[
     """
     model.eval()
     encoder = getattr(model, "encoder", None)
-    found: dict[str, Any] = {"loads": isinstance(encoder, Encoder), "examples": _examples(model, test)}
+    found: dict[str, Any] = {"loads": isinstance(encoder, Encoder), "examples": _examples(score, test)}
     if whole.gaps is not None:
         found["gaps"] = dict(zip(("lower_quartile", "median", "upper_quartile"), whole.gaps, strict=True))
     if isinstance(encoder, Encoder):
@@ -52,7 +55,7 @@ def look(model: nn.Module, test: HistoryDataset, whole: HistoryDataset) -> dict[
             found["gate"] = _gate(encoder, test)
         filters = [layer.filter for layer in encoder.layers if isinstance(layer.filter, CausalFilter)]
         if filters:
-            longest = test.inter_feat[test.item_id_list_field].shape[1]
+            longest = test.inter_feat[test.history_field].shape[1]
             found["filter"] = [_filter(own, longest) for own in filters]
     return found
 
@@ -64,9 +67,11 @@ def _gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
     counts = torch.from_numpy(test.histories.trained(test.item_num))
     positions, popularity = _Means(_POSITIONS), _Means(POPULARITY)
     layers: list[_Means] = [_Means(()) for _ in encoder.layers]
-    for rows in _spread(len(test), _ROWS).split(_BATCH):
+    size = max(1, _POSITIONS_AT_A_TIME // test.inter_feat[test.history_field].shape[1])
+    for rows in _spread(len(test), _ROWS).split(size):
         batch = test.inter_feat[rows]
-        items, lengths = batch[test.item_id_list_field], batch[test.item_list_length_field]
+        lengths = batch[test.item_list_length_field]
+        items = batch[test.history_field][:, : int(lengths.max())]
         _, weights = encoder.encode(items.to(device), lengths.to(device))
         there = torch.arange(items.shape[1]) < lengths[:, None]
         by_layer = [layer.mean(-1).cpu()[there] for layer in weights]  # (n, K) each
@@ -136,22 +141,21 @@ def _filter(layer: CausalFilter, longest: int) -> dict[str, Any]:
     }
 
 
-def _examples(model: nn.Module, test: HistoryDataset) -> list[dict[str, Any]]:
+def _examples(score: Callable[[Interaction], Tensor], test: HistoryDataset) -> list[dict[str, Any]]:
     """Some test users: the end of the history, the best items that are not in it, and what was next."""
     assert test.histories is not None and test.part is not None
     rows = _spread(len(test), _EXAMPLES)
     if not len(rows):
         return []
     batch: Interaction = test.inter_feat[rows]
-    device = next(model.parameters()).device
-    scores: Tensor = model.full_sort_predict(batch.to(device)).cpu().float()  # type: ignore[operator]
+    scores = score(batch).cpu()
     users, targets = batch[test.uid_field].cpu().numpy(), batch[test.iid_field].cpu()
     kept = scores[torch.arange(len(rows)), targets].clone()
     owner, seen = test.histories.before(users, test.part)
     scores[torch.from_numpy(owner), torch.from_numpy(seen)] = -torch.inf
     scores[:, 0] = -torch.inf
     scores[torch.arange(len(rows)), targets] = kept
-    best = scores.topk(min(_BEST, scores.shape[1] - 1)).indices.tolist()
+    best = scores.topk(min(_BEST, scores.shape[1] - 1))
     tokens = test.field2id_token[test.iid_field]
     lengths = test.histories.lengths(users, test.part)
     return [
@@ -159,7 +163,11 @@ def _examples(model: nn.Module, test: HistoryDataset) -> list[dict[str, Any]]:
             "user": str(test.field2id_token[test.uid_field][user]),
             "history": [str(tokens[i]) for i in seen[owner == row][-_SHOWN:]],
             "length": int(lengths[row]),
-            "recommended": [str(tokens[i]) for i in best[row]],
+            "recommended": [
+                str(tokens[i])
+                for i, value in zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
+                if value > -math.inf
+            ],
             "next": str(tokens[targets[row]]),
             "place": int((scores[row] > kept[row]).sum()) + 1,
         }

@@ -132,7 +132,7 @@ def fill(parts: Sequence[Part], row: dict[str, str]) -> str:
     return text
 
 
-def read_titles(path: Path, id_column: str) -> dict[str, str]:
+def read_titles(path: Path, id_column: str, separator: str = "\t") -> dict[str, str]:
     """What people call the items, by token; empty where there is no such file or column.
 
     The column is `title` or `name`, or the first whose name has one of these words in it.
@@ -140,14 +140,14 @@ def read_titles(path: Path, id_column: str) -> dict[str, str]:
     Raises:
         ValueError: the file can't be read.
     """
-    if not path.is_file() or id_column not in (header := atomic.read_header(path, "\t")):
+    if not path.is_file() or id_column not in (header := atomic.read_header(path, separator)):
         return {}
     columns = [column for column in header if column != id_column]
     ranked = [[c for c in columns if c == word] for word in TITLE_WORDS]
     ranked += [[c for c in columns if word in c.lower()] for word in TITLE_WORDS]
     if not (named := [column for group in ranked for column in group]):
         return {}
-    frame = atomic.read_table(path, "\t", header)[[id_column, named[0]]].dropna()
+    frame = atomic.read_table(path, separator, header)[[id_column, named[0]]].dropna()
     titles = zip(frame[id_column], frame[named[0]].str.strip(), strict=True)
     return {token: title for token, title in titles if title}
 

@@ -80,7 +80,7 @@ class Layer(nn.Module):
         Raises:
             ValueError: a part needs the whole history at once.
         """
-        y, mixer = self._recurrent_mixer().advance(x, None if state is None else state.mixer, lengths)
+        y, mixer = self.recurrent_mixer().advance(x, None if state is None else state.mixer, lengths)
         outputs, memory = [y], None
         if isinstance(self.filter, CausalFilter | Residual):
             f, memory = self.filter.advance(x, None if state is None else state.filter, lengths)
@@ -96,7 +96,7 @@ class Layer(nn.Module):
         state: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """As `advance` for one position: x (B, D), items (B,) -> (B, D) and the state after it."""
-        y, mixer = self._recurrent_mixer().step(x, state.mixer)
+        y, mixer = self.recurrent_mixer().step(x, state.mixer)
         outputs, memory = [y], state.filter
         if isinstance(self.filter, CausalFilter | Residual):
             assert memory is not None
@@ -104,8 +104,12 @@ class Layer(nn.Module):
             outputs.append(f)
         return self._merge(x, outputs, items, vectors, available)[0], LayerState(mixer, memory)
 
-    def _recurrent_mixer(self) -> Mamba | Mamba2:
-        """The temporal branch, if every part of the layer can go on from a state."""
+    def recurrent_mixer(self) -> Mamba | Mamba2:
+        """The temporal branch, if every part of the layer can go on from a state.
+
+        Raises:
+            ValueError: one needs the whole history at once.
+        """
         for key, value, rival in (("mixer", "attention", Attention), ("filter", "low_pass", LowPass)):
             if isinstance(self.mixer, rival) or isinstance(self.filter, rival):
                 raise ValueError(

@@ -50,17 +50,15 @@ def draw(sweep: Sweep, answers: Answers) -> list[Path]:
 
 def _save(path: Path, sweep: Sweep, panels: Mapping[str, Panel]) -> None:
     with styled():
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
 
         heights = [panel.height for panel in panels.values()]
-        figure, grid = pyplot.subplots(
-            len(panels), figsize=(8, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
-        )
+        figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+        grid = figure.subplots(len(panels), height_ratios=heights, squeeze=False)
         for (dataset, panel), axes in zip(panels.items(), grid[:, 0], strict=True):
             panel.draw(axes)
             axes.set_title(dataset if len(sweep.datasets) > 1 else sweep.title)
         write_atomically(path, lambda p: figure.savefig(p, format="svg", metadata={"Date": None}))
-        pyplot.close(figure)
 
 
 def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:

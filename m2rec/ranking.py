@@ -54,7 +54,12 @@ class Adjustments:
 
 
 def best_items(
-    x: Tensor, table: Tensor, k: int, adjustments: Adjustments, pool: Tensor | None = None
+    x: Tensor,
+    table: Tensor,
+    k: int,
+    adjustments: Adjustments,
+    pool: Tensor | None = None,
+    excluded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k items of the highest scores for each history, best first.
 
@@ -64,6 +69,7 @@ def best_items(
         k: how many; fewer come where there are fewer.
         adjustments: added to the scores.
         pool: (P,), ascending ids of the items to choose from; None for all.
+        excluded: ids of the items that no history gets.
 
     Returns:
         Scores and ids (B, min(k, P)); minus infinity where nothing is left.
@@ -73,16 +79,24 @@ def best_items(
     if not len(pool):
         return x.new_empty(len(x), 0), pool.new_empty(len(x), 0)
     whole = len(pool) == len(table) - 1
-    places = torch.searchsorted(pool, adjustments.items).clamp(max=len(pool) - 1)
-    places[pool[places] != adjustments.items] = -1
+    places = _places(pool, adjustments.items)
+    nobody = _places(pool, excluded) if excluded is not None else None
     width = max(_SCORES // max(1, len(x)), 1)
     best = [(x.new_empty(len(x), 0), pool.new_empty(len(x), 0))]
     for low in range(0, len(pool), width):
         rows = table[1 + low : 1 + low + width] if whole else table[pool[low : low + width]]
         scores = F.linear(x, rows)
         adjustments.apply(scores, places, low)
+        if nobody is not None:
+            scores[:, nobody[(nobody >= low) & (nobody < low + len(rows))] - low] = -torch.inf
         top = scores.topk(min(k, scores.shape[1]))
         best.append((top.values, pool[low + top.indices]))
     values, items = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
     top = values.topk(min(k, values.shape[1]))
     return top.values, items.gather(1, top.indices)
+
+
+def _places(pool: Tensor, items: Tensor) -> Tensor:
+    """Where items stand in the pool, -1 where they don't."""
+    places = torch.searchsorted(pool, items).clamp(max=len(pool) - 1)
+    return torch.where(pool[places] == items, places, -1)

@@ -9,7 +9,9 @@ T0      width of the text vectors in their file
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice, tee
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +55,8 @@ class _Choice(NamedTuple):
 
     pool: Tensor | None
     """Ascending ids of the candidates; None for all items."""
-    excluded: frozenset[int]
+    excluded: Tensor | None
+    """Ids of the others; None for none."""
 
 
 class Recommender:
@@ -69,6 +72,8 @@ class Recommender:
     """
 
     def __init__(self, model: Trained, whole_history: bool = False) -> None:
+        if whole_history:
+            session.check(model.encoder)
         self._model, self.whole_history = model, whole_history
 
     @classmethod
@@ -78,7 +83,8 @@ class Recommender:
         """The model of a run folder, or of one that `save` wrote.
 
         Raises:
-            ValueError: a file is missing, damaged, or of another model; the device is not there.
+            ValueError: a file is missing, damaged, or of another model; the device is not there; or
+                whole_history for a model with a part that never sees more than in training.
         """
         return cls(trained.read(Path(folder), _checked_device(device)), whole_history)
 
@@ -151,12 +157,21 @@ class Recommender:
 
         Histories are taken as they are needed, some hundred at a time, so there may be millions.
         """
-        _check_k(k)
-        model, choice = self._model, self._choice(candidates, exclude, skip_unknown)
-        rest = iter(histories)
-        while part := list(islice(rest, _BATCH)):
-            ids = [_ids(model, _listed(history), skip_unknown) for history in part]
-            yield from self._ranked(model, ids, k, exclude_seen, choice)
+        k, remarks = _checked_k(k), _Remarks()
+        model = self._model
+        choice = self._choice(candidates, exclude, remarks if skip_unknown else None)
+
+        def ranked() -> Iterator[list[Recommendation]]:
+            rest = iter(histories)
+            try:
+                while part := list(islice(rest, _BATCH)):
+                    skipped = remarks if skip_unknown else None
+                    ids = [_ids(model, _listed(history), skipped) for history in part]
+                    yield from self._ranked(model, ids, k, exclude_seen, choice, remarks)
+            finally:
+                remarks.say()
+
+        return ranked()
 
     def recommend_file(
         self,
@@ -183,8 +198,7 @@ class Recommender:
             ValueError: the file can't be read, holds a token that nobody knows, or pyarrow is not
                 installed; k is less than 1.
         """
-        _check_k(k)
-        users, rows = tee(history_files.read_histories(Path(histories), progress))
+        users, rows = tee(self._checked(Path(histories), skip_unknown, progress))
         found = self.recommend_batch(
             (tokens for _, tokens in rows), k, exclude_seen, skip_unknown=skip_unknown
         )
@@ -194,6 +208,16 @@ class Recommender:
         )
         return history_files.write_ranked(Path(output), ranked)
 
+    def _checked(self, path: Path, skip_unknown: bool, progress: bool) -> Iterator[tuple[str, list[str]]]:
+        """Users and histories of a file; a mistake names the user."""
+        for user, tokens in history_files.read_histories(path, progress):
+            try:
+                _ids(self._model, tokens, _Remarks() if skip_unknown else None)
+            except ValueError as error:
+                raise ValueError(f"{path}, user {user!r}: {error}") from None
+            yield user, tokens
+
+    @torch.no_grad()
     def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
         """The score of every item after each history, (B, V); that of padding is -inf.
 
@@ -226,8 +250,7 @@ class Recommender:
         Raises:
             ValueError: nobody knows the token; k is less than 1.
         """
-        _check_k(k)
-        model = self._model
+        k, model = _checked_k(k), self._model
         (item,) = _ids(model, [token])
         cosines = F.cosine_similarity(model.table, model.table[item], dim=1)
         cosines[[0, item]] = -torch.inf
@@ -269,8 +292,11 @@ class Recommender:
             ValueError: a token that nobody knows, or a model with a part that needs the whole
                 history at once (`mixer: attention`, `filter: low_pass`).
         """
-        memory = Memory()
-        session.remember(self._model.encoder, _ids(self._model, _listed(history), skip_unknown), memory)
+        session.check(self._model.encoder)
+        memory, remarks = Memory(), _Remarks()
+        ids = _ids(self._model, _listed(history), remarks if skip_unknown else None)
+        remarks.say()
+        session.remember(self._model.encoder, ids, memory)
         return Session(self, memory)
 
     def restore_session(self, data: bytes) -> "Session":
@@ -279,7 +305,7 @@ class Recommender:
         Raises:
             ValueError: the data is damaged, or of another model.
         """
-        return Session(self, session.from_bytes(data, self._model.encoder))
+        return Session(self, session.from_bytes(data, self._model.encoder, self.tokens))
 
     def add_events(self, sessions: Sequence["Session"], tokens: Sequence[str]) -> None:
         """One event for each of many users in one pass, much cheaper than one by one.
@@ -307,8 +333,8 @@ class Recommender:
         exclude: Iterable[str] | None = None,
     ) -> list[list[Recommendation]]:
         """As `recommend` for each of many live users, in one pass."""
-        _check_k(k)
-        model, choice = self._model, self._choice(candidates, exclude, False)
+        k, model, remarks = _checked_k(k), self._model, _Remarks()
+        choice = self._choice(candidates, exclude, None)
         memories = self._memories(sessions)
         going = [memory for memory in memories if memory.vector is not None]
         seen: list[Collection[int]] = [memory.seen for memory in going]
@@ -316,7 +342,10 @@ class Recommender:
         best = []
         if vectors:
             best = self._best(model, torch.cat(vectors), seen, seen, k, exclude_seen, choice)
-        return self._with_popular(model, [memory.vector is not None for memory in memories], best, k, choice)
+        known = [memory.vector is not None for memory in memories]
+        ranked = self._with_popular(model, known, best, k, choice, remarks)
+        remarks.say()
+        return ranked
 
     def add_items(self, tokens: Iterable[str], vectors: Any, titles: Mapping[str, str] | None = None) -> None:
         """Take in items that training has never met; their text is all that is known of them.
@@ -372,7 +401,13 @@ class Recommender:
         export.export(self._model, Path(path), batch_size)
 
     def _ranked(
-        self, model: Trained, ids: list[list[int]], k: int, exclude_seen: bool, choice: _Choice
+        self,
+        model: Trained,
+        ids: list[list[int]],
+        k: int,
+        exclude_seen: bool,
+        choice: _Choice,
+        remarks: "_Remarks",
     ) -> list[list[Recommendation]]:
         """By history."""
         known = [row for row in ids if row]
@@ -381,7 +416,7 @@ class Recommender:
         best = []
         if known:
             best = self._best(model, self._vectors(model, known), counted, seen, k, exclude_seen, choice)
-        return self._with_popular(model, [bool(row) for row in ids], best, k, choice)
+        return self._with_popular(model, [bool(row) for row in ids], best, k, choice, remarks)
 
     @torch.no_grad()
     def _best(
@@ -395,9 +430,9 @@ class Recommender:
         choice: _Choice,
     ) -> list[list[Recommendation]]:
         """The best items for vectors (B, D) of histories that hold these items."""
-        hidden = [{*(own if exclude_seen else ()), *choice.excluded} for own in seen]
+        hidden = seen if exclude_seen else [()] * len(seen)
         adjustments = self._adjustments(model, counted, hidden)
-        scores, items = best_items(vectors, model.table, k, adjustments, choice.pool)
+        scores, items = best_items(vectors, model.table, k, adjustments, *choice)
         return [
             _named(model, row, values) for row, values in zip(items.tolist(), scores.tolist(), strict=True)
         ]
@@ -412,24 +447,39 @@ class Recommender:
     def _vectors(self, model: Trained, ids: list[list[int]]) -> Tensor:
         """The vectors (B, D) of histories that hold at least one item each."""
         ids = [self._counted(row) for row in ids]
-        device = model.table.device
-        lengths = torch.tensor([len(row) for row in ids])
-        items = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
-        for row, own in zip(items, ids, strict=True):
-            row[: len(own)] = torch.tensor(own)
-        return model.encoder.last(items.to(device), lengths.to(device))
+        vectors = model.table.new_empty(len(ids), model.table.shape[1])
+        long = [row for row, own in enumerate(ids) if len(own) > model.max_length]
+        for row in long:  # in pieces, however long
+            memory = Memory()
+            session.remember(model.encoder, ids[row], memory)
+            assert memory.vector is not None
+            vectors[row] = memory.vector[0]
+        if short := sorted({*range(len(ids))} - {*long}):
+            lengths = torch.tensor([len(ids[row]) for row in short])
+            items = torch.zeros(len(short), int(lengths.max()), dtype=torch.int64)
+            for row, own in zip(items, short, strict=True):
+                row[: len(ids[own])] = torch.tensor(ids[own])
+            device = model.table.device
+            vectors[short] = model.encoder.last(items.to(device), lengths.to(device))
+        return vectors
 
     def _counted(self, ids: list[int]) -> list[int]:
         """The part of a history that the model is shown."""
         return ids if self.whole_history else ids[-self._model.max_length :]
 
     def _with_popular(
-        self, model: Trained, known: list[bool], best: list[list[Recommendation]], k: int, choice: _Choice
+        self,
+        model: Trained,
+        known: list[bool],
+        best: list[list[Recommendation]],
+        k: int,
+        choice: _Choice,
+        remarks: "_Remarks",
     ) -> list[list[Recommendation]]:
         """`best` for who is known, and what is popular for who is not."""
         if all(known):
             return best
-        logger.warning("%s of %s histories are empty and get what is popular", known.count(False), len(known))
+        remarks.empty += known.count(False)
         popular, ranked = self._popular(model, k, choice), iter(best)
         return [next(ranked) if is_known else list(popular) for is_known in known]
 
@@ -437,20 +487,25 @@ class Recommender:
         """What training met most often, the lower id first where two were met as often."""
         if not model.counts:
             raise ValueError("history: empty, and this run does not say what is popular; give an item")
-        pool = range(1, len(model.tokens)) if choice.pool is None else choice.pool.tolist()
-        left = [item for item in pool if item not in choice.excluded]
-        best = sorted(left, key=lambda item: (-model.counts[item], item))[:k]
+        order = model.popular
+        if choice.pool is not None:
+            order = order[torch.isin(order, choice.pool.cpu())]
+        if choice.excluded is not None:
+            order = order[~torch.isin(order, choice.excluded.cpu())]
+        best = order[:k].tolist()
         return _named(model, best, [float(model.counts[item]) for item in best])
 
     def _choice(
-        self, candidates: Iterable[str] | None, exclude: Iterable[str] | None, skip_unknown: bool
+        self, candidates: Iterable[str] | None, exclude: Iterable[str] | None, remarks: "_Remarks | None"
     ) -> _Choice:
-        model = self._model
-        excluded = frozenset(model.ids[t] for t in _listed(exclude or []) if _knows(model, t))
-        if candidates is None:
-            return _Choice(None, excluded)
-        ids = sorted(set(_ids(model, _listed(candidates), skip_unknown, "candidates")))
-        return _Choice(torch.tensor(ids, dtype=torch.int64, device=model.table.device), excluded)
+        model, pool, excluded = self._model, None, None
+        if candidates is not None:
+            ids = sorted(set(_ids(model, _listed(candidates), remarks, "candidates")))
+            pool = torch.tensor(ids, dtype=torch.int64, device=model.table.device)
+        if exclude is not None:
+            known = {model.ids[token] for token in _listed(exclude) if _knows(model, token)}
+            excluded = torch.tensor(sorted(known), dtype=torch.int64, device=model.table.device)
+        return _Choice(pool, excluded)
 
     def _memories(self, sessions: Sequence["Session"]) -> list[Memory]:
         if len({id(one) for one in sessions}) < len(sessions):
@@ -496,7 +551,7 @@ class Session:
 
     def to_bytes(self) -> bytes:
         """To be kept anywhere, and brought back by `Recommender.restore_session`; nothing is pickled."""
-        return session.to_bytes(self._memory, session.fingerprint(self.recommender._model.encoder))
+        return session.to_bytes(self._memory, self.recommender._model.encoder, self.recommender.tokens)
 
 
 def _named(model: Trained, items: Sequence[int], scores: Sequence[float]) -> list[Recommendation]:
@@ -515,21 +570,50 @@ def _knows(model: Trained, token: object) -> bool:
     return isinstance(token, str) and token in model.ids
 
 
-def _ids(model: Trained, tokens: list[str], skip_unknown: bool = False, what: str = "history") -> list[int]:
-    """Internal ids; `what` names the argument."""
+def _ids(
+    model: Trained, tokens: list[str], skipped: "_Remarks | None" = None, what: str = "history"
+) -> list[int]:
+    """Internal ids; unknown tokens are left out and counted by `skipped`, where that is given.
+
+    Args:
+        model: knows the items.
+        tokens: of the argument `what`.
+    """
     known = [_knows(model, token) for token in tokens]
     if not all(known):
         first = tokens[known.index(False)]
-        if not skip_unknown:
+        if skipped is None:
             text = "" if isinstance(first, str) else "; tokens are texts"
             raise ValueError(f"{what}: the model knows no item {first!r}{text}")
-        logger.warning("%s: %s unknown items are left out, such as %r", what, known.count(False), first)
+        skipped.unknown += known.count(False)
+        skipped.first = skipped.first or repr(first)
     return [model.ids[token] for token, is_known in zip(tokens, known, strict=True) if is_known]
 
 
-def _check_k(k: int) -> None:
-    if type(k) is not int or k < 1:
+@dataclass
+class _Remarks:
+    """What the log should say once at the end, however many histories there were."""
+
+    unknown: int = 0
+    first: str = ""
+    empty: int = 0
+
+    def say(self) -> None:
+        """Log it."""
+        if self.unknown:
+            logger.warning("%s unknown items were left out, such as %s", f"{self.unknown:,}", self.first)
+        if self.empty:
+            logger.warning("empty histories, which get what is popular: %s", f"{self.empty:,}")
+
+
+def _checked_k(k: int) -> int:
+    try:
+        number = index(k)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(k, bool):
         raise ValueError(f"k: expected a whole number from 1, got {k!r}")
+    return number
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

@@ -3,7 +3,8 @@
 import base64
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -18,9 +19,9 @@ from m2rec.files import (
     INSIGHTS_FILE,
     METRICS_FILE,
     REPORT_FILE,
-    TITLES_FILE,
     write_text,
 )
+from m2rec.trained import stored_titles
 
 _PARTS = ("valid", "test", "test_unseen")
 _UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
@@ -80,7 +81,7 @@ class Run:
                 _json(folder / METRICS_FILE),
                 dict(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))),
                 list(csv.DictReader(history)),
-                _json(folder / TITLES_FILE, {}),
+                stored_titles(folder),
                 _json(folder / INSIGHTS_FILE, {}),
             )
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -89,7 +90,7 @@ class Run:
     @property
     def metric(self) -> str:
         """The metric that the weights were chosen by."""
-        return str(self.config["valid_metric"]).lower()
+        return str(self.metrics.get("valid_metric", self.config["valid_metric"])).lower()
 
     def title(self, token: str) -> str:
         """An item as a person knows it."""
@@ -100,53 +101,84 @@ def write(folder: Path) -> Path:
     """Write report.html into the folder of a finished run.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or one of its files is not as a run leaves it.
     """
-    run = Run.read(folder)
-    name = f"{run.metrics['model']} on {run.metrics['dataset']}"
-    sections = [
-        _head(name, [run]),
-        _section("Quality", _metrics_table(run), _protocol(run)),
-        _section("Training", _grid(_curves([run]))),
-        _section("Who is served", _grid(_buckets(run))),
-        _gate(run),
-        _filter(run),
-        _examples(run),
-        _section("Settings", _settings(run.config), _commands(run)),
-    ]
-    path = folder / REPORT_FILE
-    write_text(path, _page(name, sections))
-    return path
+    with _readable(folder):
+        write_text(folder / REPORT_FILE, _of_one(Run.read(folder)))
+    return folder / REPORT_FILE
 
 
 def compare(folders: Sequence[Path], path: Path) -> Path:
     """Write one page that sets several finished runs side by side.
 
     Raises:
-        ValueError: one is none.
+        ValueError: one is none, or is given twice; or a file is not as a run leaves it.
     """
-    runs = [Run.read(folder) for folder in folders]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("a run is given twice; name each once")
+    runs = []
+    for folder in folders:
+        with _readable(folder):
+            run = Run.read(folder)
+            _of_one(run)  # so that a broken one is named
+            runs.append(run)
+    names = [run.folder.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.folder) for run in runs]
+    write_text(path, _of_several(dict(zip(names, runs, strict=True))))
+    return path
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Whatever is not as it should be in a run folder is one line."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        if str(folder) in str(error):  # one that names it
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder}: a file is not as a run leaves it ({said})") from None
+
+
+def _of_one(run: Run) -> str:
+    """The page of a run."""
+    name = f"{run.metrics['model']} on {run.metrics['dataset']}"
+    sections = [
+        _head(name, {run.folder.name: run}),
+        _section("Quality", _metrics_table(run), _protocol(run)),
+        _section("Training", _grid(_curves({"": run}))),
+        _section("Who is served", _grid(_buckets(run))),
+        _gate(run),
+        _filter(run),
+        _examples(run),
+        _section("Settings", _settings(run.config), _commands(run)),
+    ]
+    return _page(name, sections)
+
+
+def _of_several(runs: Mapping[str, Run]) -> str:
+    """The page of several runs by name."""
     sections = [
         _head("Runs compared", runs),
         _section("Quality", *(_side_by_side(runs, part) for part in ("test", "test_unseen"))),
         _section("Training", _grid(_curves(runs))),
         _section("What differs", _differences(runs)),
-        *(_section(run.folder.name, _protocol(run), _commands(run)) for run in runs),
+        *(_section(name, _protocol(run), _commands(run)) for name, run in runs.items()),
     ]
-    write_text(path, _page("Runs compared", sections))
-    return path
+    return _page("Runs compared", sections)
 
 
-def _head(name: str, runs: Sequence[Run]) -> str:
+def _head(title: str, runs: Mapping[str, Run]) -> str:
     facts = []
-    for run in runs:
+    for name, run in runs.items():
         m = run.metrics
         facts.append(
-            f"{run.folder.name}: seed {m['seed']}, {m['parameters']:,} parameters, {m['epochs']} epochs "
+            f"{name}: seed {m['seed']}, {m['parameters']:,} parameters, {m['epochs']} epochs "
             f"(best {m['best_epoch']}), {m['seconds']['total']:,.0f} s on {m['device']}, "
             f"commit {str(m['commit'])[:9]}"
         )
-    return f"<h1>{escape(name)}</h1>" + "".join(f'<p class="facts">{escape(fact)}</p>' for fact in facts)
+    return f"<h1>{escape(title)}</h1>" + "".join(f'<p class="facts">{escape(fact)}</p>' for fact in facts)
 
 
 def _metrics_table(run: Run) -> str:
@@ -155,10 +187,10 @@ def _metrics_table(run: Run) -> str:
     return _table(["metric", *parts], rows)
 
 
-def _side_by_side(runs: Sequence[Run], part: str) -> str:
-    names = list(dict.fromkeys(name for run in runs for name in run.metrics[part]))
-    rows = [[name, *(_number(run.metrics[part].get(name)) for run in runs)] for name in names]
-    return f"<h3>{part}</h3>" + _table(["metric", *(run.folder.name for run in runs)], rows)
+def _side_by_side(runs: Mapping[str, Run], part: str) -> str:
+    names = list(dict.fromkeys(name for run in runs.values() for name in run.metrics[part]))
+    rows = [[name, *(_number(run.metrics[part].get(name)) for run in runs.values())] for name in names]
+    return f"<h3>{part}</h3>" + _table(["metric", *runs], rows)
 
 
 def _protocol(run: Run) -> str:
@@ -172,15 +204,15 @@ def _protocol(run: Run) -> str:
     )
 
 
-def _curves(runs: Sequence[Run]) -> Iterable[str]:
-    metric = f"valid.{runs[0].metric}"
-    for column, label in (("loss", "training loss"), (metric, f"{runs[0].metric} on valid")):
+def _curves(runs: Mapping[str, Run]) -> Iterable[str]:
+    metric = next(iter(runs.values())).metric
+    for column, label in (("loss", "training loss"), (f"valid.{metric}", f"{metric} on valid")):
         series: dict[str, tuple[list[int], list[float]]] = {}
-        for run in runs:
+        for name, run in runs.items():
             points = [(int(row["epoch"]), float(row[column])) for row in run.history if row.get(column)]
             if points:
                 xs, ys = [x for x, _ in points], [y for _, y in points]
-                series[run.folder.name if len(runs) > 1 else label] = (xs, ys)
+                series[name or label] = (xs, ys)
         if series:
             said = "; ".join(f"{name} from {ys[0]:.4g} to {ys[-1]:.4g}" for name, (_, ys) in series.items())
             yield _figure(charts.lines(series, "epoch", label), f"{label} by epoch: {said}", label)
@@ -193,14 +225,15 @@ def _buckets(run: Run) -> Iterable[str]:
     }
     for name, x in words.items():
         table = run.metrics.get("test_by", {}).get(name, {})
-        metric = run.metric if all(run.metric in row["test"] for row in table.values()) else None
-        if not table or metric is None:
+        measured: Mapping[str, float] = next((row["test"] for row in table.values()), {})
+        metric = run.metric if run.metric in measured else next(iter(measured), None)
+        if metric is None:
             continue
-        groups = [f"{bucket}\n{row['users']:,} users" for bucket, row in table.items()]
+        groups = [f"{bucket}\n{row['users']:,}" for bucket, row in table.items()]
         series = {part: [row[part][metric] for row in table.values()] for part in ("test", "test_unseen")}
         said = ", ".join(f"{b}: {row['test_unseen'][metric]:.4f}" for b, row in table.items())
         yield _figure(
-            charts.bars(groups, series, x, metric),
+            charts.bars(groups, series, f"{x}; users below", metric),
             f"{metric} by {x}, test_unseen: {said}",
             f"{metric} by {x}",
         )
@@ -321,11 +354,11 @@ def _settings(config: Mapping[str, Any]) -> str:
     )
 
 
-def _differences(runs: Sequence[Run]) -> str:
-    keys = sorted({key for run in runs for key in run.config})
-    rows = [[key, *(_value(run.config.get(key)) for run in runs)] for key in keys]
+def _differences(runs: Mapping[str, Run]) -> str:
+    keys = sorted({key for run in runs.values() for key in run.config})
+    rows = [[key, *(_value(run.config.get(key)) for run in runs.values())] for key in keys]
     other = [row for row in rows if len(set(row[1:])) > 1]
-    return _table(["key", *(run.folder.name for run in runs)], other, "words") if other else "<p>Nothing.</p>"
+    return _table(["key", *runs], other, "words") if other else "<p>Nothing.</p>"
 
 
 def _commands(run: Run) -> str:
@@ -364,10 +397,14 @@ def _figure(svg: bytes, alternative: str, caption: str) -> str:
 
 
 def _grid(parts: Iterable[str]) -> str:
-    return f'<div class="grid">{"".join(parts)}</div>'
+    content = "".join(parts)
+    return f'<div class="grid">{content}</div>' if content else ""
 
 
 def _section(title: str, *parts: str) -> str:
+    """Nothing where there is nothing to show."""
+    if not any(parts):
+        return ""
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
 
 

@@ -68,9 +68,10 @@ class Tally:
 
     def _judge(self, lines: int) -> None:
         if self.bad > self.max_bad * lines:
+            limit = f", more than --max-bad={self.max_bad:g}" if self.max_bad else ""
             raise ValueError(
-                f"{self.path}: {self.bad:,} of {self.lines:,} lines are malformed, more than "
-                f"--max-bad={self.max_bad:g}; is it a file of this format? {'; '.join(self.examples)}"
+                f"{self.path}: {self.bad:,} of {self.lines:,} lines are malformed{limit}; "
+                f"is it a file of this format? {'; '.join(self.examples)}"
             )
 
 

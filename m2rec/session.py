@@ -6,6 +6,7 @@ B, D    users, model width
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -13,10 +14,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from m2rec.encoder import Encoder
-from m2rec.layer import LayerState
+from m2rec.layer import Layer, LayerState
 
 _PIECE = 256  # items of a history that are encoded at a time
-_MODEL, _SEEN, _VECTOR = "model", "seen", "vector"
+_MODEL, _SEEN, _VECTOR, _TOKENS = "model", "seen", "vector", "tokens"
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -44,6 +45,16 @@ class Memory:
         self.seen.update(dict.fromkeys(items))
 
 
+def check(encoder: Encoder) -> None:
+    """Whether the network can go on from a state.
+
+    Raises:
+        ValueError: it has a part that needs the whole history at once.
+    """
+    for layer in encoder.layers:
+        cast(Layer, layer).recurrent_mixer()
+
+
 @torch.no_grad()
 def remember(encoder: Encoder, items: Sequence[int], memory: Memory) -> None:
     """Take in some items, in pieces, so that even a history of millions needs little room.
@@ -61,7 +72,8 @@ def remember(encoder: Encoder, items: Sequence[int], memory: Memory) -> None:
             x, states = encoder.advance(piece[None], states)
             vector = x[:, -1]
     if states is not None and vector is not None:
-        memory.go_on(states, vector, items)
+        (own,) = _apart(states, 1)
+        memory.go_on(own, vector.clone(), items)
 
 
 @torch.no_grad()
@@ -89,7 +101,7 @@ def remember_together(encoder: Encoder, memories: Sequence[Memory], items: Seque
 
 
 def fingerprint(encoder: Encoder) -> bytes:
-    """Of the weights that a state depends on; that of items that came later is the same."""
+    """Of the weights of the layers, which stay the same when items come in later."""
     digest = hashlib.sha256()
     state = encoder.state_dict()
     for name in sorted(name for name in state if name.startswith(("layers.", "norm."))):
@@ -97,9 +109,18 @@ def fingerprint(encoder: Encoder) -> bytes:
     return digest.digest()
 
 
-def to_bytes(memory: Memory, model: bytes) -> bytes:
-    """A memory as bytes, with a checksum and the fingerprint of its model."""
-    tensors = {_MODEL: torch.frombuffer(bytearray(model), dtype=torch.uint8)}
+def to_bytes(memory: Memory, encoder: Encoder, tokens: Sequence[str]) -> bytes:
+    """A memory as bytes, with a checksum, the fingerprint of its model and one of the seen items' tokens.
+
+    Args:
+        memory: what to keep.
+        encoder: the network.
+        tokens: of all items, by internal id.
+    """
+    tensors = {
+        _MODEL: torch.frombuffer(bytearray(fingerprint(encoder)), dtype=torch.uint8),
+        _TOKENS: torch.frombuffer(bytearray(_names(memory.seen, tokens)), dtype=torch.uint8),
+    }
     tensors[_SEEN] = torch.tensor(list(memory.seen), dtype=torch.int32)
     if memory.states is not None and memory.vector is not None:
         tensors[_VECTOR] = memory.vector
@@ -108,23 +129,28 @@ def to_bytes(memory: Memory, model: bytes) -> bytes:
     return hashlib.sha256(content).digest() + content
 
 
-def from_bytes(data: bytes, encoder: Encoder) -> Memory:
+def from_bytes(data: bytes, encoder: Encoder, tokens: Sequence[str]) -> Memory:
     """What `to_bytes` made, on the encoder's device.
 
     Raises:
         ValueError: it is damaged, none, or of another model.
     """
+    data = bytes(data)
     if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
         raise ValueError("session: the data is damaged, or is no saved session")
     try:
         tensors = load(data[_DIGEST:])
-        model, seen = tensors.pop(_MODEL).numpy().tobytes(), tensors.pop(_SEEN).tolist()
+        model, names, seen = (tensors.pop(name) for name in (_MODEL, _TOKENS, _SEEN))
+        if (seen.dtype, seen.dim()) != (torch.int32, 1) or {model.dtype, names.dtype} != {torch.uint8}:
+            raise KeyError(_SEEN)
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"session: the data is no saved session ({error})") from None
-    if model != fingerprint(encoder):
+    items = seen.tolist()
+    if model.numpy().tobytes() != fingerprint(encoder):
         raise ValueError("session: it was saved with another model; start it again from the history")
-    if not all(0 < item < encoder.id_embedding.num_embeddings for item in seen):
-        raise ValueError("session: it has items that this model does not know; add them first")
+    known = all(0 < item < len(tokens) for item in items)
+    if not known or names.numpy().tobytes() != _names(items, tokens):
+        raise ValueError("session: it has items that this model does not have; add them first")
     if not tensors:
         return Memory()
     device = encoder.id_embedding.weight.device
@@ -136,7 +162,15 @@ def from_bytes(data: bytes, encoder: Encoder) -> Memory:
     if shapes != found:
         raise ValueError("session: the data is no saved session of this model")
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return Memory(_deep(tensors, like.states), tensors[_VECTOR], seen)
+    return Memory(_deep(tensors, like.states), tensors[_VECTOR], items)
+
+
+def _names(items: Iterable[int], tokens: Sequence[str]) -> bytes:
+    """A fingerprint of items' tokens: the same id can be another item's where others were added."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(tokens[item].encode("utf-8", "surrogatepass") + b"\0")
+    return digest.digest()
 
 
 def _together(states: Sequence[list[LayerState]]) -> list[LayerState]:

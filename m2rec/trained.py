@@ -20,8 +20,10 @@ from torch import Tensor
 
 from m2rec.encoder import Encoder
 from m2rec.files import (
+    CHECKPOINT_FILE,
     CONFIG_FILE,
     COUNTS_FILE,
+    HISTORY_FILE,
     ITEMS_FILE,
     METRICS_FILE,
     TEXT_FILE,
@@ -51,6 +53,8 @@ class Trained:
     """By item token, of those that have one."""
     counts: tuple[int, ...]
     """How often training meets each item, by internal id; empty where that is unknown."""
+    popular: Tensor
+    """Ids by how often training meets them, most often first; as many as `counts` without padding."""
     config: Mapping[str, Any]
     """The keys of the run."""
     max_length: int
@@ -86,7 +90,7 @@ def read(folder: Path, device: torch.device) -> Trained:
     return made(
         encoder,
         tokens,
-        titles=_read_titles(folder / TITLES_FILE),
+        titles=stored_titles(folder),
         counts=_read_counts(folder / COUNTS_FILE, len(tokens)),
         config=config,
         text_mean=weights.get("text_mean"),
@@ -111,11 +115,12 @@ def made(
     encoder = encoder.eval()
     return Trained(
         encoder=encoder,
-        table=encoder.item_table(),
+        table=encoder.item_table().detach(),
         tokens=tuple(tokens),
         ids={token: i for i, token in enumerate(tokens) if i > 0},
         titles=dict(titles),
         counts=tuple(counts),
+        popular=1 + torch.tensor(counts[1:]).argsort(descending=True, stable=True),
         config=config,
         max_length=RunSettings.read(config).MAX_ITEM_LIST_LENGTH,
         text_mean=text_mean,
@@ -128,9 +133,9 @@ def write(trained: Trained, folder: Path) -> None:
     """Write what `read` reads into a folder, which is made if need be.
 
     Raises:
-        ValueError: it is the folder of a run, whose metrics are of other weights.
+        ValueError: it is the folder of a run, finished or not, which is of other weights.
     """
-    if (folder / METRICS_FILE).exists():
+    if any((folder / name).exists() for name in (METRICS_FILE, CHECKPOINT_FILE, HISTORY_FILE)):
         raise ValueError(f"save: {folder} is a run's own folder; give another")
     text = {"text_mean": trained.text_mean, "text_basis": trained.text_basis}
     state = {_ENCODER + name: value for name, value in trained.encoder.state_dict().items()}
@@ -140,7 +145,7 @@ def write(trained: Trained, folder: Path) -> None:
         ITEMS_FILE: trained.tokens,
         TITLES_FILE: trained.titles,
         TEXT_FILE: trained.text_source,
-        **({COUNTS_FILE: trained.counts} if trained.counts else {}),
+        COUNTS_FILE: trained.counts,
     }
     for name, content in parts.items():
         write_text(folder / name, json.dumps(content, ensure_ascii=False) + "\n")
@@ -228,8 +233,14 @@ def _read_tokens(path: Path) -> list[str]:
     return tokens  # type: ignore[no-any-return]
 
 
-def _read_titles(path: Path) -> dict[str, str]:
-    titles = _parsed(path, json.loads, dict) if path.exists() else {}
+def stored_titles(folder: Path) -> dict[str, str]:
+    """The titles in a run folder by item token, none if it has no file of them.
+
+    Raises:
+        ValueError: the file can't be read, or a title is no text.
+    """
+    path = folder / TITLES_FILE
+    titles: dict[str, str] = _parsed(path, json.loads, dict) if path.exists() else {}
     if not all(isinstance(title, str) for title in titles.values()):
         raise ValueError(f"{path} holds titles that are no text")
     return titles

@@ -401,9 +401,9 @@ class RunTrainer(Trainer):
         self.tot_item_num = data.dataset.item_num
         self.item_tensor = data.dataset.get_item_feature().to(self.device)
         progress = partial(self._progress, what="evaluate  ", shown=show_progress)
-        return rank(self._score, data, progress, protocols)
+        return rank(self.score, data, progress, protocols)
 
-    def _score(self, interaction: Interaction) -> Tensor:
+    def score(self, interaction: Interaction) -> Tensor:
         """Rows -> (b, V), by the model's full ranking or item by item where it has none."""
         scores: Tensor = self._full_sort_batch_eval((interaction, None, None, None))[1]
         return scores

@@ -48,9 +48,7 @@ class Rival:
         rows = self.test.dataset.inter_feat[:users]
         self.users = rows[dataset.uid_field].numpy()
         self.device, tokens = device, item_tokens(dataset)
-        pairs = zip(
-            rows[dataset.item_id_list_field].tolist(), rows[dataset.item_list_length_field], strict=True
-        )
+        pairs = zip(rows[dataset.history_field].tolist(), rows[dataset.item_list_length_field], strict=True)
         self.histories = [[tokens[item] for item in items[:length]] for items, length in pairs]
 
     @torch.no_grad()

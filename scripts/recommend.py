@@ -71,6 +71,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if bool(options.input) != bool(options.output):
         parser.error("--input and --output go together")
+    if options.json and (options.input or options.interactive):
+        parser.error("--json goes with --history or --user")
+    if options.interactive and (options.keep_seen or options.skip_unknown):
+        parser.error("--interactive goes with neither --keep-seen nor --skip-unknown")
     return options
 
 

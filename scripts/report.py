@@ -20,6 +20,7 @@ from pathlib import Path
 
 from m2rec import paired
 from m2rec import report as page
+from m2rec.command_line import Parser
 from m2rec.files import write_text
 from m2rec.plots import draw
 from m2rec.results import PAIRED, Answers, read_answers, read_reported, read_rows
@@ -35,8 +36,8 @@ MARKED = re.compile(rf"({START}([^:\s]+):([^:\s]+) -->)((?:(?!{START}).)*?)({END
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = parse_options(arguments)
     try:
+        options = parse_options(arguments)
         if options.runs_shown:
             return show(options)
         if options.paired:
@@ -49,11 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "runs_shown", nargs="*", type=Path, metavar="RUN", help="folders of finished runs, for a page of them"
     )
-    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="page of several runs")
+    parser.add_argument("--output", type=Path, help="page of several runs; default: comparison.html")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if README.md would change"
     )
@@ -63,7 +64,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the sweeps")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the markers")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    shown = len(options.runs_shown)
+    if shown and (options.check or options.paired):
+        parser.error("RUN goes with neither --check nor --paired")
+    if options.output and shown < 2:
+        parser.error("--output is for the page of several runs")
+    options.output = options.output or Path("comparison.html")
+    return options
 
 
 def show(options: argparse.Namespace) -> int:

@@ -86,6 +86,17 @@ def test_going_back():
     assert talk("i5", "new", "undo", "why").endswith("nothing to explain yet\n")
 
 
+def test_digits_that_are_no_choice():
+    for text in ("²", "9" * 5000, "99"):
+        assert "nothing like" in talk("i1x", text)
+
+
+def test_a_model_that_keeps_no_state():
+    output = io.StringIO()
+    Dialogue(recommender(whole_history=False, mixer="attention"), 2, output).run(["i5", "undo", "i5", "why"])
+    assert output.getvalue().count("+ i5") == 2
+
+
 def test_nothing_found():
     assert "nothing like 'qqq'; type a title" in talk("qqq")
 

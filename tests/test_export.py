@@ -51,7 +51,7 @@ def test_a_program_that_differs_is_not_left(tmp_path: Path, monkeypatch: pytest.
             return lambda *inputs: self.program.module()(*inputs) + 0.01
 
     monkeypatch.setattr(export.torch.export, "load", lambda file: Wrong(load(file)))
-    with pytest.raises(ValueError, match=r"export: the program differs from the model by 1\.0e-02"):
+    with pytest.raises(ValueError, match=r"export: the program differs from the model by 1\.\de-02"):
         recommender().export(tmp_path / "program.pt2")
     assert not list(tmp_path.iterdir())
 

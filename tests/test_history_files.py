@@ -86,7 +86,8 @@ def test_a_batch_is_each_alone():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("user,history\nanna,i1 tea\n", "the model knows no item 'tea'"),
+        ("user,history\nanna,i1 tea\n", "in.csv, user 'anna': history: the model knows no item 'tea'"),
+        ("user,history\nanna,i1,i2\n", "line 2: 3 columns, the header has 2$"),
         ("user,items\nanna,i1\n", "history"),
         ("", "is empty"),
         ("user,history\n,i1\n", "line 2: user is empty"),
@@ -112,4 +113,31 @@ def test_unknown_items_can_be_skipped(tmp_path: Path, caplog: pytest.LogCaptureF
     assert model.recommend_file(path, out, k=3, skip_unknown=True) == 1
     expected = model.recommend(["i1", "i2"], k=3)
     assert parquet.read_table(out)["items"].to_pylist() == [[r.item for r in expected]]
-    assert "1 unknown items are left out, such as 'tea'" in caplog.text
+    assert [record.message for record in caplog.records] == ["1 unknown items were left out, such as 'tea'"]
+
+
+def test_one_remark_for_all(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "in.csv"
+    path.write_text("user,history\n" + "".join(f"u{k},tea i1\ne{k},\n" for k in range(700)))
+    recommender().recommend_file(path, tmp_path / "out.parquet", k=1, skip_unknown=True)
+    assert [record.message for record in caplog.records] == [
+        "700 unknown items were left out, such as 'tea'",
+        "empty histories, which get what is popular: 700",
+    ]
+
+
+def test_a_very_long_history_and_blanks_before_a_list(tmp_path: Path):
+    path, long = tmp_path / "in.csv", ["i1"] * 50_000
+    path.write_text(f'user,history\na,{" ".join(long)}\nb, "[""i2""]"\n'.replace(', "[', ',"  ['))
+    assert dict(read_histories(path)) == {"a": long, "b": ["i2"]}
+
+
+def test_no_histories(tmp_path: Path):
+    for path, write in ((tmp_path / "in.parquet", as_parquet), (tmp_path / "in.csv", as_csv)):
+        write(path)
+        if path.suffix == ".csv":
+            path.write_text("user,history\n")
+        else:
+            parquet.write_table(parquet.read_table(path).slice(0, 0), path)
+        assert recommender().recommend_file(path, tmp_path / "out.parquet") == 0
+        assert parquet.read_table(tmp_path / "out.parquet").num_rows == 0

@@ -8,7 +8,7 @@ import torch
 
 from m2rec import insights
 from m2rec.configuration import build_config, find_model
-from m2rec.experiment import load_data
+from m2rec.experiment import load_data, run
 from tests.conftest import random_rows, small, write_inter
 
 
@@ -26,7 +26,7 @@ def prepared(toy: Path):
 def test_the_gate(prepared: tuple):
     """Every position of every test row counts once."""
     model, test, dataset = prepared
-    gate = insights.look(model, test, dataset)["gate"]
+    gate = insights.look(model, model.full_sort_predict, test, dataset)["gate"]
     assert gate["branches"] == ["temporal", "frequency"]
     rows = test.inter_feat
     items, lengths = rows["item_id_list"], rows["item_length"]
@@ -56,7 +56,7 @@ def test_the_filter(prepared: tuple):
             layer.filter.log_damping.fill_(-6.0)
             layer.filter.cosine.fill_(1.0)
             layer.filter.sine.zero_()
-    first, *others = insights.look(model, test, dataset)["filter"]
+    first, *others = insights.look(model, model.full_sort_predict, test, dataset)["filter"]
     assert len(others) == 1
     loudest = first["period"][int(np.argmax(first["median"]))]
     assert loudest == pytest.approx(5, rel=0.15)
@@ -67,7 +67,7 @@ def test_the_filter(prepared: tuple):
 
 def test_examples_are_the_models_ranking(prepared: tuple):
     model, test, dataset = prepared
-    found = insights.look(model, test, dataset)["examples"]
+    found = insights.look(model, model.full_sort_predict, test, dataset)["examples"]
     assert len(found) == 6 and len({example["user"] for example in found}) == 6
     own = {}
     for user, item, _ in sorted(random_rows(), key=lambda row: row[2]):
@@ -99,5 +99,31 @@ def test_a_baseline_has_examples_only(toy: Path):
     ours = {k: v for k, v in small(toy).items() if k not in ("head_dim", "d_state")}
     config = build_config({**ours, "model": "SASRec", "n_layers": 1, "n_heads": 2, "train_batch_size": 64})
     dataset, (train, _, test) = load_data(config)
-    found = insights.look(find_model("SASRec")(config, train.dataset), test.dataset, dataset)
+    model = find_model("SASRec")(config, train.dataset)
+    found = insights.look(model, model.full_sort_predict, test.dataset, dataset)
     assert found["loads"] is False and set(found) == {"loads", "examples", "gaps"}
+
+
+def test_columns_of_other_names(tmp_path: Path):
+    """RecBole names the column of the histories after that of the items."""
+    rows = random_rows()
+    write_inter(tmp_path, "other", rows, header="who:token\twhat:token\tthen:float")
+    names = {"USER_ID_FIELD": "who", "ITEM_ID_FIELD": "what", "TIME_FIELD": "then"}
+    for own in ({}, {"loss_type": "sampled", "n_negatives": 5, "negative_sampling": "popularity"}):
+        keys = small(tmp_path, dataset="other", runs_dir=str(tmp_path / "runs"), epochs=1, **names, **own)
+        folder = run(
+            build_config({**keys, "text_vectors": "none", "load_col": {"inter": [*names.values()]}})
+        ).folder
+        assert {"insights.json", "report.html"} <= {path.name for path in folder.iterdir()}
+
+
+def test_what_was_seen_is_not_recommended(tmp_path: Path):
+    """Where one item is left, there is one recommendation."""
+    items = [f"i{k}" for k in range(6)]
+    rows = [(f"u{u}", item, t) for u in range(4) for t, item in enumerate(items[u % 2 :] + items[: u % 2])]
+    write_inter(tmp_path, "all", rows)
+    config = build_config(small(tmp_path, dataset="all", text_vectors="none"))
+    dataset, (train, _, test) = load_data(config)
+    model = find_model("M2Rec")(config, train.dataset)
+    for example in insights.look(model, model.full_sort_predict, test.dataset, dataset)["examples"]:
+        assert example["recommended"] == [example["next"]] and example["place"] == 1

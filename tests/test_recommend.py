@@ -132,6 +132,8 @@ def test_a_conversation(folder: Path, said: pytest.CaptureFixture[str], monkeypa
         (["--user", "[PAD]"], "--user: the data set has no user '[PAD]'"),
         ([], "one of the arguments --history --user --interactive --input is required"),
         (["--input", "a.csv"], "--input and --output go together"),
+        (["--input", "a.csv", "--output", "b", "--json"], "--json goes with --history or --user"),
+        (["--interactive", "--keep-seen"], "--interactive goes with neither --keep-seen nor"),
         (["--history", "i1", "--output", "a.parquet"], "--input and --output go together"),
         (["--input", "none.csv", "--output", "a.parquet"], "none.csv"),
         (["--history", "i1", "--device=tpu9"], "device: 'tpu9' is none"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -101,7 +102,7 @@ def test_after_nothing_the_popular_items(folder: Path, toy: Path, caplog: pytest
     found = recommender.recommend([], k=30)
     assert [r.score for r in found] == sorted(counts[1:], reverse=True) and len(found) == 20
     assert all(counts[recommender.to_ids([r.item])[0]] == r.score for r in found)
-    assert "1 of 1 histories are empty and get what is popular" in caplog.text
+    assert "empty histories, which get what is popular: 1" in caplog.text
     (folder / "counts.json").unlink()
     with pytest.raises(ValueError, match="history: empty, and this run does not say what is popular"):
         Recommender.load(folder).recommend([])
@@ -125,6 +126,29 @@ def test_similar_items(folder: Path):
     assert [r.score for r in found] == pytest.approx([cosines[r.item] for r in found], abs=1e-5)
     assert [r.score for r in found] == sorted((r.score for r in found), reverse=True)
     assert [r.item for r in recommender.similar_items("i3", k=1)] == [found[0].item]
+
+
+def test_numbers_of_numpy_and_arrays_of_tokens(folder: Path):
+    recommender = Recommender.load(folder)
+    expected = recommender.recommend(["i3"], k=2, exclude=["i5"])
+    assert recommender.recommend(np.array(["i3"]), k=np.int64(2), exclude=np.array(["i5"])) == expected
+    for wrong in (0, True, 1.5, "2"):
+        with pytest.raises(ValueError, match="k: expected a whole number from 1"):
+            recommender.recommend_batch([], k=wrong)
+
+
+def test_scores_have_no_gradient(folder: Path, toy: Path, tmp_path: Path):
+    bare = Recommender.load(trained(toy, tmp_path, epochs=1, text_vectors="none"))
+    for recommender in (bare, Recommender.load(folder)):
+        assert not recommender.scores([["i3"]]).requires_grad
+        assert not recommender._model.table.requires_grad
+
+
+def test_a_model_that_never_sees_more_than_in_training(toy: Path, tmp_path: Path):
+    own = trained(toy, tmp_path, epochs=1, mixer="attention")
+    assert len(Recommender.load(own).recommend(TOKENS, exclude_seen=False)) == 10
+    with pytest.raises(ValueError, match="mixer: 'attention' needs the whole history at once"):
+        Recommender.load(own, whole_history=True)
 
 
 def test_explain(folder: Path):
@@ -184,6 +208,24 @@ def test_a_text_that_is_known_ranks_as_that_item_would_without_its_clicks(folder
     recommender.add_items(["again"], raw(vectors, "i4").numpy())
     scores = recommender.scores([["i1", "i2"]])[0]
     torch.testing.assert_close(scores[-1], scores[known], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "checkpoint.safetensors", "history.csv"])
+def test_a_runs_own_folder_is_left_alone(folder: Path, tmp_path: Path, name: str):
+    recommender = Recommender.load(folder)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("")
+    with pytest.raises(ValueError, match=r"save: .* is a run's own folder; give another"):
+        recommender.save(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+def test_saving_leaves_nothing_of_another_model(folder: Path, tmp_path: Path):
+    recommender = Recommender.load(folder)
+    recommender.save(tmp_path / "saved")
+    Recommender(replace(recommender._model, counts=(), titles={})).save(tmp_path / "saved")
+    loaded = Recommender.load(tmp_path / "saved")
+    assert loaded.titles == {} and loaded._model.counts == ()
 
 
 def test_added_items_are_saved(folder: Path, tmp_path: Path, vectors: Path):

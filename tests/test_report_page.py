@@ -106,6 +106,60 @@ def test_runs_side_by_side(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out.strip() == str(out)
     words = Page(out.read_text()).words
     assert "0.9877" in words and "hidden_size" in words and "n_layers" not in words
+    namesake = Path(shutil.copytree(folder, tmp_path / "elsewhere" / folder.name))
+    assert script.main([str(folder), str(namesake), f"--output={out}"]) == 0
+    assert str(namesake) in Page(out.read_text()).words
+    assert script.main([str(folder), str(folder)]) == 2
+    assert "a run is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--check"], ["--paired=x"], ["--output=x.html"]])
+def test_options_that_mean_nothing_for_a_run(
+    folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert script.main([str(folder), *arguments]) == 2
+    assert capsys.readouterr().err.startswith("report.py: error: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("metrics.json", "{}"), ("titles.json", '{"i1": 3}'), ("insights.json", '{"gate": {}, "filter": [3]}'),
+     ("insights.json", '{"examples": 3}'), ("config.yaml", "3"), ("history.csv", "epoch,loss\nx,y\n")],
+)  # fmt: skip
+def test_files_that_are_not_as_a_run_leaves_them(
+    folder: Path, tmp_path: Path, name: str, content: str, capsys: pytest.CaptureFixture[str]
+):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / name).write_text(content)
+    assert script.main([str(copy)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(copy) in line
+
+
+def test_a_report_that_fails_does_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    from tests.conftest import random_rows, write_inter
+
+    def fail(*_: object) -> None:
+        raise KeyError("anything")
+
+    monkeypatch.setattr(experiment.report, "write", fail)
+    write_inter(tmp_path, "toy", random_rows())
+    result = experiment.run(build_config(small(tmp_path, runs_dir=str(tmp_path / "runs"), epochs=1)))
+    assert (result.folder / "metrics.json").is_file()
+    assert "no report.html (KeyError: 'anything'); the run is complete" in caplog.text
+
+
+def test_a_small_catalogue_has_its_curves(tmp_path: Path):
+    """The lengths of the ranking are cut to the number of items."""
+    from tests.conftest import write_inter
+
+    write_inter(tmp_path, "tiny", [(f"u{u}", f"i{(u + t) % 4}", t) for u in range(9) for t in range(4)])
+    keys = small(tmp_path, dataset="tiny", runs_dir=str(tmp_path / "runs"), epochs=2, text_vectors="none")
+    text = (experiment.run(build_config(keys)).folder / "report.html").read_text()
+    page = Page(text)
+    assert "Who is served" in page.words and any("on valid by epoch" in said for said in page.alternatives)
 
 
 @pytest.mark.parametrize("broken", ["metrics.json", "config.yaml", "insights.json", "titles.json"])
@@ -128,7 +182,8 @@ def test_in_a_browser(folder: Path, tmp_path: Path, width: int, several: bool):
     """It renders, nothing is cut off, every picture is there, and the console stays empty."""
     page = tmp_path / "page.html"
     if several:
-        report.compare([folder, folder], page)
+        others = [shutil.copytree(folder, tmp_path / f"M2Rec-toy-20261124-16590{k}") for k in range(4)]
+        report.compare(others, page)
     else:
         page.write_bytes((folder / "report.html").read_bytes())
     # Chromium's window is never narrower than 500, so the page is looked at through a frame

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from m2rec import session, trained
 from m2rec.encoder import Encoder
@@ -90,8 +91,9 @@ def test_one_users_state_does_not_hold_that_of_others():
     model = recommender()
     users = [model.session(["i1"]) for _ in range(50)]
     model.add_events(users, ["i2"] * 50)
-    for state in users[0]._memory.states:
-        assert all(t.untyped_storage().nbytes() == t.nbytes for t in (*state.mixer, state.filter))
+    for user in (users[0], model.session(events(300))):
+        tensors = [t for state in user._memory.states for t in (*state.mixer, state.filter)]
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in (*tensors, user._memory.vector))
 
 
 def test_a_user_without_a_history_gets_what_is_popular(caplog: pytest.LogCaptureFixture):
@@ -101,7 +103,7 @@ def test_a_user_without_a_history_gets_what_is_popular(caplog: pytest.LogCapture
     assert live.recommend(3, candidates=["i3", "i5"], exclude=["i5"])[0]._asdict() == {
         "item": "i3", "score": 3.0, "title": "Tea",
     }  # fmt: skip
-    assert "empty and get what is popular" in caplog.text
+    assert "empty histories, which get what is popular: 1" in caplog.text
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
@@ -137,18 +139,64 @@ def test_what_can_t_be_restored():
     memory = model.session(["i1"])._memory
     memory.vector = memory.vector[:, :3]
     with pytest.raises(ValueError, match="no saved session of this model"):
-        model.restore_session(session.to_bytes(memory, session.fingerprint(model._model.encoder)))
+        model.restore_session(session.to_bytes(memory, model._model.encoder, TOKENS))
     memory = session.Memory(seen=[V])
-    with pytest.raises(ValueError, match="items that this model does not know"):
-        model.restore_session(session.to_bytes(memory, session.fingerprint(model._model.encoder)))
+    with pytest.raises(ValueError, match="items that this model does not have"):
+        model.restore_session(session.to_bytes(memory, model._model.encoder, [*TOKENS, "more"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seen", torch.tensor([[1, 2]], dtype=torch.int32)),
+        ("seen", torch.tensor(1, dtype=torch.int32)),
+        ("seen", torch.tensor([1.0])),
+        ("model", torch.tensor([1.0], dtype=torch.bfloat16)),
+        ("tokens", torch.tensor([1])),
+    ],
+)
+def test_tensors_of_another_kind(name: str, value: torch.Tensor):
+    model = recommender()
+    tensors = load(model.session(["i1"]).to_bytes()[32:])
+    content = save({**tensors, name: value})
+    with pytest.raises(ValueError, match="session: the data is no saved session"):
+        model.restore_session(hashlib.sha256(content).digest() + content)
+
+
+def test_any_kind_of_bytes():
+    model = recommender()
+    data = model.session(["i1"]).to_bytes()
+    for kind in (bytearray, memoryview):
+        assert model.restore_session(kind(data)).seen == ["i1"]
+
+
+def with_text(model: Recommender) -> Recommender:
+    """As after training with text, so that items can be added."""
+    return Recommender(replace(model._model, text_mean=torch.zeros(6), text_basis=torch.eye(6)))
+
+
+def test_items_that_were_added_otherwise():
+    """The same internal id can be another item elsewhere."""
+    tea, coffee = with_text(recommender()), with_text(recommender())
+    tea.add_items(["tea"], torch.ones(1, 6))
+    coffee.add_items(["coffee"], torch.ones(1, 6))
+    assert coffee.restore_session(tea.session(["i1"]).to_bytes()).seen == ["i1"]
+    with pytest.raises(ValueError, match="items that this model does not have; add them first"):
+        coffee.restore_session(tea.session(["i1", "tea"]).to_bytes())
+
+
+def test_a_whole_long_history_in_a_batch():
+    model = recommender()
+    histories = [events(n, seed=n) for n in (L, 700, 3, L + 1)]
+    for found, history in zip(model.recommend_batch(histories, 5), histories, strict=True):
+        assert_same(found, model.session(history).recommend(5))
 
 
 def test_a_session_outlives_new_items():
     model = recommender()
     live = model.session(["i1", "i2"])
     data, before = live.to_bytes(), live.recommend(V)
-    mean, basis = torch.zeros(6), torch.eye(6)
-    model._model = replace(model._model, text_mean=mean, text_basis=basis)
+    model._model = with_text(model)._model
     model.add_items(["new"], torch.randn(1, 6))
     after = live.recommend(V)
     assert_same([r for r in after if r.item != "new"], before)
@@ -182,8 +230,8 @@ def test_mistakes_change_nothing():
 
 @pytest.mark.parametrize(("key", "value"), [("mixer", "attention"), ("filter", "low_pass")])
 def test_a_part_that_needs_the_whole_history(key: str, value: str):
-    model = recommender(**{key: value})
+    model = recommender(whole_history=False, **{key: value})
     with pytest.raises(ValueError, match=f"{key}: '{value}' needs the whole history at once"):
         model.session(["i1"])
     with pytest.raises(ValueError, match=f"{key}: '{value}' needs the whole history at once"):
-        model.session().add("i1")
+        model.session()

@@ -1,0 +1,114 @@
+"""Does a longer history help than those in training? python scripts/history_lengths.py RUN [--data-path=DIR]
+
+Ranks each test user's next item after the last 10, 20, 50, ... items of the history and after all
+of it, with the weights of a run. Of test_unseen: what the user had is left out of every ranking.
+Users are shown together and by the length of their history; a row of CSV per number of items.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from m2rec.command_line import Parser
+from m2rec.configuration import build_config
+from m2rec.evaluation import HISTORY, bucket_names
+from m2rec.experiment import load_data
+from m2rec.files import CONFIG_FILE
+from m2rec.provenance import item_tokens
+from m2rec.recommender import Recommender
+from m2rec.statistics import metric_of_ranks
+
+LENGTHS = (10, 20, 50, 100, 200, 500, 1000)
+BATCH = 32
+METRICS = ("hit@10", "ndcg@10")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
+    try:
+        options = parse_options(arguments)
+        recommender = Recommender.load(options.run, whole_history=True)
+        histories, targets = test_users(options)
+        write(measure(recommender, histories, targets))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"history_lengths.py: error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--data-path", "--data_path", help="folder that holds the data set's folder")
+    parser.add_argument("--users", type=int, help="so many, evenly spread; all by default")
+    return parser.parse_args(arguments)
+
+
+def test_users(options: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
+    """All that each test user did before the test item, and that item."""
+    own = {"scan_backend": "auto", "use_gpu": False, "log_wandb": False, "tensorboard": False}
+    own |= {"data_path": options.data_path} if options.data_path else {}
+    dataset, (_, _, test) = load_data(build_config({"config_files": [str(options.run / CONFIG_FILE)], **own}))
+    rows, past, tokens = test.dataset.inter_feat, test.dataset.histories, item_tokens(dataset)
+    users = rows[dataset.uid_field].numpy()
+    chosen = np.unique(np.linspace(0, len(users) - 1, options.users or len(users)).round().astype(int))
+    owner, items = past.before(users[chosen], "test")
+    ends = np.searchsorted(owner, np.arange(len(chosen)), side="right")
+    parts = np.split(items, ends[:-1])
+    targets = rows[dataset.iid_field].numpy()[chosen]
+    return [[tokens[item] for item in part] for part in parts], [tokens[item] for item in targets]
+
+
+def measure(
+    recommender: Recommender, histories: Sequence[list[str]], targets: Sequence[str]
+) -> list[dict[str, object]]:
+    """A row per number of items: users and metrics, of all and by length of the history."""
+    lengths = np.array([len(history) for history in histories])
+    bucket = np.searchsorted(HISTORY, lengths)
+    groups = {"all": np.ones(len(lengths), dtype=bool)}
+    groups |= {name: bucket == number for number, name in enumerate(bucket_names(HISTORY, 1))}
+    table = []
+    for shown in (*(n for n in LENGTHS if n < lengths.max()), None):
+        places = ranks(recommender, histories, targets, shown)
+        row: dict[str, object] = {"shown": "all" if shown is None else shown}
+        for name, inside in groups.items():
+            if inside.any():
+                row[f"{name}: users"] = int(inside.sum())
+                for metric in METRICS:
+                    row[f"{name}: {metric}"] = round(float(metric_of_ranks(metric, places[inside]).mean()), 6)
+        table.append(row)
+    return table
+
+
+def ranks(
+    recommender: Recommender, histories: Sequence[list[str]], targets: Sequence[str], shown: int | None
+) -> np.ndarray:
+    """Each target's place among the items that the user had not, after the last `shown` items."""
+    places = np.empty(len(histories), dtype=np.int32)
+    order = np.argsort([len(history) for history in histories], kind="stable")  # little padding
+    for start in range(0, len(order), BATCH):
+        users = order[start : start + BATCH]
+        scores = recommender.scores([histories[user][-shown if shown else 0 :] for user in users])
+        own = torch.tensor(recommender.to_ids(targets[user] for user in users))
+        kept = scores[torch.arange(len(users)), own].clone()
+        for row, user in enumerate(users):
+            scores[row, recommender.to_ids(histories[user])] = -torch.inf
+        places[users] = (1 + (scores > kept[:, None]).sum(1)).numpy()
+    return places
+
+
+def write(table: Sequence[dict[str, object]]) -> None:
+    """The rows as CSV on standard output."""
+    writer = csv.DictWriter(sys.stdout, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
