@@ -60,14 +60,20 @@ def values(toy: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_end(values: dict[str, Any], tmp_path: Path):
+    """So many runs that had something to lose; one that was killed too early or too late is done again."""
+    process = started(values, None)
+    wait_for(lambda: list((tmp_path / "runs").glob("*/history.csv")))
     began = time.monotonic()
-    train(values, None)
+    wait_for(lambda: list((tmp_path / "runs").glob("*/metrics.json")))
     seconds = time.monotonic() - began
+    process.join()
     (whole,) = (tmp_path / "runs").iterdir()
     expected = outcome(whole)
-    draw, went_on = random.Random(0), 0
-    for k in range(KILLS):
-        runs = tmp_path / f"runs-{k}"
+    draw, went_on, tries = random.Random(0), 0, 0
+    while went_on < KILLS:
+        tries += 1
+        assert tries < 10 * KILLS
+        runs = tmp_path / f"runs-{tries}"
         own = {**values, "runs_dir": str(runs)}
         folder: Path | None = None
         for _ in range(draw.randint(1, 3)):
@@ -87,13 +93,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(values: dict[str, Any],
                 continue
             went_on += 1
             train(own, folder)
+            assert not [path for path in folder.iterdir() if path.suffix == ".tmp"], tries
         found = outcome(folder)
-        assert found[:3] == expected[:3], k
-        assert all(torch.equal(found[3][name], value) for name, value in expected[3].items()), k
-        assert not [path for path in folder.iterdir() if path.suffix == ".tmp"], k
+        assert found[:3] == expected[:3], tries
+        assert all(torch.equal(found[3][name], value) for name, value in expected[3].items()), tries
         shutil.rmtree(runs)
-    logging.getLogger(__name__).info("%s of %s runs went on", went_on, KILLS)
-    assert went_on >= KILLS // 2
+    logging.getLogger(__name__).info("%s of %s runs went on, out of %s started", went_on, KILLS, tries)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
