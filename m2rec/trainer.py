@@ -336,6 +336,8 @@ class RunTrainer(Trainer):
             better = max if self.valid_metric_bigger else min
             best = better(float(self.best_valid_score), float(result[self.valid_metric]))
             words += f"  valid {self.valid_metric} {result[self.valid_metric]:.4f}, best {best:.4f}"
+        left = (self.epochs - row["epoch"] - 1) * row["seconds"] / 60
+        words += f", up to {left:.0f} min left" if left >= 1 else ""
         logger.info("%s", words)
         if distributed.is_first():
             with (self.folder / HISTORY_FILE).open("a", newline="", encoding="utf-8") as file:
