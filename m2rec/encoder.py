@@ -182,10 +182,17 @@ class Encoder(nn.Module):
         """items: (B, L), lengths: (B,) -> the vector of each last position, (B, D)."""
         order, parts = [], []
         for rows, longest in similar_lengths(lengths, items.shape[1]):
-            x = self(items[rows, :longest], lengths[rows])
             order.append(rows)
-            parts.append(x[torch.arange(len(x), device=x.device), lengths[rows] - 1])
+            parts.append(self._last(items[rows, :longest], lengths[rows]))
         return torch.cat(parts)[torch.cat(order).argsort()]
+
+    def _last(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """`last` for rows of similar length; the last layer leaves out what nobody asks for."""
+        x = self.dropout(self.norm(self.items(items)))
+        *others, last = cast(Iterable[Layer], self.layers)
+        for layer in others:
+            x, _ = layer(x, items, lengths, self.vectors, self.available)
+        return last.last(x, items, lengths, self.vectors, self.available)
 
     def positions(self, items: Tensor, lengths: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The vectors of all positions that have a target, and where those are.

@@ -59,10 +59,16 @@ class Layer(nn.Module):
         Returns:
             The new (B, L, D) and the gate's weights (B, L, K, D), K in the order of `branches`.
         """
-        outputs = [self.mixer(x)]
-        if self.filter is not None:
-            outputs.append(self.filter(x, lengths))
-        return self._merge(x, outputs, items, vectors, available)
+        return self._merge(x, self._heard(x, lengths), items, vectors, available)
+
+    def last(
+        self, x: Tensor, items: Tensor, lengths: Tensor, vectors: Tensor | None, available: Tensor | None
+    ) -> Tensor:
+        """As `forward` for each row's last position alone, (B, D); of the others mixer and filter work."""
+        outputs = self._heard(x, lengths)
+        rows = torch.arange(len(x), device=x.device)
+        outputs = [output[rows, lengths - 1] for output in outputs]
+        return self._merge(x[rows, lengths - 1], outputs, items[rows, lengths - 1], vectors, available)[0]
 
     def advance(
         self,
@@ -103,6 +109,13 @@ class Layer(nn.Module):
             f, memory = self.filter.step(x, memory)
             outputs.append(f)
         return self._merge(x, outputs, items, vectors, available)[0], LayerState(mixer, memory)
+
+    def _heard(self, x: Tensor, lengths: Tensor) -> list[Tensor]:
+        """What the branches that look back say, (B, L, D) each."""
+        outputs = [self.mixer(x)]
+        if self.filter is not None:
+            outputs.append(self.filter(x, lengths))
+        return outputs
 
     def recurrent_mixer(self) -> Mamba | Mamba2:
         """The temporal branch, if every part of the layer can go on from a state.

@@ -245,7 +245,10 @@ def _header(lines: Lines, columns: Sequence[str]) -> tuple[list[str], str]:
         raise ValueError(f"{path}: the file is empty; its first line must name the columns")
     found = []
     for separator in SEPARATORS:
-        names = [name.strip() for name in next(csv.reader([line], delimiter=separator))]
+        try:
+            names = [name.strip() for name in next(csv.reader([line], delimiter=separator))]
+        except csv.Error as error:
+            raise ValueError(f"{path}: line 1 names no columns ({error}); repair it") from None
         if set(columns) <= set(names):
             return names, separator
         found.append(names)

@@ -90,6 +90,7 @@ def test_a_batch_is_each_alone():
         ("user,history\nanna,i1,i2\n", "line 2: 3 columns, the header has 2$"),
         ("user,items\nanna,i1\n", "history"),
         ("", "is empty"),
+        ("\ruser,history\nanna,i1\n", "line 1 names no columns"),
         ("user,history\n,i1\n", "line 2: user is empty"),
         ('user,history\nanna,"[1, 2"\n', "line 2: history is no JSON list"),
         ('user,history\nanna,"[[1], 2]"\n', "line 2: history is '.*', expected a list of tokens"),
