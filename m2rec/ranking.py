@@ -7,6 +7,7 @@ R       pairs of a history and an item
 """
 
 from collections.abc import Collection, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -33,18 +34,13 @@ class Adjustments:
         raise_by: float,
         device: torch.device,
     ) -> None:
-        wanted = [raised] if raise_by else []
-        rows: list[int] = []
-        items: list[int] = []
-        values: list[float] = []
-        for groups, value in ((hidden, -torch.inf), *((group, raise_by) for group in wanted)):
-            for row, group in enumerate(groups):
-                rows += [row] * len(group)
-                items += group
-                values += [value] * len(group)
-        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)  # (R,)
-        self.items = torch.tensor(items, dtype=torch.int64, device=device)
-        self.values = torch.tensor(values, dtype=torch.float32, device=device)
+        parts = [(hidden, -torch.inf)] + ([(raised, raise_by)] if raise_by else [])
+        sizes = torch.tensor([[len(group) for group in groups] for groups, _ in parts])
+        every = chain.from_iterable(group for groups, _ in parts for group in groups)
+        rows = torch.arange(sizes.shape[1]).repeat(len(parts)).repeat_interleave(sizes.flatten())
+        values = torch.tensor([value for _, value in parts]).repeat_interleave(sizes.sum(1))
+        self.rows, self.values = rows.to(device), values.to(device)  # (R,)
+        self.items = torch.tensor(list(every), dtype=torch.int64, device=device)
 
     def apply(self, scores: Tensor, places: Tensor, low: int) -> None:
         """Change scores (B, n) of the items at `low` to `low + n`; places (R,) of `items`, -1 for none."""
