@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from m2rec import __version__
 from m2rec.encoder import Encoder
 from m2rec.files import (
     CHECKPOINT_FILE,
@@ -86,7 +87,9 @@ def read(folder: Path, device: torch.device) -> Trained:
         encoder.load_state_dict(state)
     except RuntimeError as error:
         said = " ".join(str(error).split())
-        raise ValueError(f"{folder}: the weights don't fit config.yaml and items.json ({said})") from None
+        raise ValueError(
+            f"{folder}: the weights don't fit config.yaml and items.json ({said}){_other_version(folder)}"
+        ) from None
     return made(
         encoder,
         tokens,
@@ -223,6 +226,15 @@ def _check_new(trained: Trained, new: Sequence[str]) -> None:
             why = "is there already" if isinstance(token, str) else "is no text"
             raise ValueError(f"add_items: {token!r} {why}")
         there.add(token)
+
+
+def _other_version(folder: Path) -> str:
+    """What wrote the folder, if it was not this version, for an error to end with."""
+    try:
+        made_by = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["versions"]["m2rec"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    return f"; m2rec {made_by} made it, this is {__version__}" if made_by != __version__ else ""
 
 
 def _read_tokens(path: Path) -> list[str]:

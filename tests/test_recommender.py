@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import m2rec
 from m2rec import experiment, text_vectors
 from m2rec.configuration import build_config
 from m2rec.recommender import Recommender
@@ -345,6 +346,18 @@ def test_a_model_without_text_in_the_table_takes_none(toy: Path, tmp_path: Path,
 def test_histories_that_can_t_be_used(folder: Path, history: Any, message: str):
     with pytest.raises(ValueError, match=message):
         Recommender.load(folder).recommend(history)
+
+
+def test_a_folder_of_another_version_says_so(folder: Path):
+    config, metrics = (folder / "config.yaml"), (folder / "metrics.json")
+    config.write_text(config.read_text().replace("n_layers: 2", "n_layers: 3"))
+    with pytest.raises(ValueError, match=r"the weights don't fit config\.yaml and items\.json \(.*\)$"):
+        Recommender.load(folder)
+    content = json.loads(metrics.read_text())
+    content["versions"]["m2rec"] = "9.9"
+    metrics.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"; m2rec 9.9 made it, this is {m2rec.__version__}$"):
+        Recommender.load(folder)
 
 
 def test_scores_need_a_history(folder: Path):
