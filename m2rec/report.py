@@ -308,14 +308,14 @@ def _gaps(run: Run) -> str:
     gaps = run.insights.get("gaps")
     if not gaps:
         return ""
-    middle = gaps["median"]
+    middle, late = gaps["median"], f"a quarter after more than {_time(gaps['upper_quartile'])}"
     text = (
-        f"A period is counted in events. Half of all interactions follow the one before within "
-        f"{_time(middle)}, a quarter within {_time(gaps['lower_quartile'])}, a quarter after more than "
-        f"{_time(gaps['upper_quartile'])}"
+        f"Half of all interactions follow the one before within {_time(middle)}, a quarter within "
+        f"{_time(gaps['lower_quartile'])}, {late}; at that pace 10 events take about {_time(10 * middle)}."
+        if middle
+        else f"At least half of all interactions are of the same time as the one before, {late}."
     )
-    scale = f"; at that pace 10 events take about {_time(10 * middle)}." if middle else "."
-    return f"<p>{escape(text + scale)} Times are read as seconds.</p>"
+    return f"<p>A period is counted in events. {escape(text)} Times are read as seconds.</p>"
 
 
 def _time(seconds: float) -> str:
