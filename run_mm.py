@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if not others:
         _say(format_table(result.metrics))
-        _say(next_steps(result.folder, result.recommends))
+        _say(next_steps(result.folder, result.metrics["recommends"]))
         _say(str(result.folder))
     return 0
 
@@ -93,7 +93,7 @@ def format_table(metrics: dict) -> str:
 def next_steps(folder: Path, recommends: bool) -> str:
     """What one would do next."""
     steps = {
-        "look at it": str(folder / "report.html"),
+        "look at it": str(page) if (page := folder / "report.html").exists() else "",
         "use it": f"python scripts/recommend.py {folder} --interactive" if recommends else "",
         "repeat it": f"python run_mm.py --config_files={folder / 'config.yaml'}",
     }

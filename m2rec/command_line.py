@@ -1,7 +1,7 @@
 """What the scripts' command lines share."""
 
 import argparse
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 
 class Parser(argparse.ArgumentParser):
@@ -9,3 +9,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Write text; what the stream's encoding does not have is escaped."""
+    encoding = stream.encoding or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()

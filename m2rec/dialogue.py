@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import SequenceMatcher, get_close_matches
 from typing import TextIO
 
+from m2rec.command_line import say
 from m2rec.recommender import Recommendation, Recommender
 
 HELP = "a title or a part of one, a token, or: why, undo, new, quit"
@@ -101,8 +102,7 @@ class Dialogue:
     def prompt(self) -> None:
         """A sign to type at, on a terminal."""
         if self.output.isatty():
-            self.output.write("> ")
-            self.output.flush()
+            say("> ", self.output)
 
     def answer(self, text: str) -> None:
         """One line of the person's."""
@@ -164,9 +164,7 @@ class Dialogue:
 
     def say(self, text: str) -> None:
         """One line to the person."""
-        encoding = getattr(self.output, "encoding", None) or "utf-8"
-        self.output.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        self.output.flush()
+        say(text + "\n", self.output)
 
     def _start(self, history: list[str]) -> None:
         self.history, self.choices, self.ranking = history, [], []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from m2rec import distributed, provenance, report
+from m2rec import distributed, provenance
 from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.configuration import build_config, find_model, read_yaml, resolved
 from m2rec.dataset import HistoryDataset
@@ -65,8 +65,6 @@ class Result:
 
     folder: Path
     metrics: dict[str, Any]
-    recommends: bool
-    """Whether `Recommender` can load it."""
 
 
 @dataclass
@@ -299,6 +297,7 @@ def _evaluate(prepared: Prepared) -> Result:
         "data": prepared.data,
         "text": getattr(trainer.model, "text_source", None),
         "parameters": prepared.parameters,
+        "recommends": isinstance(trainer.model, M2Rec),  # whether Recommender can load it
         **describe_machine(config),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
     }
@@ -307,7 +306,7 @@ def _evaluate(prepared: Prepared) -> Result:
         write_text(trainer.folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
         trainer.finish()
         _show(prepared)
-    return Result(trainer.folder, metrics, isinstance(trainer.model, M2Rec))
+    return Result(trainer.folder, metrics)
 
 
 def _show(prepared: Prepared) -> None:
@@ -316,7 +315,10 @@ def _show(prepared: Prepared) -> None:
     try:
         found = look(trainer.model, trainer.score, test, prepared.dataset)
         write_text(trainer.folder / INSIGHTS_FILE, json.dumps(found, ensure_ascii=False) + "\n")
-        report.write(trainer.folder)
+        if prepared.config["report"]:
+            from m2rec import report  # matplotlib takes a second
+
+            report.write(trainer.folder)
     except (Exception, KeyboardInterrupt) as error:
         logger.debug("traceback", exc_info=True)
         said = f"{type(error).__name__}: {error}"

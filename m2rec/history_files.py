@@ -95,8 +95,7 @@ def _tokens(path: Path, line: int, cell: Any) -> list[str]:
             raise ValueError(f"{path}, line {line}: {HISTORY} is no JSON list: {cell[:60]!r}") from None
     if isinstance(cell, str):
         return cell.split()
-    if not isinstance(cell, list | None) or any(
-        isinstance(token, list | dict | None) for token in cell or []
-    ):
+    tokens = [] if cell is None else cell
+    if not isinstance(tokens, list) or not all(isinstance(token, str | int) for token in tokens):
         raise ValueError(f"{path}, line {line}: {HISTORY} is {str(cell)[:60]!r}, expected a list of tokens")
-    return [str(token) for token in cell or []]
+    return [str(token) for token in tokens]

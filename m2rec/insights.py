@@ -7,7 +7,7 @@ M       modes of a channel's filter
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from m2rec.compat import Interaction
 from m2rec.dataset import HistoryDataset
 from m2rec.encoder import Encoder
-from m2rec.evaluation import POPULARITY, bucket_names
+from m2rec.evaluation import POPULARITY, bucket_names, remove_history
 from m2rec.fourier import CausalFilter
 
 _POSITIONS = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -37,17 +37,17 @@ def look(
 
     Args:
         model: trained; gate and filter are looked at if it has them.
-        score: rows -> the scores of all items.
+        score: rows -> (b, V) scores, padding's -inf.
         test: the test rows.
         whole: the data set, with the gaps between interactions.
 
     Returns:
-        `loads`: whether `Recommender` can load it; `examples`; and where there are such: `gaps`
-        between interactions, `gate` and, by layer, `filter`.
+        `examples`, and where there are such: `gaps` between interactions, `gate` and, by layer,
+        `filter`.
     """
     model.eval()
     encoder = getattr(model, "encoder", None)
-    found: dict[str, Any] = {"loads": isinstance(encoder, Encoder), "examples": _examples(score, test)}
+    found: dict[str, Any] = {"examples": _examples(score, test)}
     if whole.gaps is not None:
         found["gaps"] = dict(zip(("lower_quartile", "median", "upper_quartile"), whole.gaps, strict=True))
     if isinstance(encoder, Encoder):
@@ -149,13 +149,12 @@ def _examples(score: Callable[[Interaction], Tensor], test: HistoryDataset) -> l
         return []
     batch: Interaction = test.inter_feat[rows]
     scores = score(batch).cpu()
-    users, targets = batch[test.uid_field].cpu().numpy(), batch[test.iid_field].cpu()
-    kept = scores[torch.arange(len(rows)), targets].clone()
-    owner, seen = test.histories.before(users, test.part)
-    scores[torch.from_numpy(owner), torch.from_numpy(seen)] = -torch.inf
-    scores[:, 0] = -torch.inf
-    scores[torch.arange(len(rows)), targets] = kept
+    remove_history(scores, batch, test)
+    users, targets = batch[test.uid_field].numpy(), batch[test.iid_field]
+    own = scores.gather(1, targets[:, None])
+    places = 1 + (scores > own).sum(1)
     best = scores.topk(min(_BEST, scores.shape[1] - 1))
+    owner, seen = test.histories.before(users, test.part)
     tokens = test.field2id_token[test.iid_field]
     lengths = test.histories.lengths(users, test.part)
     return [
@@ -169,7 +168,7 @@ def _examples(score: Callable[[Interaction], Tensor], test: HistoryDataset) -> l
                 if value > -math.inf
             ],
             "next": str(tokens[targets[row]]),
-            "place": int((scores[row] > kept[row]).sum()) + 1,
+            "place": int(places[row]),
         }
         for row, user in enumerate(users)
     ]
@@ -180,5 +179,5 @@ def _spread(n: int, most: int) -> Tensor:
     return torch.from_numpy(np.unique(np.linspace(0, max(n - 1, 0), min(n, most)).round().astype(np.int64)))
 
 
-def _rounded(values: Sequence[float] | Mapping[int, float] | np.ndarray) -> list[float]:
-    return [float(f"{value:.5g}") for value in np.asarray(values)]
+def _rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]

@@ -23,9 +23,9 @@ from m2rec.ops import resolve_backend
 
 # keys of a run that may be others when it goes on: its length, the machine's, and where its files are
 _MAY_CHANGE = {
-    "checkpoint_minutes", "data_path", "epochs", "eval_batch_size", "gpu_id", "log_wandb", "runs_dir",
-    "scan_backend", "show_progress", "state", "stopping_step", "tensorboard", "text_encoder", "text_vectors",
-    "use_gpu", "worker",
+    "checkpoint_minutes", "data_path", "epochs", "eval_batch_size", "gpu_id", "log_wandb", "report",
+    "runs_dir", "scan_backend", "show_progress", "state", "stopping_step", "tensorboard", "text_encoder",
+    "text_vectors", "use_gpu", "worker",
 }  # fmt: skip
 
 # what a sweep and its report write themselves

@@ -7,11 +7,8 @@ B, V    histories, items including padding
 T0      width of the text vectors in their file
 """
 
-import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice, tee
-from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m2rec import export, history_files, session, text_vectors, trained
+from m2rec import export, history_files, questions, session, text_vectors, trained
 from m2rec.history_files import Ranked
+from m2rec.questions import Remarks
 from m2rec.ranking import Adjustments, best_items
 from m2rec.session import Memory
 from m2rec.trained import Trained
-
-logger = logging.getLogger(__name__)
 
 # histories that are ranked together
 _BATCH = 256
@@ -86,7 +82,7 @@ class Recommender:
             ValueError: a file is missing, damaged, or of another model; the device is not there; or
                 whole_history for a model with a part that never sees more than in training.
         """
-        return cls(trained.read(Path(folder), _checked_device(device)), whole_history)
+        return cls(trained.read(Path(folder), questions.checked_device(device)), whole_history)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -157,21 +153,11 @@ class Recommender:
 
         Histories are taken as they are needed, some hundred at a time, so there may be millions.
         """
-        k, remarks = _checked_k(k), _Remarks()
-        model = self._model
-        choice = self._choice(candidates, exclude, remarks if skip_unknown else None)
-
-        def ranked() -> Iterator[list[Recommendation]]:
-            rest = iter(histories)
-            try:
-                while part := list(islice(rest, _BATCH)):
-                    skipped = remarks if skip_unknown else None
-                    ids = [_ids(model, _listed(history), skipped) for history in part]
-                    yield from self._ranked(model, ids, k, exclude_seen, choice, remarks)
-            finally:
-                remarks.say()
-
-        return ranked()
+        k, remarks = questions.checked_k(k), Remarks()
+        model, skipped = self._model, remarks if skip_unknown else None
+        choice = self._choice(candidates, exclude, skipped)
+        ids = (questions.to_ids(model.ids, questions.listed(history), skipped) for history in histories)
+        return self._in_batches(model, ids, k, exclude_seen, choice, remarks)
 
     def recommend_file(
         self,
@@ -198,24 +184,25 @@ class Recommender:
             ValueError: the file can't be read, holds a token that nobody knows, or pyarrow is not
                 installed; k is less than 1.
         """
-        users, rows = tee(self._checked(Path(histories), skip_unknown, progress))
-        found = self.recommend_batch(
-            (tokens for _, tokens in rows), k, exclude_seen, skip_unknown=skip_unknown
-        )
+        k, remarks = questions.checked_k(k), Remarks()
+        model, path = self._model, Path(histories)
+        skipped = remarks if skip_unknown else None
+
+        def read() -> Iterator[tuple[str, list[int]]]:
+            for user, tokens in history_files.read_histories(path, progress):
+                try:
+                    yield user, questions.to_ids(model.ids, tokens, skipped)
+                except ValueError as error:
+                    raise ValueError(f"{path}, user {user!r}: {error}") from None
+
+        users, rows = tee(read())
+        ids = (own for _, own in rows)
+        found = self._in_batches(model, ids, k, exclude_seen, _Choice(None, None), remarks)
         ranked = (
             Ranked(user, [item.item for item in items], [item.score for item in items])
             for (user, _), items in zip(users, found, strict=True)
         )
         return history_files.write_ranked(Path(output), ranked)
-
-    def _checked(self, path: Path, skip_unknown: bool, progress: bool) -> Iterator[tuple[str, list[str]]]:
-        """Users and histories of a file; a mistake names the user."""
-        for user, tokens in history_files.read_histories(path, progress):
-            try:
-                _ids(self._model, tokens, _Remarks() if skip_unknown else None)
-            except ValueError as error:
-                raise ValueError(f"{path}, user {user!r}: {error}") from None
-            yield user, tokens
 
     @torch.no_grad()
     def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
@@ -225,7 +212,7 @@ class Recommender:
             ValueError: a history is empty or holds a token that nobody knows.
         """
         model = self._model
-        ids = [_ids(model, _listed(history)) for history in histories]
+        ids = [questions.to_ids(model.ids, questions.listed(history)) for history in histories]
         if not all(ids):
             raise ValueError("history: empty; give at least one item")
         if not ids:
@@ -242,7 +229,7 @@ class Recommender:
         Raises:
             ValueError: a token that nobody knows.
         """
-        return _ids(self._model, _listed(tokens))
+        return questions.to_ids(self._model.ids, questions.listed(tokens))
 
     def similar_items(self, token: str, k: int = 10) -> list[Recommendation]:
         """The items whose rows of the item table point most nearly the same way; the score is the cosine.
@@ -250,8 +237,8 @@ class Recommender:
         Raises:
             ValueError: nobody knows the token; k is less than 1.
         """
-        k, model = _checked_k(k), self._model
-        (item,) = _ids(model, [token])
+        k, model = questions.checked_k(k), self._model
+        (item,) = questions.to_ids(model.ids, [token])
         cosines = F.cosine_similarity(model.table, model.table[item], dim=1)
         cosines[[0, item]] = -torch.inf
         best = cosines.topk(min(k, len(cosines)))
@@ -268,7 +255,7 @@ class Recommender:
             ValueError: the history is empty or holds a token that nobody knows.
         """
         model = self._model
-        ids = self._counted(_ids(model, _listed(history)))
+        ids = self._counted(questions.to_ids(model.ids, questions.listed(history)))
         if not ids:
             raise ValueError("history: empty; give at least one item")
         items = torch.tensor([ids], device=model.table.device)
@@ -293,8 +280,8 @@ class Recommender:
                 history at once (`mixer: attention`, `filter: low_pass`).
         """
         session.check(self._model.encoder)
-        memory, remarks = Memory(), _Remarks()
-        ids = _ids(self._model, _listed(history), remarks if skip_unknown else None)
+        memory, remarks = Memory(), Remarks()
+        ids = questions.to_ids(self._model.ids, questions.listed(history), remarks if skip_unknown else None)
         remarks.say()
         session.remember(self._model.encoder, ids, memory)
         return Session(self, memory)
@@ -305,7 +292,7 @@ class Recommender:
         Raises:
             ValueError: the data is damaged, or of another model.
         """
-        return Session(self, session.from_bytes(data, self._model.encoder, self.tokens))
+        return Session(self, session.from_bytes(data, self._model))
 
     def add_events(self, sessions: Sequence["Session"], tokens: Sequence[str]) -> None:
         """One event for each of many users in one pass, much cheaper than one by one.
@@ -318,7 +305,7 @@ class Recommender:
             ValueError: a token that nobody knows, or a session that comes twice or is another
                 recommender's; then nothing has changed.
         """
-        items = _ids(self._model, _listed(tokens))
+        items = questions.to_ids(self._model.ids, questions.listed(tokens))
         if len(items) != len(sessions):
             raise ValueError(f"add_events: {len(sessions)} sessions, but {len(items)} tokens")
         memories = self._memories(sessions)
@@ -333,7 +320,7 @@ class Recommender:
         exclude: Iterable[str] | None = None,
     ) -> list[list[Recommendation]]:
         """As `recommend` for each of many live users, in one pass."""
-        k, model, remarks = _checked_k(k), self._model, _Remarks()
+        k, model, remarks = questions.checked_k(k), self._model, Remarks()
         choice = self._choice(candidates, exclude, None)
         memories = self._memories(sessions)
         going = [memory for memory in memories if memory.vector is not None]
@@ -363,7 +350,7 @@ class Recommender:
             ValueError: the model has no text in its item table, a token is there already or twice,
                 or the vectors don't fit.
         """
-        self._model = trained.with_items(self._model, _listed(tokens), vectors, titles or {})
+        self._model = trained.with_items(self._model, questions.listed(tokens), vectors, titles or {})
 
     def add_items_from(self, path: str | Path, titles: Mapping[str, str] | None = None) -> list[str]:
         """Take in the items of a text-vector file that are new; as `add_items`, and checked to fit.
@@ -400,6 +387,22 @@ class Recommender:
         """
         export.export(self._model, Path(path), batch_size)
 
+    def _in_batches(
+        self,
+        model: Trained,
+        ids: Iterator[list[int]],
+        k: int,
+        exclude_seen: bool,
+        choice: _Choice,
+        remarks: Remarks,
+    ) -> Iterator[list[Recommendation]]:
+        """By history, some hundred at a time; the log has its remarks at the end."""
+        try:
+            while part := list(islice(ids, _BATCH)):
+                yield from self._ranked(model, part, k, exclude_seen, choice, remarks)
+        finally:
+            remarks.say()
+
     def _ranked(
         self,
         model: Trained,
@@ -407,7 +410,7 @@ class Recommender:
         k: int,
         exclude_seen: bool,
         choice: _Choice,
-        remarks: "_Remarks",
+        remarks: Remarks,
     ) -> list[list[Recommendation]]:
         """By history."""
         known = [row for row in ids if row]
@@ -474,7 +477,7 @@ class Recommender:
         best: list[list[Recommendation]],
         k: int,
         choice: _Choice,
-        remarks: "_Remarks",
+        remarks: Remarks,
     ) -> list[list[Recommendation]]:
         """`best` for who is known, and what is popular for who is not."""
         if all(known):
@@ -496,14 +499,20 @@ class Recommender:
         return _named(model, best, [float(model.counts[item]) for item in best])
 
     def _choice(
-        self, candidates: Iterable[str] | None, exclude: Iterable[str] | None, remarks: "_Remarks | None"
+        self, candidates: Iterable[str] | None, exclude: Iterable[str] | None, remarks: Remarks | None
     ) -> _Choice:
         model, pool, excluded = self._model, None, None
         if candidates is not None:
-            ids = sorted(set(_ids(model, _listed(candidates), remarks, "candidates")))
+            ids = sorted(
+                set(questions.to_ids(model.ids, questions.listed(candidates), remarks, "candidates"))
+            )
             pool = torch.tensor(ids, dtype=torch.int64, device=model.table.device)
         if exclude is not None:
-            known = {model.ids[token] for token in _listed(exclude) if _knows(model, token)}
+            known = {
+                model.ids[token]
+                for token in questions.listed(exclude)
+                if questions.is_known(model.ids, token)
+            }
             excluded = torch.tensor(sorted(known), dtype=torch.int64, device=model.table.device)
         return _Choice(pool, excluded)
 
@@ -536,7 +545,7 @@ class Session:
             ValueError: a token that nobody knows.
         """
         model = self.recommender._model
-        session.remember(model.encoder, _ids(model, [token]), self._memory)
+        session.remember(model.encoder, questions.to_ids(model.ids, [token]), self._memory)
 
     def recommend(
         self,
@@ -551,78 +560,9 @@ class Session:
 
     def to_bytes(self) -> bytes:
         """To be kept anywhere, and brought back by `Recommender.restore_session`; nothing is pickled."""
-        return session.to_bytes(self._memory, self.recommender._model.encoder, self.recommender.tokens)
+        return session.to_bytes(self._memory, self.recommender._model)
 
 
 def _named(model: Trained, items: Sequence[int], scores: Sequence[float]) -> list[Recommendation]:
     pairs = [(model.tokens[i], score) for i, score in zip(items, scores, strict=True) if score > -torch.inf]
     return [Recommendation(token, score, model.titles.get(token, "")) for token, score in pairs]
-
-
-def _listed(tokens: Iterable[str]) -> list[str]:
-    """The tokens one by one; a single text would fall into its letters."""
-    if isinstance(tokens, str):
-        raise ValueError(f"expected a list of item tokens, got one text, {tokens!r}; write [{tokens!r}]")
-    return list(tokens)
-
-
-def _knows(model: Trained, token: object) -> bool:
-    return isinstance(token, str) and token in model.ids
-
-
-def _ids(
-    model: Trained, tokens: list[str], skipped: "_Remarks | None" = None, what: str = "history"
-) -> list[int]:
-    """Internal ids; unknown tokens are left out and counted by `skipped`, where that is given.
-
-    Args:
-        model: knows the items.
-        tokens: of the argument `what`.
-    """
-    known = [_knows(model, token) for token in tokens]
-    if not all(known):
-        first = tokens[known.index(False)]
-        if skipped is None:
-            text = "" if isinstance(first, str) else "; tokens are texts"
-            raise ValueError(f"{what}: the model knows no item {first!r}{text}")
-        skipped.unknown += known.count(False)
-        skipped.first = skipped.first or repr(first)
-    return [model.ids[token] for token, is_known in zip(tokens, known, strict=True) if is_known]
-
-
-@dataclass
-class _Remarks:
-    """What the log should say once at the end, however many histories there were."""
-
-    unknown: int = 0
-    first: str = ""
-    empty: int = 0
-
-    def say(self) -> None:
-        """Log it."""
-        if self.unknown:
-            logger.warning("%s unknown items were left out, such as %s", f"{self.unknown:,}", self.first)
-        if self.empty:
-            logger.warning("empty histories, which get what is popular: %s", f"{self.empty:,}")
-
-
-def _checked_k(k: int) -> int:
-    try:
-        number = index(k)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(k, bool):
-        raise ValueError(f"k: expected a whole number from 1, got {k!r}")
-    return number
-
-
-def _checked_device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: {device!r} is none; cpu, cuda or cuda:0") from error
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: {device!r} is not supported; cpu or cuda")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: there is no {found} here; take cpu")
-    return found

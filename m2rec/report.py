@@ -1,6 +1,5 @@
 """Run folders -> one HTML page that needs no network: metrics, curves, gate, filter, examples."""
 
-import base64
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, Self
 
 import yaml
 
-from m2rec import charts
+from m2rec import charts, page
 from m2rec.files import (
     CONFIG_FILE,
     HISTORY_FILE,
@@ -25,31 +24,6 @@ from m2rec.trained import stored_titles
 
 _PARTS = ("valid", "test", "test_unseen")
 _UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
-
-_CSS = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --strong: #2563eb; }
-@media (prefers-color-scheme: dark) { :root { --strong: #7aa7ff; } }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 72rem;
-  overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
-h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-p { max-width: 48rem; }
-.facts, .note { color: #808080; }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
-figure { margin: 0; }
-figure img { width: 100%; max-width: 34rem; height: auto; }
-figcaption { font-size: .9rem; color: #808080; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, .words th, .words td { text-align: left; }
-.numbers th:first-child, .numbers td { white-space: nowrap; }
-.words td { min-width: 8rem; }
-pre { background: var(--soft); padding: .6rem; border-radius: .4rem; white-space: pre-wrap; }
-article { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem 1rem; }
-article ol { margin: .2rem 0; padding-left: 1.4rem; }
-.hit { font-weight: 600; color: var(--strong); }
-"""
 
 
 @dataclass(frozen=True)
@@ -116,29 +90,28 @@ def compare(folders: Sequence[Path], path: Path) -> Path:
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is given twice; name each once")
-    runs = []
-    for folder in folders:
-        with _readable(folder):
-            run = Run.read(folder)
-            _of_one(run)  # so that a broken one is named
-            runs.append(run)
-    names = [run.folder.name for run in runs]
+    names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
-        names = [str(run.folder) for run in runs]
-    write_text(path, _of_several(dict(zip(names, runs, strict=True))))
+        names = [str(folder) for folder in folders]
+    runs = {}
+    for name, folder in zip(names, folders, strict=True):
+        with _readable(folder):
+            runs[name] = Run.read(folder)
+    with _readable(*folders):
+        write_text(path, _of_several(runs))
     return path
 
 
 @contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Whatever is not as it should be in a run folder is one line."""
+def _readable(*folders: Path) -> Iterator[None]:
+    """Whatever is not as it should be in these run folders is one line."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        if str(folder) in str(error):  # one that names it
+        if any(str(folder) in str(error) for folder in folders):  # it names one
             raise
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{folder}: a file is not as a run leaves it ({said})") from None
+        said, named = f"{type(error).__name__}: {error}", ", ".join(map(str, folders))
+        raise ValueError(f"{named}: a file is not as a run leaves it ({said})") from None
 
 
 def _of_one(run: Run) -> str:
@@ -146,27 +119,27 @@ def _of_one(run: Run) -> str:
     name = f"{run.metrics['model']} on {run.metrics['dataset']}"
     sections = [
         _head(name, {run.folder.name: run}),
-        _section("Quality", _metrics_table(run), _protocol(run)),
-        _section("Training", _grid(_curves({"": run}))),
-        _section("Who is served", _grid(_buckets(run))),
+        page.section("Quality", _metrics_table(run), _protocol(run)),
+        page.section("Training", page.grid(_curves({"": run}))),
+        page.section("Who is served", page.grid(_buckets(run))),
         _gate(run),
         _filter(run),
         _examples(run),
-        _section("Settings", _settings(run.config), _commands(run)),
+        page.section("Settings", _settings(run.config), _commands(run)),
     ]
-    return _page(name, sections)
+    return page.page(name, sections)
 
 
 def _of_several(runs: Mapping[str, Run]) -> str:
     """The page of several runs by name."""
     sections = [
         _head("Runs compared", runs),
-        _section("Quality", *(_side_by_side(runs, part) for part in ("test", "test_unseen"))),
-        _section("Training", _grid(_curves(runs))),
-        _section("What differs", _differences(runs)),
-        *(_section(name, _protocol(run), _commands(run)) for name, run in runs.items()),
+        page.section("Quality", *(_side_by_side(runs, part) for part in ("test", "test_unseen"))),
+        page.section("Training", page.grid(_curves(runs))),
+        page.section("What differs", _differences(runs)),
+        *(page.section(name, _protocol(run), _commands(run)) for name, run in runs.items()),
     ]
-    return _page("Runs compared", sections)
+    return page.page("Runs compared", sections)
 
 
 def _head(title: str, runs: Mapping[str, Run]) -> str:
@@ -184,13 +157,13 @@ def _head(title: str, runs: Mapping[str, Run]) -> str:
 def _metrics_table(run: Run) -> str:
     parts = [part for part in _PARTS if run.metrics.get(part)]
     rows = [[name, *(_number(run.metrics[part][name]) for part in parts)] for name in run.metrics["test"]]
-    return _table(["metric", *parts], rows)
+    return page.table(["metric", *parts], rows)
 
 
 def _side_by_side(runs: Mapping[str, Run], part: str) -> str:
     names = list(dict.fromkeys(name for run in runs.values() for name in run.metrics[part]))
     rows = [[name, *(_number(run.metrics[part].get(name)) for run in runs.values())] for name in names]
-    return f"<h3>{part}</h3>" + _table(["metric", *runs], rows)
+    return f"<h3>{part}</h3>" + page.table(["metric", *runs], rows)
 
 
 def _protocol(run: Run) -> str:
@@ -215,7 +188,7 @@ def _curves(runs: Mapping[str, Run]) -> Iterable[str]:
                 series[name or label] = (xs, ys)
         if series:
             said = "; ".join(f"{name} from {ys[0]:.4g} to {ys[-1]:.4g}" for name, (_, ys) in series.items())
-            yield _figure(charts.lines(series, "epoch", label), f"{label} by epoch: {said}", label)
+            yield page.figure(charts.lines(series, "epoch", label), f"{label} by epoch: {said}", label)
 
 
 def _buckets(run: Run) -> Iterable[str]:
@@ -232,7 +205,7 @@ def _buckets(run: Run) -> Iterable[str]:
         groups = [f"{bucket}\n{row['users']:,}" for bucket, row in table.items()]
         series = {part: [row[part][metric] for row in table.values()] for part in ("test", "test_unseen")}
         said = ", ".join(f"{b}: {row['test_unseen'][metric]:.4f}" for b, row in table.items())
-        yield _figure(
+        yield page.figure(
             charts.bars(groups, series, f"{x}; users below", metric),
             f"{metric} by {x}, test_unseen: {said}",
             f"{metric} by {x}",
@@ -256,13 +229,13 @@ def _gate(run: Run) -> str:
             f"{bucket}: {_weights(gate['branches'], weights)}" for bucket, weights in table.items()
         )
         figures.append(
-            _figure(charts.shares(list(table), series, x), f"gate weights {caption}: {said}", caption)
+            page.figure(charts.shares(list(table), series, x), f"gate weights {caption}: {said}", caption)
         )
     note = (
         "What the gate gives each branch, mean over channels: temporal is the Mamba block, frequency the "
         "Fourier filter, semantic the text of the items. Taken from test histories."
     )
-    return _section("Which branch is trusted", f"<p>{note}</p>", _grid(figures))
+    return page.section("Which branch is trusted", f"<p>{note}</p>", page.grid(figures))
 
 
 def _weights(branches: Sequence[str], weights: Sequence[float]) -> str:
@@ -290,18 +263,18 @@ def _filter(run: Run) -> str:
         for name, k in zip(names, strongest, strict=True)
     )
     figures = [
-        _figure(
+        page.figure(
             charts.bands(response, "period, events", "gain"),
             f"gain of the filter by period, median and quartiles over channels: {said}",
             "frequency response: line the median channel, band the middle half",
         ),
-        _figure(
+        page.figure(
             charts.steps(edges, found, "period, events", "share"),
             f"periods of the filter's modes, weighted by their gain: {heard}",
             "the periods found, weighted by how much of them passes",
         ),
     ]
-    return _section("What the filter hears", _gaps(run), _grid(figures))
+    return page.section("What the filter hears", _gaps(run), page.grid(figures))
 
 
 def _gaps(run: Run) -> str:
@@ -344,26 +317,25 @@ def _examples(run: Run) -> str:
             f"{example['place']:,}.</p></article>"
         )
     note = "Test users, evenly spread, not chosen. What they had before is left out of the ranking."
-    return _section("Examples", f"<p>{note}</p>", f'<div class="grid">{"".join(articles)}</div>')
+    return page.section("Examples", f"<p>{note}</p>", f'<div class="grid">{"".join(articles)}</div>')
 
 
 def _settings(config: Mapping[str, Any]) -> str:
     rows = [[key, _value(value)] for key, value in sorted(config.items())]
-    return (
-        f"<details><summary>All {len(rows)} keys</summary>{_table(['key', 'value'], rows, 'words')}</details>"
-    )
+    table = page.table(["key", "value"], rows, "words")
+    return f"<details><summary>All {len(rows)} keys</summary>{table}</details>"
 
 
 def _differences(runs: Mapping[str, Run]) -> str:
     keys = sorted({key for run in runs.values() for key in run.config})
     rows = [[key, *(_value(run.config.get(key)) for run in runs.values())] for key in keys]
     other = [row for row in rows if len(set(row[1:])) > 1]
-    return _table(["key", *runs], other, "words") if other else "<p>Nothing.</p>"
+    return page.table(["key", *runs], other, "words") if other else "<p>Nothing.</p>"
 
 
 def _commands(run: Run) -> str:
     lines = [f"python run_mm.py --config_files={run.folder / CONFIG_FILE}"]
-    if run.insights.get("loads"):
+    if run.metrics.get("recommends"):
         lines.append(f"python scripts/recommend.py {run.folder} --interactive")
     return f"<p>To repeat the run and to use it:</p><pre>{escape(chr(10).join(lines))}</pre>"
 
@@ -374,48 +346,6 @@ def _value(value: Any) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    lines = []
-    for row in rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        lines.append(f'<tr><th scope="row">{escape(row[0])}</th>{cells}</tr>')
-    return (
-        f'<div class="wide" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def _figure(svg: bytes, alternative: str, caption: str) -> str:
-    data = base64.b64encode(svg).decode()
-    return (
-        f'<figure><img alt="{escape(alternative)}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _grid(parts: Iterable[str]) -> str:
-    content = "".join(parts)
-    return f'<div class="grid">{content}</div>' if content else ""
-
-
-def _section(title: str, *parts: str) -> str:
-    """Nothing where there is nothing to show."""
-    if not any(parts):
-        return ""
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
-
-
-def _page(title: str, sections: Iterable[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{_CSS}</style></head>\n"
-        f"<body><main>{chr(10).join(section for section in sections if section)}</main></body></html>\n"
-    )
 
 
 def _json(path: Path, otherwise: Any = None) -> Any:

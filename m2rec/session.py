@@ -15,6 +15,7 @@ from torch import Tensor
 
 from m2rec.encoder import Encoder
 from m2rec.layer import Layer, LayerState
+from m2rec.trained import Trained
 
 _PIECE = 256  # items of a history that are encoded at a time
 _MODEL, _SEEN, _VECTOR, _TOKENS = "model", "seen", "vector", "tokens"
@@ -100,26 +101,11 @@ def remember_together(encoder: Encoder, memories: Sequence[Memory], items: Seque
             memories[row].go_on(own, x[place : place + 1].clone(), [items[row]])
 
 
-def fingerprint(encoder: Encoder) -> bytes:
-    """Of the weights of the layers, which stay the same when items come in later."""
-    digest = hashlib.sha256()
-    state = encoder.state_dict()
-    for name in sorted(name for name in state if name.startswith(("layers.", "norm."))):
-        digest.update(name.encode() + state[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.digest()
-
-
-def to_bytes(memory: Memory, encoder: Encoder, tokens: Sequence[str]) -> bytes:
-    """A memory as bytes, with a checksum, the fingerprint of its model and one of the seen items' tokens.
-
-    Args:
-        memory: what to keep.
-        encoder: the network.
-        tokens: of all items, by internal id.
-    """
+def to_bytes(memory: Memory, model: Trained) -> bytes:
+    """A memory as bytes, with a checksum, the fingerprint of its model and one of the seen items' tokens."""
     tensors = {
-        _MODEL: torch.frombuffer(bytearray(fingerprint(encoder)), dtype=torch.uint8),
-        _TOKENS: torch.frombuffer(bytearray(_names(memory.seen, tokens)), dtype=torch.uint8),
+        _MODEL: torch.frombuffer(bytearray(model.fingerprint), dtype=torch.uint8),
+        _TOKENS: torch.frombuffer(bytearray(_names(memory.seen, model.tokens)), dtype=torch.uint8),
     }
     tensors[_SEEN] = torch.tensor(list(memory.seen), dtype=torch.int32)
     if memory.states is not None and memory.vector is not None:
@@ -129,8 +115,8 @@ def to_bytes(memory: Memory, encoder: Encoder, tokens: Sequence[str]) -> bytes:
     return hashlib.sha256(content).digest() + content
 
 
-def from_bytes(data: bytes, encoder: Encoder, tokens: Sequence[str]) -> Memory:
-    """What `to_bytes` made, on the encoder's device.
+def from_bytes(data: bytes, model: Trained) -> Memory:
+    """What `to_bytes` made, on the model's device.
 
     Raises:
         ValueError: it is damaged, none, or of another model.
@@ -140,28 +126,27 @@ def from_bytes(data: bytes, encoder: Encoder, tokens: Sequence[str]) -> Memory:
         raise ValueError("session: the data is damaged, or is no saved session")
     try:
         tensors = load(data[_DIGEST:])
-        model, names, seen = (tensors.pop(name) for name in (_MODEL, _TOKENS, _SEEN))
-        if (seen.dtype, seen.dim()) != (torch.int32, 1) or {model.dtype, names.dtype} != {torch.uint8}:
+        made_by, names, seen = (tensors.pop(name) for name in (_MODEL, _TOKENS, _SEEN))
+        if (seen.dtype, seen.dim()) != (torch.int32, 1) or {made_by.dtype, names.dtype} != {torch.uint8}:
             raise KeyError(_SEEN)
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"session: the data is no saved session ({error})") from None
     items = seen.tolist()
-    if model.numpy().tobytes() != fingerprint(encoder):
+    if made_by.numpy().tobytes() != model.fingerprint:
         raise ValueError("session: it was saved with another model; start it again from the history")
-    known = all(0 < item < len(tokens) for item in items)
-    if not known or names.numpy().tobytes() != _names(items, tokens):
+    known = all(0 < item < len(model.tokens) for item in items)
+    if not known or names.numpy().tobytes() != _names(items, model.tokens):
         raise ValueError("session: it has items that this model does not have; add them first")
     if not tensors:
         return Memory()
-    device = encoder.id_embedding.weight.device
     like = Memory()
-    remember(encoder, [1], like)
+    remember(model.encoder, [1], like)
     assert like.states is not None and like.vector is not None
     expected = {_VECTOR: like.vector, **_flat(like.states)}
     shapes, found = ({k: (t.shape, t.dtype) for k, t in ts.items()} for ts in (expected, tensors))
     if shapes != found:
         raise ValueError("session: the data is no saved session of this model")
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(model.table.device) for name, tensor in tensors.items()}
     return Memory(_deep(tensors, like.states), tensors[_VECTOR], items)
 
 

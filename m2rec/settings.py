@@ -168,6 +168,7 @@ class RunSettings(_Settings):
     reproducibility: bool = flag(True)
     enable_amp: bool = flag(False)
     show_progress: bool = flag(True)
+    report: bool = flag(True)
     tensorboard: bool = flag(False)
     state: str = choice("INFO", "DEBUG", "WARNING", "ERROR", "CRITICAL")
     log_wandb: bool = flag(False)

@@ -8,9 +8,11 @@ T       width of the text vectors in the model
 T0      width of the text vectors in their file
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,14 @@ class Trained:
     """(T0, T), what they are multiplied with then."""
     text_source: Mapping[str, Any]
     """What made the run's text vectors."""
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """A hash of the layers' weights, which stay the same when items come in later."""
+        digest, state = hashlib.sha256(), self.encoder.state_dict()
+        for name in sorted(name for name in state if name.startswith(("layers.", "norm."))):
+            digest.update(name.encode() + state[name].detach().cpu().contiguous().numpy().tobytes())
+        return digest.digest()
 
 
 def read(folder: Path, device: torch.device) -> Trained:

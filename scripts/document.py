@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from m2rec.configuration import build_config, resolved
+from m2rec.files import write_text
 from m2rec.settings import ModelSettings, RunSettings, allowed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = page((ROOT / "config.yaml").read_text(encoding="utf-8"))
     if options.check:
         return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text)
-    PAGE.write_text(text, encoding="utf-8")
+    write_text(PAGE, text)
     print(PAGE)
     return 0
 

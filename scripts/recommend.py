@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2rec.command_line import Parser
+from m2rec.command_line import Parser, say
 from m2rec.dialogue import Dialogue
 from m2rec.files import CONFIG_FILE
 from m2rec.recommender import Recommendation, Recommender
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("recommend.py: stopped\n")
         return 130
-    sys.stdout.write(said.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+    say(said, sys.stdout)
     return 0
 
 

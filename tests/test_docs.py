@@ -18,8 +18,6 @@ from scripts import document
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# no commands of this project's: install lines, which .ci/run follows, and the shell around others
-OTHERS = ("pip", "conda", "git", "pytest", "cd", "export")
 
 
 class Understood(BaseException):

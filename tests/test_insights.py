@@ -1,12 +1,15 @@
 """What the report is told of a model, against the model itself."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from m2rec import insights
+from m2rec.compat import Interaction
 from m2rec.configuration import build_config, find_model
 from m2rec.experiment import load_data, run
 from tests.conftest import random_rows, small, write_inter
@@ -23,10 +26,21 @@ def prepared(toy: Path):
     return model, test.dataset, dataset
 
 
+def scores_of(model: nn.Module) -> Callable[[Interaction], torch.Tensor]:
+    """As the trainer scores rows."""
+
+    def score(rows: Interaction) -> torch.Tensor:
+        scores = model.full_sort_predict(rows)
+        scores[:, 0] = -torch.inf
+        return scores
+
+    return score
+
+
 def test_the_gate(prepared: tuple):
     """Every position of every test row counts once."""
     model, test, dataset = prepared
-    gate = insights.look(model, model.full_sort_predict, test, dataset)["gate"]
+    gate = insights.look(model, scores_of(model), test, dataset)["gate"]
     assert gate["branches"] == ["temporal", "frequency"]
     rows = test.inter_feat
     items, lengths = rows["item_id_list"], rows["item_length"]
@@ -56,7 +70,7 @@ def test_the_filter(prepared: tuple):
             layer.filter.log_damping.fill_(-6.0)
             layer.filter.cosine.fill_(1.0)
             layer.filter.sine.zero_()
-    first, *others = insights.look(model, model.full_sort_predict, test, dataset)["filter"]
+    first, *others = insights.look(model, scores_of(model), test, dataset)["filter"]
     assert len(others) == 1
     loudest = first["period"][int(np.argmax(first["median"]))]
     assert loudest == pytest.approx(5, rel=0.15)
@@ -67,7 +81,7 @@ def test_the_filter(prepared: tuple):
 
 def test_examples_are_the_models_ranking(prepared: tuple):
     model, test, dataset = prepared
-    found = insights.look(model, model.full_sort_predict, test, dataset)["examples"]
+    found = insights.look(model, scores_of(model), test, dataset)["examples"]
     assert len(found) == 6 and len({example["user"] for example in found}) == 6
     own = {}
     for user, item, _ in sorted(random_rows(), key=lambda row: row[2]):
@@ -100,8 +114,8 @@ def test_a_baseline_has_examples_only(toy: Path):
     config = build_config({**ours, "model": "SASRec", "n_layers": 1, "n_heads": 2, "train_batch_size": 64})
     dataset, (train, _, test) = load_data(config)
     model = find_model("SASRec")(config, train.dataset)
-    found = insights.look(model, model.full_sort_predict, test.dataset, dataset)
-    assert found["loads"] is False and set(found) == {"loads", "examples", "gaps"}
+    found = insights.look(model, scores_of(model), test.dataset, dataset)
+    assert set(found) == {"examples", "gaps"}
 
 
 def test_columns_of_other_names(tmp_path: Path):
@@ -110,7 +124,9 @@ def test_columns_of_other_names(tmp_path: Path):
     write_inter(tmp_path, "other", rows, header="who:token\twhat:token\tthen:float")
     names = {"USER_ID_FIELD": "who", "ITEM_ID_FIELD": "what", "TIME_FIELD": "then"}
     for own in ({}, {"loss_type": "sampled", "n_negatives": 5, "negative_sampling": "popularity"}):
-        keys = small(tmp_path, dataset="other", runs_dir=str(tmp_path / "runs"), epochs=1, **names, **own)
+        keys = small(
+            tmp_path, dataset="other", runs_dir=str(tmp_path / "runs"), epochs=1, report=True, **names, **own
+        )
         folder = run(
             build_config({**keys, "text_vectors": "none", "load_col": {"inter": [*names.values()]}})
         ).folder
@@ -125,5 +141,5 @@ def test_what_was_seen_is_not_recommended(tmp_path: Path):
     config = build_config(small(tmp_path, dataset="all", text_vectors="none"))
     dataset, (train, _, test) = load_data(config)
     model = find_model("M2Rec")(config, train.dataset)
-    for example in insights.look(model, model.full_sort_predict, test.dataset, dataset)["examples"]:
+    for example in insights.look(model, scores_of(model), test.dataset, dataset)["examples"]:
         assert example["recommended"] == [example["next"]] and example["place"] == 1

@@ -17,7 +17,7 @@ RANKS = [
     {"tables", "paired"},
     {"results"},
     {"experiment", "sweeps", "recommender"},
-    {"export", "session", "ranking", "history_files"},
+    {"export", "session", "ranking", "history_files", "questions"},
     {"report"},
     {"provenance"},
     {"configuration"},
@@ -44,6 +44,7 @@ RANKS = [
     {
         "settings",
         "charts",
+        "page",
         "checks",
         "text",
         "files",

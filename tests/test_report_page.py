@@ -34,7 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     write_inter(root, "toy", random_rows())
     (root / "toy" / "toy.item").write_text("item_id:token\ttitle:token_seq\n" + "\n".join(TITLES) + "\n")
-    return experiment.run(build_config(small(root, runs_dir=str(root / "runs"), epochs=2))).folder
+    return experiment.run(
+        build_config(small(root, runs_dir=str(root / "runs"), epochs=2, report=True))
+    ).folder
 
 
 class Page(HTMLParser):
@@ -144,11 +146,26 @@ def test_a_report_that_fails_does_not_fail_the_run(
     def fail(*_: object) -> None:
         raise KeyError("anything")
 
-    monkeypatch.setattr(experiment.report, "write", fail)
+    monkeypatch.setattr(report, "write", fail)
     write_inter(tmp_path, "toy", random_rows())
-    result = experiment.run(build_config(small(tmp_path, runs_dir=str(tmp_path / "runs"), epochs=1)))
+    result = experiment.run(
+        build_config(small(tmp_path, runs_dir=str(tmp_path / "runs"), epochs=1, report=True))
+    )
     assert (result.folder / "metrics.json").is_file()
     assert "no report.html (KeyError: 'anything'); the run is complete" in caplog.text
+
+
+def test_a_run_without_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """It can be made later."""
+    from run_mm import main
+    from tests.conftest import as_arguments, random_rows, write_inter
+
+    write_inter(tmp_path, "toy", random_rows())
+    assert main(as_arguments(small(tmp_path, runs_dir=str(tmp_path / "runs"), epochs=1))) == 0
+    *_, use, repeat, last = capsys.readouterr().out.splitlines()
+    assert use.startswith("use it: ") and repeat.startswith("repeat it: ")
+    assert not (Path(last) / "report.html").exists() and (Path(last) / "insights.json").exists()
+    assert report.write(Path(last)).exists()
 
 
 def test_a_small_catalogue_has_its_curves(tmp_path: Path):
@@ -156,7 +173,9 @@ def test_a_small_catalogue_has_its_curves(tmp_path: Path):
     from tests.conftest import write_inter
 
     write_inter(tmp_path, "tiny", [(f"u{u}", f"i{(u + t) % 4}", t) for u in range(9) for t in range(4)])
-    keys = small(tmp_path, dataset="tiny", runs_dir=str(tmp_path / "runs"), epochs=2, text_vectors="none")
+    keys = small(
+        tmp_path, dataset="tiny", runs_dir=str(tmp_path / "runs"), epochs=2, text_vectors="none", report=True
+    )
     text = (experiment.run(build_config(keys)).folder / "report.html").read_text()
     page = Page(text)
     assert "Who is served" in page.words and any("on valid by epoch" in said for said in page.alternatives)

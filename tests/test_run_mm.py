@@ -23,7 +23,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[..., Path]):
     write_vectors(toy, "toy", [f"i{k}" for k in range(15)])
-    status, out, err = command(*as_arguments(small(toy, seed=5)))
+    status, out, err = command(*as_arguments(small(toy, seed=5, report=True)))
     assert status == 0, err
     lines = out.splitlines()
     folder = Path(lines[-1])

@@ -139,10 +139,10 @@ def test_what_can_t_be_restored():
     memory = model.session(["i1"])._memory
     memory.vector = memory.vector[:, :3]
     with pytest.raises(ValueError, match="no saved session of this model"):
-        model.restore_session(session.to_bytes(memory, model._model.encoder, TOKENS))
+        model.restore_session(session.to_bytes(memory, model._model))
     memory = session.Memory(seen=[V])
     with pytest.raises(ValueError, match="items that this model does not have"):
-        model.restore_session(session.to_bytes(memory, model._model.encoder, [*TOKENS, "more"]))
+        model.restore_session(session.to_bytes(memory, replace(model._model, tokens=(*TOKENS, "more"))))
 
 
 @pytest.mark.parametrize(

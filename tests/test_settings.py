@@ -79,6 +79,7 @@ def test_every_model_key_has_a_wrong_value_above():
         ("learner", "lion"),
         ("dataset", 5),
         ("tensorboard", "no"),
+        ("report", "no"),
         ("use_gpu", "abc"),
         ("reproducibility", "abc"),
         ("show_progress", "abc"),
