@@ -7,7 +7,9 @@ V, T    items including padding, width of the text vectors
 K       branches of a layer
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import cast
 
 import torch
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from m2rec.layer import Layer, LayerState
 from m2rec.repeats import first_occurrences
 from m2rec.settings import ModelSettings
-from m2rec.text import TextProjection, has_text
+from m2rec.text import ProjectedText, TextProjection, has_text
 
 _INITIAL_STD = 0.02
 
@@ -89,6 +91,25 @@ class Encoder(nn.Module):
         self.has_text = None if vectors is None else has_text(vectors)
         if self.available is not None:
             self.available = self._available(self.available.shape[1])
+
+    @torch.no_grad()
+    def projected(self, table: Tensor) -> "Encoder":
+        """The same network for use only, which looks up each item's projected text.
+
+        Where histories are many, most of what a position's text costs is saved. The rest of the
+        weights is shared.
+
+        Args:
+            table: (V, D), the item table.
+        """
+        shared = {id(tensor): tensor for tensor in chain(self.parameters(), self.buffers())}
+        twin = copy.deepcopy(self, shared)
+        twin.id_embedding, twin.table_text = nn.Embedding.from_pretrained(table), None
+        for layer in cast(Iterable[Layer], twin.layers):
+            if isinstance(layer.text, TextProjection):
+                assert self.vectors is not None
+                layer.text = ProjectedText(layer.text.table(self.vectors))
+        return twin
 
     def _initialise(self) -> None:
         """Small embeddings; Mamba's own values stay, unless `init: mamba4rec` asks otherwise.

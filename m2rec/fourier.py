@@ -59,6 +59,12 @@ class CausalFilter(nn.Module):
         y: Tensor = torch.fft.irfft(spectrum * response, n=size, dim=1)
         return y[:, :length].to(x.dtype)
 
+    def last(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """As `forward` for each row's last position alone: x (B, L, D), lengths (B,) -> (B, D)."""
+        kernel = self.kernel(x.shape[1]).flip(1)
+        heard = _push_to_the_end(x, lengths).to(kernel.dtype)
+        return torch.einsum("bld,dl->bd", heard, kernel).to(x.dtype)
+
     def advance(
         self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

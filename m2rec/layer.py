@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from m2rec.attention import Attention
 from m2rec.fourier import CausalFilter, LowPass, Residual
 from m2rec.gate import MeanGate, SoftmaxGate
-from m2rec.mamba import Mamba, Mamba2, MixerState
+from m2rec.mamba import Mamba, Mamba2, MixerState, last_positions
 from m2rec.settings import ModelSettings
-from m2rec.text import TextProjection
+from m2rec.text import ProjectedText, TextProjection
 
 
 class LayerState(NamedTuple):
@@ -34,7 +34,9 @@ class Layer(nn.Module):
         size = settings.hidden_size
         self.mixer = build_mixer(settings, max_length)
         self.filter = build_filter(settings, max_length)
-        self.text = TextProjection(text_dim, size, std=1.0) if text_dim else None
+        self.text: TextProjection | ProjectedText | None = None
+        if text_dim:
+            self.text = TextProjection(text_dim, size, std=1.0)
         self.branches = ["temporal"]
         self.branches += ["frequency"] if self.filter is not None else []
         self.branches += ["semantic"] if self.text is not None else []
@@ -64,11 +66,17 @@ class Layer(nn.Module):
     def last(
         self, x: Tensor, items: Tensor, lengths: Tensor, vectors: Tensor | None, available: Tensor | None
     ) -> Tensor:
-        """As `forward` for each row's last position alone, (B, D); of the others mixer and filter work."""
-        outputs = self._heard(x, lengths)
-        rows = torch.arange(len(x), device=x.device)
-        outputs = [output[rows, lengths - 1] for output in outputs]
-        return self._merge(x[rows, lengths - 1], outputs, items[rows, lengths - 1], vectors, available)[0]
+        """As `forward` for each row's last position alone, (B, D), which costs less where a part can."""
+        if isinstance(self.mixer, Mamba2):
+            outputs = [self.mixer.last(x, lengths)]
+        else:
+            outputs = [last_positions(self.mixer(x), lengths)]
+        if isinstance(self.filter, CausalFilter):
+            outputs.append(self.filter.last(x, lengths))
+        elif self.filter is not None:
+            outputs.append(last_positions(self.filter(x, lengths), lengths))
+        x, items = last_positions(x, lengths), last_positions(items, lengths)
+        return self._merge(x, outputs, items, vectors, available)[0]
 
     def advance(
         self,

@@ -23,6 +23,7 @@ from m2rec.ops import (
     selective_scan,
     selective_scan_step,
     ssd,
+    ssd_last,
     ssd_step,
 )
 
@@ -172,6 +173,17 @@ class Mamba2(nn.Module):
         )
         return self.out_proj(self.norm(y.flatten(-2), z)), (window, h)
 
+    def last(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """As `forward` for each row's last position alone: x (B, L, D), lengths (B,) -> (B, D)."""
+        gate, heard = self.in_proj.weight.split([self.inner, len(self.in_proj.weight) - self.inner])
+        xBC, dt = F.linear(x, heard).split([len(heard) - len(self.D), len(self.D)], dim=-1)
+        xBC, _ = _convolve(xBC, None, None, self.conv1d, self.backend)
+        u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
+        u, A = u.unflatten(-1, (-1, self.head_dim)), -torch.exp(self.A_log.float())
+        y = ssd_last(u, dt, A, B, C, lengths, self.D, self.dt_bias, True)
+        z = F.linear(last_positions(x, lengths), gate)
+        return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[no-any-return]
+
     def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
         z, xBC, dt = self._project(x)
@@ -200,6 +212,11 @@ class GatedRMSNorm(nn.Module):
         """x, z: (B, L, E) -> (B, L, E)."""
         gated = (x * F.silu(z)).to(self.weight.dtype)
         return F.rms_norm(gated, self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def last_positions(x: Tensor, lengths: Tensor) -> Tensor:
+    """x (B, L, ...), lengths (B,) -> each row's last position (B, ...)."""
+    return x[torch.arange(len(x), device=x.device), lengths - 1]
 
 
 def _convolve(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m2rec import export, history_files, questions, session, text_vectors, trained
@@ -24,7 +24,11 @@ from m2rec.session import Memory
 from m2rec.trained import Trained
 
 # histories that are ranked together
-_BATCH = 256
+_BATCH = 1024
+
+# positions that go through the network together: on a CPU what its caches hold
+_POSITIONS = {"cpu": 2**13}
+_POSITIONS_ELSEWHERE = 2**18
 
 
 class Recommendation(NamedTuple):
@@ -259,8 +263,8 @@ class Recommender:
         if not ids:
             raise ValueError("history: empty; give at least one item")
         items = torch.tensor([ids], device=model.table.device)
-        _, weights = model.encoder.encode(items, torch.tensor([len(ids)], device=items.device))
-        branches = model.encoder.branches
+        _, weights = model.ready.encode(items, torch.tensor([len(ids)], device=items.device))
+        branches = model.ready.branches
         means = torch.stack([layer[0].mean(-1) for layer in weights], dim=1).tolist()  # (L, layers, K)
         explained = []
         for item, layers in zip(ids, means, strict=True):
@@ -283,7 +287,7 @@ class Recommender:
         memory, remarks = Memory(), Remarks()
         ids = questions.to_ids(self._model.ids, questions.listed(history), remarks if skip_unknown else None)
         remarks.say()
-        session.remember(self._model.encoder, ids, memory)
+        session.remember(self._model.ready, ids, memory)
         return Session(self, memory)
 
     def restore_session(self, data: bytes) -> "Session":
@@ -309,7 +313,7 @@ class Recommender:
         if len(items) != len(sessions):
             raise ValueError(f"add_events: {len(sessions)} sessions, but {len(items)} tokens")
         memories = self._memories(sessions)
-        session.remember_together(self._model.encoder, memories, items)
+        session.remember_together(self._model.ready, memories, items)
 
     def recommend_sessions(
         self,
@@ -443,7 +447,7 @@ class Recommender:
     def _adjustments(
         self, model: Trained, counted: Sequence[Collection[int]], hidden: Sequence[Collection[int]]
     ) -> Adjustments:
-        bias = model.encoder.repeat_bias
+        bias = model.ready.repeat_bias
         return Adjustments(counted, hidden, 0.0 if bias is None else bias.item(), model.table.device)
 
     @torch.no_grad()
@@ -454,16 +458,16 @@ class Recommender:
         long = [row for row, own in enumerate(ids) if len(own) > model.max_length]
         for row in long:  # in pieces, however long
             memory = Memory()
-            session.remember(model.encoder, ids[row], memory)
+            session.remember(model.ready, ids[row], memory)
             assert memory.vector is not None
             vectors[row] = memory.vector[0]
-        if short := sorted({*range(len(ids))} - {*long}):
+        device = model.table.device
+        at_once = _POSITIONS.get(device.type, _POSITIONS_ELSEWHERE)
+        for short in _similar([len(row) if len(row) <= model.max_length else 0 for row in ids], at_once):
             lengths = torch.tensor([len(ids[row]) for row in short])
-            items = torch.zeros(len(short), int(lengths.max()), dtype=torch.int64)
-            for row, own in zip(items, short, strict=True):
-                row[: len(ids[own])] = torch.tensor(ids[own])
-            device = model.table.device
-            vectors[short] = model.encoder.last(items.to(device), lengths.to(device))
+            own = [torch.tensor(ids[row]) for row in short]
+            items = nn.utils.rnn.pad_sequence(own, batch_first=True)
+            vectors[short] = model.ready.last(items.to(device), lengths.to(device))
         return vectors
 
     def _counted(self, ids: list[int]) -> list[int]:
@@ -545,7 +549,7 @@ class Session:
             ValueError: a token that nobody knows.
         """
         model = self.recommender._model
-        session.remember(model.encoder, questions.to_ids(model.ids, [token]), self._memory)
+        session.remember(model.ready, questions.to_ids(model.ids, [token]), self._memory)
 
     def recommend(
         self,
@@ -561,6 +565,19 @@ class Session:
     def to_bytes(self) -> bytes:
         """To be kept anywhere, and brought back by `Recommender.restore_session`; nothing is pickled."""
         return session.to_bytes(self._memory, self.recommender._model)
+
+
+def _similar(lengths: Sequence[int], at_once: int) -> Iterator[list[int]]:
+    """Places of rows of similar length, at most `at_once` positions with padding; none of length 0."""
+    group: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and (len(group) + 1) * lengths[row] > at_once:
+            yield group
+            group = []
+        if lengths[row]:
+            group.append(row)
+    if group:
+        yield group
 
 
 def _named(model: Trained, items: Sequence[int], scores: Sequence[float]) -> list[Recommendation]:

@@ -140,7 +140,7 @@ def from_bytes(data: bytes, model: Trained) -> Memory:
     if not tensors:
         return Memory()
     like = Memory()
-    remember(model.encoder, [1], like)
+    remember(model.ready, [1], like)
     assert like.states is not None and like.vector is not None
     expected = {_VECTOR: like.vector, **_flat(like.states)}
     shapes, found = ({k: (t.shape, t.dtype) for k, t in ts.items()} for ts in (expected, tensors))

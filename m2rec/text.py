@@ -33,6 +33,24 @@ class TextProjection(nn.Module):
         return self.linear(vectors)  # type: ignore[no-any-return]
 
 
+class ProjectedText(nn.Module):
+    """What a `TextProjection` says of each item, looked up.
+
+    Args:
+        rows: (V, D), what its `table` made.
+    """
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rows", rows)
+
+    def forward(self, items: Tensor, vectors: Tensor) -> Tensor:
+        """As in `TextProjection`; the vectors are not needed."""
+        return F.embedding(items, self.rows)
+
+
 def has_text(vectors: Tensor) -> Tensor:
     """vectors: (V, T) -> (V,), True for items whose vector is not zero."""
     return torch.any(vectors != 0, dim=1)

@@ -70,6 +70,11 @@ class Trained:
     """What made the run's text vectors."""
 
     @cached_property
+    def ready(self) -> Encoder:
+        """The network for use, with each item's text projected once."""
+        return self.encoder.projected(self.table)
+
+    @cached_property
     def fingerprint(self) -> bytes:
         """A hash of the layers' weights, which stay the same when items come in later."""
         digest, state = hashlib.sha256(), self.encoder.state_dict()

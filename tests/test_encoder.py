@@ -77,6 +77,25 @@ def test_each_row_alone_equals_the_row_in_the_batch(settings: dict[str, Any]):
         assert torch.allclose(alone[0], together[row], atol=1e-5)
 
 
+@every_form
+def test_the_last_positions_alone_equal_those_of_the_whole_pass(settings: dict[str, Any]):
+    made, (items, lengths) = encoder(**settings).double(), histories(1, L, 7, 2)
+    whole = made(items, lengths)[torch.arange(4), lengths - 1]
+    torch.testing.assert_close(made.last(items, lengths), whole)
+
+
+@every_form
+def test_text_projected_once_changes_nothing(settings: dict[str, Any]):
+    made, (items, lengths) = encoder(**settings).double(), histories(3, L, 7)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    twin = made.projected(made.item_table())
+    torch.testing.assert_close(twin(items, lengths), made(items, lengths))
+    torch.testing.assert_close(twin.item_table(), made.item_table())
+    assert twin.layers[0].norm.weight is made.layers[0].norm.weight
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
 def test_the_future_does_not_reach_the_past(mixer: str):
     made, (items, lengths) = encoder(mixer=mixer), histories(L, L)

@@ -6,7 +6,7 @@ Layout is batch first and channels last, (B, L, E), everywhere.
 from m2rec.ops.backend import BACKENDS, Backend, resolve_backend
 from m2rec.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
 from m2rec.ops.selective_scan import selective_scan, selective_scan_ref, selective_scan_step
-from m2rec.ops.ssd import ssd, ssd_ref, ssd_step
+from m2rec.ops.ssd import ssd, ssd_last, ssd_ref, ssd_step
 
 __all__ = [
     "BACKENDS",
@@ -19,6 +19,7 @@ __all__ = [
     "selective_scan_ref",
     "selective_scan_step",
     "ssd",
+    "ssd_last",
     "ssd_ref",
     "ssd_step",
 ]

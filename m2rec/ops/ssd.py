@@ -102,6 +102,37 @@ def ssd_step(
         return y.to(x.dtype), h
 
 
+def ssd_last(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    lengths: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """y of each row's last position alone, position `lengths - 1`; arguments otherwise as in `ssd_ref`.
+
+    One query over all positions needs no state: y = sum_t (C . B[t]) dt[t] exp(sum_{s > t} dt[s] A) x[t],
+    (B, H, P).
+    """
+    with torch.autocast(x.device.type, enabled=False):  # as in ssd
+        u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
+        rows = torch.arange(len(x), device=x.device)
+        beyond = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+        dt = dt.masked_fill(beyond[..., None], 0)
+        decay = dt * A
+        after = decay.flip(1).cumsum(1).flip(1) - decay  # (B, L, H), nothing but what comes after t
+        alike = torch.matmul(B, C[rows, lengths - 1, :, None])  # (B, L, 1)
+        weights = alike * dt * torch.exp(after)
+        y = torch.einsum("blh,blhp->bhp", weights, u)
+        if D is not None:
+            y = y + D.to(u.dtype)[:, None] * u[rows, lengths - 1]
+        return y.to(x.dtype)
+
+
 def _implementation(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """`triton` takes the form of `torch`, which is all products of matrices."""
     if backend == "mamba_ssm":

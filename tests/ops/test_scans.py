@@ -17,6 +17,7 @@ from m2rec.ops import (
     selective_scan_ref,
     selective_scan_step,
     ssd,
+    ssd_last,
     ssd_ref,
     ssd_step,
 )
@@ -283,6 +284,20 @@ def test_ssd_optional_arguments(left_out: tuple[str, ...]):
     inputs["dt"] = inputs["dt"].abs()
     expected = outputs_and_gradients(ssd_ref, inputs)
     assert_close(outputs_and_gradients(ssd, inputs, backend="torch"), expected, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_ssd_last_equals_the_reference_at_each_rows_end(length: int, dtype: torch.dtype):
+    inputs = {k: v for k, v in ssd_inputs(length, dtype, batch=3).items() if k != "initial_state"}
+    lengths = torch.tensor([length, 1, -(-length // 2)])
+
+    def at_the_end(**given: Any) -> Tensor:
+        return ssd_ref(**given)[torch.arange(3), lengths - 1]
+
+    wide = {k: v.double() for k, v in inputs.items()}
+    expected = outputs_and_gradients(at_the_end, wide, dt_softplus=True)
+    assert_close(outputs_and_gradients(ssd_last, inputs, lengths=lengths, dt_softplus=True), expected, dtype)
 
 
 def test_ssd_is_the_selective_scan_with_one_decay_per_head():
