@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from m2rec import export, history_files, questions, session, text_vectors, trained
 from m2rec.history_files import Ranked
+from m2rec.item_index import ItemIndex
 from m2rec.questions import Remarks
 from m2rec.ranking import Adjustments, best_items
 from m2rec.session import Memory
@@ -29,6 +30,9 @@ _BATCH = 1024
 # positions that go through the network together: on a CPU what its caches hold
 _POSITIONS = {"cpu": 2**13}
 _POSITIONS_ELSEWHERE = 2**18
+
+# an index is not asked for more than one in so many items
+_WORTH = 8
 
 
 class Recommendation(NamedTuple):
@@ -75,6 +79,7 @@ class Recommender:
         if whole_history:
             session.check(model.encoder)
         self._model, self.whole_history = model, whole_history
+        self._index: ItemIndex | None = None
 
     @classmethod
     def load(
@@ -246,7 +251,7 @@ class Recommender:
         cosines = F.cosine_similarity(model.table, model.table[item], dim=1)
         cosines[[0, item]] = -torch.inf
         best = cosines.topk(min(k, len(cosines)))
-        return _named(model, best.indices.tolist(), best.values.tolist())
+        return _named(model, best.values.tolist(), best.indices.tolist())
 
     @torch.no_grad()
     def explain(self, history: Iterable[str]) -> list[Explanation]:
@@ -354,7 +359,9 @@ class Recommender:
             ValueError: the model has no text in its item table, a token is there already or twice,
                 or the vectors don't fit.
         """
-        self._model = trained.with_items(self._model, questions.listed(tokens), vectors, titles or {})
+        model = trained.with_items(self._model, questions.listed(tokens), vectors, titles or {})
+        self._index = self._index and self._index.extended(model.table)
+        self._model = model
 
     def add_items_from(self, path: str | Path, titles: Mapping[str, str] | None = None) -> list[str]:
         """Take in the items of a text-vector file that are new; as `add_items`, and checked to fit.
@@ -377,6 +384,39 @@ class Recommender:
         new = [tokens[row] for row in rows]
         self.add_items(new, vectors[rows], titles)
         return new
+
+    def use_index(self, probes: int = 0) -> None:
+        """Rank by an index from now on, for catalogues so large that scoring all items takes too long.
+
+        Only the lists of items nearest to a history are looked at, so some of the best are missed;
+        `recall` says how many are found. Candidates are still ranked exactly, and so is where so much
+        is left out that little would be saved.
+
+        Args:
+            probes: lists that are looked at for each history, of about 4 sqrt(V); 0 for one in 16.
+
+        Raises:
+            ValueError: faiss is not installed, or probes is not a whole number from 0.
+        """
+        if type(probes) is not int or probes < 0:
+            raise ValueError(f"probes: {probes!r} is not a whole number from 0")
+        self._index = ItemIndex(self._model.table, probes)
+
+    def recall(self, histories: Iterable[Iterable[str]], k: int = 10) -> float:
+        """The share of each history's best k items that the index finds, mean over the histories.
+
+        Raises:
+            ValueError: there is no index (`use_index`), or no history; see also `recommend`.
+        """
+        if self._index is None:
+            raise ValueError("recall: there is no index; call use_index first")
+        exact = Recommender(self._model, self.whole_history)
+        asked = [questions.listed(history) for history in histories]
+        pairs = zip(self.recommend_batch(asked, k), exact.recommend_batch(asked, k), strict=True)
+        shares = [len({i.item for i in ours} & {i.item for i in best}) / len(best) for ours, best in pairs]
+        if not shares:
+            raise ValueError("recall: no histories; give one at least")
+        return sum(shares) / len(shares)
 
     def export(self, path: str | Path, batch_size: int = 1) -> None:
         """Write a torch.export program that PyTorch runs without this package, and compare it.
@@ -438,11 +478,29 @@ class Recommender:
     ) -> list[list[Recommendation]]:
         """The best items for vectors (B, D) of histories that hold these items."""
         hidden = seen if exclude_seen else [()] * len(seen)
-        adjustments = self._adjustments(model, counted, hidden)
-        scores, items = best_items(vectors, model.table, k, adjustments, *choice)
-        return [
-            _named(model, row, values) for row, values in zip(items.tolist(), scores.tolist(), strict=True)
-        ]
+        nearest = self._nearest(model, vectors, k, seen, choice)
+        if nearest is None:
+            adjustments = self._adjustments(model, counted, hidden)
+            found = best_items(vectors, model.table, k, adjustments, *choice)
+            return [_named(model, *row) for row in zip(*(part.tolist() for part in found), strict=True)]
+        best = []
+        for row, near in enumerate(nearest):
+            adjustments = self._adjustments(model, [counted[row]], [hidden[row]])
+            pool = torch.cat([near[near > 0], torch.tensor([*counted[row]], dtype=torch.int64)]).unique()
+            pool = pool.to(model.table.device)
+            found = best_items(vectors[[row]], model.table, k, adjustments, pool, choice.excluded)
+            best.append(_named(model, *(part[0].tolist() for part in found)))
+        return best
+
+    def _nearest(
+        self, model: Trained, vectors: Tensor, k: int, seen: Sequence[Collection[int]], choice: _Choice
+    ) -> Tensor | None:
+        """Ids (B, n) from the index, k even without all that were seen; None where to score all is better."""
+        if self._index is None or choice.pool is not None or len(self._index) != len(model.table):
+            return None
+        left_out = 0 if choice.excluded is None else len(choice.excluded)
+        n = k + left_out + max(map(len, seen))
+        return self._index.find(vectors, n) if n <= len(model.table) // _WORTH else None
 
     def _adjustments(
         self, model: Trained, counted: Sequence[Collection[int]], hidden: Sequence[Collection[int]]
@@ -500,7 +558,7 @@ class Recommender:
         if choice.excluded is not None:
             order = order[~torch.isin(order, choice.excluded.cpu())]
         best = order[:k].tolist()
-        return _named(model, best, [float(model.counts[item]) for item in best])
+        return _named(model, [float(model.counts[item]) for item in best], best)
 
     def _choice(
         self, candidates: Iterable[str] | None, exclude: Iterable[str] | None, remarks: Remarks | None
@@ -580,6 +638,6 @@ def _similar(lengths: Sequence[int], at_once: int) -> Iterator[list[int]]:
         yield group
 
 
-def _named(model: Trained, items: Sequence[int], scores: Sequence[float]) -> list[Recommendation]:
-    pairs = [(model.tokens[i], score) for i, score in zip(items, scores, strict=True) if score > -torch.inf]
+def _named(model: Trained, scores: Sequence[float], items: Sequence[int]) -> list[Recommendation]:
+    pairs = [(model.tokens[i], score) for score, i in zip(scores, items, strict=True) if score > -torch.inf]
     return [Recommendation(token, score, model.titles.get(token, "")) for token, score in pairs]

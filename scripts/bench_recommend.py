@@ -4,30 +4,34 @@
 
 The rival is RecBole's full_sort_topk with the same model, which makes a test row of each user,
 padded to the longest history, and ranks all items, those of the history too. Before anything is
-timed, the best items of both are compared. Two more rows are of an untrained model with a million
-items.
+timed, the best items of both are compared. The last rows are of the model with a million items: its
+own, and copies of them with noise of half the table's spread. Where faiss is installed they are
+ranked by an index too, whose recall is of the test users' best items.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import torch
 from benchmarking import Row, arguments, finish, medians, settle
 
 from m2rec import trained
 from m2rec.configuration import build_config
-from m2rec.encoder import Encoder
 from m2rec.experiment import load_data
 from m2rec.files import CONFIG_FILE
 from m2rec.model import M2Rec
 from m2rec.provenance import item_tokens
 from m2rec.recommender import Recommender
-from m2rec.settings import ModelSettings
+from m2rec.text import ProjectedText
 
 K = 10
 MILLION = 1_000_000
+PROBES = (32, 1000)  # besides the default
 
 
 class Rival:
@@ -82,13 +86,47 @@ def live(recommender: Recommender, history: list[str]) -> Callable[[], object]:
     return event
 
 
-def large(device: str) -> Recommender:
-    """An untrained model of a million items."""
-    torch.manual_seed(0)
-    encoder = Encoder(ModelSettings(), MILLION + 1, 200).to(device)
-    tokens = ["[PAD]", *map(str, range(1, MILLION + 1))]
-    nothing = {"titles": {}, "counts": [], "text_mean": None, "text_basis": None, "text_source": {}}
-    return Recommender(trained.made(encoder, tokens, config={"MAX_ITEM_LIST_LENGTH": 200}, **nothing))
+def large(model: trained.Trained) -> Recommender:
+    """The model with a million items: its own, then each of them many times with noise."""
+    generator, n_items = torch.Generator().manual_seed(0), len(model.table)
+    copied = torch.randint(1, n_items, (MILLION + 1 - n_items,), generator=generator)
+    source = torch.cat([torch.arange(n_items), copied]).to(model.table.device)
+    noise = torch.randn(len(copied), model.table.shape[1], generator=generator)
+    table = model.table[source]
+    table[n_items:] += noise.to(table) * model.table[1:].std() / 2
+    encoder = model.encoder.projected(table)
+    encoder.available = None if encoder.available is None else encoder.available[source]
+    for layer in encoder.layers:
+        if isinstance(layer.text, ProjectedText):
+            layer.text.rows = layer.text.rows[source]
+    tokens = [*model.tokens, *(f"copy {number}" for number in range(len(copied)))]
+    nothing: dict[str, Any] = {"titles": {}, "text_mean": None, "text_basis": None, "text_source": {}}
+    return Recommender(trained.made(encoder, tokens, counts=[], config=model.config, **nothing))
+
+
+def rows_of_a_million(
+    recommender: Recommender, histories: list[list[str]], args: argparse.Namespace
+) -> Iterator[Row]:
+    """Exactly, and by indices that look at more and more."""
+    past = (histories[0] * args.length)[: args.length]
+    indices: list[int | None] = [None]
+    if find_spec("faiss"):
+        indices += [0, *PROBES]
+    for probes in indices:
+        kind, found = "exact", {}
+        if probes is not None:
+            start = perf_counter()
+            recommender.use_index(probes)
+            built = perf_counter() - start
+            kind = f"index, {probes or 'one list in 16'}{' lists' if probes else ''}, built in {built:.0f} s"
+            found = {f"recall@{K}": recommender.recall(histories[:200], K)}
+        some = {
+            "recommend": lambda: recommender.recommend(past, K),
+            "live event and ranking": live(recommender, past),
+        }
+        for name, seconds in medians(some, args.repeats, args.device, at_least=0.3).items():
+            what = f"{name}, 1,000,000 items, {kind}"
+            yield {"what": what, "ms": seconds * 1e3, "per second": 1 / seconds, **found}
 
 
 def main() -> None:
@@ -124,14 +162,8 @@ def main() -> None:
     for name, seconds in medians(many, args.repeats, args.device).items():
         rows.append({"what": f"{name}, {n:,} users", "ms": seconds * 1e3, "per second": n / seconds})
     if not args.no_million:
-        model = large(args.device)
-        past = [model.tokens[37 * i + 1] for i in range(args.length)]
-        some = {
-            "recommend, 1,000,000 items to choose from": lambda: model.recommend(past, K),
-            "live event and ranking, 1,000,000 items": live(model, past),
-        }
-        for name, seconds in medians(some, args.repeats, args.device, at_least=0.3).items():
-            rows.append({"what": name, "ms": seconds * 1e3, "per second": 1 / seconds})
+        model = trained.read(args.run, torch.device(args.device))
+        rows += rows_of_a_million(large(model), rival.histories, args)
     mean = sum(map(len, rival.histories)) / n
     finish(args, rows, f"{len(tokens):,} items; the users' histories have {mean:.0f} items on average")
 

@@ -17,7 +17,7 @@ RANKS = [
     {"tables", "paired"},
     {"results"},
     {"experiment", "sweeps", "recommender"},
-    {"export", "session", "ranking", "history_files", "questions"},
+    {"export", "session", "ranking", "item_index", "history_files", "questions"},
     {"report"},
     {"provenance"},
     {"configuration"},

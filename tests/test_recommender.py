@@ -16,8 +16,12 @@ from safetensors.torch import load_file
 import m2rec
 from m2rec import experiment, text_vectors
 from m2rec.configuration import build_config
+from m2rec.encoder import Encoder
 from m2rec.recommender import Recommender
+from m2rec.settings import ModelSettings
+from m2rec.trained import made
 from tests.conftest import small
+from tests.test_encoder import SMALL
 
 TOKENS = [f"i{k}" for k in range(20)]
 
@@ -426,3 +430,65 @@ def test_another_model(toy: Path, tmp_path: Path):
     folder = experiment.run(build_config(values)).folder
     with pytest.raises(ValueError, match="model: 'SASRec' is not made of M2Rec's parts"):
         Recommender.load(folder)
+
+
+@pytest.fixture
+def large() -> Recommender:
+    """Untrained, of so many items that an index is worth it."""
+    torch.manual_seed(1)
+    encoder = Encoder(ModelSettings(**SMALL), 4001, 12).eval()
+    torch.nn.init.normal_(encoder.id_embedding.weight)
+    assert encoder.repeat_bias is not None
+    encoder.repeat_bias.data.fill_(2.0)
+    tokens = ["[PAD]", *(f"i{k}" for k in range(4000))]
+    nothing: dict[str, Any] = {"titles": {}, "text_mean": None, "text_basis": None, "text_source": {}}
+    config = {"MAX_ITEM_LIST_LENGTH": 12}
+    return Recommender(made(encoder, tokens, counts=range(4001), config=config, **nothing))
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_an_index_that_looks_everywhere_misses_nothing(large: Recommender, exclude_seen: bool):
+    histories = [["i1", "i2", "i1"], [], [f"i{k}" for k in range(50)], ["i3999"]]
+    exact = list(large.recommend_batch(histories, 10, exclude_seen, exclude=["i7", "i8"]))
+    large.use_index(probes=10_000)
+    found = list(large.recommend_batch(histories, 10, exclude_seen, exclude=["i7", "i8"]))
+    for ours, best in zip(found, exact, strict=True):
+        assert [item.item for item in ours] == [item.item for item in best]
+        assert [item.score for item in ours] == pytest.approx([item.score for item in best], rel=1e-5)
+    assert large.recall(histories) == 1
+    assert not exclude_seen or "i1" not in {item.item for item in found[0]}
+
+
+def test_an_index_finds_more_the_more_it_looks_at(large: Recommender):
+    histories = [[f"i{k}", f"i{k + 1}"] for k in range(100)]
+    large.use_index(probes=1)
+    little = large.recall(histories, k=5)
+    large.use_index(probes=50)
+    assert 0 < little < large.recall(histories, k=5) < 1
+    session = large.session(histories[0])
+    assert [item.item for item in session.recommend()] == [i.item for i in large.recommend(histories[0])]
+
+
+def test_an_index_takes_new_items(folder: Path, vectors: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("m2rec.recommender._WORTH", 1)
+    recommender = Recommender.load(folder)
+    recommender.use_index(probes=10)
+    recommender.add_items(["new"], raw(vectors, "new"))
+    exact = Recommender.load(folder)
+    exact.add_items(["new"], raw(vectors, "new"))
+    for own, other in zip(recommender.recommend(["i1"], k=8), exact.recommend(["i1"], k=8), strict=True):
+        assert (own.item, own.score) == (other.item, pytest.approx(other.score, rel=1e-5))
+
+
+def test_questions_to_an_index_that_have_no_answer(large: Recommender, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match=r"recall: there is no index; call use_index first"):
+        large.recall([["i1"]])
+    for probes in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=f"probes: {probes} is not a whole number from 0"):
+            large.use_index(probes)  # type: ignore[arg-type]
+    large.use_index()
+    with pytest.raises(ValueError, match=r"recall: no histories"):
+        large.recall([])
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match=r"index: faiss is not installed; pip install faiss-cpu"):
+        large.use_index()

@@ -1,0 +1,77 @@
+"""An index of the item table, which finds most of the best items and looks at few of all.
+
+It is faiss's inverted file: items in lists around centres, of which those nearest to a history's
+vector are searched. Optional; only for catalogues so large that to score all items takes too long.
+
+letter  meaning
+B, D    histories, model width
+V       items including padding
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# centres per square root of the items, and items per centre at least, after faiss's guidelines
+_CENTRES, _PER_CENTRE = 4, 39
+
+_SHARE = 16  # of the lists one in so many is searched
+
+
+class ItemIndex:
+    """Finds items of high scores.
+
+    Args:
+        table: (V, D), the item table; row 0 is padding's.
+        probes: lists that are searched for each history, the more the better and the slower; 0 for
+            one in 16.
+
+    Raises:
+        ValueError: faiss is not installed, or there is nothing to be found.
+    """
+
+    def __init__(self, table: Tensor, probes: int = 0) -> None:
+        faiss = _faiss()
+        n_items, width = len(table) - 1, table.shape[1]
+        if n_items < 1:
+            raise ValueError("index: there are no items")
+        lists = max(1, min(round(_CENTRES * math.sqrt(n_items)), n_items // _PER_CENTRE))
+        # the centres go with the index, which lives as long
+        self._index = faiss.index_factory(width, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        self.lists, self.probes = lists, min(probes or -(-lists // _SHARE), lists)
+        self._index.nprobe = self.probes
+        self._index.train(_rows(table))
+        self._index.add(_rows(table))
+
+    def __len__(self) -> int:
+        """V."""
+        return 1 + int(self._index.ntotal)
+
+    def extended(self, table: Tensor) -> "ItemIndex":
+        """The index of a table whose first rows are those of this one's; the centres stay."""
+        faiss = _faiss()
+        longer = object.__new__(ItemIndex)
+        longer._index, longer.lists, longer.probes = faiss.clone_index(self._index), self.lists, self.probes
+        if len(table) > len(self):
+            longer._index.add(_rows(table, len(self)))
+        return longer
+
+    def find(self, x: Tensor, n: int) -> Tensor:
+        """x: (B, D) -> ids (B, n) of items with high scores, best first; -1 where there are no more."""
+        _, found = self._index.search(x.detach().float().cpu().contiguous().numpy(), n)
+        ids = torch.from_numpy(found)
+        return torch.where(ids < 0, ids, ids + 1)
+
+
+def _rows(table: Tensor, start: int = 1) -> Any:
+    return table[start:].detach().float().cpu().contiguous().numpy()
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError("index: faiss is not installed; pip install faiss-cpu") from None
+    return faiss
