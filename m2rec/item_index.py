@@ -19,29 +19,30 @@ _CENTRES, _PER_CENTRE = 4, 39
 
 _SHARE = 16  # of the lists one in so many is searched
 
+# items from which a centre is learned; more take longer and find no more
+_SAMPLE = 64
+
 
 class ItemIndex:
     """Finds items of high scores.
 
     Args:
         table: (V, D), the item table; row 0 is padding's.
-        probes: lists that are searched for each history, the more the better and the slower; 0 for
-            one in 16.
 
     Raises:
         ValueError: faiss is not installed, or there is nothing to be found.
     """
 
-    def __init__(self, table: Tensor, probes: int = 0) -> None:
+    def __init__(self, table: Tensor) -> None:
         faiss = _faiss()
         n_items, width = len(table) - 1, table.shape[1]
         if n_items < 1:
             raise ValueError("index: there are no items")
         lists = max(1, min(round(_CENTRES * math.sqrt(n_items)), n_items // _PER_CENTRE))
-        # the centres go with the index, which lives as long
         self._index = faiss.index_factory(width, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-        self.lists, self.probes = lists, min(probes or -(-lists // _SHARE), lists)
-        self._index.nprobe = self.probes
+        self._index.cp.max_points_per_centroid = _SAMPLE
+        self.lists = lists
+        self.search_lists(0)
         self._index.train(_rows(table))
         self._index.add(_rows(table))
 
@@ -49,11 +50,15 @@ class ItemIndex:
         """V."""
         return 1 + int(self._index.ntotal)
 
+    def search_lists(self, probes: int) -> None:
+        """How many lists are searched, the more the better and the slower; 0 for one in 16."""
+        self._index.nprobe = min(probes or -(-self.lists // _SHARE), self.lists)
+
     def extended(self, table: Tensor) -> "ItemIndex":
         """The index of a table whose first rows are those of this one's; the centres stay."""
         faiss = _faiss()
         longer = object.__new__(ItemIndex)
-        longer._index, longer.lists, longer.probes = faiss.clone_index(self._index), self.lists, self.probes
+        longer._index, longer.lists = faiss.clone_index(self._index), self.lists
         if len(table) > len(self):
             longer._index.add(_rows(table, len(self)))
         return longer

@@ -360,7 +360,8 @@ class Recommender:
                 or the vectors don't fit.
         """
         model = trained.with_items(self._model, questions.listed(tokens), vectors, titles or {})
-        self._index = self._index and self._index.extended(model.table)
+        if self._index is not None:
+            self._index = self._index.extended(model.table)
         self._model = model
 
     def add_items_from(self, path: str | Path, titles: Mapping[str, str] | None = None) -> list[str]:
@@ -400,7 +401,9 @@ class Recommender:
         """
         if type(probes) is not int or probes < 0:
             raise ValueError(f"probes: {probes!r} is not a whole number from 0")
-        self._index = ItemIndex(self._model.table, probes)
+        if self._index is None:
+            self._index = ItemIndex(self._model.table)
+        self._index.search_lists(probes)
 
     def recall(self, histories: Iterable[Iterable[str]], k: int = 10) -> float:
         """The share of each history's best k items that the index finds, mean over the histories.

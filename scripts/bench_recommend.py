@@ -118,7 +118,7 @@ def rows_of_a_million(
             start = perf_counter()
             recommender.use_index(probes)
             built = perf_counter() - start
-            kind = f"index, {probes or 'one list in 16'}{' lists' if probes else ''}, built in {built:.0f} s"
+            kind = f"index, {f'{probes} lists' if probes else f'one list in 16, built in {built:.0f} s'}"
             found = {f"recall@{K}": recommender.recall(histories[:200], K)}
         some = {
             "recommend": lambda: recommender.recommend(past, K),

@@ -491,4 +491,4 @@ def test_questions_to_an_index_that_have_no_answer(large: Recommender, monkeypat
         large.recall([])
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match=r"index: faiss is not installed; pip install faiss-cpu"):
-        large.use_index()
+        Recommender(large._model).use_index()
