@@ -8,7 +8,7 @@
     scores = x[last] @ item_table.T + repeat_bias * (the history holds the item)
 
 Paper: M2Rec, arXiv 2505.04445. Deviations: the filter is causal (`fourier.py`), so that all
-positions of a history can be trained at once; see README, "What differs from the paper".
+positions of a history can be trained at once; see docs/model.md, "What differs from the paper".
 """
 
 import logging

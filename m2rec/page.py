@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import NamedTuple
 
 _CSS = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --strong: #2563eb; }
@@ -30,6 +31,14 @@ article ol { margin: .2rem 0; padding-left: 1.4rem; }
 """
 
 
+class Figure(NamedTuple):
+    """A picture, what it shows in words, and a caption."""
+
+    svg: bytes
+    alternative: str
+    caption: str
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
     """A table that scrolls in its own box; kind is `numbers` or `words`."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
@@ -43,12 +52,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "nu
     )
 
 
-def figure(svg: bytes, alternative: str, caption: str) -> str:
-    """A picture with its text alternative and a caption, all in the page."""
-    data = base64.b64encode(svg).decode()
+def figure(shown: Figure) -> str:
+    """A picture with its text alternative and its caption, all in the page."""
+    data = base64.b64encode(shown.svg).decode()
     return (
-        f'<figure><img alt="{escape(alternative)}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure><img alt="{escape(shown.alternative)}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{escape(shown.caption)}</figcaption></figure>"
     )
 
 

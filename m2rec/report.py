@@ -20,6 +20,7 @@ from m2rec.files import (
     REPORT_FILE,
     write_text,
 )
+from m2rec.page import Figure
 from m2rec.trained import stored_titles
 
 _PARTS = ("valid", "test", "test_unseen")
@@ -100,6 +101,29 @@ def compare(folders: Sequence[Path], path: Path) -> Path:
     with _readable(*folders):
         write_text(path, _of_several(runs))
     return path
+
+
+def write_pictures(folder: Path, into: Path) -> list[Path]:
+    """Write what gate and filter of a finished run do as SVG files.
+
+    Args:
+        folder: of the run.
+        into: the folder for the pictures, made if need be.
+
+    Returns:
+        Their paths: gate_by_layer.svg, gate_by_position.svg, gate_by_popularity.svg,
+        filter_gain.svg and filter_periods.svg, fewer where the model has no such part.
+
+    Raises:
+        ValueError: it is no finished run, or one of its files is not as a run leaves it.
+    """
+    with _readable(folder):
+        run = Run.read(folder)
+        figures = {**_gate_figures(run), **_filter_figures(run)}
+    into.mkdir(parents=True, exist_ok=True)
+    for name, shown in figures.items():
+        write_text(into / f"{name}.svg", shown.svg.decode())
+    return [into / f"{name}.svg" for name in figures]
 
 
 @contextmanager
@@ -188,7 +212,8 @@ def _curves(runs: Mapping[str, Run]) -> Iterable[str]:
                 series[name or label] = (xs, ys)
         if series:
             said = "; ".join(f"{name} from {ys[0]:.4g} to {ys[-1]:.4g}" for name, (_, ys) in series.items())
-            yield page.figure(charts.lines(series, "epoch", label), f"{label} by epoch: {said}", label)
+            svg = charts.lines(series, "epoch", label)
+            yield page.figure(Figure(svg, f"{label} by epoch: {said}", label))
 
 
 def _buckets(run: Run) -> Iterable[str]:
@@ -205,37 +230,42 @@ def _buckets(run: Run) -> Iterable[str]:
         groups = [f"{bucket}\n{row['users']:,}" for bucket, row in table.items()]
         series = {part: [row[part][metric] for row in table.values()] for part in ("test", "test_unseen")}
         said = ", ".join(f"{b}: {row['test_unseen'][metric]:.4f}" for b, row in table.items())
-        yield page.figure(
-            charts.bars(groups, series, f"{x}; users below", metric),
-            f"{metric} by {x}, test_unseen: {said}",
-            f"{metric} by {x}",
-        )
+        svg = charts.bars(groups, series, f"{x}; users below", metric)
+        yield page.figure(Figure(svg, f"{metric} by {x}, test_unseen: {said}", f"{metric} by {x}"))
 
 
 def _gate(run: Run) -> str:
+    figures = _gate_figures(run)
+    if not figures:
+        return ""
+    note = (
+        "What the gate gives each branch, mean over channels: temporal is the Mamba block, frequency the "
+        "Fourier filter, semantic the text of the items. Taken from test histories."
+    )
+    shown = page.grid(map(page.figure, figures.values()))
+    return page.section("Which branch is trusted", f"<p>{note}</p>", shown)
+
+
+def _gate_figures(run: Run) -> dict[str, Figure]:
+    """By name, none without a gate."""
     gate = run.insights.get("gate")
     if not gate:
-        return ""
+        return {}
     words = {
         "by_layer": ("layer", "by layer"),
         "by_position": ("position in the history", "by position, 1 is the oldest item"),
         "by_popularity": ("how often training meets the item", "by how popular the item is"),
     }
-    figures = []
+    figures = {}
     for key, (x, caption) in words.items():
         table = gate[key]
         series = {name: [row[k] for row in table.values()] for k, name in enumerate(gate["branches"])}
         said = "; ".join(
             f"{bucket}: {_weights(gate['branches'], weights)}" for bucket, weights in table.items()
         )
-        figures.append(
-            page.figure(charts.shares(list(table), series, x), f"gate weights {caption}: {said}", caption)
-        )
-    note = (
-        "What the gate gives each branch, mean over channels: temporal is the Mamba block, frequency the "
-        "Fourier filter, semantic the text of the items. Taken from test histories."
-    )
-    return page.section("Which branch is trusted", f"<p>{note}</p>", page.grid(figures))
+        svg = charts.shares(list(table), series, x)
+        figures[f"gate_{key}"] = Figure(svg, f"gate weights {caption}: {said}", caption)
+    return figures
 
 
 def _weights(branches: Sequence[str], weights: Sequence[float]) -> str:
@@ -243,9 +273,18 @@ def _weights(branches: Sequence[str], weights: Sequence[float]) -> str:
 
 
 def _filter(run: Run) -> str:
+    figures = _filter_figures(run)
+    if not figures:
+        return ""
+    shown = page.grid(map(page.figure, figures.values()))
+    return page.section("What the filter hears", _gaps(run), shown)
+
+
+def _filter_figures(run: Run) -> dict[str, Figure]:
+    """By name, none without a filter that learns."""
     layers = run.insights.get("filter")
     if not layers:
-        return ""
+        return {}
     names = [f"layer {n}" for n in range(1, len(layers) + 1)]
     response = {
         name: (own["period"], own["lower"], own["median"], own["upper"])
@@ -262,19 +301,18 @@ def _filter(run: Run) -> str:
         f"{name} mostly {edges[k]:.3g} to {edges[k + 1]:.3g} events"
         for name, k in zip(names, strongest, strict=True)
     )
-    figures = [
-        page.figure(
+    return {
+        "filter_gain": Figure(
             charts.bands(response, "period, events", "gain"),
             f"gain of the filter by period, median and quartiles over channels: {said}",
             "frequency response: line the median channel, band the middle half",
         ),
-        page.figure(
+        "filter_periods": Figure(
             charts.steps(edges, found, "period, events", "share"),
             f"periods of the filter's modes, weighted by their gain: {heard}",
             "the periods found, weighted by how much of them passes",
         ),
-    ]
-    return page.section("What the filter hears", _gaps(run), page.grid(figures))
+    }
 
 
 def _gaps(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Markdown of a sweep's results: README's tables."""
+"""Markdown of a sweep's results: the tables of README and docs."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

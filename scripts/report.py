@@ -1,14 +1,15 @@
-"""Rebuild README's result tables and the plots from results/: python scripts/report.py.
+"""Rebuild the result tables and the plots from results/: python scripts/report.py.
 
 With run folders, python scripts/report.py RUN [RUN ...] [--output=FILE], pages are made instead: of one
-run its report.html again, of several one page that sets them side by side.
+run its report.html again, of several one page that sets them side by side. With --pictures=DIR the
+pictures of one run's gate and filter are written there as SVG files.
 
-Whatever stands between `<!-- results:NAME:TABLE -->` and `<!-- /results -->` in README.md is
-replaced by a table of results/NAME.yaml and results/NAME.csv. TABLE is one that the YAML names,
-`reported` (published numbers beside ours) or `buckets` (by popularity and length of history).
-With --check nothing is written, and the exit status is 1 if README.md would change. With --paired
-the paired tests of a sweep are made from its run folders, as results/NAME-paired.csv; those of runs
-that are not there stay as they are.
+Whatever stands between `<!-- results:NAME:TABLE -->` and `<!-- /results -->` in README.md and
+docs/results.md is replaced by a table of results/NAME.yaml and results/NAME.csv. TABLE is one that
+the YAML names, `reported` (published numbers beside ours) or `buckets` (by popularity and length of
+history). With --check nothing is written, and the exit status is 1 if a page would change. With
+--paired the paired tests of a sweep are made from its run folders, as results/NAME-paired.csv; those
+of runs that are not there stay as they are.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m2rec import paired
-from m2rec import report as page
+from m2rec import report as html
 from m2rec.command_line import Parser
 from m2rec.files import write_text
 from m2rec.plots import draw
@@ -28,6 +29,7 @@ from m2rec.sweeps import Sweep
 from m2rec.tables import bucket_tables, reported_table, result_table
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 START = "<!-- results:"
 END = "<!-- /results -->"
 MARKED = re.compile(rf"({START}([^:\s]+):([^:\s]+) -->)((?:(?!{START}).)*?)({END})", re.DOTALL)
@@ -55,33 +57,38 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "runs_shown", nargs="*", type=Path, metavar="RUN", help="folders of finished runs, for a page of them"
     )
     parser.add_argument("--output", type=Path, help="page of several runs; default: comparison.html")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if README.md would change"
-    )
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="folder for SVG files of one run")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page would change")
     parser.add_argument("--paired", metavar="NAME", help="make results/NAME-paired.csv from run folders")
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "runs" / "sweeps", help="folder of the sweeps' runs"
     )
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the sweeps")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the markers")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="files with the markers")
     options = parser.parse_args(arguments)
     shown = len(options.runs_shown)
     if shown and (options.check or options.paired):
         parser.error("RUN goes with neither --check nor --paired")
     if options.output and shown < 2:
         parser.error("--output is for the page of several runs")
+    if options.pictures and shown != 1:
+        parser.error("--pictures is for one run")
     options.output = options.output or Path("comparison.html")
     return options
 
 
 def show(options: argparse.Namespace) -> int:
-    """Write a page of one run or of several.
+    """Write a page of one run or of several, or pictures of one.
 
     Raises:
         ValueError: one is no finished run.
     """
     runs = options.runs_shown
-    print(page.write(runs[0]) if len(runs) == 1 else page.compare(runs, options.output))
+    if options.pictures:
+        for path in html.write_pictures(runs[0], options.pictures):
+            print(path)
+        return 0
+    print(html.write(runs[0]) if len(runs) == 1 else html.compare(runs, options.output))
     return 0
 
 
@@ -101,32 +108,31 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Write README.md and the plots, or only say whether README.md would change.
+    """Write the pages and the plots, or only say which pages would change.
 
     Raises:
-        ValueError: README.md, a marker or a result can't be used.
+        ValueError: a page, a marker or a result can't be used.
     """
     sweeps = {path.stem: Sweep.read(path) for path in sorted(options.results.glob("*.yaml"))}
     answers = {name: read_answers(sweep) for name, sweep in sweeps.items()}
-    old = options.readme.read_text(encoding="utf-8")
-    new = fill(old, sweeps, answers, options)
+    old = {page: page.read_text(encoding="utf-8") for page in options.pages}
+    new = {page: fill(page, text, sweeps, answers, options.results) for page, text in old.items()}
+    changed = [page for page in options.pages if new[page] != old[page]]
     if options.check:
-        if new != old:
-            print(f"{options.readme} is not what the results say; run python scripts/report.py")
-        return int(new != old)
-    if new != old:
-        write_text(options.readme, new)
-        print(options.readme)
+        for page in changed:
+            print(f"{page} is not what the results say; run python scripts/report.py")
+        return int(bool(changed))
+    for page in changed:
+        write_text(page, new[page])
+        print(page)
     for name, sweep in sweeps.items():
         for path in draw(sweep, answers[name]):
             print(path)
     return 0
 
 
-def fill(
-    text: str, sweeps: dict[str, Sweep], answers: dict[str, Answers], options: argparse.Namespace
-) -> str:
-    """The text with the table of each marker.
+def fill(page: Path, text: str, sweeps: dict[str, Sweep], answers: dict[str, Answers], results: Path) -> str:
+    """The text of a page with the table of each marker.
 
     Raises:
         ValueError: a marker is not closed, or names no sweep or no table.
@@ -134,32 +140,26 @@ def fill(
     if len(MARKED.findall(text)) != text.count(START) or text.count(START) != text.count(END):
         lone = re.search(rf"{START}[^\n]*|{END}", MARKED.sub("", text))
         shown = lone[0] if lone else START
-        raise ValueError(f"{options.readme}: {shown!r} is no pair of {START}NAME:TABLE --> and {END}")
+        raise ValueError(f"{page}: {shown!r} is no pair of {START}NAME:TABLE --> and {END}")
 
     def block(match: re.Match[str]) -> str:
         start, name, table, _, end = match.groups()
         if name not in sweeps:
-            raise ValueError(
-                f"{options.readme}: {start} has no sweep, there is no {options.results / name}.yaml"
-            )
-        return f"{start}\n\n{make_table(sweeps[name], answers[name], table, options)}\n\n{end}"
+            raise ValueError(f"{page}: {start} has no sweep, there is no {results / name}.yaml")
+        sweep = sweeps[name]
+        if table not in (known := [*sweep.tables, "reported", "buckets"]):
+            raise ValueError(f"{page}: {start} names no table; known: {', '.join(known)}")
+        return f"{start}\n\n{make_table(sweep, answers[name], table, results)}\n\n{end}"
 
     return MARKED.sub(block, text)
 
 
-def make_table(sweep: Sweep, answers: Answers, table: str, options: argparse.Namespace) -> str:
-    """The Markdown for one marker.
-
-    Raises:
-        ValueError: the sweep has no such table.
-    """
+def make_table(sweep: Sweep, answers: Answers, table: str, results: Path) -> str:
+    """The Markdown for one marker."""
     if table == "reported":
-        return reported_table(sweep, answers, read_reported(options.results / "reported.csv"))
+        return reported_table(sweep, answers, read_reported(results / "reported.csv"))
     if table == "buckets":
         return bucket_tables(sweep, answers)
-    if table not in sweep.tables:
-        known = ", ".join([*sweep.tables, "reported", "buckets"])
-        raise ValueError(f"{options.readme}: {START}{sweep.name}:{table} --> names no table; known: {known}")
     return result_table(sweep, answers, table)
 
 

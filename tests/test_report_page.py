@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from base64 import b64encode
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -113,6 +114,17 @@ def test_runs_side_by_side(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert str(namesake) in Page(out.read_text()).words
     assert script.main([str(folder), str(folder)]) == 2
     assert "a run is given twice" in capsys.readouterr().err
+
+
+def test_pictures_as_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert script.main([str(folder), f"--pictures={tmp_path / 'svg'}"]) == 0
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert set(written) == set((tmp_path / "svg").iterdir()) and len(written) == 5
+    page = report.write(folder).read_text()
+    for path in written:
+        assert b64encode(path.read_bytes()).decode() in page, path.name
+    assert script.main([str(folder), str(folder), "--pictures=x"]) == 2
+    assert "--pictures is for one run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--check"], ["--paired=x"], ["--output=x.html"]])

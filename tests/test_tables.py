@@ -1,4 +1,4 @@
-"""README's tables, cell by cell."""
+"""The tables of README and docs, cell by cell."""
 
 from collections.abc import Callable
 from pathlib import Path
