@@ -117,9 +117,11 @@ def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
 
 def _parse_value(value: str) -> Any:
     try:
-        return _read(value)
+        found = _read(value)
     except yaml.YAMLError:
         return value
+    opens_a_block = found == "" and value.strip() in ("|", ">")  # which on one line is always empty
+    return value if opens_a_block else found
 
 
 def as_text(value: Any) -> str:

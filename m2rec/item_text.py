@@ -53,7 +53,9 @@ class Part:
     after: str
 
 
-def read_texts(path: Path, id_column: str, columns: Sequence[str] | None, template: str = "") -> ItemTexts:
+def read_texts(
+    path: Path, id_column: str, columns: Sequence[str] | None, template: str = "", separator: str = "\t"
+) -> ItemTexts:
     """The text of every item that has one.
 
     Args:
@@ -70,14 +72,14 @@ def read_texts(path: Path, id_column: str, columns: Sequence[str] | None, templa
         raise ValueError(f"no item file {path}; its first line must name columns, such as item_id:token")
     if template and columns:
         raise ValueError("--columns: not together with --template, which names its own; leave one out")
-    header = atomic.read_header(path, "\t")
+    header = atomic.read_header(path, separator)
     parts = parse_template(template) if template else []
     wanted = [part.column for part in parts] or list(columns or [])
     for column in (id_column, *wanted):
         if column not in header:
             raise ValueError(f"{path}: column {column!r} is missing, the file has {', '.join(header)}")
     used = list(dict.fromkeys(wanted)) or [column for column in header if column != id_column]
-    frame = atomic.read_table(path, "\t", header).dropna(subset=[id_column]).fillna("")
+    frame = atomic.read_table(path, separator, header).dropna(subset=[id_column]).fillna("")
     twice = frame[id_column][frame[id_column].duplicated()]
     if len(twice):
         raise ValueError(f"{path}: item {twice.iloc[0]!r} comes twice, again in line {twice.index[0] + 2}")
@@ -152,17 +154,17 @@ def read_titles(path: Path, id_column: str, separator: str = "\t") -> dict[str, 
     return {token: title for token, title in titles if title}
 
 
-def items_of(path: Path, id_column: str) -> list[str] | None:
+def items_of(path: Path, id_column: str, separator: str = "\t") -> list[str] | None:
     """Every item token of NAME.inter, in order of appearance; None when there is no such file or column.
 
     Raises:
         ValueError: the file can't be read.
     """
-    if not path.is_file() or id_column not in (header := atomic.read_header(path, "\t")):
+    if not path.is_file() or id_column not in (header := atomic.read_header(path, separator)):
         return None
     try:
         chunks = pd.read_csv(
-            path, sep="\t", dtype=str, keep_default_na=False, na_values=[""], quoting=3,
+            path, sep=separator, dtype=str, keep_default_na=False, na_values=[""], quoting=3,
             encoding="utf-8-sig", usecols=[list(header).index(id_column)], chunksize=CHUNK,
         )  # fmt: skip
         found: dict[str, None] = {}

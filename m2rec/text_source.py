@@ -75,7 +75,9 @@ def _make(config: Config, encoder: str, tokens: Sequence[str]) -> None:
     with locked(folder):
         if text_file(config) is not None:
             return
-        texts = read_texts(_item_file(config), config["ITEM_ID_FIELD"], None)
+        texts = read_texts(
+            _item_file(config), config["ITEM_ID_FIELD"], None, separator=config["field_separator"]
+        )
         output = folder / f"{config['dataset']}{text_vectors.SUFFIX}"
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             made_by = Lsa() if encoder == LSA else TextEncoder(EncoderOptions(encoder, device=device.type))
@@ -111,7 +113,8 @@ def _warn_of_changes(file: Path, config: Config) -> None:
     template = about.get("template", "")
     try:
         columns = None if template else about["columns"].split(" ")
-        now = read_texts(items, config["ITEM_ID_FIELD"], columns, template).sha256()
+        id_column, separator = config["ITEM_ID_FIELD"], config["field_separator"]
+        now = read_texts(items, id_column, columns, template, separator).sha256()
     except (ValueError, OSError, LookupError) as error:
         logger.warning("%s can't be compared with %s: %s", file, items, error)
         return

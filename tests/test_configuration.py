@@ -171,6 +171,7 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str, message: str):
 def test_arguments_are_yaml_and_never_evaluated():
     values = parse_arguments(
         ["--a=3", "--b=1e-3", "--c=[1, x]", "--d=~", "--e=__import__('os').getcwd()", "--f=a=b"]
+        + ["--g=|", "--h=''"]
     )
     assert values == {
         "a": 3,
@@ -179,6 +180,8 @@ def test_arguments_are_yaml_and_never_evaluated():
         "d": None,
         "e": "__import__('os').getcwd()",
         "f": "a=b",
+        "g": "|",
+        "h": "",
     }
     config = build_config({"data_path": "__import__('os').getcwd()", "dataset": "x"})
     assert config["data_path"] == "__import__('os').getcwd()/x"

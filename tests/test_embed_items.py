@@ -273,3 +273,16 @@ def test_mistakes(items: Path, capsys: pytest.CaptureFixture[str], arguments: li
 def test_a_data_set_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert embed_items.main(["--dataset=gone", f"--data_path={tmp_path}"]) == 2
     assert "no item file" in capsys.readouterr().err
+
+
+def test_files_with_another_separator(items: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(items, "--text-encoder=lsa") == 0
+    tokens, vectors, about = made(items)
+    items.write_text(ITEMS.replace("\t", "|"))
+    (items.parent / "toy.inter").write_text("item_id:token|user_id:token\n1|a\n2|a\n")
+    assert run(items, "--text-encoder=lsa", "--separator=|", "--force") == 0
+    again, same, now = made(items)
+    assert again == tokens and torch.equal(same, vectors)
+    assert now["texts_sha256"] == about["texts_sha256"]
+    assert run(items, "--text-encoder=lsa", "--separator=||") == 2
+    assert "--separator: '||' is not one character" in capsys.readouterr().err

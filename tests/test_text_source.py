@@ -55,6 +55,14 @@ def test_missing_vectors_are_made_from_the_item_file(
     assert (toy / FILE).stat().st_mtime_ns == made
 
 
+def test_files_with_another_separator(toy: Path, items: Path, tmp_path: Path):
+    for path in (items, toy / "toy" / "toy.inter"):
+        path.write_text(path.read_text().replace("\t", "|"))
+    assert trained(toy, tmp_path, field_separator="|") == 0
+    text = text_of_run(tmp_path)
+    assert text and text["matched"] == 12
+
+
 def test_a_language_model_makes_them(toy: Path, items: Path, tmp_path: Path):
     pytest.importorskip("transformers")
     encoder = save_model(tmp_path / "encoder", "bert")
