@@ -50,17 +50,19 @@ def read_header(path: Path, separator: str) -> dict[str, str]:
 def require_column(path: Path, header: dict[str, str], key: str, name: str, kind: str) -> None:
     """Check that the column which the setting `key` names is there and has the right type."""
     if name not in header:
-        hint = (
-            "; its columns are not separated by tabs"
-            if len(header) == 1 and "," in next(iter(header))
-            else ""
-        )
         raise ValueError(
-            f"{path}: column {name!r} ({key}) is missing, the file has {', '.join(header)}{hint}; "
-            f"add it or set {key}"
+            f"{path}: column {name!r} ({key}) is missing, the file has {', '.join(header)}"
+            f"{separator_hint(header)}; add it or set {key}"
         )
     if header[name] != kind:
         raise ValueError(f"{path}: column {name!r} ({key}) is {header[name]!r}; it must be {kind!r}")
+
+
+def separator_hint(header: dict[str, str]) -> str:
+    """For the end of an error, if the file seems to have another separator than was said; else empty."""
+    (first, *others) = header
+    found = next((mark for mark in ",|;\t" if mark in first), None)
+    return f" (field_separator: {found!r} seems to stand between its columns)" if found and not others else ""
 
 
 def read_table(path: Path, separator: str, header: dict[str, str]) -> pd.DataFrame:

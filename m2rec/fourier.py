@@ -63,7 +63,8 @@ class CausalFilter(nn.Module):
         """As `forward` for each row's last position alone: x (B, L, D), lengths (B,) -> (B, D)."""
         kernel = self.kernel(x.shape[1]).flip(1)
         heard = _push_to_the_end(x, lengths).to(kernel.dtype)
-        return torch.einsum("bld,dl->bd", heard, kernel).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # as the FFT, which stays in float32
+            return torch.einsum("bld,dl->bd", heard, kernel).to(x.dtype)
 
     def advance(
         self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None

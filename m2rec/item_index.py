@@ -40,17 +40,13 @@ class ItemIndex:
             raise ValueError("index: there are no items")
         lists = max(1, min(round(_CENTRES * math.sqrt(n_items)), n_items // _PER_CENTRE))
         self._index = faiss.index_factory(width, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-        self._index.cp.max_points_per_centroid = _SAMPLE
+        self._index.cp.min_points_per_centroid, self._index.cp.max_points_per_centroid = 1, _SAMPLE
         self.lists = lists
-        self.search_lists(0)
+        self.set_probes(0)
         self._index.train(_rows(table))
         self._index.add(_rows(table))
 
-    def __len__(self) -> int:
-        """V."""
-        return 1 + int(self._index.ntotal)
-
-    def search_lists(self, probes: int) -> None:
+    def set_probes(self, probes: int) -> None:
         """How many lists are searched, the more the better and the slower; 0 for one in 16."""
         self._index.nprobe = min(probes or -(-self.lists // _SHARE), self.lists)
 
@@ -59,15 +55,14 @@ class ItemIndex:
         faiss = _faiss()
         longer = object.__new__(ItemIndex)
         longer._index, longer.lists = faiss.clone_index(self._index), self.lists
-        if len(table) > len(self):
-            longer._index.add(_rows(table, len(self)))
+        if len(table) > (known := 1 + longer._index.ntotal):
+            longer._index.add(_rows(table, known))
         return longer
 
     def find(self, x: Tensor, n: int) -> Tensor:
-        """x: (B, D) -> ids (B, n) of items with high scores, best first; -1 where there are no more."""
+        """x: (B, D) -> ids (B, n) of items with high scores, best first; 0 where the lists hold no more."""
         _, found = self._index.search(x.detach().float().cpu().contiguous().numpy(), n)
-        ids = torch.from_numpy(found)
-        return torch.where(ids < 0, ids, ids + 1)
+        return torch.from_numpy(found) + 1
 
 
 def _rows(table: Tensor, start: int = 1) -> Any:

@@ -77,7 +77,8 @@ def read_texts(
     wanted = [part.column for part in parts] or list(columns or [])
     for column in (id_column, *wanted):
         if column not in header:
-            raise ValueError(f"{path}: column {column!r} is missing, the file has {', '.join(header)}")
+            hint = atomic.separator_hint(header)
+            raise ValueError(f"{path}: column {column!r} is missing, the file has {', '.join(header)}{hint}")
     used = list(dict.fromkeys(wanted)) or [column for column in header if column != id_column]
     frame = atomic.read_table(path, separator, header).dropna(subset=[id_column]).fillna("")
     twice = frame[id_column][frame[id_column].duplicated()]

@@ -92,7 +92,42 @@ def best_items(
     return top.values, items.gather(1, top.indices)
 
 
+def best_among(
+    x: Tensor,
+    table: Tensor,
+    k: int,
+    adjustments: Adjustments,
+    pools: Tensor,
+    excluded: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `best_items`, where each history has a pool of its own, small beside the catalogue.
+
+    Args:
+        x, table, k, adjustments, excluded: as there.
+        pools: (B, P), ids in any order, also twice; 0 for none.
+
+    Returns:
+        Scores and ids (B, min(k, P)); minus infinity where nothing is left.
+    """
+    items = pools.sort(dim=1).values
+    scores = torch.bmm(table[items], x[:, :, None])[..., 0]
+    first = torch.arange(len(x), device=x.device)[:, None] * len(table)
+    keys = (first + items).flatten()  # ascending over all rows
+    wanted = adjustments.rows * len(table) + adjustments.items
+    places = _places(keys, wanted)
+    there = places >= 0
+    values = adjustments.values[there].to(scores.dtype)
+    scores.view(-1).index_put_((places[there],), values, accumulate=True)
+    again = torch.zeros_like(items, dtype=torch.bool)
+    again[:, 1:] = items[:, 1:] == items[:, :-1]
+    nobody = again | (items == 0)
+    if excluded is not None:
+        nobody |= torch.isin(items, excluded)
+    top = scores.masked_fill_(nobody, -torch.inf).topk(min(k, items.shape[1]))
+    return top.values, items.gather(1, top.indices)
+
+
 def _places(pool: Tensor, items: Tensor) -> Tensor:
-    """Where items stand in the pool, -1 where they don't."""
+    """Where items first stand in the ascending pool, -1 where they don't."""
     places = torch.searchsorted(pool, items).clamp(max=len(pool) - 1)
     return torch.where(pool[places] == items, places, -1)

@@ -20,7 +20,7 @@ from m2rec import export, history_files, questions, session, text_vectors, train
 from m2rec.history_files import Ranked
 from m2rec.item_index import ItemIndex
 from m2rec.questions import Remarks
-from m2rec.ranking import Adjustments, best_items
+from m2rec.ranking import Adjustments, best_among, best_items
 from m2rec.session import Memory
 from m2rec.trained import Trained
 
@@ -31,8 +31,8 @@ _BATCH = 1024
 _POSITIONS = {"cpu": 2**13}
 _POSITIONS_ELSEWHERE = 2**18
 
-# an index is not asked for more than one in so many items
-_WORTH = 8
+# an index is asked for so many items at most, and for one in so many of all; for that many in one go
+_MOST, _WORTH, _AT_ONCE = 4096, 8, 2**18
 
 
 class Recommendation(NamedTuple):
@@ -389,12 +389,14 @@ class Recommender:
     def use_index(self, probes: int = 0) -> None:
         """Rank by an index from now on, for catalogues so large that scoring all items takes too long.
 
-        Only the lists of items nearest to a history are looked at, so some of the best are missed;
-        `recall` says how many are found. Candidates are still ranked exactly, and so is where so much
-        is left out that little would be saved.
+        Worth it from some hundred thousand items on. Only the lists of items nearest to a history are
+        looked at, so some of the best are missed; `recall` says how many are found. What the index
+        can't answer is still ranked exactly: candidates, and histories so long, or so much to leave
+        out, that little would be saved. `save` does not keep it.
 
         Args:
-            probes: lists that are looked at for each history, of about 4 sqrt(V); 0 for one in 16.
+            probes: lists that are looked at for each history, of about 4 sqrt(V), but at most V / 39;
+                0 for one in 16.
 
         Raises:
             ValueError: faiss is not installed, or probes is not a whole number from 0.
@@ -403,10 +405,12 @@ class Recommender:
             raise ValueError(f"probes: {probes!r} is not a whole number from 0")
         if self._index is None:
             self._index = ItemIndex(self._model.table)
-        self._index.search_lists(probes)
+        self._index.set_probes(probes)
 
     def recall(self, histories: Iterable[Iterable[str]], k: int = 10) -> float:
-        """The share of each history's best k items that the index finds, mean over the histories.
+        """The share of each history's best k items that are found with the index, mean over the histories.
+
+        What is ranked exactly in spite of the index counts as found; empty histories don't count.
 
         Raises:
             ValueError: there is no index (`use_index`), or no history; see also `recommend`.
@@ -414,12 +418,12 @@ class Recommender:
         if self._index is None:
             raise ValueError("recall: there is no index; call use_index first")
         exact = Recommender(self._model, self.whole_history)
-        asked = [questions.listed(history) for history in histories]
+        asked = [history for history in map(questions.listed, histories) if history]
         pairs = zip(self.recommend_batch(asked, k), exact.recommend_batch(asked, k), strict=True)
-        shares = [len({i.item for i in ours} & {i.item for i in best}) / len(best) for ours, best in pairs]
-        if not shares:
-            raise ValueError("recall: no histories; give one at least")
-        return sum(shares) / len(shares)
+        found = [({i.item for i in ours}, {i.item for i in best}) for ours, best in pairs if best]
+        if not found:
+            raise ValueError("recall: no history that anything can be recommended after; give one at least")
+        return sum(len(ours & best) / len(best) for ours, best in found) / len(found)
 
     def export(self, path: str | Path, batch_size: int = 1) -> None:
         """Write a torch.export program that PyTorch runs without this package, and compare it.
@@ -481,29 +485,43 @@ class Recommender:
     ) -> list[list[Recommendation]]:
         """The best items for vectors (B, D) of histories that hold these items."""
         hidden = seen if exclude_seen else [()] * len(seen)
-        nearest = self._nearest(model, vectors, k, seen, choice)
-        if nearest is None:
-            adjustments = self._adjustments(model, counted, hidden)
-            found = best_items(vectors, model.table, k, adjustments, *choice)
-            return [_named(model, *row) for row in zip(*(part.tolist() for part in found), strict=True)]
-        best = []
-        for row, near in enumerate(nearest):
-            adjustments = self._adjustments(model, [counted[row]], [hidden[row]])
-            pool = torch.cat([near[near > 0], torch.tensor([*counted[row]], dtype=torch.int64)]).unique()
-            pool = pool.to(model.table.device)
-            found = best_items(vectors[[row]], model.table, k, adjustments, pool, choice.excluded)
-            best.append(_named(model, *(part[0].tolist() for part in found)))
-        return best
+        best: dict[int, list[Recommendation]] = {}
 
-    def _nearest(
+        def keep(rows: Sequence[int], found: tuple[Tensor, Tensor]) -> None:
+            for row, scores, items in zip(rows, *(part.tolist() for part in found), strict=True):
+                best[row] = _named(model, scores, items)
+
+        def adjustments(rows: Sequence[int]) -> Adjustments:
+            return self._adjustments(model, [counted[row] for row in rows], [hidden[row] for row in rows])
+
+        for rows, near in self._near(model, vectors, k, seen, choice):
+            own = [torch.tensor([*counted[row]], dtype=torch.int64) for row in rows]
+            pools = torch.cat([near, nn.utils.rnn.pad_sequence(own, batch_first=True)], dim=1)
+            pools = pools.to(model.table.device)
+            keep(rows, best_among(vectors[rows], model.table, k, adjustments(rows), pools, choice.excluded))
+        if rest := [row for row in range(len(seen)) if row not in best]:
+            keep(rest, best_items(vectors[rest], model.table, k, adjustments(rest), *choice))
+        return [best[row] for row in range(len(seen))]
+
+    def _near(
         self, model: Trained, vectors: Tensor, k: int, seen: Sequence[Collection[int]], choice: _Choice
-    ) -> Tensor | None:
-        """Ids (B, n) from the index, k even without all that were seen; None where to score all is better."""
-        if self._index is None or choice.pool is not None or len(self._index) != len(model.table):
-            return None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Rows that the index can serve, with ids (B, n) enough for k even without all that were seen."""
+        if self._index is None or choice.pool is not None or model is not self._model:
+            return
         left_out = 0 if choice.excluded is None else len(choice.excluded)
-        n = k + left_out + max(map(len, seen))
-        return self._index.find(vectors, n) if n <= len(model.table) // _WORTH else None
+        needs: dict[int, list[int]] = {}
+        for row, items in enumerate(seen):
+            need = 1 << (k + left_out + len(items) - 1).bit_length()  # few different ones
+            if need <= min(_MOST, len(model.table) // _WORTH):
+                needs.setdefault(need, []).append(row)
+        for need, rows in needs.items():
+            for start in range(0, len(rows), size := max(1, _AT_ONCE // need)):
+                part = rows[start : start + size]
+                ids = self._index.find(vectors[part], need)
+                whole = (ids > 0).all(1)
+                if whole.any():
+                    yield [row for row, full in zip(part, whole.tolist(), strict=True) if full], ids[whole]
 
     def _adjustments(
         self, model: Trained, counted: Sequence[Collection[int]], hidden: Sequence[Collection[int]]
@@ -524,7 +542,9 @@ class Recommender:
             vectors[row] = memory.vector[0]
         device = model.table.device
         at_once = _POSITIONS.get(device.type, _POSITIONS_ELSEWHERE)
-        for short in _similar([len(row) if len(row) <= model.max_length else 0 for row in ids], at_once):
+        for short in _of_similar_length(
+            [len(row) if len(row) <= model.max_length else 0 for row in ids], at_once
+        ):
             lengths = torch.tensor([len(ids[row]) for row in short])
             own = [torch.tensor(ids[row]) for row in short]
             items = nn.utils.rnn.pad_sequence(own, batch_first=True)
@@ -628,7 +648,7 @@ class Session:
         return session.to_bytes(self._memory, self.recommender._model)
 
 
-def _similar(lengths: Sequence[int], at_once: int) -> Iterator[list[int]]:
+def _of_similar_length(lengths: Sequence[int], at_once: int) -> Iterator[list[int]]:
     """Places of rows of similar length, at most `at_once` positions with padding; none of length 0."""
     group: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):

@@ -115,11 +115,16 @@ def write_pictures(folder: Path, into: Path) -> list[Path]:
         filter_gain.svg and filter_periods.svg, fewer where the model has no such part.
 
     Raises:
-        ValueError: it is no finished run, or one of its files is not as a run leaves it.
+        ValueError: it is no finished run, its model has neither, or one of its files is not as a run
+            leaves it.
     """
     with _readable(folder):
         run = Run.read(folder)
         figures = {**_gate_figures(run), **_filter_figures(run)}
+    if not figures:
+        raise ValueError(
+            f"{folder}: its model has neither a gate nor a filter that learns, or it has no insights"
+        )
     into.mkdir(parents=True, exist_ok=True)
     for name, shown in figures.items():
         write_text(into / f"{name}.svg", shown.svg.decode())

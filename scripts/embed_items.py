@@ -53,7 +53,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     text = parser.add_argument_group("text")
     add = text.add_argument
     add("--id-column", default="item_id", help="column of the item token")
-    add("--separator", default="\t", help="between columns, of one character; tab by default")
+    add("--separator", default=r"\t", help=r"between columns, as field_separator; \t, a tab, by default")
     add("--columns", nargs="+", help="columns to join, in order; all by default")
     add("--template", default="", help="instead: 'title: {title}; genre: {genre}', without what is empty")
     model = parser.add_argument_group("model")
@@ -88,16 +88,17 @@ def embed(options: argparse.Namespace) -> Path:
     name = options.dataset
     folder = data_folder(Path(options.data_path), name)
     output = Path(options.output or Path(options.data_path) / name / f"{name}{text_vectors.SUFFIX}")
-    if len(options.separator) != 1:
-        raise ValueError(f"--separator: {options.separator!r} is not one character")
-    known = items_of(folder / f"{name}.inter", options.id_column, options.separator)
+    if not options.separator:
+        raise ValueError("--separator: empty; give what stands between columns")
+    separator = options.separator.replace(r"\t", "\t")
+    known = items_of(folder / f"{name}.inter", options.id_column, separator)
     output.parent.mkdir(parents=True, exist_ok=True)
     with locked(output.parent):  # a run that finds none would make its own
         if options.vectors or options.ids:
             make_vectors.from_file(output, vector_file(options), known, options.force)
             return output
         file, columns = folder / f"{name}.item", options.columns
-        items = read_texts(file, options.id_column, columns, options.template, options.separator)
+        items = read_texts(file, options.id_column, columns, options.template, separator)
         make_vectors.from_texts(output, items, encoder_of(options, output), known, options.force)
     return output
 

@@ -92,6 +92,7 @@ def measure(given: dict[str, Any], share: float) -> dict[str, Any]:
     write_without(data, config["dataset"], histories, taken, tokens)
     without = {
         "data_path": str(data),
+        "field_separator": "\t",
         "text_vectors": str(file.resolve()),
         "user_inter_num_interval": "[0,inf)",
         "item_inter_num_interval": "[0,inf)",

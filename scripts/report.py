@@ -64,15 +64,18 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--runs", type=Path, default=ROOT / "runs" / "sweeps", help="folder of the sweeps' runs"
     )
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the sweeps")
-    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="files with the markers")
+    parser.add_argument(
+        "--page", type=Path, action="append", help="file with markers; README.md and docs/results.md"
+    )
     options = parser.parse_args(arguments)
     shown = len(options.runs_shown)
-    if shown and (options.check or options.paired):
-        parser.error("RUN goes with neither --check nor --paired")
+    if shown and (options.check or options.paired or options.page):
+        parser.error("RUN goes with none of --check, --paired and --page")
     if options.output and shown < 2:
         parser.error("--output is for the page of several runs")
     if options.pictures and shown != 1:
         parser.error("--pictures is for one run")
+    options.page = options.page or PAGES
     options.output = options.output or Path("comparison.html")
     return options
 
@@ -115,9 +118,9 @@ def report(options: argparse.Namespace) -> int:
     """
     sweeps = {path.stem: Sweep.read(path) for path in sorted(options.results.glob("*.yaml"))}
     answers = {name: read_answers(sweep) for name, sweep in sweeps.items()}
-    old = {page: page.read_text(encoding="utf-8") for page in options.pages}
+    old = {page: page.read_text(encoding="utf-8") for page in options.page}
     new = {page: fill(page, text, sweeps, answers, options.results) for page, text in old.items()}
-    changed = [page for page in options.pages if new[page] != old[page]]
+    changed = [page for page in options.page if new[page] != old[page]]
     if options.check:
         for page in changed:
             print(f"{page} is not what the results say; run python scripts/report.py")

@@ -170,8 +170,7 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str, message: str):
 
 def test_arguments_are_yaml_and_never_evaluated():
     values = parse_arguments(
-        ["--a=3", "--b=1e-3", "--c=[1, x]", "--d=~", "--e=__import__('os').getcwd()", "--f=a=b"]
-        + ["--g=|", "--h=''"]
+        "--a=3 --b=1e-3 --c=[1,x] --d=~ --e=__import__('os').getcwd() --f=a=b --g=| --h=''".split()
     )
     assert values == {
         "a": 3,

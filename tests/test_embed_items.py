@@ -284,5 +284,7 @@ def test_files_with_another_separator(items: Path, capsys: pytest.CaptureFixture
     again, same, now = made(items)
     assert again == tokens and torch.equal(same, vectors)
     assert now["texts_sha256"] == about["texts_sha256"]
-    assert run(items, "--text-encoder=lsa", "--separator=||") == 2
-    assert "--separator: '||' is not one character" in capsys.readouterr().err
+    assert run(items, "--text-encoder=lsa", "--force") == 2
+    assert "(field_separator: '|' seems to stand between its columns)" in capsys.readouterr().err
+    assert run(items, "--text-encoder=lsa", "--separator=") == 2
+    assert "--separator: empty" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from m2rec.encoder import Encoder, similar_lengths
+from m2rec.fourier import CausalFilter
 from m2rec.settings import ModelSettings
 from m2rec.text import TextProjection
 
@@ -82,6 +83,13 @@ def test_the_last_positions_alone_equal_those_of_the_whole_pass(settings: dict[s
     made, (items, lengths) = encoder(**settings).double(), histories(1, L, 7, 2)
     whole = made(items, lengths)[torch.arange(4), lengths - 1]
     torch.testing.assert_close(made.last(items, lengths), whole)
+
+
+def test_autocast_does_not_reach_the_filter_of_the_last_position():
+    made, x, lengths = CausalFilter(16, 3, L), torch.randn(3, L, 16), torch.tensor([1, L, 7])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        last, whole = made.last(x, lengths), made(x)[torch.arange(3), lengths - 1]
+    torch.testing.assert_close(last, whole)
 
 
 @every_form

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from m2rec import ranking
-from m2rec.ranking import Adjustments, best_items
+from m2rec.ranking import Adjustments, best_among, best_items
 
 V, D = 103, 8
 
@@ -64,3 +64,21 @@ def test_nothing_to_choose_from(table: Tensor):
     none = torch.empty(0, dtype=torch.int64)
     values, items = best_items(torch.randn(2, D), table, 3, Adjustments([()], [()], 0.0, table.device), none)
     assert values.shape == items.shape == (2, 0)
+
+
+@pytest.mark.parametrize("raise_by", [-3.0, 0.0, 3.0])
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_pools_of_their_own_as_one_history_at_a_time(table: Tensor, raise_by: float, k: int):
+    x = torch.randn(4, D)
+    raised, hidden = [{1, 2, 50}, set(), {102}, {7}], [{2, 7}, {60, 102}, set(), {7}]
+    pools = torch.tensor([[50, 2, 2, 99, 1], [102, 60, 5, 5, 0], [102, 9, 8, 3, 1], [7, 7, 0, 0, 0]])
+    excluded = torch.tensor([3, 99])
+    adjustments = Adjustments(raised, hidden, raise_by, table.device)
+    values, items = best_among(x, table, k, adjustments, pools, excluded)
+    for row in range(4):
+        own = Adjustments([raised[row]], [hidden[row]], raise_by, table.device)
+        pool = pools[row][pools[row] > 0].unique()
+        best, places = best_items(x[[row]], table, k, own, pool, excluded)
+        found, there = values[row] > -torch.inf, best[0] > -torch.inf
+        torch.testing.assert_close(values[row][found], best[0][there])
+        assert torch.equal(items[row][found], places[0][there])

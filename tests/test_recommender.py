@@ -449,14 +449,44 @@ def large() -> Recommender:
 @pytest.mark.parametrize("exclude_seen", [True, False])
 def test_an_index_that_looks_everywhere_misses_nothing(large: Recommender, exclude_seen: bool):
     histories = [["i1", "i2", "i1"], [], [f"i{k}" for k in range(50)], ["i3999"]]
-    exact = list(large.recommend_batch(histories, 10, exclude_seen, exclude=["i7", "i8"]))
+    best = [item.item for item in large.recommend(histories[0])]
+
+    def ranked(**given: Any) -> list[list[Any]]:
+        return list(large.recommend_batch(histories, 10, exclude_seen, **given))
+
+    exact = ranked(), ranked(exclude=best)
     large.use_index(probes=10_000)
-    found = list(large.recommend_batch(histories, 10, exclude_seen, exclude=["i7", "i8"]))
-    for ours, best in zip(found, exact, strict=True):
-        assert [item.item for item in ours] == [item.item for item in best]
-        assert [item.score for item in ours] == pytest.approx([item.score for item in best], rel=1e-5)
+    for found, expected in zip((ranked(), ranked(exclude=best)), exact, strict=True):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert [item.item for item in ours] == [item.item for item in theirs] and len(ours) == 10
+            assert [item.score for item in ours] == pytest.approx([i.score for i in theirs], rel=1e-5)
     assert large.recall(histories) == 1
-    assert not exclude_seen or "i1" not in {item.item for item in found[0]}
+
+
+def test_what_the_lists_do_not_hold_is_ranked_exactly(large: Recommender):
+    exact = large.recommend(["i1"], k=200)
+    large.use_index(probes=1)
+    assert large.recommend(["i1"], k=200) == exact and len(exact) == 200
+    assert large.recommend(["i1"], k=5000) and len(large.recommend(["i1"], k=5000)) == 3999
+
+
+def test_with_an_index_a_ranking_does_not_depend_on_who_else_asks(large: Recommender):
+    large.use_index(probes=2)
+    short, long = ["i1", "i2"], [f"i{k}" for k in range(600)]
+    together = list(large.recommend_batch([short, long, [*short, "i3"]], 10))
+    for history, found in zip([short, long, [*short, "i3"]], together, strict=True):
+        alone = large.recommend(history)
+        assert [item.item for item in found] == [item.item for item in alone]
+
+
+def test_a_seen_item_that_the_index_does_not_find_keeps_its_bias(large: Recommender):
+    bias = large._model.encoder.repeat_bias
+    assert bias is not None
+    bias.data.fill_(1000.0)
+    large.use_index(probes=1)
+    for k in range(20):
+        best = large.recommend([f"i{k}", f"i{k + 1}"], k=2, exclude_seen=False)
+        assert {item.item for item in best} == {f"i{k}", f"i{k + 1}"}
 
 
 def test_an_index_finds_more_the_more_it_looks_at(large: Recommender):
@@ -470,14 +500,20 @@ def test_an_index_finds_more_the_more_it_looks_at(large: Recommender):
 
 
 def test_an_index_takes_new_items(folder: Path, vectors: Path, monkeypatch: pytest.MonkeyPatch):
+    recommender, exact = Recommender.load(folder), Recommender.load(folder)
+    recommender.use_index()
+    for one in (recommender, exact):
+        one.add_items(["new"], raw(vectors, "new"))
+
+    def never(*_: object) -> None:
+        raise AssertionError("ranked without the index")
+
     monkeypatch.setattr("m2rec.recommender._WORTH", 1)
-    recommender = Recommender.load(folder)
-    recommender.use_index(probes=10)
-    recommender.add_items(["new"], raw(vectors, "new"))
-    exact = Recommender.load(folder)
-    exact.add_items(["new"], raw(vectors, "new"))
-    for own, other in zip(recommender.recommend(["i1"], k=8), exact.recommend(["i1"], k=8), strict=True):
-        assert (own.item, own.score) == (other.item, pytest.approx(other.score, rel=1e-5))
+    best = exact.recommend(["i1"], k=15)
+    monkeypatch.setattr("m2rec.recommender.best_items", never)
+    found = recommender.recommend(["i1"], k=15)
+    assert [item.item for item in found] == [item.item for item in best]
+    assert "new" in {item.item for item in found}
 
 
 def test_questions_to_an_index_that_have_no_answer(large: Recommender, monkeypatch: pytest.MonkeyPatch):
@@ -487,8 +523,20 @@ def test_questions_to_an_index_that_have_no_answer(large: Recommender, monkeypat
         with pytest.raises(ValueError, match=f"probes: {probes} is not a whole number from 0"):
             large.use_index(probes)  # type: ignore[arg-type]
     large.use_index()
-    with pytest.raises(ValueError, match=r"recall: no histories"):
+    with pytest.raises(ValueError, match=r"recall: no history that anything"):
         large.recall([])
+    with pytest.raises(ValueError, match=r"recall: no history that anything"):
+        large.recall([[], large.tokens[1:]])
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match=r"index: faiss is not installed; pip install faiss-cpu"):
         Recommender(large._model).use_index()
+
+
+def test_histories_of_all_lengths_in_any_order(large: Recommender, monkeypatch: pytest.MonkeyPatch):
+    histories = [[f"i{k}" for k in range(n)] for n in (3, 1, 12, 1, 40, 7, 12, 2)]
+    alone = [large.recommend(history) for history in histories]
+    for at_once in (1, 12, 24, 1000):
+        monkeypatch.setattr("m2rec.recommender._POSITIONS", {"cpu": at_once})
+        for found, own in zip(large.recommend_batch(histories, 10), alone, strict=True):
+            assert [item.item for item in found] == [item.item for item in own]
+            assert [item.score for item in found] == pytest.approx([i.score for i in own], abs=1e-5)

@@ -23,7 +23,7 @@ def call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tu
         path = tmp_path / "README.md"
         if readme is not None:
             path.write_text(readme, encoding="utf-8")
-        status = report.main([f"--pages={path}", f"--results={tmp_path / 'results'}", *arguments])
+        status = report.main([f"--page={path}", f"--results={tmp_path / 'results'}", *arguments])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -125,6 +125,10 @@ def test_pictures_as_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         assert b64encode(path.read_bytes()).decode() in page, path.name
     assert script.main([str(folder), str(folder), "--pictures=x"]) == 2
     assert "--pictures is for one run" in capsys.readouterr().err
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    (other / "insights.json").unlink()
+    assert script.main([str(other), f"--pictures={tmp_path / 'none'}"]) == 2
+    assert "has neither a gate nor a filter" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--check"], ["--paired=x"], ["--output=x.html"]])

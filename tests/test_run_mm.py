@@ -285,7 +285,7 @@ HEADER = "user_id:token\titem_id:token\ttimestamp:float"
             ["--item_inter_num_interval=[5,inf)"],
             "left after filtering (1 users, 1 items",
         ),
-        (HEADER.replace("\t", ","), [], "columns are not separated by tabs"),
+        (HEADER.replace("\t", ","), [], "(field_separator: ',' seems to stand between its columns)"),
         (None, ["--load_col={inter: [user_id]}"], "load_col: 'item_id' (ITEM_ID_FIELD) is left out"),
         (None, ["--load_col={inter: [user_id, item_id, timestamp, x]}"], "toy.inter has no column 'x'"),
         (None, ["--threshold={timestamp: 3}"], "dataset: RecBole can't prepare 'toy' with these keys ("),
