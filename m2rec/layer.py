@@ -66,7 +66,10 @@ class Layer(nn.Module):
     def last(
         self, x: Tensor, items: Tensor, lengths: Tensor, vectors: Tensor | None, available: Tensor | None
     ) -> Tensor:
-        """As `forward` for each row's last position alone, (B, D), which costs less where a part can."""
+        """As `forward` for each row's last position alone, (B, D).
+
+        Mamba-2 and the causal filter then work on one position; the other parts run over all.
+        """
         if isinstance(self.mixer, Mamba2):
             outputs = [self.mixer.last(x, lengths)]
         else:

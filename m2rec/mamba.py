@@ -209,7 +209,7 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """x, z: (B, L, E) -> (B, L, E)."""
+        """x, z: (..., E) -> (..., E)."""
         gated = (x * F.silu(z)).to(self.weight.dtype)
         return F.rms_norm(gated, self.weight.shape, self.weight, self.eps).to(x.dtype)
 

@@ -71,7 +71,7 @@ class Trained:
 
     @cached_property
     def ready(self) -> Encoder:
-        """The network for use, with each item's text projected once."""
+        """The network for use, with each item's text projected once; made when it is first asked for."""
         return self.encoder.projected(self.table)
 
     @cached_property
