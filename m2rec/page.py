@@ -26,7 +26,7 @@ th:first-child, .words th, .words td { text-align: left; }
 .words td { min-width: 8rem; }
 pre { background: var(--soft); padding: .6rem; border-radius: .4rem; white-space: pre-wrap; }
 article { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem 1rem; }
-article ol { margin: .2rem 0; padding-left: 1.4rem; }
+article ol { margin: .2rem 0; padding-left: 2.6rem; }
 .hit { font-weight: 600; color: var(--strong); }
 """
 
