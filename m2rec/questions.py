@@ -56,14 +56,16 @@ def to_ids(
     Raises:
         ValueError: a token that nobody knows.
     """
-    known = [is_known(ids, token) for token in tokens]
-    if not all(known):
-        first = tokens[known.index(False)]
-        if skipped is None:
-            text = "" if isinstance(first, str) else "; tokens are texts"
-            raise ValueError(f"{what}: the model knows no item {first!r}{text}")
-        skipped.unknown += known.count(False)
-        skipped.first = skipped.first or repr(first)
+    try:
+        return [ids[token] for token in tokens]
+    except (KeyError, TypeError):  # one is unknown, or no text
+        known = [is_known(ids, token) for token in tokens]
+    first = tokens[known.index(False)]
+    if skipped is None:
+        text = "" if isinstance(first, str) else "; tokens are texts"
+        raise ValueError(f"{what}: the model knows no item {first!r}{text}")
+    skipped.unknown += known.count(False)
+    skipped.first = skipped.first or repr(first)
     return [ids[token] for token, there in zip(tokens, known, strict=True) if there]
 
 
