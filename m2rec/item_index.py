@@ -8,7 +8,9 @@ B, D    histories, model width
 V       items including padding
 """
 
+import copy
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,11 @@ _SHARE = 16  # of the lists one in so many is searched
 
 # items from which a centre is learned, so that a million items are indexed in seconds
 _SAMPLE = 64
+
+# so many items are asked for at most, and one in so many of all; beyond that, scoring all is better
+_MOST, _WORTH = 4096, 8
+
+_AT_ONCE = 2**18  # items that are found in one go
 
 
 class ItemIndex:
@@ -52,9 +59,8 @@ class ItemIndex:
 
     def extended(self, table: Tensor) -> "ItemIndex":
         """The index of a table whose first rows are those of this one's; the centres stay."""
-        faiss = _faiss()
-        longer = object.__new__(ItemIndex)
-        longer._index, longer.lists = faiss.clone_index(self._index), self.lists
+        longer = copy.copy(self)
+        longer._index = _faiss().clone_index(self._index)
         if len(table) > (known := 1 + longer._index.ntotal):
             longer._index.add(_rows(table, known))
         return longer
@@ -63,6 +69,26 @@ class ItemIndex:
         """x: (B, D) -> ids (B, n) of items with high scores, best first; 0 where the lists hold no more."""
         _, found = self._index.search(x.detach().float().cpu().contiguous().numpy(), n)
         return torch.from_numpy(found) + 1
+
+    def find_enough(self, x: Tensor, needs: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """As `find` for histories (B, D) that need different numbers of items, where it is worth it.
+
+        Yields:
+            Places of histories and their ids (b, n), n at least what each needs. Histories that need
+            too many, or whose lists hold too few, don't come.
+        """
+        groups: dict[int, list[int]] = {}
+        for row, need in enumerate(needs):
+            size = 1 << (need - 1).bit_length()  # few different ones
+            if size <= min(_MOST, (1 + self._index.ntotal) // _WORTH):
+                groups.setdefault(size, []).append(row)
+        for size, rows in groups.items():
+            step = max(1, _AT_ONCE // size)
+            for part in (rows[start : start + step] for start in range(0, len(rows), step)):
+                ids = self.find(x[part], size)
+                whole = (ids > 0).all(1)
+                if whole.any():
+                    yield [row for row, full in zip(part, whole.tolist(), strict=True) if full], ids[whole]
 
 
 def _rows(table: Tensor, start: int = 1) -> Any:

@@ -31,9 +31,6 @@ _BATCH = 1024
 _POSITIONS = {"cpu": 2**13}
 _POSITIONS_ELSEWHERE = 2**18
 
-# an index is asked for so many items at most, and for one in so many of all; for that many in one go
-_MOST, _WORTH, _AT_ONCE = 4096, 8, 2**18
-
 
 class Recommendation(NamedTuple):
     """An item, its score, of which only the order means something, and its title, empty where unknown."""
@@ -389,7 +386,7 @@ class Recommender:
     def use_index(self, probes: int = 0) -> None:
         """Rank by an index from now on, for catalogues so large that scoring all items takes too long.
 
-        Worth it from some hundred thousand items on. Only the lists of items nearest to a history are
+        Only the lists of items nearest to a history are
         looked at, so some of the best are missed; `recall` says how many are found. What the index
         can't answer is still ranked exactly: candidates, and histories so long, or so much to leave
         out, that little would be saved. `save` does not keep it.
@@ -494,7 +491,10 @@ class Recommender:
         def adjustments(rows: Sequence[int]) -> Adjustments:
             return self._adjustments(model, [counted[row] for row in rows], [hidden[row] for row in rows])
 
-        for rows, near in self._near(model, vectors, k, seen, choice):
+        left_out = 0 if choice.excluded is None else len(choice.excluded)
+        index = self._index if choice.pool is None and model is self._model else None
+        needs = [k + left_out + len(items) for items in seen]
+        for rows, near in index.find_enough(vectors, needs) if index is not None else ():
             own = [torch.tensor([*counted[row]], dtype=torch.int64) for row in rows]
             pools = torch.cat([near, nn.utils.rnn.pad_sequence(own, batch_first=True)], dim=1)
             pools = pools.to(model.table.device)
@@ -502,26 +502,6 @@ class Recommender:
         if rest := [row for row in range(len(seen)) if row not in best]:
             keep(rest, best_items(vectors[rest], model.table, k, adjustments(rest), *choice))
         return [best[row] for row in range(len(seen))]
-
-    def _near(
-        self, model: Trained, vectors: Tensor, k: int, seen: Sequence[Collection[int]], choice: _Choice
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Rows that the index can serve, with ids (B, n) enough for k even without all that were seen."""
-        if self._index is None or choice.pool is not None or model is not self._model:
-            return
-        left_out = 0 if choice.excluded is None else len(choice.excluded)
-        needs: dict[int, list[int]] = {}
-        for row, items in enumerate(seen):
-            need = 1 << (k + left_out + len(items) - 1).bit_length()  # few different ones
-            if need <= min(_MOST, len(model.table) // _WORTH):
-                needs.setdefault(need, []).append(row)
-        for need, rows in needs.items():
-            for start in range(0, len(rows), size := max(1, _AT_ONCE // need)):
-                part = rows[start : start + size]
-                ids = self._index.find(vectors[part], need)
-                whole = (ids > 0).all(1)
-                if whole.any():
-                    yield [row for row, full in zip(part, whole.tolist(), strict=True) if full], ids[whole]
 
     def _adjustments(
         self, model: Trained, counted: Sequence[Collection[int]], hidden: Sequence[Collection[int]]

@@ -125,7 +125,7 @@ def rows_of_a_million(
             "live event and ranking": live(recommender, past),
         }
         for name, seconds in medians(some, args.repeats, args.device, at_least=0.3).items():
-            what = f"{name}, 1,000,000 items, {kind}"
+            what = f"{name}, {MILLION:,} items, {kind}"
             yield {"what": what, "ms": seconds * 1e3, "per second": 1 / seconds, **found}
 
 

@@ -508,7 +508,7 @@ def test_an_index_takes_new_items(folder: Path, vectors: Path, monkeypatch: pyte
     def never(*_: object) -> None:
         raise AssertionError("ranked without the index")
 
-    monkeypatch.setattr("m2rec.recommender._WORTH", 1)
+    monkeypatch.setattr("m2rec.item_index._WORTH", 1)
     best = exact.recommend(["i1"], k=15)
     monkeypatch.setattr("m2rec.recommender.best_items", never)
     found = recommender.recommend(["i1"], k=15)
