@@ -7,37 +7,25 @@ B, V    histories, items including padding
 T0      width of the text vectors in their file
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import islice, tee
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from m2rec import export, history_files, questions, session, text_vectors, trained
 from m2rec.history_files import Ranked
 from m2rec.item_index import ItemIndex
 from m2rec.questions import Remarks
-from m2rec.ranking import Adjustments, best_among, best_items
+from m2rec.ranker import Choice, Ranker, Recommendation, Seen
 from m2rec.session import Memory
 from m2rec.trained import Trained
 
-# histories that are ranked together
-_BATCH = 1024
-
-# positions that go through the network together: on a CPU what its caches hold
-_POSITIONS = {"cpu": 2**13}
-_POSITIONS_ELSEWHERE = 2**18
-
-
-class Recommendation(NamedTuple):
-    """An item, its score, of which only the order means something, and its title, empty where unknown."""
-
-    item: str
-    score: float
-    title: str = ""
+__all__ = ["Explanation", "Recommendation", "Recommender", "Session"]
 
 
 class Explanation(NamedTuple):
@@ -49,15 +37,6 @@ class Explanation(NamedTuple):
     """By branch, the gate's weight, mean over layers and channels; they add up to 1."""
     by_layer: list[dict[str, float]]
     """The same for each layer."""
-
-
-class _Choice(NamedTuple):
-    """Which items may be recommended."""
-
-    pool: Tensor | None
-    """Ascending ids of the candidates; None for all items."""
-    excluded: Tensor | None
-    """Ids of the others; None for none."""
 
 
 class Recommender:
@@ -75,8 +54,7 @@ class Recommender:
     def __init__(self, model: Trained, whole_history: bool = False) -> None:
         if whole_history:
             session.check(model.encoder)
-        self._model, self.whole_history = model, whole_history
-        self._index: ItemIndex | None = None
+        self._ranker = Ranker(model, whole_history)
 
     @classmethod
     def load(
@@ -89,6 +67,15 @@ class Recommender:
                 whole_history for a model with a part that never sees more than in training.
         """
         return cls(trained.read(Path(folder), questions.checked_device(device)), whole_history)
+
+    @property
+    def _model(self) -> Trained:
+        return self._ranker.model
+
+    @property
+    def whole_history(self) -> bool:
+        """Whether all of a history counts."""
+        return self._ranker.whole_history
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -160,10 +147,11 @@ class Recommender:
         Histories are taken as they are needed, some hundred at a time, so there may be millions.
         """
         k, remarks = questions.checked_k(k), Remarks()
-        model, skipped = self._model, remarks if skip_unknown else None
+        ranker, skipped = self._ranker, remarks if skip_unknown else None
         choice = self._choice(candidates, exclude, skipped)
-        ids = (questions.to_ids(model.ids, questions.listed(history), skipped) for history in histories)
-        return self._in_batches(model, ids, k, exclude_seen, choice, remarks)
+        known = ranker.model.ids
+        ids = (questions.to_ids(known, questions.listed(history), skipped) for history in histories)
+        return ranker.in_batches(ids, k, exclude_seen, choice, remarks)
 
     def recommend_file(
         self,
@@ -191,19 +179,19 @@ class Recommender:
                 installed; k is less than 1.
         """
         k, remarks = questions.checked_k(k), Remarks()
-        model, path = self._model, Path(histories)
+        ranker, path = self._ranker, Path(histories)
         skipped = remarks if skip_unknown else None
 
         def read() -> Iterator[tuple[str, list[int]]]:
             for user, tokens in history_files.read_histories(path, progress):
                 try:
-                    yield user, questions.to_ids(model.ids, tokens, skipped)
+                    yield user, questions.to_ids(ranker.model.ids, tokens, skipped)
                 except ValueError as error:
                     raise ValueError(f"{path}, user {user!r}: {error}") from None
 
         users, rows = tee(read())
         ids = (own for _, own in rows)
-        found = self._in_batches(model, ids, k, exclude_seen, _Choice(None, None), remarks)
+        found = ranker.in_batches(ids, k, exclude_seen, Choice(), remarks)
         ranked = (
             Ranked(user, [item.item for item in items], [item.score for item in items])
             for (user, _), items in zip(users, found, strict=True)
@@ -223,9 +211,9 @@ class Recommender:
             raise ValueError("history: empty; give at least one item")
         if not ids:
             return torch.empty(0, len(model.table), device=model.table.device)
-        raised = [set(self._counted(row)) for row in ids]
-        scores = F.linear(self._vectors(model, ids), model.table)
-        places = self._adjustments(model, raised, [[0]] * len(ids))
+        scores = F.linear(self._ranker.vectors(ids), model.table)
+        seen = [Seen([0], set(self._ranker.counted(row))) for row in ids]  # padding is what is hidden
+        places = self._ranker.adjustments(seen, exclude_seen=True)
         places.apply(scores, places.items, 0)
         return scores
 
@@ -248,7 +236,7 @@ class Recommender:
         cosines = F.cosine_similarity(model.table, model.table[item], dim=1)
         cosines[[0, item]] = -torch.inf
         best = cosines.topk(min(k, len(cosines)))
-        return _named(model, best.values.tolist(), best.indices.tolist())
+        return self._ranker.named(best.values.tolist(), best.indices.tolist())
 
     @torch.no_grad()
     def explain(self, history: Iterable[str]) -> list[Explanation]:
@@ -261,7 +249,7 @@ class Recommender:
             ValueError: the history is empty or holds a token that nobody knows.
         """
         model = self._model
-        ids = self._counted(questions.to_ids(model.ids, questions.listed(history)))
+        ids = self._ranker.counted(questions.to_ids(model.ids, questions.listed(history)))
         if not ids:
             raise ValueError("history: empty; give at least one item")
         items = torch.tensor([ids], device=model.table.device)
@@ -326,17 +314,17 @@ class Recommender:
         exclude: Iterable[str] | None = None,
     ) -> list[list[Recommendation]]:
         """As `recommend` for each of many live users, in one pass."""
-        k, model, remarks = questions.checked_k(k), self._model, Remarks()
+        k, ranker, remarks = questions.checked_k(k), self._ranker, Remarks()
         choice = self._choice(candidates, exclude, None)
         memories = self._memories(sessions)
         going = [memory for memory in memories if memory.vector is not None]
-        seen: list[Collection[int]] = [memory.seen for memory in going]
+        seen = [Seen(memory.seen, memory.seen) for memory in going]
         vectors = [memory.vector for memory in going if memory.vector is not None]
         best = []
         if vectors:
-            best = self._best(model, torch.cat(vectors), seen, seen, k, exclude_seen, choice)
+            best = ranker.best(torch.cat(vectors), seen, k, exclude_seen, choice)
         known = [memory.vector is not None for memory in memories]
-        ranked = self._with_popular(model, known, best, k, choice, remarks)
+        ranked = ranker.with_popular(known, best, k, choice, remarks)
         remarks.say()
         return ranked
 
@@ -357,9 +345,10 @@ class Recommender:
                 or the vectors don't fit.
         """
         model = trained.with_items(self._model, questions.listed(tokens), vectors, titles or {})
-        if self._index is not None:
-            self._index = self._index.extended(model.table)
-        self._model = model
+        index = self._ranker.index
+        if index is not None:
+            index = index.extended(model.table)
+        self._ranker = replace(self._ranker, model=model, index=index)
 
     def add_items_from(self, path: str | Path, titles: Mapping[str, str] | None = None) -> list[str]:
         """Take in the items of a text-vector file that are new; as `add_items`, and checked to fit.
@@ -400,9 +389,9 @@ class Recommender:
         """
         if type(probes) is not int or probes < 0:
             raise ValueError(f"probes: {probes!r} is not a whole number from 0")
-        if self._index is None:
-            self._index = ItemIndex(self._model.table)
-        self._index.set_probes(probes)
+        index = self._ranker.index or ItemIndex(self._model.table)
+        index.set_probes(probes)
+        self._ranker = replace(self._ranker, index=index)
 
     def recall(self, histories: Iterable[Iterable[str]], k: int = 10) -> float:
         """The share of each history's best k items that are found with the index, mean over the histories.
@@ -412,7 +401,7 @@ class Recommender:
         Raises:
             ValueError: there is no index (`use_index`), or no history; see also `recommend`.
         """
-        if self._index is None:
+        if self._ranker.index is None:
             raise ValueError("recall: there is no index; call use_index first")
         exact = Recommender(self._model, self.whole_history)
         asked = [history for history in map(questions.listed, histories) if history]
@@ -435,137 +424,9 @@ class Recommender:
         """
         export.export(self._model, Path(path), batch_size)
 
-    def _in_batches(
-        self,
-        model: Trained,
-        ids: Iterator[list[int]],
-        k: int,
-        exclude_seen: bool,
-        choice: _Choice,
-        remarks: Remarks,
-    ) -> Iterator[list[Recommendation]]:
-        """By history, some hundred at a time; the log has its remarks at the end."""
-        try:
-            while part := list(islice(ids, _BATCH)):
-                yield from self._ranked(model, part, k, exclude_seen, choice, remarks)
-        finally:
-            remarks.say()
-
-    def _ranked(
-        self,
-        model: Trained,
-        ids: list[list[int]],
-        k: int,
-        exclude_seen: bool,
-        choice: _Choice,
-        remarks: Remarks,
-    ) -> list[list[Recommendation]]:
-        """By history."""
-        known = [row for row in ids if row]
-        seen: list[Collection[int]] = [set(row) for row in known]
-        counted: list[Collection[int]] = [set(self._counted(row)) for row in known]
-        best = []
-        if known:
-            best = self._best(model, self._vectors(model, known), counted, seen, k, exclude_seen, choice)
-        return self._with_popular(model, [bool(row) for row in ids], best, k, choice, remarks)
-
-    @torch.no_grad()
-    def _best(
-        self,
-        model: Trained,
-        vectors: Tensor,
-        counted: Sequence[Collection[int]],
-        seen: Sequence[Collection[int]],
-        k: int,
-        exclude_seen: bool,
-        choice: _Choice,
-    ) -> list[list[Recommendation]]:
-        """The best items for vectors (B, D) of histories that hold these items."""
-        hidden = seen if exclude_seen else [()] * len(seen)
-        best: dict[int, list[Recommendation]] = {}
-
-        def keep(rows: Sequence[int], found: tuple[Tensor, Tensor]) -> None:
-            for row, scores, items in zip(rows, *(part.tolist() for part in found), strict=True):
-                best[row] = _named(model, scores, items)
-
-        def adjustments(rows: Sequence[int]) -> Adjustments:
-            return self._adjustments(model, [counted[row] for row in rows], [hidden[row] for row in rows])
-
-        left_out = 0 if choice.excluded is None else len(choice.excluded)
-        index = self._index if choice.pool is None and model is self._model else None
-        needs = [k + left_out + len(items) for items in seen]
-        for rows, near in index.find_enough(vectors, needs) if index is not None else ():
-            own = [torch.tensor([*counted[row]], dtype=torch.int64) for row in rows]
-            pools = torch.cat([near, nn.utils.rnn.pad_sequence(own, batch_first=True)], dim=1)
-            pools = pools.to(model.table.device)
-            keep(rows, best_among(vectors[rows], model.table, k, adjustments(rows), pools, choice.excluded))
-        if rest := [row for row in range(len(seen)) if row not in best]:
-            keep(rest, best_items(vectors[rest], model.table, k, adjustments(rest), *choice))
-        return [best[row] for row in range(len(seen))]
-
-    def _adjustments(
-        self, model: Trained, counted: Sequence[Collection[int]], hidden: Sequence[Collection[int]]
-    ) -> Adjustments:
-        bias = model.ready.repeat_bias
-        return Adjustments(counted, hidden, 0.0 if bias is None else bias.item(), model.table.device)
-
-    @torch.no_grad()
-    def _vectors(self, model: Trained, ids: list[list[int]]) -> Tensor:
-        """The vectors (B, D) of histories that hold at least one item each."""
-        ids = [self._counted(row) for row in ids]
-        vectors = model.table.new_empty(len(ids), model.table.shape[1])
-        long = [row for row, own in enumerate(ids) if len(own) > model.max_length]
-        for row in long:  # in pieces, however long
-            memory = Memory()
-            session.remember(model.ready, ids[row], memory)
-            assert memory.vector is not None
-            vectors[row] = memory.vector[0]
-        device = model.table.device
-        at_once = _POSITIONS.get(device.type, _POSITIONS_ELSEWHERE)
-        for short in _of_similar_length(
-            [len(row) if len(row) <= model.max_length else 0 for row in ids], at_once
-        ):
-            lengths = torch.tensor([len(ids[row]) for row in short])
-            own = [torch.tensor(ids[row]) for row in short]
-            items = nn.utils.rnn.pad_sequence(own, batch_first=True)
-            vectors[short] = model.ready.last(items.to(device), lengths.to(device))
-        return vectors
-
-    def _counted(self, ids: list[int]) -> list[int]:
-        """The part of a history that the model is shown."""
-        return ids if self.whole_history else ids[-self._model.max_length :]
-
-    def _with_popular(
-        self,
-        model: Trained,
-        known: list[bool],
-        best: list[list[Recommendation]],
-        k: int,
-        choice: _Choice,
-        remarks: Remarks,
-    ) -> list[list[Recommendation]]:
-        """`best` for who is known, and what is popular for who is not."""
-        if all(known):
-            return best
-        remarks.empty += known.count(False)
-        popular, ranked = self._popular(model, k, choice), iter(best)
-        return [next(ranked) if is_known else list(popular) for is_known in known]
-
-    def _popular(self, model: Trained, k: int, choice: _Choice) -> list[Recommendation]:
-        """What training met most often, the lower id first where two were met as often."""
-        if not model.counts:
-            raise ValueError("history: empty, and this run does not say what is popular; give an item")
-        order = model.popular
-        if choice.pool is not None:
-            order = order[torch.isin(order, choice.pool.cpu())]
-        if choice.excluded is not None:
-            order = order[~torch.isin(order, choice.excluded.cpu())]
-        best = order[:k].tolist()
-        return _named(model, [float(model.counts[item]) for item in best], best)
-
     def _choice(
         self, candidates: Iterable[str] | None, exclude: Iterable[str] | None, remarks: Remarks | None
-    ) -> _Choice:
+    ) -> Choice:
         model, pool, excluded = self._model, None, None
         if candidates is not None:
             ids = sorted(
@@ -579,7 +440,7 @@ class Recommender:
                 if questions.is_known(model.ids, token)
             }
             excluded = torch.tensor(sorted(known), dtype=torch.int64, device=model.table.device)
-        return _Choice(pool, excluded)
+        return Choice(pool, excluded)
 
     def _memories(self, sessions: Sequence["Session"]) -> list[Memory]:
         if len({id(one) for one in sessions}) < len(sessions):
@@ -626,21 +487,3 @@ class Session:
     def to_bytes(self) -> bytes:
         """To be kept anywhere, and brought back by `Recommender.restore_session`; nothing is pickled."""
         return session.to_bytes(self._memory, self.recommender._model)
-
-
-def _of_similar_length(lengths: Sequence[int], at_once: int) -> Iterator[list[int]]:
-    """Places of rows of similar length, at most `at_once` positions with padding; none of length 0."""
-    group: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if group and (len(group) + 1) * lengths[row] > at_once:
-            yield group
-            group = []
-        if lengths[row]:
-            group.append(row)
-    if group:
-        yield group
-
-
-def _named(model: Trained, scores: Sequence[float], items: Sequence[int]) -> list[Recommendation]:
-    pairs = [(model.tokens[i], score) for score, i in zip(scores, items, strict=True) if score > -torch.inf]
-    return [Recommendation(token, score, model.titles.get(token, "")) for token, score in pairs]

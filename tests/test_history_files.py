@@ -56,10 +56,9 @@ def test_recommendations_of_a_file(tmp_path: Path):
 
 def test_many_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The input is read as far as the output has been written, but for a few batches."""
-    from m2rec import history_files
-    from m2rec import recommender as module
+    from m2rec import history_files, ranker
 
-    monkeypatch.setattr(module, "_BATCH", 10)
+    monkeypatch.setattr(ranker, "_BATCH", 10)
     monkeypatch.setattr(history_files, "_GROUP", 20)
     read, most = 0, 0
     model = recommender(whole_history=False)

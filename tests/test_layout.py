@@ -17,6 +17,7 @@ RANKS = [
     {"tables", "paired"},
     {"results"},
     {"experiment", "sweeps", "recommender"},
+    {"ranker"},
     {"export", "session", "ranking", "item_index", "history_files", "questions"},
     {"report"},
     {"provenance"},

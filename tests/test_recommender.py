@@ -510,7 +510,7 @@ def test_an_index_takes_new_items(folder: Path, vectors: Path, monkeypatch: pyte
 
     monkeypatch.setattr("m2rec.item_index._WORTH", 1)
     best = exact.recommend(["i1"], k=15)
-    monkeypatch.setattr("m2rec.recommender.best_items", never)
+    monkeypatch.setattr("m2rec.ranker.best_items", never)
     found = recommender.recommend(["i1"], k=15)
     assert [item.item for item in found] == [item.item for item in best]
     assert "new" in {item.item for item in found}
@@ -536,7 +536,7 @@ def test_histories_of_all_lengths_in_any_order(large: Recommender, monkeypatch: 
     histories = [[f"i{k}" for k in range(n)] for n in (3, 1, 12, 1, 40, 7, 12, 2)]
     alone = [large.recommend(history) for history in histories]
     for at_once in (1, 12, 24, 1000):
-        monkeypatch.setattr("m2rec.recommender._POSITIONS", {"cpu": at_once})
+        monkeypatch.setattr("m2rec.ranker._POSITIONS", {"cpu": at_once})
         for found, own in zip(large.recommend_batch(histories, 10), alone, strict=True):
             assert [item.item for item in found] == [item.item for item in own]
             assert [item.score for item in found] == pytest.approx([i.score for i in own], abs=1e-5)

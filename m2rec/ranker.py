@@ -1,0 +1,194 @@
+"""How a trained model ranks: histories of internal ids in, items with names and scores out.
+
+letter  meaning
+B, V    histories, items including padding
+D       model width
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from m2rec import session
+from m2rec.item_index import ItemIndex
+from m2rec.questions import Remarks
+from m2rec.ranking import Adjustments, best_among, best_items
+from m2rec.session import Memory
+from m2rec.trained import Trained
+
+# histories that are ranked together
+_BATCH = 1024
+
+# positions that go through the network together: on a CPU what its caches hold
+_POSITIONS = {"cpu": 2**13}
+_POSITIONS_ELSEWHERE = 2**18
+
+
+class Recommendation(NamedTuple):
+    """An item, its score, of which only the order means something, and its title, empty where unknown."""
+
+    item: str
+    score: float
+    title: str = ""
+
+
+class Choice(NamedTuple):
+    """Which items may be recommended."""
+
+    pool: Tensor | None = None
+    """Ascending ids of the candidates; None for all items."""
+    excluded: Tensor | None = None
+    """Ids of the others; None for none."""
+
+
+class Seen(NamedTuple):
+    """Which items a history holds, each once."""
+
+    every: Collection[int]
+    counted: Collection[int]
+    """Those of the part that the model is shown, to which its repeat bias applies."""
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """Ranks one model's items; what it was given does not change."""
+
+    model: Trained
+    whole_history: bool = False
+    """Whether all of a history counts, or at most the last `max_length` items."""
+    index: ItemIndex | None = None
+    """Finds items where scoring all takes too long; None to score all."""
+
+    def counted(self, ids: list[int]) -> list[int]:
+        """The part of a history that the model is shown."""
+        return ids if self.whole_history else ids[-self.model.max_length :]
+
+    def in_batches(
+        self, histories: Iterator[list[int]], k: int, exclude_seen: bool, choice: Choice, remarks: Remarks
+    ) -> Iterator[list[Recommendation]]:
+        """By history, some hundred at a time; the log has its remarks at the end."""
+        try:
+            while part := list(islice(histories, _BATCH)):
+                yield from self._ranked(part, k, exclude_seen, choice, remarks)
+        finally:
+            remarks.say()
+
+    def _ranked(
+        self, histories: list[list[int]], k: int, exclude_seen: bool, choice: Choice, remarks: Remarks
+    ) -> list[list[Recommendation]]:
+        known = [row for row in histories if row]
+        best = []
+        if known:
+            seen = [Seen(set(row), set(self.counted(row))) for row in known]
+            best = self.best(self.vectors(known), seen, k, exclude_seen, choice)
+        return self.with_popular([bool(row) for row in histories], best, k, choice, remarks)
+
+    @torch.no_grad()
+    def best(
+        self, vectors: Tensor, seen: Sequence[Seen], k: int, exclude_seen: bool, choice: Choice
+    ) -> list[list[Recommendation]]:
+        """The best items for vectors (B, D) of histories that hold these items."""
+        model = self.model
+        best: dict[int, list[Recommendation]] = {}
+
+        def keep(rows: Sequence[int], found: tuple[Tensor, Tensor]) -> None:
+            for row, scores, items in zip(rows, *(part.tolist() for part in found), strict=True):
+                best[row] = self.named(scores, items)
+
+        def adjustments(rows: Sequence[int]) -> Adjustments:
+            return self.adjustments([seen[row] for row in rows], exclude_seen)
+
+        left_out = 0 if choice.excluded is None else len(choice.excluded)
+        index = self.index if choice.pool is None else None
+        needs = [k + left_out + len(items.every) for items in seen]
+        for rows, near in index.find_enough(vectors, needs) if index is not None else ():
+            own = [torch.tensor([*seen[row].counted], dtype=torch.int64) for row in rows]
+            pools = torch.cat([near, nn.utils.rnn.pad_sequence(own, batch_first=True)], dim=1)
+            pools = pools.to(model.table.device)
+            keep(rows, best_among(vectors[rows], model.table, k, adjustments(rows), pools, choice.excluded))
+        if rest := [row for row in range(len(seen)) if row not in best]:
+            keep(rest, best_items(vectors[rest], model.table, k, adjustments(rest), *choice))
+        return [best[row] for row in range(len(seen))]
+
+    def adjustments(self, seen: Sequence[Seen], exclude_seen: bool) -> Adjustments:
+        """What is added to the scores after histories that hold these items."""
+        bias = self.model.ready.repeat_bias
+        return Adjustments(
+            [items.counted for items in seen],
+            [items.every if exclude_seen else () for items in seen],
+            0.0 if bias is None else bias.item(),
+            self.model.table.device,
+        )
+
+    @torch.no_grad()
+    def vectors(self, histories: list[list[int]]) -> Tensor:
+        """The vectors (B, D) of histories that hold at least one item each."""
+        model = self.model
+        histories = [self.counted(row) for row in histories]
+        vectors = model.table.new_empty(len(histories), model.table.shape[1])
+        for row, own in enumerate(histories):
+            if len(own) > model.max_length:  # in pieces, however long
+                memory = Memory()
+                session.remember(model.ready, own, memory)
+                assert memory.vector is not None
+                vectors[row] = memory.vector[0]
+        device = model.table.device
+        at_once = _POSITIONS.get(device.type, _POSITIONS_ELSEWHERE)
+        short = [len(row) if len(row) <= model.max_length else 0 for row in histories]
+        for rows in _of_similar_length(short, at_once):
+            lengths = torch.tensor([len(histories[row]) for row in rows])
+            items = [torch.tensor(histories[row]) for row in rows]
+            padded = nn.utils.rnn.pad_sequence(items, batch_first=True)
+            vectors[rows] = model.ready.last(padded.to(device), lengths.to(device))
+        return vectors
+
+    def with_popular(
+        self,
+        known: list[bool],
+        best: list[list[Recommendation]],
+        k: int,
+        choice: Choice,
+        remarks: Remarks,
+    ) -> list[list[Recommendation]]:
+        """`best` for who is known, and what is popular for who is not."""
+        if all(known):
+            return best
+        remarks.empty += known.count(False)
+        popular, ranked = self._popular(k, choice), iter(best)
+        return [next(ranked) if is_known else list(popular) for is_known in known]
+
+    def _popular(self, k: int, choice: Choice) -> list[Recommendation]:
+        """What training met most often, the lower id first where two were met as often."""
+        model = self.model
+        if not model.counts:
+            raise ValueError("history: empty, and this run does not say what is popular; give an item")
+        order = model.popular
+        if choice.pool is not None:
+            order = order[torch.isin(order, choice.pool.cpu())]
+        if choice.excluded is not None:
+            order = order[~torch.isin(order, choice.excluded.cpu())]
+        best = order[:k].tolist()
+        return self.named([float(model.counts[item]) for item in best], best)
+
+    def named(self, scores: Sequence[float], items: Sequence[int]) -> list[Recommendation]:
+        """Items by name, without those whose score is minus infinity."""
+        tokens, titles = self.model.tokens, self.model.titles
+        pairs = [(tokens[i], score) for score, i in zip(scores, items, strict=True) if score > -torch.inf]
+        return [Recommendation(token, score, titles.get(token, "")) for token, score in pairs]
+
+
+def _of_similar_length(lengths: Sequence[int], at_once: int) -> Iterator[list[int]]:
+    """Places of rows of similar length, at most `at_once` positions with padding; none of length 0."""
+    group: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and (len(group) + 1) * lengths[row] > at_once:
+            yield group
+            group = []
+        if lengths[row]:
+            group.append(row)
+    if group:
+        yield group
