@@ -168,11 +168,21 @@ def read_paired(sweep: Sweep, answers: Answers) -> dict[tuple[str, str], Row]:
     found = {}
     for row in read_rows(path, PAIRED) if path.exists() else []:
         _check_finite(path, row, ("variant_mean", "baseline_mean", "p"), empty="nan")
-        shown = (row["protocol"], row["metric"], row["variant"])
-        if shown == ("test_unseen", "ndcg@10", sweep.reference):
-            _check_same_runs(path, row, answers)
-            found[row["dataset"], row["baseline"]] = row
+        if not _is_shown(row) or row["variant"] != sweep.reference:
+            continue
+        if side := _foreign_side(row, answers):
+            raise ValueError(
+                f"{path}: {row[side]!r} on {row['dataset']} is not of the runs in the sweep's CSV; "
+                "make it again with scripts/report.py --paired"
+            )
+        found[_pair(row)] = row
     return found
+
+
+def of_these_runs(pairs: Sequence[Row], answers: Answers) -> list[Row]:
+    """Of the rows of NAME-paired.csv those of pairs whose runs are in `answers`."""
+    outdated = {_pair(row) for row in pairs if _is_shown(row) and _foreign_side(row, answers)}
+    return [row for row in pairs if _pair(row) not in outdated]
 
 
 def read_reported(path: Path) -> list[Row]:
@@ -264,14 +274,22 @@ def _check_alike(path: Path, answers: Answers) -> None:
                 raise ValueError(f"{path}: rows on {dataset} differ in {column}: {' and '.join(counts)}")
 
 
-def _check_same_runs(path: Path, row: Row, answers: Answers) -> None:
+def _pair(row: Row) -> tuple[str, str]:
+    return row["dataset"], row["baseline"]
+
+
+def _is_shown(row: Row) -> bool:
+    """Whether a paired test is the one of the tables."""
+    return (row["protocol"], row["metric"]) == ("test_unseen", "ndcg@10")
+
+
+def _foreign_side(row: Row, answers: Answers) -> str | None:
+    """The column of a variant whose runs are not those in `answers`."""
     seeds = row["seeds"].split()
     for side in ("variant", "baseline"):
         rows = [run for run in answers.get((row["dataset"], row[side]), []) if run["seed"] in seeds]
         found = spread(rows, "test_unseen.ndcg@10")
         known = len(rows) == len(seeds) and found is not None
         if not known or found is None or abs(found.mean - float(row[f"{side}_mean"])) > _SAME:
-            raise ValueError(
-                f"{path}: {row[side]!r} on {row['dataset']} is not of the runs in the sweep's CSV; "
-                "make it again with scripts/report.py --paired"
-            )
+            return side
+    return None

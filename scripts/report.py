@@ -9,7 +9,7 @@ docs/results.md is replaced by a table of results/NAME.yaml and results/NAME.csv
 the YAML names, `reported` (published numbers beside ours) or `buckets` (by popularity and length of
 history). With --check nothing is written, and the exit status is 1 if a page would change. With
 --paired the paired tests of a sweep are made from its run folders, as results/NAME-paired.csv; those
-of runs that are not there stay as they are.
+of runs that are not there stay as they are, as long as the CSV has their numbers.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from m2rec import report as html
 from m2rec.command_line import Parser
 from m2rec.files import write_text
 from m2rec.plots import draw
-from m2rec.results import PAIRED, Answers, read_answers, read_reported, read_rows
+from m2rec.results import PAIRED, Answers, of_these_runs, read_answers, read_reported, read_rows
 from m2rec.sweeps import Sweep
 from m2rec.tables import bucket_tables, reported_table, result_table
 
@@ -104,7 +104,7 @@ def compare(options: argparse.Namespace) -> int:
     sweep = Sweep.read(options.results / f"{options.paired}.yaml")
     rows = paired.compare(sweep, options.runs / sweep.name)
     path = sweep.path.with_name(f"{sweep.name}-paired.csv")
-    earlier = read_rows(path, PAIRED) if path.exists() else []
+    earlier = of_these_runs(read_rows(path, PAIRED), read_answers(sweep)) if path.exists() else []
     write_text(path, paired.as_csv(paired.with_earlier(rows, earlier)))
     print(path)
     return 0

@@ -112,12 +112,17 @@ def test_paired(write_sweep: Write, call: Callable, tmp_path: Path):
 
 def test_paired_keeps_what_it_cannot_make_again(write_sweep: Write, call: Callable, tmp_path: Path):
     """Pairs of runs that are elsewhere stay; a pair of fewer seeds than before does not replace it."""
-    path, runs = write_sweep(*ROWS).with_name("toys-paired.csv"), tmp_path / "runs" / "toys"
-    write_run(runs, "M2Rec", 1, [3] * 30 + [0] * 30)
-    write_run(runs, "no filter | gate", 1, [3] * 20 + [0] * 40)
-    write_run(runs, "SASRec", 1, [3] * 15 + [0] * 45)
-    write_run(runs, "M2Rec", 2, [3] * 30 + [0] * 30)
-    write_run(runs, "SASRec", 2, [3] * 14 + [0] * 46)
+    shares = {
+        ("M2Rec", 1): 30,
+        ("no filter | gate", 1): 20,
+        ("SASRec", 1): 15,
+        ("M2Rec", 2): 30,
+        ("SASRec", 2): 14,
+    }
+    rows = {cell: answer(*cell, share / 120) for cell, share in shares.items()}
+    path, runs = write_sweep(*rows.values()).with_name("toys-paired.csv"), tmp_path / "runs" / "toys"
+    for (variant, seed), share in shares.items():
+        write_run(runs, variant, seed, [3] * share + [0] * (60 - share))
     assert call("--paired=toys", f"--runs={runs.parent}")[0] == 0
     both = path.read_text()
     shutil.rmtree(runs / "toy" / "no-filter-gate")
@@ -127,6 +132,21 @@ def test_paired_keeps_what_it_cannot_make_again(write_sweep: Write, call: Callab
     write_run(runs, "no filter | gate", 1, [3] * 10 + [0] * 50)
     assert call("--paired=toys", f"--runs={runs.parent}")[0] == 0
     assert len(path.read_text().splitlines()) == len(both.splitlines()) and path.read_text() != both
+
+
+def test_paired_drops_what_was_run_again(write_sweep: Write, call: Callable, tmp_path: Path):
+    """Pairs of more seeds than are there don't stay where one of them has other numbers by now."""
+    shares = {("M2Rec", 1): 30, ("M2Rec", 2): 30, ("SASRec", 1): 15, ("SASRec", 2): 15}
+    rows = {cell: answer(*cell, share / 120) for cell, share in shares.items()}
+    path, runs = write_sweep(*rows.values()).with_name("toys-paired.csv"), tmp_path / "runs" / "toys"
+    for (variant, seed), share in shares.items():
+        write_run(runs, variant, seed, [3] * share + [0] * (60 - share))
+    assert call("--paired=toys", f"--runs={runs.parent}")[0] == 0
+    assert ",1 2,60," in path.read_text()
+    write_sweep(*(row for cell, row in rows.items() if cell != ("M2Rec", 2)))
+    shutil.rmtree(runs / "toy" / "m2rec" / "2")
+    assert call("--paired=toys", f"--runs={runs.parent}")[0] == 0
+    assert ",1,60," in path.read_text() and ",1 2,60," not in path.read_text()
 
 
 def test_paired_mistakes(write_sweep: Write, call: Callable, tmp_path: Path):
