@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from m2rec.files import RANKS_FILE
-from m2rec.results import PAIRED, PROTOCOLS
+from m2rec.results import PAIRED, PROTOCOLS, pair_of
 from m2rec.statistics import Floats, metric_of_ranks, paired_bootstrap
 from m2rec.sweeps import Sweep, cell_folder, finished_run
 
@@ -62,14 +62,10 @@ def with_earlier(rows: list[dict[str, Any]], earlier: Sequence[Mapping[str, Any]
 
     The runs of a sweep need not all be on one machine.
     """
-
-    def pair(row: Mapping[str, Any]) -> tuple[str, str]:
-        return row["dataset"], row["baseline"]
-
-    seeds = {pair(row): len(row["seeds"].split()) for row in rows}
-    kept = [dict(row) for row in earlier if len(row["seeds"].split()) > seeds.get(pair(row), 0)]
-    outdated = {pair(row) for row in kept}
-    return [row for row in rows if pair(row) not in outdated] + kept
+    seeds = {pair_of(row): len(row["seeds"].split()) for row in rows}
+    kept = [dict(row) for row in earlier if len(row["seeds"].split()) > seeds.get(pair_of(row), 0)]
+    outdated = {pair_of(row) for row in kept}
+    return [row for row in rows if pair_of(row) not in outdated] + kept
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:

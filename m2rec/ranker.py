@@ -1,8 +1,7 @@
 """How a trained model ranks: histories of internal ids in, items with names and scores out.
 
 letter  meaning
-B, V    histories, items including padding
-D       model width
+B, D    histories, model width
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -70,7 +69,11 @@ class Ranker:
     def in_batches(
         self, histories: Iterator[list[int]], k: int, exclude_seen: bool, choice: Choice, remarks: Remarks
     ) -> Iterator[list[Recommendation]]:
-        """By history, some hundred at a time; the log has its remarks at the end."""
+        """By history, a batch at a time; the log has its remarks at the end.
+
+        Raises:
+            ValueError: a history is empty, and the run does not say what is popular.
+        """
         try:
             while part := list(islice(histories, _BATCH)):
                 yield from self._ranked(part, k, exclude_seen, choice, remarks)
@@ -100,7 +103,8 @@ class Ranker:
                 best[row] = self.named(scores, items)
 
         def adjustments(rows: Sequence[int]) -> Adjustments:
-            return self.adjustments([seen[row] for row in rows], exclude_seen)
+            hidden = [seen[row].every if exclude_seen else () for row in rows]
+            return self.adjustments([seen[row].counted for row in rows], hidden)
 
         left_out = 0 if choice.excluded is None else len(choice.excluded)
         index = self.index if choice.pool is None else None
@@ -114,15 +118,12 @@ class Ranker:
             keep(rest, best_items(vectors[rest], model.table, k, adjustments(rest), *choice))
         return [best[row] for row in range(len(seen))]
 
-    def adjustments(self, seen: Sequence[Seen], exclude_seen: bool) -> Adjustments:
-        """What is added to the scores after histories that hold these items."""
+    def adjustments(
+        self, counted: Sequence[Collection[int]], hidden: Sequence[Collection[int]]
+    ) -> Adjustments:
+        """What is added to scores, by history: for the items that the model was shown, and to hide some."""
         bias = self.model.ready.repeat_bias
-        return Adjustments(
-            [items.counted for items in seen],
-            [items.every if exclude_seen else () for items in seen],
-            0.0 if bias is None else bias.item(),
-            self.model.table.device,
-        )
+        return Adjustments(counted, hidden, 0.0 if bias is None else bias.item(), self.model.table.device)
 
     @torch.no_grad()
     def vectors(self, histories: list[list[int]]) -> Tensor:
@@ -154,7 +155,11 @@ class Ranker:
         choice: Choice,
         remarks: Remarks,
     ) -> list[list[Recommendation]]:
-        """`best` for who is known, and what is popular for who is not."""
+        """`best` for who is known, and what is popular for who is not.
+
+        Raises:
+            ValueError: somebody is not known, and the run does not say what is popular.
+        """
         if all(known):
             return best
         remarks.empty += known.count(False)

@@ -128,7 +128,8 @@ class Recommender:
             skip_unknown: leave out what nobody knows in history and candidates.
 
         Raises:
-            ValueError: a token that nobody knows; k is less than 1.
+            ValueError: a token that nobody knows; k is less than 1; an empty history, and the run does
+                not say what is popular.
         """
         (found,) = self.recommend_batch([history], k, exclude_seen, candidates, exclude, skip_unknown)
         return found
@@ -144,7 +145,7 @@ class Recommender:
     ) -> Iterator[list[Recommendation]]:
         """As `recommend` for each of any number of histories, in their order.
 
-        Histories are taken as they are needed, some hundred at a time, so there may be millions.
+        Histories are taken as they are needed, about a thousand at a time, so there may be millions.
         """
         k, remarks = questions.checked_k(k), Remarks()
         ranker, skipped = self._ranker, remarks if skip_unknown else None
@@ -212,8 +213,8 @@ class Recommender:
         if not ids:
             return torch.empty(0, len(model.table), device=model.table.device)
         scores = F.linear(self._ranker.vectors(ids), model.table)
-        seen = [Seen([0], set(self._ranker.counted(row))) for row in ids]  # padding is what is hidden
-        places = self._ranker.adjustments(seen, exclude_seen=True)
+        counted = [set(self._ranker.counted(row)) for row in ids]
+        places = self._ranker.adjustments(counted, hidden=[[0]] * len(ids))
         places.apply(scores, places.items, 0)
         return scores
 
@@ -375,10 +376,10 @@ class Recommender:
     def use_index(self, probes: int = 0) -> None:
         """Rank by an index from now on, for catalogues so large that scoring all items takes too long.
 
-        Only the lists of items nearest to a history are
-        looked at, so some of the best are missed; `recall` says how many are found. What the index
-        can't answer is still ranked exactly: candidates, and histories so long, or so much to leave
-        out, that little would be saved. `save` does not keep it.
+        Only the lists of items nearest to a history are looked at, so some of the best are missed;
+        `recall` says how many are found. What the index can't answer is still ranked exactly:
+        candidates, and histories so long, or so much to leave out, that little would be saved.
+        A `recommend_batch` that is under way goes on as it began. `save` does not keep the index.
 
         Args:
             probes: lists that are looked at for each history, of about 4 sqrt(V), but at most V / 39;
@@ -389,7 +390,8 @@ class Recommender:
         """
         if type(probes) is not int or probes < 0:
             raise ValueError(f"probes: {probes!r} is not a whole number from 0")
-        index = self._ranker.index or ItemIndex(self._model.table)
+        table, index = self._model.table, self._ranker.index
+        index = ItemIndex(table) if index is None else index.extended(table)
         index.set_probes(probes)
         self._ranker = replace(self._ranker, index=index)
 

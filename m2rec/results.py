@@ -164,25 +164,47 @@ def read_paired(sweep: Sweep, answers: Answers) -> dict[tuple[str, str], Row]:
     Raises:
         ValueError: the file can't be read, or was made from other runs than `answers`.
     """
-    path = sweep.path.with_name(f"{sweep.name}-paired.csv")
-    found = {}
-    for row in read_rows(path, PAIRED) if path.exists() else []:
-        _check_finite(path, row, ("variant_mean", "baseline_mean", "p"), empty="nan")
-        if not _is_shown(row) or row["variant"] != sweep.reference:
-            continue
-        if side := _foreign_side(row, answers):
+    path = paired_path(sweep)
+    pairs = read_pairs(path)
+    for row in pairs:
+        if row["variant"] == sweep.reference and (side := _foreign_side(row, answers)):
             raise ValueError(
                 f"{path}: {row[side]!r} on {row['dataset']} is not of the runs in the sweep's CSV; "
                 "make it again with scripts/report.py --paired"
             )
-        found[_pair(row)] = row
-    return found
+    return {
+        (row["dataset"], row["baseline"]): row
+        for row in of_these_runs(pairs, sweep, answers)
+        if _is_shown(row)
+    }
 
 
-def of_these_runs(pairs: Sequence[Row], answers: Answers) -> list[Row]:
-    """Of the rows of NAME-paired.csv those of pairs whose runs are in `answers`."""
-    outdated = {_pair(row) for row in pairs if _is_shown(row) and _foreign_side(row, answers)}
-    return [row for row in pairs if _pair(row) not in outdated]
+def paired_path(sweep: Sweep) -> Path:
+    """The file of a sweep's paired tests."""
+    return sweep.path.with_name(f"{sweep.name}-paired.csv")
+
+
+def read_pairs(path: Path) -> list[Row]:
+    """The rows of NAME-paired.csv; no file is no rows.
+
+    Raises:
+        ValueError: it can't be read, a column is missing, or a number is none.
+    """
+    rows = read_rows(path, PAIRED) if path.exists() else []
+    for row in rows:
+        _check_finite(path, row, ("variant_mean", "baseline_mean", "p"), empty="nan")
+    return rows
+
+
+def of_these_runs(pairs: Sequence[Row], sweep: Sweep, answers: Answers) -> list[Row]:
+    """Of paired tests those that compare the sweep's reference, over runs in `answers`."""
+    outdated = {pair_of(row) for row in pairs if _foreign_side(row, answers)}
+    return [row for row in pairs if row["variant"] == sweep.reference and pair_of(row) not in outdated]
+
+
+def pair_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What a paired test compares: data set, variant and baseline."""
+    return row["dataset"], row["variant"], row["baseline"]
 
 
 def read_reported(path: Path) -> list[Row]:
@@ -274,17 +296,15 @@ def _check_alike(path: Path, answers: Answers) -> None:
                 raise ValueError(f"{path}: rows on {dataset} differ in {column}: {' and '.join(counts)}")
 
 
-def _pair(row: Row) -> tuple[str, str]:
-    return row["dataset"], row["baseline"]
-
-
 def _is_shown(row: Row) -> bool:
     """Whether a paired test is the one of the tables."""
     return (row["protocol"], row["metric"]) == ("test_unseen", "ndcg@10")
 
 
 def _foreign_side(row: Row, answers: Answers) -> str | None:
-    """The column of a variant whose runs are not those in `answers`."""
+    """The column of a variant whose runs are not those in `answers`, by the measure of the tables."""
+    if not _is_shown(row):
+        return None
     seeds = row["seeds"].split()
     for side in ("variant", "baseline"):
         rows = [run for run in answers.get((row["dataset"], row[side]), []) if run["seed"] in seeds]

@@ -24,9 +24,19 @@ from m2rec import report as html
 from m2rec.command_line import Parser
 from m2rec.files import write_text
 from m2rec.plots import draw
-from m2rec.results import PAIRED, Answers, of_these_runs, read_answers, read_reported, read_rows
+from m2rec.results import (
+    Answers,
+    of_these_runs,
+    pair_of,
+    paired_path,
+    read_answers,
+    read_pairs,
+    read_reported,
+)
 from m2rec.sweeps import Sweep
 from m2rec.tables import bucket_tables, reported_table, result_table
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
@@ -102,9 +112,20 @@ def compare(options: argparse.Namespace) -> int:
         ValueError: the sweep or its runs can't be read or compared.
     """
     sweep = Sweep.read(options.results / f"{options.paired}.yaml")
-    rows = paired.compare(sweep, options.runs / sweep.name)
-    path = sweep.path.with_name(f"{sweep.name}-paired.csv")
-    earlier = of_these_runs(read_rows(path, PAIRED), read_answers(sweep)) if path.exists() else []
+    answers, path = read_answers(sweep), paired_path(sweep)
+    before = read_pairs(path)
+    earlier = of_these_runs(before, sweep, answers)
+    if len(earlier) < len(before):
+        logger.warning(
+            "%s: dropped %s tests of runs that the CSV no longer has", path, len(before) - len(earlier)
+        )
+        write_text(path, paired.as_csv(earlier))
+    found = paired.compare(sweep, options.runs / sweep.name)
+    rows = of_these_runs(found, sweep, answers)
+    for dataset, _, baseline in {pair_of(row): None for row in found if row not in rows}:
+        logger.warning(
+            "%s: runs on %s are not those of the CSV: no test of %s", options.runs, dataset, baseline
+        )
     write_text(path, paired.as_csv(paired.with_earlier(rows, earlier)))
     print(path)
     return 0

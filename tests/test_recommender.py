@@ -516,6 +516,29 @@ def test_an_index_takes_new_items(folder: Path, vectors: Path, monkeypatch: pyte
     assert "new" in {item.item for item in found}
 
 
+def test_a_batch_under_way_goes_on_as_it_began(
+    folder: Path, vectors: Path, large: Recommender, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever is changed meanwhile: new items, an index, how much of it is looked at."""
+    monkeypatch.setattr("m2rec.ranker._BATCH", 1)
+    recommender = Recommender.load(folder)
+    histories = [["i1"], ["i2"], ["i3"]]
+    before = list(recommender.recommend_batch(histories, k=20))
+    under_way = recommender.recommend_batch(histories, k=20)
+    assert next(under_way) == before[0]
+    recommender.add_items(["new"], raw(vectors, "new"))
+    assert list(under_way) == before[1:]
+    assert "new" in {item.item for item in recommender.recommend(["i1"], k=20)}
+
+    histories = [[f"i{k}", f"i{k + 1}"] for k in range(30)]
+    large.use_index(probes=1)
+    before = list(large.recommend_batch(histories))
+    under_way = large.recommend_batch(histories)
+    assert next(under_way) == before[0]
+    large.use_index(probes=1000)
+    assert list(under_way) == before[1:] != list(large.recommend_batch(histories))[1:]
+
+
 def test_questions_to_an_index_that_have_no_answer(large: Recommender, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"recall: there is no index; call use_index first"):
         large.recall([["i1"]])

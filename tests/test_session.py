@@ -196,7 +196,7 @@ def test_a_session_outlives_new_items():
     model = recommender()
     live = model.session(["i1", "i2"])
     data, before = live.to_bytes(), live.recommend(V)
-    model._ranker = with_text(model)._ranker
+    model._ranker = replace(model._ranker, model=with_text(model)._model)
     model.add_items(["new"], torch.randn(1, 6))
     after = live.recommend(V)
     assert_same([r for r in after if r.item != "new"], before)
