@@ -164,19 +164,17 @@ def read_paired(sweep: Sweep, answers: Answers) -> dict[tuple[str, str], Row]:
     Raises:
         ValueError: the file can't be read, or was made from other runs than `answers`.
     """
-    path = paired_path(sweep)
-    pairs = read_pairs(path)
-    for row in pairs:
-        if row["variant"] == sweep.reference and (side := _foreign_side(row, answers)):
+    path, found = paired_path(sweep), {}
+    for row in read_pairs(path):
+        if not _is_shown(row) or row["variant"] != sweep.reference:
+            continue
+        if side := _foreign_side(row, answers):
             raise ValueError(
                 f"{path}: {row[side]!r} on {row['dataset']} is not of the runs in the sweep's CSV; "
                 "make it again with scripts/report.py --paired"
             )
-    return {
-        (row["dataset"], row["baseline"]): row
-        for row in of_these_runs(pairs, sweep, answers)
-        if _is_shown(row)
-    }
+        found[row["dataset"], row["baseline"]] = row
+    return found
 
 
 def paired_path(sweep: Sweep) -> Path:
@@ -198,7 +196,7 @@ def read_pairs(path: Path) -> list[Row]:
 
 def of_these_runs(pairs: Sequence[Row], sweep: Sweep, answers: Answers) -> list[Row]:
     """Of paired tests those that compare the sweep's reference, over runs in `answers`."""
-    outdated = {pair_of(row) for row in pairs if _foreign_side(row, answers)}
+    outdated = {pair_of(row) for row in pairs if _is_shown(row) and _foreign_side(row, answers)}
     return [row for row in pairs if row["variant"] == sweep.reference and pair_of(row) not in outdated]
 
 
@@ -302,9 +300,7 @@ def _is_shown(row: Row) -> bool:
 
 
 def _foreign_side(row: Row, answers: Answers) -> str | None:
-    """The column of a variant whose runs are not those in `answers`, by the measure of the tables."""
-    if not _is_shown(row):
-        return None
+    """Of a test that is shown, the column of a variant whose runs are not those in `answers`."""
     seeds = row["seeds"].split()
     for side in ("variant", "baseline"):
         rows = [run for run in answers.get((row["dataset"], row[side]), []) if run["seed"] in seeds]

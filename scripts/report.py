@@ -122,7 +122,7 @@ def compare(options: argparse.Namespace) -> int:
         write_text(path, paired.as_csv(earlier))
     found = paired.compare(sweep, options.runs / sweep.name)
     rows = of_these_runs(found, sweep, answers)
-    for dataset, _, baseline in {pair_of(row): None for row in found if row not in rows}:
+    for dataset, _, baseline in sorted({*map(pair_of, found)} - {*map(pair_of, rows)}):
         logger.warning(
             "%s: runs on %s are not those of the CSV: no test of %s", options.runs, dataset, baseline
         )

@@ -110,42 +110,43 @@ def test_paired(write_sweep: Write, call: Callable, tmp_path: Path):
     assert "| < 0.001 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-def test_paired_keeps_what_it_cannot_make_again(write_sweep: Write, call: Callable, tmp_path: Path):
+@pytest.fixture
+def finished(write_sweep: Write, tmp_path: Path) -> Callable[[dict[tuple[str, int], int]], Path]:
+    """Runs in which so many of 60 users have rank 3, and their CSV; returns the paired tests' path."""
+
+    def write(shares: dict[tuple[str, int], int]) -> Path:
+        for (variant, seed), share in shares.items():
+            write_run(tmp_path / "runs" / "toys", variant, seed, [3] * share + [0] * (60 - share))
+        rows = [answer(variant, seed, share / 120) for (variant, seed), share in shares.items()]
+        return write_sweep(*rows).with_name("toys-paired.csv")
+
+    return write
+
+
+def test_paired_keeps_what_it_cannot_make_again(finished: Callable, call: Callable, tmp_path: Path):
     """Pairs of runs that are elsewhere stay; a pair of fewer seeds than before does not replace it."""
-    shares = {
-        ("M2Rec", 1): 30,
-        ("no filter | gate", 1): 20,
-        ("SASRec", 1): 15,
-        ("M2Rec", 2): 30,
-        ("SASRec", 2): 14,
-    }
-    rows = {cell: answer(*cell, share / 120) for cell, share in shares.items()}
-    path, runs = write_sweep(*rows.values()).with_name("toys-paired.csv"), tmp_path / "runs" / "toys"
-    for (variant, seed), share in shares.items():
-        write_run(runs, variant, seed, [3] * share + [0] * (60 - share))
-    assert call("--paired=toys", f"--runs={runs.parent}")[0] == 0
+    cells = {("M2Rec", 1): 30, ("no filter | gate", 1): 20, ("SASRec", 1): 15}
+    path = finished({**cells, ("M2Rec", 2): 30, ("SASRec", 2): 14})
+    assert call("--paired=toys", f"--runs={tmp_path}/runs")[0] == 0
     both = path.read_text()
-    shutil.rmtree(runs / "toy" / "no-filter-gate")
-    shutil.rmtree(runs / "toy" / "sasrec" / "2")
-    assert call("--paired=toys", f"--runs={runs.parent}")[0] == 0
+    assert ",1 2,60," in both
+    shutil.rmtree(tmp_path / "runs" / "toys" / "toy" / "no-filter-gate")
+    shutil.rmtree(tmp_path / "runs" / "toys" / "toy" / "sasrec" / "2")
+    assert call("--paired=toys", f"--runs={tmp_path}/runs")[0] == 0
     assert sorted(path.read_text().splitlines()) == sorted(both.splitlines())
 
 
-def test_paired_tells_runs_from_others_of_that_name(write_sweep: Write, call: Callable, tmp_path: Path):
+def test_paired_tells_runs_from_others_of_that_name(
+    finished: Callable, write_sweep: Write, call: Callable, tmp_path: Path
+):
     """What the CSV no longer says is dropped, runs and all, also where nothing can be made again."""
-    shares = {("M2Rec", 1): 30, ("no filter | gate", 1): 20, ("SASRec", 1): 15}
-    rows = {cell: answer(*cell, share / 120) for cell, share in shares.items()}
-    path, runs = write_sweep(*rows.values()).with_name("toys-paired.csv"), tmp_path / "runs" / "toys"
-    for (variant, seed), share in shares.items():
-        write_run(runs, variant, seed, [3] * share + [0] * (60 - share))
-    assert call("--paired=toys", f"--runs={runs.parent}")[0] == 0
-    both = path.read_text()
-    rows["SASRec", 1] = answer("SASRec", 1, 0.1)
-    write_sweep(*rows.values())
+    path = finished({("M2Rec", 1): 30, ("no filter | gate", 1): 20, ("SASRec", 1): 15})
+    assert call("--paired=toys", f"--runs={tmp_path}/runs")[0] == 0
+    kept = [line for line in path.read_text().splitlines() if ",SASRec," not in line]
+    write_sweep(answer("M2Rec", 1, 0.25), answer("no filter | gate", 1, 1 / 6), answer("SASRec", 1, 0.1))
     assert call("--paired=toys", f"--runs={tmp_path}/none")[0] == 2
-    kept = [line for line in both.splitlines() if ",SASRec," not in line]
     assert path.read_text().splitlines() == kept
-    assert call("--paired=toys", f"--runs={runs.parent}")[0] == 0
+    assert call("--paired=toys", f"--runs={tmp_path}/runs")[0] == 0
     assert path.read_text().splitlines() == kept
 
 
