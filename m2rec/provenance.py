@@ -137,18 +137,30 @@ def peak_memory() -> int:
 
 def commit() -> str | None:
     """The commit of this code, `+dirty` with uncommitted changes of it; None outside a repository."""
-    root = Path(__file__).parent.parent
-
-    def git(*arguments: str) -> str:
-        call = ["git", "-C", str(root), *arguments]
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
-        return git("rev-parse", "HEAD") + (
-            "+dirty" if git("status", "--porcelain", "-uno", "--", ".", *_NO_CODE) else ""
-        )
+        changes = _git("status", "--porcelain", "-uno", "--", ".", *_NO_CODE)
+        return _git("rev-parse", "HEAD") + ("+dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def same_code(first: str | None, second: str | None) -> bool:
+    """Whether two commits, as `commit` gives them, differ in nothing that a run is made by."""
+    if first == second:
+        return True
+    if first is None or second is None or "+" in first + second:
+        return False
+    try:
+        _git("diff", "--quiet", first, second, "--", ".", *_NO_CODE, ":(exclude)tests")
+        return True
+    except (OSError, subprocess.CalledProcessError):  # they differ, or one of them is not known here
+        return False
+
+
+def _git(*arguments: str) -> str:
+    """What git says about this repository."""
+    call = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
+    return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from m2rec import checkpoint
 from m2rec.configuration import as_argument
 from m2rec.files import CHECKPOINT_FILE, locked, write_text
-from m2rec.provenance import commit
+from m2rec.provenance import commit, same_code
 from m2rec.results import read_table, row_of_run, settings_text, write_table
 from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run
 
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "settings.json"
 LOG = "log.txt"
+REFUSED = 2  # run_mm.py's exit status when it can't go on with what it is given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,8 +169,8 @@ class Work:
             if not self.options.allow_dirty:
                 check_clean()  # somebody may have gone on working
             resumes = stopped_run(folder) if current else None
-            status = 1 if resumes is None else self._call(cell, folder, gpu, resumes, lock)
-            if status and not self.stop.is_set():
+            status = REFUSED if resumes is None else self._call(cell, folder, gpu, resumes, lock)
+            if status == REFUSED and not self.stop.is_set():
                 _remove_runs(folder)
                 write_text(known, settings)
                 status = self._call(cell, folder, gpu, None, lock)
@@ -241,7 +242,7 @@ def stopped_run(folder: Path) -> Path | None:
     """The run of today's code in a cell's folder that can go on, if there is one."""
     path = max(folder.glob(f"*/{CHECKPOINT_FILE}"), default=None)
     try:
-        same = path is not None and checkpoint.read_numbers(path)["notes"]["commit"] == commit()
+        same = path is not None and same_code(checkpoint.read_numbers(path)["notes"]["commit"], commit())
     except (LookupError, TypeError, ValueError):
         return None
     return path.parent if path is not None and same else None

@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from m2rec.provenance import commit
+from m2rec.provenance import commit, same_code
 from m2rec.results import read_answers
 from m2rec.sweeps import Sweep, cell_folder
 from scripts.sweep import check_clean, main
@@ -111,19 +112,25 @@ def test_what_fails_is_said_and_the_rest_runs(tmp_path: Path, toy: Path, capsys:
     assert "toy, wrong, seed 1: failed: run_mm.py: error: unknown key 'hidden_sise'" in err
 
 
+def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "scripts/sweep.py", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, env={**os.environ, "PYTHONPATH": "."})
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
     """Killed in the first run, which is long: it holds its cell until it ends, and then goes on."""
     long = {"M2Rec": {"epochs": 100_000, "stopping_step": 100_000}, "Popularity": {"model": "Popularity"}}
     path = asked(tmp_path, toy, seeds=[1], variants=long)
-    command = [sys.executable, "scripts/sweep.py", *given(path, toy)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, env={**os.environ, "PYTHONPATH": "."}
-    )
+    process = start(given(path, toy))
     cell = cell_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
     try:
-        deadline = time.monotonic() + 90
-        while not list(cell.glob("*/checkpoint.safetensors")) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for(lambda: list(cell.glob("*/checkpoint.safetensors")))
         process.kill()
         process.wait()
         assert main(given(path, toy)) == 1  # the run of the killed sweep lives on
@@ -131,12 +138,20 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
     time.sleep(0.5)
+    process = start(given(path, toy))  # goes on, and then the run is killed, as for want of memory
+    try:
+        wait_for(lambda: "goes on after epoch" in (cell / "log.txt").read_text())
+        for child in psutil.Process(process.pid).children():
+            child.kill()
+        assert process.wait(60) == 1
+    finally:
+        process.kill()
     (checkpoint,) = cell.glob("*/checkpoint.safetensors")
     config = checkpoint.with_name("config.yaml")  # or it would go on for a day
     config.write_text(re.sub("(?m)^epochs: .*", "epochs: 1", config.read_text()))
     assert main(given(path, toy)) == 0
     assert [row["variant"] for row in rows(path)] == ["M2Rec", "Popularity"]
-    assert "goes on after epoch" in (cell / "log.txt").read_text()
+    assert (cell / "log.txt").read_text().count("goes on after epoch") == 2
     assert not list(cell.glob("*/checkpoint.safetensors"))
 
     asked(tmp_path, toy, seeds=[1])  # other settings: nothing of it is used
@@ -161,19 +176,27 @@ def test_results_and_readme_are_no_code(tmp_path: Path, monkeypatch: pytest.Monk
         identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    for name in ("m2rec/experiment.py", "results/a.csv", "README.md", "config.yaml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("one")
+    def committed(*names: str) -> str | None:
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(f"{names}")
+        git("add", ".")
+        git("commit", "-m", "some")
+        return commit()
+
     git("init")
-    git("add", ".")
-    git("commit", "-m", "one")
     monkeypatch.setattr("m2rec.provenance.__file__", str(tmp_path / "m2rec" / "provenance.py"))
+    first = committed("m2rec/experiment.py", "results/a.csv", "README.md", "config.yaml", "tests/test.py")
     (tmp_path / "results" / "a.csv").write_text("two")
     (tmp_path / "README.md").write_text("two")
-    assert not str(commit()).endswith("+dirty")
+    assert commit() == first and same_code(first, first)
     check_clean()
+    second = committed("results/a.csv", "README.md", "tests/test.py")
+    assert second != first and same_code(first, second)
+    third = committed("config.yaml")
+    assert not same_code(first, third) and not same_code(first, None) and not same_code("0" * 40, third)
     (tmp_path / "config.yaml").write_text("two")
-    assert str(commit()).endswith("+dirty")
+    assert commit() == f"{third}+dirty" and not same_code(third, commit()) and same_code(commit(), commit())
     with pytest.raises(ValueError, match="commit it, or say --allow-dirty"):
         check_clean()
 
