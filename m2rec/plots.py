@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from m2rec.charts import GREY, MARKERS, styled
 from m2rec.files import write_atomically
-from m2rec.results import Answers, Spread, of_dataset, spread
+from m2rec.results import Answers, Spread, against, of_dataset, spread
 from m2rec.sweeps import Sweep
-from m2rec.tables import BUCKETED, buckets, main_variants, users_in
+from m2rec.tables import BUCKETED, QUALITY, buckets, main_variants, users_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ABLATIONS = "ablations"
-QUALITY = "test_unseen NDCG@10"
 
 
 class Panel(NamedTuple):
@@ -88,24 +87,25 @@ def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
 
 
 def _ablations(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
-    """What each ablation adds to the reference or takes from it."""
-    zero = spread(answers[dataset, sweep.reference], BUCKETED) if sweep.reference else None
-    found = {v: spread(answers[dataset, v], BUCKETED) for v in sweep.tables.get(ABLATIONS, ())}
-    bars = {variant: quality for variant, quality in found.items() if quality}
+    """What each ablation adds to the reference or takes from it, seed by seed."""
+    reference = answers[dataset, sweep.reference] if sweep.reference else []
+    zero = spread(reference, BUCKETED)
+    found = {v: against(answers[dataset, v], reference, BUCKETED) for v in sweep.tables.get(ABLATIONS, ())}
+    bars = {variant: pair[1] for variant, pair in found.items() if pair}
     if zero is None or not bars:
         return None
 
     def onto(axes: "Axes") -> None:
         names = list(bars)
-        differences = [quality.mean - zero.mean for quality in bars.values()]
-        errors = [quality.deviation or 0.0 for quality in bars.values()]
+        differences = [more.mean for more in bars.values()]
+        errors = [more.deviation or 0.0 for more in bars.values()]
         axes.barh(names, differences, xerr=errors, color="C0", alpha=0.7, ecolor=GREY)
         for y, (name, difference) in enumerate(zip(names, differences, strict=True)):
             text = "reference" if name == sweep.reference else f"{difference:+.4f}"
             axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
         axes.axvline(0, color=GREY, linewidth=0.8)
         axes.invert_yaxis()
-        axes.set_xlabel(f"{QUALITY}, difference to {sweep.reference} ({zero.mean:.4f})")
+        axes.set_xlabel(f"{QUALITY}, difference to {sweep.reference} ({zero.mean:.4f}) on the same seeds")
         axes.grid(axis="x")
 
     return Panel(1.2 + 0.3 * len(bars), onto)

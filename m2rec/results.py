@@ -252,9 +252,20 @@ def value(row: Row, column: str) -> float | None:
 def spread(rows: Sequence[Row], column: str) -> Spread | None:
     """Mean and deviation over rows; None unless every row has the value."""
     values = [found for row in rows if (found := value(row, column)) is not None]
-    if not values or len(values) < len(rows):
+    return _spread(values) if values and len(values) == len(rows) else None
+
+
+def against(rows: Sequence[Row], reference: Sequence[Row], column: str) -> tuple[Spread, Spread] | None:
+    """The reference's values, and what the rows have more, over the seeds of both; None if there is none."""
+    at = {row["seed"]: found for row in reference if (found := value(row, column)) is not None}
+    both = [
+        (at[row["seed"]], found)
+        for row in rows
+        if (found := value(row, column)) is not None and row["seed"] in at
+    ]
+    if not both:
         return None
-    return Spread(mean(values), stdev(values) if len(values) > 1 else None)
+    return _spread([base for base, _ in both]), _spread([found - base for base, found in both])
 
 
 def distinct(rows: Sequence[Row], column: str) -> list[str]:
@@ -265,6 +276,10 @@ def distinct(rows: Sequence[Row], column: str) -> list[str]:
 def of_dataset(answers: Answers, dataset: str) -> list[Row]:
     """All finished runs on a data set."""
     return [row for (of, _), rows in answers.items() if of == dataset for row in rows]
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(mean(values), stdev(values) if len(values) > 1 else None)
 
 
 def _check_numbers(path: Path, rows: Sequence[Row]) -> None:

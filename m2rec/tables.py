@@ -9,6 +9,7 @@ from m2rec.results import (
     Answers,
     Row,
     Spread,
+    against,
     distinct,
     of_dataset,
     read_paired,
@@ -21,6 +22,8 @@ from m2rec.sweeps import MAIN, Sweep
 NOT_RUN = "not run"
 KINDS = ("popularity", "history")
 BUCKETED = "test_unseen.ndcg@10"
+QUALITY = "test_unseen NDCG@10"
+P = "p"
 
 
 class Column(NamedTuple):
@@ -52,7 +55,7 @@ def _epochs(found: Spread) -> str:
 
 COLUMNS = (
     Column("test_unseen HR@10", "test_unseen.hit@10", _four_pm),
-    Column("test_unseen NDCG@10", "test_unseen.ndcg@10", _four_pm),
+    Column(QUALITY, BUCKETED, _four_pm),
     Column("test HR@10", "test.hit@10", _four_pm),
     Column("test NDCG@10", "test.ndcg@10", _four_pm),
     Column("valid NDCG@10", "valid.ndcg@10", _four),
@@ -78,10 +81,10 @@ def result_table(sweep: Sweep, answers: Answers, table: str) -> str:
     for dataset in sweep.datasets:
         variants = sweep.tables[table]
         tests = {v: paired[dataset, v] for v in variants if (dataset, v) in paired}
-        tables = [_result_lines(sweep, dataset, answers, variants, tests)]
+        lines = _result_lines(sweep, dataset, answers, variants, tests)
         rows = of_dataset(answers, dataset)
-        words = [_protocol(rows), _paired_words(sweep, list(tests.values()))] if rows else []
-        blocks.append(_block(sweep, dataset, tables, words, answers, variants))
+        words = [_protocol(rows), *_comparison_words(sweep, lines)] if rows else []
+        blocks.append(_block(sweep, dataset, [lines], words, answers, variants))
     return "\n\n".join(blocks)
 
 
@@ -149,14 +152,32 @@ def _result_lines(
     runs = _finished(answers, dataset, variants)
     columns = [c for c in COLUMNS if any(spread(rows, c.source) for rows in runs.values())]
     cells = [_cells(column, runs) for column in columns]
-    heads = ["variant", "n", *(column.title for column in columns), *(["p"] if tests else [])]
+    compared = {variant: _against(sweep, dataset, answers, variant) for variant in runs}
+    heads = ["variant", "n", *(column.title for column in columns)]
+    heads += [_versus(sweep)] if any(compared.values()) else []
+    heads += [P] if tests else []
     lines = [heads]
     for k, (variant, rows) in enumerate(runs.items()):
         line = [variant, _seeds(len(rows), len(sweep.seeds)), *(column[k] for column in cells)]
-        if tests:
-            line.append(_p(tests[variant]) if variant in tests else "")
+        line += [compared[variant]] if any(compared.values()) else []
+        line += [_p(tests[variant]) if variant in tests else ""] if tests else []
         lines.append(line)
     return lines
+
+
+def _versus(sweep: Sweep) -> str:
+    return f"vs {sweep.reference}"
+
+
+def _against(sweep: Sweep, dataset: str, answers: Answers, variant: str) -> str:
+    """A variant's quality relative to the reference's on the same seeds."""
+    if sweep.reference in (None, variant):
+        return ""
+    found = against(answers[dataset, variant], answers[dataset, sweep.reference], BUCKETED)
+    if found is None or not found[0].mean:
+        return ""
+    base, more = found
+    return f"{100 * more.mean / base.mean:+.1f}%"
 
 
 def _cells(column: Column, runs: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -200,7 +221,7 @@ def _bucket_lines(sweep: Sweep, dataset: str, answers: Answers, kind: str) -> li
 
 
 _BUCKET_WORDS = (
-    "test_unseen NDCG@10; popularity: how often the target is in the training data; "
+    f"{QUALITY}; popularity: how often the target is in the training data; "
     "history: the number of items before the target"
 )
 
@@ -280,13 +301,17 @@ def _protocol(rows: Sequence[Row]) -> str:
     return text[0].upper() + text[1:]
 
 
-def _paired_words(sweep: Sweep, tests: Sequence[Row]) -> str:
-    if not tests:
-        return ""
-    return (
-        f"p: test_unseen NDCG@10 against {sweep.reference}, two-sided paired bootstrap over users, "
-        f"{RESAMPLES:,} resamples, no correction for several tests"
-    )
+def _comparison_words(sweep: Sweep, lines: Sequence[Sequence[str]]) -> list[str]:
+    """What the columns that compare with the reference say, if they are there."""
+    untested = any(line[-1] == "" for line in lines[1:] if line[0] != sweep.reference)
+    words = {
+        _versus(sweep): f"{_versus(sweep)}: {QUALITY} relative to it, over the seeds that both have",
+        P: (
+            f"p: the same, two-sided paired bootstrap over users, {RESAMPLES:,} resamples, no correction "
+            "for several tests" + ("; blank where users' ranks were not kept" if untested else "")
+        ),
+    }
+    return [text for head, text in words.items() if head in lines[0]]
 
 
 def _commits(rows: Sequence[Row]) -> str:
