@@ -69,7 +69,7 @@ def row_of_run(cell: Cell, folder: Path) -> Row:
             "seconds_total": metrics["seconds"]["total"],
             **{key: metrics[key] for key in _MACHINE},
             **metrics["data"],
-            "text": (metrics["text"] or {}).get("sha256", ""),
+            "text": _text_source(metrics["text"] or {}),
             **metrics["versions"],
             **{f"{part}.{k}": v for part in _PARTS for k, v in metrics[part].items()},
             **_bucket_columns(metrics["test_by"]),
@@ -79,6 +79,12 @@ def row_of_run(cell: Cell, folder: Path) -> Row:
             f"{folder}: no finished run ({type(error).__name__}: {error}); run it again"
         ) from error
     return {key: "" if found is None else str(found) for key, found in row.items()}
+
+
+def _text_source(about: Mapping[str, Any]) -> str:
+    """Which model made text vectors, and of what; nothing without text."""
+    made_of = about.get("template") or about.get("columns")
+    return f"{about.get('model', 'another source')}{f': {made_of}' if made_of else ''}" if about else ""
 
 
 def _bucket_columns(test_by: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -296,6 +296,8 @@ def _protocol(rows: Sequence[Row]) -> str:
     text += f", time order {orders}" if orders else ""
     counts = [f"{int(float(n)):,} {name}" for name in COUNTS for n in distinct(rows, name)]
     text += f"; {', '.join(counts)}" if counts else ""
+    texts = distinct(rows, "text")
+    text += f"; text by {texts[0]}" if len(texts) == 1 else ""
     devices = " and ".join(distinct(rows, "device"))
     text += f"; timed on {devices}" if devices else ""
     return text[0].upper() + text[1:]

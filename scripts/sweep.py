@@ -215,6 +215,8 @@ class Work:
         path = self.options.data_path
         values = {"dataset": cell.dataset, **cell.keys, "seed": cell.seed, "runs_dir": str(folder.resolve())}
         values |= {"data_path": str(Path(path).resolve())} if path else {}
+        if self.sweep.text_encoder and not cell.keys.keys() & {"model", "text_vectors", "text_encoder"}:
+            values["text_encoder"] = self.sweep.text_encoder
         if resumes is not None:
             values = {"resume": str(resumes.resolve())}
         values |= {"show_progress": False, **({"gpu_id": gpu} if gpu else {})}

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,26 @@ def test_results_and_readme_are_no_code(tmp_path: Path, monkeypatch: pytest.Monk
     assert commit() == f"{third}+dirty" and not same_code(third, commit()) and same_code(commit(), commit())
     with pytest.raises(ValueError, match="commit it, or say --allow-dirty"):
         check_clean()
+
+
+def test_runs_with_text_take_the_sweeps_encoder(
+    tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]
+):
+    common = {k: v for k, v in small(toy).items() if k not in ("dataset", "data_path", "gpu_id")}
+    lines = [f"i{i}\tword{i % 7} word{i % 5} word{i % 3}" for i in range(20)]
+    (toy / "toy" / "toy.item").write_text("\n".join(["item_id:token\ttitle:token_seq", *lines]) + "\n")
+    variants = {"M2Rec": {}, "no text": {"text_vectors": "none"}, "Popularity": {"model": "Popularity"}}
+    others = {"seeds": [1], "common": {**common, "epochs": 1}, "variants": variants}
+    path = asked(tmp_path, toy, text_encoder="lsa", **others)
+    assert main(given(path, toy)) == 0
+    texts = [row["text"] for row in rows(path)]
+    assert texts[0] == "lsa: title" and texts[1:] == ["", ""]
+    path.with_suffix(".csv").unlink()
+    shutil.rmtree(tmp_path / "runs")
+    path = asked(tmp_path, toy, text_encoder="another-model", **others)
+    assert main(given(path, toy)) == 1  # what lsa made must not stand for it
+    assert "text_encoder: 'another-model', but " in capsys.readouterr().err
+    assert [row["variant"] for row in rows(path)] == ["no text", "Popularity"]
 
 
 def test_topk_without_10_is_refused(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]):
