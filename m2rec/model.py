@@ -73,14 +73,16 @@ class M2Rec(SequentialRecommender):
         tokens = dataset.field2id_token[self.ITEM_ID]
         text = text_vectors.load(path, tokens, self.settings.text_whitening, self.settings.text_width)
         items, width = self.n_items - 1, text.vectors.shape[1]
+        matched = items - len(text.missing)
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
         raw, whitened = (round(cosine, 4) for cosine in text.cosines)
         logger.info(
-            "text for %s of %s items, %s, %s wide, mean cosine in the file %.2f",
-            f"{text.matched:,}", f"{items:,}", shown, width, raw,
+            "text for %s of %s items, %s, %s wide, mean cosine in the file %.2f%s",
+            f"{matched:,}", f"{items:,}", shown, width, raw,
+            f"; the first without: {', '.join(text.missing[:5])}" if text.missing else "",
         )  # fmt: skip
         self.text_source = {
-            "file": str(path), **text.provenance, "matched": text.matched, "items": items,
+            "file": str(path), **text.provenance, "matched": matched, "items": items,
             "mean_cosine": raw, "mean_cosine_whitened": whitened,
         }  # fmt: skip
         return text

@@ -31,7 +31,7 @@ class TextVectors:
     Attributes:
         vectors: (V, T), zero for padding and for items without text; the others have unit
             length on average.
-        matched: how many items have text.
+        missing: tokens of the items without text.
         cosines: mean cosine between the vectors of two items, as they are in the file and whitened;
             language models put theirs into a narrow cone, where it is far above 0.
         mean, basis: what was subtracted (T0,) and multiplied with (T0, T), so that a later
@@ -40,7 +40,7 @@ class TextVectors:
     """
 
     vectors: Tensor
-    matched: int
+    missing: tuple[str, ...]
     cosines: tuple[float, float]
     mean: Tensor
     basis: Tensor
@@ -186,7 +186,9 @@ def load(path: Path, id_tokens: Sequence[str], whitening: str = "pca", width: in
     vectors[ids] = treated
     provenance["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     cosines = (mean_cosine(raw[rows]), mean_cosine(treated))
-    return TextVectors(vectors, len(found), cosines, mean, basis, provenance)
+    has_text = set(ids.tolist())
+    missing = tuple(str(token) for i, token in enumerate(id_tokens) if i > 0 and i not in has_text)
+    return TextVectors(vectors, missing, cosines, mean, basis, provenance)
 
 
 def mean_cosine(vectors: Tensor) -> float:

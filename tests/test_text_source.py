@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,9 @@ def test_missing_vectors_are_made_from_the_item_file(
     text = text_of_run(tmp_path)
     assert text and text["model"] == "lsa" and text["matched"] == 12 and text["items"] == 20
     assert -1 < float(str(text["mean_cosine_whitened"])) < float(str(text["mean_cosine"])) < 1
-    assert "lsa makes them, from word counts; --text_encoder=MODEL, a model does" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "lsa makes them, from word counts; --text_encoder=MODEL, a model does" in err
+    assert re.search(r"text for 12 of 20 items, .*; the first without: i\d+(, i\d+){4}\n", err), err
     made = (toy / FILE).stat().st_mtime_ns
     assert trained(toy, tmp_path) == 0
     assert (toy / FILE).stat().st_mtime_ns == made
