@@ -18,7 +18,7 @@ OF_THE_MACHINE = ("gpu_id", "use_gpu", "show_progress", "state")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
+    """Run from command-line arguments; returns the exit status: 2 for a mistake, 3 if a run can't go on."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if any(a in ("-h", "--help") for a in arguments):
         _say(f"{__doc__}")
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         if not others:
             sys.stderr.write(f"run_mm.py: error: {' '.join(str(error).split())}\n")
-        return 2
+        return getattr(error, "exit_status", 2)  # a run that can't go on has its own
     except KeyboardInterrupt:
         sys.stderr.write("run_mm.py: stopped\n")
         return 130

@@ -50,6 +50,7 @@ from m2rec.provenance import (
     item_tokens,
     lasting_settings,
 )
+from m2rec.resuming import CannotGoOn
 from m2rec.signals import Interrupted, StopRequest
 from m2rec.text_source import make_missing
 from m2rec.trainer import RunTrainer
@@ -197,13 +198,14 @@ def resumed(folder: Path, machine: Mapping[str, Any]) -> Config:
         machine: keys that belong to the machine, such as gpu_id.
 
     Raises:
-        ValueError: the folder holds no run that can go on.
+        CannotGoOn: the folder holds no run that can go on.
+        ValueError: its settings can't be used here.
     """
     needed = (CONFIG_FILE, CHECKPOINT_FILE, HISTORY_FILE)
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         cure = "the run is finished" if (folder / METRICS_FILE).is_file() else "start a new run"
-        raise ValueError(f"resume: {folder} has no {missing[0]} to go on from; {cure}")
+        raise CannotGoOn(f"resume: {folder} has no {missing[0]} to go on from; {cure}")
     given: dict[str, Any] = {**machine, "config_files": [str(folder / CONFIG_FILE)]}
     if read_yaml(folder / CONFIG_FILE).get("text_vectors") == "auto":  # the file of then, not of now
         try:
@@ -211,7 +213,7 @@ def resumed(folder: Path, machine: Mapping[str, Any]) -> Config:
         except OSError:
             file = "none"
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"resume: {folder / TEXT_FILE} is damaged ({error}); start a new run") from None
+            raise CannotGoOn(f"resume: {folder / TEXT_FILE} is damaged ({error}); start a new run") from None
         given["text_vectors"] = file
     return build_config(given)
 

@@ -105,7 +105,9 @@ def _ablations(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
             axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
         axes.axvline(0, color=GREY, linewidth=0.8)
         axes.invert_yaxis()
-        axes.set_xlabel(f"{QUALITY}, difference to {sweep.reference} ({zero.mean:.4f}) on the same seeds")
+        axes.set_xlabel(
+            f"{QUALITY}, difference to {sweep.reference} on the same seeds (its mean: {zero.mean:.4f})"
+        )
         axes.grid(axis="x")
 
     return Panel(1.2 + 0.3 * len(bars), onto)

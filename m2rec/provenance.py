@@ -28,8 +28,8 @@ _MAY_CHANGE = {
     "text_vectors", "use_gpu", "worker",
 }  # fmt: skip
 
-# what a sweep and its report write themselves
-_NO_CODE = (":(exclude)results", ":(exclude)*.md")
+# what a sweep and its report write themselves, and what no run is made by
+_NO_CODE = (":(exclude)results", ":(exclude)*.md", ":(exclude)tests")
 
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
 
@@ -145,13 +145,13 @@ def commit() -> str | None:
 
 
 def same_code(first: str | None, second: str | None) -> bool:
-    """Whether two commits, as `commit` gives them, differ in nothing that a run is made by."""
+    """Whether two commits, as `commit` gives them, are one or differ in nothing that a run is made by."""
     if first == second:
         return True
     if first is None or second is None or "+" in first + second:
         return False
     try:
-        _git("diff", "--quiet", first, second, "--", ".", *_NO_CODE, ":(exclude)tests")
+        _git("diff", "--quiet", first, second, "--", ".", *_NO_CODE)
         return True
     except (OSError, subprocess.CalledProcessError):  # they differ, or one of them is not known here
         return False

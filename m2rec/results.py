@@ -70,6 +70,7 @@ def row_of_run(cell: Cell, folder: Path) -> Row:
             **{key: metrics[key] for key in _MACHINE},
             **metrics["data"],
             "text": _text_source(metrics["text"] or {}),
+            "text_sha256": (metrics["text"] or {}).get("sha256", ""),
             **metrics["versions"],
             **{f"{part}.{k}": v for part in _PARTS for k, v in metrics[part].items()},
             **_bucket_columns(metrics["test_by"]),

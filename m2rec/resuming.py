@@ -7,6 +7,13 @@ from typing import Any
 from m2rec.files import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE, read_tensors, write_text
 
 
+class CannotGoOn(ValueError):
+    """A run that was stopped can't go on from what is left of it or beside it; only a new one helps."""
+
+    exit_status = 3
+    """Of run_mm.py, where other mistakes are 2."""
+
+
 def check_notes(began: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """A run goes on with the data, text vectors and settings that it began with.
 

@@ -47,8 +47,6 @@ class Sweep:
     """Keys by variant, the strongest, in the order of the tables' rows."""
     tables: Mapping[str, tuple[str, ...]]
     """Variants by table; one table `main` of all unless the file names others."""
-    text_encoder: str | None
-    """What makes the text vectors of runs that leave `text_vectors` open; None: whatever is there, or lsa."""
     reference: str | None
     """The variant that the others are compared with; None: nothing is compared."""
     baselines: tuple[str, ...]
@@ -118,7 +116,6 @@ def _checked(content: Mapping[str, Any], name: str) -> dict[str, Any]:
         "dataset_keys": dataset_keys,
         "variants": variants,
         "tables": _tables(content.get("tables"), variants),
-        "text_encoder": _name("text_encoder", content.get("text_encoder")),
         "reference": reference,
         "baselines": baselines,
     }
@@ -143,12 +140,6 @@ def _names(key: str, value: Any, empty: bool = False) -> tuple[str, ...]:
         if names.count(name) > 1:
             raise ValueError(f"{key}: {name!r} comes twice")
     return tuple(names)
-
-
-def _name(key: str, value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and value):
-        return value
-    raise ValueError(f"{key}: expected a name, got {value!r}")
 
 
 def _seeds(value: Any) -> tuple[int, ...]:

@@ -83,7 +83,7 @@ def result_table(sweep: Sweep, answers: Answers, table: str) -> str:
         tests = {v: paired[dataset, v] for v in variants if (dataset, v) in paired}
         lines = _result_lines(sweep, dataset, answers, variants, tests)
         rows = of_dataset(answers, dataset)
-        words = [_protocol(rows), *_comparison_words(sweep, lines)] if rows else []
+        words = [_protocol(rows), *_comparison_words(sweep, lines[0])] if rows else []
         blocks.append(_block(sweep, dataset, [lines], words, answers, variants))
     return "\n\n".join(blocks)
 
@@ -296,24 +296,23 @@ def _protocol(rows: Sequence[Row]) -> str:
     text += f", time order {orders}" if orders else ""
     counts = [f"{int(float(n)):,} {name}" for name in COUNTS for n in distinct(rows, name)]
     text += f"; {', '.join(counts)}" if counts else ""
-    texts = distinct(rows, "text")
-    text += f"; text by {texts[0]}" if len(texts) == 1 else ""
+    texts = " and ".join(distinct(rows, "text"))
+    text += f"; text by {texts}" if texts else ""
     devices = " and ".join(distinct(rows, "device"))
     text += f"; timed on {devices}" if devices else ""
     return text[0].upper() + text[1:]
 
 
-def _comparison_words(sweep: Sweep, lines: Sequence[Sequence[str]]) -> list[str]:
+def _comparison_words(sweep: Sweep, heads: Sequence[str]) -> list[str]:
     """What the columns that compare with the reference say, if they are there."""
-    untested = any(line[-1] == "" for line in lines[1:] if line[0] != sweep.reference)
     words = {
         _versus(sweep): f"{_versus(sweep)}: {QUALITY} relative to it, over the seeds that both have",
         P: (
-            f"p: the same, two-sided paired bootstrap over users, {RESAMPLES:,} resamples, no correction "
-            "for several tests" + ("; blank where users' ranks were not kept" if untested else "")
+            f"p: {QUALITY} against {sweep.reference}, two-sided paired bootstrap over users, {RESAMPLES:,} "
+            "resamples, no correction for several tests, over the seeds with kept ranks; blank: not tested"
         ),
     }
-    return [text for head, text in words.items() if head in lines[0]]
+    return [text for head, text in words.items() if head in heads]
 
 
 def _commits(rows: Sequence[Row]) -> str:

@@ -168,8 +168,14 @@ class RunTrainer(Trainer):
         """Go on where the run was kept; lines of history.csv after it are dropped.
 
         Raises:
-            ValueError: the checkpoint can't be used, or is of other data.
+            CannotGoOn: the checkpoint can't be used, or is of other data.
         """
+        try:
+            self._go_on()
+        except ValueError as error:
+            raise resuming.CannotGoOn(str(error)) from error
+
+    def _go_on(self) -> None:
         numbers = checkpoint.load(
             self.folder / CHECKPOINT_FILE,
             self._training(self._loader),

@@ -32,6 +32,7 @@ from m2rec.configuration import as_argument
 from m2rec.files import CHECKPOINT_FILE, locked, write_text
 from m2rec.provenance import commit, same_code
 from m2rec.results import read_table, row_of_run, settings_text, write_table
+from m2rec.resuming import CannotGoOn
 from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "settings.json"
 LOG = "log.txt"
-REFUSED = 2  # run_mm.py's exit status when it can't go on with what it is given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,8 +169,9 @@ class Work:
             if not self.options.allow_dirty:
                 check_clean()  # somebody may have gone on working
             resumes = stopped_run(folder) if current else None
-            status = REFUSED if resumes is None else self._call(cell, folder, gpu, resumes, lock)
-            if status == REFUSED and not self.stop.is_set():
+            new = CannotGoOn.exit_status
+            status = new if resumes is None else self._call(cell, folder, gpu, resumes, lock)
+            if status == new and not self.stop.is_set():
                 _remove_runs(folder)
                 write_text(known, settings)
                 status = self._call(cell, folder, gpu, None, lock)
@@ -215,8 +216,6 @@ class Work:
         path = self.options.data_path
         values = {"dataset": cell.dataset, **cell.keys, "seed": cell.seed, "runs_dir": str(folder.resolve())}
         values |= {"data_path": str(Path(path).resolve())} if path else {}
-        if self.sweep.text_encoder and not cell.keys.keys() & {"model", "text_vectors", "text_encoder"}:
-            values["text_encoder"] = self.sweep.text_encoder
         if resumes is not None:
             values = {"resume": str(resumes.resolve())}
         values |= {"show_progress": False, **({"gpu_id": gpu} if gpu else {})}

@@ -200,7 +200,7 @@ def test_data_that_changed_is_noticed(
         vectors.unlink()
     path.write_text("\n".join([head, *lines]) + "\n")
     status, _, err = command(f"--resume={folder}", runs_dir=False)
-    assert status == 2 and message in err and "Traceback" not in err
+    assert status == (2 if what == "text is gone" else 3) and message in err and "Traceback" not in err
 
 
 def test_text_that_came_later_changes_nothing(
@@ -226,7 +226,7 @@ def test_settings_that_changed_are_named(command: Command, toy: Path, tmp_path: 
         assert old in whole
         config.write_text(whole.replace(old, new))
         status, _, err = command(f"--resume={folder}", runs_dir=False)
-        assert status == 2 and message in err
+        assert status == 3 and message in err
     config.write_text(whole.replace("epochs: 2", "epochs: 3"))
     assert command(f"--resume={folder}", runs_dir=False)[0] == 0
 
@@ -245,7 +245,7 @@ def test_weights_of_an_epoch_whose_checkpoint_is_not_there(command: Command, toy
         if about["epoch"] == epoch:
             continue
         status, _, err = command(f"--resume={folder}", runs_dir=False)
-        assert status == 2 and message.replace("not of 1", f"not of {about['epoch']}") in err
+        assert status == 3 and message.replace("not of 1", f"not of {about['epoch']}") in err
     write_tensors(path, weights, {"epoch": "2", "score": "0.9"})  # of an attempt that did far better
     assert command(f"--resume={folder}", runs_dir=False)[0] == 0
     assert json.loads((folder / "metrics.json").read_text())["best_epoch"] == 2
@@ -257,7 +257,7 @@ def test_a_history_that_lost_lines(command: Command, toy: Path, tmp_path: Path, 
     folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
     (folder / "history.csv").write_text(content)
     status, _, err = command(f"--resume={folder}", runs_dir=False)
-    assert status == 2 and "history.csv has lost lines before epoch 0" in err
+    assert status == 3 and "history.csv has lost lines before epoch 0" in err
 
 
 def test_every_code_that_trained_is_named(
@@ -296,7 +296,7 @@ def test_every_damage_is_noticed(command: Command, toy: Path, tmp_path: Path):
         with pytest.raises(ValueError, match="can't be read"):
             read_tensors(path)
     status, _, err = command(f"--resume={folder}", runs_dir=False)
-    assert status == 2 and "is no checkpoint of this run" in err and "Traceback" not in err
+    assert status == 3 and "is no checkpoint of this run" in err and "Traceback" not in err
 
 
 def test_a_run_that_early_stopping_ended_only_lacks_its_test(command: Command, toy: Path, tmp_path: Path):
@@ -330,21 +330,21 @@ def test_what_can_not_go_on_is_named(command: Command, toy: Path, tmp_path: Path
     folder = stopped(values, after=0)
     path = folder / "checkpoint.safetensors"
     content = path.read_bytes()
-    mistakes: list[tuple[list[str], str]] = [
-        ([f"--resume={tmp_path}"], f"resume: {tmp_path} has no config.yaml to go on from"),
-        ([f"--resume={folder}", "--epochs=9"], "it takes its keys from the run, not --epochs"),
-        (["--resume=5"], "resume: 5: expected runs/NAME"),
+    mistakes: list[tuple[list[str], int, str]] = [
+        ([f"--resume={tmp_path}"], 3, f"resume: {tmp_path} has no config.yaml to go on from"),
+        ([f"--resume={folder}", "--epochs=9"], 2, "it takes its keys from the run, not --epochs"),
+        (["--resume=5"], 2, "resume: 5: expected runs/NAME"),
     ]
-    for arguments, message in mistakes:
+    for arguments, expected, message in mistakes:
         status, _, err = command(*arguments, runs_dir=False)
-        assert status == 2 and message in err and "Traceback" not in err
+        assert status == expected and message in err and "Traceback" not in err
     for broken in (b"", content[:1000], content[: len(content) // 2], b"\x80\x04" + content):
         path.write_bytes(broken)
         status, _, err = command(f"--resume={folder}", runs_dir=False)
-        assert status == 2 and "is no checkpoint of this run" in err and "Traceback" not in err
+        assert status == 3 and "is no checkpoint of this run" in err and "Traceback" not in err
     path.unlink()
     status, _, err = command(f"--resume={folder}", runs_dir=False)
-    assert status == 2 and "has no checkpoint.safetensors to go on from" in err
+    assert status == 3 and "has no checkpoint.safetensors to go on from" in err
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):

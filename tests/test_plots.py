@@ -38,7 +38,7 @@ def test_three_pictures_with_text(write_sweep: Write):
     assert {
         "reference",
         "+0.0500",
-        "test_unseen NDCG@10, difference to M2Rec (0.2000) on the same seeds",
+        "test_unseen NDCG@10, difference to M2Rec on the same seeds (its mean: 0.2000)",
     } <= ablations
     assert {"0", "1-5", "101+", "1,000 users", "M2Rec"} <= popularity and "SASRec" not in popularity
 

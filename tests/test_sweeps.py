@@ -20,7 +20,6 @@ variants:
 tables: {main: [SASRec, M2Rec], alone: [M2Rec]}
 reference: M2Rec
 baselines: [SASRec]
-text_encoder: lsa
 """
 SHORT = "title: T\ndatasets: [toy]\nseeds: [1]\nvariants: {A: {}, B: {}}\n"
 
@@ -37,7 +36,7 @@ def test_reads_every_key(tmp_path: Path):
     assert sweep.command.endswith("--jobs=2") and sweep.datasets == ("ml-100k", "toy")
     assert sweep.seeds == (2, 1) and list(sweep.variants) == ["M2Rec", "SASRec"]
     assert sweep.tables == {"main": ("SASRec", "M2Rec"), "alone": ("M2Rec",)}
-    assert (sweep.reference, sweep.baselines, sweep.text_encoder) == ("M2Rec", ("SASRec",), "lsa")
+    assert (sweep.reference, sweep.baselines) == ("M2Rec", ("SASRec",))
 
 
 def test_a_cells_keys_are_merged_weakest_first(tmp_path: Path):
@@ -57,7 +56,6 @@ def test_what_may_be_left_out(tmp_path: Path):
         sweep.tables == {"main": ("A", "B")} and sweep.command == "python scripts/sweep.py results/two.yaml"
     )
     assert sweep.reference is None and sweep.baselines == () and sweep.common == {}
-    assert sweep.text_encoder is None
 
 
 @pytest.mark.parametrize(
@@ -110,7 +108,6 @@ def test_the_newest_finished_run_counts(tmp_path: Path):
         ("title: T", "title: T\ntables: {buckets: [A]}", "tables: 'buckets' can't name a table"),
         ("title: T", "title: T\nreference: a", "reference: unknown variant 'a'; did you mean 'A'?"),
         ("title: T", "title: T\nreference: A\nbaselines: [D]", "baselines: unknown variant 'D'"),
-        ("title: T", "title: T\ntext_encoder: [a]", "text_encoder: expected a name, got \\['a'\\]"),
         ("title: T", "title: T\nbaselines: [B]", "baselines: there is nothing to compare them with"),
     ],
 )

@@ -1,5 +1,6 @@
 """The tables of README and docs, cell by cell."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,23 @@ def test_a_result_table(write_sweep: Write):
         "`python scripts/sweep.py results/toys.yaml`, commit 0123456."
     )
     assert len(lines) == 6
+
+
+def test_nothing_to_compare_with(write_sweep: Write):
+    """No seed of both, a reference of zero, no reference."""
+    for rows in ([answer("M2Rec", 2, 0.1), answer("SASRec", 1, 0.15)], [answer("M2Rec", 1, 0.0), *ROWS[2:]]):
+        lines = table_of(write_sweep(*rows))
+        assert "vs M2Rec" not in "".join(lines) and len(lines) == 6
+    path = write_sweep(*ROWS)
+    text = path.read_text().replace("reference: M2Rec\n", "")
+    path.write_text(re.sub("baselines: .*\n", "", text))
+    assert "vs " not in "".join(table_of(path))
+
+
+def test_what_made_the_text_is_said(write_sweep: Write):
+    texts = ("lsa: title", "lsa: title plot")
+    rows = [answer("M2Rec", seed, 0.1, text=text) for seed, text in enumerate(texts, 1)]
+    assert "; text by lsa: title and lsa: title plot; timed on" in table_of(write_sweep(*rows))[-1]
 
 
 def test_a_variant_without_rows_and_a_name_with_a_bar(write_sweep: Write):
@@ -93,7 +111,7 @@ def test_p_values(write_sweep: Write, p: str, shown: str):
     path.with_name("toys-paired.csv").write_text(PAIRED + line)
     lines = table_of(path)
     assert lines[0].endswith("| p |") and lines[2].endswith("|  |") and lines[3].endswith(f"| {shown} |")
-    assert "p: the same, two-sided paired bootstrap over users" in lines[-1]
+    assert "p: test_unseen NDCG@10 against M2Rec, two-sided paired bootstrap over users" in lines[-1]
 
 
 def test_buckets(write_sweep: Write):
