@@ -18,9 +18,10 @@ import pytest
 import yaml
 
 from m2rec.provenance import commit, same_code
-from m2rec.results import read_answers
-from m2rec.sweeps import Sweep, cell_folder
-from scripts.sweep import check_clean, main
+from m2rec.results import read_answers, settings_text
+from m2rec.resuming import CannotGoOn
+from m2rec.sweeps import Cell, Sweep, cell_folder
+from scripts.sweep import Work, check_clean, main
 from tests.conftest import small
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +161,31 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
     asked(tmp_path, toy, seeds=[1])  # other settings: nothing of it is used
     assert main(given(path, toy)) == 0
     assert len(list(cell.glob("*/history.csv"))) == 1 and rows(path)[0]["epochs"] == "1"
+
+
+@pytest.mark.parametrize("status", [CannotGoOn.exit_status, 2, 1, -signal.SIGKILL])
+def test_only_a_run_that_can_not_go_on_is_started_anew(
+    tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, status: int
+):
+    """Whatever else stops it, such as a full disk, may be gone next time."""
+    path = asked(tmp_path, toy, seeds=[1], variants={"M2Rec": {}})
+    (cell,) = Sweep.read(path).cells()
+    folder = cell_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
+    left = folder / "M2Rec-toy-1"
+    left.mkdir(parents=True)
+    (folder / "settings.json").write_text(settings_text(cell.keys))
+    (folder / "log.txt").write_text("what went wrong")
+    tried: list[Path | None] = []
+
+    def call(work: Work, cell: Cell, folder: Path, gpu: str | None, resumes: Path | None, lock: int) -> int:
+        tried.append(resumes)
+        return status if resumes else 1
+
+    monkeypatch.setattr("scripts.sweep.stopped_run", lambda folder: left)
+    monkeypatch.setattr(Work, "_call", call)
+    assert main(given(path, toy)) == 1
+    anew = status == CannotGoOn.exit_status
+    assert tried == ([left, None] if anew else [left]) and left.exists() != anew
 
 
 def test_mistakes(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]):
