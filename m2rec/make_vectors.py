@@ -130,10 +130,10 @@ def _say_coverage(known: Sequence[str] | None, tokens: Sequence[str], what: str)
             f"none of the {len(known):,} items of the interactions {what} (theirs: {list(known[:3])}, here: "
             f"{list(tokens[:3])}); use the same tokens in both files"
         )
-    shown = f"; the first without: {', '.join(without[:5])}" if without else ""
     logger.info(
         "%s of %s items of the interactions %s%s",
-        f"{len(known) - len(without):,}", f"{len(known):,}", what, shown,
+        f"{len(known) - len(without):,}", f"{len(known):,}", what,
+        text_vectors.first_without(without),
     )  # fmt: skip
 
 

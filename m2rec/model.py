@@ -79,7 +79,7 @@ class M2Rec(SequentialRecommender):
         logger.info(
             "text for %s of %s items, %s, %s wide, mean cosine in the file %.2f%s",
             f"{matched:,}", f"{items:,}", shown, width, raw,
-            f"; the first without: {', '.join(text.missing[:5])}" if text.missing else "",
+            text_vectors.first_without(text.missing),
         )  # fmt: skip
         self.text_source = {
             "file": str(path), **text.provenance, "matched": matched, "items": items,

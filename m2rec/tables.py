@@ -150,19 +150,13 @@ def _result_lines(
     sweep: Sweep, dataset: str, answers: Answers, variants: Sequence[str], tests: Mapping[str, Row]
 ) -> list[list[str]]:
     runs = _finished(answers, dataset, variants)
-    columns = [c for c in COLUMNS if any(spread(rows, c.source) for rows in runs.values())]
-    cells = [_cells(column, runs) for column in columns]
-    compared = {variant: _against(sweep, dataset, answers, variant) for variant in runs}
-    heads = ["variant", "n", *(column.title for column in columns)]
-    heads += [_versus(sweep)] if any(compared.values()) else []
-    heads += [P] if tests else []
-    lines = [heads]
-    for k, (variant, rows) in enumerate(runs.items()):
-        line = [variant, _seeds(len(rows), len(sweep.seeds)), *(column[k] for column in cells)]
-        line += [compared[variant]] if any(compared.values()) else []
-        line += [_p(tests[variant]) if variant in tests else ""] if tests else []
-        lines.append(line)
-    return lines
+    columns = {column.title: _cells(column, runs) for column in COLUMNS}
+    columns[_versus(sweep)] = [_against(sweep, dataset, answers, variant) for variant in runs]
+    columns[P] = [_p(tests[variant]) if variant in tests else "" for variant in runs]
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    seeds = [_seeds(len(rows), len(sweep.seeds)) for rows in runs.values()]
+    lines = zip(runs, seeds, *columns.values(), strict=True)
+    return [["variant", "n", *columns], *map(list, lines)]
 
 
 def _versus(sweep: Sweep) -> str:

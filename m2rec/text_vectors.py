@@ -186,9 +186,13 @@ def load(path: Path, id_tokens: Sequence[str], whitening: str = "pca", width: in
     vectors[ids] = treated
     provenance["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     cosines = (mean_cosine(raw[rows]), mean_cosine(treated))
-    has_text = set(ids.tolist())
-    missing = tuple(str(token) for i, token in enumerate(id_tokens) if i > 0 and i not in has_text)
+    missing = tuple(str(token) for token in id_tokens[1:] if str(token) not in row)
     return TextVectors(vectors, missing, cosines, mean, basis, provenance)
+
+
+def first_without(tokens: Sequence[str]) -> str:
+    """What a line of the log adds about items without text."""
+    return f"; the first without: {', '.join(tokens[:5])}" if tokens else ""
 
 
 def mean_cosine(vectors: Tensor) -> float:

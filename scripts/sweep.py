@@ -169,9 +169,8 @@ class Work:
             if not self.options.allow_dirty:
                 check_clean()  # somebody may have gone on working
             resumes = stopped_run(folder) if current else None
-            new = CannotGoOn.exit_status
-            status = new if resumes is None else self._call(cell, folder, gpu, resumes, lock)
-            if status == new and not self.stop.is_set():
+            status = self._call(cell, folder, gpu, resumes, lock) if resumes else CannotGoOn.exit_status
+            if status == CannotGoOn.exit_status and not self.stop.is_set():
                 _remove_runs(folder)
                 write_text(known, settings)
                 status = self._call(cell, folder, gpu, None, lock)
