@@ -168,25 +168,21 @@ class Encoder(nn.Module):
         return x, weights
 
     def advance(
-        self,
-        items: Tensor,
-        states: list[LayerState] | None = None,
-        lengths: Tensor | None = None,
+        self, items: Tensor, states: list[LayerState] | None = None
     ) -> tuple[Tensor, list[LayerState]]:
-        """Continue histories by the items (B, L) that follow `states`, None before the first.
+        """Continue histories, of any length each, by the items (B, L) that follow `states`.
 
-        Every row goes its own way: rows may be at any length, and `lengths` (B,) says how many of
-        its items count where the others are padding. The cost does not depend on what came before.
+        Without `states` they begin. The cost does not depend on what came before.
 
         Returns:
             The vectors (B, L, D), equal to those of `forward` over the whole histories, and
-            the states after the items that count.
+            the states after them.
         """
         x = self.dropout(self.norm(self.items(items)))
         before: Sequence[LayerState | None] = states or [None] * len(self.layers)
         after = []
         for layer, state in zip(cast(Iterable[Layer], self.layers), before, strict=True):
-            x, new = layer.advance(x, items, self.vectors, self.available, state, lengths)
+            x, new = layer.advance(x, items, self.vectors, self.available, state)
             after.append(new)
         return x, after
 

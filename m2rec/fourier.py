@@ -66,9 +66,7 @@ class CausalFilter(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # as the FFT, which stays in float32
             return torch.einsum("bld,dl->bd", heard, kernel).to(x.dtype)
 
-    def advance(
-        self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def advance(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Continue histories: each mode is a complex recurrence, so its past is one number.
 
             h_m[t] = p_m h_m[t-1] + x[t],   p_m = exp(-a_m + i w_m),   y = Re sum_m (b_m - i c_m) h_m
@@ -76,22 +74,19 @@ class CausalFilter(nn.Module):
         Args:
             x: (B, L, D), the next positions.
             state: (B, D, M) complex from the positions before; None before the first.
-            lengths: (B,) how many of the positions count, the others are padding; None for all.
 
         Returns:
-            y (B, L, D) and the state after the positions that count.
+            y (B, L, D) and the state after them.
         """
         length = x.shape[1]
         y = self(x)
         powers = self._powers(torch.arange(length + 1, device=x.device))  # (D, M, L + 1)
-        heard = x if lengths is None else _push_to_the_end(x, lengths)
-        added = torch.einsum("bld,dml->bdm", heard.to(powers.dtype), powers[..., :length].flip(-1))
+        added = torch.einsum("bld,dml->bdm", x.to(powers.dtype), powers[..., :length].flip(-1))
         if state is None:
             return y, added
         weighted = torch.complex(self.cosine, -self.sine) * state
         echo = torch.einsum("bdm,dml->bld", weighted, powers[..., 1:]).real
-        passed = powers[..., length] if lengths is None else powers[..., lengths].movedim(-1, 0)
-        return y + echo.to(y.dtype), passed * state + added
+        return y + echo.to(y.dtype), powers[..., length] * state + added
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
@@ -155,9 +150,7 @@ class Residual(nn.Module):
         """x: (B, L, D) -> the same."""
         return x
 
-    def advance(
-        self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def advance(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As in `CausalFilter`; the state is empty."""
         return x, x.new_empty(len(x), 0)
 

@@ -88,19 +88,16 @@ class Layer(nn.Module):
         vectors: Tensor | None,
         available: Tensor | None,
         state: LayerState | None = None,
-        lengths: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
         """As `forward` for the positions that follow `state`, None before the first.
-
-        Of each row's positions the first `lengths` count for the state, all without it.
 
         Raises:
             ValueError: a part needs the whole history at once.
         """
-        y, mixer = self.recurrent_mixer().advance(x, None if state is None else state.mixer, lengths)
+        y, mixer = self.recurrent_mixer().advance(x, None if state is None else state.mixer)
         outputs, memory = [y], None
         if isinstance(self.filter, CausalFilter | Residual):
-            f, memory = self.filter.advance(x, None if state is None else state.filter, lengths)
+            f, memory = self.filter.advance(x, None if state is None else state.filter)
             outputs.append(f)
         return self._merge(x, outputs, items, vectors, available)[0], LayerState(mixer, memory)
 

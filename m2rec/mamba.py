@@ -68,26 +68,23 @@ class Mamba(nn.Module):
         y, _ = self.advance(x)
         return y
 
-    def advance(
-        self, x: Tensor, state: MixerState | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, MixerState]:
+    def advance(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         """Continue histories.
 
         Args:
             x: (B, L, D), the next positions.
             state: from the positions before; None before the first.
-            lengths: (B,) how many of the positions count, the others are padding; None for all.
 
         Returns:
-            y (B, L, D) and the state after the positions that count: the last K - 1 inputs of
-            the convolution (B, K - 1, E), and the scan's (B, E, N).
+            y (B, L, D) and the state after them: the last K - 1 inputs of the convolution
+            (B, K - 1, E), and the scan's (B, E, N).
         """
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
-        u, window = _convolve(u, state, lengths, self.conv1d, self.backend)
+        u, window = _convolve(u, state, self.conv1d, self.backend)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y, h = selective_scan(
             u,
-            _hold_at_padding(dt @ self.dt_proj.weight.T, lengths),
+            dt @ self.dt_proj.weight.T,
             -torch.exp(self.A_log.float()),
             B,
             C,
@@ -151,16 +148,14 @@ class Mamba2(nn.Module):
         y, _ = self.advance(x)
         return y
 
-    def advance(
-        self, x: Tensor, state: MixerState | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, MixerState]:
+    def advance(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         """As `Mamba.advance`; the states are (B, K - 1, E + 2N) and (B, H, P, N)."""
         z, xBC, dt = self._project(x)
-        xBC, window = _convolve(xBC, state, lengths, self.conv1d, self.backend)
+        xBC, window = _convolve(xBC, state, self.conv1d, self.backend)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
         y, h = ssd(
             u.unflatten(-1, (-1, self.head_dim)),
-            _hold_at_padding(dt, lengths),
+            dt,
             -torch.exp(self.A_log.float()),
             B,
             C,
@@ -177,7 +172,7 @@ class Mamba2(nn.Module):
         """As `forward` for each row's last position alone: x (B, L, D), lengths (B,) -> (B, D)."""
         gate, heard = self.in_proj.weight.split([self.inner, len(self.in_proj.weight) - self.inner])
         xBC, dt = F.linear(x, heard).split([len(heard) - len(self.D), len(self.D)], dim=-1)
-        xBC, _ = _convolve(xBC, None, None, self.conv1d, self.backend)
+        xBC, _ = _convolve(xBC, None, self.conv1d, self.backend)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
         u, A = u.unflatten(-1, (-1, self.head_dim)), -torch.exp(self.A_log.float())
         y = ssd_last(u, dt, A, B, C, lengths, self.D, self.dt_bias, True)
@@ -219,31 +214,18 @@ def last_positions(x: Tensor, lengths: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device), lengths - 1]
 
 
-def _convolve(
-    x: Tensor, state: MixerState | None, lengths: Tensor | None, conv: nn.Conv1d, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The short convolution after the inputs in `state`: x (B, L, E) -> (B, L, E), last inputs that count."""
+def _convolve(x: Tensor, state: MixerState | None, conv: nn.Conv1d, backend: str) -> tuple[Tensor, Tensor]:
+    """The short convolution after the inputs in `state`: x (B, L, E) -> (B, L, E), the last inputs."""
     kept, length = conv.weight.shape[2] - 1, x.shape[1]
     inputs = F.pad(x, (0, 0, kept, 0)) if state is None else torch.cat([state[0], x], dim=1)
     y = causal_conv1d(x if state is None else inputs, conv.weight[:, 0], conv.bias, backend=backend)
-    if lengths is None:
-        return y[:, -length:], inputs[:, length:]
-    index = lengths[:, None] + torch.arange(kept, device=x.device)
-    return y[:, -length:], inputs.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    return y[:, -length:], inputs[:, length:]
 
 
 def _convolve_step(x: Tensor, window: Tensor, conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
     """As `_convolve` for one position: x (B, E), window (B, K - 1, E) -> (B, E), new window."""
     inputs = torch.cat([window, x[:, None]], dim=1)
     return causal_conv1d_step(inputs, conv.weight[:, 0], conv.bias), inputs[:, 1:]
-
-
-def _hold_at_padding(dt: Tensor, lengths: Tensor | None) -> Tensor:
-    """Steps (B, L, ...) before softplus, of size zero from each row's length on: they change no state."""
-    if lengths is None:
-        return dt
-    padding = torch.arange(dt.shape[1], device=dt.device) >= lengths[:, None]
-    return dt.masked_fill(padding[..., None], -torch.inf)
 
 
 def _initial_dt_bias(size: int) -> Tensor:

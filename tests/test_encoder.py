@@ -141,11 +141,14 @@ def test_every_item_of_the_history_changes_the_scores(position: int):
     assert not torch.allclose(made.last(items, lengths), made.last(changed, lengths), atol=1e-6)
 
 
-@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+ADVANCE = [{}, {"mixer": "mamba"}, {"filter": "residual"}, {"filter": "none", "text": False}]
+
+
+@pytest.mark.parametrize("settings", ADVANCE)
 @pytest.mark.parametrize("cuts", [[1] * L, [5, 1, 6], [2, 10]])
-def test_item_by_item_equals_the_whole(mixer: str, cuts: list[int]):
-    """Without lengths, padding only touches states that nobody reads again."""
-    made, (items, lengths) = encoder(mixer=mixer), histories(L, 5, 1)
+def test_piece_by_piece_equals_the_whole(settings: dict[str, Any], cuts: list[int]):
+    """Padding only touches states that nobody reads again."""
+    made, (items, lengths) = encoder(**settings), histories(L, 5, 1)
     whole, states, pieces = made(items, lengths), None, []
     for piece in items.split(cuts, dim=1):
         x, states = made.advance(piece, states)
@@ -155,24 +158,13 @@ def test_item_by_item_equals_the_whole(mixer: str, cuts: list[int]):
         assert torch.allclose(stepped[row, :n], whole[row, :n], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"mixer": "mamba"}, {"filter": "residual"}, {"filter": "none", "text": False}]
-)
-def test_steps_from_padded_starts_equal_the_whole(settings: dict[str, Any]):
-    """Users of different lengths start in one padded batch, get a second padded batch, then live items."""
-    made = encoder(**settings)
-    starts, more = torch.tensor([L, 5, 1]), torch.tensor([2, 0, 3])
-    first, _ = histories(*starts.tolist())
-    second = torch.randint(1, V, (3, 4))
-    live = torch.randint(1, V, (20, 3))
-    _, states = made.advance(first, None, starts)
-    _, states = made.advance(second, states, more)
-    for items in live:
-        x, states = made.step(items, states)
-    for row in range(3):
-        history = torch.cat([first[row, : starts[row]], second[row, : more[row]], live[:, row]])
-        whole = made.last(history[None], torch.tensor([len(history)]))
-        assert torch.allclose(x[row], whole[0], atol=1e-5)
+@pytest.mark.parametrize("settings", ADVANCE)
+def test_steps_after_pieces_equal_the_whole(settings: dict[str, Any]):
+    made, items = encoder(**settings), torch.randint(1, V, (3, L))
+    _, states = made.advance(items[:, :3])
+    for item in items[:, 3:].T:
+        x, states = made.step(item, states)
+    assert torch.allclose(x, made.last(items, torch.full((3,), L)), atol=1e-5)
 
 
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
