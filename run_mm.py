@@ -14,7 +14,7 @@ from typing import Any
 
 CONFIG = Path(__file__).parent / "config.yaml"
 # keys that --resume goes with
-OF_THE_MACHINE = ("gpu_id", "use_gpu", "show_progress", "state")
+OF_THE_MACHINE = ("eval_batch_size", "gpu_id", "use_gpu", "show_progress", "state")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ EVALUATION = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", 
 
 
 def check_evaluation(values: dict[str, Any]) -> None:
-    """One protocol: leave-one-out, full ranking; and a stopping metric that is measured."""
+    """Full ranking over all items, and a stopping metric that is measured."""
     args = values.get("eval_args")
     if args is not None and (not isinstance(args, dict) or {**EVALUATION, **args} != EVALUATION):
         raise ValueError(
@@ -37,7 +37,7 @@ def check_evaluation(values: dict[str, Any]) -> None:
         )
 
 
-def check_data_keys(values: Mapping[str, Any]) -> None:
+def check_recbole_keys(values: Mapping[str, Any]) -> None:
     """The forms of the keys that RecBole takes without a look."""
     for key in ("user_inter_num_interval", "item_inter_num_interval"):
         _check_interval(key, values.get(key))

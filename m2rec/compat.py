@@ -1,4 +1,4 @@
-"""RecBole, patched: the only module that imports it, so that nobody meets it unpatched.
+"""RecBole, patched: the only module of the package that imports it, so that nobody meets it unpatched.
 
 Each work-around names its upstream issue and when it can go. Everything else takes
 RecBole's names from here.

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from m2rec import distributed
-from m2rec.checks import check_data_keys, check_device, check_evaluation, check_optional, check_pickles
+from m2rec.checks import check_device, check_evaluation, check_optional, check_pickles, check_recbole_keys
 from m2rec.compat import (
     RECBOLE,
     Config,
@@ -185,7 +185,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     _add_derived(values, model)
     run = RunSettings.read(values)
     check_evaluation(values)
-    check_data_keys(values)
+    check_recbole_keys(values)
     check_device(values)
     check_optional(values)
     check_pickles(values)

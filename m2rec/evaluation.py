@@ -95,6 +95,16 @@ def remove_history(scores: Tensor, interaction: Interaction, dataset: HistoryDat
     scores[rows, targets] = kept
 
 
+def places_of_targets(scores: Tensor, targets: Tensor) -> np.ndarray:
+    """Each row's place of its target from 1, the last one among equal scores.
+
+    Args:
+        scores: (b, V).
+        targets: (b,).
+    """
+    return np.asarray((scores >= scores.gather(1, targets[:, None])).sum(1).cpu())
+
+
 @dataclass(frozen=True)
 class Breakdown:
     """The rows of a part, for quality by popularity of the target and by length of the history.

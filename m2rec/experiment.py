@@ -107,6 +107,25 @@ class Prepared:
         return sum(p.numel() for p in self.trainer.model.parameters())
 
 
+def data_of_run(folder: Path, **others: Any) -> tuple[Config, HistoryDataset, tuple[Any, Any, Any]]:
+    """A run's config and data, wherever it was trained.
+
+    Args:
+        folder: the run folder.
+        others: keys that are stronger than the run's, such as data_path; None leaves it to the run.
+
+    Returns:
+        The config, and what `load_data` returns.
+
+    Raises:
+        ValueError: the data can't be loaded here.
+    """
+    here = {"scan_backend": "auto", "use_gpu": False, "log_wandb": False, "tensorboard": False}
+    here |= {key: value for key, value in others.items() if value is not None}
+    config = build_config({"config_files": [str(folder / CONFIG_FILE)], **here})
+    return config, *load_data(config)
+
+
 def load_data(config: Config) -> tuple[HistoryDataset, tuple[Any, Any, Any]]:
     """The data set, and the loaders of training, validation and test.
 
@@ -241,7 +260,7 @@ def run(config: Config, folder: Path | None = None) -> Result:
                 held.enter_context(_held(prepared.trainer.folder))
             try:
                 fit(prepared)
-                with last:
+                with last, _explained(f"model: {config['variant']} can't be tested", _smaller(prepared)):
                     return _evaluate(prepared)
             except KeyboardInterrupt:
                 own = prepared.trainer.folder
@@ -327,15 +346,28 @@ def _show(prepared: Prepared) -> None:
         logger.warning("no %s (%s); the run is complete", REPORT_FILE, " ".join(said.split()))
 
 
+def _smaller(prepared: Prepared) -> str:
+    """What helps a trained run that needs too much memory for its test."""
+    folder, batch = prepared.trainer.folder, prepared.config["eval_batch_size"]
+    return f"python run_mm.py --resume={folder} --eval_batch_size={max(1, batch // 4)} goes on with less"
+
+
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn RecBole's many ways to trip over a key into one line; `--state=DEBUG` shows the trace."""
+def _explained(
+    what: str, memory: str = "lower train_batch_size, eval_batch_size or MAX_ITEM_LIST_LENGTH"
+) -> Iterator[None]:
+    """Turn RecBole's many ways to trip over a key into one line; `--state=DEBUG` shows the trace.
+
+    Args:
+        what: what can't be done.
+        memory: the cure where memory runs out.
+    """
     try:
         yield
     except (OSError, Stopped):  # a full disk, an unreadable file or a stop is no fault of a key
         raise
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{what}: out of memory; lower train_batch_size or MAX_ITEM_LIST_LENGTH") from error
+        raise ValueError(f"{what}: out of memory; {memory}") from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1].filename
         if isinstance(error, ValueError) and Path(place).is_relative_to(Path(__file__).parent):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from m2rec.compat import Interaction
 from m2rec.dataset import HistoryDataset
 from m2rec.encoder import Encoder
-from m2rec.evaluation import POPULARITY, bucket_names, remove_history
+from m2rec.evaluation import POPULARITY, bucket_names, places_of_targets, remove_history
 from m2rec.fourier import CausalFilter
 
 _POSITIONS = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -151,8 +151,7 @@ def _examples(score: Callable[[Interaction], Tensor], test: HistoryDataset) -> l
     scores = score(batch).cpu()
     remove_history(scores, batch, test)
     users, targets = batch[test.uid_field].numpy(), batch[test.iid_field]
-    own = scores.gather(1, targets[:, None])
-    places = 1 + (scores > own).sum(1)
+    places = places_of_targets(scores, targets)
     best = scores.topk(min(_BEST, scores.shape[1] - 1))
     owner, seen = test.histories.before(users, test.part)
     tokens = test.field2id_token[test.iid_field]

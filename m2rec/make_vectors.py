@@ -7,6 +7,7 @@ command does nothing when the file is there; another one says what differs.
 import hashlib
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -47,7 +48,7 @@ def from_texts(
     _say_coverage(known, items.tokens, "have text")
     decisive = {
         **encoder.decisive,
-        "columns": " ".join(items.columns),
+        "columns": shlex.join(items.columns),
         "template": items.template,
         "texts_sha256": items.sha256(),
     }

@@ -7,11 +7,14 @@ can only spoil the last record, which is then cut off.
 
 import struct
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
+
+from m2rec.files import locked
 
 MAGIC = b"m2rec vectors 1 "
 RECORD = struct.Struct("<III")
@@ -36,32 +39,35 @@ class Partial:
         Raises:
             ValueError: another process has it open.
         """
-        import fcntl  # there is none on Windows
+        with ExitStack() as held:
+            self._file = held.enter_context(self.path.open("a+b"))
+            try:
+                held.enter_context(locked(self.path, patience=0))
+            except BlockingIOError:
+                raise ValueError(f"{self.path}: another process is at it; wait for it or stop it") from None
+            self._read()
+            self._held = held.pop_all()
+        return self
 
-        self._file = self.path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise ValueError(f"{self.path}: another process is at it; wait for it or stop it") from None
+    def _read(self) -> None:
+        """Take what is kept, and cut off the rest."""
         self._file.seek(0)
         data = self._file.read()
         if not data.startswith(self._head):
             self._file.truncate(0)
             self._file.write(self._head)
             self._file.flush()
-            return self
+            return
         place = len(self._head)
         while (found := _record(data, place)) is not None:
             rows, vectors, place = found
             self.kept.append((rows, vectors))
         self._file.truncate(place)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._held.close()
 
     def append(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Keep vectors (k, T) of the rows (k,); they are with the system when this returns."""

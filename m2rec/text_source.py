@@ -1,6 +1,7 @@
 """Which text-vector file a run reads, and making it from the item file where there is none."""
 
 import logging
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -112,7 +113,7 @@ def _warn_of_changes(file: Path, config: Config) -> None:
         return
     template = about.get("template", "")
     try:
-        columns = None if template else about["columns"].split(" ")
+        columns = None if template else shlex.split(about["columns"])
         id_column, separator = config["ITEM_ID_FIELD"], config["field_separator"]
         now = read_texts(items, id_column, columns, template, separator).sha256()
     except (ValueError, OSError, LookupError) as error:

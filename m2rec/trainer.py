@@ -43,7 +43,7 @@ class Tested:
 
 
 @dataclass(frozen=True)
-class _Partial:
+class _SoFar:
     """How far an epoch has come: steps, the sum of their losses, and the time they took."""
 
     steps: int = 0
@@ -79,7 +79,7 @@ class RunTrainer(Trainer):
         self.notes: dict[str, Any] = {}  # what else a checkpoint keeps
         self._resumes = resumes
         self._request = StopRequest()
-        self._partial = _Partial()
+        self._so_far = _SoFar()
         self._place = 0, 0  # epoch and step, from 1
         self.average: WeightAverage | None = None
         names = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
@@ -135,16 +135,16 @@ class RunTrainer(Trainer):
         Raises:
             Interrupted: the run was asked to stop.
         """
-        self._write(epoch, _Partial())
+        self._write(epoch, _SoFar())
         if request := self._stop_request():
             raise Interrupted(request)
 
-    def _write(self, epoch: int, partial: _Partial) -> None:
-        """Write the checkpoint after this epoch and a part of the next one."""
+    def _write(self, epoch: int, so_far: _SoFar) -> None:
+        """Write the checkpoint after this epoch and a part of the next one, which has come so far."""
         self.seconds = perf_counter() - self._started
         self._kept_at = perf_counter()
         loader = self._loader
-        if partial.steps:
+        if so_far.steps:
             loader = torch.Generator()
             loader.set_state(self._epoch_began)
         if distributed.is_first():
@@ -156,7 +156,7 @@ class RunTrainer(Trainer):
                 "losses": self.train_loss_dict,
                 "seconds": self.seconds,
                 "notes": self.notes,
-                "partial": asdict(partial),
+                "partial": asdict(so_far),
             }
             checkpoint.save(self.folder / CHECKPOINT_FILE, self._training(loader), numbers)
 
@@ -181,7 +181,7 @@ class RunTrainer(Trainer):
             self._training(self._loader),
             lambda found: resuming.check_notes(found["notes"], self.notes, self.folder),
         )
-        self._partial = _Partial(**numbers["partial"])
+        self._so_far = _SoFar(**numbers["partial"])
         stopped = numbers["cur_step"] > self.stopping_step  # early stopping was due, only the test is left
         self.start_epoch = self.epochs if stopped else numbers["epoch"] + 1
         self.cur_step, self.best_epoch = numbers["cur_step"], numbers["best_epoch"]
@@ -197,9 +197,10 @@ class RunTrainer(Trainer):
                 left.unlink(missing_ok=True)
         else:  # only the first one's random state was kept
             torch.manual_seed(self.config["seed"] + distributed.rank() + 1_000_003 * self.start_epoch)
-        steps = f" and {self._partial.steps} steps" if self._partial.steps else ""
-        best = numbers["best_valid_score"]
-        logger.info("goes on after epoch %s%s, best %s so far", numbers["epoch"], steps, best)
+        best = distributed.from_first((self.best_epoch, self.best_valid_score))
+        self.best_epoch, self.best_valid_score = best  # all must stop early together
+        steps = f" and {self._so_far.steps} steps" if self._so_far.steps else ""
+        logger.info("goes on after epoch %s%s, best %s so far", numbers["epoch"], steps, best[1])
 
     def _take_notes(self, began: dict[str, Any]) -> None:
         """Those of the checkpoint, with this code beside what trained before."""
@@ -230,7 +231,7 @@ class RunTrainer(Trainer):
         self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
     ) -> float:
         """One pass over the training rows; returns the sum of the steps' losses."""
-        done, self._partial = self._partial, _Partial()
+        done, self._so_far = self._so_far, _SoFar()
         start = perf_counter() - done.seconds
         self.model.train()
         self._epoch_began = self._loader.get_state()
@@ -242,11 +243,11 @@ class RunTrainer(Trainer):
             total += self._step(batch.to(self.device), train_data.dataset.rows == "dense")
             request = self._stop_request()
             if steps < len(train_data) and (request or self._is_due()):
-                self._write(epoch_idx - 1, _Partial(steps, total.item(), perf_counter() - start))
+                self._write(epoch_idx - 1, _SoFar(steps, total.item(), perf_counter() - start))
                 if request:
                     raise Interrupted(request)
         if steps < len(train_data):  # data-loader workers got the signal too, and are gone
-            self._write(epoch_idx - 1, _Partial(steps, total.item(), perf_counter() - start))
+            self._write(epoch_idx - 1, _SoFar(steps, total.item(), perf_counter() - start))
             raise Interrupted(self._stop_request())
         loss = total.item()
         seconds = round(perf_counter() - start, 3)

@@ -21,9 +21,7 @@ import torch
 from benchmarking import Row, arguments, finish, medians, settle
 
 from m2rec import trained
-from m2rec.configuration import build_config
-from m2rec.experiment import load_data
-from m2rec.files import CONFIG_FILE
+from m2rec.experiment import data_of_run
 from m2rec.model import M2Rec
 from m2rec.provenance import item_tokens
 from m2rec.recommender import Recommender
@@ -43,9 +41,7 @@ class Rival:
     """
 
     def __init__(self, run: Path, users: int, device: str) -> None:
-        own = {"scan_backend": "auto", "log_wandb": False, "tensorboard": False, "use_gpu": device != "cpu"}
-        config = build_config({"config_files": [str(run / CONFIG_FILE)], **own})
-        dataset, (train, _, self.test) = load_data(config)
+        config, dataset, (train, _, self.test) = data_of_run(run, use_gpu=device != "cpu")
         model = trained.read(run, torch.device(device))
         self.model = M2Rec(config, train.dataset).to(device).eval()
         self.model.encoder.load_state_dict(model.encoder.state_dict())

@@ -27,7 +27,9 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; each figure is their median")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for JSON and picture")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "bench", help="folder for JSON and picture"
+    )
     parser.add_argument("--name", default=name, help="results are NAME-DEVICE.json and .svg")
     return parser
 

@@ -15,10 +15,8 @@ import numpy as np
 import torch
 
 from m2rec.command_line import Parser
-from m2rec.configuration import build_config
-from m2rec.evaluation import HISTORY, bucket_names
-from m2rec.experiment import load_data
-from m2rec.files import CONFIG_FILE
+from m2rec.evaluation import HISTORY, bucket_names, places_of_targets
+from m2rec.experiment import data_of_run
 from m2rec.provenance import item_tokens
 from m2rec.recommender import Recommender
 from m2rec.statistics import metric_of_ranks
@@ -52,9 +50,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def test_users(options: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
     """All that each test user did before the test item, and that item."""
-    own = {"scan_backend": "auto", "use_gpu": False, "log_wandb": False, "tensorboard": False}
-    own |= {"data_path": options.data_path} if options.data_path else {}
-    dataset, (_, _, test) = load_data(build_config({"config_files": [str(options.run / CONFIG_FILE)], **own}))
+    _, dataset, (_, _, test) = data_of_run(options.run, data_path=options.data_path)
     rows, past, tokens = test.dataset.inter_feat, test.dataset.histories, item_tokens(dataset)
     users = rows[dataset.uid_field].numpy()
     chosen = np.unique(np.linspace(0, len(users) - 1, options.users or len(users)).round().astype(int))
@@ -96,10 +92,10 @@ def ranks(
         users = order[start : start + BATCH]
         scores = recommender.scores([histories[user][-shown if shown else 0 :] for user in users])
         own = torch.tensor(recommender.to_ids(targets[user] for user in users))
-        kept = scores[torch.arange(len(users)), own].clone()
+        kept = scores.gather(1, own[:, None])
         for row, user in enumerate(users):
             scores[row, recommender.to_ids(histories[user])] = -torch.inf
-        places[users] = (1 + (scores > kept[:, None]).sum(1)).numpy()
+        places[users] = places_of_targets(scores.scatter(1, own[:, None], kept), own)
     return places
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from m2rec import text_vectors
+from m2rec.command_line import Parser
 from m2rec.compat import Config
 from m2rec.configuration import build_config, parse_arguments
 from m2rec.experiment import load_data, run
@@ -44,14 +45,19 @@ COLUMNS = [
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--share", type=float, default=0.1, help="share of the items taken out; default: 0.1")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1], help="of choice and training; default: 1"
     )
-    parser.add_argument("--output", type=Path, default=Path("results/new-items.csv"))
-    options, keys = parser.parse_known_args(arguments)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/new-items.csv"),
+        help="CSV file that gets a line per seed; default: runs/new-items.csv",
+    )
     try:
+        options, keys = parser.parse_known_args(arguments)
         if not 0 < options.share < 1:
             raise ValueError(f"--share: expected a number between 0 and 1, got {options.share}")
         check_output(options.output)

@@ -34,6 +34,7 @@ from typing import IO, TypeVar
 
 from tqdm import tqdm
 
+from m2rec.command_line import Parser
 from m2rec.files import write_atomically
 from m2rec.raw import FORMATS, TABLES, Format, Interaction, movielens, shortest, table
 from m2rec.rows import Tally
@@ -48,9 +49,8 @@ Record = TypeVar("Record")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = parse_options(arguments)
     try:
-        print(Preparation(options).run())
+        print(Preparation(parse_options(arguments)).run())
     except (ValueError, OSError) as error:
         sys.stderr.write(f"prepare_data.py: error: {' '.join(str(error).split())}\n")
         return 2
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, epilog=describe_formats(), formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(

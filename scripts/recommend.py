@@ -14,7 +14,6 @@ from pathlib import Path
 
 from m2rec.command_line import Parser, say
 from m2rec.dialogue import Dialogue
-from m2rec.files import CONFIG_FILE
 from m2rec.recommender import Recommendation, Recommender
 
 WIDEST = 40  # characters of a token in the table
@@ -62,6 +61,11 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     whose.add_argument("--user", help="a user of the run's data set")
     whose.add_argument("--interactive", action="store_true", help="titles from the keyboard, one per line")
     whose.add_argument("--input", metavar="FILE", help="CSV or Parquet file with the columns user, history")
+    add(
+        "--data-path",
+        "--data_path",
+        help="for --user: folder with the data set's folder, if it is elsewhere now",
+    )
     add("--output", metavar="FILE", help="for --input: Parquet file with user, items, scores")
     add("-k", type=int, default=10, help="how many; default: 10")
     add("--keep-seen", action="store_true", help="items of the history may come again")
@@ -73,6 +77,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--input and --output go together")
     if options.json and (options.input or options.interactive):
         parser.error("--json goes with --history or --user")
+    if options.data_path and not options.user:
+        parser.error("--data-path goes with --user")
     if options.interactive and (options.keep_seen or options.skip_unknown):
         parser.error("--interactive goes with neither --keep-seen nor --skip-unknown")
     return options
@@ -86,7 +92,7 @@ def chosen_history(options: argparse.Namespace, recommender: Recommender) -> lis
     """
     if options.user is None:
         return split(options.history, recommender)
-    history = history_of(options.run, options.user)
+    history = history_of(options.run, options.user, options.data_path)
     if not options.skip_unknown and (unknown := set(history) - set(recommender.tokens)):
         raise ValueError(
             f"--user: {options.user!r} has met {min(unknown)!r} since this run was trained; train again, or "
@@ -101,19 +107,16 @@ def split(given: Sequence[str], recommender: Recommender) -> list[str]:
     return [token for text in given for token in ([text] if text in known else text.split())]
 
 
-def history_of(run: Path, user: str) -> list[str]:
+def history_of(run: Path, user: str, data_path: str | None = None) -> list[str]:
     """All that a user of a run's data set did, oldest first.
 
     Raises:
         ValueError: the data set can't be loaded, or has no such user.
     """
-    from m2rec.configuration import build_config  # RecBole, which a history on the command line needs not
-    from m2rec.experiment import load_data
+    from m2rec.experiment import data_of_run  # RecBole, which a history on the command line needs not
     from m2rec.provenance import item_tokens
 
-    # the run may have been trained on another machine; what its data are does not depend on that
-    here = {"scan_backend": "auto", "use_gpu": False, "log_wandb": False, "tensorboard": False}
-    dataset, _ = load_data(build_config({"config_files": [str(run / CONFIG_FILE)], **here}))
+    _, dataset, _ = data_of_run(run, data_path=data_path)
     number = dataset.field2token_id[dataset.uid_field].get(user)
     histories = dataset.histories
     if histories is None or not number or number not in histories.users:

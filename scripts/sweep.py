@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from m2rec import checkpoint
+from m2rec.command_line import Parser
 from m2rec.configuration import as_argument
 from m2rec.files import CHECKPOINT_FILE, locked, write_text
 from m2rec.provenance import commit, same_code
@@ -45,8 +46,8 @@ LOG = "log.txt"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns 1 if a run failed, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = parse_options(arguments)
     try:
+        options = parse_options(arguments)
         sweep = Sweep.read(options.sweep)
         if not options.allow_dirty:
             check_clean()
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("sweep", type=Path, metavar="FILE.yaml")
     parser.add_argument("--jobs", type=int, help="runs at a time; by default one per GPU, on a CPU one")
     parser.add_argument("--data-path", "--data_path", help="folder that holds the data sets' folders")
@@ -221,8 +222,7 @@ class Work:
         return [as_argument(key, value) for key, value in values.items()]
 
     def _environment(self) -> dict[str, str]:
-        cores = len(os.sched_getaffinity(0))
-        return {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // self.jobs))}
+        return {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.jobs))}
 
     def _keep(self, cell: Cell, row: dict[str, Any]) -> None:
         """Put a row into the CSV, in the sweep's order, in the place of an earlier one of its cell."""

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from m2rec import checkpoint, distributed
+from m2rec.files import write_tensors
 from tests.conftest import as_arguments, small, write_inter
 
 ROOT = Path(__file__).parent.parent
@@ -124,10 +125,14 @@ def test_one_process_that_is_asked_to_stop_stops_all(toy: Path, tmp_path: Path):
     second.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     (folder,) = runs.iterdir()
+    weights = folder / "model.safetensors"
     assert err.count(f"run_mm.py: stopped; python run_mm.py --resume={folder} goes on") == 1
-    epoch = checkpoint.read_numbers(folder / "checkpoint.safetensors")["epoch"]
-    config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("epochs: 9999", f"epochs: {epoch + 3}"))
+    kept, config = checkpoint.read_numbers(folder / "checkpoint.safetensors"), folder / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 9999", f"epochs: {kept['epoch'] + 9}"))
+    # the first process finds newer weights, better than any to come: all have to know when to stop early
+    write_tensors(weights, load_file(weights), {"epoch": str(kept["epoch"] + 1), "score": "9.9"})
+    patience = f"stopping_step: {kept['cur_step'] + 2}"
+    config.write_text(config.read_text().replace("stopping_step: 9999", patience))
     done = launched(2, f"--resume={folder}")
     assert done.returncode == 0, done.stderr
-    assert result(runs)[0]["epochs"] == epoch + 3
+    assert result(runs)[0]["epochs"] == kept["epoch"] + 4

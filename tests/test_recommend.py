@@ -68,6 +68,9 @@ def test_a_user_of_the_data_set(toy: Path, tmp_path: Path, said: pytest.CaptureF
     assert said.readouterr().out.splitlines()[:5] == [
         "after 4 items, the last of them:", "     i1", "     i2", "     i5", "     i7"
     ]  # fmt: skip
+    toy.rename(tmp_path / "moved")
+    assert recommend.main([str(folder), "--user=v w"]) == 2
+    assert recommend.main([str(folder), "--user=v w", f"--data-path={tmp_path / 'moved'}"]) == 0
 
 
 def test_an_item_that_the_run_does_not_know_yet(folder: Path, toy: Path, said: pytest.CaptureFixture[str]):
@@ -133,6 +136,7 @@ def test_a_conversation(folder: Path, said: pytest.CaptureFixture[str], monkeypa
         ([], "one of the arguments --history --user --interactive --input is required"),
         (["--input", "a.csv"], "--input and --output go together"),
         (["--input", "a.csv", "--output", "b", "--json"], "--json goes with --history or --user"),
+        (["--history", "i1", "--data-path=x"], "--data-path goes with --user"),
         (["--interactive", "--keep-seen"], "--interactive goes with neither --keep-seen nor"),
         (["--history", "i1", "--output", "a.parquet"], "--input and --output go together"),
         (["--input", "none.csv", "--output", "a.parquet"], "none.csv"),

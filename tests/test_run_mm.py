@@ -207,6 +207,23 @@ def test_a_full_disk_is_called_by_its_name(command: Command, toy: Path, monkeypa
     assert last == "run_mm.py: error: [Errno 28] No space left on device: 'model.safetensors'"
 
 
+def test_memory_that_ends_in_the_test_costs_no_training(
+    command: Command, toy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def greedy(*args: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("m2rec.trainer.RunTrainer.evaluate_both", greedy)
+        status, _, err = command(*as_arguments(small(toy, epochs=2, eval_batch_size=8)))
+    last = err.splitlines()[-1]
+    assert status == 2 and "M2Rec can't be tested: out of memory; python run_mm.py --resume=" in last
+    resume, batch = re.findall(r"--\w+=\S+", last)
+    assert batch == "--eval_batch_size=2"
+    status, out, err = command(resume, batch, runs_dir=False)
+    assert status == 0 and " loss " not in err and "M2Rec on toy" in out
+
+
 def test_debug_shows_the_trace_of_a_mistake(command: Command, toy: Path):
     status, _, err = command(*as_arguments(small(toy)), "--state=DEBUG", "--hidden_size=x")
     assert status == 2 and "Traceback" in err and err.splitlines()[-1].startswith("run_mm.py: error: ")

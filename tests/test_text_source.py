@@ -108,6 +108,15 @@ def test_texts_that_have_changed_since_are_said(
     assert f"{items} has changed since {toy / FILE} was made of it" in capsys.readouterr().err
 
 
+def test_names_of_columns_may_have_spaces(
+    toy: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    items.write_text(items.read_text().replace("title:token_seq", "film title:token_seq"))
+    assert trained(toy, tmp_path) == trained(toy, tmp_path) == 0
+    err = capsys.readouterr().err
+    assert "can't be compared" not in err and "has changed since" not in err
+
+
 @pytest.mark.parametrize("keys", [{"text_encoder": "none"}, {"text_vectors": "none"}])
 def test_none_are_made_where_none_are_wanted(toy: Path, items: Path, tmp_path: Path, keys: dict[str, str]):
     assert trained(toy, tmp_path, **keys) == 0
