@@ -28,10 +28,13 @@ def processes(device: torch.device) -> Iterator[None]:
         dist.init_process_group("gloo")
     try:
         yield
-        with suppress(RuntimeError):  # another one failed, and says why
-            dist.barrier()  # gloo aborts where a process leaves while another one still talks
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if device.type != "cuda":  # NCCL would wait for the others, who wait for this one
+            dist.destroy_process_group()
+        raise
+    with suppress(RuntimeError):  # another one failed, and says why
+        dist.barrier()  # gloo aborts where a process leaves while another one still talks
+    dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -107,7 +110,9 @@ def broadcast(model: nn.Module) -> None:
     """Give all processes the first one's parameters and buffers."""
     if size() > 1:
         for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
+            sent = tensor.contiguous()  # as NCCL wants it
+            dist.broadcast(sent, 0)
+            tensor.copy_(sent)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:

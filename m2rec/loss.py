@@ -40,12 +40,14 @@ def cross_entropy_ref(
 
 
 def cross_entropy(
-    x: Tensor, targets: Tensor, item_table: Tensor, repeats: Repeats | None = None, memory: int = 16
+    x: Tensor, targets: Tensor, item_table: Tensor, repeats: Repeats | None = None, memory: int = 0
 ) -> Tensor:
     """As `cross_entropy_ref`, holding at most `memory` MiB of scores (one position's at least).
 
-    Scores are held twice for a moment, when their logarithms are summed.
+    Scores are held twice for a moment, when their logarithms are summed. 0 MiB is what suits the
+    device: a CPU's cache, or so much that a GPU's calls are few.
     """
+    memory = memory or (512 if x.is_cuda else 16)
     dtype = torch.promote_types(item_table.dtype, torch.float32)
     rows = max(1, memory * 2**20 // (2 * dtype.itemsize * len(item_table)))
     bias = None

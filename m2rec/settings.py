@@ -96,7 +96,7 @@ class ModelSettings(_Settings):
     text_width: int = integer(0, 0, 65_536)
     init: str = choice("standard", "mamba4rec")
     loss_type: str = choice("CE", "sampled", "gBCE", "BPR")
-    loss_memory: int = integer(16, 1, 1_048_576)
+    loss_memory: int = integer(0, 0, 1_048_576)
     n_negatives: int = integer(512, 1)
     negatives_shared: int = integer(128, 1)
     negative_sampling: str = choice("uniform", "popularity")

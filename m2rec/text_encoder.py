@@ -163,11 +163,12 @@ class TextEncoder:
         batch, mask = (part.to(self.device) for part in pad_right(ids, self._padding))
         try:
             hidden = self.model(input_ids=batch, attention_mask=mask).last_hidden_state
+            vectors = pool(hidden, mask, self.pooling)
         except torch.OutOfMemoryError:
             raise ValueError(
-                f"--batch-tokens: {self.batch_tokens} are too many for this GPU; give half"
+                f"--batch-tokens: {self.batch_tokens} are too many for this GPU; "
+                f"give scripts/embed_items.py half"
             ) from None
-        vectors = pool(hidden, mask, self.pooling)
         if not torch.isfinite(vectors).all():
             raise ValueError(
                 f"--dtype: {self.decisive['model']} gives numbers that are not finite in "
@@ -380,7 +381,8 @@ def _device(asked: str) -> str:
 def _dtype(asked: str, device: str) -> torch.dtype:
     """bfloat16 by itself only on a GPU that has it: on a CPU it is seldom faster."""
     if asked == "auto":
-        asked = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        asked = "bfloat16" if native else "float32"
     return torch.bfloat16 if asked == "bfloat16" else torch.float32
 
 

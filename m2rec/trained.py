@@ -210,9 +210,11 @@ def with_items(trained: Trained, new: Sequence[str], vectors: Any, titles: Mappi
             f"add_items: vectors of shape {tuple(raw.shape)} for {len(new)} items; expected "
             f"({len(new)}, {len(mean)}), made as those of the run"
         )
-    useless = [t for t, v in zip(new, raw, strict=True) if not v.isfinite().all() or not v.any()]
-    if useless:
-        raise ValueError(f"add_items: {useless[0]!r} has no text vector: all zero, or not finite")
+    useless = ~(raw.isfinite().all(1) & raw.any(1))
+    if useless.any():
+        raise ValueError(
+            f"add_items: {new[int(useless.int().argmax())]!r} has no text vector: all zero, or not finite"
+        )
     state = trained.encoder.state_dict()
     embedding = state["id_embedding.weight"]
     unknown = torch.zeros(len(new), embedding.shape[1]).to(embedding)

@@ -71,6 +71,9 @@ class RunTrainer(Trainer):
         super().__init__(config, model)
         # for enable_amp: float16, the default on CUDA, would need a loss scaler
         torch.set_autocast_dtype(self.device.type, torch.bfloat16)
+        if self.enable_amp and self.device.type == "cuda":
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                logger.warning("enable_amp: this GPU only emulates bfloat16; float32 may be faster")
         self.folder = folder
         self.saved_model_file = str(folder / WEIGHTS_FILE)
         self.best_epoch: int | None = None

@@ -172,12 +172,16 @@ def measure(args: argparse.Namespace, length: int) -> list[Row]:
     batch = max(1, round(args.positions / length))
     sizes = (batch, length, args.channels, args.states)
     found = candidates(*sizes, args.device)
-    check(found)
+    try:
+        check(found)
+    except torch.OutOfMemoryError:
+        print(f"without L = {length}: out of memory; give fewer --positions")
+        return []
     short = {name: partial(forward, *pair) for name, pair in found.items()}
     whole = {name: partial(both, *pair) for name, pair in found.items()}
     seconds = medians(short, args.repeats, args.device), medians(whole, args.repeats, args.device)
     rows = []
-    for name in found:
+    for name in (name for name in seconds[1] if name in seconds[0]):
         own = "mixer: m2rec" if name.startswith("mixer") else args.own
         row: Row = {"L": length, "B": batch, "what": name, "forward ms": seconds[0][name] * 1e3}
         row["forward + backward ms"] = seconds[1][name] * 1e3

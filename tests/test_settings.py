@@ -40,7 +40,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("text_width", -1, "a whole number from 0 to "),
     ("init", "xavier", "one of standard, mamba4rec"),
     ("loss_type", "MSE", "one of CE, sampled, gBCE, BPR"),
-    ("loss_memory", 0, "a whole number from 1 to "),
+    ("loss_memory", -1, "a whole number from 0 to "),
     ("negative_sampling", "popular", "one of uniform, popularity"),
     ("gbce_t", 1.5, "a number in [0, 1]"),
     ("negatives_shared", 0, "a whole number from 1 to "),

@@ -10,8 +10,11 @@ operator's public function its branch.
 """
 
 import os
+import sysconfig
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
 from typing import NamedTuple
 
 import torch
@@ -66,4 +69,12 @@ def _obstacle(name: str, kind: str) -> str:
     if missing := [package for package in packages if find_spec(package) is None]:
         names = " ".join(package.replace("_", "-") for package in missing)
         return f"{missing[0]}, which is not installed: pip install {names}"
-    return ""
+    return _no_compiler() if name == "triton" and not interpreted else ""
+
+
+def _no_compiler() -> str:
+    """What Triton lacks to compile the launcher of its kernels, with the cure; empty if nothing."""
+    if not (os.environ.get("CC") or which("gcc") or which("clang")):
+        return "a C compiler: install gcc, or set CC"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return "" if header.is_file() else f"{header}: install python3-dev"

@@ -1,6 +1,7 @@
 """Which backend runs, and what is said of one that can't."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch):
 
 def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(backend, "find_spec", lambda name: object() if name in names else None)
+    monkeypatch.setattr(backend, "_no_compiler", lambda: "")
 
 
 def test_auto_on_a_cpu_is_torch():
@@ -34,6 +36,21 @@ def test_auto_on_cuda_is_triton_where_it_is_installed(monkeypatch: pytest.Monkey
     installed(monkeypatch)
     chosen = resolve_backend("auto", "cuda:0")
     assert chosen.name == "torch" and "pip install triton" in chosen.reason
+
+
+@pytest.mark.parametrize("missing", ["compiler", "header"])
+def test_auto_does_without_triton_where_it_can_not_compile(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backend, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend, "which", lambda name: None if missing == "compiler" else f"/bin/{name}")
+    monkeypatch.setattr(backend.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    chosen = resolve_backend("auto", "cuda")
+    assert chosen.name == "torch"
+    assert ("install gcc" if missing == "compiler" else "install python3-dev") in chosen.reason
+    with pytest.raises(ValueError, match=r"scan_backend: 'triton' needs .*: install .*, or set"):
+        resolve_backend("triton", "cuda")
 
 
 @pytest.mark.parametrize(

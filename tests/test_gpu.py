@@ -1,0 +1,83 @@
+"""Whole runs on a GPU, beside the same on a CPU. What the operators do there is tested in tests/ops."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m2rec import Recommender
+from m2rec.configuration import build_config
+from m2rec.experiment import fit, prepare, run
+from tests.conftest import as_arguments, small
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def on_gpu(toy: Path, tmp_path: Path, write_vectors: Callable[..., Path]) -> dict[str, Any]:
+    """Keys of a small run with text on the first GPU."""
+    write_vectors(toy, "toy", [f"i{k}" for k in range(20)])
+    return small(toy, gpu_id=0, runs_dir=str(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"mixer": "mamba"},
+        {"mixer": "attention"},
+        {"rows": "prefix", "filter": "low_pass"},
+        {"loss_type": "sampled", "n_negatives": 8},
+        {"loss_type": "gBCE", "n_negatives": 8},
+        {"id_dropout": 0.3, "average_epochs": 0.5},
+        {"enable_amp": True},
+        {"model": "SASRec"},
+    ],
+)
+def test_runs(on_gpu: dict[str, Any], keys: dict[str, Any]):
+    metrics = run(build_config({**on_gpu, **keys})).metrics
+    assert metrics["device"] == torch.cuda.get_device_name(0)
+    assert 0 <= metrics["test"]["ndcg@10"] <= 1
+
+
+def test_a_run_learns_as_on_a_cpu(on_gpu: dict[str, Any]):
+    """Without dropout the first epochs are the same up to rounding."""
+    losses = {}
+    for gpu in ("", 0):
+        prepared = prepare(build_config({**on_gpu, "gpu_id": gpu, "dropout_prob": 0.0, "epochs": 2}))
+        fit(prepared)
+        losses[gpu] = list(prepared.trainer.train_loss_dict.values())
+    assert losses[0] == pytest.approx(losses[""], rel=1e-3)
+
+
+def test_a_run_goes_on(on_gpu: dict[str, Any], command: Command):
+    prepared = prepare(build_config({**on_gpu, "epochs": 1}))
+    fit(prepared)
+    config = prepared.trainer.folder / "config.yaml"
+    config.write_text(re.sub(r"\nepochs: 1\n", "\nepochs: 3\n", config.read_text()))
+    status, out, err = command(f"--resume={prepared.trainer.folder}", runs_dir=False)
+    assert status == 0 and "goes on after epoch 0" in err and "M2Rec on toy" in out
+
+
+def test_a_run_is_the_same_twice(on_gpu: dict[str, Any], command: Command):
+    tables = [command(*as_arguments(on_gpu), runs_dir=False)[1].splitlines()[2:12] for _ in range(2)]
+    assert tables[0] == tables[1]
+
+
+def test_recommendations_are_those_of_a_cpu(on_gpu: dict[str, Any], tmp_path: Path):
+    folder = run(build_config(on_gpu)).folder
+    history, found = ["i1", "i2", "i3"], {}
+    for device in ("cpu", "cuda"):
+        made = Recommender.load(folder, device=device)
+        session = made.session(history[:2])
+        session.add(history[2])
+        found[device] = [made.recommend(history, 5), session.recommend(5), made.similar_items("i4", 3)]
+        made.explain(history)
+    for one, other in zip(found["cpu"], found["cuda"], strict=True):
+        assert [item.item for item in one] == [item.item for item in other]
+        assert [item.score for item in one] == pytest.approx([item.score for item in other], abs=1e-3)
