@@ -26,15 +26,17 @@ def processes(device: torch.device) -> Iterator[None]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
+    leaves = True
     try:
         yield
-    except BaseException:
-        if device.type != "cuda":  # NCCL would wait for the others, who wait for this one
-            dist.destroy_process_group()
+        with suppress(RuntimeError):  # another one failed, and says why
+            dist.barrier()  # gloo aborts where a process leaves while another one still talks
+    except Exception:
+        leaves = device.type != "cuda"  # NCCL would wait for the others, who wait for this one
         raise
-    with suppress(RuntimeError):  # another one failed, and says why
-        dist.barrier()  # gloo aborts where a process leaves while another one still talks
-    dist.destroy_process_group()
+    finally:
+        if leaves:
+            dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -258,6 +258,8 @@ def run(config: Config, folder: Path | None = None) -> Result:
             last = StopRequest(at_once=True)
             if folder is None:
                 held.enter_context(_held(prepared.trainer.folder))
+            elif distributed.is_first():
+                _keep_batch_size(folder, config)
             try:
                 fit(prepared)
                 with last, _explained(f"model: {config['variant']} can't be tested", _smaller(prepared)):
@@ -404,11 +406,21 @@ def _new_folder(config: Config, dataset: HistoryDataset, text: dict[str, Any] | 
     raise ValueError(f"runs_dir: no free name like {base}; clean up {base.parent}")
 
 
-def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset, text: dict[str, Any] | None) -> None:
-    """What the run was made from: the resolved config, item tokens by internal id, their titles and text."""
-    settings = resolved(config)
+def _write_config(folder: Path, settings: dict[str, Any]) -> None:
     header = f"# python run_mm.py --config_files={folder / CONFIG_FILE} repeats this run\n"
     write_text(folder / CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _keep_batch_size(folder: Path, config: Config) -> None:
+    """A run that goes on with another size of the test's batches is repeated with that."""
+    settings = read_yaml(folder / CONFIG_FILE)
+    if settings["eval_batch_size"] != config["eval_batch_size"]:
+        _write_config(folder, {**settings, "eval_batch_size": config["eval_batch_size"]})
+
+
+def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset, text: dict[str, Any] | None) -> None:
+    """What the run was made from: the resolved config, item tokens by internal id, their titles and text."""
+    _write_config(folder, resolved(config))
     if text is not None:
         write_text(folder / TEXT_FILE, json.dumps(text, indent=2, ensure_ascii=False) + "\n")
     tokens = item_tokens(dataset)

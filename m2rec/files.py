@@ -39,7 +39,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
+        with temporary.open("rb+") as file:  # Windows syncs no file that is only read
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)

@@ -77,6 +77,7 @@ class Partial:
 
     def remove(self) -> None:
         """The result is written: the file is no longer needed."""
+        self._file.close()  # Windows removes no open file
         self.path.unlink(missing_ok=True)
 
 

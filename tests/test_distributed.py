@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from m2rec import checkpoint, distributed
-from m2rec.files import write_tensors
+from m2rec.files import read_tensors, write_tensors
 from tests.conftest import as_arguments, small, write_inter
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +129,11 @@ def test_one_process_that_is_asked_to_stop_stops_all(toy: Path, tmp_path: Path):
     assert err.count(f"run_mm.py: stopped; python run_mm.py --resume={folder} goes on") == 1
     kept, config = checkpoint.read_numbers(folder / "checkpoint.safetensors"), folder / "config.yaml"
     config.write_text(config.read_text().replace("epochs: 9999", f"epochs: {kept['epoch'] + 9}"))
-    # the first process finds newer weights, better than any to come: all have to know when to stop early
+    # the first process finds newer weights, better than any to come, and the checkpoint's best is worse than
+    # any: all have to know when to stop early
+    tensors, about = read_tensors(folder / "checkpoint.safetensors")
+    numbers = json.dumps({**kept, "best_valid_score": -1.0})
+    write_tensors(folder / "checkpoint.safetensors", tensors, {**about, "numbers": numbers})
     write_tensors(weights, load_file(weights), {"epoch": str(kept["epoch"] + 1), "score": "9.9"})
     patience = f"stopping_step: {kept['cur_step'] + 2}"
     config.write_text(config.read_text().replace("stopping_step: 9999", patience))

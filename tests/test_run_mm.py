@@ -222,6 +222,8 @@ def test_memory_that_ends_in_the_test_costs_no_training(
     assert batch == "--eval_batch_size=2"
     status, out, err = command(resume, batch, runs_dir=False)
     assert status == 0 and " loss " not in err and "M2Rec on toy" in out
+    config = yaml.safe_load((Path(out.splitlines()[-1]) / "config.yaml").read_text())
+    assert config["eval_batch_size"] == 2 and config["epochs"] == 2
 
 
 def test_debug_shows_the_trace_of_a_mistake(command: Command, toy: Path):

@@ -76,5 +76,6 @@ def _no_compiler() -> str:
     """What Triton lacks to compile the launcher of its kernels, with the cure; empty if nothing."""
     if not (os.environ.get("CC") or which("gcc") or which("clang")):
         return "a C compiler: install gcc, or set CC"
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton looks for it
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
     return "" if header.is_file() else f"{header}: install python3-dev"

@@ -45,12 +45,18 @@ def test_auto_does_without_triton_where_it_can_not_compile(
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(backend, "find_spec", lambda name: object())
     monkeypatch.setattr(backend, "which", lambda name: None if missing == "compiler" else f"/bin/{name}")
-    monkeypatch.setattr(backend.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(backend.sysconfig, "get_default_scheme", lambda: "posix_local")
+    headers = {("include", "posix_prefix"): tmp_path}
+    monkeypatch.setattr(backend.sysconfig, "get_path", lambda *which: headers[which])
     chosen = resolve_backend("auto", "cuda")
     assert chosen.name == "torch"
     assert ("install gcc" if missing == "compiler" else "install python3-dev") in chosen.reason
     with pytest.raises(ValueError, match=r"scan_backend: 'triton' needs .*: install .*, or set"):
         resolve_backend("triton", "cuda")
+    if missing == "header":
+        (tmp_path / "Python.h").touch()
+        backend._obstacle.cache_clear()
+        assert resolve_backend("auto", "cuda").name == "triton"
 
 
 @pytest.mark.parametrize(
