@@ -118,7 +118,7 @@ class Work:
             except KeyboardInterrupt:
                 self.stop.set()
                 for process in list(self.running):
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()
                 pool.shutdown(cancel_futures=True)
                 sys.stderr.write(
                     f"sweep.py: stopped; the same command goes on, {self.csv} has what is done\n"
@@ -206,7 +206,7 @@ class Work:
             )
             self.running.add(process)
             if self.stop.is_set():  # between the look at it and now
-                process.send_signal(signal.SIGINT)
+                process.terminate()
             try:
                 return process.wait()
             finally:
@@ -255,4 +255,6 @@ def _remove_runs(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell has its background jobs ignore the first
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())
