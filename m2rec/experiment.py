@@ -2,43 +2,35 @@
 
 import json
 import logging
-import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-import yaml
 
 from m2rec import distributed, provenance
 from m2rec.compat import Config, data_preparation, init_seed
-from m2rec.configuration import build_config, find_model, read_yaml, resolved
+from m2rec.configuration import build_config, find_model, read_yaml
 from m2rec.dataset import HistoryDataset
 from m2rec.evaluation import ALL, UNSEEN
 from m2rec.files import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
-    COUNTS_FILE,
     HISTORY_FILE,
     INSIGHTS_FILE,
-    ITEMS_FILE,
     METRICS_FILE,
     RANKS_FILE,
     REPORT_FILE,
     TEXT_FILE,
-    TITLES_FILE,
-    locked,
     write_text,
 )
 from m2rec.insights import look
-from m2rec.item_text import read_titles
 from m2rec.model import M2Rec
 from m2rec.provenance import (
     commit,
@@ -51,13 +43,12 @@ from m2rec.provenance import (
     lasting_settings,
 )
 from m2rec.resuming import CannotGoOn
+from m2rec.run_folder import held_folder, keep_batch_size, new_folder
 from m2rec.signals import Interrupted, StopRequest
 from m2rec.text_source import make_missing
 from m2rec.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
-
-_PATIENCE = 10.0  # seconds: data-loader workers of a run that was killed hold its folder for five
 
 
 @dataclass
@@ -170,7 +161,7 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
     resumes = folder is not None
     text = getattr(model, "text_source", None)
     if folder is None:
-        own = _new_folder(config, dataset, text) if distributed.is_first() else None
+        own = new_folder(config, dataset, text) if distributed.is_first() else None
         folder = distributed.from_first(own)
     torch.manual_seed(config["seed"] + distributed.rank())  # each process drops out its own
     trainer = RunTrainer(config, model, folder, resumes)
@@ -253,13 +244,13 @@ def run(config: Config, folder: Path | None = None) -> Result:
     with distributed.processes(config["device"]), ExitStack() as held:
         try:
             if folder is not None:
-                held.enter_context(_held(folder))
+                held.enter_context(held_folder(folder))
             prepared = prepare(config, folder)
             last = StopRequest(at_once=True)
             if folder is None:
-                held.enter_context(_held(prepared.trainer.folder))
+                held.enter_context(held_folder(prepared.trainer.folder))
             elif distributed.is_first():
-                _keep_batch_size(folder, config)
+                keep_batch_size(folder, config)
             try:
                 fit(prepared)
                 with last, _explained(f"model: {config['variant']} can't be tested", _smaller(prepared)):
@@ -272,24 +263,6 @@ def run(config: Config, folder: Path | None = None) -> Result:
             if not distributed.is_first():  # the first one may only see that this one is gone
                 logger.error("process %s: %s", distributed.rank(), error)
             raise
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keep other processes than this run's from going on with it at the same time.
-
-    Raises:
-        ValueError: one does.
-    """
-    with ExitStack() as stack:
-        try:
-            if distributed.is_first():
-                stack.enter_context(locked(folder, _PATIENCE))
-        except BlockingIOError:
-            raise ValueError(
-                f"resume: another process is training in {folder}; wait for it or stop it"
-            ) from None
-        yield
 
 
 def _evaluate(prepared: Prepared) -> Result:
@@ -385,54 +358,3 @@ def _fit_topk(config: Config, n_items: int) -> None:
     metric, _, cut = config["valid_metric"].partition("@")
     config["topk"], config["valid_metric"] = topk, f"{metric}@{min(int(cut), n_items)}"
     logger.warning("topk: cut to %s, the data set has %s items", topk, n_items)
-
-
-def _new_folder(config: Config, dataset: HistoryDataset, text: dict[str, Any] | None) -> Path:
-    """A folder that no other run has, named after model, data set and time, with the run's inputs."""
-    time = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = re.sub(r"[^\w.+-]+", "_", f"{config['variant']}-{config['dataset']}-{time}")
-    base = Path(config["runs_dir"]) / name
-    for attempt in range(1, 1000):
-        folder = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
-        try:
-            folder.mkdir(parents=True)
-            _write_inputs(folder, config, dataset, text)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            reason = error.strerror
-            raise ValueError(f"runs_dir: can't create {folder} ({reason}); set another") from error
-    raise ValueError(f"runs_dir: no free name like {base}; clean up {base.parent}")
-
-
-def _write_config(folder: Path, settings: dict[str, Any]) -> None:
-    header = f"# python run_mm.py --config_files={folder / CONFIG_FILE} repeats this run\n"
-    write_text(folder / CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-
-
-def _keep_batch_size(folder: Path, config: Config) -> None:
-    """A run that goes on with another size of the test's batches is repeated with that."""
-    settings = read_yaml(folder / CONFIG_FILE)
-    if settings["eval_batch_size"] != config["eval_batch_size"]:
-        _write_config(folder, {**settings, "eval_batch_size": config["eval_batch_size"]})
-
-
-def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset, text: dict[str, Any] | None) -> None:
-    """What the run was made from: the resolved config, item tokens by internal id, their titles and text."""
-    _write_config(folder, resolved(config))
-    if text is not None:
-        write_text(folder / TEXT_FILE, json.dumps(text, indent=2, ensure_ascii=False) + "\n")
-    tokens = item_tokens(dataset)
-    write_text(folder / ITEMS_FILE, json.dumps(tokens, ensure_ascii=False) + "\n")
-    if dataset.histories is not None:
-        counts = dataset.histories.trained(dataset.item_num).tolist()
-        write_text(folder / COUNTS_FILE, json.dumps(counts) + "\n")
-    try:
-        path = Path(config["data_path"]) / f"{config['dataset']}.item"
-        titles = read_titles(path, config["ITEM_ID_FIELD"], config["field_separator"])
-    except (ValueError, OSError) as error:
-        logger.warning("no titles: %s", error)
-        return
-    if known := {token: titles[token] for token in tokens[1:] if token in titles}:
-        write_text(folder / TITLES_FILE, json.dumps(known, ensure_ascii=False) + "\n")

@@ -181,7 +181,7 @@ def measure(args: argparse.Namespace, length: int) -> list[Row]:
     whole = {name: partial(both, *pair) for name, pair in found.items()}
     seconds = medians(short, args.repeats, args.device), medians(whole, args.repeats, args.device)
     rows = []
-    for name in (name for name in seconds[1] if name in seconds[0]):
+    for name in [name for name in found if name in seconds[0] and name in seconds[1]]:  # what has room
         own = "mixer: m2rec" if name.startswith("mixer") else args.own
         row: Row = {"L": length, "B": batch, "what": name, "forward ms": seconds[0][name] * 1e3}
         row["forward + backward ms"] = seconds[1][name] * 1e3

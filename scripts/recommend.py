@@ -107,7 +107,7 @@ def split(given: Sequence[str], recommender: Recommender) -> list[str]:
     return [token for text in given for token in ([text] if text in known else text.split())]
 
 
-def history_of(run: Path, user: str, data_path: str | None = None) -> list[str]:
+def history_of(run: Path, user: str, data_path: str | None) -> list[str]:
     """All that a user of a run's data set did, oldest first.
 
     Raises:

@@ -161,7 +161,7 @@ def test_a_checkpoint_every_few_minutes_within_an_epoch(
 def test_a_run_is_never_trained_twice_at_a_time(
     command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("m2rec.experiment._PATIENCE", 0.5)
+    monkeypatch.setattr("m2rec.run_folder._PATIENCE", 0.5)
     folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
     with locked(folder):
         status, _, err = command(f"--resume={folder}", runs_dir=False)

@@ -19,7 +19,7 @@ RANKS = [
     {"experiment", "sweeps", "recommender"},
     {"ranker"},
     {"export", "session", "ranking", "item_index", "history_files", "questions"},
-    {"report"},
+    {"report", "run_folder"},
     {"provenance"},
     {"configuration"},
     {"trainer"},
@@ -67,6 +67,7 @@ KNOWS_RECBOLE = {"compat"}
 NEEDS_COMPAT = {
     "compat",
     "experiment",
+    "run_folder",
     "provenance",
     "configuration",
     "trainer",
