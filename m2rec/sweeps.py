@@ -10,8 +10,9 @@ from m2rec.configuration import nearest, read_yaml
 from m2rec.files import METRICS_FILE
 
 MAIN = "main"
+OVERVIEW = "overview"
 # the second words of README's markers that stand for no table of the sweep
-RESERVED = ("reported", "buckets")
+RESERVED = ("reported", "buckets", OVERVIEW)
 
 _REQUIRED = ("title", "datasets", "seeds", "variants")
 _OWN = ("dataset", "seed")
@@ -200,7 +201,7 @@ def _tables(value: Any, variants: Mapping[str, Any]) -> dict[str, tuple[str, ...
     tables = {}
     for table, names in value.items():
         if not isinstance(table, str) or not re.fullmatch(r"[\w.-]+", table) or table in RESERVED:
-            reserved = " and ".join(RESERVED)
+            reserved = ", ".join(RESERVED)
             raise ValueError(f"tables: {table!r} can't name a table; one word, {reserved} are taken")
         tables[table] = _names(f"tables, {table}", names)
         _check_known(f"tables, {table}", tables[table], variants)

@@ -128,6 +128,68 @@ def reported_table(sweep: Sweep, answers: Answers, reported: Sequence[Row]) -> s
     return "\n\n".join(blocks)
 
 
+def overview_table(sweeps: Sequence[Sweep], answers: Mapping[str, Answers], reported: Sequence[Row]) -> str:
+    """Each data set's reference beside the best published numbers and the best of the sweep's baselines.
+
+    Args:
+        sweeps: in the order of the lines.
+        answers: their finished runs, by the sweeps' names.
+        reported: rows of reported.csv.
+
+    Raises:
+        ValueError: the sweeps have no reference, or not the same, or paired tests can't be used.
+    """
+    if len({sweep.reference for sweep in sweeps}) > 1 or sweeps[0].reference is None:
+        found = ", ".join(f"{sweep.name}: {sweep.reference}" for sweep in sweeps)
+        raise ValueError(f"an overview needs sweeps with the same reference, got {found}")
+    heads = ["data set", "n", "HR@10", "NDCG@10", "best published HR@10", "best published NDCG@10"]
+    lines = [[*heads, "strongest baseline here, NDCG@10", _versus(sweeps[0]), P]]
+    for sweep in sweeps:
+        paired = read_paired(sweep, answers[sweep.name])
+        for dataset in sweep.datasets:
+            lines.append(_overview_line(sweep, dataset, answers[sweep.name], paired, reported))
+    return f"{_markdown(lines)}\n\n{_OVERVIEW_WORDS}"
+
+
+_OVERVIEW_WORDS = (
+    "test_unseen, full ranking; n: seeds, ±: their standard deviation. Published: the highest that "
+    "`results/reported.csv` has, of whichever model. Strongest baseline: of those that were run, by this "
+    "column; how far from M2Rec, over the seeds of both; p: paired bootstrap over users."
+)
+
+
+def _overview_line(
+    sweep: Sweep,
+    dataset: str,
+    answers: Answers,
+    paired: Mapping[tuple[str, str], Row],
+    reported: Sequence[Row],
+) -> list[str]:
+    assert sweep.reference is not None
+    rows = answers[dataset, sweep.reference]
+    by_time = "global_time" in distinct(rows, "split")
+    line = [f"{dataset}, split by time" if by_time else dataset, _seeds(len(rows), len(sweep.seeds))]
+    line += _measured(answers, dataset, sweep.reference, "test_unseen")
+    alike = [row for row in reported if (row["dataset"], row["protocol"]) == (dataset, "test_unseen")]
+    line += [_highest([] if by_time else alike, metric) for metric in ("hit@10", "ndcg@10")]
+    found = {b: one for b in sweep.baselines if (one := spread(answers[dataset, b], BUCKETED))}
+    if found:
+        best = max(found, key=lambda baseline: found[baseline].mean)
+        test = paired.get((dataset, best))
+        line += [f"{_four_pm(found[best])} ({best})", _against(sweep, dataset, answers, best)]
+        line += [_p(test)] if test else []
+    return line
+
+
+def _highest(published: Sequence[Row], metric: str) -> str:
+    """The highest published number and its model."""
+    rows = [row for row in published if row[metric]]
+    if not rows:
+        return ""
+    best = max(rows, key=lambda row: float(row[metric]))
+    return f"{best[metric]} ({_plain(best['model'])})"
+
+
 def main_variants(sweep: Sweep) -> tuple[str, ...]:
     """The variants of the table `main`, or of the first."""
     return sweep.tables.get(MAIN, next(iter(sweep.tables.values())))
@@ -238,8 +300,13 @@ def _reported_lines(
 
 def _same_model(row: Row, sweep: Sweep) -> str | None:
     """The variant that is the published model."""
-    names = (row["model"], re.split(r",| \(", row["model"])[0])
+    names = (row["model"], _plain(row["model"]))
     return next((name for name in names if name in sweep.variants), None)
+
+
+def _plain(model: str) -> str:
+    """A published model's name without the detail behind a comma or in brackets."""
+    return re.split(r",| \(", model)[0]
 
 
 def _measured(answers: Answers, dataset: str, variant: str | None, protocol: str) -> list[str]:

@@ -6,10 +6,11 @@ pictures of one run's gate and filter are written there as SVG files.
 
 Whatever stands between `<!-- results:NAME:TABLE -->` and `<!-- /results -->` in README.md and
 docs/results.md is replaced by a table of results/NAME.yaml and results/NAME.csv. TABLE is one that
-the YAML names, `reported` (published numbers beside ours) or `buckets` (by popularity and length of
-history). With --check nothing is written, and the exit status is 1 if a page would change. With
---paired the paired tests of a sweep are made from its run folders, as results/NAME-paired.csv; those
-of runs that are not there stay as they are, as long as the CSV has their numbers.
+the YAML names, `reported` (published numbers beside ours), `buckets` (by popularity and length of
+history) or `overview` (a line per data set; NAME+NAME in place of NAME are several sweeps). With
+--check nothing is written, and the exit status is 1 if a page would change. With --paired the paired
+tests of a sweep are made from its run folders, as results/NAME-paired.csv; those of runs that are not
+there stay as they are, as long as the CSV has their numbers.
 """
 
 import argparse
@@ -33,8 +34,8 @@ from m2rec.results import (
     read_pairs,
     read_reported,
 )
-from m2rec.sweeps import Sweep
-from m2rec.tables import bucket_tables, reported_table, result_table
+from m2rec.sweeps import OVERVIEW, RESERVED, Sweep
+from m2rec.tables import bucket_tables, overview_table, reported_table, result_table
 
 logger = logging.getLogger(__name__)
 
@@ -168,23 +169,29 @@ def fill(page: Path, text: str, sweeps: dict[str, Sweep], answers: dict[str, Ans
 
     def block(match: re.Match[str]) -> str:
         start, name, table, _, end = match.groups()
-        if name not in sweeps:
-            raise ValueError(f"{page}: {start} has no sweep, there is no {results / name}.yaml")
-        sweep = sweeps[name]
-        if table not in (known := [*sweep.tables, "reported", "buckets"]):
+        names = name.split("+")
+        for one in names:
+            if one not in sweeps:
+                raise ValueError(f"{page}: {start} has no sweep, there is no {results / one}.yaml")
+        known = [OVERVIEW] if len(names) > 1 else [*sweeps[name].tables, *RESERVED]
+        if table not in known:
             raise ValueError(f"{page}: {start} names no table; known: {', '.join(known)}")
-        return f"{start}\n\n{make_table(sweep, answers[name], table, results)}\n\n{end}"
+        made = make_table([sweeps[one] for one in names], answers, table, results)
+        return f"{start}\n\n{made}\n\n{end}"
 
     return MARKED.sub(block, text)
 
 
-def make_table(sweep: Sweep, answers: Answers, table: str, results: Path) -> str:
-    """The Markdown for one marker."""
+def make_table(sweeps: Sequence[Sweep], answers: dict[str, Answers], table: str, results: Path) -> str:
+    """The Markdown for one marker; all tables but the overview are of one sweep."""
+    sweep, own = sweeps[0], answers[sweeps[0].name]
+    if table == OVERVIEW:
+        return overview_table(sweeps, answers, read_reported(results / "reported.csv"))
     if table == "reported":
-        return reported_table(sweep, answers, read_reported(results / "reported.csv"))
+        return reported_table(sweep, own, read_reported(results / "reported.csv"))
     if table == "buckets":
-        return bucket_tables(sweep, answers)
-    return result_table(sweep, answers, table)
+        return bucket_tables(sweep, own)
+    return result_table(sweep, own, table)
 
 
 if __name__ == "__main__":

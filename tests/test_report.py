@@ -61,13 +61,15 @@ def test_all_kinds_of_markers(write_sweep: Write, call: Callable, tmp_path: Path
     head = "dataset,protocol,model,hit@10,ndcg@10,source\n"
     path.with_name("reported.csv").write_text(head + "toy,test,SASRec,0.5,0.4,paper\n")
     marks = "".join(
-        README[README.index("<!--") :].replace("main", t) for t in ("ablations", "reported", "buckets")
+        README[README.index("<!--") :].replace("main", t)
+        for t in ("ablations", "reported", "buckets", "overview")
     )
     assert call(readme=marks)[0] == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Not run: no filter | gate." in text and "| popularity | 0 | 1-5 | 101+ |" in text
     assert "| test | SASRec | 0.5 | 0.4 | 0.1250 | 0.0625 | paper |" in text
-    assert text.count("<!-- /results -->") == text.count("After.") == 3
+    assert text.count("<!-- /results -->") == text.count("After.") == 4
+    assert "| toy | 1 of 2 | 0.5000 | 0.2500 |" in text
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,8 @@ def test_all_kinds_of_markers(write_sweep: Write, call: Callable, tmp_path: Path
             ":mian",
             "<!-- results:toys:mian --> names no table; known: main, ablations, reported, buc",
         ),
+        ("results:toys", "results:toys+toy", "<!-- results:toys+toy:main --> has no sweep, there is no"),
+        ("results:toys", "results:toys+toys", "toys+toys:main --> names no table; known: overview"),
         ("<!-- /results -->", "", "'<!-- results:toys:main -->' is no pair of"),
         ("<!-- results:toys:main -->", "", "'<!-- /results -->' is no pair of"),
         ("old", "<!-- results:toys:main -->", "'<!-- results:toys:main -->' is no pair of"),
