@@ -51,6 +51,8 @@ class Sweep:
     reference: str | None
     """The variant that the others are compared with; None: nothing is compared."""
     baselines: tuple[str, ...]
+    without_text: str | None
+    """The reference without text, to stand beside models that see none."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -69,9 +71,12 @@ class Sweep:
         """All runs, seed by seed, so that an early stop leaves every variant with as many seeds."""
         for dataset in self.datasets:
             for seed in self.seeds:
-                for variant, own in self.variants.items():
-                    keys = {**self.common, **self.dataset_keys.get(dataset, {}), **own}
-                    yield Cell(dataset, variant, seed, keys)
+                for variant in self.variants:
+                    yield Cell(dataset, variant, seed, self.keys(dataset, variant))
+
+    def keys(self, dataset: str, variant: str) -> dict[str, Any]:
+        """Keys of run_mm.py for a variant, without dataset and seed."""
+        return {**self.common, **self.dataset_keys.get(dataset, {}), **self.variants[variant]}
 
 
 def slug(variant: str) -> str:
@@ -104,7 +109,9 @@ def _checked(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     _check_known("dataset_keys", dataset_keys, datasets)
     reference = content.get("reference")
     baselines = _names("baselines", content.get("baselines") or [], empty=True)
+    without_text = content.get("without_text")
     _check_known("reference", [] if reference is None else [reference], variants)
+    _check_known("without_text", [] if without_text is None else [without_text], variants)
     _check_known("baselines", baselines, variants)
     if baselines and reference is None:
         raise ValueError("baselines: there is nothing to compare them with; name a reference")
@@ -119,6 +126,7 @@ def _checked(content: Mapping[str, Any], name: str) -> dict[str, Any]:
         "tables": _tables(content.get("tables"), variants),
         "reference": reference,
         "baselines": baselines,
+        "without_text": without_text,
     }
 
 

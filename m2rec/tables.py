@@ -82,9 +82,9 @@ def result_table(sweep: Sweep, answers: Answers, table: str) -> str:
         variants = sweep.tables[table]
         tests = {v: paired[dataset, v] for v in variants if (dataset, v) in paired}
         lines = _result_lines(sweep, dataset, answers, variants, tests)
-        rows = of_dataset(answers, dataset)
+        rows = _rows_of(answers, dataset, variants)
         words = [_protocol(rows), *_comparison_words(sweep, lines[0])] if rows else []
-        blocks.append(_block(sweep, dataset, [lines], words, answers, variants))
+        blocks.append(_block(sweep, dataset, [lines], words, rows, _not_run(answers, dataset, variants)))
     return "\n\n".join(blocks)
 
 
@@ -96,10 +96,11 @@ def bucket_tables(sweep: Sweep, answers: Answers) -> str:
     """
     blocks = []
     for dataset in sweep.datasets:
-        run = bool(of_dataset(answers, dataset))
-        tables = [_bucket_lines(sweep, dataset, answers, kind) for kind in KINDS] if run else []
-        words = [_BUCKET_WORDS] if run else []
-        blocks.append(_block(sweep, dataset, tables, words, answers, main_variants(sweep)))
+        variants = main_variants(sweep)
+        rows = _rows_of(answers, dataset, variants)
+        tables = [_bucket_lines(sweep, dataset, answers, kind) for kind in KINDS] if rows else []
+        words = [_BUCKET_WORDS] if rows else []
+        blocks.append(_block(sweep, dataset, tables, words, rows, _not_run(answers, dataset, variants)))
     return "\n\n".join(blocks)
 
 
@@ -124,7 +125,9 @@ def reported_table(sweep: Sweep, answers: Answers, reported: Sequence[Row]) -> s
             raise ValueError(f"reported.csv has no row of {dataset}; add one or take the marker away")
         lines = _reported_lines(sweep, dataset, answers, published)
         words = ["Published numbers are of their authors' data, tuning and often one seed"]
-        blocks.append(_block(sweep, dataset, [lines], words, answers))
+        shown = dict.fromkeys([sweep.reference, *(_same_model(row, sweep) for row in published)])
+        rows = _rows_of(answers, dataset, [variant for variant in shown if variant])
+        blocks.append(_block(sweep, dataset, [lines], words, rows))
     return "\n\n".join(blocks)
 
 
@@ -142,8 +145,9 @@ def overview_table(sweeps: Sequence[Sweep], answers: Mapping[str, Answers], repo
     if len({sweep.reference for sweep in sweeps}) > 1 or sweeps[0].reference is None:
         found = ", ".join(f"{sweep.name}: {sweep.reference}" for sweep in sweeps)
         raise ValueError(f"an overview needs sweeps with the same reference, got {found}")
-    heads = ["data set", "n", "HR@10", "NDCG@10", "best published HR@10", "best published NDCG@10"]
-    lines = [[*heads, "strongest baseline here, NDCG@10", _versus(sweeps[0]), P]]
+    heads = ["data set", "n", "HR@10", "NDCG@10", "NDCG@10 without text", "published HR@10"]
+    heads += ["published NDCG@10", "NDCG@10 of the strongest baseline here"]
+    lines = [[*heads, _versus(sweeps[0]), P]]
     for sweep in sweeps:
         paired = read_paired(sweep, answers[sweep.name])
         for dataset in sweep.datasets:
@@ -152,9 +156,9 @@ def overview_table(sweeps: Sequence[Sweep], answers: Mapping[str, Answers], repo
 
 
 _OVERVIEW_WORDS = (
-    "test_unseen, full ranking; n: seeds, ±: their standard deviation. Published: the highest that "
-    "`results/reported.csv` has, of whichever model. Strongest baseline: of those that were run, by this "
-    "column; how far from M2Rec, over the seeds of both; p: paired bootstrap over users."
+    "test_unseen, full ranking. n: seeds; ±: their standard deviation. Published: the highest in "
+    "`results/reported.csv`, of whichever model. Strongest baseline: of those that were run, by this column; "
+    "how far from M2Rec, over the seeds of both. p: paired bootstrap over users, with these runs held fixed."
 )
 
 
@@ -167,17 +171,18 @@ def _overview_line(
 ) -> list[str]:
     assert sweep.reference is not None
     rows = answers[dataset, sweep.reference]
-    by_time = "global_time" in distinct(rows, "split")
+    by_time = sweep.keys(dataset, sweep.reference).get("split") == "global_time"
     line = [f"{dataset}, split by time" if by_time else dataset, _seeds(len(rows), len(sweep.seeds))]
     line += _measured(answers, dataset, sweep.reference, "test_unseen")
+    bare = sweep.without_text and spread(answers[dataset, sweep.without_text], BUCKETED)
+    line.append(_four_pm(bare) if bare else "")
     alike = [row for row in reported if (row["dataset"], row["protocol"]) == (dataset, "test_unseen")]
     line += [_highest([] if by_time else alike, metric) for metric in ("hit@10", "ndcg@10")]
     found = {b: one for b in sweep.baselines if (one := spread(answers[dataset, b], BUCKETED))}
     if found:
         best = max(found, key=lambda baseline: found[baseline].mean)
-        test = paired.get((dataset, best))
         line += [f"{_four_pm(found[best])} ({best})", _against(sweep, dataset, answers, best)]
-        line += [_p(test)] if test else []
+        line.append(_p(sweep, dataset, answers, paired.get((dataset, best))))
     return line
 
 
@@ -214,7 +219,7 @@ def _result_lines(
     runs = _finished(answers, dataset, variants)
     columns = {column.title: _cells(column, runs) for column in COLUMNS}
     columns[_versus(sweep)] = [_against(sweep, dataset, answers, variant) for variant in runs]
-    columns[P] = [_p(tests[variant]) if variant in tests else "" for variant in runs]
+    columns[P] = [_p(sweep, dataset, answers, tests.get(variant)) for variant in runs]
     columns = {title: cells for title, cells in columns.items() if any(cells)}
     seeds = [_seeds(len(rows), len(sweep.seeds)) for rows in runs.values()]
     lines = zip(runs, seeds, *columns.values(), strict=True)
@@ -253,13 +258,27 @@ def _finished(answers: Answers, dataset: str, variants: Sequence[str]) -> dict[s
     return {variant: rows for variant in variants if (rows := answers[dataset, variant])}
 
 
+def _rows_of(answers: Answers, dataset: str, variants: Sequence[str]) -> list[Row]:
+    return [row for variant in variants for row in answers[dataset, variant]]
+
+
 def _seeds(done: int, asked: int) -> str:
     return str(done) if done == asked else f"{done} of {asked}"
 
 
-def _p(test: Row) -> str:
+def _p(sweep: Sweep, dataset: str, answers: Answers, test: Row | None) -> str:
+    """A test's p, with its seeds if both have more."""
+    if test is None:
+        return ""
     p = float(test["p"])
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    text = "< 0.001" if p < 0.001 else f"{p:.3f}"
+    ours, theirs = (
+        {row["seed"] for row in answers[dataset, variant]}
+        for variant in (sweep.reference or "", test["baseline"])
+    )
+    seeds = test["seeds"].split()
+    word = "seed" if len(seeds) == 1 else "seeds"
+    return text if ours & theirs == {*seeds} else f"{text} ({word} {', '.join(seeds)})"
 
 
 def _bucket_lines(sweep: Sweep, dataset: str, answers: Answers, kind: str) -> list[list[str]]:
@@ -323,22 +342,29 @@ def _block(
     dataset: str,
     tables: Sequence[list[list[str]]],
     words: Sequence[str],
-    answers: Answers,
-    variants: Sequence[str] = (),
+    rows: Sequence[Row],
+    not_run: str = "",
 ) -> str:
     """Tables with the name of their data set above, if there are several, and a line below.
 
-    The line names those of the `variants` that were not run.
+    Args:
+        sweep, dataset: what they are of.
+        tables: their lines of cells.
+        words: sentences for the line below.
+        rows: the runs that they are made of.
+        not_run: names of variants that have none.
     """
-    rows = of_dataset(answers, dataset)
     parts = [f"**{dataset}**"] if len(sweep.datasets) > 1 else []
     parts += [_markdown(lines) for lines in tables if len(lines) > 1]
     spread_words = "± is the standard deviation over seeds" if rows else ""
-    missing = "; ".join(variant for variant in variants if not answers[dataset, variant])
-    not_run = f"{NOT_RUN.capitalize()}: {missing}" if missing else ""
-    sentences = [*words, spread_words, not_run, f"Made by `{sweep.command}`{_commits(rows)}"]
+    missing = f"{NOT_RUN.capitalize()}: {not_run}" if not_run else ""
+    sentences = [*words, spread_words, missing, f"Made by `{sweep.command}`{_commits(rows)}"]
     parts.append(" ".join(f"{sentence}." for sentence in sentences if sentence))
     return "\n\n".join(parts)
+
+
+def _not_run(answers: Answers, dataset: str, variants: Sequence[str]) -> str:
+    return "; ".join(variant for variant in variants if not answers[dataset, variant])
 
 
 def _markdown(lines: list[list[str]]) -> str:
@@ -357,11 +383,19 @@ def _protocol(rows: Sequence[Row]) -> str:
     text += f", time order {orders}" if orders else ""
     counts = [f"{int(float(n)):,} {name}" for name in COUNTS for n in distinct(rows, name)]
     text += f"; {', '.join(counts)}" if counts else ""
-    texts = " and ".join(distinct(rows, "text"))
+    texts = " and ".join(_text_files(rows, made_by) for made_by in distinct(rows, "text"))
     text += f"; text by {texts}" if texts else ""
     devices = " and ".join(distinct(rows, "device"))
+    threads = " and ".join(sorted(distinct(rows, "threads")))
     text += f"; timed on {devices}" if devices else ""
+    text += f", {threads} thread{'s' if threads != '1' else ''}" if devices and threads else ""
     return text[0].upper() + text[1:]
+
+
+def _text_files(rows: Sequence[Row], made_by: str) -> str:
+    """What made text vectors; how many files of them there are, if not one."""
+    files = len({row["text_sha256"] for row in rows if row["text"] == made_by and row.get("text_sha256")})
+    return f"{made_by} ({files} files)" if files > 1 else made_by
 
 
 def _comparison_words(sweep: Sweep, heads: Sequence[str]) -> list[str]:
@@ -370,7 +404,8 @@ def _comparison_words(sweep: Sweep, heads: Sequence[str]) -> list[str]:
         _versus(sweep): f"{_versus(sweep)}: {QUALITY} relative to it, over the seeds that both have",
         P: (
             f"p: {QUALITY} against {sweep.reference}, two-sided paired bootstrap over users, {RESAMPLES:,} "
-            "resamples, no correction for several tests, over the seeds with kept ranks; blank: not tested"
+            "resamples, no correction for several tests, over the seeds with kept ranks, named where both have "
+            "more; blank: not tested"
         ),
     }
     return [text for head, text in words.items() if head in heads]

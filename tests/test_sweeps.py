@@ -20,6 +20,7 @@ variants:
 tables: {main: [SASRec, M2Rec], alone: [M2Rec]}
 reference: M2Rec
 baselines: [SASRec]
+without_text: SASRec
 """
 SHORT = "title: T\ndatasets: [toy]\nseeds: [1]\nvariants: {A: {}, B: {}}\n"
 
@@ -37,6 +38,7 @@ def test_reads_every_key(tmp_path: Path):
     assert sweep.seeds == (2, 1) and list(sweep.variants) == ["M2Rec", "SASRec"]
     assert sweep.tables == {"main": ("SASRec", "M2Rec"), "alone": ("M2Rec",)}
     assert (sweep.reference, sweep.baselines) == ("M2Rec", ("SASRec",))
+    assert sweep.without_text == "SASRec"
 
 
 def test_a_cells_keys_are_merged_weakest_first(tmp_path: Path):

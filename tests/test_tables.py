@@ -60,6 +60,20 @@ def test_what_made_the_text_is_said(write_sweep: Write):
     texts = ("lsa: title", "lsa: title plot")
     rows = [answer("M2Rec", seed, 0.1, text=text) for seed, text in enumerate(texts, 1)]
     assert "; text by lsa: title and lsa: title plot; timed on" in table_of(write_sweep(*rows))[-1]
+    rows = [answer("M2Rec", seed, 0.1, text="lsa: title", text_sha256=str(seed)) for seed in (1, 2)]
+    assert "; text by lsa: title (2 files); timed on" in table_of(write_sweep(*rows))[-1]
+
+
+def test_threads_are_said(write_sweep: Write):
+    rows = [answer("M2Rec", 1, 0.1, threads=1), answer("SASRec", 1, 0.1, threads=2)]
+    assert "; timed on cpu, 1 and 2 threads." in table_of(write_sweep(*rows))[-1]
+    assert "; timed on cpu, 1 thread." in table_of(write_sweep(rows[0]))[-1]
+
+
+def test_commits_are_those_of_the_table(write_sweep: Write):
+    rows = [*ROWS, answer("no filter | gate", 1, 0.1, commit="fedcba9876543210")]
+    assert table_of(write_sweep(*rows))[-1].endswith(", commit 0123456.")
+    assert table_of(write_sweep(*rows), "ablations")[-1].endswith(", commits 0123456, fedcba9.")
 
 
 def test_a_variant_without_rows_and_a_name_with_a_bar(write_sweep: Write):
@@ -101,6 +115,14 @@ def test_each_data_set_has_its_table_and_its_best(write_sweep: Write):
 def test_commits_are_short_and_all_there(write_sweep: Write):
     rows = [ROWS[0], answer("M2Rec", 2, 0.3, commit="fedcba9876543210+dirty")]
     assert table_of(write_sweep(*rows))[-1].endswith(", commits 0123456, fedcba9+dirty.")
+
+
+def test_p_of_fewer_seeds_than_the_means_says_which(write_sweep: Write):
+    path = write_sweep(*ROWS, answer("SASRec", 2, 0.2))
+    line = "toy,test_unseen,ndcg@10,M2Rec,SASRec,{},9,{},{},-0.05,-0.1,0,0.02\n"
+    for seeds, means, shown in (("2", (0.3, 0.2), "0.020 (seed 2)"), ("1 2", (0.2, 0.175), "0.020")):
+        path.with_name("toys-paired.csv").write_text(PAIRED + line.format(seeds, *means))
+        assert table_of(path)[3].endswith(f"| {shown} |")
 
 
 @pytest.mark.parametrize(
@@ -178,23 +200,26 @@ def test_an_overview(write_sweep: Write):
     rows += [published("test_unseen", "Lower", ""), published("test", "Other", "0.9")]
     heads, _, toy, _, words = overview(path, *rows)
     assert heads == (
-        "| data set | n | HR@10 | NDCG@10 | best published HR@10 | best published NDCG@10 "
-        "| strongest baseline here, NDCG@10 | vs M2Rec | p |"
+        "| data set | n | HR@10 | NDCG@10 | NDCG@10 without text | published HR@10 | published NDCG@10 "
+        "| NDCG@10 of the strongest baseline here | vs M2Rec | p |"
     )
     assert toy == (
-        "| toy | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 | 0.5 (Low) | 0.32 (High) "
+        "| toy | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 |  | 0.5 (Low) | 0.32 (High) "
         "| 0.1500 (SASRec) | +50.0% | 0.020 |"
     )
     assert words.startswith("test_unseen, full ranking")
 
 
-def test_an_overview_of_a_split_by_time_and_of_nothing(write_sweep: Write):
+def test_an_overview_of_a_split_by_time_and_without_text(write_sweep: Write):
     """Published numbers are of leave-one-out; what was not run says so."""
     given = published("test_unseen", "A", "0.4")
     assert overview(write_sweep(), given)[2].startswith("| toy | 0 of 2 | not run |")
-    rows = [{**row, "split": "global_time"} for row in ROWS[:2]]
-    line = overview(write_sweep(*rows), given)[2]
-    assert line == "| toy, split by time | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 |  |  |  |  |  |"
+    text = SWEEP + "common: {split: global_time}\nwithout_text: no filter | gate\n"
+    rows = [*ROWS[:2], answer("no filter | gate", 1, 0.1)]
+    rows = [{**row, "settings": '{"split": "global_time"}'} for row in rows]
+    rows[2]["settings"] = '{"filter": "none", "split": "global_time"}'
+    line = overview(write_sweep(*rows, text=text), given)[2]
+    assert line == "| toy, split by time | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 | 0.1000 |  |  |  |  |  |"
 
 
 def test_an_overview_needs_one_reference(write_sweep: Write):
