@@ -404,8 +404,8 @@ def _comparison_words(sweep: Sweep, heads: Sequence[str]) -> list[str]:
         _versus(sweep): f"{_versus(sweep)}: {QUALITY} relative to it, over the seeds that both have",
         P: (
             f"p: {QUALITY} against {sweep.reference}, two-sided paired bootstrap over users, {RESAMPLES:,} "
-            "resamples, no correction for several tests, over the seeds with kept ranks, named where both have "
-            "more; blank: not tested"
+            "resamples, no correction for several tests, over the seeds with kept ranks, named where there "
+            "are more; blank: not tested"
         ),
     }
     return [text for head, text in words.items() if head in heads]
