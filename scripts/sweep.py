@@ -4,7 +4,8 @@ The file asks for every variant on every data set with every seed; each finished
 row of results/NAME.csv. Runs go in parallel: one per GPU, or on a CPU as many as --jobs says,
 which share its cores. Stop it whenever you like: what is in the CSV is not run again, and a run
 that was cut off goes on where it was last kept. Several sweeps of one file may run side by
-side; each run is taken by one of them. A run whose settings in the file have changed is run again.
+side; each run is taken by one of them. A run whose settings in the file have changed is run again; if
+a default has changed in the code, only you know whether a row still holds: delete those that don't.
 """
 
 import argparse
