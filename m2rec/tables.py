@@ -158,7 +158,8 @@ def overview_table(sweeps: Sequence[Sweep], answers: Mapping[str, Answers], repo
 _OVERVIEW_WORDS = (
     "test_unseen, full ranking. n: seeds; ±: their standard deviation. Published: the highest in "
     "`results/reported.csv`, of whichever model. Strongest baseline: of those that were run, by this column; "
-    "how far from ours, over the seeds of both. p: paired bootstrap over users, with these runs held fixed."
+    "how far from ours, over the seeds of both. p: paired bootstrap over users, these runs held fixed; blank: "
+    "not tested."
 )
 
 
@@ -174,16 +175,21 @@ def _overview_line(
     by_time = sweep.keys(dataset, sweep.reference).get("split") == "global_time"
     line = [f"{dataset}, split by time" if by_time else dataset, _seeds(len(rows), len(sweep.seeds))]
     line += _measured(answers, dataset, sweep.reference, "test_unseen")
-    bare = sweep.without_text and spread(answers[dataset, sweep.without_text], BUCKETED)
-    line.append(_four_pm(bare) if bare else "")
+    line.append(_with_n(answers[dataset, sweep.without_text]) if sweep.without_text else "")
     alike = [row for row in reported if (row["dataset"], row["protocol"]) == (dataset, "test_unseen")]
     line += [_highest([] if by_time else alike, metric) for metric in ("hit@10", "ndcg@10")]
     found = {b: one for b in sweep.baselines if (one := spread(answers[dataset, b], BUCKETED))}
     if found:
         best = max(found, key=lambda baseline: found[baseline].mean)
-        line += [f"{_four_pm(found[best])} ({best})", _against(sweep, dataset, answers, best)]
+        line += [f"{_with_n(answers[dataset, best])}: {best}", _against(sweep, dataset, answers, best)]
         line.append(_p(sweep, dataset, answers, paired.get((dataset, best))))
     return line
+
+
+def _with_n(rows: Sequence[Row]) -> str:
+    """test_unseen NDCG@10 with the number of seeds."""
+    found = spread(rows, BUCKETED)
+    return f"{_four_pm(found)} (n {len(rows)})" if found else ""
 
 
 def _highest(published: Sequence[Row], metric: str) -> str:
@@ -386,7 +392,7 @@ def _protocol(rows: Sequence[Row]) -> str:
     texts = " and ".join(_text_files(rows, made_by) for made_by in distinct(rows, "text"))
     text += f"; text by {texts}" if texts else ""
     devices = " and ".join(distinct(rows, "device"))
-    threads = " and ".join(sorted(distinct(rows, "threads")))
+    threads = " and ".join(sorted(distinct(rows, "threads"), key=int))
     text += f"; timed on {devices}" if devices else ""
     text += f", {threads} thread{'s' if threads != '1' else ''}" if devices and threads else ""
     return text[0].upper() + text[1:]

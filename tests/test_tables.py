@@ -205,7 +205,7 @@ def test_an_overview(write_sweep: Write):
     )
     assert toy == (
         "| toy | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 |  | 0.5 (Low) | 0.32 (High) "
-        "| 0.1500 (SASRec) | +50.0% | 0.020 |"
+        "| 0.1500 (n 1): SASRec | +50.0% | 0.020 |"
     )
     assert words.startswith("test_unseen, full ranking")
 
@@ -219,7 +219,9 @@ def test_an_overview_of_a_split_by_time_and_without_text(write_sweep: Write):
     rows = [{**row, "settings": '{"split": "global_time"}'} for row in rows]
     rows[2]["settings"] = '{"filter": "none", "split": "global_time"}'
     line = overview(write_sweep(*rows, text=text), given)[2]
-    assert line == "| toy, split by time | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 | 0.1000 |  |  |  |  |  |"
+    assert (
+        line == "| toy, split by time | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 | 0.1000 (n 1) |  |  |  |  |  |"
+    )
 
 
 def test_an_overview_needs_one_reference(write_sweep: Write):
