@@ -8,7 +8,8 @@ from m2rec.charts import GREY, MARKERS, styled
 from m2rec.files import write_atomically
 from m2rec.results import Answers, Spread, against, of_dataset, spread
 from m2rec.sweeps import Sweep
-from m2rec.tables import BUCKETED, QUALITY, buckets, main_variants, users_in
+from m2rec.table_parts import BUCKETED, QUALITY
+from m2rec.tables import buckets, main_variants, users_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,26 +4,26 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from m2rec.results import (
-    COUNTS,
-    Answers,
-    Row,
-    Spread,
-    against,
-    distinct,
-    of_dataset,
-    read_paired,
-    spread,
-    value,
-)
+from m2rec.results import COUNTS, Answers, Row, Spread, distinct, read_paired, spread, value
 from m2rec.statistics import RESAMPLES
 from m2rec.sweeps import MAIN, Sweep
+from m2rec.table_parts import (
+    BUCKETED,
+    NOT_RUN,
+    QUALITY,
+    P,
+    four,
+    four_pm,
+    markdown,
+    measured,
+    p_value,
+    plain_name,
+    relative,
+    seeds_done,
+    versus,
+)
 
-NOT_RUN = "not run"
 KINDS = ("popularity", "history")
-BUCKETED = "test_unseen.ndcg@10"
-QUALITY = "test_unseen NDCG@10"
-P = "p"
 
 
 class Column(NamedTuple):
@@ -37,14 +37,6 @@ class Column(NamedTuple):
     """Whether the highest is in bold."""
 
 
-def _four(found: Spread) -> str:
-    return f"{found.mean:.4f}"
-
-
-def _four_pm(found: Spread) -> str:
-    return _four(found) if found.deviation is None else f"{found.mean:.4f} ± {found.deviation:.4f}"
-
-
 def _seconds(found: Spread) -> str:
     return f"{found.mean:,.0f}" if found.mean >= 99.5 else f"{found.mean:.2g}"
 
@@ -54,12 +46,12 @@ def _epochs(found: Spread) -> str:
 
 
 COLUMNS = (
-    Column("test_unseen HR@10", "test_unseen.hit@10", _four_pm),
-    Column(QUALITY, BUCKETED, _four_pm),
-    Column("test HR@10", "test.hit@10", _four_pm),
-    Column("test NDCG@10", "test.ndcg@10", _four_pm),
-    Column("valid NDCG@10", "valid.ndcg@10", _four),
-    Column("item coverage@10", "test_unseen.itemcoverage@10", _four),
+    Column("test_unseen HR@10", "test_unseen.hit@10", four_pm),
+    Column(QUALITY, BUCKETED, four_pm),
+    Column("test HR@10", "test.hit@10", four_pm),
+    Column("test NDCG@10", "test.ndcg@10", four_pm),
+    Column("valid NDCG@10", "valid.ndcg@10", four),
+    Column("item coverage@10", "test_unseen.itemcoverage@10", four),
     Column("s / epoch", "seconds_per_epoch", _seconds, best=False),
     Column("epochs to best", "best_epoch", _epochs, best=False),
 )
@@ -80,8 +72,7 @@ def result_table(sweep: Sweep, answers: Answers, table: str) -> str:
     blocks = []
     for dataset in sweep.datasets:
         variants = sweep.tables[table]
-        tests = {v: paired[dataset, v] for v in variants if (dataset, v) in paired}
-        lines = _result_lines(sweep, dataset, answers, variants, tests)
+        lines = _result_lines(sweep, dataset, answers, variants, paired)
         rows = _rows_of(answers, dataset, variants)
         words = [_protocol(rows), *_comparison_words(sweep, lines[0])] if rows else []
         blocks.append(_block(sweep, dataset, [lines], words, rows, _not_run(answers, dataset, variants)))
@@ -98,7 +89,8 @@ def bucket_tables(sweep: Sweep, answers: Answers) -> str:
     for dataset in sweep.datasets:
         variants = main_variants(sweep)
         rows = _rows_of(answers, dataset, variants)
-        tables = [_bucket_lines(sweep, dataset, answers, kind) for kind in KINDS] if rows else []
+        runs = _finished(answers, dataset, variants)
+        tables = [_bucket_lines(sweep, dataset, runs, kind) for kind in KINDS] if rows else []
         words = [_BUCKET_WORDS] if rows else []
         blocks.append(_block(sweep, dataset, tables, words, rows, _not_run(answers, dataset, variants)))
     return "\n\n".join(blocks)
@@ -131,76 +123,6 @@ def reported_table(sweep: Sweep, answers: Answers, reported: Sequence[Row]) -> s
     return "\n\n".join(blocks)
 
 
-def overview_table(sweeps: Sequence[Sweep], answers: Mapping[str, Answers], reported: Sequence[Row]) -> str:
-    """Each data set's reference beside the best published numbers and the best of the sweep's baselines.
-
-    Args:
-        sweeps: in the order of the lines.
-        answers: their finished runs, by the sweeps' names.
-        reported: rows of reported.csv.
-
-    Raises:
-        ValueError: the sweeps have no reference, or not the same, or paired tests can't be used.
-    """
-    if len({sweep.reference for sweep in sweeps}) > 1 or sweeps[0].reference is None:
-        found = ", ".join(f"{sweep.name}: {sweep.reference}" for sweep in sweeps)
-        raise ValueError(f"an overview needs sweeps with the same reference, got {found}")
-    heads = ["data set", "n", "HR@10", "NDCG@10", "NDCG@10 without text", "published HR@10"]
-    heads += ["published NDCG@10", "NDCG@10 of the strongest baseline here"]
-    lines = [[*heads, _versus(sweeps[0]), P]]
-    for sweep in sweeps:
-        paired = read_paired(sweep, answers[sweep.name])
-        for dataset in sweep.datasets:
-            lines.append(_overview_line(sweep, dataset, answers[sweep.name], paired, reported))
-    return f"{_markdown(lines)}\n\n{_OVERVIEW_WORDS}"
-
-
-_OVERVIEW_WORDS = (
-    "test_unseen, full ranking. n: seeds; ±: their standard deviation. Published: the highest in "
-    "`results/reported.csv`, of whichever model. Strongest baseline: of those that were run, by this column; "
-    "how far from ours, over the seeds of both. p: paired bootstrap over users, these runs held fixed; "
-    "blank: not tested."
-)
-
-
-def _overview_line(
-    sweep: Sweep,
-    dataset: str,
-    answers: Answers,
-    paired: Mapping[tuple[str, str], Row],
-    reported: Sequence[Row],
-) -> list[str]:
-    assert sweep.reference is not None
-    rows = answers[dataset, sweep.reference]
-    by_time = sweep.keys(dataset, sweep.reference).get("split") == "global_time"
-    line = [f"{dataset}, split by time" if by_time else dataset, _seeds(len(rows), len(sweep.seeds))]
-    line += _measured(answers, dataset, sweep.reference, "test_unseen")
-    line.append(_with_n(answers[dataset, sweep.without_text]) if sweep.without_text else "")
-    alike = [row for row in reported if (row["dataset"], row["protocol"]) == (dataset, "test_unseen")]
-    line += [_highest([] if by_time else alike, metric) for metric in ("hit@10", "ndcg@10")]
-    found = {b: one for b in sweep.baselines if (one := spread(answers[dataset, b], BUCKETED))}
-    if found:
-        best = max(found, key=lambda baseline: found[baseline].mean)
-        line += [f"{_with_n(answers[dataset, best])}: {best}", _against(sweep, dataset, answers, best)]
-        line.append(_p(sweep, dataset, answers, paired.get((dataset, best))))
-    return line
-
-
-def _with_n(rows: Sequence[Row]) -> str:
-    """test_unseen NDCG@10 with the number of seeds."""
-    found = spread(rows, BUCKETED)
-    return f"{_four_pm(found)} (n {len(rows)})" if found else ""
-
-
-def _highest(published: Sequence[Row], metric: str) -> str:
-    """The highest published number and its model."""
-    rows = [row for row in published if row[metric]]
-    if not rows:
-        return ""
-    best = max(rows, key=lambda row: float(row[metric]))
-    return f"{best[metric]} ({_plain(best['model'])})"
-
-
 def main_variants(sweep: Sweep) -> tuple[str, ...]:
     """The variants of the table `main`, or of the first."""
     return sweep.tables.get(MAIN, next(iter(sweep.tables.values())))
@@ -220,41 +142,30 @@ def users_in(rows: Iterable[Row], kind: str, bucket: str) -> str:
 
 
 def _result_lines(
-    sweep: Sweep, dataset: str, answers: Answers, variants: Sequence[str], tests: Mapping[str, Row]
+    sweep: Sweep,
+    dataset: str,
+    answers: Answers,
+    variants: Sequence[str],
+    paired: Mapping[tuple[str, str], Row],
 ) -> list[list[str]]:
     runs = _finished(answers, dataset, variants)
     columns = {column.title: _cells(column, runs) for column in COLUMNS}
-    columns[_versus(sweep)] = [_against(sweep, dataset, answers, variant) for variant in runs]
-    columns[P] = [_p(sweep, dataset, answers, tests.get(variant)) for variant in runs]
+    columns[versus(sweep)] = [relative(sweep, dataset, answers, variant) for variant in runs]
+    columns[P] = [p_value(sweep, dataset, answers, paired.get((dataset, variant))) for variant in runs]
     columns = {title: cells for title, cells in columns.items() if any(cells)}
-    seeds = [_seeds(len(rows), len(sweep.seeds)) for rows in runs.values()]
+    seeds = [seeds_done(len(rows), len(sweep.seeds)) for rows in runs.values()]
     lines = zip(runs, seeds, *columns.values(), strict=True)
     return [["variant", "n", *columns], *map(list, lines)]
-
-
-def _versus(sweep: Sweep) -> str:
-    return f"vs {sweep.reference}"
-
-
-def _against(sweep: Sweep, dataset: str, answers: Answers, variant: str) -> str:
-    """A variant's quality relative to the reference's on the same seeds."""
-    if sweep.reference in (None, variant):
-        return ""
-    found = against(answers[dataset, variant], answers[dataset, sweep.reference], BUCKETED)
-    if found is None or not found[0].mean:
-        return ""
-    base, more = found
-    return f"{100 * more.mean / base.mean:+.1f}%"
 
 
 def _cells(column: Column, runs: Mapping[str, Sequence[Row]]) -> list[str]:
     """A column's texts, in the order of the variants; the best in bold, unless all are equal."""
     found = [spread(rows, column.source) for rows in runs.values()]
-    best = max((_four(one) for one in found if one), default="")
-    bold = column.best and len({_four(one) for one in found if one}) > 1
+    best = max((four(one) for one in found if one), default="")
+    bold = column.best and len({four(one) for one in found if one}) > 1
     texts = [column.show(one) if one else "" for one in found]
     return [
-        f"**{text}**" if bold and one and _four(one) == best else text
+        f"**{text}**" if bold and one and four(one) == best else text
         for text, one in zip(texts, found, strict=True)
     ]
 
@@ -268,33 +179,15 @@ def _rows_of(answers: Answers, dataset: str, variants: Sequence[str]) -> list[Ro
     return [row for variant in variants for row in answers[dataset, variant]]
 
 
-def _seeds(done: int, asked: int) -> str:
-    return str(done) if done == asked else f"{done} of {asked}"
-
-
-def _p(sweep: Sweep, dataset: str, answers: Answers, test: Row | None) -> str:
-    """A test's p, with its seeds if both have more."""
-    if test is None:
-        return ""
-    p = float(test["p"])
-    text = "< 0.001" if p < 0.001 else f"{p:.3f}"
-    ours, theirs = (
-        {row["seed"] for row in answers[dataset, variant]}
-        for variant in (sweep.reference or "", test["baseline"])
-    )
-    seeds = test["seeds"].split()
-    word = "seed" if len(seeds) == 1 else "seeds"
-    return text if ours & theirs == {*seeds} else f"{text} ({word} {', '.join(seeds)})"
-
-
-def _bucket_lines(sweep: Sweep, dataset: str, answers: Answers, kind: str) -> list[list[str]]:
-    rows = of_dataset(answers, dataset)
-    runs = _finished(answers, dataset, main_variants(sweep))
+def _bucket_lines(
+    sweep: Sweep, dataset: str, runs: Mapping[str, Sequence[Row]], kind: str
+) -> list[list[str]]:
+    rows = [row for found in runs.values() for row in found]
     names = buckets(rows, kind)
     if not names:
         path = sweep.path.with_suffix(".csv")
         raise ValueError(f"{path}: no column {BUCKETED}|{kind}=... on {dataset}; run the sweep again")
-    columns = [Column(name, f"{BUCKETED}|{kind}={name}", _four_pm) for name in names]
+    columns = [Column(name, f"{BUCKETED}|{kind}={name}", four_pm) for name in names]
     cells = [_cells(column, runs) for column in columns]
     lines = [[kind, *names], ["users", *(users_in(rows, kind, name) for name in names)]]
     lines += [[variant, *(column[k] for column in cells)] for k, variant in enumerate(runs)]
@@ -315,32 +208,18 @@ def _reported_lines(
     for protocol in sorted({row["protocol"] for row in published}):
         rows = [row for row in published if row["protocol"] == protocol]
         for row in rows:
-            ours = _measured(answers, dataset, _same_model(row, sweep), protocol)
+            ours = measured(answers, dataset, _same_model(row, sweep), protocol)
             lines.append([protocol, row["model"], row["hit@10"], row["ndcg@10"], *ours, row["source"]])
         if sweep.reference and sweep.reference not in (_same_model(row, sweep) for row in rows):
-            ours = _measured(answers, dataset, sweep.reference, protocol)
+            ours = measured(answers, dataset, sweep.reference, protocol)
             lines.append([protocol, sweep.reference, "", "", *ours, "this project"])
     return lines
 
 
 def _same_model(row: Row, sweep: Sweep) -> str | None:
     """The variant that is the published model."""
-    names = (row["model"], _plain(row["model"]))
+    names = (row["model"], plain_name(row["model"]))
     return next((name for name in names if name in sweep.variants), None)
-
-
-def _plain(model: str) -> str:
-    """A published model's name without the detail behind a comma or in brackets."""
-    return re.split(r",| \(", model)[0]
-
-
-def _measured(answers: Answers, dataset: str, variant: str | None, protocol: str) -> list[str]:
-    """Our HR@10 and NDCG@10."""
-    rows = answers[dataset, variant] if variant else []
-    if variant and not rows:
-        return [NOT_RUN, ""]
-    found = [spread(rows, f"{protocol}.{metric}") for metric in ("hit@10", "ndcg@10")]
-    return [_four_pm(one) if one else "" for one in found]
 
 
 def _block(
@@ -361,7 +240,7 @@ def _block(
         not_run: names of variants that have none.
     """
     parts = [f"**{dataset}**"] if len(sweep.datasets) > 1 else []
-    parts += [_markdown(lines) for lines in tables if len(lines) > 1]
+    parts += [markdown(lines) for lines in tables if len(lines) > 1]
     spread_words = "± is the standard deviation over seeds" if rows else ""
     missing = f"{NOT_RUN.capitalize()}: {not_run}" if not_run else ""
     sentences = [*words, spread_words, missing, f"Made by `{sweep.command}`{_commits(rows)}"]
@@ -371,14 +250,6 @@ def _block(
 
 def _not_run(answers: Answers, dataset: str, variants: Sequence[str]) -> str:
     return "; ".join(variant for variant in variants if not answers[dataset, variant])
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    """Lines of cells as a table; the first is the head, short ones are filled up."""
-    width = len(lines[0])
-    filled = [[*line, *[""] * (width - len(line))] for line in lines]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in filled]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (escaped[0], ["---"] * width, *escaped[1:]))
 
 
 def _protocol(rows: Sequence[Row]) -> str:
@@ -407,7 +278,7 @@ def _text_files(rows: Sequence[Row], made_by: str) -> str:
 def _comparison_words(sweep: Sweep, heads: Sequence[str]) -> list[str]:
     """What the columns that compare with the reference say, if they are there."""
     words = {
-        _versus(sweep): f"{_versus(sweep)}: {QUALITY} relative to it, over the seeds that both have",
+        versus(sweep): f"{versus(sweep)}: {QUALITY} relative to it, over the seeds that both have",
         P: (
             f"p: {QUALITY} against {sweep.reference}, two-sided paired bootstrap over users, {RESAMPLES:,} "
             "resamples, no correction for several tests, over the seeds with kept ranks, named where there "

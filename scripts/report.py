@@ -24,6 +24,7 @@ from m2rec import paired
 from m2rec import report as html
 from m2rec.command_line import Parser
 from m2rec.files import write_text
+from m2rec.overview import overview_table
 from m2rec.plots import draw
 from m2rec.results import (
     Answers,
@@ -35,7 +36,7 @@ from m2rec.results import (
     read_reported,
 )
 from m2rec.sweeps import OVERVIEW, RESERVED, Sweep
-from m2rec.tables import bucket_tables, overview_table, reported_table, result_table
+from m2rec.tables import bucket_tables, reported_table, result_table
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "m2rec"
 # each module may import from its own and from later ranks
 RANKS = [
     {"plots", "dialogue"},
-    {"tables", "paired"},
+    {"tables", "overview", "paired"},
+    {"table_parts"},
     {"results"},
     {"experiment", "sweeps", "recommender"},
     {"ranker"},

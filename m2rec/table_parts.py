@@ -1,0 +1,79 @@
+"""The parts of the result tables: numbers as text, comparisons with the reference, Markdown."""
+
+import re
+
+from m2rec.results import Answers, Row, Spread, against, spread
+from m2rec.sweeps import Sweep
+
+NOT_RUN = "not run"
+BUCKETED = "test_unseen.ndcg@10"
+QUALITY = "test_unseen NDCG@10"
+P = "p"
+
+
+def four(found: Spread) -> str:
+    """The mean with four places."""
+    return f"{found.mean:.4f}"
+
+
+def four_pm(found: Spread) -> str:
+    """The mean and its deviation over seeds, if there are several."""
+    return four(found) if found.deviation is None else f"{found.mean:.4f} ± {found.deviation:.4f}"
+
+
+def seeds_done(done: int, asked: int) -> str:
+    """How many seeds were run, and of how many if not all."""
+    return str(done) if done == asked else f"{done} of {asked}"
+
+
+def p_value(sweep: Sweep, dataset: str, answers: Answers, test: Row | None) -> str:
+    """A test's p, with its seeds if both have more."""
+    if test is None:
+        return ""
+    p = float(test["p"])
+    text = "< 0.001" if p < 0.001 else f"{p:.3f}"
+    ours, theirs = (
+        {row["seed"] for row in answers[dataset, variant]}
+        for variant in (sweep.reference or "", test["baseline"])
+    )
+    seeds = test["seeds"].split()
+    word = "seed" if len(seeds) == 1 else "seeds"
+    return text if ours & theirs == {*seeds} else f"{text} ({word} {', '.join(seeds)})"
+
+
+def versus(sweep: Sweep) -> str:
+    """The head of the column that compares with the reference."""
+    return f"vs {sweep.reference}"
+
+
+def relative(sweep: Sweep, dataset: str, answers: Answers, variant: str) -> str:
+    """A variant's quality relative to the reference's on the same seeds."""
+    if sweep.reference in (None, variant):
+        return ""
+    found = against(answers[dataset, variant], answers[dataset, sweep.reference], BUCKETED)
+    if found is None or not found[0].mean:
+        return ""
+    base, more = found
+    return f"{100 * more.mean / base.mean:+.1f}%"
+
+
+def plain_name(model: str) -> str:
+    """A published model's name without the detail behind a comma or in brackets."""
+    return re.split(r",| \(", model)[0]
+
+
+def measured(answers: Answers, dataset: str, variant: str | None, protocol: str) -> list[str]:
+    """Our HR@10 and NDCG@10."""
+    rows = answers[dataset, variant] if variant else []
+    if variant and not rows:
+        return [NOT_RUN, ""]
+    found = [spread(rows, f"{protocol}.{metric}") for metric in ("hit@10", "ndcg@10")]
+    return [four_pm(one) if one else "" for one in found]
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Lines of cells as a table; the first is the head, short ones are filled up."""
+    width = len(lines[0])
+    filled = [[*line, *[""] * (width - len(line))] for line in lines]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in filled]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (escaped[0], ["---"] * width, *escaped[1:]))

@@ -1,0 +1,63 @@
+"""The overview at the head of README, cell by cell."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from m2rec.overview import overview_table
+from m2rec.results import read_answers
+from m2rec.sweeps import Sweep
+from tests.conftest import SWEEP, answer
+from tests.test_results import PAIRED
+from tests.test_tables import ROWS, published
+
+Write = Callable[..., Path]
+
+
+def overview(path: Path, *rows: dict[str, str]) -> list[str]:
+    sweep = Sweep.read(path)
+    return overview_table([sweep], {sweep.name: read_answers(sweep)}, rows).splitlines()
+
+
+def test_an_overview(write_sweep: Write):
+    """The best baseline is by its mean, the best published one by the number; no other protocol's."""
+    path = write_sweep(*ROWS)
+    line = "toy,test_unseen,ndcg@10,M2Rec,SASRec,1,9,0.1,0.15,-0.05,-0.1,0,0.02\n"
+    path.with_name("toys-paired.csv").write_text(PAIRED + line)
+    rows = [published("test_unseen", "Low", "0.31"), published("test_unseen", "High, tuned", "0.32")]
+    rows += [published("test_unseen", "Lower", ""), published("test", "Other", "0.9")]
+    heads, _, toy, _, words = overview(path, *rows)
+    assert heads == (
+        "| data set | n | HR@10 | NDCG@10 | NDCG@10 without text | published HR@10 | published NDCG@10 "
+        "| NDCG@10 of the strongest baseline here | vs M2Rec | p |"
+    )
+    assert toy == (
+        "| toy | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 |  | 0.5 (Low) | 0.32 (High) "
+        "| 0.1500 (n 1): SASRec | +50.0% | 0.020 |"
+    )
+    assert words.startswith("test_unseen, full ranking")
+
+
+def test_an_overview_of_a_split_by_time_and_without_text(write_sweep: Write):
+    """Published numbers are of leave-one-out; what was not run says so."""
+    given = published("test_unseen", "A", "0.4")
+    assert overview(write_sweep(), given)[2].startswith("| toy | 0 of 2 | not run |")
+    text = SWEEP + "common: {split: global_time}\nwithout_text: no filter | gate\n"
+    rows = [*ROWS[:2], answer("no filter | gate", 1, 0.1)]
+    rows = [{**row, "settings": '{"split": "global_time"}'} for row in rows]
+    rows[2]["settings"] = '{"filter": "none", "split": "global_time"}'
+    line = overview(write_sweep(*rows, text=text), given)[2]
+    assert (
+        line == "| toy, split by time | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 | 0.1000 (n 1) |  |  |  |  |  |"
+    )
+
+
+def test_an_overview_needs_one_reference(write_sweep: Write):
+    sweep = Sweep.read(write_sweep(*ROWS))
+    other = replace(sweep, name="others", reference="SASRec")
+    answers = {name: read_answers(sweep) for name in ("toys", "others")}
+    for sweeps in ([sweep, other], [replace(sweep, reference=None)]):
+        with pytest.raises(ValueError, match=r"same reference, got toys: (M2Rec, others: SASRec|None)$"):
+            overview_table(sweeps, answers, [])
