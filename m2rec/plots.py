@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from m2rec.charts import GREY, MARKERS, styled
 from m2rec.files import write_atomically
-from m2rec.results import Answers, Spread, against, of_dataset, spread
+from m2rec.results import Answers, Spread, against, main_device, of_dataset, on_device, spread
 from m2rec.sweeps import Sweep
 from m2rec.table_parts import BUCKETED, QUALITY
 from m2rec.tables import buckets, main_variants, users_in
@@ -62,10 +62,11 @@ def _save(path: Path, sweep: Sweep, panels: Mapping[str, Panel]) -> None:
 
 
 def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
-    """Quality against the seconds of a training, a point per variant."""
+    """Quality against the seconds of a training, a point per variant that was run on the main device."""
+    device = main_device(of_dataset(answers, dataset))
     points: dict[str, tuple[Spread, Spread]] = {}
     for variant in sweep.variants:
-        rows = answers[dataset, variant]
+        rows = on_device(answers[dataset, variant], device)
         seconds, quality = spread(rows, "seconds_training"), spread(rows, BUCKETED)
         if seconds and quality:
             points[variant] = seconds, quality
@@ -77,7 +78,7 @@ def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
             marker = MARKERS[k % len(MARKERS)]
             error = quality.deviation or 0.0
             axes.errorbar(seconds.mean, quality.mean, error, fmt=marker, color=f"C{k % 10}", label=variant)
-        axes.set(xscale="log", xlabel="training, seconds", ylabel=QUALITY)
+        axes.set(xscale="log", xlabel=f"training, seconds on {device}", ylabel=QUALITY)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.minorticks_off()

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -278,6 +279,17 @@ def against(rows: Sequence[Row], reference: Sequence[Row], column: str) -> tuple
 def distinct(rows: Sequence[Row], column: str) -> list[str]:
     """The values of a column, each once, in order; empty ones left out."""
     return list(dict.fromkeys(row[column] for row in rows if row.get(column)))
+
+
+def main_device(rows: Sequence[Row]) -> str:
+    """The device that most rows were measured on; times of different ones don't compare."""
+    devices = Counter(row.get("device", "") for row in rows)
+    return max(devices, key=devices.__getitem__, default="")
+
+
+def on_device(rows: Sequence[Row], device: str) -> list[Row]:
+    """The rows that were measured there."""
+    return [row for row in rows if row.get("device", "") == device]
 
 
 def of_dataset(answers: Answers, dataset: str) -> list[Row]:

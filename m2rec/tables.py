@@ -4,7 +4,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from m2rec.results import COUNTS, Answers, Row, Spread, distinct, read_paired, spread, value
+from m2rec.results import (
+    COUNTS,
+    Answers,
+    Row,
+    Spread,
+    distinct,
+    main_device,
+    on_device,
+    read_paired,
+    spread,
+    value,
+)
 from m2rec.statistics import RESAMPLES
 from m2rec.sweeps import MAIN, Sweep
 from m2rec.table_parts import (
@@ -37,8 +48,15 @@ class Column(NamedTuple):
     """Whether the highest is in bold."""
 
 
-def _seconds(found: Spread) -> str:
-    return f"{found.mean:,.0f}" if found.mean >= 99.5 else f"{found.mean:.2g}"
+def _seconds(rows: Sequence[Row], device: str) -> str:
+    """Seconds of an epoch on the table's device; if there are none, on the run's own, which is named."""
+    there = on_device(rows, device)
+    shown = there or on_device(rows, main_device(rows))
+    found = spread(shown, "seconds_per_epoch")
+    if found is None:
+        return ""
+    text = f"{found.mean:,.0f}" if found.mean >= 99.5 else f"{found.mean:.2g}"
+    return text if there else f"{text} on {main_device(rows)}"
 
 
 def _epochs(found: Spread) -> str:
@@ -52,7 +70,6 @@ COLUMNS = (
     Column("test NDCG@10", "test.ndcg@10", four_pm),
     Column("valid NDCG@10", "valid.ndcg@10", four),
     Column("item coverage@10", "test_unseen.itemcoverage@10", four),
-    Column("s / epoch", "seconds_per_epoch", _seconds, best=False),
     Column("epochs to best", "best_epoch", _epochs, best=False),
 )
 
@@ -149,7 +166,9 @@ def _result_lines(
     paired: Mapping[tuple[str, str], Row],
 ) -> list[list[str]]:
     runs = _finished(answers, dataset, variants)
+    device = main_device(_rows_of(answers, dataset, variants))
     columns = {column.title: _cells(column, runs) for column in COLUMNS}
+    columns["s / epoch"] = [_seconds(rows, device) for rows in runs.values()]
     columns[versus(sweep)] = [relative(sweep, dataset, answers, variant) for variant in runs]
     columns[P] = [p_value(sweep, dataset, answers, paired.get((dataset, variant))) for variant in runs]
     columns = {title: cells for title, cells in columns.items() if any(cells)}
@@ -262,11 +281,17 @@ def _protocol(rows: Sequence[Row]) -> str:
     text += f"; {', '.join(counts)}" if counts else ""
     texts = " and ".join(_text_files(rows, made_by) for made_by in distinct(rows, "text"))
     text += f"; text by {texts}" if texts else ""
-    devices = " and ".join(distinct(rows, "device"))
-    threads = " and ".join(sorted(distinct(rows, "threads"), key=int))
+    devices = " and ".join(_with_threads(rows, device) for device in distinct(rows, "device"))
     text += f"; timed on {devices}" if devices else ""
-    text += f", {threads} thread{'s' if threads != '1' else ''}" if devices and threads else ""
     return text[0].upper() + text[1:]
+
+
+def _with_threads(rows: Sequence[Row], device: str) -> str:
+    """A device, and of a CPU how many threads runs had there."""
+    threads = sorted(distinct(on_device(rows, device), "threads"), key=int)
+    if not (threads and device.startswith("cpu")):
+        return device
+    return f"{device}, {' and '.join(threads)} thread{'s' if threads != ['1'] else ''}"
 
 
 def _text_files(rows: Sequence[Row], made_by: str) -> str:

@@ -34,7 +34,7 @@ def test_three_pictures_with_text(write_sweep: Write):
     found = pictures(write_sweep(*ROWS))
     assert list(found) == ["toys-time.svg", "toys-ablations.svg", "toys-popularity.svg"]
     time, ablations, popularity = (texts(svg) for svg in found.values())
-    assert {"Toys", "M2Rec", "no filter | gate", "training, seconds", "test_unseen NDCG@10"} <= time
+    assert {"Toys", "M2Rec", "no filter | gate", "training, seconds on cpu", "test_unseen NDCG@10"} <= time
     assert {
         "reference",
         "+0.0500",
@@ -54,6 +54,12 @@ def test_a_panel_per_data_set(write_sweep: Write):
     text = SWEEP.replace("datasets: [toy]", "datasets: [toy, shop, never]")
     found = pictures(write_sweep(*ROWS, answer("M2Rec", 1, 0.9, dataset="shop"), text=text))
     assert {"toy", "shop"} <= texts(found["toys-time.svg"]) and "never" not in texts(found["toys-time.svg"])
+
+
+def test_times_are_of_one_device(write_sweep: Write):
+    found = pictures(write_sweep(*ROWS[:2], answer("no filter | gate", 1, 0.15, device="GPU")))
+    time = texts(found["toys-time.svg"])
+    assert {"training, seconds on cpu", "M2Rec"} <= time and "no filter | gate" not in time
 
 
 def test_what_was_not_measured_is_not_drawn(write_sweep: Write):

@@ -25,15 +25,15 @@ def test_a_result_table(write_sweep: Write):
     lines = table_of(write_sweep(*ROWS))
     assert lines[0] == (
         "| variant | n | test_unseen HR@10 | test_unseen NDCG@10 | test HR@10 | test NDCG@10 | valid NDCG@10 "
-        "| item coverage@10 | s / epoch | epochs to best | vs M2Rec |"
+        "| item coverage@10 | epochs to best | s / epoch | vs M2Rec |"
     )
     assert lines[1] == "|" + " --- |" * 11
     assert lines[2] == (
         "| M2Rec | 2 | **0.4000 ± 0.2828** | **0.2000 ± 0.1414** | **0.2000 ± 0.1414** | **0.1000 ± 0.0707** "
-        "| 0.6000 | 0.2500 | 1.2 | 4 |  |"
+        "| 0.6000 | 0.2500 | 4 | 1.2 |  |"
     )
     assert lines[3] == (  # against seed 1 of M2Rec, 0.1
-        "| SASRec | 1 of 2 | 0.3000 | 0.1500 | 0.1500 | 0.0750 | 0.6000 | 0.2500 | 1.2 | 4 | +50.0% |"
+        "| SASRec | 1 of 2 | 0.3000 | 0.1500 | 0.1500 | 0.0750 | 0.6000 | 0.2500 | 4 | 1.2 | +50.0% |"
     )
     assert lines[5] == (
         "Leave-one-out, full ranking, time order exact; 2,000 users, 50 items, 123,456 interactions; "
@@ -67,6 +67,20 @@ def test_threads_are_said(write_sweep: Write):
     rows = [answer("M2Rec", 1, 0.1, threads=1), answer("SASRec", 1, 0.1, threads=2)]
     assert "; timed on cpu, 1 and 2 threads." in table_of(write_sweep(*rows))[-1]
     assert "; timed on cpu, 1 thread." in table_of(write_sweep(rows[0]))[-1]
+
+
+def test_times_are_of_one_device_and_others_are_named(write_sweep: Write):
+    rows = [
+        answer("M2Rec", 1, 0.1, threads=2, seconds_per_epoch=60),
+        answer("M2Rec", 2, 0.1, device="GPU", threads=8, seconds_per_epoch=1),
+        answer("SASRec", 1, 0.1, device="GPU", threads=8, seconds_per_epoch=3),
+        answer("SASRec", 2, 0.1, device="GPU", threads=8, seconds_per_epoch=4),
+    ]
+    lines = table_of(write_sweep(*rows))
+    assert [line.split(" | ")[9] for line in lines[2:4]] == ["1", "3.5"]
+    assert "; timed on cpu, 2 threads and GPU." in lines[-1]
+    lines = table_of(write_sweep(rows[0], rows[2]))
+    assert [line.split(" | ")[9] for line in lines[2:4]] == ["60", "3 on GPU"]
 
 
 def test_commits_are_those_of_the_table(write_sweep: Write):
