@@ -1,11 +1,11 @@
 """Run a sweep: python scripts/sweep.py results/NAME.yaml [--jobs=N] [--data-path=DIR].
 
 The file asks for every variant on every data set with every seed; each finished run becomes a
-row of results/NAME.csv. Runs go in parallel: one per GPU, or on a CPU as many as --jobs says,
-which share its cores. Stop it whenever you like: what is in the CSV is not run again, and a run
-that was cut off goes on where it was last kept. Several sweeps of one file may run side by
-side; each run is taken by one of them. A run whose settings in the file have changed is run again; if
-a default has changed in the code, only you know whether a row still holds: delete those that don't.
+row of results/NAME.csv. Runs go in parallel: one per GPU, or as many as --jobs says, which share
+GPUs and cores. Stop it whenever you like: what is in the CSV is not run again, and a run that was
+cut off goes on where it was last kept. Several sweeps of one file may run side by side; each run is
+taken by one of them. A run whose settings in the file have changed is run again; if a default has
+changed in the code, only you know whether a row still holds: delete those that don't.
 """
 
 import argparse
@@ -62,7 +62,11 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("sweep", type=Path, metavar="FILE.yaml")
-    parser.add_argument("--jobs", type=int, help="runs at a time; by default one per GPU, on a CPU one")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="runs at a time; by default one per GPU, which several can share, on a CPU one",
+    )
     parser.add_argument("--data-path", "--data_path", help="folder that holds the data sets' folders")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="only these variants")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "sweeps", help="folder for the runs")
