@@ -78,7 +78,11 @@ def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
             marker = MARKERS[k % len(MARKERS)]
             error = quality.deviation or 0.0
             axes.errorbar(seconds.mean, quality.mean, error, fmt=marker, color=f"C{k % 10}", label=variant)
-        axes.set(xscale="log", xlabel=f"training, seconds on {device}", ylabel=QUALITY)
+        axes.set(
+            xscale="log",
+            xlabel="training, seconds" + (f", of runs on {device}" if device else ""),
+            ylabel=QUALITY,
+        )
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.minorticks_off()

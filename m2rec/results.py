@@ -282,9 +282,9 @@ def distinct(rows: Sequence[Row], column: str) -> list[str]:
 
 
 def main_device(rows: Sequence[Row]) -> str:
-    """The device that most rows were measured on; times of different ones don't compare."""
-    devices = Counter(row.get("device", "") for row in rows)
-    return max(devices, key=devices.__getitem__, default="")
+    """The device that most rows were measured on, the first of equals; times of several don't compare."""
+    devices = Counter(row["device"] for row in rows if row.get("device"))
+    return devices.most_common(1)[0][0] if devices else ""
 
 
 def on_device(rows: Sequence[Row], device: str) -> list[Row]:

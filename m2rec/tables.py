@@ -49,14 +49,13 @@ class Column(NamedTuple):
 
 
 def _seconds(rows: Sequence[Row], device: str) -> str:
-    """Seconds of an epoch on the table's device; if there are none, on the run's own, which is named."""
-    there = on_device(rows, device)
-    shown = there or on_device(rows, main_device(rows))
-    found = spread(shown, "seconds_per_epoch")
+    """Seconds of an epoch on this device; if no run was there, on the one that most had, which is named."""
+    own = device if on_device(rows, device) else main_device(rows)
+    found = spread(on_device(rows, own), "seconds_per_epoch")
     if found is None:
         return ""
     text = f"{found.mean:,.0f}" if found.mean >= 99.5 else f"{found.mean:.2g}"
-    return text if there else f"{text} on {main_device(rows)}"
+    return text if own == device else f"{text} on {own or 'an unknown device'}"
 
 
 def _epochs(found: Spread) -> str:
@@ -281,8 +280,11 @@ def _protocol(rows: Sequence[Row]) -> str:
     text += f"; {', '.join(counts)}" if counts else ""
     texts = " and ".join(_text_files(rows, made_by) for made_by in distinct(rows, "text"))
     text += f"; text by {texts}" if texts else ""
-    devices = " and ".join(_with_threads(rows, device) for device in distinct(rows, "device"))
-    text += f"; timed on {devices}" if devices else ""
+    main = main_device(rows)
+    others = [device for device in distinct(rows, "device") if device != main]
+    text += f"; timed on {_with_threads(rows, main)}" if main else ""
+    if others:
+        text += f", and where a row says so on {' and '.join(_with_threads(rows, one) for one in others)}"
     return text[0].upper() + text[1:]
 
 

@@ -78,9 +78,13 @@ def test_times_are_of_one_device_and_others_are_named(write_sweep: Write):
     ]
     lines = table_of(write_sweep(*rows))
     assert [line.split(" | ")[9] for line in lines[2:4]] == ["1", "3.5"]
-    assert "; timed on cpu, 2 threads and GPU." in lines[-1]
+    assert "; timed on GPU, and where a row says so on cpu, 2 threads." in lines[-1]
     lines = table_of(write_sweep(rows[0], rows[2]))
     assert [line.split(" | ")[9] for line in lines[2:4]] == ["60", "3 on GPU"]
+    lines = table_of(write_sweep(rows[0], {**rows[2], "device": ""}))
+    assert [line.split(" | ")[9] for line in lines[2:4]] == ["60", "3 on an unknown device"]
+    lines = table_of(write_sweep({**rows[0], "device": ""}))
+    assert lines[2].split(" | ")[9].startswith("60") and "timed on" not in lines[-1]
 
 
 def test_commits_are_those_of_the_table(write_sweep: Write):
