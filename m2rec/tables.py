@@ -16,7 +16,6 @@ from m2rec.results import (
     spread,
     value,
 )
-from m2rec.statistics import RESAMPLES
 from m2rec.sweeps import MAIN, Sweep
 from m2rec.table_parts import (
     BUCKETED,
@@ -90,7 +89,7 @@ def result_table(sweep: Sweep, answers: Answers, table: str) -> str:
         variants = sweep.tables[table]
         lines = _result_lines(sweep, dataset, answers, variants, paired)
         rows = _rows_of(answers, dataset, variants)
-        words = [_protocol(rows), *_comparison_words(sweep, lines[0])] if rows else []
+        words = [_protocol(rows)] if rows else []
         blocks.append(_block(sweep, dataset, [lines], words, rows, _not_run(answers, dataset, variants)))
     return "\n\n".join(blocks)
 
@@ -107,7 +106,7 @@ def bucket_tables(sweep: Sweep, answers: Answers) -> str:
         rows = _rows_of(answers, dataset, variants)
         runs = _finished(answers, dataset, variants)
         tables = [_bucket_lines(sweep, dataset, runs, kind) for kind in KINDS] if rows else []
-        words = [_BUCKET_WORDS] if rows else []
+        words = [QUALITY] if rows else []
         blocks.append(_block(sweep, dataset, tables, words, rows, _not_run(answers, dataset, variants)))
     return "\n\n".join(blocks)
 
@@ -212,12 +211,6 @@ def _bucket_lines(
     return lines
 
 
-_BUCKET_WORDS = (
-    f"{QUALITY}; popularity: how often the target is in the training data; "
-    "history: the number of items before the target"
-)
-
-
 def _reported_lines(
     sweep: Sweep, dataset: str, answers: Answers, published: Sequence[Row]
 ) -> list[list[str]]:
@@ -259,9 +252,8 @@ def _block(
     """
     parts = [f"**{dataset}**"] if len(sweep.datasets) > 1 else []
     parts += [markdown(lines) for lines in tables if len(lines) > 1]
-    spread_words = "± is the standard deviation over seeds" if rows else ""
     missing = f"{NOT_RUN.capitalize()}: {not_run}" if not_run else ""
-    sentences = [*words, spread_words, missing, f"Made by `{sweep.command}`{_commits(rows)}"]
+    sentences = [*words, missing, f"Made by `{sweep.command}`{_commits(rows)}"]
     parts.append(" ".join(f"{sentence}." for sentence in sentences if sentence))
     return "\n\n".join(parts)
 
@@ -300,19 +292,6 @@ def _text_files(rows: Sequence[Row], made_by: str) -> str:
     """What made text vectors; how many files of them there are, if not one."""
     files = len({row["text_sha256"] for row in rows if row["text"] == made_by and row.get("text_sha256")})
     return f"{made_by} ({files} files)" if files > 1 else made_by
-
-
-def _comparison_words(sweep: Sweep, heads: Sequence[str]) -> list[str]:
-    """What the columns that compare with the reference say, if they are there."""
-    words = {
-        versus(sweep): f"{versus(sweep)}: {QUALITY} relative to it, over the seeds that both have",
-        P: (
-            f"p: {QUALITY} against {sweep.reference}, two-sided paired bootstrap over users, {RESAMPLES:,} "
-            "resamples, no correction for several tests, over the seeds with kept ranks, named where there "
-            "are more; blank: not tested"
-        ),
-    }
-    return [text for head, text in words.items() if head in heads]
 
 
 def _commits(rows: Sequence[Row]) -> str:

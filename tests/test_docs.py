@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from m2rec.configuration import known_keys, parse_arguments
+from m2rec.statistics import RESAMPLES
 from scripts import document
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +99,10 @@ def test_the_settings_are_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     page = (tmp_path / "settings.md").read_text()
     assert "| `n_layers` | `2` | a whole number from 1 to 1000 | stacked layers |" in page
     assert all(f"| `{key}` |" in page for key in ("gate", "rows", "topk", "text_encoder", "tensorboard"))
+
+
+def test_readme_says_how_p_was_made():
+    assert f"({RESAMPLES:,} resamples," in (ROOT / "README.md").read_text()
 
 
 def test_every_message_in_troubleshooting_exists():
