@@ -39,11 +39,9 @@ import io
 import json
 import logging
 import math
-import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -52,17 +50,9 @@ from typing import Any
 
 from m2rec import experiment, provenance
 from m2rec.compat import Config
-from m2rec.configuration import (
-    as_argument,
-    as_text,
-    build_config,
-    known_keys,
-    nearest,
-    parse_arguments,
-    read_yaml,
-    resolved,
-)
+from m2rec.configuration import as_argument, as_text, build_config, parse_arguments, resolved
 from m2rec.files import write_text
+from m2rec.studies import Plan
 
 try:
     import optuna
@@ -72,31 +62,10 @@ except ModuleNotFoundError:  # main says how to get it
 logger = logging.getLogger("tune")
 
 CONFIG = Path(__file__).parent.parent / "config.yaml"
-KEYS = ("study", "trials", "seed", "fixed", "search", "pruner")
-RANGE = ("low", "high", "log", "step")
-PRUNER = {"warmup_epochs": 0, "startup_trials": 5}
-# keys that change which rows are scored, or how, or only luck: values of such trials can't be compared
-NOT_SEARCHED = {
-    "ITEM_ID_FIELD", "TIME_FIELD", "USER_ID_FIELD", "data_path", "dataset", "filter_inter_by_user_or_item",
-    "item_inter_num_interval", "rm_dup_inter", "runs_dir", "seed", "split", "test_from", "time_order",
-    "user_inter_num_interval", "val_interval", "valid_from", "valid_metric",
-}  # fmt: skip
 COLUMNS = ("trial", "state", "value", "epochs", "best_epoch", "seconds", "commit")
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}  # those that have ended
 BEST = 5
 TRIES = 20  # draws that are looked at before the fixed keys are blamed
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What FILE.yaml and the command line ask for; `search` has a range or a list of choices per key."""
-
-    study: str
-    trials: int
-    seed: int
-    fixed: dict[str, Any]
-    search: dict[str, dict[str, Any] | list[Any]]
-    pruner: dict[str, int] | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,7 +101,7 @@ def tune(arguments: Sequence[str]) -> None:
     if len(files) != 1 or not files[0].endswith((".yaml", ".yml")):
         raise ValueError(f"expected one FILE.yaml, got {' '.join(files) or 'none'}; --help shows its format")
     path = Path(files[0])
-    plan = read_plan(path, parse_arguments(a for a in arguments if a.startswith("--")))
+    plan = Plan.read(path, parse_arguments(a for a in arguments if a.startswith("--")))
     config = check_fixed(plan)
     study = open_study(plan, config)
     ended = tuple(optuna.trial.TrialState[name] for name in STATES)
@@ -142,94 +111,6 @@ def tune(arguments: Sequence[str]) -> None:
         study.optimize(objective, catch=ValueError, callbacks=[_log, enough], gc_after_trial=True)
     write_text(path.with_suffix(".csv"), format_csv(study.trials, plan.search))
     print(format_table(study, plan, config["valid_metric"]))
-
-
-def read_plan(path: Path, given: Mapping[str, Any]) -> Plan:
-    """The plan of a file, with the values of the command line in it.
-
-    Args:
-        path: FILE.yaml.
-        given: `trials`, and keys that are stronger than those in `fixed`.
-
-    Raises:
-        ValueError: the file can't be read, or a key or value in it is wrong.
-    """
-    values = {"seed": 2020, "fixed": {}, "pruner": None, **read_yaml(path)}
-    for key in values:
-        if key not in KEYS:
-            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), KEYS)}")
-    for key in KEYS:
-        if key not in values:
-            raise ValueError(f"{path}: {key} is missing; --help shows the format")
-    for key in ("fixed", "search"):
-        if not isinstance(values[key], dict):
-            raise ValueError(f"{path}: {key}: expected lines of 'key: value', got {values[key]!r}")
-    values["trials"] = given.get("trials", values["trials"])
-    values["fixed"] = {**values["fixed"], **{k: v for k, v in given.items() if k != "trials"}}
-    try:
-        return _checked(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _checked(values: dict[str, Any]) -> Plan:
-    name = values["study"]
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
-        raise ValueError(f"study: expected a name of letters, digits and any of ._+-, got {name!r}")
-    _check_whole("trials", values["trials"], 1)
-    _check_whole("seed", values["seed"], 0)
-    if not values["search"]:
-        raise ValueError("search: no key to search; --help shows the format")
-    for key, drawn in values["search"].items():
-        _check_searched(key, drawn, values["fixed"])
-    pruner = values["pruner"]
-    if pruner is not None:
-        if not isinstance(pruner, dict) or not set(pruner) <= set(PRUNER):
-            raise ValueError(f"pruner: expected some of {', '.join(PRUNER)}, got {pruner!r}")
-        values["pruner"] = {**PRUNER, **pruner}
-        for key, value in values["pruner"].items():
-            _check_whole(f"pruner: {key}", value, 0)
-    return Plan(**values)
-
-
-def _check_whole(key: str, value: Any, low: int) -> None:
-    if type(value) is not int or not low <= value < 2**31:
-        raise ValueError(f"{key}: expected a whole number from {low}, got {value!r}")
-
-
-def _check_searched(key: Any, drawn: Any, fixed: Mapping[str, Any]) -> None:
-    if key not in known_keys():
-        raise ValueError(f"search: unknown key {key!r}{nearest(str(key), known_keys())}")
-    if key in fixed:
-        raise ValueError(f"search: {key} is fixed too, to {fixed[key]!r}; take it out of one")
-    if key in NOT_SEARCHED:
-        raise ValueError(f"search: {key} changes what is measured; fix it, and make a study for each value")
-    if isinstance(drawn, dict):
-        _check_range(key, drawn)
-    elif not isinstance(drawn, list) or not drawn:
-        raise ValueError(f"search: {key}: expected {{low: ..., high: ...}} or a list, got {drawn!r}")
-    elif not all(value is None or type(value) in (bool, int, float, str) for value in drawn):
-        raise ValueError(f"search: {key}: expected a list of numbers, words, true, false or ~, got {drawn!r}")
-
-
-def _check_range(key: str, drawn: Mapping[str, Any]) -> None:
-    for name in drawn:
-        if name not in RANGE:
-            raise ValueError(f"search: {key}: unknown {name!r}; a range has {', '.join(RANGE)}")
-    for name in ("low", "high", "step"):
-        value = drawn.get(name)
-        wrong = type(value) not in (int, float) or not math.isfinite(value)
-        if wrong and (name in drawn or name != "step"):
-            raise ValueError(f"search: {key}: {name}: expected a number, got {value!r}")
-    low, high, log = drawn["low"], drawn["high"], drawn.get("log", False)
-    if low > high:
-        raise ValueError(f"search: {key}: low {low} is above high {high}; swap them")
-    if type(log) is not bool or (log and "step" in drawn):
-        raise ValueError(f"search: {key}: log: expected true or false, and no step beside true; got {log!r}")
-    if log and low <= 0:
-        raise ValueError(f"search: {key}: log needs low above 0, got {low}; raise low, or leave log out")
-    if drawn.get("step", 1) <= 0:
-        raise ValueError(f"search: {key}: step: expected a number above 0, got {drawn['step']}")
 
 
 def check_fixed(plan: Plan) -> Config:

@@ -15,6 +15,7 @@ import pytest
 
 from m2rec.configuration import known_keys, parse_arguments
 from m2rec.statistics import RESAMPLES
+from m2rec.studies import Plan
 from scripts import document
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +63,7 @@ def test_a_command_is_understood(page: str, command: str, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # as when it is started
     module = importlib.import_module(f"scripts.{path.stem}")
     if path.name == "tune.py" and arguments != ["--help"]:
-        module.read_plan(ROOT / arguments[0], parse_arguments(arguments[1:]))  # it has no parser
+        Plan.read(ROOT / arguments[0], parse_arguments(arguments[1:]))  # it has no parser
         return
     parse = argparse.ArgumentParser.parse_known_args
 

@@ -17,7 +17,7 @@ RANKS = [
     {"tables", "overview", "paired"},
     {"table_parts"},
     {"results"},
-    {"experiment", "sweeps", "recommender"},
+    {"experiment", "sweeps", "studies", "recommender"},
     {"ranker"},
     {"export", "session", "ranking", "item_index", "history_files", "questions"},
     {"report", "run_folder"},

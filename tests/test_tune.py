@@ -22,6 +22,7 @@ import optuna
 
 import run_mm
 from m2rec.configuration import build_config
+from m2rec.studies import Plan
 from scripts import tune
 
 ROOT = Path(__file__).parent.parent
@@ -159,7 +160,9 @@ def test_the_trial_of_a_killed_worker_is_not_counted(study: Study, toy: Path):
 
 def enqueue(toy: Path, drawn: list[dict[str, Any]], **others: Any) -> None:
     """Let the first trials of that study have these settings."""
-    plan = tune._checked(settings(toy, **{"pruner": None, **others}))
+    path = toy.parent / "enqueued.yaml"
+    path.write_text(yaml.safe_dump(settings(toy, **others)))
+    plan = Plan.read(path, {})
     study = tune.open_study(plan, tune._first_config(plan))
     for values in drawn:
         study.enqueue_trial(values)
@@ -391,7 +394,7 @@ def test_data_without_validation_rows(study: Study, toy: Path):
 
 
 def test_the_shipped_example_is_one(tmp_path: Path):
-    plan = tune.read_plan(ROOT / "results" / "tune" / "ml-100k.yaml", {})
+    plan = Plan.read(ROOT / "results" / "tune" / "ml-100k.yaml", {})
     assert plan.study == "m2rec-ml-100k" and plan.trials == 30
     config = build_config({**plan.fixed, "gpu_id": ""}, tune.CONFIG)
     assert set(plan.search) <= set(config.final_config_dict)

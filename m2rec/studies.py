@@ -1,0 +1,133 @@
+"""Studies: results/tune/NAME.yaml asks which settings to search, and how each is drawn."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from m2rec.configuration import known_keys, nearest, read_yaml
+
+_KEYS = ("study", "trials", "seed", "fixed", "search", "pruner")
+_RANGE = ("low", "high", "log", "step")
+_PRUNER = {"warmup_epochs": 0, "startup_trials": 5}
+# keys that change which rows are scored, or how, or only luck: values of such trials can't be compared
+_NOT_SEARCHED = {
+    "ITEM_ID_FIELD", "TIME_FIELD", "USER_ID_FIELD", "data_path", "dataset", "filter_inter_by_user_or_item",
+    "item_inter_num_interval", "rm_dup_inter", "runs_dir", "seed", "split", "test_from", "time_order",
+    "user_inter_num_interval", "val_interval", "valid_from", "valid_metric",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study's file and the command line ask for."""
+
+    study: str
+    trials: int
+    """In all, over all workers."""
+    seed: int
+    """Of the search; the runs have theirs in `fixed`."""
+    fixed: dict[str, Any]
+    """Keys of every run."""
+    search: dict[str, dict[str, Any] | list[Any]]
+    """A range or a list of choices per key."""
+    pruner: dict[str, int] | None
+    """When a trial may be stopped; None: never."""
+
+    @classmethod
+    def read(cls, path: Path, given: Mapping[str, Any]) -> Self:
+        """The checked plan in a YAML file, with the values of the command line in it.
+
+        Args:
+            path: the file; `python scripts/tune.py --help` shows its format.
+            given: `trials`, and keys that are stronger than those in `fixed`.
+
+        Raises:
+            ValueError: the file can't be read, or a key or value in it is wrong.
+        """
+        content = read_yaml(path)
+        try:
+            return cls(**_checked(content, given))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _checked(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a Plan."""
+    values = {"seed": 2020, "fixed": {}, "pruner": None, **content}
+    _check_keys(values)
+    name, trials = values["study"], given.get("trials", values["trials"])
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"study: expected a name of letters, digits and any of ._+-, got {name!r}")
+    _check_whole("trials", trials, 1)
+    _check_whole("seed", values["seed"], 0)
+    fixed = {**values["fixed"], **{key: value for key, value in given.items() if key != "trials"}}
+    if not values["search"]:
+        raise ValueError("search: no key to search; --help shows the format")
+    for key, drawn in values["search"].items():
+        _check_searched(key, drawn, fixed)
+    return {**values, "trials": trials, "fixed": fixed, "pruner": _pruner(values["pruner"])}
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    for key in values:
+        if key not in _KEYS:
+            raise ValueError(f"unknown key {key!r}{nearest(str(key), _KEYS)}")
+    for key in _KEYS:
+        if key not in values:
+            raise ValueError(f"{key} is missing; --help shows the format")
+    for key in ("fixed", "search"):
+        if not isinstance(values[key], dict):
+            raise ValueError(f"{key}: expected lines of 'key: value', got {values[key]!r}")
+
+
+def _pruner(value: Any) -> dict[str, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not set(value) <= set(_PRUNER):
+        raise ValueError(f"pruner: expected some of {', '.join(_PRUNER)}, got {value!r}")
+    for key, number in value.items():
+        _check_whole(f"pruner: {key}", number, 0)
+    return {**_PRUNER, **value}
+
+
+def _check_whole(key: str, value: Any, low: int) -> None:
+    if type(value) is not int or not low <= value < 2**31:
+        raise ValueError(f"{key}: expected a whole number from {low}, got {value!r}")
+
+
+def _check_searched(key: Any, drawn: Any, fixed: Mapping[str, Any]) -> None:
+    if key not in known_keys():
+        raise ValueError(f"search: unknown key {key!r}{nearest(str(key), known_keys())}")
+    if key in fixed:
+        raise ValueError(f"search: {key} is fixed too, to {fixed[key]!r}; take it out of one")
+    if key in _NOT_SEARCHED:
+        raise ValueError(f"search: {key} changes what is measured; fix it, and make a study for each value")
+    if isinstance(drawn, dict):
+        _check_range(key, drawn)
+    elif not isinstance(drawn, list) or not drawn:
+        raise ValueError(f"search: {key}: expected {{low: ..., high: ...}} or a list, got {drawn!r}")
+    elif not all(value is None or type(value) in (bool, int, float, str) for value in drawn):
+        raise ValueError(f"search: {key}: expected a list of numbers, words, true, false or ~, got {drawn!r}")
+
+
+def _check_range(key: str, drawn: Mapping[str, Any]) -> None:
+    for name in drawn:
+        if name not in _RANGE:
+            raise ValueError(f"search: {key}: unknown {name!r}; a range has {', '.join(_RANGE)}")
+    for name in ("low", "high", "step"):
+        value: Any = drawn.get(name)
+        wrong = type(value) not in (int, float) or not math.isfinite(value)
+        if wrong and (name in drawn or name != "step"):
+            raise ValueError(f"search: {key}: {name}: expected a number, got {value!r}")
+    low, high, log = drawn["low"], drawn["high"], drawn.get("log", False)
+    if low > high:
+        raise ValueError(f"search: {key}: low {low} is above high {high}; swap them")
+    if type(log) is not bool or (log and "step" in drawn):
+        raise ValueError(f"search: {key}: log: expected true or false, and no step beside true; got {log!r}")
+    if log and low <= 0:
+        raise ValueError(f"search: {key}: log needs low above 0, got {low}; raise low, or leave log out")
+    if drawn.get("step", 1) <= 0:
+        raise ValueError(f"search: {key}: step: expected a number above 0, got {drawn['step']}")
