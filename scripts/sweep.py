@@ -6,6 +6,9 @@ GPUs and cores. Stop it whenever you like: what is in the CSV is not run again, 
 cut off goes on where it was last kept. Several sweeps of one file may run side by side; each run is
 taken by one of them. A run whose settings in the file have changed is run again; if a default has
 changed in the code, only you know whether a row still holds: delete those that don't.
+
+--only, --datasets and --seeds choose among the runs. --again runs those that results/NAME.csv has once
+more, keeps their rows in runs/again/NAME.csv, and shows what both say.
 """
 
 import argparse
@@ -30,10 +33,10 @@ from tqdm import tqdm
 
 from m2rec import checkpoint
 from m2rec.command_line import Parser
-from m2rec.configuration import as_argument
+from m2rec.configuration import as_argument, nearest
 from m2rec.files import CHECKPOINT_FILE, locked, write_text
 from m2rec.provenance import commit, same_code
-from m2rec.results import read_table, row_of_run, settings_text, write_table
+from m2rec.results import Row, read_table, row_of_run, settings_text, write_table
 from m2rec.resuming import CannotGoOn
 from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run
 
@@ -41,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "settings.json"
+SHOWN = ("ndcg@10", "hit@10")
 LOG = "log.txt"
 
 
@@ -69,7 +73,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data-path", "--data_path", help="folder that holds the data sets' folders")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="only these variants")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "sweeps", help="folder for the runs")
+    parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these data sets")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these seeds")
+    parser.add_argument("--again", action="store_true", help="repeat finished runs, and compare")
+    parser.add_argument(
+        "--runs", type=Path, help="folder for the runs; by default runs/sweeps, and runs/again for --again"
+    )
     parser.add_argument("--allow-dirty", action="store_true", help="run code that is not committed")
     return parser.parse_args(arguments)
 
@@ -97,8 +106,11 @@ class Work:
     stop: Event = field(default_factory=Event)
 
     def __post_init__(self) -> None:
-        self.csv = self.sweep.path.with_suffix(".csv")
-        self.folder = self.options.runs / self.sweep.name
+        again = self.options.again
+        runs = self.options.runs or ROOT / "runs" / ("again" if again else "sweeps")
+        self.folder = runs / self.sweep.name
+        self.known = self.sweep.path.with_suffix(".csv")
+        self.csv = runs / self.known.name if again else self.known
         gpus = torch.cuda.device_count()
         self.jobs = max(1, gpus) if self.options.jobs is None else self.options.jobs
         if self.jobs < 1:
@@ -118,7 +130,7 @@ class Work:
                 for cell, problem in zip(cells, pool.map(self._guarded, cells), strict=True):
                     bar.update()
                     name = f"{cell.dataset}, {cell.variant}, seed {cell.seed}"
-                    bar.write(f"{name}: {problem or 'done'}", file=sys.stderr)
+                    bar.write(f"{name}: {problem or self._found(cell)}", file=sys.stderr)
                     failures += [name] if problem else []
             except KeyboardInterrupt:
                 self.stop.set()
@@ -133,18 +145,45 @@ class Work:
         return int(bool(failures))
 
     def _missing(self) -> list[Cell]:
-        """The cells without a row of their settings, in the sweep's order."""
-        names = self.options.only
-        if names and (unknown := [name for name in names if name not in self.sweep.variants]):
-            raise ValueError(f"--only: {self.sweep.path} has no variant {unknown[0]!r}")
-        done = {
-            (row["dataset"], row["variant"], row["seed"], row["settings"]) for row in read_table(self.csv)
-        }
+        """The chosen cells without a row of their settings, in the sweep's order."""
+        cells = self._chosen()
+        if self.options.again:
+            known = _answered(self.known)
+            cells = [cell for cell in cells if _asked(cell) in known]
+            if not cells:
+                raise ValueError(f"--again: {self.known} has no row of these runs with today's settings")
+        done = _answered(self.csv)
+        return [cell for cell in cells if _asked(cell) not in done]
+
+    def _chosen(self) -> list[Cell]:
+        """The cells of the variants, data sets and seeds that the command line names, all by default.
+
+        Raises:
+            ValueError: the sweep does not have one of them.
+        """
+        sweep, options = self.sweep, self.options
+        choices = (
+            ("--only", "variant", options.only, tuple(sweep.variants)),
+            ("--datasets", "data set", options.datasets, sweep.datasets),
+            ("--seeds", "seed", options.seeds, sweep.seeds),
+        )
+        for option, what, names, known in choices:
+            has = [str(name) for name in known]
+            for name in map(str, names or ()):
+                if name not in has:
+                    cure = nearest(name, has) or f"; it has {', '.join(has)}"
+                    raise ValueError(f"{option}: {sweep.path} has no {what} {name!r}{cure}")
+        variants, datasets, seeds = (names or known for _, _, names, known in choices)
         return [
             cell
-            for cell in self.sweep.cells()
-            if (not names or cell.variant in names) and (*_key(cell), settings_text(cell.keys)) not in done
+            for cell in sweep.cells()
+            if cell.variant in variants and cell.dataset in datasets and cell.seed in seeds
         ]
+
+    def _found(self, cell: Cell) -> str:
+        """What a finished run came to, for the screen; with --again, what the first one did."""
+        found = f"done, {_metrics(self.csv, cell)}"
+        return f"{found}; {self.known} has {_metrics(self.known, cell)}" if self.options.again else found
 
     def _guarded(self, cell: Cell) -> str | None:
         """Run a cell unless another sweep is at it; what went wrong, or None."""
@@ -232,7 +271,7 @@ class Work:
     def _keep(self, cell: Cell, row: dict[str, Any]) -> None:
         """Put a row into the CSV, in the sweep's order, in the place of an earlier one of its cell."""
         with locked(self.sweep.path):
-            rows = {(r["dataset"], r["variant"], r["seed"]): r for r in read_table(self.csv)}
+            rows = {_key_of(row): row for row in read_table(self.csv)}
             rows[_key(cell)] = row
             order = [key for key in map(_key, self.sweep.cells()) if key in rows]
             order += [key for key in rows if key not in order]
@@ -241,6 +280,25 @@ class Work:
 
 def _key(cell: Cell) -> tuple[str, str, str]:
     return cell.dataset, cell.variant, str(cell.seed)
+
+
+def _key_of(row: Row) -> tuple[str, str, str]:
+    return row["dataset"], row["variant"], row["seed"]
+
+
+def _asked(cell: Cell) -> tuple[str, ...]:
+    """The columns of a row that answers a cell."""
+    return *_key(cell), settings_text(cell.keys)
+
+
+def _answered(path: Path) -> set[tuple[str, ...]]:
+    return {(*_key_of(row), row["settings"]) for row in read_table(path)}
+
+
+def _metrics(path: Path, cell: Cell) -> str:
+    """What the row of a cell says of test_unseen."""
+    (row,) = (row for row in read_table(path) if _key_of(row) == _key(cell))
+    return ", ".join(f"test_unseen {name} {float(row[f'test_unseen.{name}']):.4f}" for name in SHOWN)
 
 
 def stopped_run(folder: Path) -> Path | None:

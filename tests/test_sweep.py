@@ -200,11 +200,47 @@ def test_only_a_run_that_can_not_go_on_is_started_anew(
 def test_mistakes(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]):
     path = asked(tmp_path, toy)
     assert main(given(path, toy, "--only", "SASRec")) == 2
-    assert "--only: " in capsys.readouterr().err
+    assert f"--only: {path} has no variant 'SASRec'" in capsys.readouterr().err
+    assert main(given(path, toy, "--datasets", "toyy")) == 2
+    assert "has no data set 'toyy'; did you mean 'toy'?" in capsys.readouterr().err
+    assert main(given(path, toy, "--seeds", "3")) == 2
+    assert "has no seed '3'; it has 1, 2" in capsys.readouterr().err
     assert main(given(path, toy, "--jobs=0")) == 2
     assert "--jobs: expected a whole number from 1, got 0" in capsys.readouterr().err
     assert main([str(tmp_path / "none.yaml"), "--allow-dirty"]) == 2
     assert "can't be read: No such file" in capsys.readouterr().err
+
+
+def test_some_runs_alone(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]):
+    path = asked(tmp_path, toy)
+    assert main(given(path, toy, "--only", "Popularity", "--seeds", "2", "--datasets", "toy")) == 0
+    assert [(row["variant"], row["seed"]) for row in rows(path)] == [("Popularity", "2")]
+    hit, ndcg = rows(path)[0]["test_unseen.hit@10"], rows(path)[0]["test_unseen.ndcg@10"]
+    done = f"test_unseen ndcg@10 {float(ndcg):.4f}, test_unseen hit@10 {float(hit):.4f}"
+    assert f"toy, Popularity, seed 2: done, {done}" in capsys.readouterr().err
+
+
+def test_finished_runs_again(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]):
+    """A row is repeated into a table of its own, and both are shown."""
+    path = asked(tmp_path, toy)
+    again = ["--again", "--only", "M2Rec", "--seeds", "1"]
+    assert main(given(path, toy, *again)) == 2
+    assert f"--again: {path.with_suffix('.csv')} has no row of these runs" in capsys.readouterr().err
+    assert main(given(path, toy, "--seeds", "1")) == 0
+    before = rows(path)
+    before[0]["test_unseen.ndcg@10"] = "0.9876"
+    rewrite(path, before)
+    runs = tmp_path / "again"
+    arguments = [*given(path, toy, *again), f"--runs={runs}"]
+    assert main(arguments) == 0
+    assert rows(path) == before
+    with (runs / "toy.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["variant"], row["seed"]) == ("M2Rec", "1")
+    assert row["test_unseen.hit@10"] == before[0]["test_unseen.hit@10"]
+    said = capsys.readouterr().err
+    assert f"ndcg@10 {float(row['test_unseen.ndcg@10']):.4f}, " in said
+    assert f"; {path.with_suffix('.csv')} has test_unseen ndcg@10 0.9876" in said
 
 
 def test_results_and_readme_are_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
