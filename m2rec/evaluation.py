@@ -71,6 +71,7 @@ def rank(
     cut = max(loader.config["topk"])
     lengths = dataset.inter_feat[dataset.item_list_length_field]
     own = lengths.argsort(stable=True)[distributed.rank() :: distributed.size()]  # alike ones together
+    protocols = sorted(protocols)  # `unseen` last: it takes items out of the scores for good
     found: dict[str, list[Tensor]] = {name: [torch.empty(0, cut, dtype=torch.int64)] for name in protocols}
     for rows in batches(own.split(loader.step) if len(own) else ()):
         interaction = loader.collate_fn(rows.numpy())[0]

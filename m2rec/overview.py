@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from m2rec.results import Answers, Row, read_paired, spread
+from m2rec.results import HEADLINE, METRICS, Answers, Row, read_paired, spread
 from m2rec.sweeps import Sweep
 from m2rec.table_parts import (
-    BUCKETED,
     P,
     four_pm,
     markdown,
@@ -64,8 +63,8 @@ def _overview_line(
     line += measured(answers, dataset, sweep.reference, "test_unseen")
     line.append(_with_n(answers[dataset, sweep.without_text]) if sweep.without_text else "")
     alike = [row for row in reported if (row["dataset"], row["protocol"]) == (dataset, "test_unseen")]
-    line += [_highest([] if by_time else alike, metric) for metric in ("hit@10", "ndcg@10")]
-    found = {b: one for b in sweep.baselines if (one := spread(answers[dataset, b], BUCKETED))}
+    line += [_highest([] if by_time else alike, metric) for metric in METRICS]
+    found = {b: one for b in sweep.baselines if (one := spread(answers[dataset, b], HEADLINE))}
     if found:
         best = max(found, key=lambda baseline: found[baseline].mean)
         line += [f"{_with_n(answers[dataset, best])}: {best}", relative(sweep, dataset, answers, best)]
@@ -75,7 +74,7 @@ def _overview_line(
 
 def _with_n(rows: Sequence[Row]) -> str:
     """test_unseen NDCG@10 with the number of seeds."""
-    found = spread(rows, BUCKETED)
+    found = spread(rows, HEADLINE)
     return f"{four_pm(found)} (n {len(rows)})" if found else ""
 
 

@@ -12,14 +12,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from m2rec.files import RANKS_FILE
-from m2rec.results import PAIRED, PROTOCOLS, pair_of
+from m2rec.results import HEADLINE, METRICS, PAIRED, PROTOCOLS, Answers, is_of_row, pair_of
 from m2rec.statistics import Floats, metric_of_ranks, paired_bootstrap
 from m2rec.sweeps import Sweep, cell_folder, finished_run
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("hit@10", "ndcg@10")
 MEASURES = [(protocol, metric) for protocol in PROTOCOLS for metric in METRICS]
+_HEADLINE = [f"{protocol}.{metric}" for protocol, metric in MEASURES].index(HEADLINE)
 
 
 class Ranks(NamedTuple):
@@ -32,15 +32,16 @@ class Ranks(NamedTuple):
     """(users, protocols), 0 is below the measured part of the ranking."""
 
 
-def compare(sweep: Sweep, runs: Path) -> list[dict[str, Any]]:
+def compare(sweep: Sweep, answers: Answers, runs: Path) -> list[dict[str, Any]]:
     """One row of NAME-paired.csv per data set, other variant, protocol and metric.
 
     Each user's metric is averaged over the seeds that both variants have; variants without a
-    finished run are left out. Users are drawn, seeds are not: p says whether these runs differ
-    on other users of the same kind.
+    finished run are left out, and so is a run that is not the one in NAME.csv. Users are drawn,
+    seeds are not: p says whether these runs differ on other users of the same kind.
 
     Args:
         sweep: names the reference.
+        answers: the rows of NAME.csv.
         runs: folder of the sweep's cells.
 
     Raises:
@@ -48,10 +49,10 @@ def compare(sweep: Sweep, runs: Path) -> list[dict[str, Any]]:
     """
     if sweep.reference is None:
         raise ValueError(f"{sweep.path}: reference: name the variant that others are compared with")
-    rows = [row for dataset in sweep.datasets for row in _compare_on(dataset, sweep, runs)]
+    rows = [row for dataset in sweep.datasets for row in _compare_on(dataset, sweep, answers, runs)]
     if not rows:
         raise ValueError(
-            f"{runs}: no seed of {sweep.reference!r} and another variant has a finished run; "
+            f"{runs}: no seed of {sweep.reference!r} and another variant has a finished run of the CSV; "
             f"run {sweep.command}, or name the folder with --runs"
         )
     return rows
@@ -108,20 +109,20 @@ def read_ranks(folder: Path) -> Ranks:
     return Ranks(folder, frame["item"], frame[list(PROTOCOLS)].to_numpy().astype(np.int32))
 
 
-def _compare_on(dataset: str, sweep: Sweep, runs: Path) -> Iterator[dict[str, Any]]:
+def _compare_on(dataset: str, sweep: Sweep, answers: Answers, runs: Path) -> Iterator[dict[str, Any]]:
     reference = sweep.reference or ""
-    ours = _ranks_of(dataset, reference, sweep, runs)
+    ours = _ranks_of(dataset, reference, answers, runs)
     for ranks in ours.values():
         _check_same_users(ours[min(ours)], ranks)
     others = dict.fromkeys([*sweep.baselines, *sweep.variants])
     others.pop(reference, None)
     pairs: dict[str, tuple[list[int], Floats, Floats]] = {}
     for other in others:
-        theirs = _ranks_of(dataset, other, sweep, runs)
+        theirs = _ranks_of(dataset, other, answers, runs)
         if seeds := [seed for seed in ours if seed in theirs]:
             for seed in seeds:
                 _check_same_users(ours[seed], theirs[seed])
-            pairs[other] = (seeds, _average(ours, seeds), _average(theirs, seeds))
+            pairs[other] = (seeds, _measures(ours, seeds), _measures(theirs, seeds))
     if missing := [other for other in others if other not in pairs]:
         logger.info("%s: no run with a seed of %s: %s", dataset, reference, "; ".join(missing))
     if not pairs:
@@ -147,13 +148,21 @@ def _compare_on(dataset: str, sweep: Sweep, runs: Path) -> Iterator[dict[str, An
             }
 
 
-def _ranks_of(dataset: str, variant: str, sweep: Sweep, runs: Path) -> dict[int, Ranks]:
-    """By seed, the ranks of a variant's finished runs."""
-    folders = {seed: finished_run(cell_folder(runs, dataset, variant, seed)) for seed in sweep.seeds}
-    return {seed: read_ranks(folder) for seed, folder in folders.items() if folder}
+def _ranks_of(dataset: str, variant: str, answers: Answers, runs: Path) -> dict[int, Ranks]:
+    """By seed, the ranks of a variant's finished runs that have a row in NAME.csv."""
+    found = {}
+    for row in answers[dataset, variant]:
+        seed = int(row["seed"])
+        if folder := finished_run(cell_folder(runs, dataset, variant, seed)):
+            ranks = read_ranks(folder)
+            if is_of_row(row, float(_measures({seed: ranks}, [seed])[:, _HEADLINE].mean())):
+                found[seed] = ranks
+            else:
+                logger.warning("%s is not the run of the CSV's row: left out", folder)
+    return found
 
 
-def _average(runs: Mapping[int, Ranks], seeds: Sequence[int]) -> Floats:
+def _measures(runs: Mapping[int, Ranks], seeds: Sequence[int]) -> Floats:
     """(users, measures), means over the seeds."""
     total = np.zeros((len(runs[seeds[0]].targets), len(MEASURES)))
     for seed in seeds:

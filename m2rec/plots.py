@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from m2rec.charts import GREY, MARKERS, styled
 from m2rec.files import write_atomically
-from m2rec.results import Answers, Spread, against, main_device, of_dataset, on_device, spread
+from m2rec.results import HEADLINE, Answers, Spread, against, main_device, of_dataset, on_device, spread
 from m2rec.sweeps import Sweep
-from m2rec.table_parts import BUCKETED, QUALITY
+from m2rec.table_parts import QUALITY
 from m2rec.tables import buckets, main_variants, users_in
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
     points: dict[str, tuple[Spread, Spread]] = {}
     for variant in sweep.variants:
         rows = on_device(answers[dataset, variant], device)
-        seconds, quality = spread(rows, "seconds_training"), spread(rows, BUCKETED)
+        seconds, quality = spread(rows, "seconds_training"), spread(rows, HEADLINE)
         if seconds and quality:
             points[variant] = seconds, quality
 
@@ -95,8 +95,8 @@ def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
 def _ablations(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
     """What each ablation adds to the reference or takes from it, seed by seed."""
     reference = answers[dataset, sweep.reference] if sweep.reference else []
-    zero = spread(reference, BUCKETED)
-    found = {v: against(answers[dataset, v], reference, BUCKETED) for v in sweep.tables.get(ABLATIONS, ())}
+    zero = spread(reference, HEADLINE)
+    found = {v: against(answers[dataset, v], reference, HEADLINE) for v in sweep.tables.get(ABLATIONS, ())}
     bars = {variant: pair[1] for variant, pair in found.items() if pair}
     if zero is None or not bars:
         return None
@@ -126,7 +126,7 @@ def _popularity(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
     lines: dict[str, dict[int, Spread]] = {}
     for variant in main_variants(sweep):
         of_variant = answers[dataset, variant]
-        found = [spread(of_variant, f"{BUCKETED}|popularity={name}") for name in names]
+        found = [spread(of_variant, f"{HEADLINE}|popularity={name}") for name in names]
         if any(found):
             lines[variant] = {x: quality for x, quality in enumerate(found) if quality}
 

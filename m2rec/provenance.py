@@ -20,13 +20,16 @@ from m2rec.configuration import resolved
 from m2rec.dataset import HistoryDataset
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
+from m2rec.resuming import AND
 
-# keys of a run that may be others when it goes on: its length, the machine's, and where its files are
-_MAY_CHANGE = {
-    "checkpoint_minutes", "data_path", "epochs", "eval_batch_size", "gpu_id", "log_wandb", "report",
-    "runs_dir", "scan_backend", "show_progress", "state", "stopping_step", "tensorboard", "text_encoder",
-    "text_vectors", "use_gpu", "worker",
+# keys that change nothing but how, where and with what to look at a run is made
+OF_THE_MACHINE = {
+    "checkpoint_minutes", "data_path", "eval_batch_size", "gpu_id", "log_wandb", "report", "runs_dir",
+    "scan_backend", "show_progress", "state", "tensorboard", "use_gpu", "worker",
 }  # fmt: skip
+
+# keys of a run that may be others when it goes on: those, its length, and where its text comes from
+_MAY_CHANGE = OF_THE_MACHINE | {"epochs", "stopping_step", "text_encoder", "text_vectors"}
 
 # what a sweep and its report write themselves, and what no run is made by
 _NO_CODE = (":(exclude)results", ":(exclude)*.md", ":(exclude)tests")
@@ -145,11 +148,17 @@ def commit() -> str | None:
 
 
 def same_code(first: str | None, second: str | None) -> bool:
-    """Whether two commits, as `commit` gives them, are one or differ in nothing that a run is made by."""
+    """Whether two commits are one or differ in nothing that a run is made by.
+
+    Args:
+        first, second: as `commit` gives them, or as a run that several trained names them, `A and B`.
+    """
     if first == second:
         return True
     if first is None or second is None or "+" in first + second:
         return False
+    if AND in first:
+        return all(same_code(one, second) for one in first.split(AND))
     try:
         _git("diff", "--quiet", first, second, "--", ".", *_NO_CODE)
         return True

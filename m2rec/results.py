@@ -24,13 +24,16 @@ PAIRED = ("dataset", "protocol", "metric", "variant", "baseline", "seeds", "user
           "baseline_mean", "difference", "low", "high", "p")  # fmt: skip
 REPORTED = ("dataset", "protocol", "model", "hit@10", "ndcg@10", "source")
 PROTOCOLS = ("test", "test_unseen")
+METRICS = ("hit@10", "ndcg@10")
+"""What tables, tests over users and buckets are of."""
+HEADLINE = "test_unseen.ndcg@10"
+"""The column of NAME.csv that comparisons are made by."""
 COUNTS = ("users", "items", "interactions")
 
 _MACHINE = ("peak_memory_mib", "device", "processes", "threads", "parameters")
 _PARTS = ("valid", "valid_unseen", *PROTOCOLS)
-_BUCKETED = ("hit@10", "ndcg@10")
 _CELL = ("dataset", "variant", "seed")
-_NUMBERS = ("best_epoch", "seconds_per_epoch", "seconds_training", *COUNTS)
+_NUMBERS = ("best_epoch", "seconds_per_epoch", "seconds_training", "threads", *COUNTS)
 # a mean that was rounded to six places, by seed, is within this of the same mean from ranks
 _SAME = 1e-5
 
@@ -53,7 +56,7 @@ def row_of_run(cell: Cell, folder: Path) -> Row:
     try:
         metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
         seconds = [float(line["seconds"]) for line in read_rows(folder / HISTORY_FILE, ("seconds",))]
-        if missing := [metric for metric in _BUCKETED if metric not in metrics["test"]]:
+        if missing := [metric for metric in METRICS if metric not in metrics["test"]]:
             raise ValueError(f"{missing[0]} was not measured, which tables and tests are made of; set topk")
         row = {
             "dataset": cell.dataset,
@@ -97,7 +100,7 @@ def _bucket_columns(test_by: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             where = f"{kind}={bucket}"
             columns[f"test_users|{where}"] = found["users"]
             for part in PROTOCOLS:
-                of_part = {m: found[part][m] for m in _BUCKETED if m in found[part]}
+                of_part = {m: found[part][m] for m in METRICS if m in found[part]}
                 columns.update({f"{part}.{metric}|{where}": value for metric, value in of_part.items()})
     return columns
 
@@ -138,14 +141,14 @@ def read_answers(sweep: Sweep) -> Answers:
         ValueError: the file can't be read, a number is none, or rows that belong together differ.
     """
     path = sweep.path.with_suffix(".csv")
-    rows = read_rows(path, _CELL) if path.exists() else []
+    rows = read_table(path)
     _check_numbers(path, rows)
     asked = {(c.dataset, c.variant, str(c.seed)): settings_text(c.keys) for c in sweep.cells()}
     found: dict[tuple[str, ...], Row] = {}
     others = 0
     for row in rows:
         cell = (row["dataset"], row["variant"], row["seed"])
-        if asked.get(cell) == row.get("settings", asked.get(cell)):
+        if asked.get(cell) == row["settings"]:
             found[cell] = row
         else:
             others += 1
@@ -224,7 +227,7 @@ def read_reported(path: Path) -> list[Row]:
         if row["protocol"] not in PROTOCOLS:
             expected = " or ".join(PROTOCOLS)
             raise ValueError(f"{path}: row {number}: protocol is {row['protocol']!r}, expected {expected}")
-        _check_finite(path, row, ("hit@10", "ndcg@10"))
+        _check_finite(path, row, METRICS)
     return rows
 
 
@@ -330,7 +333,12 @@ def _check_alike(path: Path, answers: Answers) -> None:
 
 def _is_shown(row: Row) -> bool:
     """Whether a paired test is the one of the tables."""
-    return (row["protocol"], row["metric"]) == ("test_unseen", "ndcg@10")
+    return f"{row['protocol']}.{row['metric']}" == HEADLINE
+
+
+def is_of_row(row: Row, mean_of_ranks: float) -> bool:
+    """Whether a mean over users of the headline's metric is that of a row of NAME.csv."""
+    return abs(mean_of_ranks - float(row[HEADLINE])) <= _SAME
 
 
 def _foreign_side(row: Row, answers: Answers) -> str | None:
@@ -338,8 +346,7 @@ def _foreign_side(row: Row, answers: Answers) -> str | None:
     seeds = row["seeds"].split()
     for side in ("variant", "baseline"):
         rows = [run for run in answers.get((row["dataset"], row[side]), []) if run["seed"] in seeds]
-        found = spread(rows, "test_unseen.ndcg@10")
-        known = len(rows) == len(seeds) and found is not None
-        if not known or found is None or abs(found.mean - float(row[f"{side}_mean"])) > _SAME:
+        found = spread(rows, HEADLINE)
+        if len(rows) < len(seeds) or not found or abs(found.mean - float(row[f"{side}_mean"])) > _SAME:
             return side
     return None

@@ -6,6 +6,8 @@ from typing import Any
 
 from m2rec.files import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE, read_tensors, write_text
 
+AND = " and "  # between the commits that trained a run
+
 
 class CannotGoOn(ValueError):
     """A run that was stopped can't go on from what is left of it or beside it; only a new one helps."""

@@ -1,5 +1,6 @@
 """Sweeps: results/NAME.yaml asks, by data set, variant and seed; every finished run is an answer."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -110,8 +111,10 @@ def _checked(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     reference = content.get("reference")
     baselines = _names("baselines", content.get("baselines") or [], empty=True)
     without_text = content.get("without_text")
-    _check_known("reference", [] if reference is None else [reference], variants)
-    _check_known("without_text", [] if without_text is None else [without_text], variants)
+    _check_known("reference", [] if reference is None else _names("reference", [reference]), variants)
+    _check_known(
+        "without_text", [] if without_text is None else _names("without_text", [without_text]), variants
+    )
     _check_known("baselines", baselines, variants)
     if baselines and reference is None:
         raise ValueError("baselines: there is nothing to compare them with; name a reference")
@@ -167,6 +170,13 @@ def _keys(key: str, value: Any) -> dict[str, Any]:
     for own in _OWN:
         if own in value:
             raise ValueError(f"{key}: {own} belongs to the list {own}s")
+    for name, given in value.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{key}: {name!r} is no key of a run")
+        try:
+            json.dumps(given)
+        except TypeError:
+            raise ValueError(f"{key}: {name}: {given!r} is no value of a key; put it into quotes") from None
     return value
 
 

@@ -2,11 +2,10 @@
 
 import re
 
-from m2rec.results import Answers, Row, Spread, against, spread
+from m2rec.results import HEADLINE, METRICS, Answers, Row, Spread, against, spread
 from m2rec.sweeps import Sweep
 
 NOT_RUN = "not run"
-BUCKETED = "test_unseen.ndcg@10"
 QUALITY = "test_unseen NDCG@10"
 P = "p"
 
@@ -50,7 +49,7 @@ def relative(sweep: Sweep, dataset: str, answers: Answers, variant: str) -> str:
     """A variant's quality relative to the reference's on the same seeds."""
     if sweep.reference in (None, variant):
         return ""
-    found = against(answers[dataset, variant], answers[dataset, sweep.reference], BUCKETED)
+    found = against(answers[dataset, variant], answers[dataset, sweep.reference], HEADLINE)
     if found is None or not found[0].mean:
         return ""
     base, more = found
@@ -67,7 +66,7 @@ def measured(answers: Answers, dataset: str, variant: str | None, protocol: str)
     rows = answers[dataset, variant] if variant else []
     if variant and not rows:
         return [NOT_RUN, ""]
-    found = [spread(rows, f"{protocol}.{metric}") for metric in ("hit@10", "ndcg@10")]
+    found = [spread(rows, f"{protocol}.{metric}") for metric in METRICS]
     return [four_pm(one) if one else "" for one in found]
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from m2rec.results import (
     COUNTS,
+    HEADLINE,
     Answers,
     Row,
     Spread,
@@ -18,7 +19,6 @@ from m2rec.results import (
 )
 from m2rec.sweeps import MAIN, Sweep
 from m2rec.table_parts import (
-    BUCKETED,
     NOT_RUN,
     QUALITY,
     P,
@@ -63,7 +63,7 @@ def _epochs(found: Spread) -> str:
 
 COLUMNS = (
     Column("test_unseen HR@10", "test_unseen.hit@10", four_pm),
-    Column(QUALITY, BUCKETED, four_pm),
+    Column(QUALITY, HEADLINE, four_pm),
     Column("test HR@10", "test.hit@10", four_pm),
     Column("test NDCG@10", "test.ndcg@10", four_pm),
     Column("valid NDCG@10", "valid.ndcg@10", four),
@@ -145,7 +145,7 @@ def main_variants(sweep: Sweep) -> tuple[str, ...]:
 
 def buckets(rows: Iterable[Row], kind: str) -> list[str]:
     """The buckets of a kind in which runs were measured, from the lowest."""
-    start = f"{BUCKETED}|{kind}="
+    start = f"{HEADLINE}|{kind}="
     found = {column.removeprefix(start) for row in rows for column in row if column.startswith(start)}
     return sorted(found, key=lambda bucket: int("0" + re.sub(r"\D.*", "", bucket)))
 
@@ -203,8 +203,8 @@ def _bucket_lines(
     names = buckets(rows, kind)
     if not names:
         path = sweep.path.with_suffix(".csv")
-        raise ValueError(f"{path}: no column {BUCKETED}|{kind}=... on {dataset}; run the sweep again")
-    columns = [Column(name, f"{BUCKETED}|{kind}={name}", four_pm) for name in names]
+        raise ValueError(f"{path}: no column {HEADLINE}|{kind}=... on {dataset}; run the sweep again")
+    columns = [Column(name, f"{HEADLINE}|{kind}={name}", four_pm) for name in names]
     cells = [_cells(column, runs) for column in columns]
     lines = [[kind, *names], ["users", *(users_in(rows, kind, name) for name in names)]]
     lines += [[variant, *(column[k] for column in cells)] for k, variant in enumerate(runs)]

@@ -209,9 +209,9 @@ class RunTrainer(Trainer):
         """Those of the checkpoint, with this code beside what trained before."""
         code, before = self.notes.get("commit"), began.get("commit")
         self.notes = began
-        if str(code) not in str(before).split(" and "):
+        if str(code) not in str(before).split(resuming.AND):
             logger.warning("trained in part by commit %s, in part by %s", before, code)
-            self.notes["commit"] = f"{before} and {code}"
+            self.notes["commit"] = f"{before}{resuming.AND}{code}"
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         """RecBole's optimiser, with a group for each way in which parameters are marked.
@@ -351,11 +351,12 @@ class RunTrainer(Trainer):
         logger.info("%s", words)
         if distributed.is_first():
             with (self.folder / HISTORY_FILE).open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns, restval="").writerow(row)
+                csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(row)
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint must not be on the disk before it
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+        """What RecBole calls for a new best: write the weights; checkpoints are `_keep`'s."""
         if epoch < 0:  # RecBole's, when there is no epoch left to train
             return
         if distributed.is_first():

@@ -29,7 +29,6 @@ from m2rec.plots import draw
 from m2rec.results import (
     Answers,
     of_these_runs,
-    pair_of,
     paired_path,
     read_answers,
     read_pairs,
@@ -122,12 +121,7 @@ def compare(options: argparse.Namespace) -> int:
             "%s: dropped %s tests of runs that the CSV no longer has", path, len(before) - len(earlier)
         )
         write_text(path, paired.as_csv(earlier))
-    found = paired.compare(sweep, options.runs / sweep.name)
-    rows = of_these_runs(found, sweep, answers)
-    for dataset, _, baseline in sorted({*map(pair_of, found)} - {*map(pair_of, rows)}):
-        logger.warning(
-            "%s: runs on %s are not those of the CSV: no test of %s", options.runs, dataset, baseline
-        )
+    rows = paired.compare(sweep, answers, options.runs / sweep.name)
     write_text(path, paired.as_csv(paired.with_earlier(rows, earlier)))
     print(path)
     return 0

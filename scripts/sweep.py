@@ -5,10 +5,11 @@ row of results/NAME.csv. Runs go in parallel: one per GPU, or as many as --jobs 
 GPUs and cores. Stop it whenever you like: what is in the CSV is not run again, and a run that was
 cut off goes on where it was last kept. Several sweeps of one file may run side by side; each run is
 taken by one of them. A run whose settings in the file have changed is run again; if a default has
-changed in the code, only you know whether a row still holds: delete those that don't.
+changed in the code, only you know whether a row still holds: of those that don't, delete the row and the
+run's folder.
 
 --only, --datasets and --seeds choose among the runs. --again runs those that results/NAME.csv has once
-more, keeps their rows in runs/again/NAME.csv, and shows what both say.
+more, keeps their rows in runs/sweeps/again/NAME.csv, and shows what both say.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -36,7 +37,7 @@ from m2rec.command_line import Parser
 from m2rec.configuration import as_argument, nearest
 from m2rec.files import CHECKPOINT_FILE, locked, write_text
 from m2rec.provenance import commit, same_code
-from m2rec.results import Row, read_table, row_of_run, settings_text, write_table
+from m2rec.results import METRICS, Row, read_table, row_of_run, settings_text, write_table
 from m2rec.resuming import CannotGoOn
 from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run
 
@@ -44,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "settings.json"
-SHOWN = ("ndcg@10", "hit@10")
 LOG = "log.txt"
 
 
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"sweep.py: error: {' '.join(str(error).split())}\n")
         return 2
+    except KeyboardInterrupt:  # the second, while the runs are being stopped
+        return 130
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -76,9 +78,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these data sets")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these seeds")
     parser.add_argument("--again", action="store_true", help="repeat finished runs, and compare")
-    parser.add_argument(
-        "--runs", type=Path, help="folder for the runs; by default runs/sweeps, and runs/again for --again"
-    )
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "sweeps", help="folder for the runs")
     parser.add_argument("--allow-dirty", action="store_true", help="run code that is not committed")
     return parser.parse_args(arguments)
 
@@ -106,11 +106,11 @@ class Work:
     stop: Event = field(default_factory=Event)
 
     def __post_init__(self) -> None:
-        again = self.options.again
-        runs = self.options.runs or ROOT / "runs" / ("again" if again else "sweeps")
-        self.folder = runs / self.sweep.name
-        self.known = self.sweep.path.with_suffix(".csv")
-        self.csv = runs / self.known.name if again else self.known
+        self.csv = self.known = self.sweep.path.with_suffix(".csv")
+        self.folder = self.options.runs / self.sweep.name
+        if self.options.again:
+            self.folder = self.options.runs / "again" / self.sweep.name
+            self.csv = self.folder.with_name(self.known.name)
         gpus = torch.cuda.device_count()
         self.jobs = max(1, gpus) if self.options.jobs is None else self.options.jobs
         if self.jobs < 1:
@@ -127,7 +127,9 @@ class Work:
         failures: list[str] = []
         with ThreadPoolExecutor(self.jobs) as pool, tqdm(total=len(cells), unit="run") as bar:
             try:
-                for cell, problem in zip(cells, pool.map(self._guarded, cells), strict=True):
+                asked = {pool.submit(self._guarded, cell): cell for cell in cells}
+                for done in as_completed(asked):
+                    cell, problem = asked[done], done.result()
                     bar.update()
                     name = f"{cell.dataset}, {cell.variant}, seed {cell.seed}"
                     bar.write(f"{name}: {problem or self._found(cell)}", file=sys.stderr)
@@ -145,15 +147,16 @@ class Work:
         return int(bool(failures))
 
     def _missing(self) -> list[Cell]:
-        """The chosen cells without a row of their settings, in the sweep's order."""
-        cells = self._chosen()
-        if self.options.again:
-            known = _answered(self.known)
-            cells = [cell for cell in cells if _asked(cell) in known]
-            if not cells:
-                raise ValueError(f"--again: {self.known} has no row of these runs with today's settings")
-        done = _answered(self.csv)
-        return [cell for cell in cells if _asked(cell) not in done]
+        """The chosen cells without a row of their settings, or with --again those with one."""
+        answered = {(*_key_of(row), row["settings"]) for row in read_table(self.known)}
+        cells = [
+            cell
+            for cell in self._chosen()
+            if ((*_key(cell), settings_text(cell.keys)) in answered) == self.options.again
+        ]
+        if self.options.again and not cells:
+            raise ValueError(f"--again: {self.known} has no row of these runs with today's settings")
+        return cells
 
     def _chosen(self) -> list[Cell]:
         """The cells of the variants, data sets and seeds that the command line names, all by default.
@@ -206,6 +209,8 @@ class Work:
 
     def _run(self, cell: Cell, folder: Path, lock: int, gpu: str | None) -> str | None:
         """Run a cell and keep its row; a finished run that is only missing in the CSV is taken as it is."""
+        if cell not in Sweep.read(self.sweep.path).cells():
+            return f"{self.sweep.path} has changed; start the sweep again"
         settings = settings_text(cell.keys)
         known = folder / SETTINGS
         current = known.is_file() and known.read_text(encoding="utf-8") == settings
@@ -213,9 +218,9 @@ class Work:
         if row is None:
             if not self.options.allow_dirty:
                 check_clean()  # somebody may have gone on working
-            resumes = stopped_run(folder) if current else None
-            status = self._call(cell, folder, gpu, resumes, lock) if resumes else CannotGoOn.exit_status
-            if status == CannotGoOn.exit_status and not self.stop.is_set():
+            stopped = stopped_run(folder) if current else None
+            status = self._call(cell, folder, gpu, stopped, lock) if stopped else None
+            if status in (None, CannotGoOn.exit_status) and not self.stop.is_set():
                 _remove_runs(folder)
                 write_text(known, settings)
                 status = self._call(cell, folder, gpu, None, lock)
@@ -230,13 +235,20 @@ class Work:
         return None
 
     def _row(self, cell: Cell, folder: Path) -> dict[str, Any] | None:
-        """The row of a run that is finished, if there is one that today's code can read."""
+        """The row of a run that is finished, if there is one that today's code can read.
+
+        What is run again must be of today's code, too.
+        """
         finished = finished_run(folder)
         try:
-            return row_of_run(cell, finished) if finished else None
+            row = row_of_run(cell, finished) if finished else None
         except ValueError as error:
             logger.warning("%s", error)
             return None
+        if row is None or (self.options.again and not same_code(row["commit"], commit())):
+            return None
+        logger.info("%s is taken as it is, of commit %s", finished, row["commit"])
+        return row
 
     def _call(self, cell: Cell, folder: Path, gpu: str | None, resumes: Path | None, lock: int) -> int:
         """run_mm.py in a process of its own; its exit status."""
@@ -286,19 +298,10 @@ def _key_of(row: Row) -> tuple[str, str, str]:
     return row["dataset"], row["variant"], row["seed"]
 
 
-def _asked(cell: Cell) -> tuple[str, ...]:
-    """The columns of a row that answers a cell."""
-    return *_key(cell), settings_text(cell.keys)
-
-
-def _answered(path: Path) -> set[tuple[str, ...]]:
-    return {(*_key_of(row), row["settings"]) for row in read_table(path)}
-
-
 def _metrics(path: Path, cell: Cell) -> str:
     """What the row of a cell says of test_unseen."""
-    (row,) = (row for row in read_table(path) if _key_of(row) == _key(cell))
-    return ", ".join(f"test_unseen {name} {float(row[f'test_unseen.{name}']):.4f}" for name in SHOWN)
+    row = [row for row in read_table(path) if _key_of(row) == _key(cell)][-1]
+    return ", ".join(f"test_unseen {name} {float(row[f'test_unseen.{name}']):.4f}" for name in METRICS)
 
 
 def stopped_run(folder: Path) -> Path | None:

@@ -3,13 +3,16 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from m2rec import paired
+from m2rec.results import Row
 from m2rec.sweeps import Sweep, cell_folder
 
 USERS = [f"u{k}" for k in range(60)]
@@ -26,6 +29,19 @@ def write_run(runs: Path, variant: str, seed: int, ranks: list[int], users: list
     return folder
 
 
+def compared(sweep: Sweep, runs: Path) -> list[dict[str, Any]]:
+    """`paired.compare` with a CSV that has a row of each run."""
+    rows: dict[tuple[str, str], list[Row]] = {("toy", variant): [] for variant in sweep.variants}
+    for variant in sweep.variants:
+        for seed in sweep.seeds:
+            for path in cell_folder(runs, "toy", variant, seed).glob("*/test_ranks.csv"):
+                ranks = [int(line.split(",")[-1]) for line in path.read_text().splitlines()[1:]]
+                gains = [1 / math.log2(rank + 1) if 0 < rank <= 10 else 0 for rank in ranks]
+                row = {"seed": str(seed), "test_unseen.ndcg@10": f"{sum(gains) / len(gains):.6f}"}
+                rows["toy", variant].append(row)
+    return paired.compare(sweep, rows, runs)
+
+
 @pytest.fixture
 def sweep(write_sweep: Callable[..., Path]) -> Sweep:
     return Sweep.read(write_sweep())
@@ -36,7 +52,7 @@ def test_compares_by_user_over_common_seeds(sweep: Sweep, tmp_path: Path):
     write_run(runs, "M2Rec", 1, [1] * 60)
     write_run(runs, "M2Rec", 2, [0] * 60)  # SASRec has no such seed
     write_run(runs, "SASRec", 1, ([3] * 30 + [11] * 30)[::-1], USERS[::-1])
-    rows = paired.compare(sweep, runs)
+    rows = compared(sweep, runs)
     assert [(row["protocol"], row["metric"]) for row in rows] == [
         ("test", "hit@10"), ("test", "ndcg@10"), ("test_unseen", "hit@10"), ("test_unseen", "ndcg@10"),
     ]  # fmt: skip
@@ -55,23 +71,36 @@ def test_seeds_are_averaged_before_users_are_drawn(sweep: Sweep, tmp_path: Path)
         write_run(runs, "M2Rec", seed, [ours] * 60)
         write_run(runs, "SASRec", seed, [1 - ours] * 60)
         write_run(runs, "no filter | gate", seed, [ours] * 60)
-    rows = paired.compare(sweep, runs)
+    rows = compared(sweep, runs)
     assert [row["baseline"] for row in rows[::4]] == ["SASRec", "no filter | gate"]
     for row in rows:
         assert (row["seeds"], row["variant_mean"], row["baseline_mean"], row["p"]) == ("1 2", 0.5, 0.5, 1.0)
+
+
+def test_a_run_that_is_not_in_the_csv_is_left_out(sweep: Sweep, tmp_path: Path):
+    """The other seed is still compared."""
+    for seed in (1, 2):
+        write_run(tmp_path, "M2Rec", seed, [1] * 60)
+        write_run(tmp_path, "SASRec", seed, [seed] * 60)
+    ours = [{"seed": str(seed), "test_unseen.ndcg@10": "1.0"} for seed in (1, 2)]
+    rows = {("toy", variant): ours for variant in sweep.variants}
+    assert {row["seeds"] for row in paired.compare(sweep, rows, tmp_path)} == {"1"}
+    rows["toy", "SASRec"] = [ours[1]]
+    with pytest.raises(ValueError, match="has a finished run of the CSV"):
+        paired.compare(sweep, rows, tmp_path)
 
 
 def test_ranks_meet_their_users(sweep: Sweep, tmp_path: Path):
     ranks = list(np.random.default_rng(0).integers(0, 20, 60))
     write_run(tmp_path, "M2Rec", 1, ranks)
     write_run(tmp_path, "SASRec", 1, ranks[::-1], USERS[::-1])
-    assert {(row["difference"], row["p"]) for row in paired.compare(sweep, tmp_path)} == {(0.0, 1.0)}
+    assert {(row["difference"], row["p"]) for row in compared(sweep, tmp_path)} == {(0.0, 1.0)}
 
 
 def test_the_csv(sweep: Sweep, tmp_path: Path):
     write_run(tmp_path, "M2Rec", 1, [1] * 60)
     write_run(tmp_path, "no filter | gate", 1, [2] * 60)
-    text = paired.as_csv(paired.compare(sweep, tmp_path))
+    text = paired.as_csv(compared(sweep, tmp_path))
     row = list(csv.DictReader(io.StringIO(text)))[3]
     assert list(row) == list(paired.PAIRED)
     assert row["baseline"] == "no filter | gate" and row["variant_mean"] == "1.000000"
@@ -82,7 +111,7 @@ def test_a_user_of_one_run_only(sweep: Sweep, tmp_path: Path):
     write_run(tmp_path, "M2Rec", 1, [1] * 60)
     write_run(tmp_path, "SASRec", 1, [1] * 59, USERS[1:])
     with pytest.raises(ValueError, match=r"user 'u0' is in only one of .*m2rec/1/run and .*sasrec/1/run"):
-        paired.compare(sweep, tmp_path)
+        compared(sweep, tmp_path)
 
 
 def test_seeds_of_the_reference_with_different_users(sweep: Sweep, tmp_path: Path):
@@ -90,7 +119,7 @@ def test_seeds_of_the_reference_with_different_users(sweep: Sweep, tmp_path: Pat
     write_run(tmp_path, "M2Rec", 2, [1] * 59, USERS[1:])
     write_run(tmp_path, "SASRec", 1, [1] * 60)
     with pytest.raises(ValueError, match="user 'u0' is in only one of"):
-        paired.compare(sweep, tmp_path)
+        compared(sweep, tmp_path)
 
 
 def test_another_target_of_the_same_user(sweep: Sweep, tmp_path: Path):
@@ -98,23 +127,25 @@ def test_another_target_of_the_same_user(sweep: Sweep, tmp_path: Path):
     path = write_run(tmp_path, "SASRec", 1, [1] * 60) / "test_ranks.csv"
     path.write_text(path.read_text().replace("u7,iu7", "u7,other"))
     with pytest.raises(ValueError, match="user 'u7' has another test item in"):
-        paired.compare(sweep, tmp_path)
+        compared(sweep, tmp_path)
 
 
 def test_nothing_to_compare(sweep: Sweep, write_sweep: Callable[..., Path], tmp_path: Path):
     write_run(tmp_path, "M2Rec", 1, [1] * 60)
-    with pytest.raises(ValueError, match="no seed of 'M2Rec' and another variant has a finished run"):
-        paired.compare(sweep, tmp_path)
+    with pytest.raises(
+        ValueError, match="another variant has a finished run of the CSV"
+    ):
+        compared(sweep, tmp_path)
     text = sweep.path.read_text().replace("reference: M2Rec\nbaselines: [SASRec]\n", "")
     with pytest.raises(ValueError, match="reference: name the variant"):
-        paired.compare(Sweep.read(write_sweep(text=text)), tmp_path)
+        compared(Sweep.read(write_sweep(text=text)), tmp_path)
 
 
 def test_one_user(sweep: Sweep, tmp_path: Path):
     write_run(tmp_path, "M2Rec", 1, [1], ["a"])
     write_run(tmp_path, "SASRec", 1, [1], ["a"])
     with pytest.raises(ValueError, match="toy: the paired test needs at least two users, got 1"):
-        paired.compare(sweep, tmp_path)
+        compared(sweep, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_some_runs_alone(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixtur
     assert main(given(path, toy, "--only", "Popularity", "--seeds", "2", "--datasets", "toy")) == 0
     assert [(row["variant"], row["seed"]) for row in rows(path)] == [("Popularity", "2")]
     hit, ndcg = rows(path)[0]["test_unseen.hit@10"], rows(path)[0]["test_unseen.ndcg@10"]
-    done = f"test_unseen ndcg@10 {float(ndcg):.4f}, test_unseen hit@10 {float(hit):.4f}"
+    done = f"test_unseen hit@10 {float(hit):.4f}, test_unseen ndcg@10 {float(ndcg):.4f}"
     assert f"toy, Popularity, seed 2: done, {done}" in capsys.readouterr().err
 
 
