@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from m2rec.configuration import known_keys, nearest, read_yaml
+from m2rec.provenance import OF_THE_MACHINE
 
 _KEYS = ("study", "trials", "seed", "fixed", "search", "pruner")
 _RANGE = ("low", "high", "log", "step")
 _PRUNER = {"warmup_epochs": 0, "startup_trials": 5}
 # keys that change which rows are scored, or how, or only luck: values of such trials can't be compared
 _NOT_SEARCHED = {
-    "ITEM_ID_FIELD", "TIME_FIELD", "USER_ID_FIELD", "data_path", "dataset", "filter_inter_by_user_or_item",
-    "item_inter_num_interval", "rm_dup_inter", "runs_dir", "seed", "split", "test_from", "time_order",
+    "ITEM_ID_FIELD", "TIME_FIELD", "USER_ID_FIELD", "dataset", "filter_inter_by_user_or_item",
+    "item_inter_num_interval", "rm_dup_inter", "seed", "split", "test_from", "time_order",
     "user_inter_num_interval", "val_interval", "valid_from", "valid_metric",
 }  # fmt: skip
 
@@ -105,6 +106,8 @@ def _check_searched(key: Any, drawn: Any, fixed: Mapping[str, Any]) -> None:
         raise ValueError(f"search: {key} is fixed too, to {fixed[key]!r}; take it out of one")
     if key in _NOT_SEARCHED:
         raise ValueError(f"search: {key} changes what is measured; fix it, and make a study for each value")
+    if key in OF_THE_MACHINE:
+        raise ValueError(f"search: {key} changes no result; fix it, or leave it out")
     if isinstance(drawn, dict):
         _check_range(key, drawn)
     elif not isinstance(drawn, list) or not drawn:

@@ -108,14 +108,11 @@ def _checked(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     _check_slugs(variants)
     dataset_keys = _mappings("dataset_keys", content.get("dataset_keys"))
     _check_known("dataset_keys", dataset_keys, datasets)
-    reference = content.get("reference")
+    reference, without_text = (_name(key, content.get(key)) for key in ("reference", "without_text"))
     baselines = _names("baselines", content.get("baselines") or [], empty=True)
-    without_text = content.get("without_text")
-    _check_known("reference", [] if reference is None else _names("reference", [reference]), variants)
-    _check_known(
-        "without_text", [] if without_text is None else _names("without_text", [without_text]), variants
-    )
-    _check_known("baselines", baselines, variants)
+    named = {"reference": (reference,), "without_text": (without_text,), "baselines": baselines}
+    for key, names in named.items():
+        _check_known(key, [name for name in names if name is not None], variants)
     if baselines and reference is None:
         raise ValueError("baselines: there is nothing to compare them with; name a reference")
     return {
@@ -141,6 +138,12 @@ def _check_keys(content: Mapping[str, Any]) -> None:
     for key in _REQUIRED:
         if content.get(key) is None:
             raise ValueError(f"{key} is missing")
+
+
+def _name(key: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{key}: expected a name, got {value!r}")
+    return value
 
 
 def _names(key: str, value: Any, empty: bool = False) -> tuple[str, ...]:

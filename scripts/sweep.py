@@ -301,7 +301,7 @@ def _key_of(row: Row) -> tuple[str, str, str]:
 def _metrics(path: Path, cell: Cell) -> str:
     """What the row of a cell says of test_unseen."""
     row = [row for row in read_table(path) if _key_of(row) == _key(cell)][-1]
-    return ", ".join(f"test_unseen {name} {float(row[f'test_unseen.{name}']):.4f}" for name in METRICS)
+    return "test_unseen " + ", ".join(f"{name} {float(row[f'test_unseen.{name}']):.4f}" for name in METRICS)
 
 
 def stopped_run(folder: Path) -> Path | None:

@@ -62,7 +62,7 @@ except ModuleNotFoundError:  # main says how to get it
 logger = logging.getLogger("tune")
 
 CONFIG = Path(__file__).parent.parent / "config.yaml"
-COLUMNS = ("trial", "state", "value", "epochs", "best_epoch", "seconds", "commit")
+COLUMNS = ("trial", "state", "value", "trained_epochs", "best_epoch", "seconds", "commit")
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}  # those that have ended
 BEST = 5
 TRIES = 20  # draws that are looked at before the fixed keys are blamed
@@ -107,7 +107,8 @@ def tune(arguments: Sequence[str]) -> None:
     ended = tuple(optuna.trial.TrialState[name] for name in STATES)
     if len(study.get_trials(deepcopy=False, states=ended)) < plan.trials:
         enough = optuna.study.MaxTrialsCallback(plan.trials, states=ended)
-        objective = partial(run_trial, plan, folder(plan, config))
+        code = provenance.commit()  # as it was imported, whatever is committed meanwhile
+        objective = partial(run_trial, plan, folder(plan, config), code)
         study.optimize(objective, catch=ValueError, callbacks=[_log, enough], gc_after_trial=True)
     write_text(path.with_suffix(".csv"), format_csv(study.trials, plan.search))
     print(format_table(study, plan, config["valid_metric"]))
@@ -184,14 +185,14 @@ def open_study(plan: Plan, config: Config) -> optuna.Study:
 
 def _check_same(study: optuna.Study, plan: Plan, config: Config) -> None:
     """Values of other settings can't be compared: a study keeps those that it was started with."""
-    varied = {*plan.search, "state"}
+    varied = {*plan.search, *provenance.OF_THE_MACHINE}
     settings = {**{k: v for k, v in resolved(config).items() if k not in varied}, "search": plan.search}
     now = json.loads(json.dumps(settings, default=str))  # as they come back from the file
     before = study.user_attrs.get("settings")
     if before is None:
         study.set_user_attr("settings", now)
         return
-    for key in {**before, **now}:
+    for key in {**before, **now}.keys() - varied:
         if before.get(key) != now.get(key):
             raise ValueError(
                 f"study: {plan.study!r} was started with {key}: {before.get(key)}, not {now.get(key)}; "
@@ -199,8 +200,14 @@ def _check_same(study: optuna.Study, plan: Plan, config: Config) -> None:
             )
 
 
-def run_trial(plan: Plan, runs_dir: Path, trial: optuna.Trial) -> float:
+def run_trial(plan: Plan, runs_dir: Path, code: str | None, trial: optuna.Trial) -> float:
     """Train with drawn settings; returns valid_metric at the best epoch.
+
+    Args:
+        plan: the study's.
+        runs_dir: where run folders go.
+        code: the commit that is noted.
+        trial: draws the settings.
 
     Raises:
         ValueError: the settings are refused, or training diverged.
@@ -225,7 +232,7 @@ def run_trial(plan: Plan, runs_dir: Path, trial: optuna.Trial) -> float:
         raise
     finally:
         trial.set_user_attr("seconds", round(perf_counter() - start, 1))
-        trial.set_user_attr("commit", provenance.commit())
+        trial.set_user_attr("commit", code)
         if prepared:
             prepared.trainer.finish()
             trial.set_user_attr("epochs", len(prepared.trainer.train_loss_dict))
@@ -260,7 +267,7 @@ def format_csv(trials: Iterable[optuna.trial.FrozenTrial], searched: Iterable[st
     writer = csv.DictWriter(file, [*COLUMNS, *searched], lineterminator="\n")
     writer.writeheader()
     for trial in trials:
-        attributes = {key: trial.user_attrs.get(key) for key in COLUMNS[3:]}
+        attributes = {key: trial.user_attrs.get(key.removeprefix("trained_")) for key in COLUMNS[3:]}
         state = STATES.get(trial.state.name, "running")
         drawn = {key: as_text(value) for key, value in trial.params.items()}
         writer.writerow({"trial": trial.number, "state": state, "value": trial.value, **attributes, **drawn})
@@ -281,10 +288,10 @@ def format_table(study: optuna.Study, plan: Plan, metric: str) -> str:
         raise ValueError(f"study: no trial of {plan.study!r} is complete ({counts})")
     bigger = study.direction.name == "MAXIMIZE"
     complete.sort(key=lambda trial: trial.value, reverse=bigger)
-    head = ["trial", metric, "epochs", "best_epoch", *plan.search]
+    head = ["trial", metric, "trained_epochs", "best_epoch", *plan.search]
     rows = [head]
     for trial in complete[:BEST]:
-        found = [str(trial.user_attrs[key]) for key in head[2:4]]
+        found = [str(trial.user_attrs[key]) for key in ("epochs", "best_epoch")]
         drawn = [_shown(trial.params[key]) for key in plan.search]
         rows.append([str(trial.number), f"{trial.value:.4f}", *found, *drawn])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -132,9 +132,7 @@ def test_another_target_of_the_same_user(sweep: Sweep, tmp_path: Path):
 
 def test_nothing_to_compare(sweep: Sweep, write_sweep: Callable[..., Path], tmp_path: Path):
     write_run(tmp_path, "M2Rec", 1, [1] * 60)
-    with pytest.raises(
-        ValueError, match="another variant has a finished run of the CSV"
-    ):
+    with pytest.raises(ValueError, match="another variant has a finished run of the CSV"):
         compared(sweep, tmp_path)
     text = sweep.path.read_text().replace("reference: M2Rec\nbaselines: [SASRec]\n", "")
     with pytest.raises(ValueError, match="reference: name the variant"):

@@ -21,7 +21,7 @@ from m2rec.provenance import commit, same_code
 from m2rec.results import read_answers, settings_text
 from m2rec.resuming import CannotGoOn
 from m2rec.sweeps import Cell, Sweep, cell_folder
-from scripts.sweep import Work, check_clean, main
+from scripts.sweep import Work, check_clean, main, parse_options
 from tests.conftest import small
 
 ROOT = Path(__file__).parent.parent
@@ -216,7 +216,7 @@ def test_some_runs_alone(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixtur
     assert main(given(path, toy, "--only", "Popularity", "--seeds", "2", "--datasets", "toy")) == 0
     assert [(row["variant"], row["seed"]) for row in rows(path)] == [("Popularity", "2")]
     hit, ndcg = rows(path)[0]["test_unseen.hit@10"], rows(path)[0]["test_unseen.ndcg@10"]
-    done = f"test_unseen hit@10 {float(hit):.4f}, test_unseen ndcg@10 {float(ndcg):.4f}"
+    done = f"test_unseen hit@10 {float(hit):.4f}, ndcg@10 {float(ndcg):.4f}"
     assert f"toy, Popularity, seed 2: done, {done}" in capsys.readouterr().err
 
 
@@ -230,17 +230,19 @@ def test_finished_runs_again(tmp_path: Path, toy: Path, capsys: pytest.CaptureFi
     before = rows(path)
     before[0]["test_unseen.ndcg@10"] = "0.9876"
     rewrite(path, before)
-    runs = tmp_path / "again"
-    arguments = [*given(path, toy, *again), f"--runs={runs}"]
-    assert main(arguments) == 0
+    assert main(given(path, toy, *again)) == 0
     assert rows(path) == before
-    with (runs / "toy.csv").open(newline="") as file:
+    with (tmp_path / "runs" / "again" / "toy.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["variant"], row["seed"]) == ("M2Rec", "1")
-    assert row["test_unseen.hit@10"] == before[0]["test_unseen.hit@10"]
-    said = capsys.readouterr().err
-    assert f"ndcg@10 {float(row['test_unseen.ndcg@10']):.4f}, " in said
-    assert f"; {path.with_suffix('.csv')} has test_unseen ndcg@10 0.9876" in said
+    hit = row["test_unseen.hit@10"]
+    assert hit == before[0]["test_unseen.hit@10"]
+    both = f"ndcg@10 {float(row['test_unseen.ndcg@10']):.4f}; {path.with_suffix('.csv')} has test_unseen "
+    assert f"{both}hit@10 {float(hit):.4f}, ndcg@10 0.9876" in capsys.readouterr().err
+    log = next((tmp_path / "runs" / "again").rglob("log.txt"))
+    size = log.stat().st_size
+    assert main(given(path, toy, *again)) == 0  # of the same code: shown, not trained
+    assert both in capsys.readouterr().err and log.stat().st_size == size
 
 
 def test_results_and_readme_are_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -267,12 +269,37 @@ def test_results_and_readme_are_no_code(tmp_path: Path, monkeypatch: pytest.Monk
     check_clean()
     second = committed("results/a.csv", "README.md", "tests/test.py")
     assert second != first and same_code(first, second)
+    assert same_code(f"{first} and {second}", second)
     third = committed("config.yaml")
+    assert not same_code(f"{first} and {third}", third) and not same_code("a and b+dirty", third)
     assert not same_code(first, third) and not same_code(first, None) and not same_code("0" * 40, third)
     (tmp_path / "config.yaml").write_text("two")
     assert commit() == f"{third}+dirty" and not same_code(third, commit()) and same_code(commit(), commit())
     with pytest.raises(ValueError, match="commit it, or say --allow-dirty"):
         check_clean()
+
+
+def test_a_file_that_changed_meanwhile_starts_nothing(
+    tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]
+):
+    """What another sweep of the new file has made is not taken away."""
+    path = asked(tmp_path, toy, seeds=[1])
+    work = Work(Sweep.read(path), parse_options(given(path, toy)))
+    variants = {"M2Rec": {}, "Popularity": {"model": "Popularity", "topk": [10]}}
+    asked(tmp_path, toy, seeds=[1], variants=variants)
+    assert work.run() == 1
+    said = capsys.readouterr().err
+    assert f"toy, Popularity, seed 1: {path} has changed; start the sweep again" in said
+    assert [row["variant"] for row in rows(path)] == ["M2Rec"]
+    assert main(given(path, toy)) == 0 and len(rows(path)) == 2
+
+
+def test_a_second_interrupt_is_no_traceback(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(work: Work) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Work, "run", interrupted)
+    assert main(given(asked(tmp_path, toy), toy)) == 130
 
 
 def test_rows_say_what_made_their_text_vectors(tmp_path: Path, toy: Path):

@@ -66,9 +66,9 @@ def test_a_study_from_file_to_table(study: Study, toy: Path):
     assert status == 0, err
     lines = out.splitlines()
     assert lines[1] == "small: 3 complete, 0 pruned, 0 failed; on validation:"
-    assert lines[2].split() == ["trial", "NDCG@10", "epochs", "best_epoch", "learning_rate", "n_layers"]
+    assert lines[2].split() == "trial NDCG@10 trained_epochs best_epoch learning_rate n_layers".split()
     found = rows(toy)
-    columns = "trial state value epochs best_epoch seconds commit learning_rate n_layers"
+    columns = "trial state value trained_epochs best_epoch seconds commit learning_rate n_layers"
     assert list(found[0]) == columns.split()
     assert [row["trial"] for row in found] == ["0", "1", "2"]
     best = max(found, key=lambda row: float(row["value"]))
@@ -123,6 +123,21 @@ def test_a_study_goes_on_as_if_it_had_not_ended(study: Study, toy: Path):
     before = [row for row in rows(toy)]
     assert study("--trials=4")[1] == out  # all are done
     assert rows(toy) == before
+
+
+def test_another_machine_joins_a_study(study: Study, toy: Path):
+    study("--trials=1")
+    status, _, err = study("--trials=2", "--eval_batch_size=7", "--checkpoint_minutes=1")
+    assert status == 0, err
+    assert len(rows(toy)) == 2
+
+
+def test_the_number_of_epochs_may_be_searched(study: Study, toy: Path):
+    fixed = {key: value for key, value in settings(toy)["fixed"].items() if key != "epochs"}
+    search = {"epochs": [3], "learning_rate": [1e-9]}
+    assert study(fixed={**fixed, "stopping_step": 0, "n_layers": 1}, search=search, trials=1)[0] == 0
+    (row,) = rows(toy)
+    assert row["epochs"] == "3" and 1 <= int(row["trained_epochs"]) <= 3
 
 
 def test_another_seed_draws_others(study: Study, toy: Path):
@@ -297,6 +312,7 @@ def test_an_argument_holds_its_value(value: object):
         ),
         ({"search": {"epochs": [1, 2]}}, "search: epochs is fixed too, to 2; take it out of one"),
         ({"search": {"time_order": ["exact"]}}, "search: time_order changes what is measured"),
+        ({"search": {"worker": [0, 1]}}, "search: worker changes no result; fix it, or leave it out"),
         ({"search": {"n_layers": []}}, "search: n_layers: expected {low: ..., high: ...} or a list, got []"),
         ({"search": {"n_layers": 3}}, "search: n_layers: expected {low: ..., high: ...} or a list, got 3"),
         ({"search": {"n_layers": [[1]]}}, "search: n_layers: expected a list of numbers, words"),
