@@ -43,8 +43,8 @@ def overview_table(sweeps: Sequence[Sweep], answers: Mapping[str, Answers], repo
 
 _OVERVIEW_WORDS = (
     "test_unseen, full ranking. n: seeds; ±: their standard deviation. Published: the highest in "
-    "`results/reported.csv`, of whichever model. Strongest baseline: of those that were run, by this column; "
-    "how far from ours, over the seeds of both. p: paired bootstrap over users, these runs held fixed; "
+    "`results/reported.csv`, of whichever model. Strongest baseline: the highest here of those that were "
+    "run; vs M2Rec: over the seeds that both have. p: paired bootstrap over users, these runs held fixed; "
     "blank: not tested."
 )
 

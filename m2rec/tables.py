@@ -90,7 +90,7 @@ def result_table(sweep: Sweep, answers: Answers, table: str) -> str:
         lines = _result_lines(sweep, dataset, answers, variants, paired)
         rows = _rows_of(answers, dataset, variants)
         words = [_protocol(rows)] if rows else []
-        blocks.append(_block(sweep, dataset, [lines], words, rows, _not_run(answers, dataset, variants)))
+        blocks.append(_block(sweep, dataset, [lines], words, _not_run(answers, dataset, variants)))
     return "\n\n".join(blocks)
 
 
@@ -107,7 +107,7 @@ def bucket_tables(sweep: Sweep, answers: Answers) -> str:
         runs = _finished(answers, dataset, variants)
         tables = [_bucket_lines(sweep, dataset, runs, kind) for kind in KINDS] if rows else []
         words = [QUALITY] if rows else []
-        blocks.append(_block(sweep, dataset, tables, words, rows, _not_run(answers, dataset, variants)))
+        blocks.append(_block(sweep, dataset, tables, words, _not_run(answers, dataset, variants)))
     return "\n\n".join(blocks)
 
 
@@ -132,9 +132,7 @@ def reported_table(sweep: Sweep, answers: Answers, reported: Sequence[Row]) -> s
             raise ValueError(f"reported.csv has no row of {dataset}; add one or take the marker away")
         lines = _reported_lines(sweep, dataset, answers, published)
         words = ["Published numbers are of their authors' data, tuning and often one seed"]
-        shown = dict.fromkeys([sweep.reference, *(_same_model(row, sweep) for row in published)])
-        rows = _rows_of(answers, dataset, [variant for variant in shown if variant])
-        blocks.append(_block(sweep, dataset, [lines], words, rows))
+        blocks.append(_block(sweep, dataset, [lines], words))
     return "\n\n".join(blocks)
 
 
@@ -238,7 +236,6 @@ def _block(
     dataset: str,
     tables: Sequence[list[list[str]]],
     words: Sequence[str],
-    rows: Sequence[Row],
     not_run: str = "",
 ) -> str:
     """Tables with the name of their data set above, if there are several, and a line below.
@@ -247,13 +244,12 @@ def _block(
         sweep, dataset: what they are of.
         tables: their lines of cells.
         words: sentences for the line below.
-        rows: the runs that they are made of.
         not_run: names of variants that have none.
     """
     parts = [f"**{dataset}**"] if len(sweep.datasets) > 1 else []
     parts += [markdown(lines) for lines in tables if len(lines) > 1]
     missing = f"{NOT_RUN.capitalize()}: {not_run}" if not_run else ""
-    sentences = [*words, missing, f"Made by `{sweep.command}`{_commits(rows)}"]
+    sentences = [*words, missing, f"Made by `{sweep.command}`"]
     parts.append(" ".join(f"{sentence}." for sentence in sentences if sentence))
     return "\n\n".join(parts)
 
@@ -292,14 +288,3 @@ def _text_files(rows: Sequence[Row], made_by: str) -> str:
     """What made text vectors; how many files of them there are, if not one."""
     files = len({row["text_sha256"] for row in rows if row["text"] == made_by and row.get("text_sha256")})
     return f"{made_by} ({files} files)" if files > 1 else made_by
-
-
-def _commits(rows: Sequence[Row]) -> str:
-    short = dict.fromkeys(_short(commit) for commit in distinct(rows, "commit"))
-    word = "commit" if len(short) == 1 else "commits"
-    return f", {word} {', '.join(short)}" if short else ""
-
-
-def _short(commit: str) -> str:
-    name, plus, dirty = commit.partition("+")
-    return f"{name[:7]}{plus}{dirty}"

@@ -37,7 +37,7 @@ def test_a_result_table(write_sweep: Write):
     )
     assert lines[5] == (
         "Leave-one-out, full ranking, time order exact; 2,000 users, 50 items, 123,456 interactions; "
-        "timed on cpu. Made by `python scripts/sweep.py results/toys.yaml`, commit 0123456."
+        "timed on cpu. Made by `python scripts/sweep.py results/toys.yaml`."
     )
     assert len(lines) == 6
 
@@ -85,12 +85,6 @@ def test_times_are_of_one_device_and_others_are_named(write_sweep: Write):
     assert lines[2].split(" | ")[9].startswith("60") and "timed on" not in lines[-1]
 
 
-def test_commits_are_those_of_the_table(write_sweep: Write):
-    rows = [*ROWS, answer("no filter | gate", 1, 0.1, commit="fedcba9876543210")]
-    assert table_of(write_sweep(*rows))[-1].endswith(", commit 0123456.")
-    assert table_of(write_sweep(*rows), "ablations")[-1].endswith(", commits 0123456, fedcba9.")
-
-
 def test_a_variant_without_rows_and_a_name_with_a_bar(write_sweep: Write):
     lines = table_of(write_sweep(*ROWS), "ablations")
     assert ". Not run: no filter | gate. Made by " in lines[4]
@@ -125,11 +119,6 @@ def test_each_data_set_has_its_table_and_its_best(write_sweep: Write):
     toy, shop = whole.split("**shop**")
     assert toy.startswith("**toy**\n\n| variant") and "2,000 users" in toy and "7 users" in shop
     assert "| **0.2000 ± 0.1414** |" in toy and "| SASRec | 1 of 2 | **1.8000** | **0.9000** |" in shop
-
-
-def test_commits_are_short_and_all_there(write_sweep: Write):
-    rows = [ROWS[0], answer("M2Rec", 2, 0.3, commit="fedcba9876543210+dirty")]
-    assert table_of(write_sweep(*rows))[-1].endswith(", commits 0123456, fedcba9+dirty.")
 
 
 def test_p_of_fewer_seeds_than_the_means_says_which(write_sweep: Write):
