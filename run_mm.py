@@ -14,7 +14,7 @@ from typing import Any
 
 CONFIG = Path(__file__).parent / "config.yaml"
 # keys that --resume goes with
-OF_THE_MACHINE = ("eval_batch_size", "gpu_id", "use_gpu", "show_progress", "state")
+GIVEN_ANEW = ("eval_batch_size", "gpu_id", "use_gpu", "show_progress", "state")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.get("state") == "DEBUG":  # before anything can go wrong
             logging.getLogger().setLevel(logging.DEBUG)
         folder = resumed_folder(given)
-        machine = {key: given[key] for key in OF_THE_MACHINE if key in given}
+        machine = {key: given[key] for key in GIVEN_ANEW if key in given}
         config = resumed(folder, machine) if folder else build_config(given, CONFIG)
         logging.getLogger().setLevel(logging.ERROR if others else config["state"])
         try:
@@ -67,7 +67,7 @@ def resumed_folder(given: Mapping[str, Any]) -> Path | None:
     """
     if "resume" not in given:
         return None
-    others = sorted(set(given) - {"resume", *OF_THE_MACHINE})
+    others = sorted(set(given) - {"resume", *GIVEN_ANEW})
     if others or not isinstance(given["resume"], str):
         what = f"it takes its keys from the run, not --{others[0]}" if others else "expected runs/NAME"
         raise ValueError(f"resume: {given['resume']!r}: {what}")

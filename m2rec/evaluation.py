@@ -52,7 +52,7 @@ class Ranking:
 
 
 @torch.no_grad()
-def rank(
+def rank_items(
     score: Callable[[Interaction], Tensor],
     loader: Any,
     batches: Callable[[Iterable[Tensor]], Iterable[Tensor]],

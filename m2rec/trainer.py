@@ -20,7 +20,7 @@ from tqdm import tqdm
 from m2rec import checkpoint, distributed, resuming
 from m2rec.averaging import WeightAverage
 from m2rec.compat import Config, DataStruct, Interaction, Trainer
-from m2rec.evaluation import ALL, UNSEEN, Breakdown, Ranking, rank
+from m2rec.evaluation import ALL, UNSEEN, Breakdown, Ranking, rank_items
 from m2rec.files import (
     CHECKPOINT_FILE,
     HISTORY_FILE,
@@ -414,7 +414,7 @@ class RunTrainer(Trainer):
         self.tot_item_num = data.dataset.item_num
         self.item_tensor = data.dataset.get_item_feature().to(self.device)
         progress = partial(self._progress, what="evaluate  ", shown=show_progress)
-        return rank(self.score, data, progress, protocols)
+        return rank_items(self.score, data, progress, protocols)
 
     def score(self, interaction: Interaction) -> Tensor:
         """Rows -> (b, V), by the model's full ranking or item by item where it has none."""
