@@ -7,7 +7,7 @@ K       length of the ranking that is kept, the longest cut of the metrics
 
 import csv
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def rank_items(
     score: Callable[[Interaction], Tensor],
     loader: Any,
     batches: Callable[[Iterable[Tensor]], Iterable[Tensor]],
-    protocols: Iterable[str] = (ALL, UNSEEN),
+    protocols: Collection[str] = (ALL, UNSEEN),
 ) -> Ranking:
     """Rank all items for every row of a part, in this process's share of the rows and all others'.
 
@@ -71,8 +71,9 @@ def rank_items(
     cut = max(loader.config["topk"])
     lengths = dataset.inter_feat[dataset.item_list_length_field]
     own = lengths.argsort(stable=True)[distributed.rank() :: distributed.size()]  # alike ones together
-    protocols = sorted(protocols)  # `unseen` last: it takes items out of the scores for good
-    found: dict[str, list[Tensor]] = {name: [torch.empty(0, cut, dtype=torch.int64)] for name in protocols}
+    # `unseen` last: it takes items out of the scores for good
+    names = [name for name in (ALL, UNSEEN) if name in protocols]
+    found: dict[str, list[Tensor]] = {name: [torch.empty(0, cut, dtype=torch.int64)] for name in names}
     for rows in batches(own.split(loader.step) if len(own) else ()):
         interaction = loader.collate_fn(rows.numpy())[0]
         scores = score(interaction)

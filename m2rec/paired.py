@@ -122,7 +122,7 @@ def _compare_on(dataset: str, sweep: Sweep, answers: Answers, runs: Path) -> Ite
         if seeds := [seed for seed in ours if seed in theirs]:
             for seed in seeds:
                 _check_same_users(ours[seed], theirs[seed])
-            pairs[other] = (seeds, _measures(ours, seeds), _measures(theirs, seeds))
+            pairs[other] = (seeds, _average(ours, seeds), _average(theirs, seeds))
     if missing := [other for other in others if other not in pairs]:
         logger.info("%s: no run with a seed of %s: %s", dataset, reference, "; ".join(missing))
     if not pairs:
@@ -155,20 +155,22 @@ def _ranks_of(dataset: str, variant: str, answers: Answers, runs: Path) -> dict[
         seed = int(row["seed"])
         if folder := finished_run(cell_folder(runs, dataset, variant, seed)):
             ranks = read_ranks(folder)
-            if is_of_row(row, float(_measures({seed: ranks}, [seed])[:, _HEADLINE].mean())):
+            if is_of_row(row, float(_measures(ranks)[:, _HEADLINE].mean())):
                 found[seed] = ranks
             else:
                 logger.warning("%s is not the run of the CSV's row: left out", folder)
     return found
 
 
-def _measures(runs: Mapping[int, Ranks], seeds: Sequence[int]) -> Floats:
+def _measures(ranks: Ranks) -> Floats:
+    """(users, measures) of one run."""
+    columns = [metric_of_ranks(m, ranks.places[:, PROTOCOLS.index(protocol)]) for protocol, m in MEASURES]
+    return np.stack(columns, axis=1)
+
+
+def _average(runs: Mapping[int, Ranks], seeds: Sequence[int]) -> Floats:
     """(users, measures), means over the seeds."""
-    total = np.zeros((len(runs[seeds[0]].targets), len(MEASURES)))
-    for seed in seeds:
-        for m, (protocol, metric) in enumerate(MEASURES):
-            total[:, m] += metric_of_ranks(metric, runs[seed].places[:, PROTOCOLS.index(protocol)])
-    return total / len(seeds)
+    return np.asarray(np.mean([_measures(runs[seed]) for seed in seeds], axis=0))
 
 
 def _check_same_users(one: Ranks, other: Ranks) -> None:

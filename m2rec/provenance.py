@@ -22,7 +22,7 @@ from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
 from m2rec.resuming import AND
 
-# keys that change nothing but how, where and with what to look at a run is made
+# keys that change how and where a run is made, not what comes out
 OF_THE_MACHINE = {
     "checkpoint_minutes", "data_path", "eval_batch_size", "gpu_id", "log_wandb", "report", "runs_dir",
     "scan_backend", "show_progress", "state", "tensorboard", "use_gpu", "worker",

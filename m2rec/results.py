@@ -43,6 +43,16 @@ def settings_text(keys: Mapping[str, Any]) -> str:
     return json.dumps(keys, sort_keys=True, ensure_ascii=False)
 
 
+def asked(cell: Cell) -> tuple[str, ...]:
+    """Data set, variant, seed and settings of the rows that answer a cell."""
+    return cell.dataset, cell.variant, str(cell.seed), settings_text(cell.keys)
+
+
+def answered(row: Row) -> tuple[str, ...]:
+    """What `asked` says of the cell that a row answers."""
+    return tuple(row[column] for column in (*_CELL, "settings"))
+
+
 def row_of_run(cell: Cell, folder: Path) -> Row:
     """The row of NAME.csv for a finished run.
 
@@ -143,13 +153,12 @@ def read_answers(sweep: Sweep) -> Answers:
     path = sweep.path.with_suffix(".csv")
     rows = read_table(path)
     _check_numbers(path, rows)
-    asked = {(c.dataset, c.variant, str(c.seed)): settings_text(c.keys) for c in sweep.cells()}
+    cells = {asked(cell) for cell in sweep.cells()}
     found: dict[tuple[str, ...], Row] = {}
     others = 0
     for row in rows:
-        cell = (row["dataset"], row["variant"], row["seed"])
-        if asked.get(cell) == row["settings"]:
-            found[cell] = row
+        if answered(row) in cells:
+            found[answered(row)[:3]] = row
         else:
             others += 1
     if others:

@@ -3,7 +3,7 @@
 import csv
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -409,7 +409,7 @@ class RunTrainer(Trainer):
         metrics = {name: self._metrics(ranking, name) for name in ranking.items}
         return Tested(metrics, Breakdown.of(ranking, data.dataset))
 
-    def _rank(self, data: Any, protocols: Iterable[str], show_progress: bool) -> Ranking:
+    def _rank(self, data: Any, protocols: Collection[str], show_progress: bool) -> Ranking:
         self.model.eval()
         self.tot_item_num = data.dataset.item_num
         self.item_tensor = data.dataset.get_item_feature().to(self.device)

@@ -37,7 +37,7 @@ from m2rec.command_line import Parser
 from m2rec.configuration import as_argument, nearest
 from m2rec.files import CHECKPOINT_FILE, locked, write_text
 from m2rec.provenance import commit, same_code
-from m2rec.results import METRICS, Row, read_table, row_of_run, settings_text, write_table
+from m2rec.results import METRICS, answered, asked, read_table, row_of_run, settings_text, write_table
 from m2rec.resuming import CannotGoOn
 from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run
 
@@ -127,9 +127,9 @@ class Work:
         failures: list[str] = []
         with ThreadPoolExecutor(self.jobs) as pool, tqdm(total=len(cells), unit="run") as bar:
             try:
-                asked = {pool.submit(self._guarded, cell): cell for cell in cells}
-                for done in as_completed(asked):
-                    cell, problem = asked[done], done.result()
+                under_way = {pool.submit(self._guarded, cell): cell for cell in cells}
+                for done in as_completed(under_way):
+                    cell, problem = under_way[done], done.result()
                     bar.update()
                     name = f"{cell.dataset}, {cell.variant}, seed {cell.seed}"
                     bar.write(f"{name}: {problem or self._found(cell)}", file=sys.stderr)
@@ -148,12 +148,8 @@ class Work:
 
     def _missing(self) -> list[Cell]:
         """The chosen cells without a row of their settings, or with --again those with one."""
-        answered = {(*_key_of(row), row["settings"]) for row in read_table(self.known)}
-        cells = [
-            cell
-            for cell in self._chosen()
-            if ((*_key(cell), settings_text(cell.keys)) in answered) == self.options.again
-        ]
+        known = {answered(row) for row in read_table(self.known)}
+        cells = [cell for cell in self._chosen() if (asked(cell) in known) == self.options.again]
         if self.options.again and not cells:
             raise ValueError(f"--again: {self.known} has no row of these runs with today's settings")
         return cells
@@ -283,24 +279,16 @@ class Work:
     def _keep(self, cell: Cell, row: dict[str, Any]) -> None:
         """Put a row into the CSV, in the sweep's order, in the place of an earlier one of its cell."""
         with locked(self.sweep.path):
-            rows = {_key_of(row): row for row in read_table(self.csv)}
-            rows[_key(cell)] = row
-            order = [key for key in map(_key, self.sweep.cells()) if key in rows]
+            rows = {answered(row)[:3]: row for row in read_table(self.csv)}
+            rows[asked(cell)[:3]] = row
+            order = [key for one in self.sweep.cells() if (key := asked(one)[:3]) in rows]
             order += [key for key in rows if key not in order]
             write_table(self.csv, [rows[key] for key in order])
 
 
-def _key(cell: Cell) -> tuple[str, str, str]:
-    return cell.dataset, cell.variant, str(cell.seed)
-
-
-def _key_of(row: Row) -> tuple[str, str, str]:
-    return row["dataset"], row["variant"], row["seed"]
-
-
 def _metrics(path: Path, cell: Cell) -> str:
     """What the row of a cell says of test_unseen."""
-    row = [row for row in read_table(path) if _key_of(row) == _key(cell)][-1]
+    row = [row for row in read_table(path) if answered(row) == asked(cell)][-1]
     return "test_unseen " + ", ".join(f"{name} {float(row[f'test_unseen.{name}']):.4f}" for name in METRICS)
 
 

@@ -185,15 +185,15 @@ def open_study(plan: Plan, config: Config) -> optuna.Study:
 
 def _check_same(study: optuna.Study, plan: Plan, config: Config) -> None:
     """Values of other settings can't be compared: a study keeps those that it was started with."""
-    varied = {*plan.search, *provenance.OF_THE_MACHINE}
+    varied = {*plan.search, *provenance.OF_THE_MACHINE} - {"data_path"}  # elsewhere may be other data
     settings = {**{k: v for k, v in resolved(config).items() if k not in varied}, "search": plan.search}
     now = json.loads(json.dumps(settings, default=str))  # as they come back from the file
     before = study.user_attrs.get("settings")
     if before is None:
         study.set_user_attr("settings", now)
         return
-    for key in {**before, **now}.keys() - varied:
-        if before.get(key) != now.get(key):
+    for key in {**before, **now}:
+        if key not in varied and before.get(key) != now.get(key):
             raise ValueError(
                 f"study: {plan.study!r} was started with {key}: {before.get(key)}, not {now.get(key)}; "
                 f"name another study"
@@ -235,7 +235,7 @@ def run_trial(plan: Plan, runs_dir: Path, code: str | None, trial: optuna.Trial)
         trial.set_user_attr("commit", code)
         if prepared:
             prepared.trainer.finish()
-            trial.set_user_attr("epochs", len(prepared.trainer.train_loss_dict))
+            trial.set_user_attr("trained_epochs", len(prepared.trainer.train_loss_dict))
             trial.set_user_attr("best_epoch", prepared.trainer.best_epoch)
             trial.set_user_attr("parameters", prepared.parameters)
 
@@ -257,7 +257,7 @@ def _log(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """One line for a trial that did not fail."""
     if trial.state.name != "FAIL":
         done, found = STATES[trial.state.name], trial.user_attrs
-        words = f"{trial.value:.4f} after {found['epochs']} epochs, {found['seconds']} s"
+        words = f"{trial.value:.4f} after {found['trained_epochs']} epochs, {found['seconds']} s"
         logger.info("trial %s %s, %s: %s", trial.number, done, _arguments(trial.params), words)
 
 
@@ -267,7 +267,7 @@ def format_csv(trials: Iterable[optuna.trial.FrozenTrial], searched: Iterable[st
     writer = csv.DictWriter(file, [*COLUMNS, *searched], lineterminator="\n")
     writer.writeheader()
     for trial in trials:
-        attributes = {key: trial.user_attrs.get(key.removeprefix("trained_")) for key in COLUMNS[3:]}
+        attributes = {key: trial.user_attrs.get(key) for key in COLUMNS[3:]}
         state = STATES.get(trial.state.name, "running")
         drawn = {key: as_text(value) for key, value in trial.params.items()}
         writer.writerow({"trial": trial.number, "state": state, "value": trial.value, **attributes, **drawn})
@@ -291,7 +291,7 @@ def format_table(study: optuna.Study, plan: Plan, metric: str) -> str:
     head = ["trial", metric, "trained_epochs", "best_epoch", *plan.search]
     rows = [head]
     for trial in complete[:BEST]:
-        found = [str(trial.user_attrs[key]) for key in ("epochs", "best_epoch")]
+        found = [str(trial.user_attrs[key]) for key in head[2:4]]
         drawn = [_shown(trial.params[key]) for key in plan.search]
         rows.append([str(trial.number), f"{trial.value:.4f}", *found, *drawn])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

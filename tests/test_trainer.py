@@ -77,6 +77,15 @@ def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):
     assert trainer.evaluate_both(loaders[2]).metrics["all"] == dict(expected) == trainer.evaluate(loaders[2])
 
 
+def test_histories_are_taken_out_last(toy: Path, tmp_path: Path):
+    trainer, loaders = made(toy, tmp_path / "run")
+    orders = (("all", "unseen"), ("unseen", "all"))
+    found, asked_otherwise = (trainer._rank(loaders[2], order, False).items for order in orders)
+    assert not torch.equal(found["all"], found["unseen"])
+    for protocol in ("all", "unseen"):
+        assert torch.equal(found[protocol], asked_otherwise[protocol])
+
+
 def test_metrics_over_the_whole_list(toy: Path, tmp_path: Path):
     """Those for which RecBole 1.2.1 fails; coverage is the share of items that anybody was shown."""
     trainer, loaders = made(toy, tmp_path / "run", metrics=list(METRICS))

@@ -26,7 +26,7 @@ from m2rec.studies import Plan
 from scripts import tune
 
 ROOT = Path(__file__).parent.parent
-ATTRIBUTES = {"epochs", "best_epoch", "seconds", "commit", "parameters"}
+ATTRIBUTES = {"trained_epochs", "best_epoch", "seconds", "commit", "parameters"}
 Study = Callable[..., tuple[int, str, str]]
 
 
@@ -78,7 +78,7 @@ def test_a_study_from_file_to_table(study: Study, toy: Path):
     )
     for trial in trials(toy):
         assert set(trial.user_attrs) == ATTRIBUTES
-        assert trial.user_attrs["epochs"] == 2 and trial.user_attrs["parameters"] > 1000
+        assert trial.user_attrs["trained_epochs"] == 2 and trial.user_attrs["parameters"] > 1000
         scores = trial.intermediate_values
         assert trial.value == max(scores.values()) == scores[trial.user_attrs["best_epoch"]]
     assert trials(toy)[0].user_attrs["parameters"] != trials(toy)[1].user_attrs["parameters"]
@@ -134,10 +134,10 @@ def test_another_machine_joins_a_study(study: Study, toy: Path):
 
 def test_the_number_of_epochs_may_be_searched(study: Study, toy: Path):
     fixed = {key: value for key, value in settings(toy)["fixed"].items() if key != "epochs"}
-    search = {"epochs": [3], "learning_rate": [1e-9]}
+    search = {"epochs": [50], "learning_rate": [0.05]}
     assert study(fixed={**fixed, "stopping_step": 0, "n_layers": 1}, search=search, trials=1)[0] == 0
     (row,) = rows(toy)
-    assert row["epochs"] == "3" and 1 <= int(row["trained_epochs"]) <= 3
+    assert row["epochs"] == "50" and 1 <= int(row["trained_epochs"]) < 50
 
 
 def test_another_seed_draws_others(study: Study, toy: Path):
@@ -192,7 +192,7 @@ def test_a_hopeless_trial_is_pruned(study: Study, toy: Path):
     assert status == 0, err
     first, second = trials(toy)
     assert (first.state.name, second.state.name) == ("COMPLETE", "PRUNED")
-    assert first.user_attrs["epochs"] == 6 and second.user_attrs["epochs"] >= 4
+    assert first.user_attrs["trained_epochs"] == 6 and second.user_attrs["trained_epochs"] >= 4
     assert set(second.user_attrs) == ATTRIBUTES
     assert "1 complete, 1 pruned, 0 failed" in out
     assert [row["state"] for row in rows(toy)] == ["complete", "pruned"]
@@ -379,7 +379,7 @@ def test_an_empty_file_lacks_its_keys(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_command_line_is_stronger_than_fixed(study: Study, toy: Path):
     status, out, _ = study("--trials=1", "--epochs=1")
-    assert status == 0 and trials(toy)[0].user_attrs["epochs"] == 1
+    assert status == 0 and trials(toy)[0].user_attrs["trained_epochs"] == 1
     assert "--epochs=1" in shlex.split(out.splitlines()[-1])
     assert "learning_rate is fixed too, to 1" in study("--learning_rate=1")[2]
 
