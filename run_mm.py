@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 CONFIG = Path(__file__).parent / "config.yaml"
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = run(config, folder)
         except Interrupted as stop:
             if not others:
-                how = f"; python run_mm.py --resume={stop.folder} goes on" if stop.folder else ""
+                how = f"; python run_mm.py --resume={quote(str(stop.folder))} goes on" if stop.folder else ""
                 sys.stderr.write(f"run_mm.py: stopped{how}\n")
             return 128 + stop.signal
     except (ValueError, OSError) as error:
@@ -94,8 +95,8 @@ def next_steps(folder: Path, recommends: bool) -> str:
     """What one would do next."""
     steps = {
         "look at it": str(page) if (page := folder / "report.html").exists() else "",
-        "use it": f"python scripts/recommend.py {folder} --interactive" if recommends else "",
-        "repeat it": f"python run_mm.py --config_files={folder / 'config.yaml'}",
+        "use it": f"python scripts/recommend.py {quote(str(folder))} --interactive" if recommends else "",
+        "repeat it": f"python run_mm.py --config_files={quote(str(folder / 'config.yaml'))}",
     }
     return "\n".join(f"{what + ':':<12}{how}" for what, how in steps.items() if how)
 

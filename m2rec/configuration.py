@@ -218,10 +218,15 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def _config_files(named: Any, default_file: Path | None) -> list[Path]:
-    """The files to read: those of `config_files`, separated by spaces or in a list, or the default."""
+    """The files to read: those of `config_files`, separated by spaces or in a list, or the default.
+
+    The text may also be the name of one file with spaces in it.
+    """
     if named is None:
         return [default_file] if default_file else []
-    files = named.split() if isinstance(named, str) else named
+    files = named
+    if isinstance(named, str):
+        files = [named] if Path(named).is_file() else named.split()
     if not isinstance(files, list) or not files or not all(isinstance(f, str) for f in files):
         raise ValueError(f"config_files: expected the names of files, got {named!r}")
     return [Path(f) for f in files]

@@ -35,13 +35,18 @@ _CHECKSUM = "checksum_sha256"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it and move it into place, for good."""
+    """Let `write` fill a temporary file beside `path`, sync it and move it into place, for good.
+
+    Who may read it is as the umask says, also where `write` makes a file for its owner alone.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
         with temporary.open("rb+") as file:  # Windows syncs no file that is only read
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
         _sync(path.parent)
     finally:

@@ -38,13 +38,13 @@ def overview_table(sweeps: Sequence[Sweep], answers: Mapping[str, Answers], repo
         paired = read_paired(sweep, answers[sweep.name])
         for dataset in sweep.datasets:
             lines.append(_overview_line(sweep, dataset, answers[sweep.name], paired, reported))
-    return f"{markdown(lines)}\n\n{_OVERVIEW_WORDS}"
+    return f"{markdown(lines)}\n\n{_WORDS.format(versus=versus(sweeps[0]))}"
 
 
-_OVERVIEW_WORDS = (
+_WORDS = (
     "test_unseen, full ranking. n: seeds; ±: their standard deviation. Published: the highest in "
     "`results/reported.csv`, of whichever model. Strongest baseline: the highest here of those that were "
-    "run; vs M2Rec: over the seeds that both have. p: paired bootstrap over users, these runs held fixed; "
+    "run; {versus}: over the seeds that both have. p: paired bootstrap over users, these runs held fixed; "
     "blank: not tested."
 )
 

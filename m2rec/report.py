@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from shlex import quote
 from typing import Any, Self
 
 import yaml
@@ -377,9 +378,9 @@ def _differences(runs: Mapping[str, Run]) -> str:
 
 
 def _commands(run: Run) -> str:
-    lines = [f"python run_mm.py --config_files={run.folder / CONFIG_FILE}"]
+    lines = [f"python run_mm.py --config_files={quote(str(run.folder / CONFIG_FILE))}"]
     if run.metrics.get("recommends"):
-        lines.append(f"python scripts/recommend.py {run.folder} --interactive")
+        lines.append(f"python scripts/recommend.py {quote(str(run.folder))} --interactive")
     return f"<p>To repeat the run and to use it:</p><pre>{escape(chr(10).join(lines))}</pre>"
 
 

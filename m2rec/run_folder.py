@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -62,7 +63,7 @@ def new_folder(config: Config, dataset: HistoryDataset, text: dict[str, Any] | N
 
 
 def _write_config(folder: Path, settings: dict[str, Any]) -> None:
-    header = f"# python run_mm.py --config_files={folder / CONFIG_FILE} repeats this run\n"
+    header = f"# python run_mm.py --config_files={quote(str(folder / CONFIG_FILE))} repeats this run\n"
     write_text(folder / CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 

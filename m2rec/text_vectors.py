@@ -1,8 +1,9 @@
 """Text-vector files: one vector per item token, with where it came from.
 
-A file is safetensors with `vectors` (n, T), the item tokens as UTF-8 bytes end to end in
-`tokens` with the end of each in `token_ends`, and in its metadata `model`, `date` and what else
-made it (`make_vectors`). Vectors are joined to a data set by token, never by position.
+A file is safetensors with `vectors` (n, T) in units of `scale`, a number in its metadata (1 where
+there is none), the item tokens as UTF-8 bytes end to end in `tokens` with the end of each in
+`token_ends`, and more metadata: `model`, `date` and what else made it (`make_vectors`). Vectors are
+joined to a data set by token, never by position.
 """
 
 import hashlib
@@ -69,15 +70,17 @@ def find(name: str, dataset: str, *folders: Path) -> Path | None:
 
 
 def save(path: Path, tokens: Sequence[str], vectors: np.ndarray, provenance: dict[str, str]) -> None:
-    """Write a text-vector file with half-precision vectors (n, T)."""
+    """Write a text-vector file with vectors (n, T) in half precision, which a power of two keeps in range."""
+    length = np.linalg.norm(np.asarray(vectors, dtype=np.float64), axis=1).mean() if len(vectors) else 1.0
+    scale = 2.0 ** round(np.log2(length)) if 0 < length < np.inf else 1.0
     encoded = [token.encode() for token in tokens]
     ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
     tensors = {
-        "vectors": torch.from_numpy(np.asarray(vectors, dtype=np.float16)),
+        "vectors": torch.from_numpy(np.asarray(vectors / scale, dtype=np.float16)),
         "tokens": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
         "token_ends": torch.from_numpy(ends),
     }
-    write_tensors(path, tensors, provenance)
+    write_tensors(path, tensors, {**provenance, "scale": repr(scale)})
 
 
 def read(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
@@ -105,9 +108,20 @@ def read(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
     twice, times = Counter(tokens).most_common(1)[0] if tokens else ("", 1)
     if times > 1:
         raise ValueError(f"text_vectors: {path} has token {twice!r} more than once; keep one of them")
+    vectors = vectors.float() * _scale(path, provenance.pop("scale", "1"))
     if not torch.isfinite(vectors).all():
         raise ValueError(f"text_vectors: {path} holds NaN or infinite values; make it again")
-    return tokens, vectors.float(), provenance
+    return tokens, vectors, provenance
+
+
+def _scale(path: Path, text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"text_vectors: {path} has a damaged scale, {text!r}; make it again")
+    return scale
 
 
 def check_made_alike(path: Path, made_by: Mapping[str, str], wanted: Mapping[str, Any]) -> None:

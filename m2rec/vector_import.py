@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".ckpt")
+SHORTEST, LONGEST = 1e-9, 1e15  # mean length, with which single precision can still work
 KINDS = ".npy with --ids, .parquet or .csv"
 
 
@@ -45,14 +46,11 @@ class VectorFile:
         }
 
     def read(self) -> tuple[list[str], np.ndarray]:
-        """Tokens (n,), and vectors (n, T) that all were divided by their mean length.
-
-        That changes nothing for the model, which does the same, and keeps half precision from
-        overflowing.
+        """Tokens (n,), and their vectors (n, T).
 
         Raises:
             ValueError: the file can't be read, rows don't match, a token is empty or comes twice,
-                a value is no finite number.
+                a value is no finite number, or their mean length is not between 1e-9 and 1e15.
         """
         if self.suffix == ".npy":
             tokens, vectors = _read_ids(self.ids), _read_npy(self.path)
@@ -62,9 +60,9 @@ class VectorFile:
             tokens, vectors = _read_parquet(self.path, self.id_column)
         _check(self.path, self.ids or self.path, tokens, vectors)
         length = float(np.linalg.norm(vectors, axis=1).mean())
-        if not 0 < length < np.inf:
-            raise ValueError(f"{self.path}: its vectors have a mean length of {length}; make them again")
-        return tokens, np.asarray(vectors / length, dtype=np.float32)
+        if not SHORTEST < length < LONGEST:
+            raise ValueError(f"{self.path}: its vectors have a mean length of {length}; scale them")
+        return tokens, vectors.astype(np.float32)
 
 
 def _check(path: Path, ids: Path, tokens: Sequence[str], vectors: np.ndarray) -> None:

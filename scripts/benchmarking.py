@@ -3,7 +3,6 @@
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +13,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
+
+from m2rec.provenance import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -144,15 +145,12 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         name = models[0] if models else platform.processor()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
 
 

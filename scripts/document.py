@@ -34,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     text = page((ROOT / "config.yaml").read_text(encoding="utf-8"))
     if options.check:
-        return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text)
+        current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
+        if not current:
+            print(f"{PAGE} is not what the settings say; run python scripts/document.py")
+        return int(not current)
     write_text(PAGE, text)
     print(PAGE)
     return 0

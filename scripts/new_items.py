@@ -31,10 +31,17 @@ from m2rec.settings import ModelSettings
 from m2rec.statistics import metric_of_ranks
 from m2rec.text_source import make_missing, text_file
 
+logger = logging.getLogger(__name__)
+
 CONFIG = Path(__file__).parent.parent / "config.yaml"
 K = 10
 BATCH = 256
 OF_THE_PLACE = ("dataset", "seed", "data_path", "runs_dir")  # no settings, or columns of their own
+OF_THE_REST = {  # of the data that `write_without` writes, which are filtered already
+    **{"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "TIME_FIELD": "timestamp"},
+    **{"field_separator": "\t", "load_col": {"inter": ["user_id", "item_id", "timestamp"]}},
+    **{"val_interval": None, "user_inter_num_interval": "[0,inf)", "item_inter_num_interval": "[0,inf)"},
+}
 GROUPS = ("new", "new_among_new", "old")
 COLUMNS = [
     *("dataset", "seed", "share", "commit", "settings", "items", "new_items"),
@@ -68,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"new_items.py: error: {' '.join(str(error).split())}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("new_items.py: stopped; seeds that were finished have their lines\n")
+        return 130
     return 0
 
 
@@ -96,13 +106,7 @@ def measure(given: dict[str, Any], share: float) -> dict[str, Any]:
     taken = chosen(np.isin(tokens, list(row_of)), share, config["seed"])
     data = Path(config["runs_dir"]) / "new-items" / f"{config['dataset']}-{share}-{config['seed']}"
     write_without(data, config["dataset"], histories, taken, tokens)
-    without = {
-        "data_path": str(data),
-        "field_separator": "\t",
-        "text_vectors": str(file.resolve()),
-        "user_inter_num_interval": "[0,inf)",
-        "item_inter_num_interval": "[0,inf)",
-    }
+    without = {**OF_THE_REST, "data_path": str(data), "text_vectors": str(file.resolve())}
     recommender = Recommender.load(run(build_config({**given, **without}, CONFIG)).folder)
     added = tokens[taken].tolist()
     recommender.add_items(added, raw[[row_of[token] for token in added]])
@@ -170,15 +174,26 @@ def write_without(
 def ranked(
     recommender: Recommender, histories: Histories, tokens: np.ndarray, added: set[str]
 ) -> dict[str, Any]:
-    """Metrics of users whose last item is new, among all items and among new ones, and of the others."""
+    """Metrics of users whose last item is new, among all items and among new ones, and of the others.
+
+    Items that the model does not know, because nobody was left to train them, are left out of the pasts;
+    users are, who then have no past, or whose last item is one.
+    """
     targets = histories.split.targets["test"]
+    known = np.isin(tokens, recommender.tokens[1:])
     is_new = torch.tensor([token in added for token in recommender.tokens])
     found: dict[str, list[tuple[int, float]]] = {group: [] for group in GROUPS}
-    users = np.flatnonzero(targets != NONE)
-    for rows in np.split(users, range(BATCH, len(users), BATCH)):
-        pasts = [tokens[histories.items[histories.start[u] : targets[u]]].tolist() for u in rows]
-        wanted = recommender.to_ids(tokens[histories.items[targets[rows]]].tolist())
-        for scores, past, target in zip(recommender.scores(pasts), pasts, wanted, strict=True):
+    pasts, wanted = [], []
+    for start, end in zip(histories.start[targets != NONE], targets[targets != NONE], strict=True):
+        past, target = histories.items[start:end], histories.items[end]
+        if known[target] and known[past].any():
+            pasts.append(tokens[past[known[past]]].tolist())
+            wanted.append(tokens[target])
+    if left_out := int((targets != NONE).sum()) - len(pasts):
+        logger.warning("%s users are left out, whose items only left-out users have", f"{left_out:,}")
+    for at in range(0, len(pasts), BATCH):
+        some, ids = pasts[at : at + BATCH], recommender.to_ids(wanted[at : at + BATCH])
+        for scores, past, target in zip(recommender.scores(some), some, ids, strict=True):
             own = scores[target].item()
             scores[recommender.to_ids(past)] = -torch.inf
             scores[target] = own

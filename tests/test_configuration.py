@@ -49,6 +49,9 @@ def test_config_files_replace_the_default_file(tmp_path: Path):
         path.write_text(text)
     config = build_config(parse_arguments([f"--config_files={a} {b}"]), default)
     assert (config["seed"], config["epochs"]) == (3, 8)
+    spaced = tmp_path / "my runs.yaml"
+    spaced.write_text("seed: 4")
+    assert build_config(parse_arguments([f"--config_files={spaced}"]), default)["seed"] == 4
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[str(p.relative_to(PROPERTIES)) for p in SHIPPED])

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import string
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from m2rec.sweeps import Sweep
 from m2rec.vector_import import VectorFile
 from scripts import prepare_data
 
+ROOT = Path(__file__).parent.parent
 EXAMPLES = int(os.environ.get("M2REC_FUZZ", "25"))
 fuzzed = settings(
     max_examples=EXAMPLES, deadline=None, database=None, derandomize=True,
@@ -70,7 +72,9 @@ def only_our_errors(call: Callable[[], Any]) -> None:
         pass
     except ValueError as error:
         assert type(error) is ValueError, error
-        assert str(error), "says nothing"
+        assert str(error) and "\n" not in str(error), error
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        assert raised_in.is_relative_to(ROOT / "m2rec") or raised_in.is_relative_to(ROOT / "scripts"), error
 
 
 @pytest.fixture

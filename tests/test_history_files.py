@@ -1,13 +1,15 @@
 """Histories from files, recommendations into files."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from m2rec import history_files, ranker
 from m2rec.history_files import read_histories
 from tests.test_session import TOKENS, assert_same, events, recommender
 
@@ -54,12 +56,9 @@ def test_recommendations_of_a_file(tmp_path: Path):
         assert scores == pytest.approx([r.score for r in expected], abs=1e-5)
 
 
-def test_many_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The input is read as far as the output has been written, but for a few batches."""
-    from m2rec import history_files, ranker
-
+def test_many_in_bounded_memory(monkeypatch: pytest.MonkeyPatch):
+    """The input is read as far as the output has been made, but for a batch."""
     monkeypatch.setattr(ranker, "_BATCH", 10)
-    monkeypatch.setattr(history_files, "_GROUP", 20)
     read, most = 0, 0
     model = recommender(whole_history=False)
 
@@ -73,6 +72,31 @@ def test_many_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         most = max(most, read - done)
         assert len(found) == 2
     assert done == 200 and most <= 10
+
+
+def test_a_file_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The input is read as far as the output has been written, but for a batch and a group."""
+    monkeypatch.setattr(ranker, "_BATCH", 10)
+    monkeypatch.setattr(history_files, "_GROUP", 20)
+    lines = ["user,history", *(f"u{n},{TOKENS[1 + n % 30]}" for n in range(200))]
+    (tmp_path / "in.csv").write_text("\n".join(lines) + "\n")
+    read, ahead, real, write = 0, [], history_files.read_histories, parquet.ParquetWriter.write_table
+
+    def counted(*arguments: Any) -> Iterator[Any]:
+        nonlocal read
+        for row in real(*arguments):
+            read += 1
+            yield row
+
+    def watched(writer: parquet.ParquetWriter, table: pyarrow.Table) -> None:
+        ahead.append(read - 20 * len(ahead))
+        write(writer, table)
+
+    monkeypatch.setattr(history_files, "read_histories", counted)
+    monkeypatch.setattr(parquet.ParquetWriter, "write_table", watched)
+    model = recommender(whole_history=False)
+    assert model.recommend_file(tmp_path / "in.csv", tmp_path / "out.parquet", k=2) == 200
+    assert len(ahead) == 10 and max(ahead) <= 30
 
 
 def test_a_batch_is_each_alone():

@@ -12,6 +12,7 @@ import torch
 from m2rec import text_vectors
 from m2rec.histories import Histories
 from m2rec.recommender import Recommender
+from m2rec.signals import Interrupted
 from scripts import new_items
 from tests.conftest import as_arguments, small, write_inter
 
@@ -75,6 +76,42 @@ def test_a_line_per_seed(data: Path, capsys: pytest.CaptureFixture[str]):
     assert int(first["new.users"]) + int(first["old.users"]) == 60
     assert first["new.users"] == first["new_among_new.users"]
     assert json.loads(first["settings"])["epochs"] == 1 and "new.hit@10" in capsys.readouterr().out
+
+
+def test_data_of_few_and_of_its_own_columns(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Items that only users have who are left out of the training; columns of other names."""
+    rows = [(f"u{u}", f"i{(3 * u + k) % N}", k) for u in range(60) for k in range(6)]
+    short = [history for n in range(N) for history in ((f"x{n}", f"i{n}", "i0"), (f"y{n}", f"z{n}", f"i{n}"))]
+    rows += [(f"v{v}", item, k) for v, history in enumerate(short) for k, item in enumerate(history)]
+    path = write_inter(tmp_path / "data", "ring", rows, "who:token\twhat:token\twhen:float")
+    vectors = np.random.default_rng(0).normal(size=(N, 8))
+    text_vectors.save(
+        path.with_name(f"ring{text_vectors.SUFFIX}"), [f"i{k}" for k in range(N)], vectors, {"model": "ring"}
+    )
+    columns = {
+        "USER_ID_FIELD": "who",
+        "ITEM_ID_FIELD": "what",
+        "TIME_FIELD": "when",
+        "val_interval": {"when": "[0,9]"},
+    }
+    assert new_items.main([*arguments(tmp_path / "data", epochs=1, **columns), "--share=0.3"]) == 0
+    assert "9 users are left out, whose items only left-out users have" in caplog.text
+    with (tmp_path / "out" / "new.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert int(row["new.users"]) + int(row["old.users"]) == 60 + 2 * N - 9
+
+
+def test_a_stop_is_said_in_a_line(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(config: Any) -> Any:
+        raise Interrupted(2)
+
+    monkeypatch.setattr(new_items, "run", stopped)
+    assert new_items.main(arguments(data)) == 130
+    assert capsys.readouterr().err.endswith(
+        "new_items.py: stopped; seeds that were finished have their lines\n"
+    )
 
 
 def test_places_by_hand(monkeypatch: pytest.MonkeyPatch):

@@ -245,7 +245,15 @@ def test_bpr_of_a_recbole_model(command: Command, toy: Path):
 
 
 def test_mixed_precision_trains(command: Command, toy: Path):
-    assert command(*as_arguments(small(toy, enable_amp=True)))[0] == 0
+    """In bfloat16, whose losses are near those of float32, and others."""
+    losses = []
+    for enabled in (False, True):
+        given = small(toy, enable_amp=enabled, epochs=1, runs_dir=str(toy / f"amp-{enabled}"))
+        assert command(*as_arguments(given))[0] == 0
+        (history,) = (toy / f"amp-{enabled}").rglob("history.csv")
+        with history.open() as file:
+            losses.append(float(next(csv.DictReader(file))["loss"]))
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_only_three_interactions_each(command: Command, tmp_path: Path):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from m2rec import text_vectors
+from m2rec.files import read_tensors, write_tensors
 
 TOKENS = ["a", "b b", "é😀", "d", "e", "f"]
 
@@ -26,6 +27,28 @@ def test_round_trip(tmp_path: Path):
     assert tokens == TOKENS
     assert np.allclose(read, vectors, atol=2e-3)
     assert provenance == {"model": "m", "columns": "title", "date": "2026-01-01"}
+
+
+@pytest.mark.parametrize("length", [1e-9, 1.0, 1e9, 1e15])
+def test_a_vector_is_kept_whatever_stands_beside_it(tmp_path: Path, length: float):
+    """So that vectors of new items, in a file of their own, fit those that a run was trained with."""
+    path, vectors = (
+        tmp_path / f"one{text_vectors.SUFFIX}",
+        length * np.random.default_rng(0).normal(size=(9, 4)),
+    )
+    for some in (vectors, vectors[:1], np.concatenate([vectors, 50 * vectors])):
+        text_vectors.save(path, [str(k) for k in range(len(some))], some, {})
+        found = text_vectors.read(path)[1].numpy()[: len(vectors)]
+        assert np.allclose(found, some[: len(vectors)], rtol=2e-3, atol=2e-5 * length)
+
+
+@pytest.mark.parametrize("scale", ["", "nan", "0.0", "-1.0", "inf"])
+def test_a_damaged_scale(tmp_path: Path, scale: str):
+    path, _ = saved(tmp_path)
+    tensors, about = read_tensors(path)
+    write_tensors(path, tensors, {**about, "scale": scale})
+    with pytest.raises(ValueError, match="has a damaged scale"):
+        text_vectors.read(path)
 
 
 def test_vectors_follow_their_token_under_shuffled_ids(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 import csv
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from m2rec.checks import METRICS
 from m2rec.compat import Trainer, data_preparation, init_seed
 from m2rec.configuration import build_config
 from m2rec.dataset import HistoryDataset
-from m2rec.files import write_atomically, write_text
+from m2rec.files import write_atomically, write_tensors, write_text
 from m2rec.model import M2Rec
 from m2rec.trainer import RunTrainer
 from tests.conftest import random_rows, small
@@ -137,7 +139,10 @@ def test_the_average_is_what_is_validated_and_kept(toy: Path, tmp_path: Path):
 def test_without_validation_rows_the_last_epoch_is_kept(toy: Path, tmp_path: Path):
     trainer, loaders = made(toy, tmp_path / "run", epochs=2)
     trainer.fit(loaders[0], None, show_progress=False)
+    last = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     assert trainer.best_epoch == 1
+    trainer.load_best()
+    assert all(torch.equal(value, last[name]) for name, value in trainer.model.state_dict().items())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -169,6 +174,18 @@ def test_the_repeat_bias_moves_at_its_own_pace(toy: Path, tmp_path: Path, learne
     (group,) = (g for g in trainer.optimizer.param_groups if any(p is bias for p in g["params"]))
     assert group["lr"] == pytest.approx(0.01 * pace)
     assert {g["lr"] for g in trainer.optimizer.param_groups} == {0.01, group["lr"]}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no umask here")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_who_may_read_a_file_is_as_the_umask_says(tmp_path: Path, mask: int, mode: int):
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "text", "")
+        write_tensors(tmp_path / "tensors", {"one": torch.ones(1)})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {mode}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
