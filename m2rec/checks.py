@@ -50,6 +50,8 @@ def check_recbole_keys(values: Mapping[str, Any]) -> None:
     load = values.get("load_col")
     if not isinstance(load, dict) or not isinstance(load.get("inter"), list | str):
         raise ValueError(f"load_col: expected {{inter: [column, ...]}}, got {load!r}")
+    if (keep := values.get("rm_dup_inter")) not in (None, "first", "last"):
+        raise ValueError(f"rm_dup_inter: expected first, last or ~ (keeps all), got {keep!r}")
     clip = values.get("clip_grad_norm")
     right = isinstance(clip, dict) and set(clip) <= {"max_norm", "norm_type"} and "max_norm" in clip
     if clip is not None and not (right and all(type(v) in (int, float) and v > 0 for v in clip.values())):

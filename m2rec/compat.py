@@ -26,6 +26,7 @@ try:
 except ModuleNotFoundError as error:
     raise ValueError(INSTALL_RECBOLE) from error
 
+import recbole.data.utils as _data
 import recbole.trainer.trainer as _trainer
 from recbole.config import Config
 from recbole.data import data_preparation
@@ -129,6 +130,12 @@ Dataset._remap = _remap
 # RecBole opens ./log_tensorboard for every trainer and gives no switch (RecBole 1.2.1,
 # utils/logger.py; no upstream issue found); our trainer opens its own in the run folder.
 _trainer.get_tensorboard = lambda logger: _NoTensorboard()
+
+# RecBole's data_preparation first unpickles ./saved/NAME-for-MODEL-dataloader.pth if there is one, or
+# the file that a key names (RecBole 1.2.1, data/utils.py; it is meant so). Nothing is unpickled here,
+# and nothing pickled.
+_data.load_split_dataloaders = lambda config: None
+_data.save_split_dataloaders = lambda config, dataloaders: None
 
 __all__ = [
     "INSTALL_RECBOLE",

@@ -5,6 +5,7 @@ name file and line), in which order equal-looking times stand, and how many rows
 training targets.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from m2rec.compat import (
 )
 from m2rec.histories import NONE, Histories, by_time
 from m2rec.settings import RunSettings
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("train", "valid", "test")
 
@@ -125,6 +128,26 @@ class HistoryDataset(SequentialDataset):
                 f"dataset: nobody in {self.dataset_name!r} has three interactions (the most is {longest}; "
                 f"{_in_words(self.counts)}); one is needed to start from, one to train and one to test"
             )
+
+    def _filter_nan_user_or_item(self) -> None:
+        """Leave out rows without user or item; where both are missing RecBole 1.2.1 leaves out other rows."""
+        whole = self.inter_feat[[self.uid_field, self.iid_field]].notna().all(axis=1)
+        if not whole.all():
+            logger.warning(
+                "%s of %s interactions have no user or no item and are left out; the first is number %s",
+                f"{int((~whole).sum()):,}", f"{len(whole):,}", f"{int(whole.to_numpy().argmin()) + 1:,}",
+            )  # fmt: skip
+            self.inter_feat = self.inter_feat[whole].reset_index(drop=True)
+        super()._filter_nan_user_or_item()
+
+    def _remove_duplication(self) -> None:
+        """Keep one of a user's interactions with an item; of equal times in the order of the file."""
+        keep = self.config["rm_dup_inter"]
+        if self.time_order != "exact" or keep is None:  # RecBole's sort is not stable
+            super()._remove_duplication()
+            return
+        ordered = self.inter_feat.sort_values(self.time_field, kind="stable")
+        self.inter_feat = ordered.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
 
     def _count(self) -> dict[str, int]:
         feat = self.inter_feat

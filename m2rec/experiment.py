@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Result:
-    """What a run leaves: its folder and the content of metrics.json, its last file."""
+    """What a run leaves: its folder and the content of metrics.json, with which it counts as finished."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -341,9 +341,11 @@ def _explained(
         yield
     except (OSError, Stopped):  # a full disk, an unreadable file or a stop is no fault of a key
         raise
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise ValueError(f"{what}: out of memory; {memory}") from error
     except Exception as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # PyTorch's on a CPU
+            raise ValueError(f"{what}: out of memory; {memory}") from error
         place = traceback.extract_tb(error.__traceback__)[-1].filename
         if isinstance(error, ValueError) and Path(place).is_relative_to(Path(__file__).parent):
             raise  # ours, which names its key

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.json"  # the last that a run writes
+METRICS_FILE = "metrics.json"  # with it a run is finished; only pictures of it come after
 HISTORY_FILE = "history.csv"
 RANKS_FILE = "test_ranks.csv"
 ITEMS_FILE = "items.json"

@@ -38,6 +38,8 @@ def read_histories(path: Path, progress: bool = False) -> Iterator[tuple[str, li
     Raises:
         ValueError: the file can't be read, or a row has no user or no list of tokens.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file; give a CSV or Parquet file")
     tally = Tally(path)
     csv.field_size_limit(max(csv.field_size_limit(), LINE_LIMIT))  # a history may be long
     is_parquet = path.suffix == ".parquet"

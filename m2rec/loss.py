@@ -20,6 +20,8 @@ from m2rec.repeats import Repeats
 
 Rows = Callable[[Tensor], Tensor]
 
+LEAST_ROWS = 32  # positions for which the item table is read at once
+
 
 def cross_entropy_ref(
     x: Tensor, targets: Tensor, item_table: Tensor, repeats: Repeats | None = None
@@ -45,11 +47,12 @@ def cross_entropy(
     """As `cross_entropy_ref`, holding at most `memory` MiB of scores (one position's at least).
 
     Scores are held twice for a moment, when their logarithms are summed. 0 MiB is what suits the
-    device: a CPU's cache, or so much that a GPU's calls are few.
+    device: a CPU's cache, or so much that a GPU's calls are few; but so many positions at least
+    that reading the item table for them is worth it.
     """
-    memory = memory or (512 if x.is_cuda else 16)
+    least, memory = (1, memory) if memory else (LEAST_ROWS, 512 if x.is_cuda else 16)
     dtype = torch.promote_types(item_table.dtype, torch.float32)
-    rows = max(1, memory * 2**20 // (2 * dtype.itemsize * len(item_table)))
+    rows = max(least, memory * 2**20 // (2 * dtype.itemsize * len(item_table)))
     bias = None
     if repeats is not None:
         bias, rows = repeats.bias.to(dtype), min(rows, repeats.block)

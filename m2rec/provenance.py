@@ -32,6 +32,7 @@ OF_THE_MACHINE = {
 _MAY_CHANGE = OF_THE_MACHINE | {"epochs", "stopping_step", "text_encoder", "text_vectors"}
 
 # what a sweep and its report write themselves, and what no run is made by
+_ROOT = Path(__file__).resolve().parent.parent
 _NO_CODE = (":(exclude)results", ":(exclude)*.md", ":(exclude)tests")
 
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
@@ -141,6 +142,8 @@ def peak_memory() -> int:
 def commit() -> str | None:
     """The commit of this code, `+dirty` with uncommitted changes of it; None outside a repository."""
     try:
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != _ROOT:
+            return None  # installed somewhere in another project's
         changes = _git("status", "--porcelain", "-uno", "--", ".", *_NO_CODE)
         return _git("rev-parse", "HEAD") + ("+dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
@@ -168,7 +171,7 @@ def same_code(first: str | None, second: str | None) -> bool:
 
 def _git(*arguments: str) -> str:
     """What git says about this repository."""
-    call = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
+    call = ["git", "-C", str(_ROOT), *arguments]
     return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -455,7 +455,7 @@ class Recommender:
 class Session:
     """One user, followed live; made by `Recommender.session`.
 
-    It remembers a state of constant size and which items there were, not their order.
+    It remembers a state of constant size, and the different items in the order of their first event.
     """
 
     def __init__(self, recommender: Recommender, memory: Memory) -> None:

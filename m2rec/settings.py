@@ -107,10 +107,10 @@ class ModelSettings(_Settings):
             raise ValueError(
                 f"text_width: {self.text_width} needs principal components; set text_whitening: pca, or 0"
             )
-        if self.id_dropout and not (self.text_in_table and self.text_vectors != "none"):
+        if self.id_dropout and not self.text_in_table:
             raise ValueError(
                 f"id_dropout: {self.id_dropout} would leave items nothing without text in the item table; "
-                f"set 0, or text_vectors and text_in_table: true"
+                f"set 0, or text_in_table: true"
             )
         if self.loss_type == "gBCE" and self.negative_sampling != "uniform":
             raise ValueError(

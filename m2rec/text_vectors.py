@@ -143,11 +143,11 @@ def check_made_alike(path: Path, made_by: Mapping[str, str], wanted: Mapping[str
             "add_items: vectors of lsa mean something only beside those that were made with them; train "
             "with those of a language model"
         )
-    same_weights = "model_sha256" if "model_sha256" in wanted and "model_sha256" in made_by else "model"
-    keys = [same_weights, "pooling", "instruction"]
-    if wanted.get("revision") and made_by.get("revision"):  # older files have none
-        keys.append("revision")
-    for key in keys:
+    if wanted.get("revision") and made_by.get("revision"):  # a commit says more than a hash of the settings
+        same_weights = ["model", "revision"]
+    else:
+        same_weights = ["model_sha256" if "model_sha256" in wanted and "model_sha256" in made_by else "model"]
+    for key in [*same_weights, "pooling", "instruction"]:
         ours, theirs = wanted.get(key) or "", made_by.get(key) or ""
         if ours != theirs:
             models = f"{made_by['model']}, the run of {wanted['model']}"

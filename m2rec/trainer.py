@@ -68,6 +68,8 @@ class RunTrainer(Trainer):
 
     def __init__(self, config: Config, model: nn.Module, folder: Path, resumes: bool = False) -> None:
         config["checkpoint_dir"] = str(folder)
+        if not distributed.is_first():
+            config["log_wandb"] = False  # one run, not one for each process
         super().__init__(config, model)
         # for enable_amp: float16, the default on CUDA, would need a loss scaler
         torch.set_autocast_dtype(self.device.type, torch.bfloat16)
@@ -94,14 +96,13 @@ class RunTrainer(Trainer):
             if config["tensorboard"]:
                 self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
-    def fit(
-        self, train_data: Any, valid_data: Any = None, *args: Any, callback_fn: Any = None, **kwargs: Any
-    ) -> Any:
+    def fit(self, train_data: Any, valid_data: Any = None, *, callback_fn: Any = None, **kwargs: Any) -> Any:
         """RecBole's fit, with our own line per epoch instead of its four, and checkpoints.
 
         Args:
             train_data, valid_data: the loaders; without validation the last weights are kept.
             callback_fn: called with epoch and score after each validation.
+            kwargs: RecBole's others, by name.
 
         Raises:
             Interrupted: it was asked to stop, and has kept what it takes to go on.
@@ -122,7 +123,7 @@ class RunTrainer(Trainer):
 
         kwargs = {"verbose": False, "callback_fn": after_validation, **kwargs}
         with self._request:
-            outcome = super().fit(train_data, valid_data, *args, **kwargs)
+            outcome = super().fit(train_data, valid_data, **kwargs)
             if request := self._stop_request():
                 raise Interrupted(request)
         return outcome
@@ -240,7 +241,8 @@ class RunTrainer(Trainer):
         self._epoch_began = self._loader.get_state()
         total, steps = torch.tensor(done.loss, device=self.device), done.steps
         batches = self._after(done.steps, train_data)
-        for batch in self._progress(batches, f"train {epoch_idx:>4}", show_progress):
+        what, left = f"train {epoch_idx:>4}", len(train_data) - done.steps
+        for batch in self._progress(batches, what, show_progress, left):
             steps += 1
             self._place = epoch_idx, steps
             total += self._step(batch.to(self.device), train_data.dataset.rows == "dense")
@@ -328,9 +330,11 @@ class RunTrainer(Trainer):
         lengths = self.config["ITEM_LIST_LENGTH_FIELD"]
         return own, float(own[lengths].sum() / batch[lengths].sum())
 
-    def _progress(self, steps: Iterable[Any], what: str, shown: bool) -> Iterable[Any]:
+    def _progress(
+        self, steps: Iterable[Any], what: str, shown: bool, total: int | None = None
+    ) -> Iterable[Any]:
         shown = shown and distributed.is_first()
-        return tqdm(steps, desc=what, leave=False, ncols=100) if shown else steps
+        return tqdm(steps, desc=what, total=total, leave=False, ncols=100) if shown else steps
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
         with self._averaged():
@@ -394,7 +398,17 @@ class RunTrainer(Trainer):
         model_file: str | None = None,
         show_progress: bool = False,
     ) -> Any:
-        """RecBole's evaluation on the weights as they are, or on the best ones."""
+        """RecBole's evaluation on the weights as they are, or on the best ones of this run.
+
+        Args:
+            load_best_model: false by default, unlike in RecBole.
+            model_file: no other than this run's.
+
+        Raises:
+            ValueError: another file of weights is named.
+        """
+        if model_file not in (None, self.saved_model_file):
+            raise ValueError(f"model_file: {model_file!r} is not of this run; it has {self.saved_model_file}")
         if load_best_model:
             self.load_best()
         return self._metrics(self._rank(eval_data, (ALL,), show_progress), ALL)

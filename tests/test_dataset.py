@@ -250,3 +250,35 @@ def test_ml_1m_counts_and_orders():
         assert len(train) == 8617 and train.n_targets == 999611 - 3 * 6040
         ends[time_order] = {row[0]: row[2] for row in tokens(test)}
     assert sum(ends["exact"][user] != ends["recbole"][user] for user in ends["exact"]) == 1190
+
+
+@pytest.mark.parametrize("keep", ["first", "last"])
+def test_of_repeated_items_one_is_kept_in_the_order_of_the_file(tmp_path: Path, keep: str):
+    """All at one time, so that a sort that is not stable shows."""
+    rows = [
+        (f"u{u}", f"i{(u + k) % 20 if k < 20 else (u + 3) % 20}", 5) for u in range(60) for k in range(21)
+    ]
+    write_inter(tmp_path, "toy", rows)
+    test = tokens(built(tmp_path, rm_dup_inter=keep, MAX_ITEM_LIST_LENGTH=30)[2])
+    for user, history, target in test:
+        u = int(user[1:])
+        own = [f"i{(u + k) % 20}" for k in range(20)]
+        if keep == "last":
+            own = [*own[:3], *own[4:], own[3]]
+        assert [*history, target] == own
+
+
+def test_rows_without_user_or_item_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = random_rows()
+    gaps = {1: ("", "i1", 1), 4: ("u1", "", 2), 9: ("", "", 3)}
+    with_gaps = list(rows)
+    for place, row in gaps.items():
+        with_gaps.insert(place, row)
+    write_inter(tmp_path / "whole", "toy", rows)
+    write_inter(tmp_path / "gaps", "toy", with_gaps)
+    for ours, expected in zip(built(tmp_path / "gaps"), built(tmp_path / "whole"), strict=True):
+        assert tokens(ours) == tokens(expected)
+    lost = (
+        f"3 of {len(with_gaps)} interactions have no user or no item and are left out; the first is number 2"
+    )
+    assert lost in caplog.text

@@ -272,6 +272,11 @@ def test_new_items_from_a_file(folder: Path, vectors: Path, tmp_path: Path):
             {"model": "a", "model_sha256": "1", "revision": "y"},
             "revision is 'y', not 'x'",
         ),
+        (  # a hash of the settings, which another version of transformers lists otherwise
+            {"model": "a", "model_sha256": "1", "revision": "x"},
+            {"model": "a", "model_sha256": "2", "revision": "x"},
+            None,
+        ),
         ({"model": "a", "instruction": "q: "}, {"model": "a"}, "instruction is '', not 'q: '"),
         ({"model": "a"}, {"model": "a", "instruction": "", "revision": "x"}, None),  # the shipped file
         ({}, {"model": "a"}, "the run does not say which model made its vectors"),

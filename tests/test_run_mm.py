@@ -3,19 +3,26 @@
 import csv
 import errno
 import json
+import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from m2rec.configuration import build_config
+from m2rec.dataset import HistoryDataset
+from m2rec.experiment import resumed
 from m2rec.files import read_tensors
+from m2rec.run_folder import new_folder
 from tests.conftest import as_arguments, random_rows, small, write_inter
+from tests.test_vector_import import Trap
 
 ROOT = Path(__file__).parent.parent
 Command = Callable[..., tuple[int, str, str]]
@@ -238,6 +245,32 @@ def test_a_data_sets_name_stays_inside_the_runs_folder(command: Command, tmp_pat
     assert Path(out.splitlines()[-1]).parent == tmp_path / "runs"
 
 
+@pytest.mark.parametrize("model", ["M2Rec", "SASRec"])
+def test_nothing_is_pickled_or_unpickled(
+    command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+):
+    """RecBole looks for the data loaders of another run in ./saved, or where a key says."""
+    ran = tmp_path / "ran"
+    monkeypatch.chdir(tmp_path)
+    Path("saved").mkdir()
+    for name in (f"saved/toy-for-{model}-dataloader.pth", "other.pth"):
+        Path(name).write_bytes(pickle.dumps(Trap(ran)))
+    given = {"dataset": "toy", "model": model, "data_path": toy, "epochs": 1, "gpu_id": ""}
+    for keys in ([], ["--dataloaders_save_path=other.pth"], ["--save_dataloaders=true"]):
+        assert command(*as_arguments(given), *keys)[0] == 0
+    assert not ran.exists() and len(list(Path("saved").iterdir())) == 1
+
+
+def test_a_run_without_text_resumes_with_id_dropout(command: Command, toy: Path, tmp_path: Path):
+    given = small(toy, id_dropout=0.2, runs_dir=str(tmp_path / "runs"))
+    given["text_vectors"] = "auto"
+    config = build_config(given)
+    folder = new_folder(config, HistoryDataset(config), None)
+    for name in ("checkpoint.safetensors", "history.csv"):
+        (folder / name).touch()
+    assert resumed(folder, {})["id_dropout"] == 0.2
+
+
 def test_bpr_of_a_recbole_model(command: Command, toy: Path):
     given = {"dataset": "toy", "data_path": toy, "epochs": 1, "gpu_id": ""}
     status, _, err = command(*as_arguments(given), "--model=GRU4Rec", "--loss_type=BPR", "--topk=[5,10]")
@@ -271,6 +304,21 @@ def test_one_user_and_twelve_items(command: Command, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 9 TiB"), RuntimeError("[enforce fail] can't allocate memory: 1 TB")],
+)
+def test_memory_that_runs_out_on_a_cpu(
+    command: Command, toy: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("m2rec.experiment.data_preparation", fail)
+    status, _, err = command(*as_arguments(small(toy)))
+    assert status == 2 and "out of memory; lower train_batch_size, eval_batch_size or MAX_ITEM" in err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--learning_rat=1"], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
@@ -282,6 +330,7 @@ def test_one_user_and_twelve_items(command: Command, tmp_path: Path):
         (["--gpu_id=77"], "gpu_id: there is no GPU '77'"),
         (["--scan_backend=mamba_ssm"], "scan_backend: 'mamba_ssm' needs a CUDA device and this is cpu"),
         (["--pre_model_path=x.pth"], "pre_model_path: 'x.pth' would be unpickled"),
+        (["--rm_dup_inter=false"], "rm_dup_inter: expected first, last or ~ (keeps all), got False"),
         (["epochs=3"], "argument 'epochs=3': expected --key=value"),
         (["--runs_dir=/dev/null/x"], "runs_dir: can't create "),
     ],

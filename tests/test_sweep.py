@@ -261,12 +261,15 @@ def test_results_and_readme_are_no_code(tmp_path: Path, monkeypatch: pytest.Monk
         return commit()
 
     git("init")
-    monkeypatch.setattr("m2rec.provenance.__file__", str(tmp_path / "m2rec" / "provenance.py"))
+    monkeypatch.setattr("m2rec.provenance._ROOT", tmp_path.resolve())
     first = committed("m2rec/experiment.py", "results/a.csv", "README.md", "config.yaml", "tests/test.py")
     (tmp_path / "results" / "a.csv").write_text("two")
     (tmp_path / "README.md").write_text("two")
     assert commit() == first and same_code(first, first)
     check_clean()
+    with monkeypatch.context() as installed:  # into a folder of another project's repository
+        installed.setattr("m2rec.provenance._ROOT", tmp_path.resolve() / "m2rec")
+        assert commit() is None
     second = committed("results/a.csv", "README.md", "tests/test.py")
     assert second != first and same_code(first, second)
     assert same_code(f"{first} and {second}", second)

@@ -176,6 +176,12 @@ def test_the_repeat_bias_moves_at_its_own_pace(toy: Path, tmp_path: Path, learne
     assert {g["lr"] for g in trainer.optimizer.param_groups} == {0.01, group["lr"]}
 
 
+def test_the_weights_of_another_file_are_not_evaluated(toy: Path, tmp_path: Path):
+    trainer, loaders = made(toy, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"model_file: 'other\.pth' is not of this run"):
+        trainer.evaluate(loaders[2], load_best_model=True, model_file="other.pth")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="no umask here")
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_who_may_read_a_file_is_as_the_umask_says(tmp_path: Path, mask: int, mode: int):
