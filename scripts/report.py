@@ -82,8 +82,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     shown = len(options.runs_shown)
     if shown and (options.check or options.paired or options.page):
         parser.error("RUN goes with none of --check, --paired and --page")
-    if options.paired and (options.check or options.page):
-        parser.error("--paired goes with none of --check and --page")
+    if options.paired and options.check:
+        parser.error("--check writes nothing, and --paired does; give one of them")
     if options.output and shown < 2:
         parser.error("--output is for the page of several runs")
     if options.pictures and shown != 1:

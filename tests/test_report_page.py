@@ -126,7 +126,7 @@ def test_pictures_as_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert script.main([str(folder), str(folder), "--pictures=x"]) == 2
     assert "--pictures is for one run" in capsys.readouterr().err
     assert script.main(["--check", "--paired=ml-100k"]) == 2
-    assert "--paired goes with none of --check and --page" in capsys.readouterr().err
+    assert "--check writes nothing, and --paired does" in capsys.readouterr().err
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     (other / "insights.json").unlink()
     assert script.main([str(other), f"--pictures={tmp_path / 'none'}"]) == 2
