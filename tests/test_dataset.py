@@ -254,9 +254,11 @@ def test_ml_1m_counts_and_orders():
 
 @pytest.mark.parametrize("keep", ["first", "last"])
 def test_of_repeated_items_one_is_kept_in_the_order_of_the_file(tmp_path: Path, keep: str):
-    """All at one time, so that a sort that is not stable shows."""
+    """Each user at one time, so that a sort that is not stable shows."""
     rows = [
-        (f"u{u}", f"i{(u + k) % 20 if k < 20 else (u + 3) % 20}", 5) for u in range(60) for k in range(21)
+        (f"u{u}", f"i{(u + k) % 20 if k < 20 else (u + 3) % 20}", 1000 - u)
+        for u in range(60)
+        for k in range(21)
     ]
     write_inter(tmp_path, "toy", rows)
     test = tokens(built(tmp_path, rm_dup_inter=keep, MAX_ITEM_LIST_LENGTH=30)[2])
