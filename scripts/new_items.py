@@ -38,9 +38,14 @@ K = 10
 BATCH = 256
 OF_THE_PLACE = ("dataset", "seed", "data_path", "runs_dir")  # no settings, or columns of their own
 OF_THE_REST = {  # of the data that `write_without` writes, which are filtered already
-    **{"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "TIME_FIELD": "timestamp"},
-    **{"field_separator": "\t", "load_col": {"inter": ["user_id", "item_id", "timestamp"]}},
-    **{"val_interval": None, "user_inter_num_interval": "[0,inf)", "item_inter_num_interval": "[0,inf)"},
+    "USER_ID_FIELD": "user_id",
+    "ITEM_ID_FIELD": "item_id",
+    "TIME_FIELD": "timestamp",
+    "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+    "field_separator": "\t",
+    "val_interval": None,
+    "user_inter_num_interval": "[0,inf)",
+    "item_inter_num_interval": "[0,inf)",
 }
 GROUPS = ("new", "new_among_new", "old")
 COLUMNS = [
