@@ -77,7 +77,9 @@ def resumed_folder(given: Mapping[str, Any]) -> Path | None:
 
 def format_table(metrics: dict) -> str:
     """The metrics as a table: a line per metric, a column per protocol."""
-    parts = [part for part in ("valid", "test", "test_unseen") if metrics[part]]
+    returning = metrics["protocol"].get("returning")
+    shown = ("valid", "test", "test_unseen", *(("test_new",) if returning else ()))
+    parts = [part for part in shown if metrics[part]]
     seconds, protocol = metrics["seconds"]["total"], metrics["protocol"]
     title = f"{metrics['model']} on {metrics['dataset']}, seed {metrics['seed']}, {seconds:.0f} s"
     width = max(len(name) for name in ("metric", *metrics["test"])) + 2
@@ -88,6 +90,8 @@ def format_table(metrics: dict) -> str:
         f"split {protocol['split']}, full ranking, time order {protocol['time_order']}; "
         "test: history stays in the ranking, test_unseen: history removed"
     )
+    if returning:
+        lines.append(returning)
     return "\n".join(lines)
 
 

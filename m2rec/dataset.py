@@ -44,6 +44,7 @@ class HistoryDataset(SequentialDataset):
             `global_time`: one moment ends everybody's training, another one validation.
         part: `train`, `valid` or `test` after `build`.
         counts: users, items and interactions after filtering.
+        n_tied: interactions that share their time with another one of the same user.
         gaps: quartiles of the time between neighbouring interactions of a user, in the file's unit;
             None where nobody has two.
         histories: each user's items in order.
@@ -57,6 +58,7 @@ class HistoryDataset(SequentialDataset):
         self._shares = settings.valid_from, settings.test_from
         self.part: str | None = None
         self.counts: dict[str, int] = {}
+        self.n_tied = 0
         self.gaps: tuple[float, float, float] | None = None
         self.histories: Histories | None = None
         super().__init__(config)
@@ -161,10 +163,11 @@ class HistoryDataset(SequentialDataset):
         """Sort by exact time before RecBole rounds it to float32; its own sorts are stable."""
         if self.time_order == "exact":
             self.inter_feat = self.inter_feat.sort_values(self.time_field, kind="stable", ignore_index=True)
+        times = self.inter_feat[self.time_field].to_numpy()
+        times = times if self.time_order == "exact" else times.astype(np.float32)
+        users = self.inter_feat[self.uid_field].to_numpy()
+        self.n_tied = _count_tied(users, times)
         if self.split == "global_time":
-            times = self.inter_feat[self.time_field].to_numpy()
-            times = times if self.time_order == "exact" else times.astype(np.float32)
-            users = self.inter_feat[self.uid_field].to_numpy()
             self._counts_by_time = _count_by_time(users, times, self._shares)
         super()._change_feat_format()
 
@@ -227,6 +230,12 @@ class HistoryDataset(SequentialDataset):
             return len(self)
         return int(self.inter_feat[self.item_list_length_field].sum())
 
+    @property
+    def n_returning(self) -> int:
+        """Targets of this part, validation or test, that their user had before."""
+        assert self.histories is not None and self.part is not None
+        return int(self.histories.target_returns(self.inter_feat[self.uid_field].numpy(), self.part).sum())
+
     def build(self) -> list["HistoryDataset"]:
         """Split into training, validation and test rows."""
         self._change_feat_format()
@@ -258,6 +267,14 @@ class HistoryDataset(SequentialDataset):
             return Counter(targets[targets > 0].tolist())
         counts: Counter[int] = super().counter(column)
         return counts
+
+
+def _count_tied(users: np.ndarray, times: np.ndarray) -> int:
+    """How many interactions share their time with another one of the same user."""
+    order = np.lexsort((times, users))
+    users, times = users[order], times[order]
+    as_before = np.r_[False, (users[1:] == users[:-1]) & (times[1:] == times[:-1])]
+    return int((as_before | np.r_[as_before[1:], False]).sum())
 
 
 def _count_by_time(users: np.ndarray, times: np.ndarray, shares: tuple[float, float]) -> list[np.ndarray]:

@@ -22,7 +22,8 @@ from m2rec.dataset import HistoryDataset
 from m2rec.files import write_text
 from m2rec.statistics import metric_of_ranks
 
-ALL, UNSEEN = "all", "unseen"
+ALL, UNSEEN, NEW = "all", "unseen", "new"
+NO_ITEM = 0  # padding, in a ranking that has no more items
 
 # upper ends of the buckets; what lies above the last is one more
 POPULARITY = (0, 5, 20, 100)
@@ -35,11 +36,18 @@ class Ranking:
 
     Attributes:
         targets: (n,) the items that were really next.
-        items: by protocol, (n, K) the best items, best first.
+        returning: (n,), True where the user had the target before.
+        items: by protocol, (n, K) the best items, best first; 0 where there are no more.
     """
 
     targets: Tensor
+    returning: Tensor
     items: dict[str, Tensor]
+
+    def with_new_targets(self) -> "Ranking":
+        """The rows of users who had not the target before, without their history in the ranking."""
+        new = ~self.returning
+        return Ranking(self.targets[new], self.returning[new], {NEW: self.items[UNSEEN][new]})
 
     def hits(self, protocol: str) -> Tensor:
         """(n, K), True where the target stands."""
@@ -64,10 +72,11 @@ def rank_items(
         score: rows -> (b, V) scores, padding's -inf.
         loader: the part's loader, of a `HistoryDataset`.
         batches: goes through the batches of rows, for a progress bar.
-        protocols: `all`, RecBole's; `unseen`, where the items that a user had before, other than
-            the target, are taken out (where fewer than K are left, they fill the end of the list).
+        protocols: `all`, RecBole's; `unseen`, where the items that a user had before are taken out,
+            the target too if it is one of them.
     """
     dataset: HistoryDataset = loader.dataset
+    assert dataset.histories is not None and dataset.part is not None
     cut = max(loader.config["topk"])
     lengths = dataset.inter_feat[dataset.item_list_length_field]
     own = lengths.argsort(stable=True)[distributed.rank() :: distributed.size()]  # alike ones together
@@ -80,31 +89,31 @@ def rank_items(
         for name, parts in found.items():
             if name == UNSEEN:
                 remove_history(scores, interaction, dataset)
-            parts.append(scores.topk(cut).indices.cpu())
+            best = scores.topk(cut)
+            parts.append(best.indices.masked_fill(best.values == -torch.inf, NO_ITEM).cpu())
     order = distributed.gather(own).argsort()
     items = {name: distributed.gather(torch.cat(parts))[order] for name, parts in found.items()}
-    return Ranking(dataset.inter_feat[dataset.iid_field], items)
+    returning = dataset.histories.target_returns(dataset.inter_feat[dataset.uid_field].numpy(), dataset.part)
+    return Ranking(dataset.inter_feat[dataset.iid_field], torch.from_numpy(returning), items)
 
 
 def remove_history(scores: Tensor, interaction: Interaction, dataset: HistoryDataset) -> None:
-    """Set the scores of each row's earlier items to -inf, but keep its target's."""
+    """Set the scores of each row's earlier items to -inf: nothing of them can be recommended."""
     assert dataset.histories is not None and dataset.part is not None
-    rows = torch.arange(len(scores), device=scores.device)
-    targets = interaction[dataset.iid_field].to(scores.device)
-    kept = scores[rows, targets]
     owner, items = dataset.histories.before(interaction[dataset.uid_field].cpu().numpy(), dataset.part)
     scores[torch.from_numpy(owner).to(scores.device), torch.from_numpy(items).to(scores.device)] = -torch.inf
-    scores[rows, targets] = kept
 
 
 def places_of_targets(scores: Tensor, targets: Tensor) -> np.ndarray:
-    """Each row's place of its target from 1, the last one among equal scores.
+    """Each row's place of its target from 1, the last one among equal scores; 0 where its score is -inf.
 
     Args:
         scores: (b, V).
         targets: (b,).
     """
-    return np.asarray((scores >= scores.gather(1, targets[:, None])).sum(1).cpu())
+    own = scores.gather(1, targets[:, None])
+    places = (scores >= own).sum(1).masked_fill(own[:, 0] == -torch.inf, 0)
+    return np.asarray(places.cpu())
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class Breakdown:
         users, items: (n,) tokens of user and target.
         popularity: (n,) how often training meets the target.
         history: (n,) how many items the user had before it.
+        returning: (n,) whether the target is one of them.
         places: for `test` and `test_unseen`, (n,) the target's place in the ranking, 0 for none.
     """
 
@@ -122,6 +132,7 @@ class Breakdown:
     items: np.ndarray
     popularity: np.ndarray
     history: np.ndarray
+    returning: np.ndarray
     places: dict[str, np.ndarray]
 
     @classmethod
@@ -135,6 +146,7 @@ class Breakdown:
             dataset.field2id_token[dataset.iid_field][targets],
             dataset.histories.trained(dataset.item_num)[targets],
             dataset.histories.lengths(users, dataset.part),
+            ranking.returning.numpy(),
             {"test": ranking.places(ALL), "test_unseen": ranking.places(UNSEEN)},
         )
 
@@ -142,8 +154,9 @@ class Breakdown:
         """Number of users and the metrics in each bucket that has any.
 
         Returns:
-            `popularity` and `history` -> bucket, such as `6-20` -> `users`, and `test` and
-            `test_unseen` with Hit, NDCG and MRR.
+            `popularity` and `history` -> bucket, such as `6-20` -> `users`, and `test`, `test_unseen`
+            and `test_new` with Hit, NDCG and MRR; `test_new` is of those of `new_users` users, empty
+            if there are none.
         """
         by = {"popularity": (self.popularity, POPULARITY), "history": (self.history, HISTORY)}
         table: dict[str, dict[str, dict[str, Any]]] = {}
@@ -158,21 +171,26 @@ class Breakdown:
         return table
 
     def _metrics(self, chosen: np.ndarray, topk: Iterable[int], digits: int) -> dict[str, Any]:
+        new = chosen & ~self.returning
+        rows = {name: places[chosen] for name, places in self.places.items()}
+        rows["test_new"] = self.places["test_unseen"][new]
         metrics = {
             protocol: {
-                metric: round(float(metric_of_ranks(metric, places[chosen]).mean()), digits)
+                metric: round(float(metric_of_ranks(metric, places).mean()), digits)
                 for metric in (f"{name}@{k}" for name in ("hit", "ndcg", "mrr") for k in topk)
             }
-            for protocol, places in self.places.items()
+            for protocol, places in rows.items()
+            if len(places)
         }
-        return {"users": int(chosen.sum()), **metrics}
+        return {"users": int(chosen.sum()), "new_users": int(new.sum()), "test_new": {}, **metrics}
 
     def write(self, path: Path) -> None:
-        """One line per row: user, target, history, popularity, and its place by protocol."""
+        """One line per row: user, target, history, popularity, whether it returns, its place by protocol."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["user", "item", "history", "popularity", *self.places])
-        columns = (self.users, self.items, self.history, self.popularity, *self.places.values())
+        writer.writerow(["user", "item", "history", "popularity", "returning", *self.places])
+        facts = (self.users, self.items, self.history, self.popularity, self.returning.astype(int))
+        columns = (*facts, *self.places.values())
         writer.writerows(zip(*columns, strict=True))
         write_text(path, text.getvalue())
 

@@ -18,7 +18,7 @@ from m2rec import distributed, provenance
 from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.configuration import build_config, find_model, read_yaml
 from m2rec.dataset import HistoryDataset
-from m2rec.evaluation import ALL, UNSEEN
+from m2rec.evaluation import ALL, NEW, UNSEEN
 from m2rec.files import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
@@ -34,6 +34,7 @@ from m2rec.insights import look
 from m2rec.model import M2Rec
 from m2rec.provenance import (
     commit,
+    describe_cautions,
     describe_data,
     describe_device,
     describe_machine,
@@ -146,6 +147,8 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
     _fit_topk(config, dataset.item_num - 1)
     data = describe_data(dataset, train, valid, test)
     logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))
+    for caution in describe_cautions(data).values():
+        logger.info("%s", caution)
     clock.lap("data")
     if config["model"] == M2Rec.__name__ and folder is None:
         make_missing(config, item_tokens(dataset)[1:])
@@ -269,15 +272,18 @@ def _evaluate(prepared: Prepared) -> Result:
     """Test the best weights and write metrics.json, the run's last file but for its report."""
     config, trainer, (_, valid, test) = prepared.config, prepared.trainer, prepared.parts
     trainer.load_best()
-    tested = trainer.evaluate_both(test)
-    validated = trainer.evaluate_both(valid).metrics if prepared.has_valid else {ALL: {}, UNSEEN: {}}
+    tested = trainer.evaluate_all(test)
+    nothing: dict[str, dict[str, float]] = {ALL: {}, UNSEEN: {}, NEW: {}}
+    validated = trainer.evaluate_all(valid).metrics if prepared.has_valid else nothing
     metrics = {
         "model": config["variant"],
         "dataset": config["dataset"],
         "valid": validated[ALL],
         "valid_unseen": validated[UNSEEN],
+        "valid_new": validated[NEW],
         "test": tested.metrics[ALL],
         "test_unseen": tested.metrics[UNSEEN],
+        "test_new": tested.metrics[NEW],
         "test_by": tested.rows.table(config["topk"], config["metric_decimal_place"]),
     }
     prepared.clock.lap("evaluation")
@@ -286,7 +292,7 @@ def _evaluate(prepared: Prepared) -> Result:
         "valid_metric": config["valid_metric"].lower(),
         "best_epoch": trainer.best_epoch,
         "epochs": len(trainer.train_loss_dict),
-        "protocol": describe_protocol(config, prepared.dataset),
+        "protocol": {**describe_protocol(config, prepared.dataset), **describe_cautions(prepared.data)},
         "seed": config["seed"],
         "commit": trainer.notes["commit"],
         "versions": provenance.versions(),

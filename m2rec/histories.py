@@ -92,6 +92,12 @@ class Histories:
         offset = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
         return owner, self.items[np.repeat(start, lengths) + offset]
 
+    def target_returns(self, users: np.ndarray, part: str) -> np.ndarray:
+        """Whether each user's target of `part` is among the items before it, (len(users),)."""
+        targets = self.items[self.split.targets[part][np.searchsorted(self.users, users)]]
+        owner, items = self.before(users, part)
+        return np.bincount(owner[items == targets[owner]], minlength=len(users)) > 0
+
     def trained(self, n_items: int) -> np.ndarray:
         """How often training meets each item, as input or target, (n_items,).
 

@@ -142,7 +142,10 @@ def _filter(layer: CausalFilter, longest: int) -> dict[str, Any]:
 
 
 def _examples(score: Callable[[Interaction], Tensor], test: HistoryDataset) -> list[dict[str, Any]]:
-    """Some test users: the end of the history, the best items that are not in it, and what was next."""
+    """Some test users: the end of the history, the best items that are not in it, and what was next.
+
+    `place` is 0 where the user had the next item before.
+    """
     assert test.histories is not None and test.part is not None
     rows = _spread(len(test), _EXAMPLES)
     if not len(rows):

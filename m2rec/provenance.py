@@ -5,7 +5,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,44 @@ def describe_device(config: Config) -> str:
 
 
 def describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) -> dict[str, int]:
-    """Counts after filtering, and the rows and targets of each part."""
+    """Counts after filtering, the rows and targets of each part, returning targets and tied times.
+
+    Returns:
+        `valid_returning` and `test_returning` count targets that their user had before, `tied`
+        interactions that share their time with another one of the same user.
+    """
     rows = {"train_rows": train, "valid_rows": valid, "test_rows": test}
     return {
         **dataset.counts,
         **{name: len(part.dataset) for name, part in rows.items()},
         "train_targets": train.dataset.n_targets,
+        "valid_returning": valid.dataset.n_returning,
+        "test_returning": test.dataset.n_returning,
+        "tied": dataset.n_tied,
     }
+
+
+def describe_cautions(data: Mapping[str, int]) -> dict[str, str]:
+    """A sentence for what one should know before reading the metrics.
+
+    Args:
+        data: as `describe_data` counts it.
+
+    Returns:
+        `ties` and `returning`, each only where there are such.
+    """
+    cautions = {}
+    if tied := data["tied"]:
+        share = f"{tied:,} of {data['interactions']:,} interactions ({tied / data['interactions']:.0%})"
+        cautions["ties"] = (
+            f"{share} share their time with another one of the same user; their order is that of the file"
+        )
+    if returning := data["test_returning"]:
+        share = f"{returning:,} of {data['test_rows']:,} test targets ({returning / data['test_rows']:.0%})"
+        cautions["returning"] = (
+            f"{share} are in their user's history: misses in test_unseen, left out of test_new"
+        )
+    return cautions
 
 
 def describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]:
@@ -107,9 +138,11 @@ def describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]
         "targets": split[dataset.split],
         "ranking": "full, over all items",
         "test": "RecBole's protocol: the user's history stays in the ranking",
-        "test_unseen": "the user's history is removed from the ranking, the target never",
+        "test_unseen": "the user's history is removed from the ranking; a target that is in it is a miss",
+        "test_new": "as test_unseen, over the users whose target is not in their history",
         "valid": "as test",
         "valid_unseen": "as test_unseen",
+        "valid_new": "as test_new",
         "time_order": dataset.time_order,
         "rows": dataset.rows,
         "chosen_by": f"best {config['valid_metric']} on valid",

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -24,7 +24,7 @@ from m2rec.files import (
 from m2rec.page import Figure
 from m2rec.trained import stored_titles
 
-_PARTS = ("valid", "test", "test_unseen")
+_PARTS = ("valid", "test", "test_unseen", "test_new")
 _UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
 
 
@@ -164,7 +164,9 @@ def _of_several(runs: Mapping[str, Run]) -> str:
     """The page of several runs by name."""
     sections = [
         _head("Runs compared", runs),
-        page.section("Quality", *(_side_by_side(runs, part) for part in ("test", "test_unseen"))),
+        page.section(
+            "Quality", *(_side_by_side(runs, part) for part in _shown_parts(runs.values()) if part != "valid")
+        ),
         page.section("Training", page.grid(_curves(runs))),
         page.section("What differs", _differences(runs)),
         *(page.section(name, _protocol(run), _commands(run)) for name, run in runs.items()),
@@ -185,25 +187,34 @@ def _head(title: str, runs: Mapping[str, Run]) -> str:
 
 
 def _metrics_table(run: Run) -> str:
-    parts = [part for part in _PARTS if run.metrics.get(part)]
+    parts = _shown_parts([run])
     rows = [[name, *(_number(run.metrics[part][name]) for part in parts)] for name in run.metrics["test"]]
     return page.table(["metric", *parts], rows)
 
 
+def _shown_parts(runs: Collection[Run]) -> list[str]:
+    """The protocols that were measured; test_new only where it differs from test_unseen."""
+    returns = any(run.metrics["data"].get("test_returning") for run in runs)
+    parts = [part for part in _PARTS if returns or part != "test_new"]
+    return [part for part in parts if any(run.metrics.get(part) for run in runs)]
+
+
 def _side_by_side(runs: Mapping[str, Run], part: str) -> str:
-    names = list(dict.fromkeys(name for run in runs.values() for name in run.metrics[part]))
-    rows = [[name, *(_number(run.metrics[part].get(name)) for run in runs.values())] for name in names]
+    measured = [run.metrics.get(part, {}) for run in runs.values()]
+    names = list(dict.fromkeys(name for metrics in measured for name in metrics))
+    rows = [[name, *(_number(metrics.get(name)) for metrics in measured)] for name in names]
     return f"<h3>{part}</h3>" + page.table(["metric", *runs], rows)
 
 
 def _protocol(run: Run) -> str:
     p = run.metrics["protocol"]
     data = ", ".join(f"{name} {count:,}" for name, count in run.metrics["data"].items())
+    cautions = "".join(f" {escape(p[key])}." for key in ("ties", "returning") if key in p)
     return (
         f'<p class="note">Split {escape(p["split"])}: {escape(p["targets"])}. '
         f"Ranking {escape(p['ranking'])}, time order {escape(p['time_order'])}, "
         f"{escape(p['chosen_by'])}. test: {escape(p['test'])}. test_unseen: {escape(p['test_unseen'])}. "
-        f"Data: {escape(data)}.</p>"
+        f"Data: {escape(data)}.{cautions}</p>"
     )
 
 
@@ -357,11 +368,15 @@ def _examples(run: Run) -> str:
         articles.append(
             f"<article><p><b>User {escape(example['user'])}</b>, {example['length']:,} items, the last:</p>"
             f'<ol start="{start}">{past}</ol><p>Recommended:</p><ol>{best}</ol>'
-            f'<p>Next was <span class="hit">{escape(run.title(example["next"]))}</span>, in place '
-            f"{example['place']:,}.</p></article>"
+            f'<p>Next was <span class="hit">{escape(run.title(example["next"]))}</span>, '
+            f"{_place(example['place'])}.</p></article>"
         )
     note = "Test users, evenly spread, not chosen. What they had before is left out of the ranking."
     return page.section("Examples", f"<p>{note}</p>", f'<div class="grid">{"".join(articles)}</div>')
+
+
+def _place(place: int) -> str:
+    return f"in place {place:,}" if place else "which the user had before"
 
 
 def _settings(config: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ HEADLINE = "test_unseen.ndcg@10"
 COUNTS = ("users", "items", "interactions")
 
 _MACHINE = ("peak_memory_mib", "device", "processes", "threads", "parameters")
-_PARTS = ("valid", "valid_unseen", *PROTOCOLS)
+_PARTS = ("valid", "valid_unseen", "valid_new", *PROTOCOLS, "test_new")
 _CELL = ("dataset", "variant", "seed")
 _NUMBERS = ("best_epoch", "seconds_per_epoch", "seconds_training", "threads", *COUNTS)
 # a mean that was rounded to six places, by seed, is within this of the same mean from ranks
@@ -86,7 +86,7 @@ def row_of_run(cell: Cell, folder: Path) -> Row:
             "text": _text_source(metrics["text"] or {}),
             "text_sha256": (metrics["text"] or {}).get("sha256", ""),
             **metrics["versions"],
-            **{f"{part}.{k}": v for part in _PARTS for k, v in metrics[part].items()},
+            **{f"{part}.{k}": v for part in _PARTS for k, v in metrics.get(part, {}).items()},
             **_bucket_columns(metrics["test_by"]),
         }
     except (OSError, LookupError, TypeError, ValueError) as error:

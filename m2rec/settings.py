@@ -173,6 +173,7 @@ class RunSettings(_Settings):
     state: str = choice("INFO", "DEBUG", "WARNING", "ERROR", "CRITICAL")
     log_wandb: bool = flag(False)
     metric_decimal_place: int = integer(4, 1, 15)
+    metric_definitions: str = choice("textbook", "recbole")
 
     def __post_init__(self) -> None:
         if self.valid_from >= self.test_from:

@@ -266,6 +266,8 @@ def _protocol(rows: Sequence[Row]) -> str:
     text += f", time order {orders}" if orders else ""
     counts = [f"{int(float(n)):,} {name}" for name in COUNTS for n in distinct(rows, name)]
     text += f"; {', '.join(counts)}" if counts else ""
+    returning = [int(n) for n in distinct(rows, "test_returning") if n != "0"]
+    text += "".join(f"; {n:,} test targets return, misses in test_unseen" for n in returning)
     texts = " and ".join(_text_files(rows, made_by) for made_by in distinct(rows, "text"))
     text += f"; text by {texts}" if texts else ""
     main = main_device(rows)

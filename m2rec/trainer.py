@@ -11,6 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -20,7 +21,8 @@ from tqdm import tqdm
 from m2rec import checkpoint, distributed, resuming
 from m2rec.averaging import WeightAverage
 from m2rec.compat import Config, DataStruct, Interaction, Trainer
-from m2rec.evaluation import ALL, UNSEEN, Breakdown, Ranking, rank_items
+from m2rec.diversity import TEXTBOOK
+from m2rec.evaluation import ALL, NEW, UNSEEN, Breakdown, Ranking, rank_items
 from m2rec.files import (
     CHECKPOINT_FILE,
     HISTORY_FILE,
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tested:
-    """Metrics by protocol (`all`, `unseen`), and the rows they are made of."""
+    """Metrics by protocol (`all`, `unseen`, `new`), and the rows they are made of."""
 
     metrics: dict[str, dict[str, float]]
     rows: Breakdown
@@ -413,14 +415,20 @@ class RunTrainer(Trainer):
             self.load_best()
         return self._metrics(self._rank(eval_data, (ALL,), show_progress), ALL)
 
-    def evaluate_both(self, data: Any) -> Tested:
-        """Metrics with the user's history in the ranking and without it, from one scoring.
+    def evaluate_all(self, data: Any) -> Tested:
+        """Metrics under every protocol, from one scoring.
+
+        With the user's history in the ranking (`all`), without it (`unseen`, where a target that
+        is in it is a miss), and without it over the users whose target is not (`new`, empty where there are
+        none).
 
         Args:
             data: the loader of the rows to evaluate, from a `HistoryDataset`.
         """
         ranking = self._rank(data, (ALL, UNSEEN), False)
         metrics = {name: self._metrics(ranking, name) for name in ranking.items}
+        new = ranking.with_new_targets()
+        metrics[NEW] = self._metrics(new, NEW) if len(new.targets) else {}
         return Tested(metrics, Breakdown.of(ranking, data.dataset))
 
     def _rank(self, data: Any, protocols: Collection[str], show_progress: bool) -> Ranking:
@@ -436,11 +444,27 @@ class RunTrainer(Trainer):
         return scores
 
     def _metrics(self, ranking: Ranking, protocol: str) -> dict[str, float]:
-        """RecBole's metrics of a ranking; it wants places as a 0/1 matrix with the number of targets last."""
+        """The metrics of a ranking: RecBole's, some of them by the textbook (`metric_definitions`).
+
+        RecBole wants places as a 0/1 matrix with the number of targets last.
+        """
         data = DataStruct()
         for name, value in self.eval_collector.data_struct._data_dict.items():
             data.set(name, value)
         hits = ranking.hits(protocol).int()
         data.set("rec.items", ranking.items[protocol])
         data.set("rec.topk", torch.cat([hits, torch.ones(len(hits), 1, dtype=hits.dtype)], dim=1))
-        return {name: float(value) for name, value in self.evaluator.evaluate(data).items()}
+        metrics = {name: float(value) for name, value in self.evaluator.evaluate(data).items()}
+        if self.config["metric_definitions"] == "textbook":
+            metrics |= self._textbook(ranking.items[protocol].numpy(), metrics)
+        return metrics
+
+    def _textbook(self, items: np.ndarray, names: Iterable[str]) -> dict[str, float]:
+        """Of metrics such as giniindex@10 those that RecBole defines otherwise than the textbook."""
+        metrics = {}
+        for name in names:
+            metric, _, k = name.partition("@")
+            if metric in TEXTBOOK:
+                value = TEXTBOOK[metric](items[:, : int(k)], self.tot_item_num - 1)
+                metrics[name] = round(value, self.config["metric_decimal_place"])
+        return metrics

@@ -1,7 +1,8 @@
 """Does a longer history help than those in training? python scripts/history_lengths.py RUN [--data-path=DIR]
 
 Ranks each test user's next item after the last 10, 20, 50, ... items of the history and after all
-of it, with the weights of a run. Of test_unseen: what the user had is left out of every ranking.
+of it, with the weights of a run. Of test_unseen: what the user had is left out of every ranking, and a
+target that is among it is a miss.
 Users are shown together and by the length of their history; a row of CSV per number of items.
 """
 
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_options(arguments)
         recommender = Recommender.load(options.run, whole_history=True)
         histories, targets = test_users(options)
+        returning = sum(target in history for history, target in zip(histories, targets, strict=True))
+        if returning:
+            sys.stderr.write(f"{returning:,} of {len(targets):,} targets are in their history: misses\n")
         write(measure(recommender, histories, targets))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"history_lengths.py: error: {' '.join(str(error).split())}\n")
@@ -85,17 +89,16 @@ def measure(
 def ranks(
     recommender: Recommender, histories: Sequence[list[str]], targets: Sequence[str], shown: int | None
 ) -> np.ndarray:
-    """Each target's place among the items that the user had not, after the last `shown` items."""
+    """Each target's place after the last `shown` items, without what the user had; 0 for a target it had."""
     places = np.empty(len(histories), dtype=np.int32)
     order = np.argsort([len(history) for history in histories], kind="stable")  # little padding
     for start in range(0, len(order), BATCH):
         users = order[start : start + BATCH]
         scores = recommender.scores([histories[user][-shown if shown else 0 :] for user in users])
         own = torch.tensor(recommender.to_ids(targets[user] for user in users))
-        kept = scores.gather(1, own[:, None])
         for row, user in enumerate(users):
             scores[row, recommender.to_ids(histories[user])] = -torch.inf
-        places[users] = places_of_targets(scores.scatter(1, own[:, None], kept), own)
+        places[users] = places_of_targets(scores, own)
     return places
 
 

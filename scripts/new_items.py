@@ -3,8 +3,9 @@
 A share of the items with text is taken out of the data with all that anybody did with them, and
 M2Rec is trained on the rest. Then the items are added to the trained model by their text vectors
 alone, and the users whose last item is one of them are tested: that item is ranked among all items,
-old and new, but those that the user had before; of equal scores it gets the worst place. Any key of
-run_mm.py can be given. One line per seed goes into the output file.
+old and new, but those that the user had before; of equal scores it gets the worst place, and one that
+the user had before is a miss. Any key of run_mm.py can be given. One line per seed goes into the
+output file.
 """
 
 import argparse
@@ -188,26 +189,34 @@ def ranked(
     known = np.isin(tokens, recommender.tokens[1:])
     is_new = torch.tensor([token in added for token in recommender.tokens])
     found: dict[str, list[tuple[int, float]]] = {group: [] for group in GROUPS}
-    pasts, wanted = [], []
+    pasts, wanted, returning = [], [], 0
     for start, end in zip(histories.start[targets != NONE], targets[targets != NONE], strict=True):
         past, target = histories.items[start:end], histories.items[end]
         if known[target] and known[past].any():
             pasts.append(tokens[past[known[past]]].tolist())
             wanted.append(tokens[target])
+            returning += int(target in past)
     if left_out := int((targets != NONE).sum()) - len(pasts):
         logger.warning("%s users are left out, whose items only left-out users have", f"{left_out:,}")
+    if returning:
+        logger.warning(
+            "%s of %s targets are in their user's past: misses", f"{returning:,}", f"{len(pasts):,}"
+        )
     for at in range(0, len(pasts), BATCH):
         some, ids = pasts[at : at + BATCH], recommender.to_ids(wanted[at : at + BATCH])
         for scores, past, target in zip(recommender.scores(some), some, ids, strict=True):
-            own = scores[target].item()
             scores[recommender.to_ids(past)] = -torch.inf
-            scores[target] = own
             for group, among in (("new", slice(None)), ("new_among_new", is_new), ("old", slice(None))):
                 if bool(is_new[target]) == (group != "old"):
-                    rivals = scores[among]
-                    chance = min(1.0, K / int((rivals > -torch.inf).sum()))
-                    found[group].append((int((rivals >= own).sum()), chance))
+                    found[group].append(_place_and_chance(scores[among], scores[target]))
     return {name: value for group, pairs in found.items() for name, value in _metrics(group, pairs).items()}
+
+
+def _place_and_chance(scores: torch.Tensor, own: torch.Tensor) -> tuple[int, float]:
+    """The place of a score, the worst of equals, and the chance of a hit at random; both 0 for -inf."""
+    if own == -torch.inf:
+        return 0, 0.0
+    return int((scores >= own).sum()), min(1.0, K / int((scores > -torch.inf).sum()))
 
 
 def _metrics(group: str, pairs: list[tuple[int, float]]) -> dict[str, Any]:

@@ -6,14 +6,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m2rec.evaluation import HISTORY, POPULARITY, Breakdown, Ranking, bucket_names
+from m2rec.evaluation import HISTORY, POPULARITY, Breakdown, Ranking, bucket_names, places_of_targets
 
 
 def test_places():
     items = torch.tensor([[4, 7, 2], [7, 4, 2], [5, 6, 3]])
-    ranking = Ranking(torch.tensor([4, 2, 9]), {"all": items, "unseen": items.flip(1)})
+    returning = torch.tensor([False, True, False])
+    ranking = Ranking(torch.tensor([4, 2, 9]), returning, {"all": items, "unseen": items.flip(1)})
     assert ranking.places("all").tolist() == [1, 3, 0]
     assert ranking.places("unseen").tolist() == [3, 1, 0]
+    assert ranking.with_new_targets().places("new").tolist() == [3, 0]
+
+
+def test_a_target_that_was_taken_out_has_no_place():
+    scores = torch.tensor([[-torch.inf, 3.0, -torch.inf, 2.0], [-torch.inf, 1.0, 1.0, 2.0]])
+    assert places_of_targets(scores, torch.tensor([2, 1])).tolist() == [0, 3]
 
 
 def test_bucket_names():
@@ -27,7 +34,8 @@ def made() -> Breakdown:
         items=np.array(["x", "y", "x"]),
         popularity=np.array([0, 5, 101]),
         history=np.array([5, 6, 6]),
-        places={"test": np.array([1, 0, 3]), "test_unseen": np.array([1, 2, 1])},
+        returning=np.array([False, False, True]),
+        places={"test": np.array([1, 2, 3]), "test_unseen": np.array([1, 2, 0])},
     )
 
 
@@ -37,11 +45,17 @@ def test_breakdown_by_bucket():
     assert list(table["history"]) == ["1-5", "6-20"]
     assert table["popularity"]["101+"] == {
         "users": 1,
+        "new_users": 0,
         "test": {"hit@10": 1.0, "ndcg@10": 0.5, "mrr@10": 0.3333},
-        "test_unseen": {"hit@10": 1.0, "ndcg@10": 1.0, "mrr@10": 1.0},
+        "test_unseen": {"hit@10": 0.0, "ndcg@10": 0.0, "mrr@10": 0.0},
+        "test_new": {},
     }
-    assert table["history"]["6-20"]["users"] == 2
-    assert table["history"]["6-20"]["test"]["hit@10"] == 0.5
+    assert (table["history"]["6-20"]["users"], table["history"]["6-20"]["new_users"]) == (2, 1)
+    assert [table["history"]["6-20"][part]["hit@10"] for part in ("test", "test_unseen", "test_new")] == [
+        1,
+        0.5,
+        1,
+    ]
 
 
 def test_ranks_are_written_a_line_per_user(tmp_path: Path):
@@ -49,6 +63,8 @@ def test_ranks_are_written_a_line_per_user(tmp_path: Path):
     with (tmp_path / "ranks.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert lines[1] == {
-        "user": "b,c", "item": "y", "history": "6", "popularity": "5", "test": "0", "test_unseen": "2",
+        "user": "b,c", "item": "y", "history": "6", "popularity": "5", "returning": "0", "test": "2",
+        "test_unseen": "2",
     }  # fmt: skip
+    assert lines[2]["returning"] == "1"
     assert len(lines) == 3

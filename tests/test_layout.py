@@ -55,6 +55,7 @@ RANKS = [
         "histories",
         "statistics",
         "command_line",
+        "diversity",
         "signals",
         "partial",
         "lsa",

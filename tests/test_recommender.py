@@ -20,7 +20,7 @@ from m2rec.encoder import Encoder
 from m2rec.recommender import Recommender
 from m2rec.settings import ModelSettings
 from m2rec.trained import made
-from tests.conftest import small
+from tests.conftest import random_rows, small
 from tests.test_encoder import SMALL
 
 TOKENS = [f"i{k}" for k in range(20)]
@@ -61,6 +61,27 @@ def test_scores_are_those_of_the_model(toy: Path, tmp_path: Path, folder: Path):
     scores = Recommender.load(folder).scores(histories)
     torch.testing.assert_close(scores[:, 1:], expected[:, 1:], rtol=1e-5, atol=1e-5)
     assert (scores[:, 0] == -torch.inf).all()
+
+
+def test_metrics_are_what_recommend_reaches(folder: Path):
+    """Among the test targets are some that return; without the history they can't be recommended."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    ordered: dict[str, list[str]] = {}
+    for user, item, _ in sorted(random_rows(), key=lambda row: row[2]):
+        ordered.setdefault(str(user), []).append(str(item))
+    tested = [items for items in ordered.values() if len(items) >= 3]
+    recommender = Recommender.load(folder)
+
+    def hits(exclude_seen: bool) -> list[bool]:
+        ranked = recommender.recommend_batch([items[:-1] for items in tested], 5, exclude_seen)
+        return [items[-1] in {i.item for i in best} for items, best in zip(tested, ranked, strict=True)]
+
+    new = [items[-1] not in items[:-1] for items in tested]
+    assert 0 < sum(new) < len(new) and metrics["data"]["test_returning"] == len(new) - sum(new)
+    unseen = hits(exclude_seen=True)
+    assert metrics["test"]["hit@5"] == pytest.approx(np.mean(hits(exclude_seen=False)), abs=1e-6)
+    assert metrics["test_unseen"]["hit@5"] == pytest.approx(np.mean(unseen), abs=1e-6)
+    assert metrics["test_new"]["hit@5"] == pytest.approx(np.mean(np.array(unseen)[new]), abs=1e-6)
 
 
 def test_recommend(folder: Path):

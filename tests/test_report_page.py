@@ -66,7 +66,7 @@ def test_it_says_what_the_run_found(folder: Path):
     words = " ".join(page.words)
     assert page.open == [] and "http" not in re.sub(r"base64,[^\"]+", "", text)
     metrics = json.loads((folder / "metrics.json").read_text())
-    for part in ("valid", "test", "test_unseen"):
+    for part in ("valid", "test", "test_unseen", "test_new"):
         assert f"{metrics[part]['ndcg@5']:.4f}" in words
     for section in (
         "Quality", "Training", "Who is served", "Which branch is trusted", "What the filter hears",
@@ -76,10 +76,11 @@ def test_it_says_what_the_run_found(folder: Path):
     assert len(page.alternatives) == 9 and all(len(said) > 30 for said in page.alternatives)
     assert f"python run_mm.py --config_files={folder / 'config.yaml'}" in words
     assert f"python scripts/recommend.py {folder} --interactive" in words
+    for caution in ("ties", "returning"):
+        assert metrics["protocol"][caution] in words
     for example in json.loads((folder / "insights.json").read_text())["examples"]:
-        assert f"User {example['user']}" in words and f"in place {example['place']:,}." in " ".join(
-            words.split()
-        )
+        place = f"in place {example['place']:,}." if example["place"] else "which the user had before."
+        assert f"User {example['user']}" in words and place in " ".join(words.split())
     assert "<b>biscuits" not in text
 
 

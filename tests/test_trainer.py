@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def histories() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(("part", "n_last"), [(1, 2), (2, 1)])
 def test_both_protocols_by_hand(toy: Path, tmp_path: Path, part: int, n_last: int):
-    """Hit, NDCG and MRR computed from ranks, user by user, with items as tokens."""
+    """Hit, NDCG and MRR computed from ranks, user by user, with items as tokens; some targets return."""
     trainer, loaders = made(toy, tmp_path / "run")
     dataset = loaders[part].dataset
     interaction = dataset.inter_feat
@@ -50,22 +51,28 @@ def test_both_protocols_by_hand(toy: Path, tmp_path: Path, part: int, n_last: in
     with torch.no_grad():
         scores = trainer.model.eval().full_sort_predict(interaction)
     scores[:, 0] = -math.inf
-    sums = {"all": [0.0] * 3, "unseen": [0.0] * 3}
+    sums = {"all": [0.0] * 3, "unseen": [0.0] * 3, "new": [0.0] * 3}
+    counts = {"all": len(users), "unseen": len(users), "new": 0}
     for row, user in enumerate(users):
         ordered = histories()[user]
         target = ids[ordered[-n_last]]
         assert target == interaction["item_id"][row]
-        seen = {ids[item] for item in ordered[:-n_last]} - {target}
-        for name, removed in (("all", set()), ("unseen", seen)):
+        seen = {ids[item] for item in ordered[:-n_last]}
+        counts["new"] += target not in seen
+        for name, removed in (("all", set()), ("unseen", seen), ("new", seen)):
             left = [i for i in range(1, dataset.item_num) if i not in removed]
+            if target not in left:
+                continue  # a miss, and under `new` not counted
             rank = 1 + sum(bool(scores[row, i] > scores[row, target]) for i in left)
             if rank <= 5:
                 for k, value in enumerate((1.0, 1 / math.log2(rank + 1), 1 / rank)):
-                    sums[name][k] += value / len(users)
-    result = trainer.evaluate_both(loaders[part]).metrics
+                    sums[name][k] += value
+    assert 0 < counts["new"] < len(users)
+    assert dataset.n_returning == len(users) - counts["new"]
+    result = trainer.evaluate_all(loaders[part]).metrics
     for name, values in sums.items():
         actual = [result[name][f"{metric}@5"] for metric in ("hit", "ndcg", "mrr")]
-        assert actual == pytest.approx(values, abs=1e-5)
+        assert actual == pytest.approx([value / counts[name] for value in values], abs=1e-5)
     assert result["unseen"] != result["all"]
 
 
@@ -76,7 +83,7 @@ def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):
     stock = Trainer(trainer.config, trainer.model)
     stock.eval_collector.data_collect(loaders[0])
     expected = stock.evaluate(loaders[2], load_best_model=False)
-    assert trainer.evaluate_both(loaders[2]).metrics["all"] == dict(expected) == trainer.evaluate(loaders[2])
+    assert trainer.evaluate_all(loaders[2]).metrics["all"] == dict(expected) == trainer.evaluate(loaders[2])
 
 
 def test_histories_are_taken_out_last(toy: Path, tmp_path: Path):
@@ -89,16 +96,29 @@ def test_histories_are_taken_out_last(toy: Path, tmp_path: Path):
 
 
 def test_metrics_over_the_whole_list(toy: Path, tmp_path: Path):
-    """Those for which RecBole 1.2.1 fails; coverage is the share of items that anybody was shown."""
+    """Those for which RecBole 1.2.1 fails, by the textbook and by RecBole, against counts by hand."""
     trainer, loaders = made(toy, tmp_path / "run", metrics=list(METRICS))
-    shown = set()
+    shown: Counter[int] = Counter()
     with torch.no_grad():
         scores = trainer.model.eval().full_sort_predict(loaders[2].dataset.inter_feat)
     for row in scores[:, 1:]:
-        shown |= set((row.topk(5).indices + 1).tolist())
-    result = trainer.evaluate(loaders[2])
-    assert set(result) == {f"{metric.lower()}@{k}" for metric in METRICS for k in (5, 10)}
-    assert result["itemcoverage@5"] == pytest.approx(len(shown) / loaders[2].dataset.item_num, abs=1e-6)
+        shown.update((row.topk(5).indices + 1).tolist())
+    textbook = trainer.evaluate(loaders[2])
+    assert set(textbook) == {f"{metric.lower()}@{k}" for metric in METRICS for k in (5, 10)}
+    items = loaders[2].dataset.item_num - 1
+    total = sum(shown.values())
+    entropy = -sum(n / total * math.log(n / total) for n in shown.values())
+    counts = [shown[item] for item in range(1, items + 1)]
+    gini = sum(abs(a - b) for a in counts for b in counts) / (2 * items * total)
+    assert textbook["itemcoverage@5"] == pytest.approx(len(shown) / items, abs=1e-6)
+    assert textbook["shannonentropy@5"] == pytest.approx(entropy, abs=1e-6)
+    assert textbook["giniindex@5"] == pytest.approx(gini, abs=1e-6)
+    trainer.config["metric_definitions"] = "recbole"
+    recbole = trainer.evaluate(loaders[2])
+    assert recbole["itemcoverage@5"] == pytest.approx(len(shown) / (items + 1), abs=1e-6)
+    assert recbole["shannonentropy@5"] == pytest.approx(entropy / len(shown), abs=1e-6)
+    others = set(METRICS) - {"ItemCoverage", "ShannonEntropy", "GiniIndex"}
+    assert all(recbole[f"{m.lower()}@10"] == textbook[f"{m.lower()}@10"] for m in others)
 
 
 def test_best_weights_and_history(toy: Path, tmp_path: Path):
