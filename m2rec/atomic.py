@@ -8,6 +8,7 @@ import socket
 import tempfile
 import threading
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,10 @@ def separator_hint(header: dict[str, str]) -> str:
     return f" (field_separator: {found!r} seems to stand between its columns)" if found and not others else ""
 
 
-def read_table(path: Path, separator: str, header: dict[str, str]) -> pd.DataFrame:
-    """Read all columns as text, empty cells missing; the index is the line number less 2.
+def read_table(
+    path: Path, separator: str, header: dict[str, str], columns: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Read columns, all by default, as text, empty cells missing; the index is the line number less 2.
 
     Raises:
         ValueError: a line has too many columns, or the file is not UTF-8.
@@ -81,6 +84,7 @@ def read_table(path: Path, separator: str, header: dict[str, str]) -> pd.DataFra
             quoting=3,
             encoding="utf-8-sig",
             skip_blank_lines=False,
+            usecols=None if columns is None else [list(header).index(column) for column in columns],
         )
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
@@ -89,7 +93,7 @@ def read_table(path: Path, separator: str, header: dict[str, str]) -> pd.DataFra
         raise ValueError(f"{path}: {reason}; every line needs {len(header)} columns") from None
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes a surplus first column for an index
         raise ValueError(f"{path}: line 2 has more than the {len(header)} columns of the first line")
-    frame.columns = list(header)
+    frame.columns = [column for column in header if columns is None or column in columns]
     return frame.dropna(how="all")  # blank lines
 
 

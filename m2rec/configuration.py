@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from m2rec import distributed
+from m2rec import distributed, shipped
 from m2rec.checks import check_device, check_evaluation, check_optional, check_pickles, check_recbole_keys
 from m2rec.compat import (
     RECBOLE,
@@ -42,6 +42,9 @@ PROPERTIES = Path(__file__).parent / "properties"
 
 # RecBole reads these without listing them anywhere
 _UNLISTED = {"dataset", "model"}
+
+# how interactions are read, with RecBole's defaults
+_COLUMNS = {"field_separator": "\t", "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id"}
 
 # RecBole's properties that hold for every sequential model
 _GENERAL = ("overall.yaml", "dataset/sample.yaml", "quick_start_config/sequential.yaml")
@@ -179,7 +182,8 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     variant = _properties("model", name)
     model = find_model(str(variant.get("model", name)))
     own = {**ModelSettings.defaults(), **_properties("model", "M2Rec")} if model is M2Rec else {}
-    values = {**defaults, **own, **_properties("dataset", dataset), **variant, **chosen}
+    values = {**defaults, **own, **variant, **chosen}
+    values = {**defaults, **own, **_dataset_properties(dataset, values), **variant, **chosen}
     _check_keys(values)
     values.update(model=model.__name__, variant=name)
     _add_derived(values, model)
@@ -262,6 +266,27 @@ def _properties(kind: str, name: str) -> dict[str, Any]:
     return read_yaml(known[name]) if name in known else {}
 
 
+def _dataset_properties(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The shipped properties of that data set; none where the data at hand is another one of that name.
+
+    Args:
+        name: the data set's.
+        values: all other keys.
+    """
+    properties = _properties("dataset", name)
+    properties.pop(shipped.BELONGS_TO, None)
+    path = data_folder(Path(str(values["data_path"])), name) / f"{name}.inter"
+    if not properties or not path.is_file():  # when it is downloaded, `HistoryDataset` compares
+        return properties
+    columns = shipped.Columns.of({**_COLUMNS, **values})
+    if difference := shipped.describe_difference(name, path, columns):
+        logger.warning(
+            "the settings that are shipped for %s are not taken: %s has %s", name, path, difference
+        )
+        return {}
+    return properties
+
+
 @cache
 def known_keys() -> frozenset[str]:
     """Every key that this project, RecBole, or any of its models and data sets reads."""
@@ -304,8 +329,8 @@ def _add_derived(values: dict[str, Any], model: type[SequentialRecommender]) -> 
     values.setdefault("rows", "dense" if model in _OWN else "prefix")
     if model is Popularity:  # it never gets better, and RecBole takes equally good for better
         values.update(epochs=1, loss_type="CE")
-    fields = {"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "TIME_FIELD": "timestamp"}
-    columns = [values.get(key, default) for key, default in fields.items()]
+    fields = {**_COLUMNS, "TIME_FIELD": "timestamp"}
+    columns = [values.get(key, fields[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
     values.setdefault("load_col", {"inter": columns})
     if values.get("show_progress") is None:
         values["show_progress"] = sys.stderr.isatty()

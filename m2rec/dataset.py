@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from m2rec import atomic
+from m2rec import atomic, shipped
 from m2rec.compat import (
     Config,
     FeatureSource,
@@ -67,6 +67,14 @@ class HistoryDataset(SequentialDataset):
         atomic.download(
             self.dataset_name, Path(self.dataset_path), self._get_download_url("url", allow_none=True)
         )
+
+        name, columns = self.dataset_name, shipped.Columns.of(self.config)
+        path = Path(self.dataset_path) / f"{name}.inter"
+        if difference := shipped.describe_difference(name, path, columns):
+            raise ValueError(
+                f"dataset: {path}, as downloaded, has {difference}, for which the shipped settings of this name "
+                f"are; run the same command again, which leaves them out now that the file is there"
+            )
 
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
         path = Path(dataset_path) / f"{token}.inter"

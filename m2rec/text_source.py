@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from m2rec import make_vectors, text_vectors
+from m2rec import make_vectors, shipped, text_vectors
 from m2rec.compat import Config
 from m2rec.files import locked, read_metadata
 from m2rec.item_text import read_texts
@@ -23,10 +23,17 @@ logger = logging.getLogger(__name__)
 def text_file(config: Config) -> Path | None:
     """The text-vector file of a run, None if there is none.
 
+    `auto` is NAME.text.safetensors beside the data, else the shipped one, if this is the data set it is of.
+
     Raises:
-        ValueError: a file was named and does not exist.
+        ValueError: a file was named and does not exist, or the item file can't be read.
     """
-    return text_vectors.find(config["text_vectors"], config["dataset"], *folders(config))
+    name, dataset = config["text_vectors"], config["dataset"]
+    found = text_vectors.find(name, dataset, *folders(config))
+    if found is None and name == "auto" and (own := shipped.find_vectors(dataset)) is not None:
+        columns = shipped.Columns.of(config)
+        return own if shipped.has_same_titles(dataset, _item_file(config), columns) else None
+    return found
 
 
 def folders(config: Config) -> tuple[Path, Path]:
@@ -57,7 +64,14 @@ def make_missing(config: Config, tokens: Sequence[str]) -> None:
     if (there := text_file(config)) is not None:
         _check_made_by(there, encoder, config)
         _warn_of_changes(there, config)
-    elif encoder not in ("auto", "none"):
+        return
+    if settings.text_vectors == "auto" and shipped.find_vectors(config["dataset"]) is not None:
+        logger.warning(
+            "the text vectors that are shipped for %s are not taken: %s has other items or titles than theirs",
+            config["dataset"],
+            _item_file(config),
+        )
+    if encoder not in ("auto", "none"):
         _make(config, encoder, tokens)
     elif _item_file(config).is_file():
         logger.info(

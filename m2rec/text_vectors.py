@@ -22,7 +22,6 @@ from m2rec import lsa
 from m2rec.files import read_tensors, write_tensors
 
 SUFFIX = ".text.safetensors"
-SHIPPED = Path(__file__).parent / "properties" / "dataset"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class TextVectors:
 def find(name: str, dataset: str, *folders: Path) -> Path | None:
     """The file that the setting `text_vectors` means, None if there is none.
 
-    `auto` looks for <dataset>.text.safetensors in the folders, then among the shipped ones.
+    `auto` looks for <dataset>.text.safetensors in the folders.
 
     Raises:
         ValueError: a file was named and does not exist.
@@ -65,7 +64,7 @@ def find(name: str, dataset: str, *folders: Path) -> Path | None:
                 "or set text_vectors: none"
             )
         return Path(name)
-    places = (folder / f"{dataset}{SUFFIX}" for folder in (*folders, SHIPPED))
+    places = (folder / f"{dataset}{SUFFIX}" for folder in folders)
     return next((p for p in places if p.is_file()), None)
 
 

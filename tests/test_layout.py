@@ -31,7 +31,7 @@ RANKS = [
     {"trained"},
     {"encoder"},
     {"loss"},
-    {"make_vectors"},
+    {"make_vectors", "shipped"},
     {
         "layer",
         "text_vectors",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from m2rec import text_vectors
+from m2rec import shipped, text_vectors
 from m2rec.files import read_tensors, write_tensors
 
 TOKENS = ["a", "b b", "é😀", "d", "e", "f"]
@@ -89,7 +89,7 @@ def test_width_keeps_the_largest_components(tmp_path: Path):
 @pytest.mark.parametrize("n", [12, 100, 1682])
 def test_neighbours_survive_whitening(n: int, whitening: str):
     """Also with fewer items than components, where whole whitening makes all equally far."""
-    _, raw, _ = text_vectors.read(text_vectors.SHIPPED / "ml-100k.text.safetensors")
+    _, raw, _ = text_vectors.read(shipped.FOLDER / "ml-100k.text.safetensors")
     raw = raw[:n]
     mean, basis = text_vectors.fit_whitening(raw, whitening, 0)
     pairs = torch.triu_indices(n, n, 1)
@@ -125,8 +125,6 @@ def test_a_later_item_can_get_the_same_treatment(tmp_path: Path):
 def test_find(tmp_path: Path):
     assert text_vectors.find("none", "ml-100k", tmp_path) is None
     assert text_vectors.find("auto", "toy", tmp_path) is None
-    shipped = text_vectors.find("auto", "ml-100k", tmp_path)
-    assert shipped is not None and shipped.parent == text_vectors.SHIPPED
     path, _ = saved(tmp_path)
     assert text_vectors.find("auto", "toy", tmp_path) == path
     assert text_vectors.find(str(path), "other", tmp_path) == path
@@ -137,7 +135,7 @@ def test_find(tmp_path: Path):
 
 
 def test_the_shipped_vectors_are_complete():
-    tokens, vectors, provenance = text_vectors.read(text_vectors.SHIPPED / "ml-100k.text.safetensors")
+    tokens, vectors, provenance = text_vectors.read(shipped.FOLDER / "ml-100k.text.safetensors")
     assert vectors.shape == (1682, 384) and set(tokens) == {str(i) for i in range(1, 1683)}
     assert torch.allclose(vectors.norm(dim=1), torch.ones(1682), atol=1e-2)
     assert provenance["model"] == "sentence-transformers/all-MiniLM-L6-v2"
