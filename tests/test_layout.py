@@ -61,6 +61,7 @@ RANKS = [
         "lsa",
         "vector_import",
         "rows",
+        "dominant",
     },
     {"mamba", "attention", "fourier", "gate"},
     {"ops"},
