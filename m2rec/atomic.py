@@ -9,6 +9,7 @@ import tempfile
 import threading
 import urllib.request
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import pandas as pd
 logger = logging.getLogger(__name__)
 
 KINDS = ("token", "float", "token_seq", "float_seq")
+DIGITS = 15  # of a decimal number, what a double always keeps
+LABELS = {"label", "click", "clicked", "is_click", "is_clicked"}
+"""Names, in lower case, of columns that say whether something was done at all."""
 TIMEOUT = 15  # seconds without an answer from the server
 
 
@@ -42,6 +46,8 @@ def read_header(path: Path, separator: str) -> dict[str, str]:
                 f"{path}: {cell!r} in the first line is no column; write NAME:TYPE with a type of "
                 f"{', '.join(KINDS)}, columns separated by {separator!r}"
             )
+        if name != name.strip():
+            raise ValueError(f"{path}: column {name!r} in the first line has blanks around it; remove them")
         if name in columns:
             raise ValueError(f"{path}: column {name!r} comes twice in the first line; rename one")
         columns[name] = kind
@@ -98,18 +104,54 @@ def read_table(
 
 
 def read_interactions(
-    path: Path, separator: str, header: dict[str, str], wanted: list[str], time_column: str
+    path: Path,
+    separator: str,
+    header: dict[str, str],
+    wanted: list[str],
+    time_column: str,
+    exact_order: bool = True,
 ) -> pd.DataFrame:
     """Read the wanted columns: tokens as text (empty ones missing), floats in double precision.
+
+    With `exact_order` lines whose times differ only beyond double precision come in the order of their times.
 
     Raises:
         ValueError: see `read_table`; a number is none, or a time is missing, NaN or infinite.
     """
     frame = read_table(path, separator, header)[wanted]
+    texts = frame[time_column]
     for column in wanted:
         if header[column] == "float":
             frame[column] = _numbers(path, frame[column], complete=column == time_column)
+    if exact_order and (texts.str.len() > DIGITS).any():
+        frame = frame.iloc[_order_exactly(texts, frame[time_column].to_numpy())]
     return frame.reset_index(drop=True)
+
+
+def _order_exactly(texts: pd.Series, times: np.ndarray) -> np.ndarray:
+    """The order of lines in which those of one time in double precision stand by what their text says.
+
+    All others stay where they are. Nanoseconds since 1970 have 19 digits, a double keeps 15.
+    """
+    order = np.arange(len(times))
+    tied = np.flatnonzero(pd.Series(times).duplicated(keep=False))
+    exact = pd.factorize(texts.iloc[tied].map(Decimal), sort=True)[0]
+    places = tied[np.argsort(times[tied], kind="stable")]
+    order[places] = tied[np.lexsort((exact, times[tied]))]
+    return order
+
+
+def count_zero_labels(path: Path, separator: str, header: dict[str, str]) -> dict[str, int]:
+    """How many lines have 0 in each column that is named like a label of clicks.
+
+    Raises:
+        ValueError: see `read_table`.
+    """
+    columns = [column for column in header if column.lower() in LABELS]
+    if not columns:
+        return {}
+    frame = read_table(path, separator, header, columns)
+    return {column: int((pd.to_numeric(frame[column], errors="coerce") == 0).sum()) for column in columns}
 
 
 def _numbers(path: Path, texts: pd.Series, complete: bool) -> pd.Series:

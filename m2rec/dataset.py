@@ -7,7 +7,7 @@ training targets.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from m2rec.compat import (
     Interaction,
     SequentialDataset,
 )
+from m2rec.dominant import find_dominant
 from m2rec.histories import NONE, Histories, by_time
 from m2rec.settings import RunSettings
 
@@ -72,8 +73,8 @@ class HistoryDataset(SequentialDataset):
         path = Path(self.dataset_path) / f"{name}.inter"
         if difference := shipped.describe_difference(name, path, columns):
             raise ValueError(
-                f"dataset: {path}, as downloaded, has {difference}, for which the shipped settings of this name "
-                f"are; run the same command again, which leaves them out now that the file is there"
+                f"dataset: {path}, as downloaded, is not what the shipped settings of this name are for "
+                f"({difference}); run the same command again: with the file there, it leaves them out"
             )
 
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
@@ -113,7 +114,24 @@ class HistoryDataset(SequentialDataset):
             self.field2seqlen[column] = 1
             if kind == FeatureType.FLOAT:
                 self.field2bucketnum[column] = 2
-        return atomic.read_interactions(path, separator, header, wanted, self.time_field)
+        self._say_zeros(path, header, wanted)
+        exact = self.time_order == "exact"
+        frame = atomic.read_interactions(path, separator, header, wanted, self.time_field, exact)
+        for column in (self.uid_field, self.iid_field):
+            _say_blanks(path, frame[column])
+        return frame
+
+    def _say_zeros(self, path: Path, header: dict[str, str], wanted: Sequence[str]) -> None:
+        """Warn of a label column whose zeros are trained as if they were clicks."""
+        intervals = self.config["val_interval"] or {}
+        for column, zeros in atomic.count_zero_labels(path, self.config["field_separator"], header).items():
+            if zeros and column not in intervals:
+                loaded = ", ".join([*wanted, *(() if column in wanted else (column,))])
+                logger.warning(
+                    "%s: %s interactions have %s 0 and are trained as all others; to leave them out give "
+                    "--val_interval=\"{%s: '[1,1]'}\" --load_col=\"{inter: [%s]}\"",
+                    path, f"{zeros:,}", column, column, loaded,
+                )  # fmt: skip
 
     def _data_filtering(self) -> None:
         before = self._count()
@@ -125,6 +143,10 @@ class HistoryDataset(SequentialDataset):
             if len(self.inter_feat):
                 raise
         self.counts = self._count()
+        for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
+            counts = self.inter_feat[column].value_counts()
+            if said := find_dominant(kind, counts.index, counts.to_numpy()):
+                logger.warning("%s", said)
         self.gaps = _gaps(self.inter_feat[self.uid_field], self.inter_feat[self.time_field])
         if not self.counts["interactions"]:
             raise ValueError(
@@ -275,6 +297,17 @@ class HistoryDataset(SequentialDataset):
             return Counter(targets[targets > 0].tolist())
         counts: Counter[int] = super().counter(column)
         return counts
+
+
+def _say_blanks(path: Path, tokens: pd.Series) -> None:
+    """Warn of ids that differ from others by a blank before or after them."""
+    blank = [token for token in tokens.dropna().unique() if token != token.strip()]
+    if blank:
+        logger.warning(
+            "%s: %s ids in column %s have blanks around them, such as %r, and are others than those without; "
+            "remove the blanks",
+            path, f"{len(blank):,}", tokens.name, blank[0],
+        )  # fmt: skip
 
 
 def _count_tied(users: np.ndarray, times: np.ndarray) -> int:

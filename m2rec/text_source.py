@@ -67,7 +67,7 @@ def make_missing(config: Config, tokens: Sequence[str]) -> None:
         return
     if settings.text_vectors == "auto" and shipped.find_vectors(config["dataset"]) is not None:
         logger.warning(
-            "the text vectors that are shipped for %s are not taken: %s has other items or titles than theirs",
+            "the text vectors that are shipped for %s are not taken: %s has other items or titles",
             config["dataset"],
             _item_file(config),
         )

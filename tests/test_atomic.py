@@ -1,5 +1,6 @@
 """Reading interaction files: what is right, and every way to be wrong."""
 
+import random
 import re
 import socket
 import threading
@@ -38,6 +39,7 @@ def test_header(tmp_path: Path):
         ("user_id:text\n", "'user_id:text' in the first line is no column"),
         (b"user_id:token\titem\xe9:token\n", "not UTF-8"),
         ("a:token\tb:token\ta:float\n", "column 'a' comes twice in the first line"),
+        ("a:token\t b:token\n", "column ' b' in the first line has blanks around it; remove them"),
     ],
 )
 def test_a_wrong_header_is_named(tmp_path: Path, text: str | bytes, message: str):
@@ -64,6 +66,25 @@ def test_tokens_stay_as_they_are(tmp_path: Path):
 def test_times_keep_double_precision(tmp_path: Path):
     path = written(tmp_path, FIRST + "a\tb\t1512345678901\na\tb\t1512345678902\n")
     assert read(path)["timestamp"].diff().iloc[1] == 1
+
+
+@pytest.mark.parametrize("unit", [1, 3, 6, 9])
+@pytest.mark.parametrize("in_seconds", [False, True])
+def test_times_have_the_order_of_their_digits(tmp_path: Path, unit: int, in_seconds: bool):
+    """Whole numbers of a unit since 1970, or seconds with as many places; some are the same time."""
+    rng = random.Random(unit)
+    times = [1_600_000_000 * 10**unit + rng.randrange(300) for _ in range(200)]
+    text = [f"{t // 10**unit}.{t % 10**unit:0{unit}d}" if in_seconds else str(t) for t in times]
+    lines = "".join(f"u\ti{k}\t{time}\n" for k, time in enumerate(text))
+    frame = read(written(tmp_path, FIRST + lines)).sort_values("timestamp", kind="stable")
+    ordered = sorted(range(200), key=times.__getitem__)  # of equal ones the first of the file
+    assert frame["item_id"].tolist() == [f"i{k}" for k in ordered]
+
+
+def test_only_tied_times_are_looked_at_again(tmp_path: Path):
+    """Lines keep their places: ids follow the order of the file."""
+    lines = "u\tb\t1600000000000000009\nu\tc\t5\nu\ta\t1600000000000000001\n"
+    assert read(written(tmp_path, FIRST + lines))["item_id"].tolist() == ["a", "c", "b"]
 
 
 @pytest.mark.parametrize(

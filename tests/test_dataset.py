@@ -284,3 +284,50 @@ def test_rows_without_user_or_item_are_left_out(tmp_path: Path, caplog: pytest.L
         f"3 of {len(with_gaps)} interactions have no user or no item and are left out; the first is number 2"
     )
     assert lost in caplog.text
+
+
+def test_tied_times_are_counted(tmp_path: Path):
+    """By hand; and as float32, which RecBole sorts by, more are tied."""
+    times = {"a": [1, 1, 2, 1], "b": [1, 5, 6], "c": [978300000, 978300001, 978300064, 978300128]}
+    rows = [(user, f"i{k}", time) for user, own in times.items() for k, time in enumerate(own)]
+    write_inter(tmp_path, "toy", rows)
+    assert built(tmp_path)[0].n_tied == 3
+    as_float32 = [np.float32(time) for time in times["c"]]
+    assert built(tmp_path, time_order="recbole")[0].n_tied == 3 + sum(
+        as_float32.count(time) > 1 for time in as_float32
+    )
+
+
+def test_targets_that_return_are_counted(toy: Path):
+    own: dict[object, list[object]] = {}
+    for user, item, _ in sorted(random_rows(), key=lambda row: row[2]):  # type: ignore[arg-type, return-value]
+        own.setdefault(user, []).append(item)
+    tests = sum(len(items) >= 3 and items[-1] in items[:-1] for items in own.values())
+    valids = sum(len(items) >= 4 and items[-2] in items[:-2] for items in own.values())
+    _, valid, test = built(toy)
+    assert (valid.n_returning, test.n_returning) == (valids, tests) and min(valids, tests) > 0
+
+
+LABELLED = "user_id:token\titem_id:token\ttimestamp:float\tlabel:float"
+
+
+def test_what_is_odd_about_a_file_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A label that is 0, ids with blanks, a user that stands for nobody."""
+    rows = [(f"u{k % 4}", f"i{k % 5}", k, int(k % 3 > 0)) for k in range(30)]
+    rows += [("NA", f"i{k % 5}", k, 1) for k in range(20)] + [("u0", " i1", 99, 1)]
+    write_inter(tmp_path, "toy", rows, LABELLED)
+    built(tmp_path)
+    said = caplog.text
+    assert "10 interactions have label 0 and are trained as all others" in said
+    assert "--val_interval=\"{label: '[1,1]'}\" --load_col=" in said
+    assert "1 ids in column item_id have blanks around them, such as ' i1'" in said
+    assert "user 'NA' has 20 of 51 interactions (39.2%) and is named like a missing value" in said
+
+
+def test_labels_that_are_filtered_are_not_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """With the keys that the warning gives."""
+    rows = [(f"u{k % 4}", f"i{k % 5}", k, int(k % 3 > 0)) for k in range(30)]
+    write_inter(tmp_path, "toy", rows, LABELLED)
+    load = {"inter": ["user_id", "item_id", "timestamp", "label"]}
+    train, _, _ = built(tmp_path, val_interval={"label": "[1,1]"}, load_col=load)
+    assert train.counts["interactions"] == 20 and "label" not in caplog.text
