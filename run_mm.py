@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     others = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun starts, one speaks
     _start_logging(logging.ERROR if others else logging.INFO)
     try:
+        import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
         from m2rec.configuration import build_config, parse_arguments
         from m2rec.experiment import resumed, run
         from m2rec.signals import Interrupted

@@ -173,6 +173,7 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
         "data": fingerprint(dataset, parts),
         "text": text and text["sha256"],
         "settings": lasting_settings(config),
+        "threads": torch.get_num_threads(),
         "commit": commit(),  # of the code as it is now, whatever happens to it meanwhile
     }
     return Prepared(config, dataset, parts, data, trainer, clock)

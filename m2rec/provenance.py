@@ -21,6 +21,7 @@ from m2rec.dataset import HistoryDataset
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
 from m2rec.resuming import AND
+from m2rec.threads import describe_threads
 
 # keys that change how and where a run is made, not what comes out
 OF_THE_MACHINE = {
@@ -77,7 +78,7 @@ def describe_device(config: Config) -> str:
         where = f"{device} ({torch.cuda.get_device_name(device)})"
     else:
         why = "as asked" if torch.cuda.is_available() else "no CUDA device"
-        where = f"cpu ({why}), {torch.get_num_threads()} threads"
+        where = f"cpu ({why}), {describe_threads()}"
     if config["model"] != M2Rec.__name__:
         return f"device {where}"
     backend = resolve_backend(config["scan_backend"], device)

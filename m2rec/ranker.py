@@ -5,6 +5,7 @@ B, D    histories, model width
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -17,10 +18,14 @@ from m2rec.item_index import ItemIndex
 from m2rec.questions import Remarks
 from m2rec.ranking import Adjustments, best_among, best_items
 from m2rec.session import Memory
+from m2rec.threads import one_thread
 from m2rec.trained import Trained
 
 # histories that are ranked together
 _BATCH = 1024
+
+# multiplications that one thread does in ten milliseconds or so, and two hardly faster
+_SMALL = 2**26
 
 # positions that go through the network together: on a CPU what its caches hold
 _POSITIONS = {"cpu": 2**13}
@@ -66,6 +71,17 @@ class Ranker:
         """The part of a history that the model is shown."""
         return ids if self.whole_history else ids[-self.model.max_length :]
 
+    def threads_for(self, positions: int, rows: int) -> AbstractContextManager[None]:
+        """Where to compute so many positions of histories and rank all items for so many rows.
+
+        What is small takes one thread: several would win little, and on a busy machine lose much.
+        """
+        model = self.model
+        if model.ready.id_embedding.weight.is_cuda:  # made here, if it was not yet
+            return nullcontext()
+        work = positions * model.layer_parameters + rows * model.table.numel()
+        return one_thread() if work <= _SMALL else nullcontext()
+
     def in_batches(
         self, histories: Iterator[list[int]], k: int, exclude_seen: bool, choice: Choice, remarks: Remarks
     ) -> Iterator[list[Recommendation]]:
@@ -87,7 +103,8 @@ class Ranker:
         best = []
         if known:
             seen = [Seen(set(row), set(self.counted(row))) for row in known]
-            best = self.best(self.vectors(known), seen, k, exclude_seen, choice)
+            with self.threads_for(sum(map(len, known)), len(known)):
+                best = self.best(self.vectors(known), seen, k, exclude_seen, choice)
         return self.with_popular([bool(row) for row in histories], best, k, choice, remarks)
 
     @torch.no_grad()

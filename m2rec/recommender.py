@@ -212,10 +212,11 @@ class Recommender:
             raise ValueError("history: empty; give at least one item")
         if not ids:
             return torch.empty(0, len(model.table), device=model.table.device)
-        scores = F.linear(self._ranker.vectors(ids), model.table)
-        counted = [set(self._ranker.counted(row)) for row in ids]
-        places = self._ranker.adjustments(counted, hidden=[[0]] * len(ids))
-        places.apply(scores, places.items, 0)
+        with self._ranker.threads_for(sum(map(len, ids)), len(ids)):
+            scores = F.linear(self._ranker.vectors(ids), model.table)
+            counted = [set(self._ranker.counted(row)) for row in ids]
+            places = self._ranker.adjustments(counted, hidden=[[0]] * len(ids))
+            places.apply(scores, places.items, 0)
         return scores
 
     def to_ids(self, tokens: Iterable[str]) -> list[int]:
@@ -234,9 +235,10 @@ class Recommender:
         """
         k, model = questions.checked_k(k), self._model
         (item,) = questions.to_ids(model.ids, [token])
-        cosines = F.cosine_similarity(model.table, model.table[item], dim=1)
-        cosines[[0, item]] = -torch.inf
-        best = cosines.topk(min(k, len(cosines)))
+        with self._ranker.threads_for(0, 1):
+            cosines = F.cosine_similarity(model.table, model.table[item], dim=1)
+            cosines[[0, item]] = -torch.inf
+            best = cosines.topk(min(k, len(cosines)))
         return self._ranker.named(best.values.tolist(), best.indices.tolist())
 
     @torch.no_grad()
@@ -254,7 +256,8 @@ class Recommender:
         if not ids:
             raise ValueError("history: empty; give at least one item")
         items = torch.tensor([ids], device=model.table.device)
-        _, weights = model.ready.encode(items, torch.tensor([len(ids)], device=items.device))
+        with self._ranker.threads_for(len(ids), 0):
+            _, weights = model.ready.encode(items, torch.tensor([len(ids)], device=items.device))
         branches = model.ready.branches
         means = torch.stack([layer[0].mean(-1) for layer in weights], dim=1).tolist()  # (L, layers, K)
         explained = []
@@ -278,7 +281,7 @@ class Recommender:
         memory, remarks = Memory(), Remarks()
         ids = questions.to_ids(self._model.ids, questions.listed(history), remarks if skip_unknown else None)
         remarks.say()
-        session.remember(self._model.ready, ids, memory)
+        self._remember(ids, memory)
         return Session(self, memory)
 
     def restore_session(self, data: bytes) -> "Session":
@@ -304,7 +307,8 @@ class Recommender:
         if len(items) != len(sessions):
             raise ValueError(f"add_events: {len(sessions)} sessions, but {len(items)} tokens")
         memories = self._memories(sessions)
-        session.remember_together(self._model.ready, memories, items)
+        with self._ranker.threads_for(len(items), 0):
+            session.remember_together(self._model.ready, memories, items)
 
     def recommend_sessions(
         self,
@@ -323,7 +327,8 @@ class Recommender:
         vectors = [memory.vector for memory in going if memory.vector is not None]
         best = []
         if vectors:
-            best = ranker.best(torch.cat(vectors), seen, k, exclude_seen, choice)
+            with ranker.threads_for(0, len(vectors)):
+                best = ranker.best(torch.cat(vectors), seen, k, exclude_seen, choice)
         known = [memory.vector is not None for memory in memories]
         ranked = ranker.with_popular(known, best, k, choice, remarks)
         remarks.say()
@@ -444,6 +449,11 @@ class Recommender:
             excluded = torch.tensor(sorted(known), dtype=torch.int64, device=model.table.device)
         return Choice(pool, excluded)
 
+    def _remember(self, items: list[int], memory: Memory) -> None:
+        """Take some events of one user in."""
+        with self._ranker.threads_for(len(items), 0):
+            session.remember(self._model.ready, items, memory)
+
     def _memories(self, sessions: Sequence["Session"]) -> list[Memory]:
         if len({id(one) for one in sessions}) < len(sessions):
             raise ValueError("sessions: one comes twice")
@@ -472,8 +482,7 @@ class Session:
         Raises:
             ValueError: a token that nobody knows.
         """
-        model = self.recommender._model
-        session.remember(model.ready, questions.to_ids(model.ids, [token]), self._memory)
+        self.recommender._remember(self.recommender.to_ids([token]), self._memory)
 
     def recommend(
         self,

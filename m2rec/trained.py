@@ -75,6 +75,11 @@ class Trained:
         return self.encoder.projected(self.table)
 
     @cached_property
+    def layer_parameters(self) -> int:
+        """Parameters of the layers, each of which meets each position of a history."""
+        return sum(p.numel() for p in self.encoder.layers.parameters())
+
+    @cached_property
     def fingerprint(self) -> bytes:
         """A hash of the layers' weights, which stay the same when items come in later."""
         digest, state = hashlib.sha256(), self.encoder.state_dict()

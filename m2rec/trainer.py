@@ -211,6 +211,13 @@ class RunTrainer(Trainer):
     def _take_notes(self, began: dict[str, Any]) -> None:
         """Those of the checkpoint, with this code beside what trained before."""
         code, before = self.notes.get("commit"), began.get("commit")
+        threads, earlier = self.notes.get("threads"), began.get("threads", self.notes.get("threads"))
+        if threads != earlier:
+            logger.warning(
+                "trained so far with %s threads, now with %s: the last digits may differ; OMP_NUM_THREADS=%s "
+                "before the command keeps them",
+                earlier, threads, earlier,
+            )  # fmt: skip
         self.notes = began
         if str(code) not in str(before).split(resuming.AND):
             logger.warning("trained in part by commit %s, in part by %s", before, code)

@@ -9,6 +9,9 @@ A run that was killed goes on when it is started again. When the file is there a
 decides its vectors has changed, nothing is done.
 """
 
+import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
+
+# isort: split
 import argparse
 import logging
 import sys

@@ -6,6 +6,9 @@ target that is among it is a miss.
 Users are shown together and by the length of their history; a row of CSV per number of items.
 """
 
+import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
+
+# isort: split
 import argparse
 import csv
 import sys

@@ -8,6 +8,9 @@ the user had before is a miss. Any key of run_mm.py can be given. One line per s
 output file.
 """
 
+import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
+
+# isort: split
 import argparse
 import csv
 import json

@@ -6,6 +6,9 @@ The history is item tokens, oldest first: apart, or between quotes with spaces b
 every history of a CSV or Parquet file with the columns user and history, into the Parquet file --output.
 """
 
+import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
+
+# isort: split
 import argparse
 import json
 import sys

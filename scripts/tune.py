@@ -34,6 +34,9 @@ stays `running`: it is not counted, and nobody waits for it. Ctrl-C marks the tr
 
 from __future__ import annotations
 
+import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
+
+# isort: split
 import csv
 import io
 import json

@@ -80,6 +80,20 @@ def test_stopped_and_resumed_is_as_never_stopped(
     assert not (folder / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.parametrize("before", [1, 2])
+def test_another_number_of_threads_is_said(
+    command: Command, toy: Path, tmp_path: Path, before: int, caplog: pytest.LogCaptureFixture
+):
+    values = {**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}
+    torch.set_num_threads(before)
+    folder = stopped(values, after=0)
+    torch.set_num_threads(1)
+    status, _, err = command(f"--resume={folder}", runs_dir=False)
+    assert status == 0, err
+    said = "trained so far with 2 threads, now with 1: the last digits may differ; OMP_NUM_THREADS=2 before"
+    assert (said in err) == (before == 2)
+
+
 def stopped_in_an_epoch(values: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run to which SIGTERM came in that step of all; its folder."""
     left, step = [steps], RunTrainer._step

@@ -56,6 +56,8 @@ RANKS = [
         "statistics",
         "command_line",
         "diversity",
+        "own_process",
+        "threads",
         "signals",
         "partial",
         "lsa",

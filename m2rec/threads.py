@@ -1,0 +1,137 @@
+"""PyTorch's threads on a machine whose cores are not all free: how many there are, and how they wait.
+
+OpenMP's threads share each operation and wait for each other in a busy loop. Where another process has
+one of the cores, the thread on it comes late and the others burn their time: an operation of microseconds
+takes milliseconds. So what is small is computed by one thread, a command's threads spin briefly before
+they sleep, and there are no more of them than the process may use cores.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock, local
+
+SPINS = "4000"  # turns of the loop, some microseconds: docs/performance.md, "Busy machines"
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def prepare_process() -> None:
+    """Set the threads of a process that is ours, before it loads PyTorch; what the user has set stays.
+
+    GNU's OpenMP, that of PyTorch's wheels, reads these variables; others have their own.
+    """
+    if "torch" in sys.modules:
+        return
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+    quota = read_quota()
+    if quota is not None and quota < _count_cores() and not any(name in os.environ for name in _NUMBER):
+        os.environ["OMP_NUM_THREADS"] = str(max(1, int(quota)))  # one that is throttled holds up all others
+
+
+def _count_cores() -> int:
+    """Cores that the process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_quota(root: Path = _CGROUPS, memberships: Path = Path("/proc/self/cgroup")) -> float | None:
+    """How many cores' time the process's cgroups let it have, None for no limit.
+
+    Args:
+        root: where the cgroups are.
+        memberships: names the process's own.
+    """
+    try:
+        lines = memberships.read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return None
+    found = []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers == "":
+            found += [_quota_v2(folder) for folder in _up_to(root, path)]
+        elif "cpu" in controllers.split(","):
+            found += [_quota_v1(folder) for folder in _up_to(root / controllers, path)]
+    limits = [quota for quota in found if quota is not None]
+    return min(limits) if limits else None
+
+
+def _up_to(root: Path, path: str) -> list[Path]:
+    """The folder of a cgroup and those above it; in a container its own may be the root."""
+    folder = root / path.strip("/")
+    return [folder, *(above for above in folder.parents if above.is_relative_to(root))]
+
+
+def _quota_v2(folder: Path) -> float | None:
+    words = _read_words(folder / "cpu.max")
+    return _share(*words) if len(words) == 2 else None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    words = [*_read_words(folder / "cpu.cfs_quota_us"), *_read_words(folder / "cpu.cfs_period_us")]
+    return _share(*words) if len(words) == 2 else None
+
+
+def _read_words(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except OSError:
+        return []
+
+
+def _share(quota: str, period: str) -> float | None:
+    """Cores' time of `max 100000` or `150000 100000`; version 1 has -1 for no limit."""
+    if not (quota.isdigit() and period.isdigit() and int(period)):
+        return None
+    return int(quota) / int(period)
+
+
+def describe_threads() -> str:
+    """Such as `2 threads on 2 cores, spinning briefly`."""
+    import torch
+
+    n, quota = torch.get_num_threads(), read_quota()
+    cores = _count_cores()
+    limit = f" of which the cgroup allows {quota:g}" if quota is not None and quota < cores else ""
+    set_by = next((f" ({name})" for name in _NUMBER if name in os.environ), "")
+    waiting = "spinning briefly" if os.environ.get("GOMP_SPINCOUNT") == SPINS else ""
+    waiting = waiting or next((f"{name}={os.environ[name]}" for name in _WAITING if name in os.environ), "")
+    text = f"{n} thread{'s' if n != 1 else ''}{set_by} on {cores} core{'s' if cores != 1 else ''}{limit}"
+    return f"{text}, {waiting}" if waiting else text
+
+
+class _Small:
+    """Who is computing on one thread, and how many PyTorch had before the first of them."""
+
+    lock = Lock()
+    running = 0
+    usual = 0
+    own = local()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on the calling thread alone, which waits for no other one; afterwards all is as before.
+
+    PyTorch keeps a number for each thread, and one for those that first use it later: while others compute
+    here, a thread that is new to it sees 1, which is not its own.
+    """
+    import torch
+
+    with _Small.lock:
+        now = torch.get_num_threads()
+        if not _Small.running:
+            _Small.usual = now
+        before = now if hasattr(_Small.own, "known") else _Small.usual
+        _Small.own.known = True
+        _Small.running += 1
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _Small.lock:
+            torch.set_num_threads(before)
+            _Small.running -= 1
