@@ -4,10 +4,14 @@ Each work-around names its upstream issue and when it can go. Everything else ta
 RecBole's names from here.
 """
 
+import csv
+import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 INSTALL_RECBOLE = (
@@ -26,6 +30,7 @@ try:
 except ModuleNotFoundError as error:
     raise ValueError(INSTALL_RECBOLE) from error
 
+import recbole.data.dataset.dataset as _dataset
 import recbole.data.utils as _data
 import recbole.trainer.trainer as _trainer
 from recbole.config import Config
@@ -62,11 +67,13 @@ Config.compatibility_settings(None)
 torch.autograd.set_detect_anomaly(False)
 
 
-# Each run would print these two, which no upstream issue names; they go with RecBole's next
-# release for today's torch and pandas: RecBole 1.2.1 makes tensors from pandas 3's read-only arrays
-# (it copies them next) and names torch.cuda.amp.GradScaler, which torch renamed.
+# Each run would print these, which no upstream issue names; they go with RecBole's next release
+# for today's torch and pandas: RecBole 1.2.1 makes tensors from pandas 3's read-only arrays (it
+# copies them next), names torch.cuda.amp.GradScaler, which torch renamed, and fills columns in a way
+# that pandas 3 has no more, after `_read_csv` did it.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler", category=FutureWarning)
+warnings.filterwarnings("ignore", message="A value is being set on a copy", module="recbole.data.dataset")
 
 
 class _NoTensorboard:
@@ -109,8 +116,6 @@ def _remap(self: Dataset, remap_list: list[tuple[object, str, FeatureType]]) -> 
 
     No upstream issue found; goes when RecBole supports pandas 3.
     """
-    import pandas as pd
-
     if not remap_list:
         return
     tokens, split_point = self._concat_remaped_tokens(remap_list)
@@ -124,8 +129,22 @@ def _remap(self: Dataset, remap_list: list[tuple[object, str, FeatureType]]) -> 
         feat[column] = _split_remapped(feat, column, ids) if sequence else ids  # type: ignore[index]
 
 
+def _read_csv(path: str, dtype: dict[str, type], **options: Any) -> pd.DataFrame:
+    """pandas.read_csv as RecBole 1.2.1 calls it (Dataset._load_feat), with two repairs.
+
+    By default a quotation mark joins lines, and their rows are lost without a word; in atomic files it is
+    text (no upstream issue found; goes when RecBole reads with quoting=3). And `fillna(inplace=True)` of
+    a column does nothing under pandas 3, so that an empty sequence stays NaN, which has no `split`; it is
+    filled here (no upstream issue found; goes when RecBole supports pandas 3).
+    """
+    frame = pd.read_csv(path, dtype=dtype, quoting=csv.QUOTE_NONE, **options)
+    sequences = [column for column in frame if column.endswith("_seq")]
+    return frame.assign(**{column: frame[column].fillna("") for column in sequences})
+
+
 Dataset._fill_nan = _fill_nan
 Dataset._remap = _remap
+_dataset.pd = types.SimpleNamespace(**{**vars(pd), "read_csv": _read_csv})
 
 # RecBole opens ./log_tensorboard for every trainer and gives no switch (RecBole 1.2.1,
 # utils/logger.py; no upstream issue found); our trainer opens its own in the run folder.
