@@ -4,9 +4,9 @@ import csv
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -117,7 +117,7 @@ def _read_csv(path: Path, id_column: str) -> tuple[list[str], np.ndarray]:
     rows: list[np.ndarray] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, cells in enumerate(csv.reader(file), start=1):
+            for line, cells in _csv_lines(path, file):
                 if not cells or (line == 1 and _is_header(cells, id_column)):
                     continue
                 tokens.append(cells[0])
@@ -127,9 +127,32 @@ def _read_csv(path: Path, id_column: str) -> tuple[list[str], np.ndarray]:
                         f"{path}: line {line} has {len(rows[-1])} numbers, the first has {len(rows[0])}; "
                         "every line needs as many"
                     )
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is no CSV in UTF-8 ({error}); save it as such") from None
     return tokens, np.array(rows, dtype=np.float64).reshape(len(rows), -1 if rows else 0)
+
+
+def _csv_lines(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """Line numbers with their cells; no token has a line break, so that each line is one record.
+
+    Raises:
+        ValueError: a quotation mark joins lines, or stands where none can.
+    """
+    reader = csv.reader(file, strict=True)
+    line = 1
+    try:
+        for cells in reader:
+            if reader.line_num > line:
+                raise ValueError(
+                    f"{path}: a quotation mark in line {line} joins the lines up to {reader.line_num}; "
+                    "remove it, or quote the whole cell and double it there"
+                )
+            yield line, cells
+            line += 1
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}: is no CSV in UTF-8 from line {line} on ({error}); repair that line"
+        ) from None
 
 
 def _is_header(cells: list[str], id_column: str) -> bool:

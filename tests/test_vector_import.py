@@ -53,6 +53,8 @@ def test_npy(tmp_path: Path, dtype: type):
 @pytest.mark.parametrize("head", ["", "item_id,x,y\n", ",0,1\n", "item_id,1,2\n"])
 def test_csv(tmp_path: Path, head: str):
     same(text(tmp_path, f'{head}a,3,4\n"b b",0,1\né,1e6,-2\n'))
+    quoted = ['5" nail', 'say "hi"', "a, b"]
+    same(text(tmp_path, f'{head}5" nail,3,4\n"say ""hi""",0,1\r\n\n"a, b",1e6,-2'), quoted)
 
 
 def test_parquet(tmp_path: Path):
@@ -93,6 +95,11 @@ NAN = [[1.0, 2], [3, float("nan")], [5, 6]]
         (text, ("a,1\na,2\n",), "v.csv: token 'a' comes 2 times"),
         (text, (",1\nb,2\n",), "v.csv: the token of vector 1 is empty"),
         (text, ("",), "v.csv: has shape (0, 0)"),
+        (text, ('a,1,2\n"He,3,4\nb,5,6\nc"",7,8\nd",9,0\ne,1,2\n',), "csv: a quotation mark in line 2 joins "
+         "the lines up to 5; remove it, or quote the whole cell and double it there"),
+        (text, ('a,1,2\n\n"b,3,4\nc,5,6\n',), "is no CSV in UTF-8 from line 3 on (unexpected end of data)"),
+        (text, ('a,1,2\n"b"c,3,4\n',), "is no CSV in UTF-8 from line 2 on (',' expected after '\"'); repair"),
+        (text, ('item_id,"x\ny",z\na,1,2\n',), "v.csv: a quotation mark in line 1 joins the lines up to 2"),
         (parquet, ({"id": TOKENS, "v": NAN},), "column 'item_id' is missing, the file has id, v; set"),
         (parquet, ({"item_id": TOKENS, "v": NAN},), "the vector of 'b b' holds NaN"),
         (parquet, ({"item_id": TOKENS, "v": [[1.0], [1.0, 2], [3]]},), "of 'b b' has 2 numbers"),
