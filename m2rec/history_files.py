@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 from m2rec.files import write_atomically
 from m2rec.rows import LINE_LIMIT, Row, Tally, csv_rows, parquet_rows
+
+logger = logging.getLogger(__name__)
 
 USER, HISTORY = "user", "history"
 
@@ -29,7 +32,8 @@ def read_histories(path: Path, progress: bool = False) -> Iterator[tuple[str, li
     """Users and their item tokens, oldest first, row by row.
 
     The columns are `user` and `history`, a list in Parquet, in CSV tokens with blanks between
-    them or a JSON list. Nothing in it is an empty history.
+    them or a JSON list. Nothing in it is an empty history. Rows of several lines are said at the end,
+    because a quotation mark that is left open makes one of many.
 
     Args:
         path: FILE.parquet, or a CSV file, plain or gzipped.
@@ -50,6 +54,8 @@ def read_histories(path: Path, progress: bool = False) -> Iterator[tuple[str, li
             bar.update(tally.position - bar.n)
     if not is_parquet:  # which may have no rows
         tally.finish()
+    for remark in tally.remarks():
+        logger.warning("%s: %s", path, remark)
 
 
 def write_ranked(path: Path, ranked: Iterable[Ranked]) -> int:

@@ -1,7 +1,8 @@
 """Raw files as rows, one at a time: JSON lines, Python dicts, delimited text, Parquet.
 
-A row is what one line holds by name. Text files may be gzipped. A line that can't be read is
-counted in a `Tally` and skipped; memory holds one line, or of Parquet one batch.
+A row is what one line holds by name, and in CSV what one record holds, whose quoted cells may have
+several lines. Text files may be gzipped. A line that can't be read is counted in a `Tally` and
+skipped; memory holds one record, or of Parquet one batch.
 """
 
 import ast
@@ -10,22 +11,24 @@ import gzip
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Row]]
 """Line number, from 1, with its row."""
 
 LINE_LIMIT = 2**24  # bytes
+RECORD_LIMIT = 1000  # lines of a CSV record; a longer one is taken for a quotation mark left open
 LITERAL_LIMIT = 2**20  # characters; a syntax tree takes some hundred times its text
 BATCH = 10_000  # rows of Parquet
 JUDGED_FROM = 10_000  # lines before a file may be given up
 SHOWN = 3  # malformed lines
 SEPARATORS = ",\t;|"
+UNQUOTED = "\t|"  # where these separate, quotation marks are text
 
 
 class Malformed(Exception):
@@ -44,17 +47,35 @@ class Tally:
     position: int = 0
     """Bytes of the file that were read."""
     examples: list[str] = field(default_factory=list)
+    records: int = 0
+    """Records of several lines."""
+    continued: int = 0
+    """Lines of these records but the first of each."""
+    longest: tuple[int, int] = (0, 0)
+    """Lines of the longest of these records, and its first line."""
+    notes: list[str] = field(default_factory=list)
+    """What else is to be said about the file."""
 
-    def reject(self, number: int, reason: object, lines: int = 1) -> None:
-        """Count malformed lines, of which line `number` is the first.
+    def reject(self, first: int, reason: object, last: int | None = None) -> None:
+        """Count malformed lines, from `first` to `last`, by default one.
 
         Raises:
             ValueError: there are too many already, as judged over 10,000 lines at least.
         """
-        self.bad += lines
+        last = first if last is None else last
+        self.bad += last - first + 1
         if len(self.examples) < SHOWN:
-            self.examples.append(f"line {number}: {reason}")
+            where = f"line {first}" if last == first else f"lines {first} to {last}"
+            self.examples.append(f"{where}: {reason}")
         self._judge(max(self.lines, JUDGED_FROM))
+
+    def count_record(self, first: int) -> None:
+        """Count the record that began in line `first` and ends in the last line that was read."""
+        lines = self.lines - first + 1
+        if lines > 1:
+            self.records += 1
+            self.continued += lines - 1
+            self.longest = max(self.longest, (lines, first), key=lambda record: record[0])
 
     def finish(self) -> None:
         """Judge the whole file.
@@ -65,6 +86,21 @@ class Tally:
         if not self.lines:
             raise ValueError(f"{self.path}: the file is empty; give the file as it was published")
         self._judge(self.lines)
+
+    def remarks(self) -> list[str]:
+        """What was left out or looks odd, one line each."""
+        said = []
+        if self.bad:
+            said.append(
+                f"{self.bad:,} of {self.lines:,} lines are malformed and left out: {'; '.join(self.examples)}"
+            )
+        if self.records:
+            lines, first = self.longest
+            said.append(
+                f"records of several lines: {self.records:,}, the longest has {lines:,} lines from line "
+                f"{first} on; if that is no text of several lines, a quotation mark was left open there"
+            )
+        return said + self.notes
 
     def _judge(self, lines: int) -> None:
         if self.bad > self.max_bad * lines:
@@ -206,20 +242,24 @@ def delimited_rows(tally: Tally, separator: str, columns: Sequence[str]) -> Rows
 
 
 def csv_rows(tally: Tally, columns: Sequence[str]) -> Rows:
-    """Rows of a CSV file with a header, whatever separates its columns; cells may be quoted.
+    """Rows of a CSV file with a header, whatever separates its columns.
+
+    Between commas and semicolons cells may be quoted, and have several lines then (RFC 4180);
+    between tabs and | quotation marks are text.
 
     Args:
-        tally: names the file.
-        columns: must be in the header.
+        tally: names the file; told of records of several lines.
+        columns: must be in the header, once each.
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: a column is missing or comes twice, or a record has more than 1,000 lines.
     """
     with Lines(tally) as lines:
         header, separator = _header(lines, columns)
-        reader = csv.reader(lines, delimiter=separator, strict=True)
+        record = _RecordLines(lines, separator)
+        reader = csv.reader(record, delimiter=separator, strict=True, quoting=_quoting(separator))
         while True:
-            first = tally.lines + 1
+            first = record.begin()
             try:
                 cells = next(reader)
                 if cells and len(cells) != len(header):
@@ -227,11 +267,60 @@ def csv_rows(tally: Tally, columns: Sequence[str]) -> Rows:
             except StopIteration:
                 return
             except (csv.Error, Malformed) as error:
-                # an open quote swallows lines up to the csv module's limit of a cell
-                tally.reject(first, error, max(1, tally.lines - first + 1))
+                # the record's lines that were read are gone, in the worst case up to the open quote's limit
+                never = f"the quotation mark of line {record.opened} never closes"
+                reason = never if str(error) == "unexpected end of data" else error
+                tally.reject(first, reason, max(first, tally.lines))
                 continue
             if cells:
+                tally.count_record(first)
                 yield first, dict(zip(header, cells, strict=True))
+
+
+def _quoting(separator: str) -> Literal[0, 3]:
+    return csv.QUOTE_NONE if separator in UNQUOTED else csv.QUOTE_MINIMAL
+
+
+class _RecordLines:
+    """Lines for the csv module, which asks for another one while a quotation mark is open.
+
+    Attributes:
+        opened: line in which the mark opens that is open now.
+
+    Raises:
+        ValueError: the record has more than 1,000 lines.
+    """
+
+    def __init__(self, lines: Lines, separator: str) -> None:
+        self.lines, self.separator = lines, separator
+        self.first = self.opened = 0
+
+    def begin(self) -> int:
+        """Say that a record begins; returns its line."""
+        self.first = self.opened = self.lines.tally.lines + 1
+        return self.first
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        number = self.lines.tally.lines + 1
+        if number >= self.first + RECORD_LIMIT:
+            raise ValueError(
+                f"{self.lines.tally.path}: a quotation mark opens in line {self.opened} and its record has "
+                f"more than {RECORD_LIMIT:,} lines; remove it, or quote the whole cell and double it there"
+            )
+        line = next(self.lines)
+        if number > self.first and self._closes(line):
+            self.opened = number
+        return line
+
+    def _closes(self, line: str) -> bool:
+        """Whether the open mark closes in this line; if the record goes on, another one opens in it."""
+        try:
+            return len(next(csv.reader(['"' + line], delimiter=self.separator))) > 1
+        except csv.Error:  # the reader proper will say so
+            return False
 
 
 def _header(lines: Lines, columns: Sequence[str]) -> tuple[list[str], str]:
@@ -246,34 +335,47 @@ def _header(lines: Lines, columns: Sequence[str]) -> tuple[list[str], str]:
     found = []
     for separator in SEPARATORS:
         try:
-            names = [name.strip() for name in next(csv.reader([line], delimiter=separator))]
+            cells = next(csv.reader([line], delimiter=separator, quoting=_quoting(separator)))
         except csv.Error as error:
             raise ValueError(f"{path}: line 1 names no columns ({error}); repair it") from None
-        if set(columns) <= set(names):
-            return names, separator
-        found.append(names)
+        found.append([name.strip() for name in cells])
+        if set(columns) <= set(found[-1]):
+            require_columns(path, found[-1], columns)
+            return found[-1], separator
+        if {f'"{column}"' for column in columns} <= set(found[-1]):
+            raise ValueError(
+                f"{path}: its column names are in quotation marks, which are text between tabs and |; "
+                "save it with commas, or without these marks"
+            )
     require_columns(path, max(found, key=len), columns)
     raise AssertionError("one is missing")
 
 
 def require_columns(path: Path, names: Sequence[str], columns: Sequence[str]) -> None:
-    """Check that the file has the columns.
+    """Check that the file has the columns, once each.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: one is missing or comes twice.
     """
     for column in columns:
         if column not in names:
             raise ValueError(
                 f"{path}: column {column!r} is missing, the file has {', '.join(names)}; name one of them"
             )
+        if (times := names.count(column)) > 1:
+            raise ValueError(f"{path}: column {column!r} comes {times} times; rename all but one")
 
 
-def parquet_rows(tally: Tally, columns: Sequence[str]) -> Rows:
+def parquet_rows(tally: Tally, columns: Sequence[str], optional: Collection[str] = ()) -> Rows:
     """Rows of a Parquet file, with these columns only, batch by batch.
 
+    Args:
+        tally: names the file.
+        columns: must be in it, once each.
+        optional: lower-case names of columns that are read too where they are there, in any case.
+
     Raises:
-        ValueError: pyarrow is not installed, the file can't be read, or a column is missing.
+        ValueError: pyarrow is not installed, the file can't be read, or a column is missing or comes twice.
     """
     try:
         import pyarrow
@@ -282,8 +384,10 @@ def parquet_rows(tally: Tally, columns: Sequence[str]) -> Rows:
         raise ValueError(f"{tally.path}: reading Parquet needs pyarrow; run: pip install pyarrow") from None
     try:
         with parquet.ParquetFile(tally.path) as file:
-            require_columns(tally.path, file.schema_arrow.names, columns)
-            for batch in file.iter_batches(BATCH, columns=list(columns)):
+            there = file.schema_arrow.names
+            require_columns(tally.path, there, columns)
+            wanted = [*columns, *(name for name in there if name.lower() in optional)]
+            for batch in file.iter_batches(BATCH, columns=wanted):
                 names = batch.schema.names
                 for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     tally.lines += 1

@@ -42,6 +42,28 @@ def test_histories(tmp_path: Path, name: str, write: Callable[[Path], Path]):
     assert dict(read_histories(write(tmp_path / name))) == HISTORIES
 
 
+def test_a_row_of_several_lines_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A quotation mark that is left open makes one user of four."""
+    path = tmp_path / "in.csv"
+    path.write_text('user,history\na,"i1 i2\nb,i3\nc,i4\nd,i5 6"\ne,i6\n')
+    assert dict(read_histories(path)) == {"a": ["i1", "i2", "b,i3", "c,i4", "d,i5", "6"], "e": ["i6"]}
+    assert [record.message for record in caplog.records] == [
+        f"{path}: records of several lines: 1, the longest has 4 lines from line 2 on; "
+        "if that is no text of several lines, a quotation mark was left open there"
+    ]
+    path.write_text('user,history\na,"i1 i2\n' + "b,i3\n" * 2000)
+    with pytest.raises(
+        ValueError, match="quotation mark opens in line 2 and its record has more than 1,000 "
+    ):
+        list(read_histories(path))
+    path.write_text('user,history\na,i1\n"b,i2\nc,i3\n')
+    with pytest.raises(ValueError, match="lines 3 to 4: the quotation mark of line 3 never closes"):
+        list(read_histories(path))
+    path.write_text("user,history,user\na,i1,b\n")
+    with pytest.raises(ValueError, match="column 'user' comes 2 times"):
+        list(read_histories(path))
+
+
 def test_recommendations_of_a_file(tmp_path: Path):
     model, out = recommender(whole_history=False), tmp_path / "out.parquet"
     assert model.recommend_file(as_csv(tmp_path / "in.csv"), out, k=4, progress=True) == 3

@@ -1,6 +1,8 @@
 """Raw files as rows: what is read, what is skipped and counted, and how little is held."""
 
+import csv
 import gzip
+import io
 import itertools
 import re
 import sys
@@ -8,9 +10,16 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from m2rec import rows
 from m2rec.rows import Tally
+
+random_files = settings(
+    max_examples=150, deadline=None, database=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
 
 
 def written(tmp_path: Path, content: str | bytes, name: str = "raw.json") -> Path:
@@ -77,19 +86,128 @@ def test_reading_is_lazy(tmp_path: Path):
     assert tally.position == path.stat().st_size
 
 
-@pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
-def test_csv_of_any_separator(tmp_path: Path, separator: str):
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_csv_with_quoted_cells(tmp_path: Path, separator: str):
     lines = [
         ["user ", "the time", "text"],
         ["u1", "1", '"a, b\t; | ""c"" \nd"'],
         ["u2", "2", 'plain 5" nail'],
     ]
     content = "\r\n".join(separator.join(cells) for cells in lines)
-    found = list(rows.csv_rows(Tally(written(tmp_path, content)), ["the time", "user"]))
-    assert found == [
+    tally = Tally(written(tmp_path, content))
+    assert list(rows.csv_rows(tally, ["the time", "user"])) == [
         (2, {"user": "u1", "the time": "1", "text": 'a, b\t; | "c" \nd'}),
         (4, {"user": "u2", "the time": "2", "text": 'plain 5" nail'}),
     ]
+    assert tally.remarks() == [
+        "records of several lines: 1, the longest has 2 lines from line 2 on; "
+        "if that is no text of several lines, a quotation mark was left open there"
+    ]
+
+
+@pytest.mark.parametrize("separator", ["\t", "|"])
+def test_quotation_marks_are_text_between_tabs_and_bars(tmp_path: Path, separator: str):
+    cells = ['"Heroes', '"Heroes"', 'Remix 12"', '""', '"', 'a "b" c']
+    lines = [["user", "track"], *([f"u{n}", cell] for n, cell in enumerate(cells))]
+    content = "\r\n".join(separator.join(line) for line in lines)
+    tally = Tally(written(tmp_path, content))
+    assert [row["track"] for _, row in rows.csv_rows(tally, ["user"])] == cells
+    assert tally.remarks() == []
+
+
+def test_quoted_names_between_tabs(tmp_path: Path):
+    path = written(tmp_path, '"user"\t"item"\n"u"\t"i"\n')
+    with pytest.raises(ValueError, match="its column names are in quotation marks, which are text between"):
+        list(rows.csv_rows(Tally(path), ["item", "user"]))
+    found = list(rows.csv_rows(Tally(path), ['"user"']))  # as they are called
+    assert found == [(2, {'"user"': '"u"', '"item"': '"i"'})]
+
+
+# of lines, # for the separator: whole ones, and those that open, hold and close a quoted cell
+PIECES = ["a#b", '"a#b"#c', 'a#"b', 'b#""', 'b"', '"#"', '"a', 'a"#b', 'a"#"b', '"a"b#c']
+
+
+@random_files
+@given(
+    lines=st.lists(st.sampled_from(PIECES) | st.text('ab,;"" \t', min_size=1), max_size=12),
+    separator=st.sampled_from(",;\t|"),
+    end=st.sampled_from(["\n", "\r\n"]),
+    closed=st.booleans(),
+)
+def test_every_line_is_a_row_or_is_said(
+    tmp_path: Path, lines: list[str], separator: str, end: str, closed: bool
+):
+    """Lines of the file = header + rows + continuation lines + malformed lines, whatever the quotes do."""
+    lines = [line.replace("#", separator) for line in lines]
+    content = end.join([f"x{separator}y", *lines]) + (end if closed else "")
+    tally = Tally(written(tmp_path, content), max_bad=1)
+    found = list(rows.csv_rows(tally, ["x", "y"]))
+    assert tally.lines == len(lines) + 1 == 1 + len(found) + tally.continued + tally.bad
+    if separator in "\t|":
+        whole = [tuple(line.split(separator)) for line in lines if line.count(separator) == 1]
+        assert [(row["x"], row["y"]) for _, row in found] == whole
+        assert not tally.continued
+
+
+@random_files
+@given(
+    table=st.lists(st.tuples(*[st.text('ab,;"\n\t', max_size=6)] * 2), max_size=8),
+    separator=st.sampled_from(",;"),
+)
+def test_what_csv_writes_comes_back(tmp_path: Path, table: list[tuple[str, str]], separator: str):
+    file = io.StringIO()
+    csv.writer(file, delimiter=separator).writerows([("x", "y"), *table])
+    tally = Tally(written(tmp_path, file.getvalue()))
+    found = list(rows.csv_rows(tally, ["x", "y"]))
+    assert [(row["x"], row["y"]) for _, row in found] == table
+    breaks = ["".join(cells).count("\n") for cells in table]
+    assert (tally.bad, tally.continued, tally.records) == (0, sum(breaks), sum(n > 0 for n in breaks))
+    assert tally.longest[0] == (max(breaks) + 1 if any(breaks) else 0)
+
+
+def test_a_long_text_passes_and_an_open_quote_stops(tmp_path: Path):
+    review = "x\n" * 998 + "x"
+    content = f'a,b\n1,"{review}\n"\n2,y\n'  # a record of 1,000 lines
+    tally = Tally(written(tmp_path, content))
+    assert [number for number, _ in rows.csv_rows(tally, ["a"])] == [2, 1002]
+    assert tally.longest == (1000, 2)
+    rest = "".join(f"{n},z\n" for n in range(3000))
+    for start, line in (('1,"Heroes\n', 2), ('1,"two\nlines","Heroes\n', 3), ('1,y\n\n2,"two\n""lines\n', 4)):
+        path = written(tmp_path, f"a,b\n{start}{rest}")
+        message = f"{path}: a quotation mark opens in line {line} and its record has more than 1,000 lines"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            list(rows.csv_rows(Tally(path, max_bad=1), ["a"]))
+
+
+def test_what_an_open_quote_swallows_is_counted(tmp_path: Path):
+    """Up to the end of the file, to a wrong character behind a closing one, or to the largest cell."""
+    limit = csv.field_size_limit(131_072)
+    try:
+        for lines, first in (
+            (['5,"Heroes', "6,x", "7,x"], "lines 3 to 5: the quotation mark of line 3 never closes"),
+            (['5,"Heroes', "6,x", '7,"x"'], "lines 3 to 5: ',' expected after '\"'"),
+            (['5,"Heroes', "6," + "x" * 70_000, "7," + "x" * 70_000], "lines 3 to 5: field larger"),
+            (['5,"He', '6,x",x', "7,x"], "lines 3 to 4: 3 columns, the header has 2"),
+        ):
+            tally = Tally(written(tmp_path, "\n".join(["a,b", "1,2", *lines])), max_bad=1)
+            found = list(rows.csv_rows(tally, ["a"]))
+            assert len(found) + tally.bad == 4 and tally.examples[0].startswith(first), tally.examples
+            assert [row["a"] for _, row in found] == ["1", "7"][: 4 - tally.bad]
+    finally:
+        csv.field_size_limit(limit)
+
+
+def test_blank_lines_are_no_rows(tmp_path: Path):
+    tally = Tally(written(tmp_path, 'a,b\n\n1,"2\n\n3"\n\r\n4,5\n\n'))
+    assert [number for number, _ in rows.csv_rows(tally, ["a"])] == [3, 7]
+    assert (tally.lines, tally.continued, tally.bad) == (8, 2, 0)
+
+
+def test_a_column_that_comes_twice(tmp_path: Path):
+    path = written(tmp_path, "user,item,note,user ,note\nu,i,1,v,2\n")
+    with pytest.raises(ValueError, match="column 'user' comes 2 times; rename all but one"):
+        list(rows.csv_rows(Tally(path), ["item", "user"]))
+    assert [number for number, _ in rows.csv_rows(Tally(path), ["item"])] == [2]
 
 
 def test_csv_goes_on_after_what_is_wrong(tmp_path: Path):
@@ -97,6 +215,7 @@ def test_csv_goes_on_after_what_is_wrong(tmp_path: Path):
     tally = Tally(written(tmp_path, content), max_bad=1)
     assert list(rows.csv_rows(tally, ["a"])) == [(2, {"a": "1", "b": "2"})]
     assert tally.examples[:2] == ["line 3: 1 columns, the header has 2", "line 5: not UTF-8"]
+    assert tally.remarks()[0].startswith("6 of 9 lines are malformed and left out: line 3: 1 columns")
     assert tally.bad == 6  # the quote that is left open takes two lines with it
 
 
@@ -172,6 +291,13 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert tally.lines == 4 and tally.position == path.stat().st_size
     with pytest.raises(ValueError, match="column 'when' is missing, the file has user, tags, other"):
         list(rows.parquet_rows(Tally(path), ["when"]))
+    optional = rows.parquet_rows(Tally(path), ["user"], optional={"other", "tags", "more"})
+    assert next(optional) == (1, {"user": "a", "tags": ["x"], "other": 1})
+    double = pyarrow.table([["a"], ["b"], ["c"]], names=["user", "item", "user"])
+    parquet.write_table(double, tmp_path / "double.parquet")
+    with pytest.raises(ValueError, match=r"double\.parquet: column 'user' comes 2 times; rename all but one"):
+        list(rows.parquet_rows(Tally(tmp_path / "double.parquet"), ["user"]))
+    assert list(rows.parquet_rows(Tally(tmp_path / "double.parquet"), ["item"])) == [(1, {"item": "b"})]
     parquet.write_table(pyarrow.table(table).slice(0, 0), path)
     assert list(rows.parquet_rows(Tally(path), ["user"])) == []
     for content in (b"user,item\n", b"", path.read_bytes()[:-10]):
