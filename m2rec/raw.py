@@ -7,7 +7,8 @@
 import html
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal, InvalidOperation
@@ -30,7 +31,14 @@ from m2rec.rows import (
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DIGITS = 28  # of a number, what Decimal computes with
-LARGEST_SECONDS = 10**11  # the year 5138; from there on a time is in smaller units
+UNITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # of unix time, with the places by which its point moves
+LIMITS = {"s": Decimal(10**11), "ms": Decimal(10**14), "us": Decimal(10**17)}  # of a unit: the year 5138
+DATES = "dates"
+UNIT_NAMES = {
+    "s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds", DATES: DATES,
+}  # fmt: skip
+BLANKS = " \xa0"  # around ids
+LABELS = frozenset({"label", "click", "clicked", "is_click", "is_clicked"})  # 0 where nobody clicked
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -92,13 +100,31 @@ class Format:
     """Names of an item's token in the file of items."""
     texts: tuple[Text, ...] = ()
 
-    def interactions(self, tally: Tally) -> Iterator[Interaction]:
+    def interactions(self, tally: Tally, time_unit: str | None = None) -> Iterator[Interaction]:
         """The interactions of the file that `tally` names, in file order.
 
+        Args:
+            tally: names the file; at the end it is told how times and ids were read.
+            time_unit: one of `UNITS`; by default as `TimeReader` finds it.
+
         Raises:
-            ValueError: the file can't be read, or too much of it is malformed.
+            ValueError: the file can't be read, too much of it is malformed, or its times are of several
+                units.
         """
-        return _records(self.rows(tally), self._interaction, tally)
+        times, ids = TimeReader(tally.path, time_unit), IdReader()
+        labels = LabelCounter({*self.user, *self.item, *self.time, *self.rating})
+
+        def parse(line: int, row: Row) -> Interaction:
+            user = ids.read(_needed(row, self.user), line)
+            item = ids.read(_needed(row, self.item), line)
+            rating = _rating(_value(row, self.rating)) if self.rating else None
+            # last, so that a line which is malformed elsewhere does not settle the unit
+            record = Interaction(user, item, times.read(_needed(row, self.time), line), rating)
+            labels.count(row)
+            return record
+
+        yield from _records(self.rows(tally), parse, tally)
+        tally.notes += [*times.remarks(), *ids.remarks(), *labels.remarks()]
 
     def items(self, tally: Tally) -> Iterator[Item]:
         """The items of the file that `tally` names; the same token may come again.
@@ -106,27 +132,21 @@ class Format:
         Raises:
             ValueError: as for `interactions`.
         """
-        return _records((self.item_rows or self.rows)(tally), self._item, tally)
+        ids = IdReader()
 
-    def _interaction(self, row: Row) -> Interaction:
-        rating = _value(row, self.rating) if self.rating else None
-        return Interaction(
-            token(_needed(row, self.user)),
-            token(_needed(row, self.item)),
-            seconds(_needed(row, self.time)),
-            None if rating is None else number(rating),
-        )
+        def parse(line: int, row: Row) -> Item:
+            texts = (one_line(text.convert(_value(row, text.keys))) for text in self.texts)
+            return Item(ids.read(_needed(row, self.token), line), tuple(texts))
 
-    def _item(self, row: Row) -> Item:
-        texts = (one_line(text.convert(_value(row, text.keys))) for text in self.texts)
-        return Item(token(_needed(row, self.token)), tuple(texts))
+        yield from _records((self.item_rows or self.rows)(tally), parse, tally)
+        tally.notes += ids.remarks()
 
 
-def _records(rows: Rows, parse: Callable[[Row], Record], tally: Tally) -> Iterator[Record]:
+def _records(rows: Rows, parse: Callable[[int, Row], Record], tally: Tally) -> Iterator[Record]:
     """Parse row by row; what is malformed goes to the tally."""
     for line, row in rows:
         try:
-            record = parse(row)
+            record = parse(line, row)
         except Malformed as error:
             tally.reject(line, error)
         else:
@@ -209,28 +229,145 @@ def shortest(exact: Decimal) -> str:
     return "0" if text == "-0" else text
 
 
-def seconds(value: object) -> Decimal:
-    """Seconds since 1970 from unix time or a date, to the microsecond; a date without zone is UTC.
+class TimeReader:
+    """Seconds since 1970 from the times of one file; the numbers among them are all of one unit.
 
-    Numbers from 10**11 on are taken for milliseconds, from 10**14 for microseconds, from 10**17
-    for nanoseconds: each such range holds the years 1973 to 5138. Smaller ones stay as they are.
+    Without a given unit the first time decides. Numbers from 10**11 on are taken for milliseconds,
+    from 10**14 for microseconds, from 10**17 for nanoseconds; smaller ones stay as they are. A date
+    without zone is UTC, and read to the microsecond.
 
-    Raises:
-        Malformed: it is neither.
+    Args:
+        path: the file, for errors.
+        unit: one of `UNITS`, for numbers of any size; dates may stand between them.
     """
-    if isinstance(value, date) and not isinstance(value, datetime):
-        value = datetime(value.year, value.month, value.day)
+
+    def __init__(self, path: Path, unit: str | None = None) -> None:
+        self.path, self.given = path, unit
+        self.first: tuple[str, int, object] | None = None
+        """The first time: its unit or `DATES`, its line, its value."""
+
+    def read(self, value: object, line: int) -> Decimal:
+        """The time of one line.
+
+        Raises:
+            Malformed: it is neither a number nor a date.
+            ValueError: it is of another unit than the times before it.
+        """
+        time, unit = self._parse(value)
+        self.first = self.first or (unit, line, value)
+        if self.given is None and unit != self.first[0]:
+            raise ValueError(
+                f"{self.path}: {_describe_time(*self.first)}, and {_describe_time(unit, line, value)}; say "
+                f"which unit all numbers have with --time-unit ({', '.join(UNITS)}), or repair the line"
+            )
+        places = UNITS.get(unit, 0)
+        return time.scaleb(-places) if places else time
+
+    def _parse(self, value: object) -> tuple[Decimal, str]:
+        """A number with its unit, or the seconds of a date."""
+        if not isinstance(value, date):
+            try:
+                time = number(value)
+            except Malformed:
+                value = _date(value)
+            else:
+                return time, self.given or find_unit(time)
+        return _since_1970(value), DATES
+
+    def remarks(self) -> list[str]:
+        """How the times were read."""
+        if self.first is None:
+            return []
+        unit = self.given or self.first[0]
+        small = " (numbers below 10^11 stay as they are)" if unit == "s" and not self.given else ""
+        return [f"timestamps read as {UNIT_NAMES[unit]}{small}"]
+
+
+def _describe_time(unit: str, line: int, value: object) -> str:
+    return f"line {line} has the time {short(str(value))}, which reads as {UNIT_NAMES[unit]}"
+
+
+def find_unit(time: Decimal) -> str:
+    """The unit that a number's size says, `s` for what stays as it is."""
+    for unit, limit in LIMITS.items():
+        if -limit < time < limit:
+            return unit
+    return "ns"
+
+
+def _since_1970(value: date) -> Decimal:
     if not isinstance(value, datetime):
-        try:
-            time = number(value)
-        except Malformed:
-            value = _date(value)
-        else:
-            while abs(time) >= LARGEST_SECONDS:
-                time = time.scaleb(-3)
-            return time
+        value = datetime(value.year, value.month, value.day)
     since = (value if value.tzinfo else value.replace(tzinfo=UTC)) - EPOCH
     return since.days * 86400 + since.seconds + Decimal(since.microseconds).scaleb(-6)
+
+
+class IdReader:
+    """The ids of one file, without blanks around them; says how many had some."""
+
+    def __init__(self) -> None:
+        self.stripped, self.example = 0, ""
+
+    def read(self, value: object, line: int) -> str:
+        """The id in a value of this line.
+
+        Raises:
+            Malformed: see `token`.
+        """
+        text = token(value)
+        bare = text.strip(BLANKS)
+        if len(bare) < len(text):
+            self.stripped += 1
+            self.example = self.example or f"{text!r} in line {line}"
+        return bare
+
+    def remarks(self) -> list[str]:
+        """How many ids were changed."""
+        if not self.stripped:
+            return []
+        return [f"blanks around ids were removed: {self.stripped:,}, the first from {self.example}"]
+
+
+class LabelCounter:
+    """Zeros in columns that say whether somebody clicked, where such a column is not used.
+
+    Args:
+        used: columns that are.
+    """
+
+    def __init__(self, used: Collection[str]) -> None:
+        self.others, self.zeros = set(used), Counter[str]()
+        """Columns that are no such labels, and the zeros of those that are."""
+
+    def count(self, row: Row) -> None:
+        """Look at one line."""
+        for name in row.keys() - self.others:
+            if name.lower() not in LABELS:
+                self.others.add(name)
+            elif _is_zero(row[name]):
+                self.zeros[name] += 1
+
+    def remarks(self) -> list[str]:
+        """How many interactions seem to be none."""
+        return [
+            f"column {name!r} is 0 in {zeros:,} lines, which count as interactions like all others; "
+            f"to leave them out give --rating={name} --min-rating=1"
+            for name, zeros in self.zeros.items()
+        ]
+
+
+def _is_zero(value: object) -> bool:
+    try:
+        return _rating(value) == 0
+    except Malformed:
+        return False
+
+
+def _rating(value: object) -> Decimal | None:
+    """A rating, which may be a truth value; None where there is none."""
+    if _missing(value):
+        return None
+    return number(int(value) if isinstance(value, bool) else value)
 
 
 def _date(value: object) -> datetime:
@@ -447,7 +584,7 @@ def table(
     columns = [user, item, time, *([rating] if rating else [])]
     return Format(
         about="",
-        rows=_reader(kind, columns),
+        rows=_reader(kind, columns, LABELS),
         user=(user,),
         item=(item,),
         time=(time,),
@@ -458,7 +595,9 @@ def table(
     )
 
 
-def _reader(kind: str, columns: list[str]) -> Callable[[Tally], Rows]:
+def _reader(kind: str, columns: list[str], optional: Collection[str] = ()) -> Callable[[Tally], Rows]:
     if kind == "jsonl":
         return json_rows
-    return partial({"csv": csv_rows, "parquet": parquet_rows}[kind], columns=columns)
+    if kind == "parquet":
+        return partial(parquet_rows, columns=columns, optional=optional)
+    return partial(csv_rows, columns=columns)

@@ -7,14 +7,22 @@ name; without --items an earlier NAME.item stays.
 
 Times: unix time or ISO dates (2021-03-04, 2021-03-04 05:06:07, with or without zone; without is
 UTC). They are written as seconds in full precision. Unix time may be in seconds, milliseconds,
-microseconds or nanoseconds: from 10^11 on a number is taken for milliseconds, from 10^14 for
-microseconds, from 10^17 for nanoseconds. Smaller numbers that are no unix time stay as they are.
+microseconds or nanoseconds, one unit for the whole file: from 10^11 on numbers are taken for
+milliseconds, from 10^14 for microseconds, from 10^17 for nanoseconds, and smaller ones stay as they
+are. The log says what was found. Times of two units, or numbers among dates, are an error;
+--time-unit says which unit numbers have whatever their size, and dates may stand between them then.
+
+Ids: blanks around an id are removed, which is counted and said.
 
 Text: HTML entities are resolved, white space becomes single spaces, lists are joined. Items
 without any text are left out of NAME.item; of several lines for one item the first with text counts.
 
 Malformed lines (no user, item or time; an id with a tab or newline; broken JSON; too many columns;
 not UTF-8) are counted and skipped, and the first are shown. Too many are an error, see --max-bad.
+
+Quotation marks: between commas and semicolons a cell may be quoted and have several lines then; the
+log says how many lines the longest such record has, and more than 1,000 are an error. Between tabs,
+| and :: quotation marks are text.
 
 Exact repeats, the same user, item and time, are kept, because to know them takes memory for each
 interaction and because Amazon's and Steam's times are days, within which a user may come back.
@@ -25,6 +33,7 @@ import argparse
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,8 +44,9 @@ from typing import IO, TypeVar
 from tqdm import tqdm
 
 from m2rec.command_line import Parser
+from m2rec.dominant import find_dominant
 from m2rec.files import write_atomically
-from m2rec.raw import FORMATS, TABLES, Format, Interaction, movielens, shortest, table
+from m2rec.raw import FORMATS, TABLES, UNITS, Format, Interaction, movielens, shortest, table
 from m2rec.rows import Tally
 
 logger = logging.getLogger(__name__)
@@ -75,6 +85,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--data-path", "--data_path", type=Path, default="dataset", metavar="DIR", help="default: dataset"
     )
     parser.add_argument("--min-rating", type=float, help="keep only interactions with at least this rating")
+    parser.add_argument(
+        "--time-unit", choices=list(UNITS), help="unit of times that are numbers; default: found, see above"
+    )
     parser.add_argument("--drop-repeats", action="store_true", help="keep one of exact repeats")
     parser.add_argument(
         "--max-bad",
@@ -114,8 +127,9 @@ class Statistics:
     """A data set in numbers."""
 
     name: str
-    users: set[str] = field(default_factory=set)
-    items: set[str] = field(default_factory=set)
+    users: Counter[str] = field(default_factory=Counter)
+    items: Counter[str] = field(default_factory=Counter)
+    """Interactions of each."""
     interactions: int = 0
     texts: int | None = None
     """Items with text; None without a file of items."""
@@ -191,15 +205,19 @@ class Preparation:
         columns = ["user_id:token", "item_id:token", *(["rating:float"] if rated else []), "timestamp:float"]
         file.write("\t".join(columns) + "\n")
         tally = Tally(self.interactions, self.options.max_bad)
-        for record in self._wanted(with_progress(self.format.interactions(tally), tally)):
+        records = self.format.interactions(tally, self.options.time_unit)
+        for record in self._wanted(with_progress(records, tally)):
             user, item, time, rating = record
             cells = [user, item, shortest(time)]
             if rated:
                 cells.insert(2, "" if rating is None else shortest(rating))
             file.write("\t".join(cells) + "\n")
-            found.users.add(user)
-            found.items.add(item)
+            found.users[user] += 1
+            found.items[item] += 1
             found.interactions += 1
+        for kind, counts in (("user", found.users), ("item", found.items)):
+            if said := find_dominant(kind, list(counts), list(counts.values())):
+                tally.notes.append(said)
         report(tally)
         if not found.interactions:
             left = (
@@ -321,15 +339,9 @@ def with_progress(records: Iterator[Record], tally: Tally) -> Iterator[Record]:
 
 
 def report(tally: Tally) -> None:
-    """Say which lines were left out."""
-    if tally.bad:
-        logger.warning(
-            "%s: %s of %s lines are malformed and left out: %s",
-            tally.path,
-            f"{tally.bad:,}",
-            f"{tally.lines:,}",
-            "; ".join(tally.examples),
-        )
+    """Say what was left out of the file, and how the rest was read."""
+    for remark in tally.remarks():
+        logger.warning("%s: %s", tally.path, remark)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,10 @@ def test_the_project_reads_what_is_written(tmp_path: Path, prepare: Prepare, rev
 
 
 def test_any_ids_and_texts_survive(tmp_path: Path, prepare: Prepare):
-    """Random characters, those of tables and of Unicode's corners among them, come back as they were."""
+    """Random characters, those of tables and of Unicode's corners among them, come back as they were.
+
+    Ids do without the blanks around them.
+    """
     draw = random.Random(0)
     corners = "\t\n\r\0\"'\\,;|:# \x85\u2028\ufeff\xa0É😀aN&"
     ids = ["".join(draw.choices(corners, k=draw.randint(1, 4))) for _ in range(300)]
@@ -115,7 +118,7 @@ def test_any_ids_and_texts_survive(tmp_path: Path, prepare: Prepare):
     assert prepare("jsonl", f"--interactions={path}", f"--items={path}", *columns)[0] == 0
     inter = tmp_path / "data" / "x" / "x.inter"
     frame = atomic.read_interactions(inter, "\t", atomic.read_header(inter, "\t"), ["item_id"], "")
-    good = [text for text in ids if text.strip() and not set(text) & set("\t\n\r\0\x85")]
+    good = [text.strip(" \xa0") for text in ids if text.strip() and not set(text) & set("\t\n\r\0\x85")]
     assert frame["item_id"].tolist() == good and 50 < len(good) < 250
     item = inter.with_suffix(".item")
     table = atomic.read_table(item, "\t", atomic.read_header(item, "\t"))
@@ -132,6 +135,113 @@ def test_a_run_on_prepared_data(tmp_path: Path, prepare: Prepare, command: Prepa
     assert status == 0, err
     metrics = json.loads((Path(out.splitlines()[-1]) / "metrics.json").read_text())
     assert metrics["data"]["interactions"] == len(lines) and metrics["data"]["users"] == 30
+
+
+def test_quotation_marks_swallow_no_rows(tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture):
+    """Between tabs they are text; between commas what they join is said, or an error from 1,000 lines on."""
+    tracks = {(3, 2): '"Heroes', (15, 4): 'Remix 12"'}
+    rows = [(f"u{u}", f"i{k}", 1500000000 + k, tracks.get((u, k), "x")) for u in range(20) for k in range(10)]
+
+    def lines(separator: str) -> list[str]:
+        return [separator.join(map(str, row)) for row in rows]
+
+    expected = [[user, item, str(time)] for user, item, time, _ in rows]
+    for separator in "\t|":
+        header = separator.join(("user", "item", "time", "track"))
+        assert prepare(*CSV, events(tmp_path, *lines(separator), header=header))[0] == 0
+        assert read(tmp_path)[1:] == expected and "several lines" not in caplog.text
+    assert prepare(*CSV, events(tmp_path, *lines(","), header="user,item,time,track"))[0] == 0
+    joined = 12 * 10 + 2
+    assert read(tmp_path)[1:] == [row for n, row in enumerate(expected) if not 32 < n <= 32 + joined]
+    assert "clicks.csv: records of several lines: 1, the longest has 123 lines from line 34 on" in caplog.text
+    many = [*lines(",")[:60], *[f"v{n},i,1,x" for n in range(1500)]]
+    status, _, err = prepare(*CSV, events(tmp_path, *many, header="user,item,time,track"), "--max-bad=1")
+    assert status == 2 and "clicks.csv: a quotation mark opens in line 34 and its record has more than" in err
+
+
+def test_times_of_one_unit(tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture):
+    """Microseconds since the start of a log over 2.3 days, on both sides of what reads as milliseconds."""
+    rows = [(f"u{u}", f"i{k}", u * 1000 + k * 40_000_000_000) for u in range(3) for k in range(6)]
+    path = events(tmp_path, *[f"{user},{item},{time}" for user, item, time in rows])
+    status, _, err = prepare(*CSV, path)
+    assert (
+        status == 2
+        and "line 2 has the time '0', which reads as seconds, and line 5 has the time '12000" in err
+    )
+    assert "--time-unit (s, ms, us, ns)" in err and err.count("\n") == 1 and left(tmp_path) == []
+    for unit, places in (("s", 0), ("ms", 3), ("us", 6), ("ns", 9)):
+        assert prepare(*CSV, path, f"--time-unit={unit}")[0] == 0
+        assert [Decimal(row[2]) for row in read(tmp_path)[1:]] == [
+            Decimal(time).scaleb(-places) for *_, time in rows
+        ]
+    assert "clicks.csv: timestamps read as microseconds" in caplog.text
+    status, _, err = prepare(*CSV, path, "--time-unit=min")
+    assert status == 2 and "--time-unit: invalid choice: 'min'" in err
+
+
+def test_a_given_unit_holds_for_every_format(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
+    assert prepare("amazon-2023", reviews[0], "--time-unit=us")[0] == 0
+    assert [row[3] for row in read(tmp_path)[1:]] == ["1588687.728923", "1588687.728", "1588687.728924"]
+
+
+def table_file(tmp_path: Path, kind: str, lines: list[dict[str, object]]) -> list[str]:
+    """The arguments for a table of that kind with these lines, and the columns user, item and time."""
+    path = tmp_path / f"clicks.{kind}"
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        __import__("pyarrow.parquet").parquet.write_table(pyarrow.Table.from_pylist(lines), path)
+    elif kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, lines)))
+    else:
+        path.write_text(
+            "\n".join(",".join(map(str, row)) for row in (lines[0], *(x.values() for x in lines)))
+        )
+    return [kind, f"--interactions={path}", *CSV[1:]]
+
+
+@pytest.mark.parametrize("kind", prepare_data.TABLES)
+def test_zeros_of_a_label_are_said(
+    tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture, kind: str
+):
+    """And what is advised leaves them out."""
+
+    def clicks(name: str, values: Sequence[object]) -> list[str]:
+        users = enumerate(values)
+        return table_file(
+            tmp_path, kind, [{"user": f"u{n}", "item": "i", "time": n, name: v} for n, v in users]
+        )
+
+    truths = [True, False, True] if kind != "csv" else [1, 0, 1]
+    for name, values in (("Label", [1, 0, 0]), ("is_click", [0.0, 1.0, 1.0]), ("clicked", truths)):
+        caplog.clear()
+        arguments = clicks(name, values)
+        assert prepare(*arguments)[0] == 0 and len(read(tmp_path)) == 4
+        zeros = len([value for value in values if not value])
+        advice = f"--rating={name} --min-rating=1"
+        assert f"column {name!r} is 0 in {zeros} lines, which count as interactions" in caplog.text
+        assert advice in caplog.text
+        caplog.clear()
+        assert prepare(*arguments, *advice.split())[0] == 0
+        assert [row[0] for row in read(tmp_path)[1:]] == [f"u{n}" for n, value in enumerate(values) if value]
+        assert "is 0 in" not in caplog.text
+    for name, values in (("click", [1, 1, 1]), ("labels", [1, 0, 0])):
+        caplog.clear()
+        assert prepare(*clicks(name, values))[0] == 0 and "is 0 in" not in caplog.text
+
+
+def test_placeholders_and_giants_are_said(tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture):
+    lines = [f"u{k},i{k % 4},{k}" for k in range(8)]
+    prepare(*CSV, events(tmp_path, *lines))
+    assert "interactions (" not in caplog.text
+    prepare(*CSV, events(tmp_path, *lines, "N/A,x,1", "N/A,y,2", *[f"{u},hit,1" for u in "abcdefghijk"]))
+    assert "clicks.csv: user 'N/A' has 2 of 21 interactions (9.5%) and is named like a missing" in caplog.text
+    assert "clicks.csv: item 'hit' has 11 of 21 interactions (52.4%), more than half" in caplog.text
+
+
+def test_blanks_around_ids_are_said(tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture):
+    prepare(*CSV, events(tmp_path, "u,i,1", "u , i, 2", "v,i,3", header="user, item, time"))
+    assert [row[:2] for row in read(tmp_path)[1:]] == [["u", "i"], ["u", "i"], ["v", "i"]]
+    assert "clicks.csv: blanks around ids were removed: 2, the first from 'u ' in line 3" in caplog.text
 
 
 def test_movielens_takes_a_folder(tmp_path: Path, prepare: Prepare):
@@ -193,6 +303,8 @@ def test_mistakes(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
     empty.touch()
     header.write_text("user,item,time\n")
     items = [f"--items={other}", "--item-id=id", "--text"]
+    (tmp_path / "twice.csv").write_text("user,item,time,item\nu,a,1,b\n")
+    twice = f"--interactions={tmp_path / 'twice.csv'}"
     cases: list[tuple[Sequence[str], str]] = [
         (["csv", clicks, "--user=user", "--item=item"], "--time: csv needs it; name a column of the file"),
         ([*CSV[:3], clicks, "--time=when"], "column 'when' is missing, the file has user, item, time"),
@@ -210,6 +322,7 @@ def test_mistakes(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
         ([*CSV, f"--interactions={empty}"], "empty.csv: the file is empty"),
         ([*CSV, f"--interactions={header}"], "header.csv: no interactions in it; is it the right file?"),
         ([*CSV, f"--interactions={tmp_path}"], f"--interactions: there is no file {tmp_path}"),
+        ([*CSV, twice], "twice.csv: column 'item' comes 2 times; rename all but one"),
         (["yelp", clicks, "--user=x"], "--user: yelp has columns of its own; leave it out"),
         (["yelp", f"--interactions={empty}"], "empty.csv: the file is empty"),
         (["yelp", clicks], "2 of 2 lines are malformed"),
@@ -246,7 +359,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, prepare: Prepare, revie
 
 
 def test_a_stop_leaves_nothing(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch):
-    def stopped(self: object, tally: object) -> Iterator[Interaction]:
+    def stopped(self: object, tally: object, time_unit: object) -> Iterator[Interaction]:
         yield Interaction("u", "a", Decimal(1), None)
         assert any(name.endswith(".tmp") for name in left(tmp_path))
         raise KeyboardInterrupt

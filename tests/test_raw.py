@@ -5,12 +5,15 @@ import json
 import re
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from m2rec import raw
-from m2rec.raw import FORMATS, Interaction, Item
+from m2rec.raw import FORMATS, Interaction, Item, TimeReader
 from m2rec.rows import Malformed, Tally
 
 
@@ -266,6 +269,42 @@ def test_what_makes_an_interaction_malformed(tmp_path: Path):
     assert tally.examples == ["line 1: no 'reviewerID', only 'user, item'"]
 
 
+def test_a_malformed_line_does_not_settle_the_unit(tmp_path: Path):
+    good = {"reviewerID": "u", "asin": "i", "unixReviewTime": 10**12, "overall": 5.0}
+    odd = [{**good, "unixReviewTime": 0, key: bad} for key, bad in (("asin", "a\tb"), ("overall", "x"))]
+    odd.append({**good, "unixReviewTime": "soon"})
+    path = written(tmp_path, "\n".join(json.dumps(line) for line in [*odd, good, *odd]), "r.json")
+    tally = Tally(path, max_bad=1)
+    assert list(FORMATS["amazon-2018"].interactions(tally)) == [event("u", "i", "1000000000", "5")]
+    assert tally.bad == 6 and tally.notes == ["timestamps read as milliseconds"]
+
+
+@pytest.mark.parametrize("kind", raw.TABLES)
+def test_blanks_around_ids(tmp_path: Path, kind: str):
+    path = tmp_path / f"x.{kind}"
+    users = ["u1", " u1", "u1 ", "u 1", "\xa0u1", " "]
+    lines = [{"user": user, "item": "i ", "time": str(n)} for n, user in enumerate(users)]
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        __import__("pyarrow.parquet").parquet.write_table(pyarrow.Table.from_pylist(lines), path)
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps(line) for line in lines))
+    else:
+        path.write_text("user, item, time\n" + "\n".join(", ".join(line.values()) for line in lines))
+    found = raw.table(kind, "user", "item", "time", item_kind=kind, item_id="user")
+    tally = Tally(path, max_bad=1)
+    read = list(found.interactions(tally))
+    assert [(user, item) for user, item, *_ in read] == [
+        ("u1", "i"), ("u1", "i"), ("u1", "i"), ("u 1", "i"), ("u1", "i"),
+    ]  # fmt: skip
+    assert tally.bad == 1  # no user but blanks
+    first = "' i ' in line 2" if kind == "csv" else "'i ' in line 1"
+    assert tally.notes[1:] == [f"blanks around ids were removed: 8, the first from {first}"]
+    items = Tally(path, max_bad=1)
+    assert [item.token for item in found.items(items)] == ["u1", "u1", "u1", "u 1", "u1"]
+    assert items.notes[0].startswith("blanks around ids were removed: 3, the first from ' u1' in line ")
+
+
 def test_the_wrong_format_is_an_error(tmp_path: Path):
     path = written(tmp_path, PUBLISHED["amazon-2023"][0], "r.json")
     with pytest.raises(ValueError, match=r"1 of 1 lines are malformed.*no 'reviewerID', only 'rating, "):
@@ -299,13 +338,89 @@ def test_the_wrong_format_is_an_error(tmp_path: Path):
     ],
 )
 def test_times(value: object, expected: str):
-    assert raw.shortest(raw.seconds(value)) == expected
+    assert raw.shortest(TimeReader(Path("x")).read(value, 1)) == expected
 
 
 @pytest.mark.parametrize("value", ["nan", "1e400", "1e999999999", "9" * 5000, 1e-300, "12/31/2014", "", [1]])
 def test_no_times(value: object):
     with pytest.raises(Malformed, match="neither a unix number nor an ISO date"):
-        raw.seconds(value)
+        TimeReader(Path("x")).read(value, 1)
+
+
+def test_a_file_has_one_unit():
+    """What the first time says holds for all; a straddled limit or a placeholder is an error with both."""
+    ms, dates = 1588687728923, ["2020-01-01", "1999-12-31 05:00", date(2020, 1, 1)]
+    for values in ([1, 99_999_999_999, -5, "0"], [ms, 10**11, -ms], [10**14, 10**17 - 1], [10**17], dates):
+        times = TimeReader(Path("x.csv"))
+        for line, value in enumerate(values, 2):
+            times.read(value, line)
+    cure = r"say which unit all numbers have with --time-unit \(s, ms, us, ns\), or repair the line"
+    for first, second, said in (
+        (
+            0,
+            ms,
+            "line 2 has the time '0', which reads as seconds, and line 7 has the time '1588687728923', which reads",
+        ),
+        (
+            ms,
+            0,
+            "line 2 has the time '1588687728923', which reads as milliseconds, and line 7 has the time '0', which",
+        ),
+        (99_999_999_999, 10**11, "reads as seconds, and .* as milliseconds; "),
+        (10**14 - 1, 10**14, "reads as milliseconds, and .* as microseconds; "),
+        ("1e17", 10**17 - 1, "reads as nanoseconds, and .* as microseconds; "),
+        ("2020-01-01", 20200101, "line 2 has the time '2020-01-01', which reads as dates, and .* as seconds"),
+        (ms, "2020-01-01", "reads as milliseconds, and .* as dates; "),
+    ):
+        times = TimeReader(Path("x.csv"))
+        times.read(first, 2)
+        with pytest.raises(ValueError, match=f"^x.csv: .*{said}.*{cure}$"):
+            times.read(second, 7)
+
+
+def test_a_given_unit_holds_for_any_size():
+    for unit, places in raw.UNITS.items():
+        times = TimeReader(Path("x"), unit)
+        for number in ("0", "-7", "17.5", "99999999999", "1e11", "1588687728923", "1588687728923001007"):
+            assert times.read(number, 1) == Decimal(number) / 10**places
+        assert times.read("1970-01-02", 1) == 86400
+        assert times.remarks() == [f"timestamps read as {raw.UNIT_NAMES[unit]}"]
+
+
+def test_how_times_were_read_is_said():
+    for value, said in (
+        (1391040000, ["timestamps read as seconds (numbers below 10^11 stay as they are)"]),
+        (1588687728923, ["timestamps read as milliseconds"]),
+        ("2020-01-01", ["timestamps read as dates"]),
+        (None, []),
+    ):
+        times = TimeReader(Path("x"))
+        if value is not None:
+            times.read(value, 1)
+        assert times.remarks() == said
+
+
+numbers = st.decimals(-(10**20), 10**20, places=3) | st.integers(-(10**12), 10**12) | st.integers(-9, 9)
+
+
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@given(values=st.lists(numbers, min_size=2, max_size=6), unit=st.sampled_from([None, *raw.UNITS]))
+def test_reading_times_keeps_their_order(values: list[Decimal | int], unit: str | None):
+    """Forced or found, in exact decimals, as written; or the file is refused as one of two units."""
+    times, written = TimeReader(Path("x"), unit), []
+    limits = (10**11, 10**14, 10**17)
+    one_size = len({sum(abs(value) >= limit for limit in limits) for value in values}) == 1
+    try:
+        for line, value in enumerate(values, 1):
+            written.append(Decimal(raw.shortest(times.read(str(value), line))))
+    except ValueError as error:
+        assert unit is None and not one_size and "--time-unit" in str(error)
+        return
+    assert unit is not None or one_size
+    order = sorted(range(len(values)), key=values.__getitem__)
+    assert order == sorted(range(len(values)), key=written.__getitem__)
+    for (a, b), (x, y) in zip(pairwise(values), pairwise(written), strict=True):
+        assert (a == b) == (x == y)
 
 
 def test_text_is_one_line():
@@ -342,7 +457,7 @@ def test_tables(tmp_path: Path, kind: str):
     path = tmp_path / f"x.{kind}"
     lines = [
         {"who": "u1", "what": "a", "stars": 4.5, "when": "2020-01-01", "name": "A & B", "tags": "x"},
-        {"who": "2", "what": "b", "stars": None, "when": "1577836801", "name": None, "tags": "y"},
+        {"who": "2", "what": "b", "stars": None, "when": "2020-01-01 00:00:01", "name": None, "tags": "y"},
     ]
     if kind == "parquet":
         pyarrow = pytest.importorskip("pyarrow")
