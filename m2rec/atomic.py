@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from m2rec.dominant import LABELS
+
 logger = logging.getLogger(__name__)
 
 KINDS = ("token", "float", "token_seq", "float_seq")
 DIGITS = 15  # of a decimal number, what a double always keeps
-LABELS = {"label", "click", "clicked", "is_click", "is_clicked"}
-"""Names, in lower case, of columns that say whether something was done at all."""
 TIMEOUT = 15  # seconds without an answer from the server
 
 

@@ -1,9 +1,11 @@
-"""The one user or item that a data set should not have: a placeholder, or more than half of everything."""
+"""What interactions should not hold: a user or item that is a placeholder or a giant, labels of 0."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+LABELS = frozenset({"label", "click", "clicked", "is_click", "is_clicked"})
+"""Names, in lower case, of columns that say whether something was done at all."""
 PLACEHOLDERS = {
     "", "na", "n/a", "nan", "nat", "null", "none", "nil", "undefined", "unknown", "missing", "empty",
     "not set", "\\n",

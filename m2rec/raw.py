@@ -17,6 +17,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import NamedTuple, TypeVar
 
+from m2rec.dominant import LABELS
 from m2rec.rows import (
     Malformed,
     Row,
@@ -38,7 +39,6 @@ UNIT_NAMES = {
     "s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds", DATES: DATES,
 }  # fmt: skip
 BLANKS = " \xa0"  # around ids
-LABELS = frozenset({"label", "click", "clicked", "is_click", "is_clicked"})  # 0 where nobody clicked
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 

@@ -342,7 +342,7 @@ def _header(lines: Lines, columns: Sequence[str]) -> tuple[list[str], str]:
         if set(columns) <= set(found[-1]):
             require_columns(path, found[-1], columns)
             return found[-1], separator
-        if {f'"{column}"' for column in columns} <= set(found[-1]):
+        if separator in UNQUOTED and {f'"{column}"' for column in columns} <= set(found[-1]):
             raise ValueError(
                 f"{path}: its column names are in quotation marks, which are text between tabs and |; "
                 "save it with commas, or without these marks"

@@ -117,7 +117,8 @@ def test_any_ids_and_texts_survive(tmp_path: Path, prepare: Prepare):
     columns = ["--user=u", "--item=i", "--time=t", "--item-id=i", "--text", "x", "--max-bad=1"]
     assert prepare("jsonl", f"--interactions={path}", f"--items={path}", *columns)[0] == 0
     inter = tmp_path / "data" / "x" / "x.inter"
-    frame = atomic.read_interactions(inter, "\t", atomic.read_header(inter, "\t"), ["item_id"], "")
+    header = atomic.read_header(inter, "\t")
+    frame = atomic.read_interactions(inter, "\t", header, ["item_id", "timestamp"], "timestamp")
     good = [text.strip(" \xa0") for text in ids if text.strip() and not set(text) & set("\t\n\r\0\x85")]
     assert frame["item_id"].tolist() == good and 50 < len(good) < 250
     item = inter.with_suffix(".item")

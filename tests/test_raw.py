@@ -356,16 +356,8 @@ def test_a_file_has_one_unit():
             times.read(value, line)
     cure = r"say which unit all numbers have with --time-unit \(s, ms, us, ns\), or repair the line"
     for first, second, said in (
-        (
-            0,
-            ms,
-            "line 2 has the time '0', which reads as seconds, and line 7 has the time '1588687728923', which reads",
-        ),
-        (
-            ms,
-            0,
-            "line 2 has the time '1588687728923', which reads as milliseconds, and line 7 has the time '0', which",
-        ),
+        (0, ms, "line 2 has the time '0', which reads as seconds, and line 7 has the time '1588687728923'"),
+        (ms, 0, "line 2 has .*'1588687728923', which reads as milliseconds, and line 7 has the time '0'"),
         (99_999_999_999, 10**11, "reads as seconds, and .* as milliseconds; "),
         (10**14 - 1, 10**14, "reads as milliseconds, and .* as microseconds; "),
         ("1e17", 10**17 - 1, "reads as nanoseconds, and .* as microseconds; "),
