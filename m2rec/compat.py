@@ -129,15 +129,22 @@ def _remap(self: Dataset, remap_list: list[tuple[object, str, FeatureType]]) -> 
         feat[column] = _split_remapped(feat, column, ids) if sequence else ids  # type: ignore[index]
 
 
+_NO_NUMBER = ["", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None"]
+
+
 def _read_csv(path: str, dtype: dict[str, type], **options: Any) -> pd.DataFrame:
-    """pandas.read_csv as RecBole 1.2.1 calls it (Dataset._load_feat), with two repairs.
+    """pandas.read_csv as RecBole 1.2.1 calls it (Dataset._load_feat), with three repairs.
 
     By default a quotation mark joins lines, and their rows are lost without a word; in atomic files it is
-    text (no upstream issue found; goes when RecBole reads with quoting=3). And `fillna(inplace=True)` of
-    a column does nothing under pandas 3, so that an empty sequence stays NaN, which has no `split`; it is
-    filled here (no upstream issue found; goes when RecBole supports pandas 3).
+    text (no upstream issue found; goes when RecBole reads with quoting=3). An item that is called NA is
+    read as missing and loses its features (no upstream issue found; goes when RecBole reads tokens as they
+    are). And `fillna(inplace=True)` of a column does nothing under pandas 3, so that an empty sequence
+    stays NaN, which has no `split`; it is filled here (no upstream issue found; goes when RecBole supports
+    pandas 3).
     """
-    frame = pd.read_csv(path, dtype=dtype, quoting=csv.QUOTE_NONE, **options)
+    missing = {name: _NO_NUMBER if kind is np.float64 else [""] for name, kind in dtype.items()}
+    options |= {"quoting": csv.QUOTE_NONE, "keep_default_na": False, "na_values": missing}
+    frame = pd.read_csv(path, dtype=dtype, **options)
     sequences = [column for column in frame if column.endswith("_seq")]
     return frame.assign(**{column: frame[column].fillna("") for column in sequences})
 

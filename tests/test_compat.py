@@ -66,3 +66,18 @@ def test_quotation_marks_in_interactions_with_sequences(data: Path):
     ):
         assert tags == CLASSES[(int(user[1:]) + int(item[1:])) % N]
         assert weights == ([1.5, 2.0] if int(item[1:]) % 2 else [0.0, 0.0])
+
+
+def test_an_item_called_na_keeps_its_features(tmp_path: Path):
+    """Where a number is missing NA still is none."""
+    write_inter(tmp_path, "shop", [(f"u{u}", item, k) for u in range(4) for k, item in enumerate("ab")])
+    inter, items = tmp_path / "shop" / "shop.inter", tmp_path / "shop" / "shop.item"
+    inter.write_text(inter.read_text() + "".join(f"u{u}\tNA\t9\n" for u in range(4)))
+    items.write_text("item_id:token\tkind:token\tprice:float\na\tNone\t1\nb\tnull\t3\nNA\ttea\tNA\n")
+    load = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "kind", "price"]}
+    dataset = read(tmp_path, load_col=load)
+    kinds = dataset.field2id_token["kind"][dataset.item_feat["kind"][1:]]
+    found = dict(zip(dataset.field2id_token["item_id"][1:], kinds, strict=True))
+    assert found == {"a": "None", "b": "null", "NA": "tea"}
+    prices = dict(zip(dataset.field2id_token["item_id"], dataset.item_feat["price"].tolist(), strict=True))
+    assert prices["NA"] == pytest.approx((0 + 1 + 3) / 3, abs=0.7)  # a mean, as RecBole fills it
