@@ -50,6 +50,23 @@ def test_a_benchmark_leaves_its_results(name: str, tmp_path: Path):
     assert f"| {column} |" in done.stdout
 
 
+def test_busy_cores(tmp_path: Path):
+    command = [
+        sys.executable,
+        "scripts/bench_busy.py",
+        "--loops",
+        "0",
+        "--calls=2",
+        "--repeats=1",
+        "--items=20",
+    ]
+    done = subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "bench_busy-cpu.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == ["question", "step"]
+    assert all(row[f"{way}: ms"] > 0 for row in rows for way in ("plain", "ours"))
+
+
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 def test_encoding_compares_its_rivals(tmp_path: Path):

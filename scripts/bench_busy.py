@@ -1,0 +1,135 @@
+"""What other processes on the same cores cost: one question, and a training step.
+
+    python scripts/bench_busy.py
+
+Beside none, one and two busy loops, each in a fresh process, as PyTorch comes (`plain`) and as the
+project has it (`ours`): one thread for a question, threads that spin briefly in training (m2rec/threads.py).
+The model is untrained, at its default sizes; what is timed does not depend on weights.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from statistics import median
+from time import perf_counter
+
+import torch
+from benchmarking import ROOT, Row, arguments, finish
+
+from m2rec.encoder import Encoder
+from m2rec.loss import cross_entropy
+from m2rec.settings import ModelSettings
+from m2rec.threads import SPINS, one_thread
+
+LENGTH = 50
+ROWS = 64
+WAYS: dict[str, Mapping[str, str]] = {"plain": {}, "ours": {"GOMP_SPINCOUNT": SPINS}}
+
+
+@contextmanager
+def busy(loops: int) -> Iterator[None]:
+    """So many processes that do nothing but compute."""
+    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def measure(args: argparse.Namespace, way: str, what: str) -> list[float]:
+    """Milliseconds of each call, in a fresh process."""
+    command = [sys.executable, __file__, f"--child={what}", f"--items={args.items}", f"--calls={args.calls}"]
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [*command, f"--way={way}"],
+        env={**kept, **WAYS[way]},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return [float(word) for word in done.stdout.split()]
+
+
+def child(args: argparse.Namespace) -> None:
+    """Print the milliseconds of each call."""
+    torch.manual_seed(0)
+    encoder = Encoder(ModelSettings(), args.items, LENGTH, torch.randn(args.items, 384) / 20)
+    rows = ROWS if args.child == "step" else 1
+    items = torch.randint(1, args.items, (rows, LENGTH))
+    lengths = torch.full((rows,), LENGTH)
+    call = train(encoder, items, lengths) if args.child == "step" else ask(encoder, items, lengths, args.way)
+    for number in range(args.calls + 3):
+        start = perf_counter()
+        call()
+        if number >= 3:
+            print(1e3 * (perf_counter() - start))
+
+
+def ask(encoder: Encoder, items: torch.Tensor, lengths: torch.Tensor, way: str) -> Callable[[], None]:
+    """A function that finds the ten best items after one history."""
+    encoder.eval()
+    with torch.no_grad():
+        table = encoder.item_table()
+        ready = encoder.projected(table)
+
+    @torch.no_grad()
+    def call() -> None:
+        with one_thread() if way == "ours" else nullcontext():
+            (ready.last(items, lengths) @ table.T).topk(10)
+
+    return call
+
+
+def train(encoder: Encoder, items: torch.Tensor, lengths: torch.Tensor) -> Callable[[], None]:
+    """A function that takes one step on a batch of dense rows."""
+    optimizer = torch.optim.Adam(encoder.parameters())
+    targets = items.roll(-1, dims=1)
+
+    def call() -> None:
+        optimizer.zero_grad()
+        x, rows, times = encoder.positions(items, lengths, targets)
+        cross_entropy(x, targets[rows, times], encoder.item_table()).backward()
+        optimizer.step()
+
+    return call
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = arguments(__doc__, "bench_busy")
+    parser.add_argument("--items", type=int, default=1_683)
+    parser.add_argument("--calls", type=int, default=30, help="in each process, after three")
+    parser.add_argument("--loops", type=int, nargs="+", default=[0, 1, 2], help="busy processes")
+    parser.add_argument("--child", choices=("question", "step"), help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    rows: list[Row] = []
+    for what in ("question", "step"):
+        for loops in args.loops:
+            found: dict[str, list[float]] = {way: [] for way in WAYS}
+            with busy(loops):
+                for _ in range(args.repeats):
+                    for way in WAYS:
+                        found[way] += measure(args, way, what)
+            row: Row = {"what": what, "busy loops": loops}
+            for way, milliseconds in found.items():
+                row[f"{way}: ms"] = median(milliseconds)
+                row[f"{way}: worst of 20"] = sorted(milliseconds)[int(0.95 * len(milliseconds))]
+            rows.append(row)
+            print(row, flush=True)
+    cores = len(os.sched_getaffinity(0))
+    note = f"{cores} cores; L = {LENGTH}, {args.items - 1:,} items; a step has {ROWS} dense rows"
+    finish(args, rows, note)
+
+
+if __name__ == "__main__":
+    main()
