@@ -113,7 +113,7 @@ def read_interactions(
 ) -> pd.DataFrame:
     """Read the wanted columns: tokens as text (empty ones missing), floats in double precision.
 
-    With `exact_order` lines whose times differ only beyond double precision come in the order of their times.
+    With `exact_order` times that differ only beyond double precision are told apart, see `_separate_times`.
 
     Raises:
         ValueError: see `read_table`; a number is none, or a time is missing, NaN or infinite.
@@ -124,21 +124,26 @@ def read_interactions(
         if header[column] == "float":
             frame[column] = _numbers(path, frame[column], complete=column == time_column)
     if exact_order and (texts.str.len() > DIGITS).any():
-        frame = frame.iloc[_order_exactly(texts, frame[time_column].to_numpy())]
+        frame[time_column] = _separate_times(texts, frame[time_column].to_numpy())
     return frame.reset_index(drop=True)
 
 
-def _order_exactly(texts: pd.Series, times: np.ndarray) -> np.ndarray:
-    """The order of lines in which those of one time in double precision stand by what their text says.
+def _separate_times(texts: pd.Series, times: np.ndarray) -> np.ndarray:
+    """Times (n,) that differ where their texts do, in the same order.
 
-    All others stay where they are. Nanoseconds since 1970 have 19 digits, a double keeps 15.
+    Nanoseconds since 1970 have 19 digits, of which a double keeps 15: the next doubles stand for those
+    that it can't tell from the ones before.
     """
-    order = np.arange(len(times))
-    tied = np.flatnonzero(pd.Series(times).duplicated(keep=False))
-    exact = pd.factorize(texts.iloc[tied].map(Decimal), sort=True)[0]
-    places = tied[np.argsort(times[tied], kind="stable")]
-    order[places] = tied[np.lexsort((exact, times[tied]))]
-    return order
+    tied = pd.Series(times).duplicated(keep=False).to_numpy()
+    if texts[tied].nunique() == len(np.unique(times[tied])):
+        return times
+    code, exact = pd.factorize(texts.map(Decimal), sort=True)
+    steps = np.array([float(time) for time in exact]).view(np.int64)  # neighbours differ by one ...
+    steps ^= (steps >> 63) & np.iinfo(np.int64).max  # ... of negative numbers too
+    places = np.arange(len(steps))
+    steps = np.maximum.accumulate(steps - places) + places
+    steps ^= (steps >> 63) & np.iinfo(np.int64).max
+    return np.asarray(steps.view(np.float64)[code])
 
 
 def count_zero_labels(path: Path, separator: str, header: dict[str, str]) -> dict[str, int]:

@@ -129,7 +129,11 @@ def _remap(self: Dataset, remap_list: list[tuple[object, str, FeatureType]]) -> 
         feat[column] = _split_remapped(feat, column, ids) if sequence else ids  # type: ignore[index]
 
 
-_NO_NUMBER = ["", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None"]
+# what pandas takes for a missing number by default
+_NO_NUMBER = [
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
+    "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+]  # fmt: skip
 
 
 def _read_csv(path: str, dtype: dict[str, type], **options: Any) -> pd.DataFrame:

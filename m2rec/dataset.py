@@ -106,20 +106,33 @@ class HistoryDataset(SequentialDataset):
                 raise ValueError(f"load_col: {self.config[key]!r} ({key}) is left out; add it to inter")
         if load is not None and (unknown := sorted(set(load) - set(header))):
             raise ValueError(f"load_col: {path} has no column {unknown[0]!r}, only {', '.join(header)}")
+        self._say_zeros(path, header, wanted)
         if any(header[c].endswith("_seq") for c in wanted):
-            return super()._load_feat(filepath, source)
+            frame = super()._load_feat(filepath, source)
+            frame[self.time_field] = self._read_times(path, header)
+        else:
+            frame = self._read_inter(path, header, wanted)
+        for column in (self.uid_field, self.iid_field):
+            _say_blanks(path, frame[column])
+        return frame
+
+    def _read_times(self, path: Path, header: dict[str, str]) -> np.ndarray:
+        """The times of all lines, as our own reader has them."""
+        separator, exact = self.config["field_separator"], self.time_order == "exact"
+        times = atomic.read_interactions(path, separator, header, [self.time_field], self.time_field, exact)
+        return np.asarray(times[self.time_field])
+
+    def _read_inter(self, path: Path, header: dict[str, str], wanted: list[str]) -> pd.DataFrame:
+        """Read with our own reader, and tell RecBole of the columns."""
+        source = FeatureSource.INTERACTION
         for column in wanted:
             kind = FeatureType(header[column])
             self.field2source[column], self.field2type[column] = source, kind
             self.field2seqlen[column] = 1
             if kind == FeatureType.FLOAT:
                 self.field2bucketnum[column] = 2
-        self._say_zeros(path, header, wanted)
-        exact = self.time_order == "exact"
-        frame = atomic.read_interactions(path, separator, header, wanted, self.time_field, exact)
-        for column in (self.uid_field, self.iid_field):
-            _say_blanks(path, frame[column])
-        return frame
+        separator, exact = self.config["field_separator"], self.time_order == "exact"
+        return atomic.read_interactions(path, separator, header, wanted, self.time_field, exact)
 
     def _say_zeros(self, path: Path, header: dict[str, str], wanted: Sequence[str]) -> None:
         """Warn of a label column whose zeros are trained as if they were clicks."""
@@ -127,10 +140,11 @@ class HistoryDataset(SequentialDataset):
         for column, zeros in atomic.count_zero_labels(path, self.config["field_separator"], header).items():
             if zeros and column not in intervals:
                 loaded = ", ".join([*wanted, *(() if column in wanted else (column,))])
+                kept = "'[1,1]'" if header[column] == "float" else "['1']"
                 logger.warning(
                     "%s: %s interactions have %s 0 and are trained as all others; to leave them out give "
-                    "--val_interval=\"{%s: '[1,1]'}\" --load_col=\"{inter: [%s]}\"",
-                    path, f"{zeros:,}", column, column, loaded,
+                    '--val_interval="{%s: %s}" --load_col="{inter: [%s]}"',
+                    path, f"{zeros:,}", column, column, kept, loaded,
                 )  # fmt: skip
 
     def _data_filtering(self) -> None:
@@ -261,6 +275,13 @@ class HistoryDataset(SequentialDataset):
         return int(self.inter_feat[self.item_list_length_field].sum())
 
     @property
+    def tie_order(self) -> str:
+        """What decides the order of a user's interactions at one time."""
+        if self.time_order == "recbole" and self.config["rm_dup_inter"]:
+            return "their order is left to RecBole, which drops repeats by a sort that is not stable"
+        return "their order is that of the file"
+
+    @property
     def n_returning(self) -> int:
         """Targets of this part, validation or test, that their user had before."""
         assert self.histories is not None and self.part is not None
@@ -304,8 +325,8 @@ def _say_blanks(path: Path, tokens: pd.Series) -> None:
     blank = [token for token in tokens.dropna().unique() if token != token.strip()]
     if blank:
         logger.warning(
-            "%s: %s ids in column %s have blanks around them, such as %r, and are others than those without; "
-            "remove the blanks",
+            "%s: %s ids in column %s have blanks around them, such as %r; an id without them is another one, "
+            "so remove the blanks",
             path, f"{len(blank):,}", tokens.name, blank[0],
         )  # fmt: skip
 

@@ -21,7 +21,7 @@ def shannon_entropy(items: Ids, n_items: int) -> float:
     """-sum p log p over the items, p being an item's share of all that is shown, in nats."""
     counts = _count(items, n_items)
     p = counts[counts > 0] / max(1, counts.sum())
-    return float(-(p * np.log(p)).sum())
+    return float(-(p * np.log(p)).sum()) + 0.0  # not -0.0
 
 
 def gini_index(items: Ids, n_items: int) -> float:

@@ -45,7 +45,7 @@ class Ranking:
     items: dict[str, Tensor]
 
     def with_new_targets(self) -> "Ranking":
-        """The rows of users who had not the target before, without their history in the ranking."""
+        """The rows whose target is new to the user, without their history in the ranking."""
         new = ~self.returning
         return Ranking(self.targets[new], self.returning[new], {NEW: self.items[UNSEEN][new]})
 

@@ -147,7 +147,7 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
     _fit_topk(config, dataset.item_num - 1)
     data = describe_data(dataset, train, valid, test)
     logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))
-    for caution in describe_cautions(data).values():
+    for caution in describe_cautions(data, dataset.tie_order).values():
         logger.info("%s", caution)
     clock.lap("data")
     if config["model"] == M2Rec.__name__ and folder is None:
@@ -293,7 +293,10 @@ def _evaluate(prepared: Prepared) -> Result:
         "valid_metric": config["valid_metric"].lower(),
         "best_epoch": trainer.best_epoch,
         "epochs": len(trainer.train_loss_dict),
-        "protocol": {**describe_protocol(config, prepared.dataset), **describe_cautions(prepared.data)},
+        "protocol": {
+            **describe_protocol(config, prepared.dataset),
+            **describe_cautions(prepared.data, prepared.dataset.tie_order),
+        },
         "seed": config["seed"],
         "commit": trainer.notes["commit"],
         "versions": provenance.versions(),

@@ -30,7 +30,13 @@ OF_THE_MACHINE = {
 }  # fmt: skip
 
 # keys of a run that may be others when it goes on: those, its length, and where its text comes from
-_MAY_CHANGE = OF_THE_MACHINE | {"epochs", "stopping_step", "text_encoder", "text_vectors"}
+_MAY_CHANGE = OF_THE_MACHINE | {
+    "epochs",
+    "metric_definitions",
+    "stopping_step",
+    "text_encoder",
+    "text_vectors",
+}
 
 # what a sweep and its report write themselves, and what no run is made by
 _ROOT = Path(__file__).resolve().parent.parent
@@ -103,11 +109,12 @@ def describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) ->
     }
 
 
-def describe_cautions(data: Mapping[str, int]) -> dict[str, str]:
+def describe_cautions(data: Mapping[str, int], tie_order: str) -> dict[str, str]:
     """A sentence for what one should know before reading the metrics.
 
     Args:
         data: as `describe_data` counts it.
+        tie_order: what decides the order of equal times.
 
     Returns:
         `ties` and `returning`, each only where there are such.
@@ -115,9 +122,7 @@ def describe_cautions(data: Mapping[str, int]) -> dict[str, str]:
     cautions = {}
     if tied := data["tied"]:
         share = f"{tied:,} of {data['interactions']:,} interactions ({tied / data['interactions']:.0%})"
-        cautions["ties"] = (
-            f"{share} share their time with another one of the same user; their order is that of the file"
-        )
+        cautions["ties"] = f"{share} share their time with another one of the same user; {tie_order}"
     if returning := data["test_returning"]:
         share = f"{returning:,} of {data['test_rows']:,} test targets ({returning / data['test_rows']:.0%})"
         cautions["returning"] = (

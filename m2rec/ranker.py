@@ -18,7 +18,7 @@ from m2rec.item_index import ItemIndex
 from m2rec.questions import Remarks
 from m2rec.ranking import Adjustments, best_among, best_items
 from m2rec.session import Memory
-from m2rec.threads import one_thread
+from m2rec.threads import use_one_thread
 from m2rec.trained import Trained
 
 # histories that are ranked together
@@ -71,7 +71,7 @@ class Ranker:
         """The part of a history that the model is shown."""
         return ids if self.whole_history else ids[-self.model.max_length :]
 
-    def threads_for(self, positions: int, rows: int) -> AbstractContextManager[None]:
+    def limit_threads(self, positions: int, rows: int) -> AbstractContextManager[None]:
         """Where to compute so many positions of histories and rank all items for so many rows.
 
         What is small takes one thread: several would win little, and on a busy machine lose much.
@@ -80,7 +80,7 @@ class Ranker:
         if model.ready.id_embedding.weight.is_cuda:  # made here, if it was not yet
             return nullcontext()
         work = positions * model.layer_parameters + rows * model.table.numel()
-        return one_thread() if work <= _SMALL else nullcontext()
+        return use_one_thread() if work <= _SMALL else nullcontext()
 
     def in_batches(
         self, histories: Iterator[list[int]], k: int, exclude_seen: bool, choice: Choice, remarks: Remarks
@@ -103,7 +103,7 @@ class Ranker:
         best = []
         if known:
             seen = [Seen(set(row), set(self.counted(row))) for row in known]
-            with self.threads_for(sum(map(len, known)), len(known)):
+            with self.limit_threads(sum(map(len, known)), len(known)):
                 best = self.best(self.vectors(known), seen, k, exclude_seen, choice)
         return self.with_popular([bool(row) for row in histories], best, k, choice, remarks)
 

@@ -212,7 +212,7 @@ class Recommender:
             raise ValueError("history: empty; give at least one item")
         if not ids:
             return torch.empty(0, len(model.table), device=model.table.device)
-        with self._ranker.threads_for(sum(map(len, ids)), len(ids)):
+        with self._ranker.limit_threads(sum(map(len, ids)), len(ids)):
             scores = F.linear(self._ranker.vectors(ids), model.table)
             counted = [set(self._ranker.counted(row)) for row in ids]
             places = self._ranker.adjustments(counted, hidden=[[0]] * len(ids))
@@ -235,7 +235,7 @@ class Recommender:
         """
         k, model = questions.checked_k(k), self._model
         (item,) = questions.to_ids(model.ids, [token])
-        with self._ranker.threads_for(0, 1):
+        with self._ranker.limit_threads(0, 1):
             cosines = F.cosine_similarity(model.table, model.table[item], dim=1)
             cosines[[0, item]] = -torch.inf
             best = cosines.topk(min(k, len(cosines)))
@@ -256,7 +256,7 @@ class Recommender:
         if not ids:
             raise ValueError("history: empty; give at least one item")
         items = torch.tensor([ids], device=model.table.device)
-        with self._ranker.threads_for(len(ids), 0):
+        with self._ranker.limit_threads(len(ids), 0):
             _, weights = model.ready.encode(items, torch.tensor([len(ids)], device=items.device))
         branches = model.ready.branches
         means = torch.stack([layer[0].mean(-1) for layer in weights], dim=1).tolist()  # (L, layers, K)
@@ -307,7 +307,7 @@ class Recommender:
         if len(items) != len(sessions):
             raise ValueError(f"add_events: {len(sessions)} sessions, but {len(items)} tokens")
         memories = self._memories(sessions)
-        with self._ranker.threads_for(len(items), 0):
+        with self._ranker.limit_threads(len(items), 0):
             session.remember_together(self._model.ready, memories, items)
 
     def recommend_sessions(
@@ -327,7 +327,7 @@ class Recommender:
         vectors = [memory.vector for memory in going if memory.vector is not None]
         best = []
         if vectors:
-            with ranker.threads_for(0, len(vectors)):
+            with ranker.limit_threads(0, len(vectors)):
                 best = ranker.best(torch.cat(vectors), seen, k, exclude_seen, choice)
         known = [memory.vector is not None for memory in memories]
         ranked = ranker.with_popular(known, best, k, choice, remarks)
@@ -451,7 +451,7 @@ class Recommender:
 
     def _remember(self, items: list[int], memory: Memory) -> None:
         """Take some events of one user in."""
-        with self._ranker.threads_for(len(items), 0):
+        with self._ranker.limit_threads(len(items), 0):
             session.remember(self._model.ready, items, memory)
 
     def _memories(self, sessions: Sequence["Session"]) -> list[Memory]:

@@ -162,11 +162,10 @@ def _of_one(run: Run) -> str:
 
 def _of_several(runs: Mapping[str, Run]) -> str:
     """The page of several runs by name."""
+    parts = [part for part in _shown_parts(runs.values()) if part != "valid"]
     sections = [
         _head("Runs compared", runs),
-        page.section(
-            "Quality", *(_side_by_side(runs, part) for part in _shown_parts(runs.values()) if part != "valid")
-        ),
+        page.section("Quality", _caution(runs), *(_side_by_side(runs, part) for part in parts)),
         page.section("Training", page.grid(_curves(runs))),
         page.section("What differs", _differences(runs)),
         *(page.section(name, _protocol(run), _commands(run)) for name, run in runs.items()),
@@ -197,6 +196,18 @@ def _shown_parts(runs: Collection[Run]) -> list[str]:
     returns = any(run.metrics["data"].get("test_returning") for run in runs)
     parts = [part for part in _PARTS if returns or part != "test_new"]
     return [part for part in parts if any(run.metrics.get(part) for run in runs)]
+
+
+def _caution(runs: Mapping[str, Run]) -> str:
+    """What keeps these runs from being compared on test_unseen; empty where nothing does."""
+    counts = {name: run.metrics["data"].get("test_returning") for name, run in runs.items()}
+    old = [name for name, count in counts.items() if count is None]
+    if not old or not any(counts.values()):
+        return ""
+    return (
+        f"<p>{escape(', '.join(old))}: measured when targets that return were no misses in test_unseen. "
+        "Compare only test with the others.</p>"
+    )
 
 
 def _side_by_side(runs: Mapping[str, Run], part: str) -> str:

@@ -103,14 +103,15 @@ def _text_source(about: Mapping[str, Any]) -> str:
 
 
 def _bucket_columns(test_by: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """`test_users|KIND=BUCKET`, and the metrics of both protocols in it."""
+    """`test_users|KIND=BUCKET`, and the metrics of each protocol in it."""
     columns = {}
     for kind, buckets in test_by.items():
         for bucket, found in buckets.items():
             where = f"{kind}={bucket}"
             columns[f"test_users|{where}"] = found["users"]
-            for part in PROTOCOLS:
-                of_part = {m: found[part][m] for m in METRICS if m in found[part]}
+            for part in (*PROTOCOLS, "test_new"):
+                measured = found.get(part, {})
+                of_part = {m: measured[m] for m in METRICS if m in measured}
                 columns.update({f"{part}.{metric}|{where}": value for metric, value in of_part.items()})
     return columns
 
@@ -332,8 +333,15 @@ def _check_finite(path: Path, row: Row, columns: Sequence[str], empty: str = "0"
 
 
 def _check_alike(path: Path, answers: Answers) -> None:
-    """One data set has one size."""
+    """One data set has one size, and where targets return all rows have them as misses."""
     for dataset in dict.fromkeys(dataset for dataset, _ in answers):
+        rows = of_dataset(answers, dataset)
+        if any(row.get("test_returning", "") not in ("", "0") for row in rows):
+            if old := next((row for row in rows if not row.get("test_returning")), None):
+                raise ValueError(
+                    f"{path}: {old['variant']!r} on {dataset}, seed {old['seed']}, was measured when targets "
+                    f"that return were no misses in test_unseen; take the row out and run the sweep again"
+                )
         for column in COUNTS:
             counts = distinct(of_dataset(answers, dataset), column)
             if len(counts) > 1:

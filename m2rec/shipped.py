@@ -1,11 +1,9 @@
-"""Properties and text vectors that come with the project, by the name of a data set, and whose they are.
+"""Settings and text vectors that come with the project for some data sets, and which data these are.
 
 A name alone says little: who calls their own data `ml-100k` must not get the text vectors of its films.
 The key `belongs_to` of `properties/dataset/NAME.yaml` says what the data set is.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -74,11 +72,12 @@ def describe_difference(name: str, path: Path, columns: Columns) -> str:
 
 def hash_titles(titles: Mapping[str, str]) -> str:
     """A hash of every item token with its title, whatever the order of the file."""
-    return hashlib.sha256(json.dumps(sorted(titles.items())).encode()).hexdigest()
+    tokens = sorted(titles)
+    return item_text.ItemTexts(tokens, [titles[token] for token in tokens], columns=[]).sha256()
 
 
 def find_vectors(name: str) -> Path | None:
-    """The text-vector file that is shipped under this name, whosever it is."""
+    """The text-vector file that is shipped under this name, whatever data has that name here."""
     path = FOLDER / f"{name}.text.safetensors"
     return path if path.is_file() else None
 

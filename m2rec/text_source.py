@@ -66,10 +66,10 @@ def make_missing(config: Config, tokens: Sequence[str]) -> None:
         _warn_of_changes(there, config)
         return
     if settings.text_vectors == "auto" and shipped.find_vectors(config["dataset"]) is not None:
+        items = _item_file(config)
+        why = "has other items or titles" if items.is_file() else "is not there to compare titles with"
         logger.warning(
-            "the text vectors that are shipped for %s are not taken: %s has other items or titles",
-            config["dataset"],
-            _item_file(config),
+            "the text vectors that are shipped for %s are not taken: %s %s", config["dataset"], items, why
         )
     if encoder not in ("auto", "none"):
         _make(config, encoder, tokens)

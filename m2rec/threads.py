@@ -6,12 +6,13 @@ takes milliseconds. So what is small is computed by one thread, a command's thre
 they sleep, and there are no more of them than the process may use cores.
 """
 
+import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from threading import Lock, local
 
 SPINS = "4000"  # turns of the loop, some microseconds: docs/performance.md, "Busy machines"
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -46,7 +47,7 @@ def read_quota(root: Path = _CGROUPS, memberships: Path = Path("/proc/self/cgrou
         memberships: names the process's own.
     """
     try:
-        lines = memberships.read_text(encoding="utf-8").splitlines()
+        lines = memberships.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # no Linux
         return None
     found = []
@@ -54,7 +55,8 @@ def read_quota(root: Path = _CGROUPS, memberships: Path = Path("/proc/self/cgrou
         if controllers == "":
             found += [_quota_v2(folder) for folder in _up_to(root, path)]
         elif "cpu" in controllers.split(","):
-            found += [_quota_v1(folder) for folder in _up_to(root / controllers, path)]
+            for name in (controllers, "cpu"):  # one is a link to the other, or not there
+                found += [_quota_v1(folder) for folder in _up_to(root / name, path)]
     limits = [quota for quota in found if quota is not None]
     return min(limits) if limits else None
 
@@ -77,14 +79,14 @@ def _quota_v1(folder: Path) -> float | None:
 
 def _read_words(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split()
+        return path.read_text(encoding="utf-8", errors="replace").split()
     except OSError:
         return []
 
 
 def _share(quota: str, period: str) -> float | None:
     """Cores' time of `max 100000` or `150000 100000`; version 1 has -1 for no limit."""
-    if not (quota.isdigit() and period.isdigit() and int(period)):
+    if not (quota.isdecimal() and period.isdecimal() and int(period)):
         return None
     return int(quota) / int(period)
 
@@ -103,35 +105,57 @@ def describe_threads() -> str:
     return f"{text}, {waiting}" if waiting else text
 
 
-class _Small:
-    """Who is computing on one thread, and how many PyTorch had before the first of them."""
+@cache
+def _find_setters() -> tuple[Callable[[int], object], Callable[[int], int]] | None:
+    """What sets the number of threads of OpenMP and of MKL for the calling thread alone.
 
-    lock = Lock()
-    running = 0
-    usual = 0
-    own = local()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on the calling thread alone, which waits for no other one; afterwards all is as before.
-
-    PyTorch keeps a number for each thread, and one for those that first use it later: while others compute
-    here, a thread that is new to it sees 1, which is not its own.
+    `torch.set_num_threads` would also change the number of all threads that use PyTorch later. None where
+    PyTorch's OpenMP can't be found.
     """
     import torch
 
-    with _Small.lock:
-        now = torch.get_num_threads()
-        if not _Small.running:
-            _Small.usual = now
-        before = now if hasattr(_Small.own, "known") else _Small.usual
-        _Small.own.known = True
-        _Small.running += 1
-        torch.set_num_threads(1)
+    folder = Path(torch.__file__).parent / "lib"
+    own = torch.get_num_threads()  # settles this thread's number
+    for path in (*map(str, sorted(folder.glob("lib*omp*"))), None):  # None: what is loaded for all
+        try:
+            set_openmp = ctypes.CDLL(path).omp_set_num_threads
+        except (OSError, AttributeError):
+            continue
+        set_openmp(own + 1)
+        found = torch.get_num_threads() == own + 1
+        set_openmp(own)
+        if found:
+            return set_openmp, _find_mkl(folder)
+    return None
+
+
+def _find_mkl(folder: Path) -> Callable[[int], int]:
+    """MKL's setter, which returns what held before; without MKL one that does nothing."""
+    for path in (*map(str, folder.glob("libtorch_cpu.*")), None):
+        try:
+            return ctypes.CDLL(path).MKL_Set_Num_Threads_Local
+        except (OSError, AttributeError):
+            continue
+    return lambda number: 0
+
+
+@contextmanager
+def use_one_thread() -> Iterator[None]:
+    """Compute on the calling thread alone, which waits for no other one; afterwards all is as before.
+
+    Other threads keep their numbers. Where PyTorch's OpenMP is not found nothing is changed.
+    """
+    import torch
+
+    before, setters = torch.get_num_threads(), _find_setters()
+    if setters is None:
+        yield
+        return
+    set_openmp, set_mkl = setters
+    set_openmp(1)
+    mkl_before = set_mkl(1)
     try:
         yield
     finally:
-        with _Small.lock:
-            torch.set_num_threads(before)
-            _Small.running -= 1
+        set_openmp(before)
+        set_mkl(mkl_before)

@@ -471,7 +471,7 @@ class RunTrainer(Trainer):
         metrics = {}
         for name in names:
             metric, _, k = name.partition("@")
-            if metric in TEXTBOOK:
+            if metric in TEXTBOOK and items.any():
                 value = TEXTBOOK[metric](items[:, : int(k)], self.tot_item_num - 1)
                 metrics[name] = round(value, self.config["metric_decimal_place"])
         return metrics

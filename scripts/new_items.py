@@ -26,7 +26,7 @@ import torch
 from m2rec import text_vectors
 from m2rec.command_line import Parser
 from m2rec.compat import Config
-from m2rec.configuration import build_config, parse_arguments
+from m2rec.configuration import build_config, parse_arguments, resolved
 from m2rec.experiment import load_data, run
 from m2rec.histories import NONE, Histories
 from m2rec.provenance import commit, item_tokens
@@ -116,7 +116,7 @@ def measure(given: dict[str, Any], share: float) -> dict[str, Any]:
     data = Path(config["runs_dir"]) / "new-items" / f"{config['dataset']}-{share}-{config['seed']}"
     write_without(data, config["dataset"], histories, taken, tokens)
     without = {**OF_THE_REST, "data_path": str(data), "text_vectors": str(file.resolve())}
-    recommender = Recommender.load(run(build_config({**given, **without}, CONFIG)).folder)
+    recommender = Recommender.load(run(build_config({**resolved(config), **without})).folder)
     added = tokens[taken].tolist()
     recommender.add_items(added, raw[[row_of[token] for token in added]])
     others = {key: value for key, value in given.items() if key not in OF_THE_PLACE}

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from m2rec import atomic
@@ -82,9 +83,21 @@ def test_times_have_the_order_of_their_digits(tmp_path: Path, unit: int, in_seco
 
 
 def test_only_tied_times_are_looked_at_again(tmp_path: Path):
-    """Lines keep their places: ids follow the order of the file."""
-    lines = "u\tb\t1600000000000000009\nu\tc\t5\nu\ta\t1600000000000000001\n"
-    assert read(written(tmp_path, FIRST + lines))["item_id"].tolist() == ["a", "c", "b"]
+    """Lines keep their places, since ids follow the order of the file; times are what they were, nearly."""
+    lines = "u\tb\t1600000000000000009\nu\tc\t-5\nu\ta\t1600000000000000001\nu\td\t1600000000000000009\n"
+    frame = read(written(tmp_path, FIRST + lines))
+    assert frame["item_id"].tolist() == ["b", "c", "a", "d"]
+    b, c, a, d = frame["timestamp"].tolist()
+    assert c == -5 and a < b == d and b == pytest.approx(1.6e18, rel=1e-15)
+
+
+def test_many_times_within_a_double(tmp_path: Path):
+    """A thousand nanoseconds, of which a double holds four, and the one after them; negative ones too."""
+    for sign in (1, -1):
+        times = [sign * (1_600_000_000_000_000_000 + k) for k in [*range(1000), 1100]]
+        lines = "".join(f"u\ti{k}\t{time}\n" for k, time in enumerate(times))
+        found = read(written(tmp_path, FIRST + lines))["timestamp"].to_numpy()
+        assert (np.diff(found) * sign > 0).all()
 
 
 @pytest.mark.parametrize(

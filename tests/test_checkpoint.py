@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2rec import checkpoint
+from m2rec import checkpoint, experiment
 from m2rec.configuration import build_config
 from m2rec.experiment import Stopped, fit, prepare, resumed, run
 from m2rec.files import locked, read_tensors, write_tensors
@@ -78,6 +78,21 @@ def test_stopped_and_resumed_is_as_never_stopped(
     for name, value in one[3].items():
         assert torch.equal(other[3][name], value), name
     assert not (folder / "checkpoint.safetensors").exists()
+
+
+def test_a_run_that_stopped_before_there_was_a_key(
+    command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`metric_definitions` decides nothing about the weights."""
+    lasting = experiment.lasting_settings
+    monkeypatch.setattr(
+        experiment, "lasting_settings",
+        lambda config: {k: v for k, v in lasting(config).items() if k != "metric_definitions"},
+    )  # fmt: skip
+    folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
+    monkeypatch.undo()
+    status, _, err = command(f"--resume={folder}", runs_dir=False)
+    assert status == 0, err
 
 
 @pytest.mark.parametrize("before", [1, 2])

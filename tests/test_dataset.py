@@ -1,6 +1,7 @@
 """Rows and their order: dense targets exactly once, validation and test rows those of RecBole."""
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from m2rec.compat import SequentialDataset, data_preparation
-from m2rec.configuration import build_config
+from m2rec.configuration import build_config, parse_arguments
 from m2rec.dataset import HistoryDataset, shifted_targets
 from tests.conftest import Rows, random_rows, small, write_inter
 
@@ -308,15 +309,37 @@ def test_targets_that_return_are_counted(toy: Path):
     assert (valid.n_returning, test.n_returning) == (valids, tests) and min(valids, tests) > 0
 
 
+def test_nanoseconds_are_not_tied(tmp_path: Path):
+    """Though a double can't tell them apart; also in a file with a column of sequences."""
+    rows = [(f"u{k % 3}", f"i{k % 5}", 1_600_000_000_000_000_000 + k) for k in reversed(range(30))]
+    write_inter(tmp_path, "toy", rows)
+    ordered = [f"i{k % 5}" for k in range(30) if k % 3 == 0]
+    header = "user_id:token\titem_id:token\ttimestamp:float\ttags:token_seq"
+    for others in ({}, {"load_col": {"inter": ["user_id", "item_id", "timestamp", "tags"]}}):
+        parts = built(tmp_path, MAX_ITEM_LIST_LENGTH=50, **others)
+        assert parts[0].n_tied == 0
+        (history,) = [history for user, history, _ in tokens(parts[2]) if user == "u0"]
+        assert list(history) == ordered[:-1]
+        write_inter(tmp_path, "toy", [(*row[:2], f"{row[2]}\tx y") for row in rows], header)
+
+
 LABELLED = "user_id:token\titem_id:token\ttimestamp:float\tlabel:float"
 
 
-def test_what_is_odd_about_a_file_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """A label that is 0, ids with blanks, a user that stands for nobody."""
+@pytest.mark.parametrize("sequences", [False, True])
+def test_what_is_odd_about_a_file_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture, sequences: bool):
+    """A label that is 0, ids with blanks, a user that stands for nobody; whoever reads the file."""
     rows = [(f"u{k % 4}", f"i{k % 5}", k, int(k % 3 > 0)) for k in range(30)]
     rows += [("NA", f"i{k % 5}", k, 1) for k in range(20)] + [("u0", " i1", 99, 1)]
-    write_inter(tmp_path, "toy", rows, LABELLED)
-    built(tmp_path)
+    load = ["user_id", "item_id", "timestamp"]
+    if sequences:
+        write_inter(
+            tmp_path, "toy", [(*row[:3], f"{row[3]}\tx y") for row in rows], f"{LABELLED}\ttags:token_seq"
+        )
+        built(tmp_path, load_col={"inter": [*load, "tags"]})
+    else:
+        write_inter(tmp_path, "toy", rows, LABELLED)
+        built(tmp_path)
     said = caplog.text
     assert "10 interactions have label 0 and are trained as all others" in said
     assert "--val_interval=\"{label: '[1,1]'}\" --load_col=" in said
@@ -324,10 +347,15 @@ def test_what_is_odd_about_a_file_is_said(tmp_path: Path, caplog: pytest.LogCapt
     assert "user 'NA' has 20 of 51 interactions (39.2%) and is named like a missing value" in said
 
 
-def test_labels_that_are_filtered_are_not_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("kind", ["float", "token"])
+def test_labels_that_are_filtered_are_not_said(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str):
     """With the keys that the warning gives."""
     rows = [(f"u{k % 4}", f"i{k % 5}", k, int(k % 3 > 0)) for k in range(30)]
-    write_inter(tmp_path, "toy", rows, LABELLED)
-    load = {"inter": ["user_id", "item_id", "timestamp", "label"]}
-    train, _, _ = built(tmp_path, val_interval={"label": "[1,1]"}, load_col=load)
+    write_inter(tmp_path, "toy", rows, LABELLED.replace("label:float", f"label:{kind}"))
+    built(tmp_path)
+    given = re.search(r'--val_interval="(.*)" --load_col="(.*)"', caplog.text)
+    assert given is not None
+    caplog.clear()
+    keys = parse_arguments([f"--val_interval={given[1]}", f"--load_col={given[2]}"])
+    train, _, _ = built(tmp_path, **keys)
     assert train.counts["interactions"] == 20 and "label" not in caplog.text

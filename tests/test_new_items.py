@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from m2rec import text_vectors
+from m2rec.configuration import read_yaml
 from m2rec.histories import Histories
 from m2rec.recommender import Recommender
 from m2rec.signals import Interrupted
 from scripts import new_items
 from tests.conftest import as_arguments, small, write_inter
+from tests.test_shipped import ship
 
 N = 30
 
@@ -157,3 +159,12 @@ def test_mistakes(data: Path, capsys: pytest.CaptureFixture[str], extra: list[st
     assert new_items.main([*arguments(data), *extra]) == 2
     assert f"new_items.py: error: {message}" in capsys.readouterr().err
     assert not (data.parent / "runs").exists()
+
+
+def test_the_rest_is_trained_by_the_settings_of_the_whole(data: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also by those that are shipped for it, although the rest is another data set of that name."""
+    ship(data.parent, monkeypatch, "ring", users=60, items=N, interactions=sum(3 + u % 6 for u in range(60)))
+    given = [one for one in arguments(data, epochs=1) if not one.startswith("--hidden_size")]
+    assert new_items.main([*given, "--share=0.2"]) == 0
+    (inner,) = (data.parent / "runs").glob("M2Rec-*/config.yaml")
+    assert read_yaml(inner)["hidden_size"] == 24

@@ -243,3 +243,16 @@ def test_in_a_browser(folder: Path, tmp_path: Path, width: int, several: bool):
     assert found["width"] == width and found["images"] == (2 if several else 9)
     assert (found["wide"], found["broken"]) == ([], 0) and found["over"] <= 0
     assert "CONSOLE" not in done.stderr
+
+
+def test_runs_from_before_returning_targets_were_misses(folder: Path, tmp_path: Path):
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    metrics = json.loads((old / "metrics.json").read_text())
+    del metrics["data"]["test_returning"], metrics["test_new"]
+    (old / "metrics.json").write_text(json.dumps(metrics))
+    page = tmp_path / "page.html"
+    report.compare([folder, old], page)
+    assert "old: measured when targets that return were no misses in test_unseen." in page.read_text()
+    report.compare([folder], page)
+    assert "measured when" not in page.read_text()

@@ -120,3 +120,12 @@ def test_the_published_numbers_of_the_project():
         assert row["source"] and row["model"]
         assert row["hit@10"] or row["ndcg@10"]
         assert 0 < float(row["ndcg@10"] or 0.01) < float(row["hit@10"] or 0.99) < 1
+
+
+def test_rows_from_before_returning_targets_were_misses(write_sweep: Callable[..., Path]):
+    """They count where no target returns, else they are refused beside rows of today."""
+    old, new = answer("M2Rec", 1, 0.1), answer("M2Rec", 2, 0.2, test_returning="0")
+    assert len(read_answers(Sweep.read(write_sweep(old, new)))["toy", "M2Rec"]) == 2
+    path = write_sweep(old, {**new, "test_returning": "3"})
+    with pytest.raises(ValueError, match="'M2Rec' on toy, seed 1, was measured when targets that"):
+        read_answers(Sweep.read(path))

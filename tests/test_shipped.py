@@ -16,12 +16,12 @@ from tests.conftest import as_arguments, random_rows, small, write_inter
 COUNTS = {"users": 30, "items": 20, "interactions": len(random_rows())}
 
 
-def ship(folder: Path, monkeypatch: pytest.MonkeyPatch, **counts: int) -> None:
-    """Have settings for a data set `toy` of these numbers among the shipped ones."""
+def ship(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "toy", **counts: int) -> None:
+    """Have settings for a data set of this name and these numbers among the shipped ones."""
     properties = folder / "properties"
     shutil.copytree(configuration.PROPERTIES, properties)
     belongs_to = json.dumps({**COUNTS, **counts})
-    (properties / "dataset" / "toy.yaml").write_text(f"hidden_size: 24\nbelongs_to: {belongs_to}\n")
+    (properties / "dataset" / f"{name}.yaml").write_text(f"hidden_size: 24\nbelongs_to: {belongs_to}\n")
     monkeypatch.setattr(configuration, "PROPERTIES", properties)
     monkeypatch.setattr(shipped, "FOLDER", properties / "dataset")
 
@@ -47,10 +47,13 @@ def test_others_data_of_that_name_do_not(tmp_path: Path, capsys: pytest.CaptureF
     assert main(as_arguments(keys)) == 0
     (metrics,) = (tmp_path / "runs").glob("*/metrics.json")
     assert json.loads(metrics.read_text())["text"]["model"] == "lsa"
-    said = (
-        f"the text vectors that are shipped for ml-100k are not taken: {path.with_suffix('.item')} has other"
-    )
-    assert said in capsys.readouterr().err
+    items = path.with_suffix(".item")
+    said = f"the text vectors that are shipped for ml-100k are not taken: {items} "
+    assert said + "has other items or titles" in capsys.readouterr().err
+    items.unlink()
+    path.with_name("ml-100k.text.safetensors").unlink()
+    assert main(as_arguments(keys)) == 0
+    assert said + "is not there to compare titles with" in capsys.readouterr().err
 
 
 def test_settings_go_to_data_of_the_same_numbers(

@@ -12,7 +12,7 @@ import torch
 
 from m2rec import ranker
 from m2rec.encoder import Encoder
-from m2rec.threads import one_thread, read_quota
+from m2rec.threads import read_quota, use_one_thread
 from tests.test_recommender import trained
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +89,9 @@ def write_cgroup(root: Path, folder: str, **files: str) -> None:
         ("3:cpu,cpuacct:/mine\n2:memory:/mine", 0.25),
         ("3:cpu,cpuacct:/free", None),
         ("4:cpuset:/mine", None),
+        ("3:cpuacct,cpu:/mine", 0.5),
+        ("0::/odd", None),
+        ("0::/\udcff", None),
         ("", None),
     ],
 )
@@ -99,7 +102,9 @@ def test_quotas(tmp_path: Path, memberships: str, expected: float | None):
     write_cgroup(tmp_path, "free", cpu__max="max 100000")
     write_cgroup(tmp_path, "cpu,cpuacct/mine", cpu__cfs_quota_us="25000", cpu__cfs_period_us="100000")
     write_cgroup(tmp_path, "cpu,cpuacct/free", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
-    (tmp_path / "self").write_text(memberships + "\n")
+    write_cgroup(tmp_path, "cpu/mine", cpu__cfs_quota_us="50000", cpu__cfs_period_us="100000")
+    write_cgroup(tmp_path, "odd", cpu__max="² 100000")
+    (tmp_path / "self").write_bytes(memberships.encode(errors="surrogateescape") + b"\n")
     assert read_quota(tmp_path, tmp_path / "self") == expected
 
 
@@ -108,14 +113,19 @@ def test_no_cgroups(tmp_path: Path):
 
 
 def test_one_thread_leaves_all_as_it_was():
-    """Also where several compute at a time, some of them in threads that are new to PyTorch."""
+    """Where several compute at a time, in threads that are new to PyTorch, and others start meanwhile."""
     torch.set_num_threads(3)
-    inside, after = [], []
+    inside: list[int] = []
+    after: list[int] = []
+    others: list[int] = []
 
     def compute() -> None:
-        with one_thread():
+        with use_one_thread():
             inside.append(torch.get_num_threads())
             barrier.wait()
+            other = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
+            other.start()
+            other.join()
         barrier.wait()
         after.append(torch.get_num_threads())
 
@@ -127,9 +137,27 @@ def test_one_thread_leaves_all_as_it_was():
         compute()
         for thread in threads:
             thread.join()
-    with pytest.raises(KeyError), one_thread():
+    with pytest.raises(KeyError), use_one_thread():
         raise KeyError
-    assert set(inside) == {1} and set(after) == {3} and torch.get_num_threads() == 3
+    assert set(inside) == {1} and set(after) == set(others) == {3} and torch.get_num_threads() == 3
+
+
+def test_a_threads_own_number_stays():
+    """One that set its number itself has it afterwards, whatever another one has."""
+    torch.set_num_threads(3)
+    found = []
+
+    def compute() -> None:
+        torch.set_num_threads(2)
+        with use_one_thread():
+            found.append(torch.get_num_threads())
+        found.append(torch.get_num_threads())
+
+    with use_one_thread():
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join()
+    assert found == [1, 2] and torch.get_num_threads() == 3
 
 
 def test_small_questions_take_one_thread(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -168,6 +196,6 @@ def test_the_size_of_a_question(toy: Path, tmp_path: Path):
     torch.set_num_threads(2)
     found = []
     for positions, rows in ((50, 1), (50_000, 1000)):
-        with recommender._ranker.threads_for(positions, rows):
+        with recommender._ranker.limit_threads(positions, rows):
             found.append(torch.get_num_threads())
     assert found == [1, 2]
