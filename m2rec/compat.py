@@ -16,7 +16,7 @@ import torch
 
 INSTALL_RECBOLE = (
     "recbole is not installed; run: pip install --no-deps recbole==1.2.1 "
-    "(what it needs comes with this project; its own list can't be installed on Python 3.12 and newer)"
+    "(what it needs comes with this project; its own list has a ray that no Python from 3.12 on can install)"
 )
 
 # RecBole 1.2.1 reads NumPy names that NumPy 2 removed (RUCAIBox/RecBole#2212, #2215); goes
