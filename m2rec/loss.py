@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from m2rec.ops.contracts import first_derivative_only
 from m2rec.repeats import Repeats
 
 Rows = Callable[[Tensor], Tensor]
@@ -103,7 +103,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total / len(x)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("cross_entropy", "cross_entropy_ref")
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of x, table and bias."""
         return *(None if saved is None else saved * grads[0] for saved in ctx.saved_tensors), None, None, None

@@ -161,3 +161,17 @@ def test_other_items_are_uniform_and_need_two_items():
     assert all(abs(int(counts[i]) - 20_000) < 5 * math.sqrt(20_000) for i in (1, 3, 4))
     with pytest.raises(ValueError, match="loss_type: BPR needs two items"):
         other_items(torch.tensor([1]), 2)
+
+
+def test_second_derivatives_are_refused_and_the_reference_has_them():
+    """Such as a gradient penalty takes; the chunked form would hand on a constant without a word."""
+    x, targets, table = made()
+    x.requires_grad_()
+    loss = cross_entropy(x, targets, table)
+    with pytest.raises(
+        ValueError, match=r"^cross_entropy has no second derivative .*; use cross_entropy_ref"
+    ):
+        torch.autograd.grad(loss, x, create_graph=True)
+    (first,) = torch.autograd.grad(cross_entropy_ref(x, targets, table), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert second.abs().max() > 0

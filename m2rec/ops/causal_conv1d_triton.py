@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from m2rec.ops.contracts import first_derivative_only
 
 _BLOCK_L = 16
 _BLOCK_E = 64
@@ -44,7 +45,7 @@ class _Conv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("causal_conv1d", "scan_backend: torch or reference")
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of x, weight and bias."""
         x, weight, bias = ctx.saved_tensors

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from m2rec.ops.backend import resolve_backend
+from m2rec.ops.contracts import first_derivative_only
 
 # Steps between two saved states: L / _CHUNK are kept, 2 * _CHUNK are recomputed at a time.
 _CHUNK = 4
@@ -195,7 +195,7 @@ class _Scan(torch.autograd.Function):
         return y, h.mT.contiguous()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("selective_scan", "scan_backend: reference")
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of x, delta, A, B, C and the initial state."""
         x, delta, A, B, C, *saved = ctx.saved_tensors

@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from m2rec.ops.contracts import first_derivative_only
 
 # Steps between saved states, which are also the steps of a backward tile: such a tile of 8 x 64
 # holds 16 values per thread of each of a dozen arrays, about as much as registers hold.
@@ -96,7 +97,7 @@ class _Scan(torch.autograd.Function):
         return y, last.mT
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("selective_scan", "scan_backend: reference")
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Gradients of all tensors given to forward."""
         u, delta, A2, B, C, D, z, bias, saved = ctx.saved_tensors
