@@ -121,10 +121,11 @@ def ssd_last(
     with torch.autocast(x.device.type, enabled=False):  # as in ssd
         u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
         rows = torch.arange(len(x), device=x.device)
-        beyond = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-        dt = dt.masked_fill(beyond[..., None], 0)
+        to_go = (lengths[:, None] - torch.arange(x.shape[1], device=x.device))[..., None]
+        dt = dt.masked_fill(to_go <= 0, 0)
         decay = dt * A
         after = decay.flip(1).cumsum(1).flip(1) - decay  # (B, L, H), nothing but what comes after t
+        after = after.masked_fill(to_go <= 1, 0)  # zero in any case; its gradient is cut, as in _ssd_chunked
         alike = torch.matmul(B, C[rows, lengths - 1, :, None])  # (B, L, 1)
         weights = alike * dt * torch.exp(after)
         y = torch.einsum("blh,blhp->bhp", weights, u)
@@ -173,6 +174,9 @@ def _ssd_chunked(
     """Chunks of equal length; inside a chunk matrix products, between chunks the recurrence.
 
     The tail is filled with dt = 0: such a step keeps the state and adds nothing.
+
+    What a position adds to itself, or the last one to the chunk's end, has no decay. It is kept apart:
+    as exp(s_i - s_i) it would drown the gradient of A, which fast decay makes many times smaller.
     """
     u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
     length = x.shape[1]
@@ -191,7 +195,7 @@ def _ssd_chunked(
     whole = log_decay[..., -1:]
 
     # what each chunk adds to the state at its end, and the chain of states, (B, H, N, P) here
-    to_end = step * torch.exp(whole - log_decay)
+    to_end = step * torch.exp(F.pad(whole - log_decay[..., :-1], (0, 1)))
     added = (bq[:, :, None] * to_end[..., None]).mT @ uq
     h = _start(u, B) if initial_state is None else initial_state.to(u.dtype)
     h, entering = h.mT, []
@@ -200,14 +204,15 @@ def _ssd_chunked(
         h = torch.addcmul(added[:, c], torch.exp(whole[:, c, :, :, None]), h)
     from_before = (cq[:, :, None] * torch.exp(log_decay)[..., None]) @ torch.stack(entering, 1)
 
-    # inside the chunk: position i reads j <= i, decayed by exp(s_i - s_j); D joins the diagonal. The
-    # steps weigh these, because u is the larger tensor
-    future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+    # inside the chunk: position i reads j < i, decayed by exp(s_i - s_j), and itself, undecayed, with D.
+    # The steps weigh these, because u is the larger tensor
+    not_before = torch.ones(size, size, dtype=torch.bool, device=x.device).triu()
     gap = log_decay[..., None] - log_decay[..., None, :]
-    decay = gap.masked_fill_(future, -torch.inf).exp_()
-    weights = decay * (cq @ bq.mT)[:, :, None] * step[..., None, :]  # (B, c, H, Q, Q)
-    if D is not None:
-        weights.diagonal(dim1=-2, dim2=-1).add_(D.to(u.dtype)[:, None])
+    decay = gap.masked_fill_(not_before, -torch.inf).exp_()
+    alike = (cq @ bq.mT)[:, :, None]
+    weights = decay * alike * step[..., None, :]  # (B, c, H, Q, Q)
+    own = alike.diagonal(dim1=-2, dim2=-1) * step
+    weights.diagonal(dim1=-2, dim2=-1).add_(own if D is None else own + D.to(u.dtype)[:, None])
     y = torch.baddbmm(*(t.flatten(0, 2) for t in (from_before, weights, uq)))
 
     y = y.view_as(uq).transpose(2, 3).flatten(1, 2)[:, :length].to(x.dtype)

@@ -319,6 +319,32 @@ def test_ssd_survives_strong_decay():
     assert all(torch.isfinite(r).all() for r in results)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dt", [0.1, 0.69, 1.5])
+def test_ssd_gradient_of_A_stays_exact_where_decay_is_fast(dt: float, last: bool):
+    """With A dt up to 24 a head's gradient is 1e10 times smaller than what has no decay.
+
+    All terms have one sign, so that the true sums don't cancel and float32 can be right to its last digits.
+    """
+    batch, length, heads = 4, 130, (4, 8, 16)
+    inputs = {key: value.abs() for key, value in ssd_inputs(length, torch.float32, batch, heads).items()}
+    inputs["A"], inputs["dt"] = -torch.tensor([1.0, 4.0, 8.0, 16.0]), torch.full_like(inputs["dt"], dt)
+    del inputs["dt_bias"], inputs["initial_state"]
+    lengths = torch.tensor([length, 3, 64, 65])
+
+    def gradient(operator: Callable[..., Tensor], inputs: Inputs, **options: Any) -> Tensor:
+        A = inputs["A"].clone().requires_grad_()
+        total = operator(**{**inputs, "A": A}, **options).sum()
+        return torch.autograd.grad(total, A)[0].double()
+
+    def at_the_end(**given: Any) -> Tensor:
+        return ssd_ref(**given)[torch.arange(batch), lengths - 1]
+
+    expected = gradient(at_the_end if last else ssd_ref, {key: v.double() for key, v in inputs.items()})
+    operator, options = (ssd_last, {"lengths": lengths}) if last else (ssd, {"backend": "torch"})
+    assert ((gradient(operator, inputs, **options) - expected) / expected).abs().max() < 2e-6
+
+
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_causal_conv1d_equals_reference(length: int, silu: bool):
