@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m2rec.ops.backend import resolve_backend
+from m2rec.ops.contracts import check_arguments, without_autocast
 
 
 def causal_conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True) -> Tensor:
@@ -19,8 +20,12 @@ def causal_conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, sil
         silu: apply SiLU to the result.
 
     Returns:
-        (B, L, E) in the type of x, computed in float32 at least.
+        (B, L, E) in the type of x, computed in float32 at least, whatever the types of the others.
+
+    Raises:
+        ValueError: an argument is not of its shape, or complex or integer.
     """
+    _check("causal_conv1d", "BLE", x, weight, bias)
     dtype = torch.promote_types(x.dtype, torch.float32)
     length, taps = x.shape[1], weight.shape[1]
     padded = F.pad(x.to(dtype), (0, 0, taps - 1, 0))
@@ -40,17 +45,26 @@ def causal_conv1d(
     backend: str = "auto",
 ) -> Tensor:
     """Causal depthwise convolution; arguments and result as in `causal_conv1d_ref`."""
-    return _implementation(resolve_backend(backend, x.device).name)(x, weight, bias, silu)
+    _check("causal_conv1d", "BLE", x, weight, bias)
+    run = _implementation(resolve_backend(backend, x.device).name)
+    with without_autocast(x.device):
+        return run(x, weight, bias, silu)
 
 
 def causal_conv1d_step(
     inputs: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True
 ) -> Tensor:
-    """The last position of a whole window: inputs (B, K, E) -> y (B, E)."""
-    y = (inputs * weight.T).sum(1)
+    """The last position of a whole window: inputs (B, K, E) -> y (B, E); types as in `causal_conv1d_ref`."""
+    _check("causal_conv1d_step", "BKE", inputs, weight, bias)
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    y = (inputs.to(dtype) * weight.to(dtype).T).sum(1)
     if bias is not None:
-        y = y + bias
-    return F.silu(y) if silu else y
+        y = y + bias.to(dtype)
+    return (F.silu(y) if silu else y).to(inputs.dtype)
+
+
+def _check(operator: str, letters: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_arguments(operator, x=(letters, x), weight=("EK", weight), bias=("E", bias))
 
 
 def _implementation(backend: str) -> Callable[..., Tensor]:
@@ -66,7 +80,11 @@ def _implementation(backend: str) -> Callable[..., Tensor]:
 
 
 def _causal_conv1d_torch(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
     length, taps = x.shape[1], weight.shape[1]
-    y = F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), bias, padding=taps - 1, groups=x.shape[2])
+    inputs, kernel = x.to(dtype).transpose(1, 2), weight.to(dtype).unsqueeze(1)
+    y = F.conv1d(
+        inputs, kernel, None if bias is None else bias.to(dtype), padding=taps - 1, groups=x.shape[2]
+    )
     y = y[..., :length].transpose(1, 2)
-    return F.silu(y) if silu else y
+    return (F.silu(y) if silu else y).to(x.dtype)

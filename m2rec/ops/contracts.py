@@ -1,9 +1,11 @@
 """What every operator keeps alike, whatever the backend."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Backward = Callable[..., Any]
@@ -34,3 +36,38 @@ def first_derivative_only(name: str, cure: str) -> Callable[[Backward], Backward
         return checked
 
     return decorate
+
+
+def check_arguments(operator: str, **arguments: tuple[str, Tensor | None]) -> None:
+    """Refuse tensors that an operator would broadcast, cut or round without a word.
+
+    Args:
+        operator: for the message.
+        arguments: by name, the letters of its dimensions and the tensor, None where it is left out.
+            A letter is one size in all of them; there is at least one position L.
+
+    Raises:
+        ValueError: one is not of real floating-point numbers, or not of its shape.
+    """
+    sizes: dict[str, int] = {}
+    for name, (letters, tensor) in arguments.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"{operator}: {name} is {tensor.dtype}, expected real floating-point numbers")
+        shape = tensor.shape
+        fits = len(shape) == len(letters)
+        for letter, size in zip(letters, shape, strict=False):
+            fits = sizes.setdefault(letter, size) == size and fits
+        if not fits:
+            expected = ", ".join(f"{letter} = {sizes.get(letter, 'any')}" for letter in letters)
+            raise ValueError(f"{operator}: {name} has shape {tuple(shape)}, expected ({expected})")
+    if sizes.get("L") == 0:
+        raise ValueError(f"{operator}: there is no position, L = 0; expected at least one")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off, on devices that have it: half-precision states lose the sum."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m2rec.ops.backend import resolve_backend
-from m2rec.ops.contracts import first_derivative_only
+from m2rec.ops.contracts import check_arguments, first_derivative_only, without_autocast
 
 # Steps between two saved states: L / _CHUNK are kept, 2 * _CHUNK are recomputed at a time.
 _CHUNK = 4
@@ -50,7 +50,11 @@ def selective_scan_ref(
     Returns:
         y (B, L, E) in the type of u; with `return_last_state` also the state (B, E, N)
         in the type of the computation, float32 at least.
+
+    Raises:
+        ValueError: an argument is not of its shape, or complex or integer.
     """
+    _check("selective_scan", "BLE", u, delta, A, B, C, D, z, delta_bias, initial_state)
     x, delta, A, B, C, h = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
     outputs = []
     for t in range(u.shape[1]):
@@ -76,8 +80,9 @@ def selective_scan(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan on the chosen backend; arguments and result as in `selective_scan_ref`."""
+    _check("selective_scan", "BLE", u, delta, A, B, C, D, z, delta_bias, initial_state)
     run = _implementation(resolve_backend(backend, u.device).name)
-    with torch.autocast(u.device.type, enabled=False):  # bfloat16 states lose the sum
+    with without_autocast(u.device):
         return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state)
 
 
@@ -94,11 +99,41 @@ def selective_scan_step(
     delta_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step after `state` (B, E, N): u, delta, z (B, E) and B, C (B, N) -> y (B, E), new state."""
-    with torch.autocast(u.device.type, enabled=False):  # as in selective_scan
+    _check("selective_scan_step", "BE", u, delta, A, B, C, D, z, delta_bias, state)
+    with without_autocast(u.device):
         x, delta, A, B, C, h = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, state)
         h = torch.exp(delta[..., None] * A) * h + (delta * x)[..., None] * B[:, None]
         y = (h @ C[..., None])[..., 0]
         return _finish(y, x, D, z).to(u.dtype), h
+
+
+def _check(
+    operator: str,
+    letters: str,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    state: Tensor | None,
+) -> None:
+    """Whether all arguments fit u, which is (B, L, E) or, for a step, (B, E)."""
+    shared = letters.replace("E", "N")
+    check_arguments(
+        operator,
+        u=(letters, u),
+        delta=(letters, delta),
+        A=("EN", A),
+        B=(shared, B),
+        C=(shared, C),
+        D=("E", D),
+        z=(letters, z),
+        delta_bias=("E", delta_bias),
+        state=("BEN", state),
+    )
 
 
 def _implementation(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:

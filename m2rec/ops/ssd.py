@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m2rec.ops.backend import resolve_backend
+from m2rec.ops.contracts import check_arguments, without_autocast
 
 # Work inside a chunk grows with its length, the chain between chunks shrinks with it.
 _MAX_CHUNK = 64
@@ -47,7 +48,11 @@ def ssd_ref(
     Returns:
         y (B, L, H, P) in the type of x; with `return_last_state` also the state
         (B, H, P, N) in the type of the computation, float32 at least.
+
+    Raises:
+        ValueError: an argument is not of its shape, or complex or integer.
     """
+    _check("ssd", "BLHP", x, dt, A, B, C, D, dt_bias, initial_state)
     u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
     h = _start(u, B) if initial_state is None else initial_state.to(u.dtype)
     outputs = []
@@ -75,8 +80,9 @@ def ssd(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """SSD on the chosen backend; arguments and result as in `ssd_ref`."""
+    _check("ssd", "BLHP", x, dt, A, B, C, D, dt_bias, initial_state)
     run = _implementation(resolve_backend(backend, x.device).name)
-    with torch.autocast(x.device.type, enabled=False):  # bfloat16 states lose the sum
+    with without_autocast(x.device):
         return run(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, return_last_state)
 
 
@@ -92,7 +98,8 @@ def ssd_step(
     dt_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step after `state` (B, H, P, N): x (B, H, P), dt (B, H), B, C (B, N) -> y (B, H, P), new state."""
-    with torch.autocast(x.device.type, enabled=False):  # as in ssd
+    _check("ssd_step", "BHP", x, dt, A, B, C, D, dt_bias, state)
+    with without_autocast(x.device):
         u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
         decay = torch.exp(dt * A)[..., None, None]
         h = decay * state + (dt[..., None] * u)[..., None] * B[:, None, None]
@@ -118,7 +125,10 @@ def ssd_last(
     One query over all positions needs no state: y = sum_t (C . B[t]) dt[t] exp(sum_{s > t} dt[s] A) x[t],
     (B, H, P).
     """
-    with torch.autocast(x.device.type, enabled=False):  # as in ssd
+    _check("ssd_last", "BLHP", x, dt, A, B, C, D, dt_bias, None)
+    if lengths.shape != x.shape[:1]:
+        raise ValueError(f"ssd_last: lengths has shape {tuple(lengths.shape)}, expected (B = {len(x)})")
+    with without_autocast(x.device):
         u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
         rows = torch.arange(len(x), device=x.device)
         to_go = (lengths[:, None] - torch.arange(x.shape[1], device=x.device))[..., None]
@@ -132,6 +142,33 @@ def ssd_last(
         if D is not None:
             y = y + D.to(u.dtype)[:, None] * u[rows, lengths - 1]
         return y.to(x.dtype)
+
+
+def _check(
+    operator: str,
+    letters: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+) -> None:
+    """Whether all arguments fit x, which is (B, L, H, P) or, for a step, (B, H, P)."""
+    shared = letters.replace("HP", "N")
+    check_arguments(
+        operator,
+        x=(letters, x),
+        dt=(letters.removesuffix("P"), dt),
+        A=("H", A),
+        B=(shared, B),
+        C=(shared, C),
+        D=("H", D),
+        dt_bias=("H", dt_bias),
+        state=("BHPN", state),
+    )
 
 
 def _implementation(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:

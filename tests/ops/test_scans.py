@@ -182,7 +182,7 @@ def test_selective_scan_without_gradients(backend: str):
 def test_triton_refuses_float64(op: Callable[..., Any]):
     needs("triton")
     x = torch.randn(1, 2, 3, dtype=torch.float64, device=DEVICE)
-    others = [x, x[0].T, x, x] if op is selective_scan else [x[0].T]
+    others = [x, x[0, 0, :, None], x[..., :1], x[..., :1]] if op is selective_scan else [x[0].T]
     with pytest.raises(ValueError, match="scan_backend: 'triton' computes in float32, got float64"):
         op(x, *others, backend="triton")
 
