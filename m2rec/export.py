@@ -18,7 +18,7 @@ from m2rec.files import ITEMS_FILE, write_atomically
 from m2rec.trained import Trained
 
 _TOLERANCE = 1e-4
-_EXAMPLES = 5  # batches that are compared
+_SIZES = (3, 1, 2, 5, 8)  # of the batches that are compared, where any may come; the first is traced
 
 
 class Program(nn.Module):
@@ -30,9 +30,10 @@ class Program(nn.Module):
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.encoder = encoder
+        table = encoder.item_table()
+        self.encoder = encoder.projected(table)  # a text projection would choose by the shape of its input
         self.table: Tensor
-        self.register_buffer("table", encoder.item_table())
+        self.register_buffer("table", table)
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         """items: (B, L) int64, lengths: (B,) int64, at least 1 -> (B, V); that of padding is -inf."""
@@ -48,20 +49,23 @@ class Program(nn.Module):
 
 
 @torch.no_grad()
-def export(trained: Trained, path: Path, batch_size: int = 1) -> None:
+def export(trained: Trained, path: Path, batch_size: int | None = 1) -> None:
     """Write a torch.export program, read it again and compare it with the model.
 
     `torch.export.load(path).module()(items, lengths)` runs it without this package: items
     (batch_size, L) int64, internal ids, oldest first, padded with 0 behind; lengths (batch_size,);
-    L is the run's MAX_ITEM_LIST_LENGTH. The tokens by internal id are in its extra file items.json.
+    L is the run's MAX_ITEM_LIST_LENGTH. With batch_size None the program takes any number of
+    histories. The tokens by internal id are in its extra file items.json.
 
     Raises:
         ValueError: batch_size is less than 1, or the program does not do what the model does.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size: expected a whole number from 1, got {batch_size!r}")
-    examples = [_examples(trained, batch_size, seed) for seed in range(_EXAMPLES)]
-    exported = torch.export.export(Program(_frozen(trained)).eval(), examples[0])
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ValueError(f"batch_size: expected a whole number from 1, or None for any, got {batch_size!r}")
+    examples = [_examples(trained, batch_size or size, seed) for seed, size in enumerate(_SIZES)]
+    dynamic = None if batch_size else [{0: torch.export.Dim("batch_size")}] * 2
+    program = Program(_frozen(trained)).eval()
+    exported = torch.export.export(program, examples[0], dynamic_shapes=dynamic)
     tokens = json.dumps(trained.tokens, ensure_ascii=False)
 
     def write(temporary: Path) -> None:

@@ -54,7 +54,7 @@ class Mamba(nn.Module):
         self.in_proj = nn.Linear(hidden_size, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
         self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.dt_proj = StepProjection(self.dt_rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))  # (E, N)
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, hidden_size, bias=False)
@@ -84,7 +84,7 @@ class Mamba(nn.Module):
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y, h = selective_scan(
             u,
-            dt @ self.dt_proj.weight.T,
+            self.dt_proj(dt),
             -torch.exp(self.A_log.float()),
             B,
             C,
@@ -104,9 +104,16 @@ class Mamba(nn.Module):
         u, window = _convolve_step(u, state[0], self.conv1d)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(self.A_log.float())
-        delta = dt @ self.dt_proj.weight.T
-        y, h = selective_scan_step(state[1], u, delta, A, B, C, self.D, z, self.dt_proj.bias, True)
+        y, h = selective_scan_step(state[1], u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_proj.bias, True)
         return self.out_proj(y), (window, h)
+
+
+class StepProjection(nn.Linear):
+    """A linear map whose bias the scan adds, in float32 at least, before softplus."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., R) -> (..., E), without the bias."""
+        return F.linear(x, self.weight)
 
 
 class Mamba2(nn.Module):
@@ -170,13 +177,17 @@ class Mamba2(nn.Module):
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
         """As `forward` for each row's last position alone: x (B, L, D), lengths (B,) -> (B, D)."""
-        gate, heard = self.in_proj.weight.split([self.inner, len(self.in_proj.weight) - self.inner])
-        xBC, dt = F.linear(x, heard).split([len(heard) - len(self.D), len(self.D)], dim=-1)
+        if _is_plain(self.in_proj):  # the gate is wanted at one position only
+            gate, heard = self.in_proj.weight.split([self.inner, len(self.in_proj.weight) - self.inner])
+            z = F.linear(last_positions(x, lengths), gate)
+            xBC, dt = F.linear(x, heard).split([len(heard) - len(self.D), len(self.D)], dim=-1)
+        else:
+            z, xBC, dt = self._project(x)
+            z = last_positions(z, lengths)
         xBC, _ = _convolve(xBC, None, self.conv1d, self.backend)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
         u, A = u.unflatten(-1, (-1, self.head_dim)), -torch.exp(self.A_log.float())
         y = ssd_last(u, dt, A, B, C, lengths, self.D, self.dt_bias, True)
-        z = F.linear(last_positions(x, lengths), gate)
         return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[no-any-return]
 
     def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
@@ -212,6 +223,17 @@ class GatedRMSNorm(nn.Module):
 def last_positions(x: Tensor, lengths: Tensor) -> Tensor:
     """x (B, L, ...), lengths (B,) -> each row's last position (B, ...)."""
     return x[torch.arange(len(x), device=x.device), lengths - 1]
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether parts of its weight can stand for a call: nothing has taken its place, no hook listens."""
+    hooks = (
+        linear._forward_hooks,
+        linear._forward_pre_hooks,
+        linear._backward_hooks,
+        linear._backward_pre_hooks,
+    )
+    return type(linear) is nn.Linear and not any(hooks)
 
 
 def _convolve(x: Tensor, state: MixerState | None, conv: nn.Conv1d, backend: str) -> tuple[Tensor, Tensor]:

@@ -418,13 +418,13 @@ class Recommender:
             raise ValueError("recall: no history that anything can be recommended after; give one at least")
         return sum(len(ours & best) / len(best) for ours, best in found) / len(found)
 
-    def export(self, path: str | Path, batch_size: int = 1) -> None:
+    def export(self, path: str | Path, batch_size: int | None = 1) -> None:
         """Write a torch.export program that PyTorch runs without this package, and compare it.
 
         Args:
             path: such as `m2rec.pt2`; `torch.export.load(path).module()(items, lengths)` runs it, see
                 `m2rec.export.export`.
-            batch_size: histories that it takes at a time.
+            batch_size: histories that it takes at a time; None for any number.
 
         Raises:
             ValueError: batch_size is less than 1, or the program differs from the model.

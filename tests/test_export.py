@@ -27,17 +27,40 @@ print(json.dumps(program(items, lengths)[:, 1:].tolist()))
 """
 
 
-@pytest.mark.parametrize("settings", [{}, {"mixer": "attention", "filter": "none", "repeat_bias": False}])
-def test_it_scores_as_the_model_without_the_package(tmp_path: Path, settings: dict):
+@pytest.mark.parametrize(
+    ("batch_size", "settings"),
+    [
+        (None, {}),
+        (None, {"mixer": "mamba"}),
+        (4, {"mixer": "attention", "filter": "none", "repeat_bias": False}),
+    ],
+)
+def test_it_scores_as_the_model_without_the_package(tmp_path: Path, settings: dict, batch_size: int | None):
+    """Of the batch size that was asked for, or of any."""
     model = recommender(whole_history=False, **settings)
-    path, histories = tmp_path / "program.pt2", [events(n, seed=n) for n in (1, 5, L)]
-    model.export(path, batch_size=3)
+    path, histories = tmp_path / "program.pt2", [events(n, seed=n) for n in (1, 5, L, 7)]
+    model.export(path, batch_size)
     command = [sys.executable, "-c", CODE, str(path), json.dumps(histories), str(L)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = torch.tensor(json.loads(done.stdout))
     torch.testing.assert_close(found, model.scores(histories)[:, 1:], rtol=1e-4, atol=1e-4)
-    assert found.shape == (3, V - 1)
+    assert found.shape == (4, V - 1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"mixer": "attention", "filter": "none"}], ids=["mamba2", "attention"]
+)
+def test_batch_and_length_may_vary(settings: dict):
+    """Of a program made by hand, up to the length of one chunk of the scan; S6 unrolls its length."""
+    encoder = recommender(whole_history=False, **settings)._model.encoder.requires_grad_(False).eval()
+    program, most = export.Program(encoder), torch.export.Dim("length", min=2, max=L)
+    batch = torch.export.Dim("batch")
+    inputs = torch.randint(1, V, (3, 7)), torch.tensor([7, 1, 4])
+    exported = torch.export.export(program, inputs, dynamic_shapes=({0: batch, 1: most}, {0: batch}))
+    for rows, length in ((1, 2), (2, L), (9, 5)):
+        items, lengths = torch.randint(1, V, (rows, length)), torch.randint(1, length + 1, (rows,))
+        torch.testing.assert_close(exported.module()(items, lengths), program(items, lengths))
 
 
 def test_a_program_that_differs_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -141,3 +141,62 @@ def test_parity_with_mamba_ssm(mixer: type[Mamba] | type[Mamba2]):
     ours.load_state_dict(original.state_dict())
     x = torch.randn(4, 50, 64, device="cuda")
     assert torch.allclose(ours(x), original(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("entry", ["forward", "last"])
+@pytest.mark.parametrize("make", mixers())
+def test_one_graph_in_training_and_in_use(make: Callable[[str], nn.Module], entry: str):
+    """torch.compile without a break, equal to what runs without it, of several batch sizes and lengths."""
+    mixer = make("torch")
+    if not hasattr(mixer, entry):
+        pytest.skip("S6 needs all positions to answer for the last")
+    plain = getattr(mixer, entry)
+    torch.compiler.reset()
+    compiled = torch.compile(plain, backend="aot_eager", fullgraph=True)
+    for batch, length in ((2, 2), (3, 4)):
+        x = torch.randn(batch, length, D, requires_grad=True)
+        inputs = (x, torch.randint(1, length + 1, (batch,))) if entry == "last" else (x,)
+        results = [(y, *torch.autograd.grad(y.sum(), x)) for y in (plain(*inputs), compiled(*inputs))]
+        for expected, found in zip(*results, strict=True):
+            assert torch.allclose(found, expected, atol=1e-6)
+        with torch.no_grad():
+            assert torch.allclose(compiled(*inputs), plain(*inputs), atol=1e-6)
+
+
+def entries(mixer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What each way into a mixer answers for the last position."""
+    y, _ = mixer.advance(x)
+    _, state = mixer.advance(x[:, :-1])
+    answers = {"forward": y[:, -1], "step": mixer.step(x[:, -1], state)[0]}
+    if isinstance(mixer, Mamba2):
+        answers["last"] = mixer.last(x, torch.full((len(x),), x.shape[1]))
+    return answers
+
+
+@pytest.mark.parametrize("make", mixers())
+def test_hooks_on_the_projections_run(make: Callable[[str], nn.Module]):
+    """Whichever way in; one that scales an input by two is as one that scales the weight."""
+    mixer, x = make("torch"), torch.randn(2, 5, D)
+    for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+        if (projection := getattr(mixer, name, None)) is None:
+            continue
+        handle = projection.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+        hooked = entries(mixer, x)
+        handle.remove()
+        with torch.no_grad():
+            projection.weight.mul_(2)
+        for way, expected in entries(mixer, x).items():
+            assert torch.allclose(hooked[way], expected, atol=1e-6), (name, way)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz.*:DeprecationWarning", "ignore:.*TypedStorage.*:UserWarning")
+@pytest.mark.parametrize("make", mixers())
+def test_quantised_projections(make: Callable[[str], nn.Module]):
+    """int8 weights in every way in, near to those in float32."""
+    mixer, x = make("torch").eval(), torch.randn(2, 5, D)
+    small = torch.ao.quantization.quantize_dynamic(mixer, {nn.Linear}, dtype=torch.qint8)
+    assert type(small.in_proj) is not type(mixer.in_proj)
+    with torch.no_grad():
+        expected, found = entries(mixer, x), entries(small, x)
+    for way, y in expected.items():
+        assert 0 < (found[way] - y).abs().max() < 0.05 * y.abs().max(), way

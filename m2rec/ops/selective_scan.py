@@ -257,7 +257,7 @@ class _Scan(torch.autograd.Function):
                 g.mul_(decays[k])
                 torch.mul(states[k], g, out=work)  # the gradient of delta A
                 dA.addcmul_(work, deltas[t])
-                torch.sum(work.mul_(A1), 1, out=ddeltas[t])
+                ddeltas[t].copy_(work.mul_(A1).sum(1))
         return dx, ddelta, dA.sum(0).T, dB, dC, g.mT, None
 
 

@@ -217,13 +217,15 @@ def _ssd_chunked(
     """
     u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
     length = x.shape[1]
-    n_chunks = -(-length // _MAX_CHUNK)
-    size = -(-length // n_chunks)
+    n_chunks, size = 1, length
+    if length > _MAX_CHUNK:
+        n_chunks = -(-length // _MAX_CHUNK)
+        size = -(-length // n_chunks)
 
     def chunk(t: Tensor) -> Tensor:
         if missing := n_chunks * size - length:
             t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
-        return t.reshape(len(t), n_chunks, size, *t.shape[2:])
+        return t.reshape(t.shape[0], n_chunks, size, *t.shape[2:])
 
     uq = chunk(u).transpose(2, 3).contiguous()  # (B, c, H, Q, P)
     bq, cq = chunk(B), chunk(C)  # (B, c, Q, N)
@@ -232,7 +234,8 @@ def _ssd_chunked(
     whole = log_decay[..., -1:]
 
     # what each chunk adds to the state at its end, and the chain of states, (B, H, N, P) here
-    to_end = step * torch.exp(F.pad(whole - log_decay[..., :-1], (0, 1)))
+    at_end = torch.arange(size, device=x.device) == size - 1
+    to_end = step * torch.exp((whole - log_decay).masked_fill(at_end, 0))
     added = (bq[:, :, None] * to_end[..., None]).mT @ uq
     h = _start(u, B) if initial_state is None else initial_state.to(u.dtype)
     h, entering = h.mT, []
