@@ -10,13 +10,14 @@ K       branches of a layer
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m2rec.layer import Layer, LayerState
+from m2rec.mamba import MarkedParameters, Marks
 from m2rec.repeats import first_occurrences
 from m2rec.settings import ModelSettings
 from m2rec.text import ProjectedText, TextProjection, has_text
@@ -30,7 +31,7 @@ _BIAS_PACE = 100.0
 _STEPS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-class Encoder(nn.Module):
+class Encoder(MarkedParameters):
     """Turns item histories into vectors that are compared with the item table.
 
     Args:
@@ -40,6 +41,8 @@ class Encoder(nn.Module):
         vectors: (V, T) frozen text vectors in internal item ids, zero for an item without
             text; None without text. They are stored with the weights.
     """
+
+    marks: ClassVar[Marks] = {"repeat_bias": {"_no_weight_decay": True, "_pace": _BIAS_PACE}}
 
     vectors: Tensor | None
     has_text: Tensor | None
@@ -59,9 +62,6 @@ class Encoder(nn.Module):
         in_table = text_dim > 0 and settings.text_in_table
         self.table_text = TextProjection(text_dim, size, _INITIAL_STD) if in_table else None
         self.repeat_bias = nn.Parameter(torch.zeros(())) if settings.repeat_bias else None
-        if self.repeat_bias is not None:
-            self.repeat_bias._no_weight_decay = True  # type: ignore[attr-defined]
-            self.repeat_bias._pace = _BIAS_PACE  # type: ignore[attr-defined]
         self.norm = nn.LayerNorm(size)
         self.dropout = nn.Dropout(settings.dropout_prob)
         in_sequence = text_dim if settings.text_in_sequence else 0
@@ -71,6 +71,7 @@ class Encoder(nn.Module):
         available = None if not in_sequence else self._available(len(self.branches))
         self.register_buffer("available", available, persistent=False)
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+        self.mark_parameters()
         self._initialise()
 
     @property
@@ -266,7 +267,7 @@ def similar_lengths(lengths: Tensor, longest: int) -> Iterator[tuple[Tensor, int
         yield torch.arange(len(lengths), device=lengths.device), int(lengths.max())
         return
     steps = [step for step in _STEPS if step < longest] + [longest]
-    group = torch.bucketize(lengths, torch.tensor(steps))
+    group = torch.bucketize(lengths, torch.tensor(steps, device=lengths.device))
     for number in group.unique().tolist():
         rows = (group == number).nonzero().squeeze(1)
         yield rows, int(lengths[rows].max())

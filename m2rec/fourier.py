@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from m2rec.ops.contracts import without_autocast
+
 
 class CausalFilter(nn.Module):
     """Learnable causal filter per channel, made of M damped oscillations.
@@ -63,7 +65,7 @@ class CausalFilter(nn.Module):
         """As `forward` for each row's last position alone: x (B, L, D), lengths (B,) -> (B, D)."""
         kernel = self.kernel(x.shape[1]).flip(1)
         heard = _push_to_the_end(x, lengths).to(kernel.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # as the FFT, which stays in float32
+        with without_autocast(x.device):  # as the FFT, which stays in float32
             return torch.einsum("bld,dl->bd", heard, kernel).to(x.dtype)
 
     def advance(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -84,7 +86,8 @@ class CausalFilter(nn.Module):
         added = torch.einsum("bld,dml->bdm", x.to(powers.dtype), powers[..., :length].flip(-1))
         if state is None:
             return y, added
-        weighted = torch.complex(self.cosine, -self.sine) * state
+        dtype = state.real.dtype  # there are no complex numbers of bfloat16
+        weighted = torch.complex(self.cosine.to(dtype), -self.sine.to(dtype)) * state
         echo = torch.einsum("bdm,dml->bld", weighted, powers[..., 1:]).real
         return y + echo.to(y.dtype), powers[..., length] * state + added
 

@@ -124,12 +124,13 @@ class NegativeSampler(nn.Module):
     def __init__(self, n_items: int, counts: Tensor | None = None) -> None:
         super().__init__()
         self.n_items = n_items
-        weights = None if counts is None else counts[1:].double() + 1
-        cumulative = None if weights is None else weights.cumsum(0) / weights.sum()
+        weights = None if counts is None else counts[1:].long() + 1
+        # whole numbers, which stay exact in a model of any type and on a device without float64
+        self.total = 0 if weights is None else int(weights.sum())
         log_probability = torch.full((n_items,), -math.log(max(n_items - 1, 1)))
         if weights is not None:
-            log_probability[1:] = (weights / weights.sum()).log().float()
-        self.register_buffer("cumulative", cumulative, persistent=False)
+            log_probability[1:] = (weights.double() / self.total).log().float()
+        self.register_buffer("cumulative", None if weights is None else weights.cumsum(0), persistent=False)
         self.register_buffer("log_probability", log_probability, persistent=False)
 
     def forward(self, *shape: int) -> tuple[Tensor, Tensor]:
@@ -138,9 +139,16 @@ class NegativeSampler(nn.Module):
         if self.cumulative is None:
             ids = torch.randint(1, self.n_items, shape, device=device)
         else:
-            draw = torch.rand(shape, dtype=torch.float64, device=device)
-            ids = torch.searchsorted(self.cumulative, draw, right=True).clamp(max=self.n_items - 2) + 1
+            draw = _below(self.total, shape, device)
+            ids = torch.searchsorted(self.cumulative, draw, right=True) + 1
         return ids, self.log_probability[ids]
+
+
+def _below(end: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whole numbers from 0 to `end` less one, uniform."""
+    if device.type == "mps":  # has no float64; elsewhere it is kept, so that a seed's numbers stay the same
+        return torch.randint(end, shape, device=device)
+    return (torch.rand(shape, dtype=torch.float64, device=device) * end).long()
 
 
 def sampled_cross_entropy(

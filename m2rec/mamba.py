@@ -12,6 +12,8 @@ A parameter marked `_no_weight_decay` should not be decayed.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +35,31 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 # What a mixer remembers of a history: the convolution's last inputs and the scan's state.
 MixerState = tuple[Tensor, Tensor]
 
+# By a parameter's name, its attributes for the optimiser.
+Marks = Mapping[str, Mapping[str, object]]
+_NO_WEIGHT_DECAY = {"_no_weight_decay": True}
 
-class Mamba(nn.Module):
+
+class MarkedParameters(nn.Module):
+    """A module that marks some of its parameters for the optimiser, in its copies too.
+
+    Marks are attributes of the parameter, as in `mamba_ssm`, which `copy.deepcopy` leaves behind.
+    """
+
+    marks: ClassVar[Marks] = {}
+
+    def mark_parameters(self) -> None:
+        """Set the marks, once the parameters are there."""
+        for name, marks in self.marks.items():
+            if (parameter := getattr(self, name)) is not None:
+                vars(parameter).update(marks)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.mark_parameters()
+
+
+class Mamba(MarkedParameters):
     """Mamba mixer: (B, L, D) -> (B, L, D), causal.
 
     Args:
@@ -44,6 +69,8 @@ class Mamba(nn.Module):
         expand: E / D.
         backend: the operators' backend, `auto` or a name from `ops.BACKENDS`.
     """
+
+    marks: ClassVar[Marks] = dict.fromkeys(("A_log", "D"), _NO_WEIGHT_DECAY)
 
     def __init__(
         self, hidden_size: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, backend: str = "auto"
@@ -61,7 +88,7 @@ class Mamba(nn.Module):
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         with torch.no_grad():
             self.dt_proj.bias.copy_(_initial_dt_bias(inner))
-        _mark_no_weight_decay(self.A_log, self.D)
+        self.mark_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, L, D) -> (B, L, D)."""
@@ -85,7 +112,7 @@ class Mamba(nn.Module):
         y, h = selective_scan(
             u,
             self.dt_proj(dt),
-            -torch.exp(self.A_log.float()),
+            _decay_rates(self.A_log),
             B,
             C,
             self.D,
@@ -103,7 +130,7 @@ class Mamba(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, window = _convolve_step(u, state[0], self.conv1d)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        A = -torch.exp(self.A_log.float())
+        A = _decay_rates(self.A_log)
         y, h = selective_scan_step(state[1], u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_proj.bias, True)
         return self.out_proj(y), (window, h)
 
@@ -116,7 +143,7 @@ class StepProjection(nn.Linear):
         return F.linear(x, self.weight)
 
 
-class Mamba2(nn.Module):
+class Mamba2(MarkedParameters):
     """Mamba-2 mixer: (B, L, D) -> (B, L, D), causal; one group of B and C.
 
     Args:
@@ -127,6 +154,8 @@ class Mamba2(nn.Module):
         head_dim: P, a divisor of E.
         backend: the operators' backend, `auto` or a name from `ops.BACKENDS`.
     """
+
+    marks: ClassVar[Marks] = dict.fromkeys(("A_log", "D", "dt_bias"), _NO_WEIGHT_DECAY)
 
     def __init__(
         self,
@@ -148,7 +177,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = GatedRMSNorm(inner)
         self.out_proj = nn.Linear(inner, hidden_size, bias=False)
-        _mark_no_weight_decay(self.A_log, self.D, self.dt_bias)
+        self.mark_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, L, D) -> (B, L, D)."""
@@ -163,7 +192,7 @@ class Mamba2(nn.Module):
         y, h = ssd(
             u.unflatten(-1, (-1, self.head_dim)),
             dt,
-            -torch.exp(self.A_log.float()),
+            _decay_rates(self.A_log),
             B,
             C,
             self.D,
@@ -186,7 +215,7 @@ class Mamba2(nn.Module):
             z = last_positions(z, lengths)
         xBC, _ = _convolve(xBC, None, self.conv1d, self.backend)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
-        u, A = u.unflatten(-1, (-1, self.head_dim)), -torch.exp(self.A_log.float())
+        u, A = u.unflatten(-1, (-1, self.head_dim)), _decay_rates(self.A_log)
         y = ssd_last(u, dt, A, B, C, lengths, self.D, self.dt_bias, True)
         return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[no-any-return]
 
@@ -196,7 +225,7 @@ class Mamba2(nn.Module):
         xBC, window = _convolve_step(xBC, state[0], self.conv1d)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
         u = u.unflatten(-1, (-1, self.head_dim))
-        A = -torch.exp(self.A_log.float())
+        A = _decay_rates(self.A_log)
         y, h = ssd_step(state[1], u, dt, A, B, C, self.D, self.dt_bias, True)
         return self.out_proj(self.norm(y.flatten(-2), z)), (window, h)
 
@@ -223,6 +252,11 @@ class GatedRMSNorm(nn.Module):
 def last_positions(x: Tensor, lengths: Tensor) -> Tensor:
     """x (B, L, ...), lengths (B,) -> each row's last position (B, ...)."""
     return x[torch.arange(len(x), device=x.device), lengths - 1]
+
+
+def _decay_rates(A_log: Tensor) -> Tensor:
+    """A of the recurrence, negative, in float32 at least."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -255,8 +289,3 @@ def _initial_dt_bias(size: int) -> Tensor:
     dt = torch.exp(torch.rand(size) * math.log(DT_MAX / DT_MIN) + math.log(DT_MIN))
     dt = dt.clamp(min=DT_FLOOR)
     return dt + torch.log(-torch.expm1(-dt))
-
-
-def _mark_no_weight_decay(*parameters: nn.Parameter) -> None:
-    for parameter in parameters:
-        parameter._no_weight_decay = True  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from m2rec.compat import Config, Interaction, SequentialDataset, SequentialRecom
 from m2rec.dataset import shifted_targets
 from m2rec.encoder import Encoder
 from m2rec.loss import NegativeSampler, bpr, cross_entropy, gbce, other_items, sampled_cross_entropy
+from m2rec.ops.contracts import without_autocast
 from m2rec.repeats import Repeats
 from m2rec.settings import ModelSettings
 from m2rec.text_source import folders, text_file
@@ -110,7 +111,7 @@ class M2Rec(SequentialRecommender):
             x, rows, times = self(items, lengths), torch.arange(len(items), device=items.device), lengths - 1
         bias = self.encoder.repeat_bias
         repeats = None if bias is None else Repeats(items, rows, times, bias)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return self._loss(x.to(self.encoder.id_embedding.weight.dtype), targets, repeats, interaction)
 
     def _loss(self, x: Tensor, targets: Tensor, repeats: Repeats | None, interaction: Interaction) -> Tensor:

@@ -1,13 +1,17 @@
 """The whole network without RecBole: causality, padding, branches, gradients."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from m2rec.encoder import Encoder, similar_lengths
-from m2rec.fourier import CausalFilter
+from m2rec.fourier import CausalFilter, LowPass
+from m2rec.mamba import Mamba, Mamba2
 from m2rec.settings import ModelSettings
 from m2rec.text import TextProjection
 
@@ -298,3 +302,55 @@ def test_id_dropout_leaves_items_their_text():
         assert torch.allclose(rows[~alone], whole[~alone], atol=1e-6)
         share = alone.float().mean(0)
         assert share[2] == 0 and (share[torch.arange(V - 1) != 2] - 0.5).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@every_form
+def test_a_model_of_any_type_answers_alike(settings: dict[str, Any], dtype: torch.dtype):
+    """Cast whole, live users included: near to float64, and all ways in give the type that was asked for."""
+    made, (items, lengths) = encoder(**settings).double(), histories(9, 9)
+    expected = made.last(items, lengths)
+    scale = expected.abs().max()
+    made, tolerance = made.to(dtype), 40 * torch.finfo(dtype).eps
+    answers = [made.last(items, lengths), made(items, lengths)[:, 8]]
+    if isinstance(made.layers[0].mixer, Mamba | Mamba2) and not isinstance(made.layers[0].filter, LowPass):
+        _, states = made.advance(items[:, :3])
+        x, states = made.advance(items[:, 3:8], states)
+        answers.append(made.step(items[:, 8], states)[0])
+    for x in answers:
+        assert x.dtype == dtype
+        assert (x.double() - expected).abs().max() < tolerance * scale
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_shapes_on_the_meta_device(mixer: str):
+    """Which knows no autocast and holds no numbers."""
+    made = encoder(mixer=mixer).to("meta")
+    items, lengths = torch.ones(2, 7, dtype=torch.int64, device="meta"), torch.ones(2, device="meta").long()
+    assert made(items, lengths).shape == (2, 7, 16)
+    assert made._last(items, lengths).shape == (2, 16)
+    _, states = made.advance(items)
+    assert made.step(items[:, 0], states)[0].shape == (2, 16)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_rows_of_similar_length_on_any_device(device: str):
+    """As far as a tensor without numbers goes: the lengths meet their boundaries on one device."""
+    with FakeTensorMode():
+        lengths = torch.ones(3, dtype=torch.int64, device=device)
+        with pytest.raises(DynamicOutputShapeException, match="unique"):  # where the numbers begin to matter
+            list(similar_lengths(lengths, 12))
+
+
+@every_form
+def test_copies_keep_how_parameters_are_trained(settings: dict[str, Any]):
+    made = encoder(**settings)
+
+    def marks(model: Encoder) -> dict[str, dict[str, Any]]:
+        return {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
+
+    marked = {name.split(".")[-1] for name, own in marks(made).items() if own}
+    assert "repeat_bias" in marked and ("A_log" in marked or settings.get("mixer") == "attention")
+    assert marks(copy.deepcopy(made)) == marks(made)
+    assert marks(pickle.loads(pickle.dumps(made))) == marks(made)
+    assert marks(copy.deepcopy(made.double())) == marks(made)

@@ -119,6 +119,19 @@ def test_negatives_are_drawn_as_often_as_they_say():
     assert ((drawn - expected).abs() < 5 * expected.sqrt() + 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_negatives_do_not_hang_on_the_type_of_the_model(dtype: torch.dtype):
+    """Those that a draw of float64 between the shares of the items gives, in a model cast whole too."""
+    counts = torch.randint(0, 5_000, (2_000,))
+    weights = counts[1:].double() + 1
+    shares = weights.cumsum(0) / weights.sum()
+    random = torch.get_rng_state()
+    ids, _ = NegativeSampler(2_000, counts).to(dtype)(300, 1_000)
+    torch.set_rng_state(random)
+    draw = torch.rand(300, 1_000, dtype=torch.float64)
+    assert torch.equal(ids, torch.searchsorted(shares, draw, right=True) + 1)
+
+
 @pytest.mark.parametrize("bias", [0.0, -2.0])
 def test_gbce_by_hand(bias: float):
     x, targets, table = made()

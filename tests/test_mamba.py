@@ -200,3 +200,18 @@ def test_quantised_projections(make: Callable[[str], nn.Module]):
         expected, found = entries(mixer, x), entries(small, x)
     for way, y in expected.items():
         assert 0 < (found[way] - y).abs().max() < 0.05 * y.abs().max(), way
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Mamba(4, 2), lambda: Mamba2(4, 2, head_dim=4)], ids=["mamba", "mamba2"]
+)
+def test_a_mixer_in_float64_is_exact(make: Callable[[], nn.Module]):
+    """Every gradient against differences, the decay's parameter included."""
+    mixer = make().double()
+    names, parameters = zip(*mixer.named_parameters(), strict=True)
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(mixer, dict(zip(names, parameters, strict=True)), x)
+
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, *parameters), atol=1e-8)
