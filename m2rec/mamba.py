@@ -206,17 +206,17 @@ class Mamba2(MarkedParameters):
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
         """As `forward` for each row's last position alone: x (B, L, D), lengths (B,) -> (B, D)."""
-        if _is_plain(self.in_proj):  # the gate is wanted at one position only
+        plain = _is_plain(self.in_proj)
+        if plain:  # the gate is wanted at one position only
             gate, heard = self.in_proj.weight.split([self.inner, len(self.in_proj.weight) - self.inner])
-            z = F.linear(last_positions(x, lengths), gate)
             xBC, dt = F.linear(x, heard).split([len(heard) - len(self.D), len(self.D)], dim=-1)
         else:
             z, xBC, dt = self._project(x)
-            z = last_positions(z, lengths)
         xBC, _ = _convolve(xBC, None, self.conv1d, self.backend)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
         u, A = u.unflatten(-1, (-1, self.head_dim)), _decay_rates(self.A_log)
         y = ssd_last(u, dt, A, B, C, lengths, self.D, self.dt_bias, True)
+        z = F.linear(last_positions(x, lengths), gate) if plain else last_positions(z, lengths)
         return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[no-any-return]
 
     def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
