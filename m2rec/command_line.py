@@ -1,6 +1,8 @@
 """What the scripts' command lines share."""
 
 import argparse
+import difflib
+from collections.abc import Iterable
 from typing import NoReturn, TextIO
 
 
@@ -16,3 +18,10 @@ def say(text: str, stream: TextIO) -> None:
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A hint such as `; did you mean 'learning_rate'?`, or nothing."""
+    by_lower = {w.lower(): w for w in words}
+    match = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[match[0]]!r}?" if match else ""

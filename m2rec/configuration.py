@@ -4,7 +4,6 @@ Order of strength: command line, config files, properties of the data set and of
 variant (`m2rec/properties/`), RecBole's own defaults.
 """
 
-import difflib
 import inspect
 import json
 import logging
@@ -20,6 +19,7 @@ import yaml
 
 from m2rec import distributed, shipped
 from m2rec.checks import check_device, check_evaluation, check_optional, check_pickles, check_recbole_keys
+from m2rec.command_line import nearest
 from m2rec.compat import (
     RECBOLE,
     Config,
@@ -315,13 +315,6 @@ def _check_keys(values: Mapping[str, Any]) -> None:
     for key in values:
         if key not in known_keys():
             raise ValueError(f"unknown key {key!r}{nearest(str(key), known_keys())}")
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """A hint such as `; did you mean 'learning_rate'?`, or nothing."""
-    by_lower = {w.lower(): w for w in words}
-    match = difflib.get_close_matches(word.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[match[0]]!r}?" if match else ""
 
 
 def _add_derived(values: dict[str, Any], model: type[SequentialRecommender]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from m2rec.configuration import known_keys, nearest, read_yaml
+from m2rec.command_line import nearest
+from m2rec.configuration import known_keys, read_yaml
 from m2rec.provenance import OF_THE_MACHINE
 
 _KEYS = ("study", "trials", "seed", "fixed", "search", "pruner")

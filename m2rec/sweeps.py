@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from m2rec.configuration import nearest, read_yaml
+from m2rec.command_line import nearest
+from m2rec.configuration import read_yaml
 from m2rec.files import METRICS_FILE
 
 MAIN = "main"

@@ -46,7 +46,9 @@ from tqdm import tqdm
 from m2rec.command_line import Parser
 from m2rec.dominant import find_dominant
 from m2rec.files import write_atomically
-from m2rec.raw import FORMATS, TABLES, UNITS, Format, Interaction, movielens, shortest, table
+from m2rec.raw import FORMATS, TABLES, Format, Interaction, movielens, table
+from m2rec.raw_times import UNITS
+from m2rec.raw_values import shortest
 from m2rec.rows import Tally
 
 logger = logging.getLogger(__name__)

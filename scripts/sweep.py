@@ -33,8 +33,8 @@ import torch
 from tqdm import tqdm
 
 from m2rec import checkpoint
-from m2rec.command_line import Parser
-from m2rec.configuration import as_argument, nearest
+from m2rec.command_line import Parser, nearest
+from m2rec.configuration import as_argument
 from m2rec.files import CHECKPOINT_FILE, locked, write_text
 from m2rec.provenance import commit, same_code
 from m2rec.results import METRICS, answered, asked, read_table, row_of_run, settings_text, write_table

@@ -63,6 +63,8 @@ RANKS = [
         "lsa",
         "vector_import",
         "rows",
+        "raw_times",
+        "raw_values",
         "dominant",
     },
     {"mamba", "attention", "fourier", "gate"},

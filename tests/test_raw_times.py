@@ -1,0 +1,118 @@
+"""Times as they stand in raw files: one unit or dates, in full precision."""
+
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m2rec.raw_times import UNIT_NAMES, UNITS, TimeReader
+from m2rec.raw_values import shortest
+from m2rec.rows import Malformed
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1391040000, "1391040000"),
+        ("0978300760", "978300760"),
+        (1.5e9, "1500000000"),
+        ("1588687728.9230", "1588687728.923"),
+        ("1588687728.123456789", "1588687728.123456789"),
+        (1588687728923, "1588687728.923"),
+        (1588687728000.0, "1588687728"),
+        ("1588687728923001", "1588687728.923001"),
+        (1588687728923001007, "1588687728.923001007"),
+        (Decimal("1e3"), "1000"),
+        (-86400, "-86400"),
+        ("-0", "0"),
+        (17, "17"),
+        ("2018-07-07 22:09:11", "1531001351"),
+        ("2018-07-07T22:09:11.5Z", "1531001351.5"),
+        ("2018-07-08T00:09:11+02:00", "1531001351"),
+        ("2017-12-17", "1513468800"),
+        ("1969-12-31 23:59:59.25", "-0.75"),
+        (date(2017, 12, 17), "1513468800"),
+        (datetime(2018, 7, 7, 22, 9, 11, 7), "1531001351.000007"),
+        (datetime(2018, 7, 7, 22, 9, 11, tzinfo=UTC), "1531001351"),
+    ],
+)
+def test_times(value: object, expected: str):
+    assert shortest(TimeReader(Path("x")).read(value, 1)) == expected
+
+
+@pytest.mark.parametrize("value", ["nan", "1e400", "1e999999999", "9" * 5000, 1e-300, "12/31/2014", "", [1]])
+def test_no_times(value: object):
+    with pytest.raises(Malformed, match="neither a unix number nor an ISO date"):
+        TimeReader(Path("x")).read(value, 1)
+
+
+def test_a_file_has_one_unit():
+    """What the first time says holds for all; a straddled limit or a placeholder is an error with both."""
+    ms, dates = 1588687728923, ["2020-01-01", "1999-12-31 05:00", date(2020, 1, 1)]
+    for values in ([1, 99_999_999_999, -5, "0"], [ms, 10**11, -ms], [10**14, 10**17 - 1], [10**17], dates):
+        times = TimeReader(Path("x.csv"))
+        for line, value in enumerate(values, 2):
+            times.read(value, line)
+    cure = r"say which unit all numbers have with --time-unit \(s, ms, us, ns\), or repair the line"
+    for first, second, said in (
+        (0, ms, "line 2 has the time '0', which reads as seconds, and line 7 has the time '1588687728923'"),
+        (ms, 0, "line 2 has .*'1588687728923', which reads as milliseconds, and line 7 has the time '0'"),
+        (99_999_999_999, 10**11, "reads as seconds, and .* as milliseconds; "),
+        (10**14 - 1, 10**14, "reads as milliseconds, and .* as microseconds; "),
+        ("1e17", 10**17 - 1, "reads as nanoseconds, and .* as microseconds; "),
+        ("2020-01-01", 20200101, "line 2 has the time '2020-01-01', which reads as dates, and .* as seconds"),
+        (ms, "2020-01-01", "reads as milliseconds, and .* as dates; "),
+    ):
+        times = TimeReader(Path("x.csv"))
+        times.read(first, 2)
+        with pytest.raises(ValueError, match=f"^x.csv: .*{said}.*{cure}$"):
+            times.read(second, 7)
+
+
+def test_a_given_unit_holds_for_any_size():
+    for unit, places in UNITS.items():
+        times = TimeReader(Path("x"), unit)
+        for number in ("0", "-7", "17.5", "99999999999", "1e11", "1588687728923", "1588687728923001007"):
+            assert times.read(number, 1) == Decimal(number) / 10**places
+        assert times.read("1970-01-02", 1) == 86400
+        assert times.remarks() == [f"timestamps read as {UNIT_NAMES[unit]}"]
+
+
+def test_how_times_were_read_is_said():
+    for value, said in (
+        (1391040000, ["timestamps read as seconds (numbers below 10^11 stay as they are)"]),
+        (1588687728923, ["timestamps read as milliseconds"]),
+        ("2020-01-01", ["timestamps read as dates"]),
+        (None, []),
+    ):
+        times = TimeReader(Path("x"))
+        if value is not None:
+            times.read(value, 1)
+        assert times.remarks() == said
+
+
+numbers = st.decimals(-(10**20), 10**20, places=3) | st.integers(-(10**12), 10**12) | st.integers(-9, 9)
+
+
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@given(values=st.lists(numbers, min_size=2, max_size=6), unit=st.sampled_from([None, *UNITS]))
+def test_reading_times_keeps_their_order(values: list[Decimal | int], unit: str | None):
+    """Forced or found, in exact decimals, as written; or the file is refused as one of two units."""
+    times, written = TimeReader(Path("x"), unit), []
+    limits = (10**11, 10**14, 10**17)
+    one_size = len({sum(abs(value) >= limit for limit in limits) for value in values}) == 1
+    try:
+        for line, value in enumerate(values, 1):
+            written.append(Decimal(shortest(times.read(str(value), line))))
+    except ValueError as error:
+        assert unit is None and not one_size and "--time-unit" in str(error)
+        return
+    assert unit is not None or one_size
+    order = sorted(range(len(values)), key=values.__getitem__)
+    assert order == sorted(range(len(values)), key=written.__getitem__)
+    for (a, b), (x, y) in zip(pairwise(values), pairwise(written), strict=True):
+        assert (a == b) == (x == y)
