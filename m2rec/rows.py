@@ -6,29 +6,39 @@ skipped; memory holds one record, or of Parquet one batch.
 """
 
 import ast
+import codecs
 import csv
 import gzip
 import json
+import re
 import warnings
+import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
+
+from m2rec.command_line import nearest
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Row]]
 """Line number, from 1, with its row."""
 
-LINE_LIMIT = 2**24  # bytes
+LINE_LIMIT = 2**24  # bytes, and characters of an element of a JSON array
+CHUNK = 2**16  # bytes of a JSON array that are read at once
 RECORD_LIMIT = 1000  # lines of a CSV record; a longer one is taken for a quotation mark left open
 LITERAL_LIMIT = 2**20  # characters; a syntax tree takes some hundred times its text
 BATCH = 10_000  # rows of Parquet
 JUDGED_FROM = 10_000  # lines before a file may be given up
 SHOWN = 3  # malformed lines
 SEPARATORS = ",\t;|"
-UNQUOTED = "\t|"  # where these separate, quotation marks are text
+QUOTED = ",;"  # where anything else separates, quotation marks are text
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 class Malformed(Exception):
@@ -55,6 +65,13 @@ class Tally:
     """Lines of the longest of these records, and its first line."""
     notes: list[str] = field(default_factory=list)
     """What else is to be said about the file."""
+    more: int = 0
+    """Rows beyond the first of each line, where lists were taken apart."""
+
+    @property
+    def rows(self) -> int:
+        """Lines, and the further rows in them: what malformed ones are a share of."""
+        return self.lines + self.more
 
     def reject(self, first: int, reason: object, last: int | None = None) -> None:
         """Count malformed lines, from `first` to `last`, by default one.
@@ -67,7 +84,7 @@ class Tally:
         if len(self.examples) < SHOWN:
             where = f"line {first}" if last == first else f"lines {first} to {last}"
             self.examples.append(f"{where}: {reason}")
-        self._judge(max(self.lines, JUDGED_FROM))
+        self._judge(max(self.rows, JUDGED_FROM))
 
     def count_record(self, first: int) -> None:
         """Count the record that began in line `first` and ends in the last line that was read."""
@@ -85,15 +102,13 @@ class Tally:
         """
         if not self.lines:
             raise ValueError(f"{self.path}: the file is empty; give the file as it was published")
-        self._judge(self.lines)
+        self._judge(self.rows)
 
     def remarks(self) -> list[str]:
         """What was left out or looks odd, one line each."""
         said = []
         if self.bad:
-            said.append(
-                f"{self.bad:,} of {self.lines:,} lines are malformed and left out: {'; '.join(self.examples)}"
-            )
+            said.append(f"{self._describe_bad()} malformed and left out: {'; '.join(self.examples)}")
         if self.records:
             lines, first = self.longest
             said.append(
@@ -102,13 +117,59 @@ class Tally:
             )
         return said + self.notes
 
-    def _judge(self, lines: int) -> None:
-        if self.bad > self.max_bad * lines:
+    def _describe_bad(self) -> str:
+        return f"{self.bad:,} of {self.rows:,} {'rows' if self.more else 'lines'} are"
+
+    def _judge(self, rows: int) -> None:
+        if self.bad > self.max_bad * rows:
             limit = f", more than --max-bad={self.max_bad:g}" if self.max_bad else ""
             raise ValueError(
-                f"{self.path}: {self.bad:,} of {self.lines:,} lines are malformed{limit}; "
+                f"{self.path}: {self._describe_bad()} malformed{limit}; "
                 f"is it a file of this format? {'; '.join(self.examples)}"
             )
+
+
+def open_bytes(path: Path) -> tuple[BufferedReader, BufferedReader | gzip.GzipFile]:
+    """The file as it lies on the disk, and as it reads: unpacked, if it is gzipped.
+
+    Raises:
+        ValueError: it is an archive, a spreadsheet or UTF-16.
+    """
+    raw = path.open("rb")
+    start = raw.peek(4)[:4]
+    for magic, describe in _NO_TEXT.items():
+        if start.startswith(magic):
+            raw.close()
+            raise ValueError(f"{path}: the file is {describe(path)} first")
+    return raw, gzip.GzipFile(fileobj=raw) if start.startswith(b"\x1f\x8b") else raw
+
+
+def _describe_zip(path: Path) -> str:
+    """Spreadsheets are zip archives, of members with known names."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        members = []
+    if any(name.startswith(("xl/", "Index/")) or name == "content.xml" for name in members):
+        return "a spreadsheet; save it as CSV"
+    return "a zip archive; unpack it"
+
+
+# by how files begin that are no text: what they are, and what to do first
+_NO_TEXT: dict[bytes, Callable[[Path], str]] = {
+    b"PK\x03\x04": _describe_zip,
+    b"\xd0\xcf\x11\xe0": lambda _: "a spreadsheet; save it as CSV",  # .xls
+    b"\xff\xfe": lambda _: "UTF-16; save it as UTF-8",
+    b"\xfe\xff": lambda _: "UTF-16; save it as UTF-8",
+}
+
+
+def _say_damaged(tally: Tally, error: Exception, unit: str = "line") -> ValueError:
+    return ValueError(
+        f"{tally.path}: the gzip file is cut off or damaged after {unit} {tally.lines:,} "
+        f"({error}); download it again"
+    )
 
 
 class Lines:
@@ -126,15 +187,7 @@ class Lines:
 
     def __init__(self, tally: Tally, encodings: Sequence[str] = ("utf-8",)) -> None:
         self.tally, self.encodings = tally, encodings
-        self.raw = tally.path.open("rb")
-        start = self.raw.peek(4)[:4]
-        if start.startswith((b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")):
-            self.raw.close()
-            found, cure = (
-                ("a zip archive", "unpack it") if start[:1] == b"P" else ("UTF-16", "save it as UTF-8")
-            )
-            raise ValueError(f"{tally.path}: the file is {found}; {cure} first")
-        self.file = gzip.GzipFile(fileobj=self.raw) if start.startswith(b"\x1f\x8b") else self.raw
+        self.raw, self.file = open_bytes(tally.path)
 
     def __enter__(self) -> Self:
         return self
@@ -169,11 +222,8 @@ class Lines:
     def _read(self) -> bytes:
         try:
             return self.file.readline(LINE_LIMIT + 1)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(
-                f"{self.tally.path}: the gzip file is cut off or damaged after line {self.tally.lines:,} "
-                f"({error}); download it again"
-            ) from None
+        except DAMAGED as error:
+            raise _say_damaged(self.tally, error) from None
 
 
 def parsed_rows(tally: Tally, parse: Callable[[str], object], encodings: Sequence[str] = ("utf-8",)) -> Rows:
@@ -220,13 +270,128 @@ def parse_loose(line: str) -> object:
 
 
 def json_rows(tally: Tally) -> Rows:
-    """Rows of JSON lines."""
+    """Rows of JSON lines, or of a file that is one JSON array of objects."""
+    if _is_array(tally):
+        return _array_rows(tally)
     return parsed_rows(tally, parse_json)
+
+
+def _is_array(tally: Tally) -> bool:
+    raw, file = open_bytes(tally.path)
+    try:
+        start: bytes = file.peek(64)[:64]
+    except DAMAGED as error:
+        raise _say_damaged(tally, error) from None
+    finally:
+        raw.close()
+    return start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _array_rows(tally: Tally) -> Rows:
+    """Rows of a JSON array, element by element; the number of a row is its place in the array.
+
+    Raises:
+        ValueError: it is no JSON up to its end; where an element is broken, the next can't be found.
+    """
+    for element in _array_elements(tally):
+        tally.lines += 1
+        if isinstance(element, dict):
+            yield tally.lines, element
+        else:
+            tally.reject(tally.lines, "not an object with names and values")
+
+
+def _array_elements(tally: Tally) -> Iterator[object]:
+    text, before = "", "["
+    for chunk in _text_chunks(tally):
+        text += chunk
+        found, end, before = _parse_elements(text, before)
+        yield from found
+        text = text[end:]
+        if len(text) > LINE_LIMIT:
+            raise _say_broken(tally, f"no JSON in the {LINE_LIMIT >> 20} MiB behind it")
+        if not before and text.strip():
+            raise _say_broken(tally, "it ends there, and more follows")
+    if before:
+        raise _say_broken(tally, "it is cut off, or no JSON")
+
+
+def _parse_elements(text: str, before: str) -> tuple[list[object], int, str]:
+    """The array's elements that are whole in a piece of its text.
+
+    Args:
+        text: the piece.
+        before: what stands before its first element, [ or a comma; nothing when the array was closed.
+
+    Returns:
+        The elements, where the rest of the piece begins, and what stands before the next element.
+    """
+    found, at = list[object](), 0
+    while before:
+        start = _skip_blanks(text, at)
+        if before == "," and text[start : start + 1] == "]":
+            return found, start + 1, ""
+        if not text.startswith(before, start):
+            break
+        start = _skip_blanks(text, start + 1)
+        if before == "[" and text[start : start + 1] == "]":
+            return found, start + 1, ""
+        try:
+            element, end = _DECODER.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            break  # it may go on in the next piece
+        if _skip_blanks(text, end) == len(text):
+            break  # so may a number
+        found.append(element)
+        at, before = end, ","
+    return found, at, before
+
+
+_DECODER = json.JSONDecoder()
+_BLANKS = re.compile(r"\s*")
+
+
+def _skip_blanks(text: str, at: int) -> int:
+    match = _BLANKS.match(text, at)
+    assert match
+    return match.end()
+
+
+def _text_chunks(tally: Tally) -> Iterator[str]:
+    raw, file = open_bytes(tally.path)
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with raw:
+        try:
+            while chunk := file.read(CHUNK):
+                tally.position = raw.tell()
+                yield decoder.decode(chunk)
+            yield decoder.decode(b"", final=True)
+        except DAMAGED as error:
+            raise _say_damaged(tally, error, "element") from None
+        except UnicodeDecodeError:
+            raise _say_broken(tally, "not UTF-8") from None
+
+
+def _say_broken(tally: Tally, reason: object) -> ValueError:
+    return ValueError(
+        f"{tally.path}: the file begins as a JSON array, which is broken after element {tally.lines:,} "
+        f"({reason}); write it again, as one array or with an object in each line"
+    )
 
 
 def loose_rows(tally: Tally) -> Rows:
     """Rows of lines that are JSON or Python dicts."""
     return parsed_rows(tally, parse_loose)
+
+
+def sequence_rows(tally: Tally) -> Rows:
+    """Rows of `user item item ...`, with blanks or tabs between: {"user": ..., "items": [...]}."""
+
+    def parse(line: str) -> Row:
+        user, *items = line.replace("\t", " ").strip(" \r\n").split(" ")
+        return {"user": user, "items": [item for item in items if item]}
+
+    return parsed_rows(tally, parse)
 
 
 def delimited_rows(tally: Tally, separator: str, columns: Sequence[str]) -> Rows:
@@ -241,29 +406,50 @@ def delimited_rows(tally: Tally, separator: str, columns: Sequence[str]) -> Rows
     return parsed_rows(tally, parse, ("utf-8", "latin-1"))
 
 
-def csv_rows(tally: Tally, columns: Sequence[str]) -> Rows:
-    """Rows of a CSV file with a header, whatever separates its columns.
+@dataclass(frozen=True)
+class Layout:
+    """How a text table is laid out, where its header does not say it."""
+
+    names: tuple[str, ...] = ()
+    """Columns by position, an empty one for what is not used; with names the file has no header."""
+    separator: str = ""
+    """One or two characters; none: the one with which the columns are there."""
+
+
+def csv_rows(
+    tally: Tally, columns: Sequence[str], layout: Layout = Layout(), cure: str = "name one of them"
+) -> Rows:
+    """Rows of a table in a text file, whatever separates its columns.
 
     Between commas and semicolons cells may be quoted, and have several lines then (RFC 4180);
-    between tabs and | quotation marks are text.
+    between anything else quotation marks are text.
 
     Args:
         tally: names the file; told of records of several lines.
         columns: must be in the header, once each.
+        layout: by default the file has a header.
+        cure: what to do where a column is missing.
 
     Raises:
-        ValueError: a column is missing or comes twice, or a record has more than 1,000 lines.
+        ValueError: a column is missing or comes twice, the separator can't be found, or a record has more
+            than 1,000 lines.
     """
+    if layout.names:
+        require_columns(tally.path, layout.names, columns)
+        layout = replace(layout, separator=layout.separator or _find_separator(tally.path, layout.names))
     with Lines(tally) as lines:
-        header, separator = _header(lines, columns)
+        names, separator = layout.names, layout.separator
+        if not names:
+            names, separator = _read_header(lines, columns, separator, cure)
         record = _RecordLines(lines, separator)
-        reader = csv.reader(record, delimiter=separator, strict=True, quoting=_quoting(separator))
+        reader = _read_cells(record, separator)
+        said_by = "--columns" if layout.names else "the header"
         while True:
             first = record.begin()
             try:
                 cells = next(reader)
-                if cells and len(cells) != len(header):
-                    raise Malformed(f"{len(cells)} columns, the header has {len(header)}")
+                if cells and len(cells) != len(names):
+                    raise Malformed(f"{len(cells)} columns, {said_by} has {len(names)}")
             except StopIteration:
                 return
             except (csv.Error, Malformed) as error:
@@ -274,11 +460,42 @@ def csv_rows(tally: Tally, columns: Sequence[str]) -> Rows:
                 continue
             if cells:
                 tally.count_record(first)
-                yield first, dict(zip(header, cells, strict=True))
+                yield first, dict(zip(names, cells, strict=True))
 
 
-def _quoting(separator: str) -> Literal[0, 3]:
-    return csv.QUOTE_NONE if separator in UNQUOTED else csv.QUOTE_MINIMAL
+def _read_cells(lines: Iterable[str], separator: str, strict: bool = True) -> Iterator[list[str]]:
+    """Cells line by line, or record by record; none for a blank line."""
+    if len(separator) == 1:
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if separator in QUOTED else csv.QUOTE_NONE
+        return csv.reader(lines, delimiter=separator, strict=strict, quoting=quoting)
+    return map(partial(_split_line, separator), lines)  # which goes on after an error
+
+
+def _split_line(separator: str, line: str) -> list[str]:
+    line = line.rstrip("\r\n")
+    return line.split(separator) if line.strip() else []
+
+
+def _find_separator(path: Path, names: Sequence[str]) -> str:
+    """The one that gives the first line as many cells as there are names.
+
+    Raises:
+        ValueError: none does, or several.
+    """
+    with Lines(Tally(path)) as lines:
+        line = _first_line(lines, "it must hold data")
+    counts = {}
+    for separator in SEPARATORS:
+        with suppress(csv.Error):  # a cell that is too long
+            counts[separator] = len(next(_read_cells([line], separator, strict=False)))
+    found = [separator for separator, count in counts.items() if count == len(names)]
+    if len(found) == 1:
+        return found[0]
+    seen = ", ".join(f"{count} with {separator!r}" for separator, count in counts.items())
+    raise ValueError(
+        f"{path}: --columns names {len(names)} columns, line 1 has {seen}; "
+        f"say what separates them, such as --separator=' '"
+    )
 
 
 class _RecordLines:
@@ -323,35 +540,46 @@ class _RecordLines:
             return False
 
 
-def _header(lines: Lines, columns: Sequence[str]) -> tuple[list[str], str]:
-    """Column names and their separator: that with which all wanted columns are there."""
+def _first_line(lines: Lines, must: str) -> str:
+    """Line 1, or an error that says what it must do."""
     path = lines.tally.path
     try:
         line = next(lines, "")
     except Malformed as error:
         raise ValueError(f"{path}: line 1: {error}; save it as UTF-8") from None
     if not line.strip():
-        raise ValueError(f"{path}: the file is empty; its first line must name the columns")
+        raise ValueError(f"{path}: the file is empty; {must}")
+    return line
+
+
+def _read_header(
+    lines: Lines, columns: Sequence[str], separator: str, cure: str
+) -> tuple[tuple[str, ...], str]:
+    """Column names and their separator: that with which all wanted columns are there."""
+    path = lines.tally.path
+    line = _first_line(lines, "its first line must name the columns")
     found = []
-    for separator in SEPARATORS:
+    for mark in [separator] if separator else SEPARATORS:
         try:
-            cells = next(csv.reader([line], delimiter=separator, quoting=_quoting(separator)))
+            cells = next(_read_cells([line], mark, strict=False))
         except csv.Error as error:
             raise ValueError(f"{path}: line 1 names no columns ({error}); repair it") from None
         found.append([name.strip() for name in cells])
         if set(columns) <= set(found[-1]):
             require_columns(path, found[-1], columns)
-            return found[-1], separator
-        if separator in UNQUOTED and {f'"{column}"' for column in columns} <= set(found[-1]):
+            return tuple(found[-1]), mark
+        if mark not in QUOTED and {f'"{column}"' for column in columns} <= set(found[-1]):
             raise ValueError(
                 f"{path}: its column names are in quotation marks, which are text between tabs and |; "
                 "save it with commas, or without these marks"
             )
-    require_columns(path, max(found, key=len), columns)
+    require_columns(path, max(found, key=len), columns, cure)
     raise AssertionError("one is missing")
 
 
-def require_columns(path: Path, names: Sequence[str], columns: Sequence[str]) -> None:
+def require_columns(
+    path: Path, names: Sequence[str], columns: Sequence[str], cure: str = "name one of them"
+) -> None:
     """Check that the file has the columns, once each.
 
     Raises:
@@ -359,8 +587,9 @@ def require_columns(path: Path, names: Sequence[str], columns: Sequence[str]) ->
     """
     for column in columns:
         if column not in names:
+            has = ", ".join(filter(None, names))
             raise ValueError(
-                f"{path}: column {column!r} is missing, the file has {', '.join(names)}; name one of them"
+                f"{path}: column {column!r} is missing, the file has {has}; {cure}{nearest(column, names)}"
             )
         if (times := names.count(column)) > 1:
             raise ValueError(f"{path}: column {column!r} comes {times} times; rename all but one")

@@ -4,9 +4,11 @@ import csv
 import gzip
 import io
 import itertools
+import json
 import re
 import sys
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,152 @@ def test_a_long_text_passes_and_an_open_quote_stops(tmp_path: Path):
             list(rows.csv_rows(Tally(path, max_bad=1), ["a"]))
 
 
+LAYOUTS = [  # lines, names of the columns, the separator if it is said, cells
+    (["1 6393", "1 13504", "2 6393"], ("user", "item"), " ", [["1", "6393"], ["1", "13504"], ["2", "6393"]]),
+    (
+        ["A3,02,5.0,13", "A4,05,3.0,14"],
+        ("u", "", "r", "t"),
+        "",
+        [["A3", "02", "5.0", "13"], ["A4", "05", "3.0", "14"]],
+    ),
+    (['u\t"a', 'v\tb"'], ("x", "y"), "", [["u", '"a'], ["v", 'b"']]),
+    (['u;"a;', 'b"', "v;c"], ("x", "y"), "", [["u", "a;\nb"], ["v", "c"]]),
+    (['1::"a', "2::b:c", ""], ("x", "y"), "::", [["1", '"a'], ["2", "b:c"]]),
+    (["1, 2", "a b, c"], ("x", "y"), ", ", [["1", "2"], ["a b", "c"]]),
+    (["1:a b", "2:c,d"], ("x", "y"), ":", [["1", "a b"], ["2", "c,d"]]),
+]
+
+
+@pytest.mark.parametrize(("lines", "names", "separator", "cells"), LAYOUTS)
+def test_columns_by_position(
+    tmp_path: Path, lines: list[str], names: tuple[str, ...], separator: str, cells: list[list[str]]
+):
+    path = written(tmp_path, "\n".join(lines))
+    tally = Tally(path)
+    found = list(rows.csv_rows(tally, names[:1], rows.Layout(names, separator)))
+    expected = [dict(zip(names, row, strict=True)) for row in cells]
+    assert [row for _, row in found] == expected
+    assert tally.lines == len(found) + tally.continued + ("" in lines[:-1]) and tally.bad == 0
+
+
+def test_a_separator_with_a_header(tmp_path: Path):
+    path = written(tmp_path, "user item\n1 a\n2  b\n")
+    tally = Tally(path, max_bad=1)
+    found = rows.csv_rows(tally, ["user", "item"], rows.Layout(separator=" "))
+    assert list(found) == [(2, {"user": "1", "item": "a"})]
+    assert tally.examples == ["line 3: 3 columns, the header has 2"]
+    path = written(tmp_path, "user::item\n1::a\n")
+    found = rows.csv_rows(Tally(path), ["item"], rows.Layout(separator="::"))
+    assert list(found) == [(2, {"user": "1", "item": "a"})]
+
+
+def test_a_separator_is_found_or_asked_for(tmp_path: Path):
+    """Without a header only the number of columns speaks, and only where one separator alone fits."""
+    names = ("user", "item")
+    for line, separator in (("a b,c d", ","), ("a\tb;", "\t;"), ("a|b\tc", "|\t")):
+        path = written(tmp_path, f"{line}\n")
+        if len(separator) == 1:
+            row = next(rows.csv_rows(Tally(path), names, rows.Layout(names)))[1]
+            assert list(row.values()) == line.split(separator)
+            continue
+        with pytest.raises(ValueError, match=r"--columns names 2 columns, line 1 has .*--separator=' '"):
+            list(rows.csv_rows(Tally(path), names, rows.Layout(names)))
+    with pytest.raises(ValueError, match=r"line 1 has 1 with ',', 1 with '\\t', 1 with ';', 1 with"):
+        list(rows.csv_rows(Tally(written(tmp_path, "1 2\n")), names, rows.Layout(names)))
+    with pytest.raises(ValueError, match="column 'time' is missing, the file has user, item; name one"):
+        list(rows.csv_rows(Tally(path), ["time"], rows.Layout((*names, ""))))
+
+
+def test_a_header_where_none_is_expected_is_data(tmp_path: Path):
+    tally = Tally(written(tmp_path, "user,item\n1,2\n3\n"), max_bad=1)
+    found = [row for _, row in rows.csv_rows(tally, ["user"], rows.Layout(("user", "item")))]
+    assert found == [{"user": "user", "item": "item"}, {"user": "1", "item": "2"}]
+    assert tally.examples == ["line 3: 1 columns, --columns has 2"]
+
+
+def test_sequences(tmp_path: Path):
+    tally = Tally(written(tmp_path, "1 7 8  7\n\n2\t9\t10 \r\n3\n é \xa0 x\n"))
+    assert list(rows.sequence_rows(tally)) == [
+        (1, {"user": "1", "items": ["7", "8", "7"]}),
+        (3, {"user": "2", "items": ["9", "10"]}),
+        (4, {"user": "3", "items": []}),
+        (5, {"user": "é", "items": ["\xa0", "x"]}),
+    ]
+
+
+@random_files
+@given(
+    objects=st.lists(
+        st.dictionaries(st.text(max_size=3), st.integers() | st.text('a[]{},"\\ é', max_size=9), max_size=3)
+        | st.integers() | st.just([{"a": "]"}]),
+        max_size=8,
+    ),
+    indent=st.sampled_from([None, 2]),
+    chunk=st.integers(1, 40),
+    ascii_only=st.booleans(),
+)  # fmt: skip
+def test_a_json_array(
+    tmp_path: Path, objects: list[object], indent: int | None, chunk: int, ascii_only: bool
+):
+    """Objects come back in their order, whatever else is in it is counted, wherever a chunk ends."""
+    content = json.dumps(objects, indent=indent, ensure_ascii=ascii_only)
+    tally = Tally(written(tmp_path, content + "\n"), max_bad=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "CHUNK", chunk)
+        found = list(rows.json_rows(tally))
+    assert found == [(n, row) for n, row in enumerate(objects, 1) if isinstance(row, dict)]
+    assert tally.lines == len(objects) == len(found) + tally.bad
+    assert tally.position == len(content.encode()) + 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'[{"a": 1}, {"a": 2}', r"after element 1 \(it is cut off, or no JSON\)"),
+        (b'[{"a": 1}, {"a": 2},', r"after element 2 \(it is cut off"),
+        (b'[{"a": 1}, {"a": 2} {"a": 3}]', r"after element 1 \(it is cut off"),
+        (b'[{"a": 1}]\n[{"a": 2}]\n', r"after element 1 \(it ends there, and more follows\)"),
+        (b"[{'a': 1}]", r"after element 0 \(it is cut off, or no JSON\)"),
+        (b'[{"a": "\xe9"}]', r"after element 0 \(not UTF-8\)"),
+        (b'[{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}]", "after element 0"),
+    ],
+)
+def test_a_broken_json_array(tmp_path: Path, content: bytes, reason: str):
+    with pytest.raises(ValueError, match=f"begins as a JSON array, which is broken {reason}.*in each line"):
+        list(rows.json_rows(Tally(written(tmp_path, content), max_bad=1)))
+
+
+def test_a_json_array_is_not_held(tmp_path: Path):
+    count = 100_000
+    content = "[" + ",".join(['{"a": "some text that takes room"}'] * count) + "]"
+    tally = Tally(written(tmp_path, gzip.compress(content.encode())))
+    tracemalloc.start()
+    assert sum(1 for _ in rows.json_rows(tally)) == count == tally.lines
+    assert tracemalloc.get_traced_memory()[1] < 2**21  # the text has 3.6 MB
+    tracemalloc.stop()
+    cut = written(tmp_path, gzip.compress(content.encode())[:-20])
+    with pytest.raises(ValueError, match=r"the gzip file is cut off or damaged after element \d[\d,]+ \("):
+        list(rows.json_rows(Tally(cut)))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (["[Content_Types].xml", "xl/workbook.xml"], "the file is a spreadsheet; save it as CSV first"),
+        (["mimetype", "content.xml"], "the file is a spreadsheet; save it as CSV first"),
+        (["clicks.csv"], "the file is a zip archive; unpack it first"),
+    ],
+)
+def test_spreadsheets_are_told_from_archives(tmp_path: Path, members: list[str], message: str):
+    path = tmp_path / "clicks.csv"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member in members:
+            archive.writestr(member, "x")
+    for read in (lambda tally: rows.csv_rows(tally, ["a"]), rows.json_rows):
+        with pytest.raises(ValueError, match=message):
+            list(read(Tally(path)))
+
+
 def test_what_an_open_quote_swallows_is_counted(tmp_path: Path):
     """Up to the end of the file, to a wrong character behind a closing one, or to the largest cell."""
     limit = csv.field_size_limit(131_072)
@@ -225,6 +373,8 @@ def test_csv_goes_on_after_what_is_wrong(tmp_path: Path):
         (b"", "the file is empty"),
         (b"user,item\n1,2\n", "column 'when' is missing, the file has user, item; name one of them"),
         (b"user;item,x\n", "column 'when' is missing, the file has user"),
+        (b"user,item,When \n", "the file has user, item, When; name one of them; did you mean 'When'?"),
+        (b"\xd0\xcf\x11\xe0 and so on", "the file is a spreadsheet; save it as CSV first"),
         (b"\xff\xfeu\x00", "the file is UTF-16; save it as UTF-8 first"),
         (b"PK\x03\x04 and so on", "the file is a zip archive; unpack it first"),
         (b"caf\xe9,when\n", "line 1: not UTF-8; save it as UTF-8"),
