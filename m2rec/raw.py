@@ -13,9 +13,12 @@ from reprlib import repr as short
 from typing import NamedTuple, TypeVar
 
 from m2rec.dominant import LABELS
-from m2rec.raw_times import TimeReader
+from m2rec.raw_rows import Condition, find_column, find_nested, is_path, keep_rows, take_apart
+from m2rec.raw_times import FileOrder, TimeReader
 from m2rec.raw_values import IdReader, LabelCounter, is_missing, names, one_line, prose, read_rating
 from m2rec.rows import (
+    HEADER,
+    Layout,
     Malformed,
     Row,
     Rows,
@@ -25,6 +28,7 @@ from m2rec.rows import (
     json_rows,
     loose_rows,
     parquet_rows,
+    sequence_rows,
 )
 
 Record = TypeVar("Record")
@@ -68,12 +72,17 @@ class Format:
     user: Keys
     item: Keys
     time: Keys
+    """None: the order of the file is the time."""
     rating: Keys = ()
     item_rows: Callable[[Tally], Rows] | None = None
     """None: as `rows`."""
     token: Keys = ()
     """Names of an item's token in the file of items."""
     texts: tuple[Text, ...] = ()
+    time_format: str | None = None
+    """Of dates, in strptime's codes, where they don't say themselves which number is what."""
+    keep: tuple[Condition, ...] = ()
+    """What rows of interactions must fulfil."""
 
     def interactions(self, tally: Tally, time_unit: str | None = None) -> Iterator[Interaction]:
         """The interactions of the file that `tally` names, in file order.
@@ -86,20 +95,24 @@ class Format:
             ValueError: the file can't be read, too much of it is malformed, or its times are of several
                 units.
         """
-        times, ids = TimeReader(tally.path, time_unit), IdReader()
-        labels = LabelCounter({*self.user, *self.item, *self.time, *self.rating})
+        times, ids, order = TimeReader(tally.path, time_unit, self.time_format), IdReader(), FileOrder()
+        used = {*self.user, *self.item, *self.time, *self.rating, *(part.column for part in self.keep)}
+        labels = LabelCounter(used)
 
         def parse(line: int, row: Row) -> Interaction:
             user = ids.read(_needed(row, self.user), line)
             item = ids.read(_needed(row, self.item), line)
             rating = read_rating(_value(row, self.rating)) if self.rating else None
             # last, so that a line which is malformed elsewhere does not settle the unit
-            record = Interaction(user, item, times.read(_needed(row, self.time), line), rating)
+            time = times.read(_needed(row, self.time), line) if self.time else order.next()
             labels.count(row)
-            return record
+            return Interaction(user, item, time, rating)
 
-        yield from _records(self.rows(tally), parse, tally)
-        tally.notes += [*times.remarks(), *ids.remarks(), *labels.remarks()]
+        rows = _flatten(self.rows(tally), used, tally)
+        if self.keep:
+            rows = keep_rows(rows, self.keep, tally)
+        yield from _records(rows, parse, tally)
+        tally.notes += [*times.remarks(), *order.remarks(), *ids.remarks(), *labels.remarks()]
 
     def items(self, tally: Tally) -> Iterator[Item]:
         """The items of the file that `tally` names; the same token may come again.
@@ -113,8 +126,15 @@ class Format:
             texts = (one_line(text.convert(_value(row, text.keys))) for text in self.texts)
             return Item(ids.read(_needed(row, self.token), line), tuple(texts))
 
-        yield from _records((self.item_rows or self.rows)(tally), parse, tally)
+        rows = (self.item_rows or self.rows)(tally)
+        used = {*self.token, *(key for text in self.texts for key in text.keys)}
+        yield from _records(_flatten(rows, used, tally), parse, tally)
         tally.notes += ids.remarks()
+
+
+def _flatten(rows: Rows, used: Collection[str], tally: Tally) -> Rows:
+    """The rows with a value for each of the paths among the names that are used."""
+    return take_apart(rows, sorted(used), tally) if any(map(is_path, used)) else rows
 
 
 def _records(rows: Rows, parse: Callable[[int, Row], Record], tally: Tally) -> Iterator[Record]:
@@ -137,10 +157,10 @@ def _value(row: Row, keys: Keys) -> object:
 def _needed(row: Row, keys: Keys) -> object:
     value = _value(row, keys)
     if value is None:
-        present = any(key in row for key in keys)
-        raise Malformed(
-            f"{keys[0]!r} is empty" if present else f"no {keys[0]!r}, only {short(', '.join(row))}"
-        )
+        if any(key in row for key in keys):
+            raise Malformed(f"{keys[0]!r} is empty")
+        hint = f", and {nested!r}" if (nested := find_nested(row, keys[0])) else ""
+        raise Malformed(f"no {keys[0]!r}, only {short(', '.join(row))}{hint}")
     return value
 
 
@@ -169,6 +189,21 @@ def _ml_100k_films(tally: Tally) -> Rows:
         yield line, row
 
 
+def _mind_clicks(tally: Tally) -> Rows:
+    """behaviors.tsv: an impression is a list of news, N1-1 for what was clicked and N2-0 for the rest."""
+    columns, unused = ("impression", "user", "time", "history", "impressions"), 0
+    for line, row in delimited_rows(tally, "\t", columns):
+        shown = row["impressions"].split()
+        if not all(news.endswith(("-0", "-1")) for news in shown):
+            tally.reject(line, "impressions without -0 or -1, as in the test set")
+            continue
+        unused += bool(row["history"].strip())
+        yield line, {**row, "clicks": [news[:-2] for news in shown if news.endswith("-1")]}
+    if unused:
+        tally.notes.append(f"the history column, which has no times, is not used: {unused:,} lines have one")
+
+
+_NEWS = ("news", "category", "subcategory", "title", "abstract", "url", "entities", "more entities")
 _RATING = ("userId", "movieId", "rating", "timestamp")
 _FILM = ("movieId", "title", "genres")
 
@@ -293,6 +328,29 @@ FORMATS = {
             Text("developer", ("developer",), "token"),
         ),
     ),
+    "mind": Format(
+        about="behaviors.tsv and news.tsv; an interaction is a click on what was shown",
+        rows=_mind_clicks,
+        user=("user",),
+        item=("clicks[]",),
+        time=("time",),
+        time_format="%m/%d/%Y %I:%M:%S %p",
+        item_rows=partial(delimited_rows, separator="\t", columns=_NEWS),
+        token=("news",),
+        texts=(
+            Text("title", ("title",)),
+            Text("category", ("category",), "token"),
+            Text("subcategory", ("subcategory",), "token"),
+            Text("abstract", ("abstract",)),
+        ),
+    ),
+    "sequences": Format(
+        about="USER ITEM ITEM ... in each line, oldest first, as of S3-Rec, FMLP-Rec, BSARec and WEARec",
+        rows=sequence_rows,
+        user=("user",),
+        item=("items[]",),
+        time=(),
+    ),
 }
 TABLES = ("csv", "parquet", "jsonl")
 
@@ -317,37 +375,51 @@ def table(
     kind: str,
     user: str,
     item: str,
-    time: str,
+    time: str | None = None,
     rating: str | None = None,
     item_kind: str = "csv",
     item_id: str = "",
     texts: Sequence[str] = (),
+    layout: Layout = HEADER,
+    item_layout: Layout = HEADER,
+    time_format: str | None = None,
+    keep: Sequence[Condition] = (),
 ) -> Format:
     """The format of tables with named columns.
 
     Args:
         kind: of the interactions, one of `TABLES`.
-        user, item, time, rating: columns of the interactions.
+        user, item, time, rating: columns of the interactions, or paths into them (see raw_rows.py);
+            without a time the order of the file is it.
         item_kind: of the file of items.
         item_id, texts: columns of the items.
+        layout, item_layout: of the two files, where they are CSV.
+        time_format: of dates, in strptime's codes.
+        keep: what rows of interactions must fulfil.
     """
-    columns = [user, item, time, *([rating] if rating else [])]
+    paths = [user, item, *filter(None, (time, rating)), *(part.column for part in keep)]
     return Format(
         about="",
-        rows=_reader(kind, columns, LABELS),
+        rows=_reader(kind, paths, layout, "--columns", LABELS),
         user=(user,),
         item=(item,),
-        time=(time,),
+        time=(time,) if time else (),
         rating=(rating,) if rating else (),
-        item_rows=_reader(item_kind, [item_id, *texts]),
+        item_rows=_reader(item_kind, [item_id, *texts], item_layout, "--item-columns"),
         token=(item_id,),
         texts=tuple(Text("_".join(text.split()), (text,)) for text in texts),
+        time_format=time_format,
+        keep=tuple(keep),
     )
 
 
-def _reader(kind: str, columns: list[str], optional: Collection[str] = ()) -> Callable[[Tally], Rows]:
+def _reader(
+    kind: str, paths: Sequence[str], layout: Layout, option: str, optional: Collection[str] = ()
+) -> Callable[[Tally], Rows]:
+    columns = list(dict.fromkeys(map(find_column, paths)))
     if kind == "jsonl":
         return json_rows
     if kind == "parquet":
         return partial(parquet_rows, columns=columns, optional=optional)
-    return partial(csv_rows, columns=columns)
+    cure = f"name one of them, or all with {option} if line 1 is no header"
+    return partial(csv_rows, columns=columns, layout=layout, cure=cure)

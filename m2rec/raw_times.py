@@ -1,6 +1,7 @@
 """Times of raw files: unix time of one unit, or dates."""
 
-from datetime import UTC, date, datetime
+import re
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from reprlib import repr as short
@@ -27,10 +28,11 @@ class TimeReader:
     Args:
         path: the file, for errors.
         unit: one of `UNITS`, for numbers of any size; dates may stand between them.
+        form: what all times look like, in strptime's codes; nothing else is read then.
     """
 
-    def __init__(self, path: Path, unit: str | None = None) -> None:
-        self.path, self.given = path, unit
+    def __init__(self, path: Path, unit: str | None = None, form: str | None = None) -> None:
+        self.path, self.given, self.form = path, unit, form
         self.first: tuple[str, int, object] | None = None
         """The first time: its unit or `DATES`, its line, its value."""
 
@@ -39,8 +41,14 @@ class TimeReader:
 
         Raises:
             Malformed: it is neither a number nor a date.
-            ValueError: it is of another unit than the times before it.
+            ValueError: it is of another unit than the times before it, or the first of them and a date
+                whose day and month can't be told apart.
         """
+        if self.first is None and self.form is None and (forms := propose_forms(str(value))):
+            raise ValueError(
+                f"{self.path}: line {line} has the time {short(str(value))}, which may begin with the day or "
+                f"the month; say it with {' or '.join(f'--time-format={form!r}' for form in forms)}"
+            )
         time, unit = self._parse(value)
         self.first = self.first or (unit, line, value)
         if self.given is None and unit != self.first[0]:
@@ -53,19 +61,22 @@ class TimeReader:
 
     def _parse(self, value: object) -> tuple[Decimal, str]:
         """A number with its unit, or the seconds of a date."""
-        if not isinstance(value, date):
-            try:
-                time = number(value)
-            except Malformed:
-                value = _date(value)
-            else:
-                return time, self.given or find_unit(time)
-        return _since_1970(value), DATES
+        if isinstance(value, date):
+            return _since_1970(value), DATES
+        if self.form is not None:
+            return _since_1970(_read_form(str(value), self.form)), DATES
+        try:
+            time = number(value)
+        except Malformed:
+            return _since_1970(read_date(str(value))), DATES
+        return time, self.given or find_unit(time)
 
     def remarks(self) -> list[str]:
         """How the times were read."""
         if self.first is None:
             return []
+        if self.form is not None:
+            return [f"timestamps read as dates like {self.form}"]
         unit = self.given or self.first[0]
         small = " (numbers below 10^11 stay as they are)" if unit == "s" and not self.given else ""
         return [f"timestamps read as {UNIT_NAMES[unit]}{small}"]
@@ -90,8 +101,134 @@ def _since_1970(value: date) -> Decimal:
     return since.days * 86400 + since.seconds + Decimal(since.microseconds).scaleb(-6)
 
 
-def _date(value: object) -> datetime:
+class FileOrder:
+    """Times of a file that has none: 1, 2, 3, ... in its order."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def next(self) -> Decimal:
+        """The time of the next interaction."""
+        self.count += 1
+        return Decimal(self.count)
+
+    def remarks(self) -> list[str]:
+        """That this was done."""
+        return ["no time column: the order of the file is the time, 1, 2, 3, ..."] if self.count else []
+
+
+def check_form(form: str) -> None:
+    """Check a date's form in strptime's codes.
+
+    Raises:
+        ValueError: it has a code that strptime does not know, has no year, or a zone's name.
+    """
     try:
-        return datetime.fromisoformat(str(value).strip())
+        datetime.strptime("", form)
+    except ValueError as error:
+        if "does not match" not in str(error):
+            raise ValueError(f"--time-format: {form!r}: {error}; see Python's strptime") from None
+    codes = set(re.findall("%.", form.replace("%%", "")))
+    if not codes & {"%Y", "%y", "%G"}:
+        raise ValueError(f"--time-format: {form!r} has no year; write %Y, or %y for two digits")
+    if "%Z" in codes:  # which strptime reads and forgets
+        raise ValueError(
+            f"--time-format: {form!r}: names of zones are not read; write UTC as it stands, or %z for +0100"
+        )
+
+
+def _read_form(text: str, form: str) -> datetime:
+    try:
+        return datetime.strptime(text.strip(), form)
     except ValueError:
-        raise Malformed(f"time {short(value)} is neither a unix number nor an ISO date") from None
+        raise Malformed(f"time {short(text)} is not like --time-format={form!r}") from None
+
+
+_MONTHS = {name.lower(): n for n, name in enumerate(
+    "January February March April May June July August September October November December".split(), 1
+)}  # fmt: skip
+_MONTHS |= {"sept": 9, **{name[:3]: n for name, n in _MONTHS.items()}}
+_WEEKDAY = r"(?:(?:Mon|Tues?|Wed(?:nes)?|Thu(?:rs?)?|Fri|Sat(?:ur)?|Sun)(?:day)?\.?,?\s+)?"
+_MONTH = rf"(?P<name>{'|'.join(sorted(_MONTHS, key=len, reverse=True))})\.?"
+_DAY, _YEAR = r"(?P<day>\d{1,2})", r"(?P<year>\d{4})"
+_CLOCK = (
+    r"(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d)(?:[.,](?P<fraction>\d{1,9}))?)?"
+    r"(?:\s*(?P<half>AM|PM))?"
+)
+_ZONE = r"(?P<zone>Z|UTC|GMT|[+-]\d\d:?\d\d)"
+_REST = rf"(?:(?:T|,?\s+){_CLOCK}(?:\s*{_ZONE})?)?"
+_DATES = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"{_YEAR}(?P<mark>[-/.])(?P<month>\d{{1,2}})(?P=mark){_DAY}{_REST}",
+        rf"{_WEEKDAY}{_DAY}[-/\s]+{_MONTH}[-/,\s]+{_YEAR}{_REST}",
+        rf"{_WEEKDAY}{_MONTH}\s+{_DAY},?\s+{_YEAR}{_REST}",
+        rf"{_WEEKDAY}{_MONTH}\s+{_DAY}\s+{_CLOCK}(?:\s+{_ZONE})?\s+{_YEAR}",
+    )
+]
+_AMBIGUOUS = re.compile(
+    rf"\d{{1,2}}(?P<mark>[-/. ])\d{{1,2}}(?P<other_mark>[-/.]|,?\s)(?P<year>\d{{4}}|\d\d)"
+    rf"(?:(?P<between>T|,?\s+){_CLOCK})?",
+    re.IGNORECASE,
+)
+
+
+def read_date(text: str) -> datetime:
+    """A date that has one meaning: the year first, or the month by its English name.
+
+    Raises:
+        Malformed: it is none.
+    """
+    text = text.strip()
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        pass
+    match = next(filter(None, (pattern.fullmatch(text) for pattern in _DATES)), None)
+    try:
+        if match:
+            return _build_date(match.groupdict())
+    except (ValueError, OverflowError):  # the 31st of February
+        pass
+    raise Malformed(f"time {short(text)} is neither a unix number nor a date; other dates: --time-format")
+
+
+def _build_date(parts: dict[str, str | None]) -> datetime:
+    """A date of the parts that a pattern found."""
+    named = (parts.get("name") or "").lower()
+    month = _MONTHS[named] if named else int(parts["month"] or 0)
+    hour = int(parts["hour"] or 0)
+    if parts["half"]:
+        if not 1 <= hour <= 12:
+            raise ValueError("no hour of a half day")
+        hour = hour % 12 + 12 * (parts["half"].upper() == "PM")
+    fraction = (parts["fraction"] or "").ljust(6, "0")[:6]
+    moment = datetime(
+        int(parts["year"] or 0), month, int(parts["day"] or 0), hour,
+        int(parts["minute"] or 0), int(parts["second"] or 0), int(fraction), UTC,
+    )  # fmt: skip
+    return moment - _read_zone(parts["zone"])
+
+
+def _read_zone(zone: str | None) -> timedelta:
+    """What a zone is ahead of UTC."""
+    if not zone or zone[0] not in "+-":
+        return timedelta()
+    ahead = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:]))
+    if ahead >= timedelta(days=1):
+        raise ValueError("no zone")
+    return ahead if zone[0] == "+" else -ahead
+
+
+def propose_forms(text: str) -> list[str]:
+    """For a date that begins with two short numbers: its form with the month first, and the day."""
+    match = _AMBIGUOUS.fullmatch(text.strip())
+    if not match:
+        return []
+    mark, other, year, between = match.group("mark", "other_mark", "year", "between")
+    clock = ""
+    if between:
+        clock = between + ("%I" if match["half"] else "%H") + ":%M" + (":%S" if match["second"] else "")
+        clock += (".%f" if match["fraction"] else "") + (" %p" if match["half"] else "")
+    date_forms = (f"%{a}{mark}%{b}{other}%{'Y' if len(year) == 4 else 'y'}" for a, b in ("md", "dm"))
+    return [form + clock for form in date_forms]

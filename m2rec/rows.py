@@ -416,8 +416,11 @@ class Layout:
     """One or two characters; none: the one with which the columns are there."""
 
 
+HEADER = Layout()
+
+
 def csv_rows(
-    tally: Tally, columns: Sequence[str], layout: Layout = Layout(), cure: str = "name one of them"
+    tally: Tally, columns: Sequence[str], layout: Layout = HEADER, cure: str = "name one of them"
 ) -> Rows:
     """Rows of a table in a text file, whatever separates its columns.
 

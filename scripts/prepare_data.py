@@ -5,12 +5,25 @@ occur, and prints the data set's statistics. Files may be gzipped. They are read
 what is written appears whole at the end, or not at all, and takes the place of earlier files of that
 name; without --items an earlier NAME.item stays.
 
-Times: unix time or ISO dates (2021-03-04, 2021-03-04 05:06:07, with or without zone; without is
-UTC). They are written as seconds in full precision. Unix time may be in seconds, milliseconds,
+Times: unix time or dates that have one meaning, with or without zone (without is UTC): the year first
+(2021-03-04, 2021/3/4 5:06:07 PM, 2021-03-04T05:06:07+01:00, ... UTC) or the month by its name (Mar 4,
+2021; Sun Jul 30 07:44:10 -0700 2017). Others need --time-format, in the codes of Python's strptime; whether
+the day or the month comes first is never guessed. Without a time column, in csv, parquet and jsonl, the
+order of the file is the time: 1, 2, 3, ... Times are written as seconds in full precision. Unix time may
+be in seconds, milliseconds,
 microseconds or nanoseconds, one unit for the whole file: from 10^11 on numbers are taken for
 milliseconds, from 10^14 for microseconds, from 10^17 for nanoseconds, and smaller ones stay as they
 are. The log says what was found. Times of two units, or numbers among dates, are an error;
 --time-unit says which unit numbers have whatever their size, and dates may stand between them then.
+
+Lists: a column may be a path. --item=events[].aid --time=events[].ts makes an interaction of each element
+of the list events, and repeats the other columns; --item=items[] --time=times[] takes two lists of one
+length apart together. Lists may be JSON's, Parquet's, or JSON in a cell of CSV. --user=user.id is a value
+within an object.
+
+--keep, before all else: --keep 'event=purchase' (!= for unequal; numbers are compared as numbers), --keep
+'rating>=4' (>, <=, <), --keep 'type in a,b'. Several must all be fulfilled, and a row without a value
+fulfils = with nothing behind it only. What each leaves out is counted and said.
 
 Ids: blanks around an id are removed, which is counted and said.
 
@@ -22,7 +35,7 @@ not UTF-8) are counted and skipped, and the first are shown. Too many are an err
 
 Quotation marks: between commas and semicolons a cell may be quoted and have several lines then; the
 log says how many lines the longest such record has, and more than 1,000 are an error. Between tabs,
-| and :: quotation marks are text.
+| and other separators quotation marks are text.
 
 Exact repeats, the same user, item and time, are kept, because to know them takes memory for each
 interaction and because Amazon's and Steam's times are days, within which a user may come back.
@@ -36,7 +49,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, TypeVar
@@ -47,14 +60,16 @@ from m2rec.command_line import Parser
 from m2rec.dominant import find_dominant
 from m2rec.files import write_atomically
 from m2rec.raw import FORMATS, TABLES, Format, Interaction, movielens, table
-from m2rec.raw_times import UNITS
+from m2rec.raw_rows import Condition
+from m2rec.raw_times import UNITS, check_form
 from m2rec.raw_values import shortest
-from m2rec.rows import Tally
+from m2rec.rows import Layout, Tally
 
 logger = logging.getLogger(__name__)
 
 MOVIELENS = "movielens"
 COLUMNS = ("user", "item", "time", "rating", "item_id", "text")
+LAYOUT = ("columns", "separator", "item_columns", "item_separator")
 Record = TypeVar("Record")
 
 
@@ -90,6 +105,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--time-unit", choices=list(UNITS), help="unit of times that are numbers; default: found, see above"
     )
+    parser.add_argument(
+        "--keep",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="CONDITION",
+        help="interactions to keep, such as 'event=purchase'; see above",
+    )
     parser.add_argument("--drop-repeats", action="store_true", help="keep one of exact repeats")
     parser.add_argument(
         "--max-bad",
@@ -105,10 +128,29 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     columns = parser.add_argument_group("columns, for csv, parquet and jsonl")
     columns.add_argument("--user", metavar="COL")
     columns.add_argument("--item", metavar="COL")
-    columns.add_argument("--time", metavar="COL", help="unix time or ISO dates, see above")
+    columns.add_argument("--time", metavar="COL", help="unix time or dates; default: the order of the file")
+    columns.add_argument(
+        "--time-format",
+        metavar="FORM",
+        help="what dates look like, such as '%%m/%%d/%%Y %%I:%%M:%%S %%p', in strptime's codes",
+    )
     columns.add_argument("--rating", metavar="COL")
     columns.add_argument("--item-id", metavar="COL", help="the item in the file of items")
     columns.add_argument("--text", nargs="+", metavar="COL", help="text in the file of items")
+    layout = parser.add_argument_group("for csv: what its first line does not say")
+    layout.add_argument(
+        "--columns",
+        metavar="NAME,...",
+        help="names by position of a file without a header, - for a column that is not used;\n"
+        "those called user, item, time and rating need not be named again",
+    )
+    layout.add_argument(
+        "--separator",
+        metavar="TEXT",
+        help="one or two characters, \\t for a tab; default: , or tab or ; or |, whichever fits",
+    )
+    layout.add_argument("--item-columns", metavar="NAME,...", help="names of the file of items")
+    layout.add_argument("--item-separator", metavar="TEXT", help="separator of the file of items")
     return parser.parse_args(arguments)
 
 
@@ -117,9 +159,10 @@ def describe_formats() -> str:
     known = {
         MOVIELENS: "the unpacked folder: ml-100k, ml-1m, ml-10m, ml-20m, ml-25m, ml-latest",
         **{name: entry.about for name, entry in FORMATS.items()},
-        "csv": "any file with a header, separated by , or tab or ; or |; items in any of these three",
+        "csv": "any file with a header or --columns, separated by , or tab or ; or | or --separator;\n"
+        f"{'':16}items in any of these three",
         "parquet": "any, with pyarrow (pip install pyarrow)",
-        "jsonl": "any file with a JSON object in each line",
+        "jsonl": "any file with a JSON object in each line, or of one JSON array of objects",
     }
     return "formats:\n" + "\n".join(f"  {name:13} {about}" for name, about in known.items())
 
@@ -222,11 +265,10 @@ class Preparation:
                 tally.notes.append(said)
         report(tally)
         if not found.interactions:
-            left = (
-                f" with --min-rating={self.options.min_rating:g}"
-                if self.options.min_rating is not None
-                else ""
-            )
+            limits = [f"--keep '{text}'" for text in self.options.keep]
+            if self.options.min_rating is not None:
+                limits.append(f"--min-rating={self.options.min_rating:g}")
+            left = f" with {' '.join(limits)}" if limits else ""
             raise ValueError(f"{self.interactions}: no interactions in it{left}; is it the right file?")
 
     def _wanted(self, records: Iterator[Interaction]) -> Iterator[Interaction]:
@@ -287,41 +329,102 @@ def find(options: argparse.Namespace) -> tuple[Format, Path, Path | None]:
     Raises:
         ValueError: a file is missing, or the columns don't fit the format.
     """
-    path, items = options.interactions, options.items
-    given = [f"--{name.replace('_', '-')}" for name in COLUMNS if getattr(options, name)]
+    path, items, keep = options.interactions, options.items, tuple(map(Condition.parse, options.keep))
+    given = [
+        f"--{name.replace('_', '-')}" for name in (*COLUMNS, "time_format", *LAYOUT) if getattr(options, name)
+    ]
     if options.format not in TABLES and given:
         raise ValueError(f"{given[0]}: {options.format} has columns of its own; leave it out")
     if options.format == MOVIELENS:
         if items is not None:
             raise ValueError("--items: movielens takes the films from the folder; leave it out")
-        return movielens(path)
+        found, path, items = movielens(path)
+        return replace(found, keep=keep), path, items
     for option, file in (("--interactions", path), ("--items", items)):
         if file is not None and not file.is_file():
             raise ValueError(f"{option}: there is no file {file}")
-    return FORMATS.get(options.format) or table_of(options, given), path, items
+    if options.format in TABLES:
+        found = table_of(options, keep)
+    else:
+        found = replace(FORMATS[options.format], keep=keep)
+        if items is not None and not found.token:
+            raise ValueError(f"--items: {options.format} has no file of items; leave it out")
+    if options.time_unit and not found.time:
+        raise ValueError(
+            "--time-unit: there is no time, whose unit it could be; leave it out, or give --time"
+        )
+    return found, path, items
 
 
-def table_of(options: argparse.Namespace, given: list[str]) -> Format:
+def table_of(options: argparse.Namespace, keep: Sequence[Condition]) -> Format:
     """The format of csv, parquet or jsonl with the given columns."""
-    needed = ["--user", "--item", "--time", *(["--item-id", "--text"] if options.items else [])]
-    for option in needed:
-        if option not in given:
+    item_kind = kind_of(options.items, options.format)
+    layout = layout_of(options, "", options.format)
+    item_layout = layout_of(options, "item_", item_kind if options.items else None)
+    for name in ("user", "item", "time", "rating"):
+        if getattr(options, name) is None and name in layout.names:
+            setattr(options, name, name)
+    for name in ("user", "item", *(["item_id", "text"] if options.items else [])):
+        if not getattr(options, name):
+            option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option}: {options.format} needs it; name a column of the file")
-    if options.items is None and (stray := [option for option in given if option in ("--item-id", "--text")]):
-        raise ValueError(f"{stray[0]}: there is no --items to read it from")
+    if options.items is None and (stray := [name for name in ("item_id", "text") if getattr(options, name)]):
+        raise ValueError(f"--{stray[0].replace('_', '-')}: there is no --items to read it from")
     texts = options.text or []
     if len({"_".join(text.split()) for text in texts} | {"item_id"}) <= len(texts):
         raise ValueError(f"--text: {' '.join(texts)}: each column once, and none of the name item_id")
+    check_time_format(options)
     return table(
         options.format,
         options.user,
         options.item,
         options.time,
         options.rating,
-        kind_of(options.items, options.format),
+        item_kind,
         options.item_id or "",
         texts,
+        layout,
+        item_layout,
+        options.time_format,
+        keep,
     )
+
+
+def check_time_format(options: argparse.Namespace) -> None:
+    """Check that the form of dates is one, and what it is given with.
+
+    Raises:
+        ValueError: there are no dates for it, or it is no form of a date.
+    """
+    if options.time_format is None:
+        return
+    if not options.time:
+        raise ValueError("--time-format: there is no --time, whose form it could be; give the column's name")
+    if options.time_unit:
+        raise ValueError("--time-format: it is for dates and --time-unit for numbers; leave one out")
+    check_form(options.time_format)
+
+
+def layout_of(options: argparse.Namespace, prefix: str, kind: str | None) -> Layout:
+    """How a file of CSV is laid out: that of interactions, or with the prefix `item_` that of items.
+
+    Raises:
+        ValueError: its kind is another, or a name or separator is none.
+    """
+    names, separator = (getattr(options, f"{prefix}{name}") for name in ("columns", "separator"))
+    columns, marks = (f"--{prefix.replace('_', '-')}{name}" for name in ("columns", "separator"))
+    for option, value in ((columns, names), (marks, separator)):
+        if value is not None and kind != "csv":
+            why = f"{kind} names its columns itself" if kind else "there is no --items"
+            raise ValueError(f"{option}: {why}; leave it out")
+    found = tuple("" if name.strip() == "-" else name.strip() for name in (names or "").split(","))
+    used = [name for name in found if name]
+    if names is not None and (not used or len(set(used)) < len(used)):
+        raise ValueError(f"{columns}: {names!r}: expected names with commas between, each of them once")
+    mark = "\t" if separator == "\\t" else separator
+    if mark is not None and (not 1 <= len(mark) <= 2 or set(mark) & set('"\r\n')):
+        raise ValueError(f"{marks}: expected one or two characters, or \\t, got {separator!r}")
+    return Layout(found if used else (), mark or "")
 
 
 def kind_of(path: Path | None, kind: str) -> str:

@@ -63,6 +63,7 @@ RANKS = [
         "lsa",
         "vector_import",
         "rows",
+        "raw_rows",
         "raw_times",
         "raw_values",
         "dominant",

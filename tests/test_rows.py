@@ -284,7 +284,7 @@ def test_a_json_array(
     [
         (b'[{"a": 1}, {"a": 2}', r"after element 1 \(it is cut off, or no JSON\)"),
         (b'[{"a": 1}, {"a": 2},', r"after element 2 \(it is cut off"),
-        (b'[{"a": 1}, {"a": 2} {"a": 3}]', r"after element 1 \(it is cut off"),
+        (b'[{"a": 1}, {"a": 2} {"a": 3}]', r"after element 2 \(it is cut off"),
         (b'[{"a": 1}]\n[{"a": 2}]\n', r"after element 1 \(it ends there, and more follows\)"),
         (b"[{'a': 1}]", r"after element 0 \(it is cut off, or no JSON\)"),
         (b'[{"a": "\xe9"}]', r"after element 0 \(not UTF-8\)"),

@@ -1,0 +1,224 @@
+"""What is done to raw rows before they are read: lists are taken apart, some rows are left out.
+
+A path such as `events[].aid` names the value `aid` in each element of the list `events`; `items[]`
+names the elements themselves, and `user.id` the value `id` in the object `user`.
+"""
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from reprlib import repr as short
+from typing import Any
+
+from m2rec.command_line import nearest
+from m2rec.raw_values import is_missing, number
+from m2rec.rows import Malformed, Row, Rows, Tally, parse_loose
+
+LIST = "[]"
+
+
+def is_path(name: str) -> bool:
+    """Whether a name may lead into a value."""
+    return LIST in name or "." in name
+
+
+def find_nested(row: Row, name: str) -> str | None:
+    """A path to a value of this name in one of the row's objects or lists of objects."""
+    for column, value in row.items():
+        listed = isinstance(value, list) and bool(value)
+        inner = value[0] if listed else value
+        if isinstance(inner, dict) and name in inner:
+            return f"{column}{LIST if listed else ''}.{name}"
+    return None
+
+
+def find_column(path: str) -> str:
+    """The column of a table that holds what a path names."""
+    return path.split(LIST)[0]
+
+
+def take_apart(rows: Rows, paths: Iterable[str], tally: Tally) -> Rows:
+    """One row per element of the lists in the paths; all else in a row is repeated.
+
+    Several lists of a row go together, first with first, and must be of one length. A path is a name in
+    the new rows. Text that is a list of JSON's or Python's is one, as in a cell of CSV.
+
+    Args:
+        rows: the rows of the file.
+        paths: what will be asked for; names are passed over.
+        tally: told of rows that are malformed, of those that become several, and of empty lists.
+    """
+    nested = [path for path in paths if is_path(path)]
+    levels = _group_lists(nested)
+    empty = 0
+    for line, row in rows:
+        parts = [row]
+        try:
+            for prefixes in levels:
+                parts = [part for whole in parts for part in _take_one_apart(whole, prefixes)]
+        except Malformed as error:
+            tally.reject(line, error)
+            continue
+        tally.more += max(0, len(parts) - 1)
+        empty += not parts
+        for part in parts:
+            yield line, _with_values(part, nested)
+    if empty:
+        tally.notes.append(f"lines with an empty list, of which nothing comes: {empty:,}")
+
+
+def _group_lists(paths: Sequence[str]) -> list[list[str]]:
+    """Lists by their depth, the outermost first: [["a"], ["a[].b", "a[].c"]]."""
+    levels = dict[int, dict[str, None]]()
+    for path in paths:
+        parts = path.split(LIST)
+        for depth in range(1, len(parts)):
+            levels.setdefault(depth, {})[LIST.join(parts[:depth])] = None
+    return [list(levels[depth]) for depth in sorted(levels)]
+
+
+def _take_one_apart(row: Row, lists: Sequence[str]) -> list[Row]:
+    elements = [_read_list(row, path) for path in lists]
+    if len({len(part) for part in elements}) > 1:
+        lengths = ", ".join(f"{path!r} has {len(part)}" for path, part in zip(lists, elements, strict=True))
+        raise Malformed(f"lists of several lengths: {lengths}")
+    parts = []
+    for values in zip(*elements, strict=True):
+        part = dict(row)
+        for path, value in zip(lists, values, strict=True):
+            part[path + LIST] = value
+        parts.append(part)
+    return parts
+
+
+def _read_list(row: Row, path: str) -> list[Any]:
+    value = find_value(row, path)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_loose(value)
+    if isinstance(value, list | tuple):
+        return list(value)
+    if is_missing(value):
+        raise Malformed(f"{path!r} is empty")
+    raise Malformed(f"{path!r} is no list: {short(value)}")
+
+
+def find_value(row: Row, path: str) -> Any:
+    """The value at a path without lists that are not taken apart yet; None where there is none."""
+    if path in row:
+        return row[path]
+    holder, dot, name = path.rpartition(".")
+    found = find_value(row, holder) if dot else None
+    return found.get(name) if isinstance(found, dict) else None
+
+
+def _with_values(row: Row, paths: Sequence[str]) -> Row:
+    values = {path: find_value(row, path) for path in paths}
+    return {**row, **{path: value for path, value in values.items() if value is not None}}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a row must fulfil, such as `event=purchase`, `rating>=4`, `type in a,b`.
+
+    A value that is missing is equal to nothing but the empty text, and no number.
+    """
+
+    text: str
+    column: str
+    holds: Callable[[object], bool]
+    """Of the column's value; raises `Malformed` where it is not of the kind to be compared."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Condition":
+        """A condition from the command line.
+
+        Raises:
+            ValueError: it is none.
+        """
+        match = _CONDITION.fullmatch(text.strip()) or _MEMBERSHIP.fullmatch(text.strip())
+        if not match:
+            raise ValueError(
+                f"--keep: {text!r} is no condition; "
+                "write COLUMN=VALUE, != for unequal, >, >=, < or <= for numbers, or 'COLUMN in A,B'"
+            )
+        column, sign, wanted = match.groups()
+        if sign == "in":
+            return cls(text, column, _is_one_of([part.strip() for part in wanted.split(",")]))
+        if sign in ("=", "==", "!="):
+            equals = _is_one_of([wanted])
+            return cls(text, column, equals if sign != "!=" else lambda value: not equals(value))
+        try:
+            return cls(text, column, _compares(_SIGNS[sign], number(wanted)))
+        except Malformed:
+            raise ValueError(f"--keep: {text!r}: {sign} compares numbers, and {wanted!r} is none") from None
+
+
+_CONDITION = re.compile(r"(.+?)\s*(==?|!=|>=?|<=?)\s*(.*)", re.DOTALL)
+_MEMBERSHIP = re.compile(r"(.+?)\s+(in)\s+(.+)", re.DOTALL)
+_SIGNS: dict[str, Callable[[Decimal, Decimal], bool]] = {
+    ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le,
+}  # fmt: skip
+
+
+def _is_one_of(wanted: Sequence[str]) -> Callable[[object], bool]:
+    """Texts are compared as they stand, numbers as numbers, true and false as such."""
+    texts, numbers = set(wanted), {found for text in wanted if (found := _as_number(text)) is not None}
+
+    def holds(value: object) -> bool:
+        text = _as_text(value)
+        return text in texts or (bool(numbers) and _as_number(text) in numbers)
+
+    return holds
+
+
+def _compares(sign: Callable[[Decimal, Decimal], bool], limit: Decimal) -> Callable[[object], bool]:
+    return lambda value: not is_missing(value) and sign(number(_as_text(value)), limit)
+
+
+def _as_text(value: object) -> str:
+    if is_missing(value):
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple | dict):
+        raise Malformed(f"{short(value)} can't be compared")
+    return str(value).strip()
+
+
+def _as_number(text: str) -> Decimal | None:
+    try:
+        return number(text)
+    except Malformed:
+        return None
+
+
+def keep_rows(rows: Rows, conditions: Sequence[Condition], tally: Tally) -> Rows:
+    """The rows that fulfil all conditions; what each leaves out of those before it is counted and said.
+
+    Raises:
+        ValueError: no row has the column of a condition.
+    """
+    dropped = dict.fromkeys(conditions, 0)
+    missing, names = {condition.column for condition in conditions}, tuple[str, ...]()
+    for line, row in rows:
+        if missing:
+            missing -= row.keys()
+            names = names or tuple(row)
+        try:
+            failed = next((part for part in conditions if not part.holds(row.get(part.column))), None)
+        except Malformed as error:
+            tally.reject(line, f"--keep: {error}")
+            continue
+        if failed:
+            dropped[failed] += 1
+        else:
+            yield line, row
+    if names and missing:
+        column = min(missing)
+        raise ValueError(
+            f"{tally.path}: --keep: no row has the column {column!r}, the first has "
+            f"{short(', '.join(names))}{nearest(column, names)}"
+        )
+    tally.notes += [f"left out by --keep '{part.text}': {count:,} rows" for part, count in dropped.items()]
