@@ -159,7 +159,7 @@ def _needed(row: Row, keys: Keys) -> object:
     if value is None:
         if any(key in row for key in keys):
             raise Malformed(f"{keys[0]!r} is empty")
-        hint = f", and {nested!r}" if (nested := find_nested(row, keys[0])) else ""
+        hint = f"; did you mean {nested!r}?" if (nested := find_nested(row, keys[0])) else ""
         raise Malformed(f"no {keys[0]!r}, only {short(', '.join(row))}{hint}")
     return value
 

@@ -68,7 +68,7 @@ class TimeReader:
         try:
             time = number(value)
         except Malformed:
-            return _since_1970(read_date(str(value))), DATES
+            return _since_1970(read_date(value)), DATES
         return time, self.given or find_unit(time)
 
     def remarks(self) -> list[str]:
@@ -173,13 +173,13 @@ _AMBIGUOUS = re.compile(
 )
 
 
-def read_date(text: str) -> datetime:
+def read_date(value: object) -> datetime:
     """A date that has one meaning: the year first, or the month by its English name.
 
     Raises:
         Malformed: it is none.
     """
-    text = text.strip()
+    text = str(value).strip()
     try:
         return datetime.fromisoformat(text)
     except ValueError:
@@ -190,7 +190,7 @@ def read_date(text: str) -> datetime:
             return _build_date(match.groupdict())
     except (ValueError, OverflowError):  # the 31st of February
         pass
-    raise Malformed(f"time {short(text)} is neither a unix number nor a date; other dates: --time-format")
+    raise Malformed(f"time {short(value)} is neither a unix number nor a date; other dates: --time-format")
 
 
 def _build_date(parts: dict[str, str | None]) -> datetime:

@@ -349,10 +349,9 @@ def find(options: argparse.Namespace) -> tuple[Format, Path, Path | None]:
         found = replace(FORMATS[options.format], keep=keep)
         if items is not None and not found.token:
             raise ValueError(f"--items: {options.format} has no file of items; leave it out")
-    if options.time_unit and not found.time:
-        raise ValueError(
-            "--time-unit: there is no time, whose unit it could be; leave it out, or give --time"
-        )
+    for option in () if found.time else ("time_unit", "drop_repeats"):
+        if getattr(options, option):
+            raise ValueError(f"--{option.replace('_', '-')}: it needs a time, there is none; leave it out")
     return found, path, items
 
 
@@ -399,7 +398,7 @@ def check_time_format(options: argparse.Namespace) -> None:
     if options.time_format is None:
         return
     if not options.time:
-        raise ValueError("--time-format: there is no --time, whose form it could be; give the column's name")
+        raise ValueError("--time-format: it needs a time, and there is none; give --time")
     if options.time_unit:
         raise ValueError("--time-format: it is for dates and --time-unit for numbers; leave one out")
     check_form(options.time_format)

@@ -194,9 +194,8 @@ def table_file(tmp_path: Path, kind: str, lines: list[dict[str, object]]) -> lis
     elif kind == "jsonl":
         path.write_text("\n".join(map(json.dumps, lines)))
     else:
-        path.write_text(
-            "\n".join(",".join(map(str, row)) for row in (lines[0], *(x.values() for x in lines)))
-        )
+        cells = [lines[0], *(line.values() for line in lines)]
+        path.write_text("\n".join(",".join("" if c is None else str(c) for c in row) for row in cells))
     return [kind, f"--interactions={path}", *CSV[1:]]
 
 
@@ -307,7 +306,7 @@ def test_mistakes(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
     (tmp_path / "twice.csv").write_text("user,item,time,item\nu,a,1,b\n")
     twice = f"--interactions={tmp_path / 'twice.csv'}"
     cases: list[tuple[Sequence[str], str]] = [
-        (["csv", clicks, "--user=user", "--item=item"], "--time: csv needs it; name a column of the file"),
+        (["csv", clicks, "--user=user", "--time=time"], "--item: csv needs it; name a column of the file"),
         ([*CSV[:3], clicks, "--time=when"], "column 'when' is missing, the file has user, item, time"),
         ([*CSV, clicks, f"--items={other}"], "--item-id: csv needs it"),
         ([*CSV, clicks, "--text", "x"], "--text: there is no --items to read it from"),
@@ -386,3 +385,163 @@ def test_the_help_names_every_format(capsys: pytest.CaptureFixture[str]):
     assert stop.value.code == 0
     for name in (*prepare_data.FORMATS, *prepare_data.TABLES, "movielens"):
         assert f"\n  {name} " in text
+
+
+def test_files_without_a_header(tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture):
+    """Names by position; a header that is there nevertheless is a malformed line, and said."""
+    path = tmp_path / "ratings.csv"
+    lines = [f"A{n},0{n % 3},{n % 5}.0,{1369699200 + n}" for n in range(200)]
+    path.write_text("\n".join(["user,asin,stars,when", *lines]))
+    arguments = ["csv", f"--interactions={path}", "--columns=user,item,rating,time"]
+    assert prepare(*arguments)[0] == 0
+    expected = [[f"A{n}", f"0{n % 3}", f"{n % 5}", f"{1369699200 + n}"] for n in range(200)]
+    assert read(tmp_path)[1:] == expected
+    assert "1 of 201 lines are malformed and left out: line 1: 'stars' is no number" in caplog.text
+    path.write_text("\n".join(lines))
+    assert prepare(*arguments)[0] == 0 and read(tmp_path)[1:] == expected
+    assert prepare(*arguments[:2], "--columns=who, ,-,time", "--user=who", "--item=time")[0] == 0
+    assert read(tmp_path)[1:] == [[row[0], row[3], row[3]] for row in expected]
+
+
+def test_the_order_of_the_file_is_the_time(
+    tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture
+):
+    path = tmp_path / "sasrec.txt"
+    path.write_text("1 6393\n1 13504\nx\n2 6393\n")
+    pairs = ["csv", f"--interactions={path}", "--columns=user,item", "--separator= ", "--max-bad=0.5"]
+    assert prepare(*pairs)[0] == 0
+    assert read(tmp_path)[1:] == [["1", "6393", "1"], ["1", "13504", "2"], ["2", "6393", "3"]]
+    said = "sasrec.txt: no time column: the order of the file is the time, 1, 2, 3, ..."
+    assert caplog.text.count(said) == 1
+    path.write_text("1 6393 13504\n3\n2\t6393\n")
+    assert prepare("sequences", f"--interactions={path}")[0] == 0
+    assert read(tmp_path)[1:] == [["1", "6393", "1"], ["1", "13504", "2"], ["2", "6393", "3"]]
+    assert (
+        caplog.text.count(said) == 2 and "lines with an empty list, of which nothing comes: 1" in caplog.text
+    )
+
+
+def test_lists_of_events(tmp_path: Path, prepare: Prepare):
+    sessions = [
+        {"session": 0, "events": [{"aid": 15, "ts": 1659304800025, "type": "clicks"}]},
+        {"session": 1, "events": [{"aid": n, "ts": 1659304900000 + n, "type": "carts"} for n in (16, 17)]},
+    ]
+    expected = [["0", "15", "1659304800.025"], ["1", "16", "1659304900.016"], ["1", "17", "1659304900.017"]]
+    path = tmp_path / "otto.jsonl"
+    arguments = ["jsonl", f"--interactions={path}", "--user=session", "--item=events[].aid"]
+    for content in ("\n".join(map(json.dumps, sessions)), json.dumps(sessions, indent=1)):
+        path.write_text(content)
+        assert prepare(*arguments, "--time=events[].ts")[0] == 0
+        assert read(tmp_path)[1:] == expected
+    keep = ["--keep", "events[].type=carts", "events[].aid>16"]
+    assert prepare(*arguments, "--time=events[].ts", *keep)[0] == 0
+    assert read(tmp_path)[1:] == expected[2:]
+    status, _, err = prepare("jsonl", f"--interactions={path}", "--user=session", "--item=aid")
+    assert status == 2 and "no 'aid', only 'session, events'; did you mean 'events[].aid'?" in err
+
+
+def test_dates_of_any_form(tmp_path: Path, prepare: Prepare):
+    """What has one meaning is read; for the rest the error shows the option that reads it."""
+    for text in ("2019-11-11 09:05:58 UTC", "Mon Nov 11 01:05:58 -0800 2019"):
+        assert prepare(*CSV, events(tmp_path, f"u,a,{text}"))[0] == 0
+        assert read(tmp_path)[1:] == [["u", "a", "1573463158"]]
+    path = events(tmp_path, "u,a,11/11/2019 9:05:58 AM", "u,b,12/31/2019 12:00:00 AM")
+    status, _, err = prepare(*CSV, path)
+    assert status == 2 and "line 2 has the time '11/11/2019 9:05:58 AM'" in err and err.count("\n") == 1
+    option = "--time-format=%m/%d/%Y %I:%M:%S %p"
+    assert option.replace("=", "='") + "'" in err
+    assert prepare(*CSV, path, option)[0] == 0
+    assert [row[2] for row in read(tmp_path)[1:]] == ["1573463158", "1577750400"]
+
+
+@pytest.mark.parametrize("kind", prepare_data.TABLES)
+def test_what_is_not_kept_is_said(
+    tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture, kind: str
+):
+    """Rows = interactions + those that each condition left out."""
+    kinds = ("view", "cart", "purchase", None)
+    rows = [
+        {"user": f"u{n % 7}", "item": f"i{n}", "time": n, "event": kinds[n % 4], "stars": n % 6}
+        for n in range(120)
+    ]
+    arguments = table_file(tmp_path, kind, rows)
+    for conditions, holds in (
+        (["event=purchase"], [lambda row: row["event"] == "purchase"]),
+        (["event!=view", "stars >= 4"], [lambda row: row["event"] != "view", lambda row: row["stars"] >= 4]),
+        (
+            ["event in view, cart", "stars=2.0"],
+            [lambda r: r["event"] in kinds[:2], lambda r: r["stars"] == 2],
+        ),
+        (["event="], [lambda row: row["event"] is None]),
+        (["stars<1"], [lambda row: row["stars"] < 1]),
+    ):
+        caplog.clear()
+        options = [f"--keep={condition}" for condition in conditions]
+        assert prepare(*arguments, *options)[0] == 0
+        left_over = rows
+        for condition, test in zip(conditions, holds, strict=True):
+            kept = [row for row in left_over if test(row)]
+            dropped = len(left_over) - len(kept)
+            assert f"left out by --keep '{condition}': {dropped} rows" in caplog.text
+            left_over = kept
+        assert [row[1] for row in read(tmp_path)[1:]] == [row["item"] for row in left_over]
+    status, _, err = prepare(*arguments, "--keep", "evnt=view")
+    assert status == 2 and "did you mean 'event'?" in err and err.count("\n") == 1
+    status, _, err = prepare(*arguments, "--keep", "event=nothing", "--keep=stars>1")
+    assert status == 2 and "no interactions in it with --keep 'event=nothing' --keep 'stars>1'; is it" in err
+
+
+def test_conditions_on_published_formats(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
+    assert prepare("amazon-2023", reviews[0], "--keep", "rating<=3")[0] == 0
+    assert [row[0] for row in read(tmp_path)[1:]] == ["u2"]
+    folder = tmp_path / "ml-1m"
+    folder.mkdir()
+    (folder / "ratings.dat").write_bytes(b"1::73::5::978300760\n2::1::2::978300761\n")
+    assert prepare("movielens", f"--interactions={folder}", "--keep=rating=2")[0] == 0
+    assert [row[0] for row in read(tmp_path)[1:]] == ["2"]
+
+
+def test_items_without_a_header(tmp_path: Path, prepare: Prepare):
+    items = tmp_path / "items.txt"
+    items.write_text("a::Green tea\nb::Cup\n")
+    status, _, err = prepare(
+        *CSV, events(tmp_path, "u,a,1"), f"--items={items}", "--item-columns=id,name", "--item-separator=::",
+        "--item-id=id", "--text", "name",
+    )  # fmt: skip
+    assert status == 0, err
+    assert read(tmp_path, "item")[1:] == [["a", "Green tea"]]
+
+
+def test_mistakes_with_layouts_and_conditions(tmp_path: Path, prepare: Prepare):
+    clicks = events(tmp_path, "u,a,1")
+    bare = ["csv", clicks]
+    (tmp_path / "book.xlsx").write_bytes(b"\xd0\xcf\x11\xe0 and so on")
+    cases: list[tuple[Sequence[str], str]] = [
+        ([*CSV[:3], "--time=tmie", clicks], "name one of them, or all with --columns if line 1"),
+        ([*CSV[:3], "--time=tmie", clicks], "; did you mean 'time'?"),
+        ([*bare, "--columns=user,item"], "--columns names 2 columns, line 1 has 3 with ','"),
+        ([*bare, "--columns=user,item,user"], "--columns: 'user,item,user': expected names"),
+        ([*bare, "--columns=-,"], "--columns: '-,': expected names"),
+        ([*bare, "--columns=a,b,c", "--item=b"], "--user: csv needs it"),
+        ([*CSV, clicks, "--separator=abc"], "--separator: expected one or two characters, or \\t, got 'abc'"),
+        ([*CSV, clicks, '--separator="'], "--separator: expected one or two"),
+        ([*CSV, clicks, "--separator=\\t"], "column 'user' is missing, the file has user,item,time; name"),
+        ([*CSV, clicks, "--item-columns=a"], "--item-columns: there is no --items; leave it out"),
+        (["jsonl", *CSV[1:], clicks, "--columns=a"], "--columns: jsonl names its columns itself"),
+        (["parquet", *CSV[1:], clicks, "--separator=;"], "--separator: parquet names its columns itself"),
+        (["yelp", clicks, "--separator=;"], "--separator: yelp has columns of its own"),
+        (["sequences", clicks, clicks.replace("interactions", "items")], "--items: sequences has no file of"),
+        (["sequences", clicks, "--time-unit=s"], "--time-unit: it needs a time, there is none"),
+        ([*CSV[:3], clicks, "--drop-repeats"], "--drop-repeats: it needs a time, there is none"),
+        ([*CSV[:3], clicks, "--time-format=%Y"], "--time-format: it needs a time"),
+        ([*CSV, clicks, "--time-format=%Y", "--time-unit=s"], "--time-format: it is for dates and"),
+        ([*CSV, clicks, "--time-format=%d"], "--time-format: '%d' has no year"),
+        ([*CSV, clicks, "--keep=user"], "--keep: 'user' is no condition; write COLUMN=VALUE"),
+        ([*CSV, clicks, "--keep=user>b"], "--keep: 'user>b': > compares numbers, and 'b' is none"),
+        ([*CSV, clicks, "--keep=user>1"], "1 of 2 lines are malformed"),
+        ([*CSV, f"--interactions={tmp_path / 'book.xlsx'}"], "is a spreadsheet; save it as CSV first"),
+    ]  # fmt: skip
+    for arguments, message in cases:
+        status, _, err = prepare(*arguments)
+        assert status == 2 and message in err, (arguments, err)
+        assert err.count("\n") == 1 and not (tmp_path / "data" / "x").exists(), arguments

@@ -226,6 +226,31 @@ PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
             Item("773570", ("Log Challenge", "", "Action", "")),
         ],
     ),
+    "mind": (
+        "1\tU13740\t11/11/2019 9:05:58 AM\tN55189 N42782\tN55689-1 N35729-0\n"
+        "2\tU91836\t11/12/2019 6:11:30 PM\t\tN20678-0 N39317-1 N58114-1\n"
+        "3\tU91836\t11/12/2019 6:11:31 PM\tN1\tN20678-0\n",
+        [
+            event("U13740", "N55689", "1573463158"),
+            event("U91836", "N39317", "1573582290"),
+            event("U91836", "N58114", "1573582290"),
+        ],
+        'N55528\tlifestyle\troyals\tThe "Brands" Prince Charles Swears By\tShop the notebooks.\t'
+        'https://assets.msn.com/x.html\t[{"Label": "Prince"}]\t[]\nN2\tsports\tnfl\tOops\t\t\t\t\n',
+        [
+            Item(
+                "N55528",
+                ('The "Brands" Prince Charles Swears By', "lifestyle", "royals", "Shop the notebooks."),
+            ),
+            Item("N2", ("Oops", "sports", "nfl", "")),
+        ],
+    ),
+    "sequences": (
+        "1 7 8 7\n2 9\n",
+        [event("1", "7", "1"), event("1", "8", "2"), event("1", "7", "3"), event("2", "9", "4")],
+        "",
+        [],
+    ),
 }
 
 
@@ -235,6 +260,9 @@ def test_published_formats(tmp_path: Path, name: str):
     events, expected_events, items, expected_items = PUBLISHED[name]
     found = FORMATS[name]
     assert list(found.interactions(Tally(written(tmp_path, events, f"r{suffix}")))) == expected_events
+    if not found.token:
+        assert not items
+        return
     assert list(found.items(Tally(written(tmp_path, items, f"i{suffix}")))) == expected_items
     assert len({text.column for text in found.texts} | {"item_id"}) == len(found.texts) + 1
 
@@ -245,7 +273,7 @@ def test_what_makes_an_interaction_malformed(tmp_path: Path):
         ({"reviewerID": None}, "line 1: 'reviewerID' is empty"),
         ({"asin": " "}, "'asin' is empty"),
         ({"unixReviewTime": float("nan")}, "'unixReviewTime' is empty"),
-        ({"unixReviewTime": "soon"}, "time 'soon' is neither a unix number nor an ISO date"),
+        ({"unixReviewTime": "soon"}, "time 'soon' is neither a unix number nor a date"),
         ({"unixReviewTime": float("inf")}, "time inf is neither"),
         ({"unixReviewTime": True}, "time True is neither"),
         ({"overall": "good"}, "'good' is no number"),
@@ -330,6 +358,9 @@ def test_tables(tmp_path: Path, kind: str):
     ]
     assert list(found.items(Tally(path))) == [Item("a", ("A & B", "x")), Item("b", ("", "y"))]
     assert raw.table(kind, "who", "what", "when").rating == ()
+    ordered, tally = raw.table(kind, "who", "what"), Tally(path)
+    assert list(ordered.interactions(tally)) == [event("u1", "a", "1"), event("2", "b", "2")]
+    assert tally.notes == ["no time column: the order of the file is the time, 1, 2, 3, ..."]
 
 
 def test_parquet_with_types(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Times as they stand in raw files: one unit or dates, in full precision."""
 
+import re
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from itertools import pairwise
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2rec.raw_times import UNIT_NAMES, UNITS, TimeReader
+from m2rec.raw_times import UNIT_NAMES, UNITS, TimeReader, check_form, read_date
 from m2rec.raw_values import shortest
 from m2rec.rows import Malformed
 
@@ -44,10 +45,92 @@ def test_times(value: object, expected: str):
     assert shortest(TimeReader(Path("x")).read(value, 1)) == expected
 
 
-@pytest.mark.parametrize("value", ["nan", "1e400", "1e999999999", "9" * 5000, 1e-300, "12/31/2014", "", [1]])
+MOMENT = datetime(2017, 7, 30, 14, 44, 10, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2017-07-30 14:44:10 UTC", "2017-07-30 14:44:10 +0000", "2017-07-30 14:44:10 GMT",
+        "2017-07-30 07:44:10 -0700", "2017-07-30T20:14:10 +05:30", "2017-7-30 2:44:10 PM",
+        "2017/07/30 14:44:10", "2017.07.30 14:44:10.0", "2017/7/30, 2:44:10 pm UTC",
+        "Sun Jul 30 07:44:10 -0700 2017", "Sun Jul 30 14:44:10 2017", "Sun Jul 30 14:44:10 UTC 2017",
+        "Sun, 30 Jul 2017 07:44:10 -0700", "Sunday, 30 July 2017 14:44:10 GMT", "30-JUL-2017 14:44:10",
+        "July 30, 2017 2:44:10 PM", "Jul 30 2017, 14:44:10", "Jul. 30, 2017 14:44:10,000",
+        "30/Jul/2017 14:44:10",
+    ],
+)  # fmt: skip
+def test_dates_that_have_one_meaning(text: str):
+    assert TimeReader(Path("x")).read(f" {text} ", 1) == int(MOMENT.timestamp())
+
+
+def test_every_month_and_both_halves_of_the_day():
+    for month in range(1, 13):
+        for hour in range(24):
+            moment = datetime(2020, month, 2, hour, 5)
+            for form in ("%b %d %Y %I:%M %p", "%d %B %Y %I:%M%p", "%Y/%m/%d %I:%M %p"):
+                assert read_date(moment.strftime(form)) == moment.replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "nan", "1e400", "1e999999999", "9" * 5000, 1e-300, "", [1], "soon", "Jul 2017", "2017-02-30 1:00",
+        "30 Jul 17", "Jul 32, 2017", "2017-07-30 13:00 PM", "2017-07-30 0:30 AM", "2017-07-30 7:44 CEST",
+        "Sun Jul 30 07:44:10 PDT 2017", "2017-07/30 1:00", "Mayor 3, 2017", "0001-1-01 00:00 +0100",
+        "2017-07-30 00:00 +9900", "2017-07-30 1:60",
+    ],
+)  # fmt: skip
 def test_no_times(value: object):
-    with pytest.raises(Malformed, match="neither a unix number nor an ISO date"):
+    with pytest.raises(Malformed, match="neither a unix number nor a date; other dates: --time-format"):
         TimeReader(Path("x")).read(value, 1)
+
+
+@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@given(
+    moment=st.datetimes(datetime(1980, 1, 1), datetime(2030, 1, 1)).map(lambda d: d.replace(microsecond=0)),
+    date_form=st.sampled_from(["%m/%d/%Y", "%d.%m.%Y", "%d-%m-%y", "%m %d, %Y", "%d %m %Y"]),
+    clock=st.sampled_from(["", " %H:%M:%S", ", %I:%M:%S %p", "T%H:%M:%S"]),
+)
+def test_the_day_or_the_month_first_is_never_guessed(moment: datetime, date_form: str, clock: str):
+    """It is an error that shows how to say it, and one of what it shows reads the date."""
+    if not clock:
+        moment = moment.replace(hour=0, minute=0, second=0)
+    text = moment.strftime(date_form + clock)
+    with pytest.raises(
+        ValueError, match=r"^x.csv: line 2 .* may begin with the day or the month; say"
+    ) as said:
+        TimeReader(Path("x.csv")).read(text, 2)
+    forms = re.findall(r"--time-format='(.*?)'", str(said.value))
+    assert date_form + clock in forms and len(forms) == 2
+    for form in forms:
+        check_form(form)
+    times = TimeReader(Path("x.csv"), form=date_form + clock)
+    assert times.read(text, 2) == int(moment.replace(tzinfo=UTC).timestamp())
+    assert times.remarks() == [f"timestamps read as dates like {date_form}{clock}"]
+
+
+def test_an_odd_date_among_good_ones_is_malformed():
+    times = TimeReader(Path("x"))
+    times.read("2017-07-30", 1)
+    with pytest.raises(Malformed, match="time '12/31/2014' is neither"):
+        times.read("12/31/2014", 2)
+    times = TimeReader(Path("x"), form="%Y%m%d")
+    assert [times.read(value, 1) for value in (20170730, "20170730", date(2017, 7, 30))] == [1501372800] * 3
+    for value in ("2017-07-30", "1501372800", "20170732"):
+        with pytest.raises(Malformed, match=f"time '{value}' is not like --time-format='%Y%m%d'"):
+            times.read(value, 1)
+    assert TimeReader(Path("x"), form="%d.%m.%Y %H:%M %z").read("30.07.2017 07:44 -0700", 1) == 1501425840
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [("%Q", "'Q' is a bad directive"), ("%Y %", "stray %"), ("%H:%M", "has no year"), ("%%Y", "has no year"),
+     ("%Y-%m-%d %Z", "names of zones are not read; write UTC as it stands")],
+)  # fmt: skip
+def test_forms_that_are_none(form: str, said: str):
+    with pytest.raises(ValueError, match=f"--time-format: .*{re.escape(said)}"):
+        check_form(form)
 
 
 def test_a_file_has_one_unit():
