@@ -72,7 +72,7 @@ class Format:
     user: Keys
     item: Keys
     time: Keys
-    """None: the order of the file is the time."""
+    """Empty: the order of the file is the time."""
     rating: Keys = ()
     item_rows: Callable[[Tally], Rows] | None = None
     """None: as `rows`."""

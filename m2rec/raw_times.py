@@ -181,7 +181,7 @@ def read_date(value: object) -> datetime:
     """
     text = str(value).strip()
     try:
-        return datetime.fromisoformat(text)
+        return datetime.fromisoformat(text.removesuffix(" UTC"))  # the form of large files, read fast
     except ValueError:
         pass
     match = next(filter(None, (pattern.fullmatch(text) for pattern in _DATES)), None)

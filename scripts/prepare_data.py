@@ -5,25 +5,24 @@ occur, and prints the data set's statistics. Files may be gzipped. They are read
 what is written appears whole at the end, or not at all, and takes the place of earlier files of that
 name; without --items an earlier NAME.item stays.
 
-Times: unix time or dates that have one meaning, with or without zone (without is UTC): the year first
-(2021-03-04, 2021/3/4 5:06:07 PM, 2021-03-04T05:06:07+01:00, ... UTC) or the month by its name (Mar 4,
-2021; Sun Jul 30 07:44:10 -0700 2017). Others need --time-format, in the codes of Python's strptime; whether
-the day or the month comes first is never guessed. Without a time column, in csv, parquet and jsonl, the
-order of the file is the time: 1, 2, 3, ... Times are written as seconds in full precision. Unix time may
-be in seconds, milliseconds,
+Times: unix time, or dates that have one meaning, with or without zone (without is UTC): the year first
+(2021-03-04, 2021/3/4 5:06 PM, 2021-03-04 05:06:07 +0100) or the month by its name (Mar 4, 2021; Sun Jul
+30 07:44:10 -0700 2017). Other dates need --time-format; whether the day or the month comes first is never
+guessed. Times are written as seconds in full precision. Unix time may be in seconds, milliseconds,
 microseconds or nanoseconds, one unit for the whole file: from 10^11 on numbers are taken for
 milliseconds, from 10^14 for microseconds, from 10^17 for nanoseconds, and smaller ones stay as they
 are. The log says what was found. Times of two units, or numbers among dates, are an error;
 --time-unit says which unit numbers have whatever their size, and dates may stand between them then.
+Without --time, in csv, parquet and jsonl, the order of the file is the time: 1, 2, 3, ...
 
-Lists: a column may be a path. --item=events[].aid --time=events[].ts makes an interaction of each element
-of the list events, and repeats the other columns; --item=items[] --time=times[] takes two lists of one
-length apart together. Lists may be JSON's, Parquet's, or JSON in a cell of CSV. --user=user.id is a value
-within an object.
+Lists: a column may be a path. --item=events[].aid --time=events[].ts makes an interaction of each
+element of the list events, and the other columns are repeated. --item=items[] --time=times[] takes two
+lists apart together, which must have one length. Lists may be JSON's, Parquet's, or JSON in a cell of
+CSV. --user=user.id is a value within an object.
 
---keep, before all else: --keep 'event=purchase' (!= for unequal; numbers are compared as numbers), --keep
-'rating>=4' (>, <=, <), --keep 'type in a,b'. Several must all be fulfilled, and a row without a value
-fulfils = with nothing behind it only. What each leaves out is counted and said.
+Conditions: --keep 'event=purchase' 'rating>=4' 'type in a,b' keeps the rows that fulfil all of them,
+before anything else; = and != compare numbers as numbers, <, <=, > and >= numbers only. What each of
+them leaves out is counted and said.
 
 Ids: blanks around an id are removed, which is counted and said.
 
