@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from m2rec.dominant import LABELS
 from m2rec.raw_rows import Condition, find_column, find_nested, is_path, keep_rows, take_apart
-from m2rec.raw_times import FileOrder, TimeReader
+from m2rec.raw_times import TIME_NAMES, FileOrder, TimeReader
 from m2rec.raw_values import IdReader, LabelCounter, is_missing, names, one_line, prose, read_rating
 from m2rec.rows import (
     HEADER,
@@ -104,7 +104,7 @@ class Format:
             item = ids.read(_needed(row, self.item), line)
             rating = read_rating(_value(row, self.rating)) if self.rating else None
             # last, so that a line which is malformed elsewhere does not settle the unit
-            time = times.read(_needed(row, self.time), line) if self.time else order.next()
+            time = times.read(_needed(row, self.time), line) if self.time else order.next(row)
             labels.count(row)
             return Interaction(user, item, time, rating)
 
@@ -400,7 +400,7 @@ def table(
     paths = [user, item, *filter(None, (time, rating)), *(part.column for part in keep)]
     return Format(
         about="",
-        rows=_reader(kind, paths, layout, "--columns", LABELS),
+        rows=_reader(kind, paths, layout, "--columns", LABELS if time else LABELS | TIME_NAMES),
         user=(user,),
         item=(item,),
         time=(time,) if time else (),

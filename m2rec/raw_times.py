@@ -7,7 +7,7 @@ from pathlib import Path
 from reprlib import repr as short
 
 from m2rec.raw_values import number
-from m2rec.rows import Malformed
+from m2rec.rows import Malformed, Row
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 UNITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # of unix time, with the places by which its point moves
@@ -16,6 +16,8 @@ DATES = "dates"
 UNIT_NAMES = {
     "s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds", DATES: DATES,
 }  # fmt: skip
+TIME_NAMES = frozenset({"time", "timestamp", "unix_timestamp", "datetime", "date", "ts"})
+"""Names, in lower case, of columns that are times."""
 
 
 class TimeReader:
@@ -105,16 +107,22 @@ class FileOrder:
     """Times of a file that has none: 1, 2, 3, ... in its order."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.unused = 0, tuple[str, ...]()
+        """Interactions, and columns of the first that seem to be times."""
 
-    def next(self) -> Decimal:
+    def next(self, row: Row) -> Decimal:
         """The time of the next interaction."""
+        if not self.count:
+            self.unused = tuple(name for name in row if name.lower() in TIME_NAMES)
         self.count += 1
         return Decimal(self.count)
 
     def remarks(self) -> list[str]:
         """That this was done."""
-        return ["no time column: the order of the file is the time, 1, 2, 3, ..."] if self.count else []
+        if not self.count:
+            return []
+        unused = f"; column {self.unused[0]!r} is not used" if self.unused else ""
+        return [f"no time column: the order of the file is the time, 1, 2, 3, ...{unused}"]
 
 
 def check_form(form: str) -> None:

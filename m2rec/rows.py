@@ -108,7 +108,7 @@ class Tally:
         """What was left out or looks odd, one line each."""
         said = []
         if self.bad:
-            said.append(f"{self._describe_bad()} malformed and left out: {'; '.join(self.examples)}")
+            said.append(f"{self._describe_bad()} and left out: {'; '.join(self.examples)}")
         if self.records:
             lines, first = self.longest
             said.append(
@@ -118,13 +118,14 @@ class Tally:
         return said + self.notes
 
     def _describe_bad(self) -> str:
-        return f"{self.bad:,} of {self.rows:,} {'rows' if self.more else 'lines'} are"
+        what = "rows are malformed" if self.more else "lines are malformed"
+        return f"{self.bad:,} of {self.rows:,} {what}"
 
     def _judge(self, rows: int) -> None:
         if self.bad > self.max_bad * rows:
             limit = f", more than --max-bad={self.max_bad:g}" if self.max_bad else ""
             raise ValueError(
-                f"{self.path}: {self._describe_bad()} malformed{limit}; "
+                f"{self.path}: {self._describe_bad()}{limit}; "
                 f"is it a file of this format? {'; '.join(self.examples)}"
             )
 

@@ -348,9 +348,7 @@ def find(options: argparse.Namespace) -> tuple[Format, Path, Path | None]:
         found = replace(FORMATS[options.format], keep=keep)
         if items is not None and not found.token:
             raise ValueError(f"--items: {options.format} has no file of items; leave it out")
-    for option in () if found.time else ("time_unit", "drop_repeats"):
-        if getattr(options, option):
-            raise ValueError(f"--{option.replace('_', '-')}: it needs a time, there is none; leave it out")
+    check_times(options, found)
     return found, path, items
 
 
@@ -371,7 +369,6 @@ def table_of(options: argparse.Namespace, keep: Sequence[Condition]) -> Format:
     texts = options.text or []
     if len({"_".join(text.split()) for text in texts} | {"item_id"}) <= len(texts):
         raise ValueError(f"--text: {' '.join(texts)}: each column once, and none of the name item_id")
-    check_time_format(options)
     return table(
         options.format,
         options.user,
@@ -388,19 +385,19 @@ def table_of(options: argparse.Namespace, keep: Sequence[Condition]) -> Format:
     )
 
 
-def check_time_format(options: argparse.Namespace) -> None:
-    """Check that the form of dates is one, and what it is given with.
+def check_times(options: argparse.Namespace, found: Format) -> None:
+    """Check that the options for times fit the times of the format.
 
     Raises:
-        ValueError: there are no dates for it, or it is no form of a date.
+        ValueError: there are none, or they are dates of one form and a unit is given, or that is no form.
     """
-    if options.time_format is None:
-        return
-    if not options.time:
-        raise ValueError("--time-format: it needs a time, and there is none; give --time")
-    if options.time_unit:
-        raise ValueError("--time-format: it is for dates and --time-unit for numbers; leave one out")
-    check_form(options.time_format)
+    for option in () if found.time else ("time_unit", "time_format", "drop_repeats"):
+        if getattr(options, option):
+            raise ValueError(f"--{option.replace('_', '-')}: it needs a time, there is none; leave it out")
+    if found.time_format is not None:
+        if options.time_unit:
+            raise ValueError("--time-unit: the times are dates of one form, not numbers; leave it out")
+        check_form(found.time_format)
 
 
 def layout_of(options: argparse.Namespace, prefix: str, kind: str | None) -> Layout:

@@ -413,12 +413,23 @@ def test_the_order_of_the_file_is_the_time(
     assert read(tmp_path)[1:] == [["1", "6393", "1"], ["1", "13504", "2"], ["2", "6393", "3"]]
     said = "sasrec.txt: no time column: the order of the file is the time, 1, 2, 3, ..."
     assert caplog.text.count(said) == 1
+    assert "not used" not in caplog.text
     path.write_text("1 6393 13504\n3\n2\t6393\n")
     assert prepare("sequences", f"--interactions={path}")[0] == 0
     assert read(tmp_path)[1:] == [["1", "6393", "1"], ["1", "13504", "2"], ["2", "6393", "3"]]
     assert (
         caplog.text.count(said) == 2 and "lines with an empty list, of which nothing comes: 1" in caplog.text
     )
+
+
+@pytest.mark.parametrize("kind", prepare_data.TABLES)
+def test_a_time_that_is_not_used_is_said(
+    tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture, kind: str
+):
+    rows: list[dict[str, object]] = [{"user": "u", "item": f"i{n}", "Timestamp": 9 - n} for n in range(3)]
+    assert prepare(*table_file(tmp_path, kind, rows)[:-1])[0] == 0
+    assert [row[1:] for row in read(tmp_path)[1:]] == [["i0", "1"], ["i1", "2"], ["i2", "3"]]
+    assert "the order of the file is the time, 1, 2, 3, ...; column 'Timestamp' is not used" in caplog.text
 
 
 def test_lists_of_events(tmp_path: Path, prepare: Prepare):
@@ -534,7 +545,8 @@ def test_mistakes_with_layouts_and_conditions(tmp_path: Path, prepare: Prepare):
         (["sequences", clicks, "--time-unit=s"], "--time-unit: it needs a time, there is none"),
         ([*CSV[:3], clicks, "--drop-repeats"], "--drop-repeats: it needs a time, there is none"),
         ([*CSV[:3], clicks, "--time-format=%Y"], "--time-format: it needs a time"),
-        ([*CSV, clicks, "--time-format=%Y", "--time-unit=s"], "--time-format: it is for dates and"),
+        ([*CSV, clicks, "--time-format=%Y", "--time-unit=s"], "--time-unit: the times are dates of one"),
+        (["mind", clicks, "--time-unit=s"], "--time-unit: the times are dates of one form"),
         ([*CSV, clicks, "--time-format=%d"], "--time-format: '%d' has no year"),
         ([*CSV, clicks, "--keep=user"], "--keep: 'user' is no condition; write COLUMN=VALUE"),
         ([*CSV, clicks, "--keep=user>b"], "--keep: 'user>b': > compares numbers, and 'b' is none"),
