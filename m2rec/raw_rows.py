@@ -54,19 +54,21 @@ def take_apart(rows: Rows, paths: Iterable[str], tally: Tally) -> Rows:
     levels = _group_lists(nested)
     empty = 0
     for line, row in rows:
-        parts = [row]
+        parts, without = [row], 0
         try:
-            for prefixes in levels:
-                parts = [part for whole in parts for part in _take_one_apart(whole, prefixes)]
+            for lists in levels:
+                elements = [_take_one_apart(part, lists) for part in parts]
+                without += elements.count([])
+                parts = [element for part in elements for element in part]
         except Malformed as error:
             tally.reject(line, error)
             continue
-        tally.more += max(0, len(parts) - 1)
-        empty += not parts
+        tally.more += len(parts) + without - 1
+        empty += without
         for part in parts:
             yield line, _with_values(part, nested)
     if empty:
-        tally.notes.append(f"lines with an empty list, of which nothing comes: {empty:,}")
+        tally.notes.append(f"empty lists, of which nothing comes: {empty:,}")
 
 
 def _group_lists(paths: Sequence[str]) -> list[list[str]]:

@@ -40,8 +40,9 @@ def test_paths():
         "times": "[4, 5]",
     }
     assert apart([row], "user.id", "x.y", "user.none", "none.id")[0] == [(7, 9, None, None)]
-    lines = apart([row], "user.id", "orders[].at", "orders[].lines[].sku")[0]
+    lines, tally = apart([row], "user.id", "orders[].at", "orders[].lines[].sku")
     assert lines == [(7, 1, "a"), (7, 1, "b"), (7, 3, "c")]
+    assert tally.rows == 3 + 1 and tally.notes == ["empty lists, of which nothing comes: 1"]
     assert apart([row], "items[]", "times[]")[0] == [("p", 4), (None, 5)]
     found, tally = apart([row], "items[]", "orders[].at")
     assert found == []
@@ -67,7 +68,7 @@ elements = st.lists(st.fixed_dictionaries({"i": st.sampled_from(["a", "b", "", "
 def test_every_element_is_an_interaction_or_is_said(
     lists: list[list[dict[str, str]] | None], tmp_path_factory: pytest.TempPathFactory
 ):
-    """Lines and the further elements in them = interactions + malformed + lines with an empty list."""
+    """Lines and the further elements in them = interactions + malformed + empty lists."""
     path = tmp_path_factory.mktemp("x") / "x.jsonl"
     path.write_text("\n".join(json.dumps({"u": n, "events": value}) for n, value in enumerate(lists)))
     tally = Tally(path, max_bad=1)
@@ -79,7 +80,7 @@ def test_every_element_is_an_interaction_or_is_said(
     empty = sum(value == [] for value in lists)
     assert tally.rows == sum(len(value or "x") for value in lists)
     assert tally.rows == len(found) + tally.bad + empty
-    said = [f"lines with an empty list, of which nothing comes: {empty}"] if empty else []
+    said = [f"empty lists, of which nothing comes: {empty}"] if empty else []
     assert tally.notes[: len(said)] == said
 
 
