@@ -447,13 +447,13 @@ def csv_rows(
             names, separator = _read_header(lines, columns, separator, cure)
         record = _RecordLines(lines, separator)
         reader = _read_cells(record, separator)
-        said_by = "--columns" if layout.names else "the header"
+        expected = f"{len(names)} are named" if layout.names else f"the header has {len(names)}"
         while True:
             first = record.begin()
             try:
                 cells = next(reader)
                 if cells and len(cells) != len(names):
-                    raise Malformed(f"{len(cells)} columns, {said_by} has {len(names)}")
+                    raise Malformed(f"{len(cells)} columns, {expected}")
             except StopIteration:
                 return
             except (csv.Error, Malformed) as error:
@@ -497,8 +497,8 @@ def _find_separator(path: Path, names: Sequence[str]) -> str:
         return found[0]
     seen = ", ".join(f"{count} with {separator!r}" for separator, count in counts.items())
     raise ValueError(
-        f"{path}: --columns names {len(names)} columns, line 1 has {seen}; "
-        f"say what separates them, such as --separator=' '"
+        f"{path}: {len(names)} columns are named, line 1 has {seen}; "
+        f"say what separates them with --separator=' ' or the like, of items with --item-separator"
     )
 
 

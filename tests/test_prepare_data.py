@@ -528,7 +528,7 @@ def test_mistakes_with_layouts_and_conditions(tmp_path: Path, prepare: Prepare):
     cases: list[tuple[Sequence[str], str]] = [
         ([*CSV[:3], "--time=tmie", clicks], "name one of them, or all with --columns if line 1"),
         ([*CSV[:3], "--time=tmie", clicks], "; did you mean 'time'?"),
-        ([*bare, "--columns=user,item"], "--columns names 2 columns, line 1 has 3 with ','"),
+        ([*bare, "--columns=user,item"], "2 columns are named, line 1 has 3 with ','"),
         ([*bare, "--columns=user,item,user"], "--columns: 'user,item,user': expected names"),
         ([*bare, "--columns=-,"], "--columns: '-,': expected names"),
         ([*bare, "--columns=a,b,c", "--item=b"], "--user: csv needs it"),

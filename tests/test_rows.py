@@ -229,7 +229,7 @@ def test_a_separator_is_found_or_asked_for(tmp_path: Path):
             row = next(rows.csv_rows(Tally(path), names, rows.Layout(names)))[1]
             assert list(row.values()) == line.split(separator)
             continue
-        with pytest.raises(ValueError, match=r"--columns names 2 columns, line 1 has .*--separator=' '"):
+        with pytest.raises(ValueError, match=r"2 columns are named, line 1 has .*--separator=' '"):
             list(rows.csv_rows(Tally(path), names, rows.Layout(names)))
     with pytest.raises(ValueError, match=r"line 1 has 1 with ',', 1 with '\\t', 1 with ';', 1 with"):
         list(rows.csv_rows(Tally(written(tmp_path, "1 2\n")), names, rows.Layout(names)))
@@ -241,7 +241,7 @@ def test_a_header_where_none_is_expected_is_data(tmp_path: Path):
     tally = Tally(written(tmp_path, "user,item\n1,2\n3\n"), max_bad=1)
     found = [row for _, row in rows.csv_rows(tally, ["user"], rows.Layout(("user", "item")))]
     assert found == [{"user": "user", "item": "item"}, {"user": "1", "item": "2"}]
-    assert tally.examples == ["line 3: 1 columns, --columns has 2"]
+    assert tally.examples == ["line 3: 1 columns, 2 are named"]
 
 
 def test_sequences(tmp_path: Path):
