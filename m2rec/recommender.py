@@ -179,16 +179,41 @@ class Recommender:
             ValueError: the file can't be read, holds a token that nobody knows, or pyarrow is not
                 installed; k is less than 1.
         """
+        path = Path(histories)
+        rows = history_files.read_histories(path, progress)
+        return self.recommend_users(rows, output, k, exclude_seen, skip_unknown, str(path))
+
+    def recommend_users(
+        self,
+        histories: Iterable[tuple[str, Iterable[str]]],
+        output: str | Path,
+        k: int = 10,
+        exclude_seen: bool = True,
+        skip_unknown: bool = False,
+        source: str = "histories",
+    ) -> int:
+        """As `recommend_file`, for users and their histories from Python, of which there may be millions.
+
+        Args:
+            histories: a user's name and item tokens, oldest first.
+            output, k, exclude_seen, skip_unknown: as in `recommend_file`.
+            source: where they come from, for errors.
+
+        Returns:
+            How many histories there were.
+
+        Raises:
+            ValueError: a token that nobody knows, or pyarrow is not installed; k is less than 1.
+        """
         k, remarks = questions.checked_k(k), Remarks()
-        ranker, path = self._ranker, Path(histories)
-        skipped = remarks if skip_unknown else None
+        ranker, skipped = self._ranker, remarks if skip_unknown else None
 
         def read() -> Iterator[tuple[str, list[int]]]:
-            for user, tokens in history_files.read_histories(path, progress):
+            for user, tokens in histories:
                 try:
-                    yield user, questions.to_ids(ranker.model.ids, tokens, skipped)
+                    yield user, questions.to_ids(ranker.model.ids, questions.listed(tokens), skipped)
                 except ValueError as error:
-                    raise ValueError(f"{path}, user {user!r}: {error}") from None
+                    raise ValueError(f"{source}, user {user!r}: {error}") from None
 
         users, rows = tee(read())
         ids = (own for _, own in rows)

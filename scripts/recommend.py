@@ -3,7 +3,9 @@
 The history is item tokens, oldest first: apart, or between quotes with spaces between them. With
 --user=ID it is what that user of the run's data set did, all of it. Items of the history are left out.
 --interactive takes titles from the keyboard and shows how the ranking changes. --input=FILE ranks after
-every history of a CSV or Parquet file with the columns user and history, into the Parquet file --output.
+every history of a CSV or Parquet file with the columns user and history, into the Parquet file --output;
+--all-users does so for all users of the run's data set, or of --dataset, each after all that they did,
+without the items that the run does not know.
 """
 
 import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
@@ -49,6 +51,14 @@ def answer(options: argparse.Namespace, recommender: Recommender) -> str:
             options.input, options.output, options.k, progress=sys.stderr.isatty(), **how
         )
         return f"{rows:,} users: {options.output}\n"
+    if options.all_users:
+        from m2rec.evaluate_run import read_histories  # RecBole, which --history needs not
+
+        histories = read_histories(options.run, dataset=options.dataset, data_path=options.data_path)
+        rows = recommender.recommend_users(
+            histories, options.output, options.k, not options.keep_seen, skip_unknown=True
+        )
+        return f"{rows:,} users: {options.output}\n"
     history = chosen_history(options, recommender)
     found = recommender.recommend(history, options.k, **how)
     return as_json(found) if options.json else as_table(history, found, recommender.titles)
@@ -64,27 +74,41 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     whose.add_argument("--user", help="a user of the run's data set")
     whose.add_argument("--interactive", action="store_true", help="titles from the keyboard, one per line")
     whose.add_argument("--input", metavar="FILE", help="CSV or Parquet file with the columns user, history")
+    whose.add_argument("--all-users", action="store_true", help="everybody in the run's data set")
+    add("--dataset", metavar="NAME", help="for --all-users: another data set with the same items")
     add(
         "--data-path",
         "--data_path",
-        help="for --user: folder with the data set's folder, if it is elsewhere now",
+        help="for --user and --all-users: folder with the data set's folder, if it is elsewhere now",
     )
-    add("--output", metavar="FILE", help="for --input: Parquet file with user, items, scores")
+    add("--output", metavar="FILE", help="for --input and --all-users: Parquet file with user, items, scores")
     add("-k", type=int, default=10, help="how many; default: 10")
     add("--keep-seen", action="store_true", help="items of the history may come again")
     add("--skip-unknown", action="store_true", help="leave out items that the run does not know")
     add("--json", action="store_true", help="a list of objects with item, score and title")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     options = parser.parse_args(arguments)
-    if bool(options.input) != bool(options.output):
-        parser.error("--input and --output go together")
-    if options.json and (options.input or options.interactive):
+    check_together(options, parser)
+    return options
+
+
+def check_together(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse options that don't go together.
+
+    Raises:
+        ValueError: two don't.
+    """
+    into_a_file = bool(options.input or options.all_users)
+    if into_a_file != bool(options.output):
+        parser.error("--output goes with --input or --all-users, and they with it")
+    if options.json and (into_a_file or options.interactive):
         parser.error("--json goes with --history or --user")
-    if options.data_path and not options.user:
-        parser.error("--data-path goes with --user")
+    if options.data_path and not (options.user or options.all_users):
+        parser.error("--data-path goes with --user or --all-users")
+    if options.dataset and not options.all_users:
+        parser.error("--dataset goes with --all-users")
     if options.interactive and (options.keep_seen or options.skip_unknown):
         parser.error("--interactive goes with neither --keep-seen nor --skip-unknown")
-    return options
 
 
 def chosen_history(options: argparse.Namespace, recommender: Recommender) -> list[str]:
@@ -116,17 +140,20 @@ def history_of(run: Path, user: str, data_path: str | None) -> list[str]:
     Raises:
         ValueError: the data set can't be loaded, or has no such user.
     """
-    from m2rec.experiment import data_of_run  # RecBole, which a history on the command line needs not
-    from m2rec.provenance import item_tokens
+    from m2rec.evaluate_run import list_histories, read_histories  # RecBole, which --history needs not
+    from m2rec.experiment import data_of_run
 
-    _, dataset, _ = data_of_run(run, data_path=data_path)
-    number = dataset.field2token_id[dataset.uid_field].get(user)
-    histories = dataset.histories
-    if histories is None or not number or number not in histories.users:
-        raise ValueError(f"--user: the data set has no user {user!r}")
-    row = int(histories.users.searchsorted(number))
-    tokens = item_tokens(dataset)
-    return [tokens[item] for item in histories.items[histories.start[row] : histories.end[row]]]
+    config, dataset, _ = data_of_run(run, data_path=data_path)
+    histories = dict(list_histories(dataset))
+    if user in histories:
+        return histories[user]
+    if user in dict(read_histories(run, data_path=data_path)):
+        interval = config["user_inter_num_interval"]
+        raise ValueError(
+            f"--user: {user!r} was left out of the run by its filters (user_inter_num_interval: {interval}, "
+            f"item_inter_num_interval: {config['item_inter_num_interval']}); give the items by --history"
+        )
+    raise ValueError(f"--user: the data set has no user {user!r}")
 
 
 def as_json(found: Sequence[Recommendation]) -> str:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "m2rec"
 
 # each module may import from its own and from later ranks
 RANKS = [
-    {"plots", "dialogue"},
+    {"plots", "dialogue", "evaluate_run"},
     {"tables", "overview", "paired"},
     {"table_parts"},
     {"results"},

@@ -53,7 +53,9 @@ def test_the_library_sets_nothing():
     assert said(code + "print(n == torch.get_num_threads())") == ["None", "None", "None", "True"]
 
 
-@pytest.mark.parametrize("name", ["recommend", "embed_items", "new_items", "history_lengths", "tune"])
+@pytest.mark.parametrize(
+    "name", ["recommend", "evaluate", "embed_items", "new_items", "history_lengths", "tune"]
+)
 def test_a_command_prepares_its_threads_before_pytorch_is_loaded(name: str):
     body = ast.parse((ROOT / "scripts" / f"{name}.py").read_text()).body
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
