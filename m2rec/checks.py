@@ -12,6 +12,12 @@ METRICS = (
     "Hit", "NDCG", "MRR", "Recall", "Precision", "MAP", "ItemCoverage", "AveragePopularity",
     "ShannonEntropy", "GiniIndex", "TailPercentage",
 )  # fmt: skip
+# RecBole's sequential models that need item features, and those that are refused
+_OF_FEATURES = ("FDSA", "GRU4RecF", "SASRecF")
+_NOT_TRAINED = {
+    "KSR": "needs a knowledge graph",
+    "S3Rec": "is trained in two stages, between which RecBole keeps a pickle",
+}
 EVALUATION = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"}
 
 
@@ -67,6 +73,52 @@ def _check_interval(key: str, interval: Any) -> None:
     match = re.fullmatch(rf"[\[(]\s*({number})\s*,\s*({number})\s*[\])]", str(interval))
     if interval is not None and (not match or float(match[1]) > float(match[2])):
         raise ValueError(f"{key}: {interval!r} is no interval from low to high; write it as '[5,inf)'")
+
+
+def check_baseline(name: str, values: Mapping[str, Any]) -> None:
+    """What a sequential model of RecBole needs beside interactions.
+
+    Args:
+        name: the model's.
+        values: all keys, RecBole's of the model among them.
+
+    Raises:
+        ValueError: it is not there, or the model can't be trained here at all.
+    """
+    load = values["load_col"]
+    if name in _OF_FEATURES:
+        wanted, there = values["selected_features"], load.get("item", ())
+        if missing := [column for column in wanted if there != "*" and column not in there]:
+            columns = ", ".join([str(values["ITEM_ID_FIELD"]), *wanted])
+            raise ValueError(
+                f"model: {name} needs item features (selected_features: {wanted}), and {missing[0]!r} is not "
+                f"loaded; add item: [{columns}] to load_col, for columns of the .item file"
+            )
+    elif name == "GRU4RecKG":
+        loaded = "ent" in load and "ent_id" in (values.get("preload_weight") or ())
+        if not (loaded and "ent_id" in (values.get("alias_of_item_id") or ())):
+            raise ValueError(
+                "model: GRU4RecKG needs vectors of the items in a file .ent; add ent: [ent_id, ent_emb] to "
+                "load_col, and set preload_weight: {ent_id: ent_emb} and alias_of_item_id: [ent_id]"
+            )
+    elif name in _NOT_TRAINED:
+        raise ValueError(
+            f"model: {name} {_NOT_TRAINED[name]}, which is not supported; choose another, or train it with "
+            f"RecBole itself"
+        )
+
+
+def check_catalogue(values: Mapping[str, Any], n_items: int) -> None:
+    """A model that ranks its best items again must have enough of them.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    wanted = [int(n) for n in str(values["reranker_CAN_NUM"] or "0").split(",")]
+    if max(wanted) > n_items:
+        raise ValueError(
+            f"reranker_CAN_NUM: {max(wanted)} is more than the {n_items:,} items of the data set; lower it"
+        )
 
 
 def check_pickles(values: Mapping[str, Any]) -> None:

@@ -41,6 +41,7 @@ from recbole.data.interaction import Interaction
 from recbole.evaluator.collector import DataStruct
 from recbole.model import sequential_recommender
 from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.sampler import SeqSampler
 from recbole.trainer import Trainer
 from recbole.utils import FeatureSource, FeatureType, argument_list, init_seed
 from recbole.utils.url import download_url, extract_zip, rename_atomic_files
@@ -175,6 +176,7 @@ __all__ = [
     "FeatureSource",
     "FeatureType",
     "Interaction",
+    "SeqSampler",
     "SequentialDataset",
     "SequentialRecommender",
     "Trainer",

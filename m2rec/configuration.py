@@ -18,7 +18,14 @@ import torch
 import yaml
 
 from m2rec import distributed, shipped
-from m2rec.checks import check_device, check_evaluation, check_optional, check_pickles, check_recbole_keys
+from m2rec.checks import (
+    check_baseline,
+    check_device,
+    check_evaluation,
+    check_optional,
+    check_pickles,
+    check_recbole_keys,
+)
 from m2rec.command_line import nearest
 from m2rec.compat import (
     RECBOLE,
@@ -200,6 +207,8 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
         raise ValueError(
             f"rows: 'dense' is for M2Rec; {name} trains on its last position only, set rows: prefix"
         )
+    else:
+        check_baseline(name, {**_COLUMNS, **_stock_properties(model), **values})
     config = RunConfig(model=model, dataset=dataset, config_dict=values)
     if model is M2Rec:
         resolve_backend(config["scan_backend"], config["device"])
@@ -266,6 +275,12 @@ def _properties(kind: str, name: str) -> dict[str, Any]:
     return read_yaml(known[name]) if name in known else {}
 
 
+def _stock_properties(model: type[SequentialRecommender]) -> dict[str, Any]:
+    """RecBole's properties of that model, empty if there are none."""
+    path = RECBOLE / "properties" / "model" / f"{model.__name__}.yaml"
+    return read_yaml(path) if path.is_file() else {}
+
+
 def _dataset_properties(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The shipped properties of that data set; none where the data at hand is another one of that name.
 
@@ -298,9 +313,8 @@ def known_keys() -> frozenset[str]:
 
 def keys_of(model: type[SequentialRecommender]) -> frozenset[str]:
     """The keys that a run of this model reads: the general ones and the model's own."""
-    files = [*_GENERAL, f"model/{model.__name__}.yaml"]
-    paths = [RECBOLE / "properties" / file for file in files]
-    stock = {key for path in paths if path.is_file() for key in read_yaml(path)}
+    general = {key for file in _GENERAL for key in read_yaml(RECBOLE / "properties" / file)}
+    stock = general | set(_stock_properties(model))
     own = ModelSettings.keys() if model is M2Rec else ("loss_type",)
     return frozenset({*stock, *_listed(), *RunSettings.keys(), *own} - _WITHOUT_EFFECT)
 
@@ -327,7 +341,5 @@ def _add_derived(values: dict[str, Any], model: type[SequentialRecommender]) -> 
     values.setdefault("load_col", {"inter": columns})
     if values.get("show_progress") is None:
         values["show_progress"] = sys.stderr.isatty()
-    stock = RECBOLE / "properties" / "model" / f"{model.__name__}.yaml"
-    of_model = read_yaml(stock).get("loss_type") if stock.is_file() else None
-    if model is M2Rec or values.get("loss_type", of_model) == "CE":
+    if model is M2Rec or values.get("loss_type", _stock_properties(model).get("loss_type")) == "CE":
         values.setdefault("train_neg_sample_args", None)

@@ -22,6 +22,7 @@ from m2rec.compat import (
     FeatureSource,
     FeatureType,
     Interaction,
+    SeqSampler,
     SequentialDataset,
 )
 from m2rec.dominant import find_dominant
@@ -263,9 +264,19 @@ class HistoryDataset(SequentialDataset):
                 there = valid.view(*valid.shape, *[1] * (value.dim() - 1))
                 zero = torch.zeros((), dtype=value.dtype)
                 columns[getattr(self, f"{column}_list_field")] = torch.where(there, value[index], zero)
+        if self.config["model"] == "DIEN":
+            name, negatives = self._draw_negatives()
+            columns[name] = torch.where(valid, negatives[index], 0)
         rows = self.inter_feat[target]
         rows.update(Interaction(columns))
         return rows
+
+    def _draw_negatives(self) -> tuple[str, Tensor]:
+        """For each interaction another item, (n,), and the column of such histories: what DIEN needs."""
+        name = f"{self.config['NEG_PREFIX']}{self.history_field}"
+        self.copy_field_property(name, self.history_field)
+        items = self.inter_feat[self.iid_field].numpy()
+        return name, SeqSampler(self).sample_neg_sequence(items)
 
     @property
     def n_targets(self) -> int:

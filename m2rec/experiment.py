@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from m2rec import distributed, provenance
+from m2rec.checks import check_catalogue
 from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.configuration import build_config, find_model, read_yaml
 from m2rec.dataset import HistoryDataset
@@ -144,6 +145,7 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
     clock = _Clock()
     logger.info("%s", describe_device(config))
     dataset, (train, valid, test) = load_data(config)
+    check_catalogue(config, dataset.item_num - 1)
     _fit_topk(config, dataset.item_num - 1)
     data = describe_data(dataset, train, valid, test)
     logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))

@@ -313,7 +313,8 @@ class RunTrainer(Trainer):
         if len(own):
             with torch.autocast(self.device.type) if self.enable_amp else nullcontext():
                 losses = self.model.calculate_loss(own)
-            loss = torch.stack(losses).sum() if isinstance(losses, tuple) else losses
+            # GCSAN's and TransRec's have the shape (1,)
+            loss = torch.stack(losses).sum() if isinstance(losses, tuple) else losses.reshape(())
             loss = loss if share == 1 else loss * share
             loss.backward()
         loss = distributed.sum_gradients(self.model.parameters(), loss.detach())
