@@ -4,6 +4,7 @@ Each work-around names its upstream issue and when it can go. Everything else ta
 RecBole's names from here.
 """
 
+import copy
 import csv
 import types
 import warnings
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+
+from m2rec.nested_state import load_state, save_state
 
 INSTALL_RECBOLE = (
     "recbole is not installed; run: pip install --no-deps recbole==1.2.1 "
@@ -32,18 +35,19 @@ except ModuleNotFoundError as error:
 
 import recbole.data.dataset.dataset as _dataset
 import recbole.data.utils as _data
+import recbole.model.sequential_recommender.s3rec as _s3rec
 import recbole.trainer.trainer as _trainer
 from recbole.config import Config
 from recbole.data import data_preparation
 from recbole.data.dataset import SequentialDataset
 from recbole.data.dataset.dataset import Dataset
 from recbole.data.interaction import Interaction
-from recbole.evaluator.collector import DataStruct
+from recbole.evaluator.collector import Collector, DataStruct
 from recbole.model import sequential_recommender
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.sampler import SeqSampler
 from recbole.trainer import Trainer
-from recbole.utils import FeatureSource, FeatureType, argument_list, init_seed
+from recbole.utils import FeatureSource, FeatureType, InputType, argument_list, init_seed
 from recbole.utils.url import download_url, extract_zip, rename_atomic_files
 
 RECBOLE = Path(recbole.__file__).parent
@@ -162,6 +166,100 @@ _dataset.pd = types.SimpleNamespace(**{**vars(pd), "read_csv": _read_csv})
 # utils/logger.py; no upstream issue found); our trainer opens its own in the run folder.
 _trainer.get_tensorboard = lambda logger: _NoTensorboard()
 
+
+class _SafeTorch:
+    """PyTorch, for the modules of RecBole that save and load: without a pickle (see `nested_state`).
+
+    RecBole 1.2.1 pickles its whole Config, which torch.load refuses since PyTorch 2.6 (no upstream issue
+    found). Stays, whatever RecBole does: nothing is unpickled here, and nothing pickled.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def save(state: dict[str, Any], path: str, **_: object) -> None:
+        """Write a checkpoint of RecBole's; of its Config the names that are read again."""
+        config = {key: state["config"][key] for key in ("model", "dataset")}
+        save_state({**state, "config": config}, Path(path))
+
+    @staticmethod
+    def load(path: str, map_location: Any = "cpu", **_: object) -> Any:
+        """Read what `save` wrote."""
+        return load_state(Path(path), str(map_location))
+
+
+_trainer.torch = _s3rec.torch = _SafeTorch()
+
+_init_trainer = Trainer.__init__
+
+
+def _init_with_file_name(self: Trainer, config: Config, model: torch.nn.Module) -> None:
+    """Trainer.__init__, with a name for its file that says what the file is."""
+    _init_trainer(self, config, model)
+    self.saved_model_file = str(Path(self.saved_model_file).with_suffix(".safetensors"))
+
+
+Trainer.__init__ = _init_with_file_name
+
+
+def _get_data_struct(self: Collector) -> DataStruct:
+    """Collector.get_data_struct, which in RecBole 1.2.1 takes counts for tensors, and dies of it.
+
+    ItemCoverage, GiniIndex, AveragePopularity and TailPercentage need these. No upstream issue found; goes
+    when RecBole moves tensors alone.
+    """
+    for key, value in self.data_struct._data_dict.items():
+        self.data_struct[key] = value.cpu() if isinstance(value, torch.Tensor) else value
+    collected = copy.deepcopy(self.data_struct)
+    for key in ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label"):
+        if key in self.data_struct:
+            del self.data_struct[key]
+    return collected
+
+
+Collector.get_data_struct = _get_data_struct
+
+_set_negatives = Config._set_train_neg_sample_args
+
+
+def _set_train_neg_sample_args(self: Config) -> None:
+    """Config._set_train_neg_sample_args, with none by default for a model that `draws_negatives` itself.
+
+    RecBole's default gives each row of a pointwise model a second one with a random item, told apart by a
+    label that no such model reads (data/dataloader/abstract_dataloader.py). Stays.
+    """
+    if getattr(self.model_class, "draws_negatives", False):
+        given = self.external_config_dict.get("train_neg_sample_args")
+        loss = self.external_config_dict.get("loss_type")
+        if given in (None, "None"):
+            self.final_config_dict["train_neg_sample_args"] = None
+        elif loss == "BPR":
+            self.final_config_dict["MODEL_INPUT_TYPE"] = InputType.PAIRWISE
+        else:
+            raise ValueError(
+                f"train_neg_sample_args: {self.model} draws the negatives of loss_type: {loss or 'CE'} "
+                f"itself; leave it out, or set loss_type: BPR"
+            )
+    _set_negatives(self)
+
+
+Config._set_train_neg_sample_args = _set_train_neg_sample_args
+
+
+def _refuse_pickle(*args: Any) -> None:
+    """In place of pickle.load and pickle.dump in RecBole's data sets.
+
+    Raises:
+        ValueError: always.
+    """
+    file = next((str(a.name) for a in args if hasattr(a, "name")), "the data set's file")
+    raise ValueError(f"{file}: pickles are neither loaded nor made; move it away, and leave save_dataset out")
+
+
+# create_dataset unpickles checkpoint_dir/NAME-CLASS.pth if there is one, whatever save_dataset says.
+_data.pickle = _dataset.pickle = types.SimpleNamespace(load=_refuse_pickle, dump=_refuse_pickle)
+
 # RecBole's data_preparation first unpickles ./saved/NAME-for-MODEL-dataloader.pth if there is one, or
 # the file that a key names (RecBole 1.2.1, data/utils.py; it is meant so). Nothing is unpickled here,
 # and nothing pickled.
@@ -175,6 +273,7 @@ __all__ = [
     "DataStruct",
     "FeatureSource",
     "FeatureType",
+    "InputType",
     "Interaction",
     "SeqSampler",
     "SequentialDataset",

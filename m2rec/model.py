@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from m2rec import text_vectors
-from m2rec.compat import Config, Interaction, SequentialDataset, SequentialRecommender
-from m2rec.dataset import shifted_targets
+from m2rec.compat import Config, InputType, Interaction, SequentialDataset, SequentialRecommender
+from m2rec.dataset import HistoryDataset, shifted_targets
 from m2rec.encoder import Encoder
 from m2rec.loss import NegativeSampler, bpr, cross_entropy, gbce, other_items, sampled_cross_entropy
 from m2rec.ops.contracts import without_autocast
@@ -40,8 +40,13 @@ class M2Rec(SequentialRecommender):
             loss uses every position; on any other, the last one, as stock RecBole does.
     """
 
+    input_type = InputType.POINTWISE  # a row is a history and the item after it
+    draws_negatives = True  # for each loss that needs some, see `compat`
+
     def __init__(self, config: Config, dataset: SequentialDataset) -> None:
         super().__init__(config, dataset)
+        if not isinstance(dataset, HistoryDataset):
+            _warn_of_stock_rows(config)
         self.settings = ModelSettings.read(config)
         self.text_source: dict[str, str | int | float] | None = None
         self.dense = getattr(dataset, "rows", "prefix") == "dense"
@@ -148,3 +153,15 @@ class M2Rec(SequentialRecommender):
         if not torch.isfinite(scores).all():
             raise ValueError("scores are NaN or infinite: training diverged; lower learning_rate")
         return scores
+
+
+def _warn_of_stock_rows(config: Config) -> None:
+    """Say which keys have no effect on a data set of RecBole's own."""
+    stock = {"rows": "prefix", "time_order": "recbole", "split": "leave_one_out"}
+    given = [f"{key}: {config[key]}" for key, own in stock.items() if key in config and config[key] != own]
+    if given:
+        logger.warning(
+            "%s has no effect on RecBole's own data set; HistoryDataset(config) in place of "
+            "create_dataset(config) follows it",
+            ", ".join(given),
+        )

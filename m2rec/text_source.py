@@ -28,7 +28,7 @@ def text_file(config: Config) -> Path | None:
     Raises:
         ValueError: a file was named and does not exist, or the item file can't be read.
     """
-    name, dataset = config["text_vectors"], config["dataset"]
+    name, dataset = ModelSettings.read(config).text_vectors, config["dataset"]
     found = text_vectors.find(name, dataset, *folders(config))
     if found is None and name == "auto" and (own := shipped.find_vectors(dataset)) is not None:
         columns = shipped.Columns.of(config)

@@ -28,7 +28,7 @@ RANKS = [
     {"evaluation", "model", "popularity"},
     {"dataset", "text_source"},
     {"compat"},
-    {"trained"},
+    {"trained", "nested_state"},
     {"encoder"},
     {"loss"},
     {"make_vectors", "shipped"},
