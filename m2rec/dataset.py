@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from m2rec import atomic, shipped
+from m2rec.checks import EVALUATION
 from m2rec.compat import (
     Config,
     FeatureSource,
@@ -57,6 +58,7 @@ class HistoryDataset(SequentialDataset):
     def __init__(self, config: Config) -> None:
         settings = RunSettings.read(config)
         self.rows, self.time_order, self.split = settings.rows, settings.time_order, settings.split
+        _check_evaluation(config)
         self._shares = settings.valid_from, settings.test_from
         self.part: str | None = None
         self.counts: dict[str, int] = {}
@@ -329,6 +331,20 @@ class HistoryDataset(SequentialDataset):
             return Counter(targets[targets > 0].tolist())
         counts: Counter[int] = super().counter(column)
         return counts
+
+
+def _check_evaluation(config: Config) -> None:
+    """Which rows are tested is `split`'s to say, here and in `build_config`.
+
+    Raises:
+        ValueError: eval_args of a plain Config say otherwise.
+    """
+    asked = {key: config["eval_args"][key] for key in ("split", "order", "group_by")}
+    if asked != {key: EVALUATION[key] for key in asked}:
+        raise ValueError(
+            f"eval_args: HistoryDataset does not follow {asked}; leave them out and set split, or take "
+            f"RecBole's create_dataset(config)"
+        )
 
 
 def _say_blanks(path: Path, tokens: pd.Series) -> None:

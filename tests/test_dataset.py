@@ -359,3 +359,23 @@ def test_labels_that_are_filtered_are_not_said(tmp_path: Path, caplog: pytest.Lo
     keys = parse_arguments([f"--val_interval={given[1]}", f"--load_col={given[2]}"])
     train, _, _ = built(tmp_path, **keys)
     assert train.counts["interactions"] == 20 and "label" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"split": {"RS": [0.3, 0.3, 0.4]}}, {"split": {"LS": "test_only"}}, {"order": "RO"}, {"group_by": None}],
+)
+def test_eval_args_of_a_plain_config_are_not_ignored(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, object]
+):
+    from recbole.config import Config
+
+    from m2rec.model import M2Rec
+
+    monkeypatch.setattr("sys.argv", ["run.py"])
+    columns = {"inter": ["user_id", "item_id", "timestamp"]}
+    own = {"dataset": "toy", "data_path": str(toy), "load_col": columns, "gpu_id": ""}
+    kept = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}
+    HistoryDataset(Config(model=M2Rec, config_dict={**own, "eval_args": dict(kept)}))
+    with pytest.raises(ValueError, match="eval_args: HistoryDataset does not follow"):
+        HistoryDataset(Config(model=M2Rec, config_dict={**own, "eval_args": {**kept, **asked}}))
