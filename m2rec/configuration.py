@@ -333,11 +333,16 @@ def _check_keys(values: Mapping[str, Any]) -> None:
 
 def _add_derived(values: dict[str, Any], model: type[SequentialRecommender]) -> None:
     """Keys whose default follows from others."""
-    values.setdefault("rows", "dense" if model in _OWN else "prefix")
+    presplit = values.get("benchmark_filename")  # rows that are there already
+    values.setdefault("rows", "dense" if model in _OWN and not presplit else "prefix")
     if model is Popularity:  # it never gets better, and RecBole takes equally good for better
         values.update(epochs=1, loss_type="CE")
     fields = {**_COLUMNS, "TIME_FIELD": "timestamp"}
     columns = [values.get(key, fields[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
+    if presplit:
+        lists = f"{columns[1]}{values.get('LIST_SUFFIX', '_list')}"
+        columns = [*columns[:2], lists]
+        values.setdefault("alias_of_item_id", [lists])
     values.setdefault("load_col", {"inter": columns})
     if values.get("show_progress") is None:
         values["show_progress"] = sys.stderr.isatty()

@@ -59,6 +59,10 @@ class HistoryDataset(SequentialDataset):
         settings = RunSettings.read(config)
         self.rows, self.time_order, self.split = settings.rows, settings.time_order, settings.split
         _check_evaluation(config)
+        if config["benchmark_filename"] and type(self) is HistoryDataset:
+            raise ValueError(
+                "benchmark_filename: HistoryDataset reads NAME.inter; take presplit.PresplitDataset"
+            )
         self._shares = settings.valid_from, settings.test_from
         self.part: str | None = None
         self.counts: dict[str, int] = {}
@@ -93,6 +97,11 @@ class HistoryDataset(SequentialDataset):
     def history_field(self) -> str:
         """The column of the histories, (n, L); RecBole names it after that of the items."""
         return str(getattr(self, f"{self.iid_field}_list_field"))
+
+    @property
+    def owner_field(self) -> str:
+        """The column that says whose history in `histories` a row has."""
+        return str(self.uid_field)
 
     def _load_feat(self, filepath: str, source: FeatureSource) -> pd.DataFrame:
         """Read interactions with our reader; the rest, and sequence columns, with RecBole's."""
@@ -298,7 +307,7 @@ class HistoryDataset(SequentialDataset):
     def n_returning(self) -> int:
         """Targets of this part, validation or test, that their user had before."""
         assert self.histories is not None and self.part is not None
-        return int(self.histories.target_returns(self.inter_feat[self.uid_field].numpy(), self.part).sum())
+        return int(self.histories.target_returns(self.inter_feat[self.owner_field].numpy(), self.part).sum())
 
     def build(self) -> list["HistoryDataset"]:
         """Split into training, validation and test rows."""

@@ -17,7 +17,7 @@ from m2rec.dataset import HistoryDataset
 from m2rec.diversity import TEXTBOOK
 from m2rec.evaluation import ALL, NEW, NO_ITEM, UNSEEN, Ranking
 from m2rec.experiment import data_of_run
-from m2rec.histories import NONE
+from m2rec.histories import NONE, Histories
 from m2rec.provenance import item_tokens
 from m2rec.recommender import Recommender
 from m2rec.statistics import metric_of_ranks
@@ -52,8 +52,7 @@ def read_tests(run: Path, part: str = "test", **keys: Any) -> Tests:
         ValueError: the data can't be loaded.
     """
     _, dataset, _ = data_of_run(run, **keys)
-    histories = dataset.histories
-    assert histories is not None
+    histories = _whole_histories(dataset)
     tokens, users = item_tokens(dataset), dataset.field2id_token[dataset.uid_field]
     rows = np.flatnonzero(histories.split.targets[part] != NONE)
     ends = histories.split.targets[part][rows]
@@ -81,14 +80,26 @@ def read_histories(run: Path, **keys: Any) -> list[tuple[str, list[str]]]:
 
 
 def list_histories(dataset: HistoryDataset) -> list[tuple[str, list[str]]]:
-    """The users of a loaded data set with all that they did, as tokens."""
-    histories = dataset.histories
-    assert histories is not None
+    """The users of a loaded data set with all that they did, as tokens.
+
+    Raises:
+        ValueError: its rows bring histories of their own.
+    """
+    histories = _whole_histories(dataset)
     tokens, users = item_tokens(dataset), dataset.field2id_token[dataset.uid_field]
     return [
         (str(users[user]), [tokens[item] for item in histories.items[start:end]])
         for user, start, end in zip(histories.users, histories.start, histories.end, strict=True)
     ]
+
+
+def _whole_histories(dataset: HistoryDataset) -> Histories:
+    if dataset.owner_field != dataset.uid_field:
+        raise ValueError(
+            "dataset: its rows bring a history each (benchmark_filename), of no user's whole; give another one"
+        )
+    assert dataset.histories is not None
+    return dataset.histories
 
 
 def rank_tests(recommender: Recommender, tests: Tests, cut: int) -> Ranking:

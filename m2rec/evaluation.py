@@ -93,14 +93,16 @@ def rank_items(
             parts.append(best.indices.masked_fill(best.values == -torch.inf, NO_ITEM).cpu())
     order = distributed.gather(own).argsort()
     items = {name: distributed.gather(torch.cat(parts))[order] for name, parts in found.items()}
-    returning = dataset.histories.target_returns(dataset.inter_feat[dataset.uid_field].numpy(), dataset.part)
+    returning = dataset.histories.target_returns(
+        dataset.inter_feat[dataset.owner_field].numpy(), dataset.part
+    )
     return Ranking(dataset.inter_feat[dataset.iid_field], torch.from_numpy(returning), items)
 
 
 def remove_history(scores: Tensor, interaction: Interaction, dataset: HistoryDataset) -> None:
     """Set the scores of each row's earlier items to -inf: nothing of them can be recommended."""
     assert dataset.histories is not None and dataset.part is not None
-    owner, items = dataset.histories.before(interaction[dataset.uid_field].cpu().numpy(), dataset.part)
+    owner, items = dataset.histories.before(interaction[dataset.owner_field].cpu().numpy(), dataset.part)
     scores[torch.from_numpy(owner).to(scores.device), torch.from_numpy(items).to(scores.device)] = -torch.inf
 
 
@@ -145,7 +147,7 @@ class Breakdown:
             dataset.field2id_token[dataset.uid_field][users],
             dataset.field2id_token[dataset.iid_field][targets],
             dataset.histories.trained(dataset.item_num)[targets],
-            dataset.histories.lengths(users, dataset.part),
+            dataset.histories.lengths(dataset.inter_feat[dataset.owner_field].numpy(), dataset.part),
             ranking.returning.numpy(),
             {"test": ranking.places(ALL), "test_unseen": ranking.places(UNSEEN)},
         )

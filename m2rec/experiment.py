@@ -33,6 +33,7 @@ from m2rec.files import (
 )
 from m2rec.insights import look
 from m2rec.model import M2Rec
+from m2rec.presplit import PresplitDataset
 from m2rec.provenance import (
     commit,
     describe_cautions,
@@ -127,7 +128,7 @@ def load_data(config: Config) -> tuple[HistoryDataset, tuple[Any, Any, Any]]:
     """
     init_seed(config["seed"], config["reproducibility"])
     with _explained(f"dataset: RecBole can't prepare {config['dataset']!r} with these keys"):
-        dataset = HistoryDataset(config)
+        dataset = (PresplitDataset if config["benchmark_filename"] else HistoryDataset)(config)
         train, valid, test = data_preparation(config, dataset)
     return dataset, (train, valid, test)
 
@@ -195,9 +196,8 @@ def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -
     """
     config, trainer, (train, valid, _) = prepared.config, prepared.trainer, prepared.parts
     if not prepared.has_valid:
-        why = (
-            "no user has four interactions" if prepared.dataset.split == "leave_one_out" else "see valid_from"
-        )
+        reasons = {"leave_one_out": "no user has four interactions", "files": "no file of them is named"}
+        why = reasons.get(prepared.dataset.split, "see valid_from")
         logger.warning("no validation rows (%s): the last epoch's weights are kept", why)
     with _explained(f"model: {config['variant']} can't be trained with these keys and this data"):
         validated = valid if prepared.has_valid else None

@@ -18,11 +18,13 @@ class Split:
     Attributes:
         train_stop: (m,), a user's interactions before it are for training; the first of them is
             only input.
+        train_start: (m,), those before it are not counted by `Histories.trained`; None for none.
         targets: `valid` and `test`, (m,) each: the position of the target, -1 for none.
     """
 
     train_stop: np.ndarray
     targets: dict[str, np.ndarray]
+    train_start: np.ndarray | None = None
 
 
 def leave_one_out(start: np.ndarray, end: np.ndarray) -> Split:
@@ -105,6 +107,10 @@ class Histories:
         """
         stop = np.where(self.split.train_stop - self.start >= 2, self.split.train_stop, self.start)
         steps = np.zeros(len(self.items) + 1, dtype=np.int64)
-        np.add.at(steps, self.start, 1)
+        np.add.at(
+            steps,
+            self.start if self.split.train_start is None else np.minimum(self.split.train_start, stop),
+            1,
+        )
         np.add.at(steps, stop, -1)
         return np.bincount(self.items[steps.cumsum()[:-1] > 0], minlength=n_items)

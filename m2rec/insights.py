@@ -156,9 +156,10 @@ def _examples(score: Callable[[Interaction], Tensor], test: HistoryDataset) -> l
     users, targets = batch[test.uid_field].numpy(), batch[test.iid_field]
     places = places_of_targets(scores, targets)
     best = scores.topk(min(_BEST, scores.shape[1] - 1))
-    owner, seen = test.histories.before(users, test.part)
+    owners = batch[test.owner_field].numpy()
+    owner, seen = test.histories.before(owners, test.part)
     tokens = test.field2id_token[test.iid_field]
-    lengths = test.histories.lengths(users, test.part)
+    lengths = test.histories.lengths(owners, test.part)
     return [
         {
             "user": str(test.field2id_token[test.uid_field][user]),

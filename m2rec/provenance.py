@@ -138,6 +138,7 @@ def describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]
             f"trained on the first {config['valid_from']:.0%} of all interactions by time; the validation "
             f"target is a user's last item up to {config['test_from']:.0%}, the test target the last after"
         ),
+        "files": "each row's target and history are those of the files that benchmark_filename names",
     }
     return {
         "split": dataset.split,

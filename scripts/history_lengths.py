@@ -59,7 +59,7 @@ def test_users(options: argparse.Namespace) -> tuple[list[list[str]], list[str]]
     """All that each test user did before the test item, and that item."""
     _, dataset, (_, _, test) = data_of_run(options.run, data_path=options.data_path)
     rows, past, tokens = test.dataset.inter_feat, test.dataset.histories, item_tokens(dataset)
-    users = rows[dataset.uid_field].numpy()
+    users = rows[dataset.owner_field].numpy()
     chosen = np.unique(np.linspace(0, len(users) - 1, options.users or len(users)).round().astype(int))
     owner, items = past.before(users[chosen], "test")
     ends = np.searchsorted(owner, np.arange(len(chosen)), side="right")

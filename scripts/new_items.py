@@ -143,6 +143,8 @@ def check_model(config: Config) -> None:
     settings = ModelSettings.read(config)
     if settings.text_vectors == "none" or not settings.text_in_table:
         raise ValueError("text_in_table: new items need text in the item table; leave it and text_vectors on")
+    if config["benchmark_filename"]:
+        raise ValueError("benchmark_filename: not for new items; give whole histories in NAME.inter")
     if config["split"] != "leave_one_out":
         raise ValueError(f"split: {config['split']!r} is not for new items; set leave_one_out")
 

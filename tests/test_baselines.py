@@ -9,9 +9,6 @@ from m2rec.configuration import _recbole_models, build_config
 from m2rec.experiment import run
 from tests.conftest import write_inter
 
-# m2rec.compat hides what pandas 3 says of RecBole's fillna; pytest shows it again
-pytestmark = pytest.mark.filterwarnings("ignore:A value is being set on a copy")
-
 ROOT = Path(__file__).parent.parent
 MODELS = sorted(_recbole_models())
 COLUMNS = ["user_id", "item_id", "timestamp"]

@@ -9,9 +9,6 @@ from m2rec.configuration import build_config
 from m2rec.dataset import HistoryDataset
 from tests.conftest import small, write_inter
 
-# m2rec.compat hides what pandas 3 says of RecBole's fillna; pytest shows it again
-pytestmark = pytest.mark.filterwarnings("ignore:A value is being set on a copy")
-
 CLASSES = ["a b", '"Heroes', "", 'b "c"', 'Remix 12"', "c"]  # of item i0, i1, and so on
 N = len(CLASSES)
 
