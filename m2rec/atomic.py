@@ -4,6 +4,7 @@ Plain pandas: every error names the file, the line and the cure.
 """
 
 import logging
+import re
 import socket
 import tempfile
 import threading
@@ -96,7 +97,9 @@ def read_table(
         raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     except pd.errors.ParserError as error:
         reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
-        raise ValueError(f"{path}: {reason}; every line needs {len(header)} columns") from None
+        if found := re.fullmatch(r"Expected \d+ fields in line (\d+), saw (\d+)", reason):
+            reason = f"line {found[1]} has {found[2]} columns, the first line names {len(header)}"
+        raise ValueError(f"{path}: {reason}; repair or remove that line, or name the columns") from None
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes a surplus first column for an index
         raise ValueError(f"{path}: line 2 has more than the {len(header)} columns of the first line")
     frame.columns = [column for column in header if columns is None or column in columns]

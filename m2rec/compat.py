@@ -6,8 +6,10 @@ RecBole's names from here.
 
 import copy
 import csv
+import functools
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,32 +112,30 @@ def _fill_nan(self: Dataset) -> None:
                 feat[column] = [empty if isinstance(x, float) else x for x in feat[column]]
 
 
-def _split_remapped(feat: object, column: str, ids: np.ndarray) -> list[np.ndarray]:
-    """One array of ids per row; stock's `agg(len)` gives a single number under pandas 3."""
-    lengths = [len(x) for x in feat[column]]  # type: ignore[index]
-    return np.split(ids, np.cumsum(lengths)[:-1])
+def _with_lengths_by_row(method: Callable[..., None]) -> Callable[..., None]:
+    """A method of RecBole's in which `column.agg(len)` is a length for each row, as before pandas 3.
 
-
-def _remap(self: Dataset, remap_list: list[tuple[object, str, FeatureType]]) -> None:
-    """Dataset._remap with one length per row (see `_split_remapped`); same ids as stock.
-
-    No upstream issue found; goes when RecBole supports pandas 3.
+    Under pandas 3 it is the number of rows. No upstream issue found; goes when RecBole supports pandas 3.
     """
-    if not remap_list:
-        return
-    tokens, split_point = self._concat_remaped_tokens(remap_list)
-    codes, distinct = pd.factorize(tokens)
-    names = np.array(["[PAD]", *distinct])
-    index = {token: i for i, token in enumerate(names)}
-    for (feat, column, kind), ids in zip(remap_list, np.split(codes + 1, split_point), strict=True):
-        if column not in self.field2id_token:
-            self.field2id_token[column], self.field2token_id[column] = names, index
-        sequence = kind == FeatureType.TOKEN_SEQ
-        feat[column] = _split_remapped(feat, column, ids) if sequence else ids  # type: ignore[index]
+
+    @functools.wraps(method)
+    def call(*args: Any) -> None:
+        stock = pd.Series.agg
+
+        def agg(column: pd.Series, func: Any = None, *others: Any, **named: Any) -> Any:
+            return column.map(len) if func is len else stock(column, func, *others, **named)
+
+        pd.Series.agg = agg
+        try:
+            method(*args)
+        finally:
+            pd.Series.agg = stock
+
+    return call
 
 
 def _benchmark_presets(self: SequentialDataset) -> None:
-    """SequentialDataset._benchmark_presets with one length per row (see `_split_remapped`).
+    """SequentialDataset._benchmark_presets with one length per row (see `_with_lengths_by_row`).
 
     Whatever the column of items is called, too. No upstream issue found; goes when RecBole supports pandas 3.
     """
@@ -172,7 +172,8 @@ def _read_csv(path: str, dtype: dict[str, type], **options: Any) -> pd.DataFrame
 
 
 Dataset._fill_nan = _fill_nan
-Dataset._remap = _remap
+for _name in ("_remap", "_normalize", "_discretization"):
+    setattr(Dataset, _name, _with_lengths_by_row(getattr(Dataset, _name)))
 SequentialDataset._benchmark_presets = _benchmark_presets
 _dataset.pd = types.SimpleNamespace(**{**vars(pd), "read_csv": _read_csv})
 

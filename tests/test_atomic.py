@@ -108,7 +108,7 @@ def test_many_times_within_a_double(tmp_path: Path):
         ("a\tb\tinf", "column 'timestamp' has 'inf' in line 3, not a number"),
         ("a\tb\t", "column 'timestamp' has 'nothing' in line 3, not a number"),
         ("a\tb", "column 'timestamp' has 'nothing' in line 3, not a number"),
-        ("a\tb\t1\t2\t3", "Expected 3 fields in line 3, saw 5"),
+        ("a\tb\t1\t2\t3", "line 3 has 5 columns, the first line names 3; repair or remove that line"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str):

@@ -78,3 +78,54 @@ def test_an_item_called_na_keeps_its_features(tmp_path: Path):
     assert found == {"a": "None", "b": "null", "NA": "tea"}
     prices = dict(zip(dataset.field2id_token["item_id"], dataset.item_feat["price"].tolist(), strict=True))
     assert prices == {"[PAD]": 1, "a": 1, "b": 1, "NA": 1}  # the mean, as RecBole fills it
+
+
+def numbers(dataset: HistoryDataset, column: str) -> list[tuple[int, list[float]]]:
+    """Each row's item, by its number, with the column's sequence."""
+    rows, items = dataset.inter_feat, dataset.field2id_token["item_id"]
+    return [
+        (int(item[1:]), own) for item, own in zip(items[rows["item_id"]], rows[column].tolist(), strict=True)
+    ]
+
+
+def test_sequences_of_numbers_are_normalised(data: Path):
+    """Row by row: those of items with odd numbers are 1.5 and 2, the smallest and the largest."""
+    load = {"inter": ["user_id", "item_id", "timestamp", "weights"]}
+    dataset = read(data, load_col=load, normalize_field=["weights"])
+    for item, own in numbers(dataset, "weights"):
+        assert own == ([0.0, 1.0] if item % 2 else [0.0, 0.0])
+
+
+def test_sequences_of_numbers_go_into_buckets(data: Path):
+    load = {"inter": ["user_id", "item_id", "timestamp", "weights"]}
+    buckets = {"weights": {"method": "ED", "bucket": 2}}
+    dataset = read(data, load_col=load, numerical_features=["weights"], discretization=buckets)
+    for item, own in numbers(dataset, "weights"):
+        assert own == ([[1.0, 1.0], [1.0, 2.0]] if item % 2 else [[0.0, 0.0], [0.0, 0.0]])
+    dataset = read(data, load_col=load, numerical_features=["weights"])
+    assert {len(own) for _, own in numbers(dataset, "weights")} == {2}
+    import pandas as pd
+
+    assert pd.Series([[1, 2], [3]]).agg(len) in (2, [2, 1])  # pandas itself is as it was
+
+
+@pytest.mark.parametrize("item", ["item_id", "asin"])
+def test_recboles_own_data_set_knows_each_rows_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, item: str
+):
+    """SequentialDataset on files that come split, whatever the column of items is called."""
+    from m2rec.compat import Config, SequentialDataset
+    from m2rec.model import M2Rec
+
+    monkeypatch.setattr("sys.argv", ["run.py"])
+    (tmp_path / "pre").mkdir()
+    for part in ("train", "valid", "test"):
+        lines = [f"user_id:token\t{item}_list:token_seq\t{item}:token", "u\ta b c\td", "v\tb\tc", "w\tc d\ta"]
+        (tmp_path / "pre" / f"pre.{part}.inter").write_text("\n".join(lines) + "\n")
+    values = {
+        "dataset": "pre", "data_path": str(tmp_path), "load_col": {"inter": ["user_id", item, f"{item}_list"]},
+        "ITEM_ID_FIELD": item, "alias_of_item_id": [f"{item}_list"],
+        "benchmark_filename": ["train", "valid", "test"],
+    }  # fmt: skip
+    parts = SequentialDataset(Config(model=M2Rec, config_dict=values)).build()
+    assert [part.inter_feat["item_length"].tolist() for part in parts] == [[3, 1, 2]] * 3
