@@ -69,8 +69,13 @@ def require_column(path: Path, header: dict[str, str], key: str, name: str, kind
 def separator_hint(header: dict[str, str]) -> str:
     """For the end of an error, if the file seems to have another separator than was said; else empty."""
     (first, *others) = header
-    found = next((mark for mark in ",|;\t" if mark in first), None)
+    found = next((mark for mark in (",", "||", "::", "|", ";", "\t", " ") if mark in first), None)
     return f" (field_separator: {found!r} seems to stand between its columns)" if found and not others else ""
+
+
+def separated_by(separator: str) -> dict[str, str]:
+    """The arguments of pandas for this separator, of which it takes several characters for a pattern."""
+    return {"sep": separator} if len(separator) == 1 else {"sep": re.escape(separator), "engine": "python"}
 
 
 def read_table(
@@ -84,7 +89,7 @@ def read_table(
     try:
         frame = pd.read_csv(
             path,
-            sep=separator,
+            **separated_by(separator),
             dtype=str,
             keep_default_na=False,
             na_values=[""],

@@ -47,15 +47,7 @@ def check_recbole_keys(values: Mapping[str, Any]) -> None:
     """The forms of the keys that RecBole takes without a look."""
     for key in ("user_inter_num_interval", "item_inter_num_interval"):
         _check_interval(key, values.get(key))
-    ranges = values.get("val_interval") or {}
-    if not isinstance(ranges, dict):
-        raise ValueError(f"val_interval: expected {{column: '[low,high]'}}, got {ranges!r}")
-    for column, wanted in ranges.items():
-        if not isinstance(wanted, list):  # a list names the tokens to keep
-            _check_interval(f"val_interval of {column}", wanted)
-    load = values.get("load_col")
-    if not isinstance(load, dict) or not isinstance(load.get("inter"), list | str):
-        raise ValueError(f"load_col: expected {{inter: [column, ...]}}, got {load!r}")
+    _check_columns(values)
     if (keep := values.get("rm_dup_inter")) not in (None, "first", "last"):
         raise ValueError(f"rm_dup_inter: expected first, last or ~ (keeps all), got {keep!r}")
     clip = values.get("clip_grad_norm")
@@ -65,6 +57,25 @@ def check_recbole_keys(values: Mapping[str, Any]) -> None:
     for key in ("field_separator", "seq_separator", "LIST_SUFFIX"):
         if key in values and not (isinstance(values[key], str) and values[key]):
             raise ValueError(f"{key}: expected some text, got {values[key]!r}")
+
+
+def _check_columns(values: Mapping[str, Any]) -> None:
+    """val_interval, and load_col, which must have its columns."""
+    ranges = values.get("val_interval") or {}
+    if not isinstance(ranges, dict):
+        raise ValueError(f"val_interval: expected {{column: '[low,high]'}}, got {ranges!r}")
+    for column, wanted in ranges.items():
+        if not isinstance(wanted, list):  # a list names the tokens to keep
+            _check_interval(f"val_interval of {column}", wanted)
+    load = values.get("load_col")
+    if not isinstance(load, dict) or not isinstance(load.get("inter"), list | str):
+        raise ValueError(f"load_col: expected {{inter: [column, ...]}}, got {load!r}")
+    loaded = {column for columns in load.values() if isinstance(columns, list) for column in columns}
+    if (missing := [column for column in ranges if column not in loaded]) and "*" not in load.values():
+        raise ValueError(
+            f"val_interval: column {missing[0]!r} is not loaded; add it to load_col, such as "
+            f'--load_col="{{inter: [{", ".join([*load["inter"], missing[0]])}]}}"'
+        )
 
 
 def _check_interval(key: str, interval: Any) -> None:

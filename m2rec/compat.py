@@ -7,6 +7,7 @@ RecBole's names from here.
 import copy
 import csv
 import functools
+import re
 import types
 import warnings
 from collections.abc import Callable
@@ -155,16 +156,18 @@ _NO_NUMBER = [
 
 
 def _read_csv(path: str, dtype: dict[str, type], **options: Any) -> pd.DataFrame:
-    """pandas.read_csv as RecBole 1.2.1 calls it (Dataset._load_feat), with three repairs.
+    """pandas.read_csv as RecBole 1.2.1 calls it (Dataset._load_feat), with four repairs.
 
     By default a quotation mark joins lines, and their rows are lost without a word; in atomic files it is
     text (no upstream issue found; goes when RecBole reads with quoting=3). An item that is called NA is
     read as missing and loses its features (no upstream issue found; goes when RecBole reads tokens as they
     are). And `fillna(inplace=True)` of a column does nothing under pandas 3, so that an empty sequence
     stays NaN, which has no `split`; it is filled here (no upstream issue found; goes when RecBole supports
-    pandas 3).
+    pandas 3). A separator of several characters, such as ||, is no pattern (no upstream issue found).
     """
     missing = {name: _NO_NUMBER if kind is np.float64 else [""] for name, kind in dtype.items()}
+    if len(options["delimiter"]) > 1:
+        options["delimiter"] = re.escape(options["delimiter"])
     options |= {"quoting": csv.QUOTE_NONE, "keep_default_na": False, "na_values": missing}
     frame = pd.read_csv(path, dtype=dtype, **options)
     sequences = [column for column in frame if column.endswith("_seq")]

@@ -53,6 +53,19 @@ _UNLISTED = {"dataset", "model"}
 # how interactions are read, with RecBole's defaults
 _COLUMNS = {"field_separator": "\t", "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id"}
 
+# RecBole's keys of before 1.0 or 1.2, with what does the same now
+_RENAMED = {
+    **dict.fromkeys(("neg_sampling", "training_neg_sample_num"), "train_neg_sample_args"),
+    **dict.fromkeys(("min_user_inter_num", "max_user_inter_num"), "user_inter_num_interval"),
+    **dict.fromkeys(("min_item_inter_num", "max_item_inter_num"), "item_inter_num_interval"),
+    **dict.fromkeys(("lowest_val", "highest_val", "equal_val", "not_equal_val"), "val_interval"),
+    **dict.fromkeys(("eval_setting", "group_by_user", "split_ratio", "leave_one_num"), "split"),
+    "fields_in_same_space": "alias_of_item_id, alias_of_user_id",
+    "real_time_process": "",
+    "drop_filter_field": "",
+    "drop_preload_weight": "",
+}
+
 # RecBole's properties that hold for every sequential model
 _GENERAL = ("overall.yaml", "dataset/sample.yaml", "quick_start_config/sequential.yaml")
 
@@ -130,6 +143,8 @@ def _parse_value(value: str) -> Any:
         found = _read(value)
     except yaml.YAMLError:
         return value
+    if value and not value.strip():  # a separator, which for YAML is nothing
+        return value
     opens_a_block = found == "" and value.strip() in ("|", ">")  # which on one line is always empty
     return value if opens_a_block else found
 
@@ -182,6 +197,8 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     chosen.update({k: v for k, v in given.items() if k != "config_files"})
     if type(chosen.get("dataset")) is int:  # a name such as 1234, which YAML reads as a number
         chosen["dataset"] = str(chosen["dataset"])
+    if isinstance(separator := chosen.get("field_separator"), str):  # as a shell hands a tab over
+        chosen["field_separator"] = separator.replace(r"\t", "\t")
 
     defaults = read_yaml(PROPERTIES / "overall.yaml")
     name = str(chosen.get("model", defaults["model"]))
@@ -327,6 +344,11 @@ def _listed() -> set[str]:
 
 def _check_keys(values: Mapping[str, Any]) -> None:
     for key in values:
+        if key in _RENAMED:
+            cure = (
+                f"set {_RENAMED[key]} in its place" if _RENAMED[key] else "leave it out, nothing replaces it"
+            )
+            raise ValueError(f"unknown key {key!r}: RecBole has renamed or dropped it; {cure}")
         if key not in known_keys():
             raise ValueError(f"unknown key {key!r}{nearest(str(key), known_keys())}")
 

@@ -172,3 +172,22 @@ def test_a_download_arrives_whole(tmp_path: Path):
         atomic.download("mine", tmp_path / "data" / "mine", url)
         server.shutdown()
     assert [p.name for p in (tmp_path / "data").rglob("*") if p.is_file()] == ["mine.inter"]
+
+
+@pytest.mark.parametrize("separator", ["||", "::", " ", "\t", "|"])
+def test_any_text_may_separate_columns(tmp_path: Path, separator: str):
+    """Several characters are no pattern; a tab that was said to be there is found to be another mark."""
+    lines = FIRST + "".join(f"u{k}\ti{k}\t{k}.5\n" for k in range(9))
+    path = written(tmp_path, lines.replace("\t", separator))
+    frame = atomic.read_interactions(path, separator, HEADER, list(HEADER), "timestamp")
+    assert frame.to_dict("list") == {
+        "user_id": [f"u{k}" for k in range(9)],
+        "item_id": [f"i{k}" for k in range(9)],
+        "timestamp": [k + 0.5 for k in range(9)],
+    }
+    if separator != "\t":
+        hint = atomic.separator_hint(atomic.read_header(path, "\t"))
+        assert hint == f" (field_separator: {separator!r} seems to stand between its columns)"
+    path.write_text(path.read_text() + separator.join("abcd") + "\n")
+    with pytest.raises(ValueError, match="line 11 has 4 columns, the first line names 3"):
+        atomic.read_interactions(path, separator, HEADER, list(HEADER), "timestamp")

@@ -123,9 +123,17 @@ def test_recboles_own_data_set_knows_each_rows_length(
         lines = [f"user_id:token\t{item}_list:token_seq\t{item}:token", "u\ta b c\td", "v\tb\tc", "w\tc d\ta"]
         (tmp_path / "pre" / f"pre.{part}.inter").write_text("\n".join(lines) + "\n")
     values = {
-        "dataset": "pre", "data_path": str(tmp_path), "load_col": {"inter": ["user_id", item, f"{item}_list"]},
-        "ITEM_ID_FIELD": item, "alias_of_item_id": [f"{item}_list"],
+        "dataset": "pre", "data_path": str(tmp_path), "ITEM_ID_FIELD": item,
+        "load_col": {"inter": ["user_id", item, f"{item}_list"]}, "alias_of_item_id": [f"{item}_list"],
         "benchmark_filename": ["train", "valid", "test"],
     }  # fmt: skip
     parts = SequentialDataset(Config(model=M2Rec, config_dict=values)).build()
     assert [part.inter_feat["item_length"].tolist() for part in parts] == [[3, 1, 2]] * 3
+
+
+def test_features_between_bars(data: Path):
+    for path in (data / "shop").iterdir():
+        path.write_text(path.read_text().replace("\t", "||"))
+    load = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "class", "price"]}
+    dataset = read(data, load_col=load, field_separator="||")
+    assert dataset.counts["interactions"] == N * N and len(dataset.item_feat["price"]) == N + 1

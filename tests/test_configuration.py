@@ -117,6 +117,24 @@ def test_baselines_take_prefix_rows_and_refuse_dense_ones():
             {"MAX_ITEM_LIST_LENTH": 9},
             "unknown key 'MAX_ITEM_LIST_LENTH'; did you mean 'MAX_ITEM_LIST_LENGTH'?",
         ),
+        (
+            {"neg_sampling": None},
+            "'neg_sampling': RecBole has renamed or dropped it; set train_neg_sample_args",
+        ),
+        (
+            {"min_user_inter_num": 5},
+            "'min_user_inter_num': RecBole has renamed or dropped it; set user_inter_num",
+        ),
+        ({"real_time_process": True}, "RecBole has renamed or dropped it; leave it out, nothing replaces it"),
+        (
+            {"split_ratio": [8, 1, 1]},
+            "'split_ratio': RecBole has renamed or dropped it; set split in its place",
+        ),
+        (
+            {"val_interval": {"rating": "[4,inf)"}},
+            "val_interval: column 'rating' is not loaded; add it to load_col, such as "
+            '--load_col="{inter: [user_id, item_id, timestamp, rating]}"',
+        ),
         ({"hiden_size": 9}, "unknown key 'hiden_size'; did you mean 'hidden_size'?"),
         ({"model": "SASrec"}, "model: unknown model 'SASrec'; did you mean 'SASRec'?"),
         ({"model": "os"}, "model: unknown model 'os'"),
@@ -191,6 +209,13 @@ def test_arguments_are_yaml_and_never_evaluated():
     for wrong in ("epochs=3", "--epochs", "--=3", "-e=3"):
         with pytest.raises(ValueError, match=f"argument '{wrong}': expected --key=value"):
             parse_arguments([wrong])
+
+
+def test_a_separator_comes_as_it_was_meant():
+    assert parse_arguments(["--field_separator= "]) == {"field_separator": " "}
+    assert parse_arguments(["--clip_grad_norm="]) == {"clip_grad_norm": None}
+    for given, meant in ((r"\t", "\t"), ("\t", "\t"), (" ", " "), ("||", "||")):
+        assert build_config(parse_arguments([f"--field_separator={given}"]))["field_separator"] == meant
 
 
 def test_the_programs_own_arguments_stay_out(monkeypatch: pytest.MonkeyPatch):
