@@ -96,7 +96,7 @@ def list_histories(dataset: HistoryDataset) -> list[tuple[str, list[str]]]:
 def _whole_histories(dataset: HistoryDataset) -> Histories:
     if dataset.owner_field != dataset.uid_field:
         raise ValueError(
-            "dataset: its rows bring a history each (benchmark_filename), of no user's whole; give another one"
+            "dataset: its rows bring a history each (benchmark_filename), not whole users; give another one"
         )
     assert dataset.histories is not None
     return dataset.histories
