@@ -71,7 +71,7 @@ def read_texts(
     if not path.is_file():
         raise ValueError(f"no item file {path}; its first line must name columns, such as item_id:token")
     if template and columns:
-        raise ValueError("--columns: not together with --template, which names its own; leave one out")
+        raise ValueError("columns: not together with template, which names its own; leave one out")
     header = atomic.read_header(path, separator)
     parts = parse_template(template) if template else []
     wanted = [part.column for part in parts] or list(columns or [])
@@ -112,10 +112,10 @@ def parse_template(template: str) -> list[Part]:
             literals.append("")
     except ValueError as error:
         raise ValueError(
-            f"--template: {template!r} can't be read ({error}); write '{{title}}; genre: {{genre}}'"
+            f"template: {template!r} can't be read ({error}); write '{{title}}; genre: {{genre}}'"
         ) from None
     if not columns:
-        raise ValueError(f"--template: {template!r} has no column; write '{{title}}; genre: {{genre}}'")
+        raise ValueError(f"template: {template!r} has no column; write '{{title}}; genre: {{genre}}'")
     between = [BETWEEN.fullmatch(literal) for literal in literals[1:-1]]
     groups = [match.groups() for match in between if match]  # the pattern matches anything
     after = [closing for closing, _, _ in groups] + [literals[-1]]

@@ -18,7 +18,7 @@ class Lsa:
 
     def __init__(self, width: int = 256) -> None:
         if width < 1:
-            raise ValueError(f"--lsa-width: {width} is no width; give a whole number from 1 on, such as 256")
+            raise ValueError(f"width: {width} is no width; give a whole number from 1 on, such as 256")
         self.width = width
         self.decisive = {
             "model": NAME,

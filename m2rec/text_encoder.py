@@ -82,7 +82,7 @@ class TextEncoder:
     def __init__(self, options: EncoderOptions) -> None:
         self.options = options
         if options.batch_tokens < 0:
-            raise ValueError(f"--batch-tokens: {options.batch_tokens} is no limit; give a number from 1 on")
+            raise ValueError(f"batch_tokens: {options.batch_tokens} is no limit; give a number from 1 on")
         self.device = _device(options.device)
         self.batch_tokens = options.batch_tokens or BATCH_TOKENS[self.device]
         self.dtype = _dtype(options.dtype, self.device)
@@ -166,12 +166,11 @@ class TextEncoder:
             vectors = pool(hidden, mask, self.pooling)
         except torch.OutOfMemoryError:
             raise ValueError(
-                f"--batch-tokens: {self.batch_tokens} are too many for this GPU; "
-                f"give scripts/embed_items.py half"
+                f"batch_tokens: {self.batch_tokens} are too many for this GPU; give half"
             ) from None
         if not torch.isfinite(vectors).all():
             raise ValueError(
-                f"--dtype: {self.decisive['model']} gives numbers that are not finite in "
+                f"dtype: {self.decisive['model']} gives numbers that are not finite in "
                 f"{self.decisive['dtype']}; try float32"
             )
         return vectors.cpu().numpy()
@@ -254,7 +253,7 @@ class TextEncoder:
                 on = [said["pooling_mode"]]
             if len(on) != 1 or on[0] not in SENTENCE_POOLINGS:
                 raise ValueError(
-                    f"--pooling: auto can't follow 1_Pooling/config.json of {self.options.encoder!r}, which "
+                    f"pooling: auto can't follow 1_Pooling/config.json of {self.options.encoder!r}, which "
                     f"has {' + '.join(on) or 'none'}; choose mean, cls or last"
                 )
             return SENTENCE_POOLINGS[on[0]], "1_Pooling/config.json"
@@ -279,7 +278,7 @@ class TextEncoder:
         least = self.tokenizer.num_special_tokens_to_add() + 1
         if not least <= asked <= most:
             raise ValueError(
-                f"--max-tokens: {asked} is not from {least} to {most}, which is what "
+                f"max_tokens: {asked} is not from {least} to {most}, which is what "
                 f"{self.options.encoder!r} takes"
             )
         return asked
@@ -374,7 +373,7 @@ def _device(asked: str) -> str:
     """cpu or cuda."""
     there = torch.cuda.is_available()
     if asked == "cuda" and not there:
-        raise ValueError("--device: cuda, but PyTorch finds no GPU here; give cpu")
+        raise ValueError("device: cuda, but PyTorch finds no GPU here; give cpu")
     return ("cuda" if there else "cpu") if asked == "auto" else asked
 
 

@@ -2,8 +2,9 @@
 
 import logging
 import shlex
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -94,9 +95,24 @@ def _make(config: Config, encoder: str, tokens: Sequence[str]) -> None:
             _item_file(config), config["ITEM_ID_FIELD"], None, separator=config["field_separator"]
         )
         output = folder / f"{config['dataset']}{text_vectors.SUFFIX}"
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _as_a_key(encoder):
             made_by = Lsa() if encoder == LSA else TextEncoder(EncoderOptions(encoder, device=device.type))
             make_vectors.from_texts(output, texts, made_by, list(tokens))
+
+
+@contextmanager
+def _as_a_key(encoder: str) -> Iterator[None]:
+    """An option of the encoder that does not fit is the script's to set, not a key of a run."""
+    try:
+        yield
+    except ValueError as error:
+        option = str(error).partition(":")[0]
+        if option in {field.name for field in fields(EncoderOptions)}:
+            raise ValueError(
+                f"text_encoder: {encoder!r} can't be used as it is ({error}); make its vectors with "
+                f"scripts/embed_items.py, which takes {option}"
+            ) from error
+        raise
 
 
 def _item_file(config: Config) -> Path:

@@ -28,6 +28,11 @@ from m2rec.vector_import import VectorFile
 
 logger = logging.getLogger(__name__)
 
+# of the library's arguments
+FLAGS = {
+    "columns": "--columns", "template": "--template", "pooling": "--pooling", "max_tokens": "--max-tokens",
+    "batch_tokens": "--batch-tokens", "device": "--device", "dtype": "--dtype", "width": "--lsa-width",
+}  # fmt: skip
 OF_TEXTS = ("text_encoder", "columns", "template", "instruction", "revision")
 
 
@@ -37,12 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         embed(parse_options(arguments))
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"embed_items.py: error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"embed_items.py: error: {with_flag(' '.join(str(error).split()))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("embed_items.py: stopped; the same command goes on\n")
         return 130
     return 0
+
+
+def with_flag(message: str) -> str:
+    """A message of the library that begins with an argument's name, with the flag in its place."""
+    name, colon, rest = message.partition(":")
+    return f"{FLAGS[name]}{colon}{rest}" if name in FLAGS else message
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -254,6 +254,8 @@ def test_a_partial_file_of_other_settings_is_not_used(
         (["--text-encoder=gone/none"], "text_encoder: can't load 'gone/none'"),
         (["--id-column=asin"], "column 'asin' is missing, the file has item_id"),
         (["--template={plot}"], "column 'plot' is missing"),
+        (["--columns", "title", "--template={title}"], "error: --columns: not together with template"),
+        (["--template={"], "error: --template: '{' can't be read"),
         (["--pooling=max"], "argument --pooling: invalid choice: 'max'"),
         (["--max-tokens=many"], "argument --max-tokens: invalid int value: 'many'"),
         (["--lsa-width=0"], "--lsa-width: 0 is no width"),

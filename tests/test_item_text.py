@@ -69,7 +69,7 @@ def test_parts_keep_what_is_theirs(template: str, whole: str, without_b: str, wi
 
 @pytest.mark.parametrize("template", ["no column", "{title", "title}", "{}", "{title!r}", "{title:>9}"])
 def test_templates_that_cannot_be_read(template: str):
-    with pytest.raises(ValueError, match=re.escape(f"--template: {template!r}")):
+    with pytest.raises(ValueError, match=re.escape(f"template: {template!r}")):
         parse_template(template)
 
 
@@ -100,7 +100,7 @@ def test_unusable_item_files(items: Path, content: str, message: str):
 def test_columns_that_are_not_there(items: Path):
     with pytest.raises(ValueError, match="column 'plot' is missing, the file has item_id, title, genre"):
         read_texts(items, "item_id", None, "{plot}")
-    with pytest.raises(ValueError, match="--columns: not together with --template"):
+    with pytest.raises(ValueError, match=r"^columns: not together with template"):
         read_texts(items, "item_id", ["title"], "{title}")
 
 

@@ -131,7 +131,7 @@ def test_a_sentence_encoder_says_how_it_pools(tmp_path: Path, caplog: pytest.Log
     said = {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(said))
     with pytest.raises(
-        ValueError, match=r"--pooling: auto can't follow .* has pooling_mode_max_tokens; choose"
+        ValueError, match=r"^pooling: auto can't follow .* has pooling_mode_max_tokens; choose"
     ):
         encoder(folder)
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
@@ -201,13 +201,13 @@ def test_one_process_at_a_time(tmp_path: Path):
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"max_tokens": 65}, "--max-tokens: 65 is not from 3 to 64"),
-        ({"max_tokens": 2}, "--max-tokens: 2 is not from 3 to 64"),
-        ({"max_tokens": -1}, "--max-tokens: -1 is not"),
-        ({"batch_tokens": -1}, "--batch-tokens: -1 is no limit"),
+        ({"max_tokens": 65}, "max_tokens: 65 is not from 3 to 64"),
+        ({"max_tokens": 2}, "max_tokens: 2 is not from 3 to 64"),
+        ({"max_tokens": -1}, "max_tokens: -1 is not"),
+        ({"batch_tokens": -1}, "batch_tokens: -1 is no limit"),
         pytest.param(
             {"device": "cuda"},
-            "--device: cuda, but PyTorch finds no GPU",
+            "device: cuda, but PyTorch finds no GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],

@@ -152,6 +152,21 @@ def test_an_encoder_that_can_t_be_had(
     assert not (toy / FILE).exists() and not (tmp_path / "runs").exists()
 
 
+def test_an_option_of_the_encoder_is_no_key_of_a_run(
+    toy: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("transformers")
+    encoder = save_model(tmp_path / "encoder", "bert")
+    (tmp_path / "encoder" / "1_Pooling").mkdir()
+    (tmp_path / "encoder" / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    (tmp_path / "encoder" / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling"}]')
+    assert trained(toy, tmp_path, text_encoder=encoder) == 2
+    err = capsys.readouterr().err
+    assert (
+        "make its vectors with scripts/embed_items.py, which takes pooling" in err and "--pooling" not in err
+    )
+
+
 def test_a_data_folder_that_can_t_be_written(
     toy: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
