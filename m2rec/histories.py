@@ -106,11 +106,8 @@ class Histories:
         Who has a single interaction is not trained on.
         """
         stop = np.where(self.split.train_stop - self.start >= 2, self.split.train_stop, self.start)
+        start = self.start if self.split.train_start is None else np.minimum(self.split.train_start, stop)
         steps = np.zeros(len(self.items) + 1, dtype=np.int64)
-        np.add.at(
-            steps,
-            self.start if self.split.train_start is None else np.minimum(self.split.train_start, stop),
-            1,
-        )
+        np.add.at(steps, start, 1)
         np.add.at(steps, stop, -1)
         return np.bincount(self.items[steps.cumsum()[:-1] > 0], minlength=n_items)
