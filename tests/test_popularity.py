@@ -40,4 +40,4 @@ def test_a_run_takes_one_epoch(command: Callable[..., tuple[int, str, str]], toy
     assert status == 0, err
     metrics = json.loads((Path(out.splitlines()[-1]) / "metrics.json").read_text())
     assert metrics["model"] == "Popularity" and metrics["epochs"] == 1
-    assert metrics["test_unseen"]["hit@10"] > metrics["test"]["hit@10"] > 0
+    assert metrics["test_new"]["hit@10"] > metrics["test_unseen"]["hit@10"] > 0
