@@ -12,7 +12,6 @@ from m2rec.dominant import LABELS
 from m2rec.rows import Malformed, Row
 
 DIGITS = 28  # of a number, what Decimal computes with
-BLANKS = " \xa0"  # around ids
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -124,7 +123,7 @@ class IdReader:
             Malformed: see `token`.
         """
         text = token(value)
-        bare = text.strip(BLANKS)
+        bare = text.strip()
         if len(bare) < len(text):
             self.stripped += 1
             self.example = self.example or f"{text!r} in line {line}"

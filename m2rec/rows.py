@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from m2rec.command_line import nearest
+from m2rec.dominant import LABELS
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Row]]
@@ -246,10 +247,27 @@ def parsed_rows(tally: Tally, parse: Callable[[str], object], encodings: Sequenc
                 yield tally.lines, row
 
 
+class _NamedTwiceError(ValueError):
+    """A JSON object has a name twice."""
+
+
+def _read_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object whose names are there once; Python would take the last value of each."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _NamedTwiceError(f"the name {twice!r} comes twice in an object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_read_object)
+
+
 def parse_json(line: str) -> object:
     """A line of JSON."""
     try:
-        return json.loads(line)
+        return _DECODER.decode(line)
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not JSON ({error})") from None
 
@@ -257,7 +275,9 @@ def parse_json(line: str) -> object:
 def parse_loose(line: str) -> object:
     """A line of JSON, or a Python literal such as {'asin': u'B1'}; nothing is executed."""
     try:
-        return json.loads(line)
+        return _DECODER.decode(line)
+    except _NamedTwiceError as error:
+        raise Malformed(error) from None
     except (ValueError, RecursionError):
         pass
     if len(line) > LITERAL_LIMIT:
@@ -348,7 +368,6 @@ def _parse_elements(text: str, before: str) -> tuple[list[object], int, str]:
     return found, at, before
 
 
-_DECODER = json.JSONDecoder()
 _BLANKS = re.compile(r"\s*")
 
 
@@ -570,7 +589,8 @@ def _read_header(
             raise ValueError(f"{path}: line 1 names no columns ({error}); repair it") from None
         found.append([name.strip() for name in cells])
         if set(columns) <= set(found[-1]):
-            require_columns(path, found[-1], columns)
+            labels = [name for name in found[-1] if name.lower() in LABELS]
+            require_columns(path, found[-1], [*columns, *labels])
             return tuple(found[-1]), mark
         if mark not in QUOTED and {f'"{column}"' for column in columns} <= set(found[-1]):
             raise ValueError(

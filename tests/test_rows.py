@@ -9,6 +9,7 @@ import re
 import sys
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -460,3 +461,27 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="reading Parquet needs pyarrow; run: pip install pyarrow"):
         list(rows.parquet_rows(Tally(tmp_path / "x.parquet"), ["user"]))
+
+
+def test_a_label_column_that_comes_twice(tmp_path: Path):
+    """It is not asked for, and yet which of the two says what was not clicked would be a guess."""
+    path = tmp_path / "clicks.csv"
+    path.write_text("user,item,label,label\na,b,0,1\n")
+    with pytest.raises(ValueError, match="column 'label' comes 2 times; rename all but one"):
+        list(rows.csv_rows(Tally(path), ["user", "item"]))
+
+
+@pytest.mark.parametrize("read", [rows.json_rows, rows.loose_rows])
+def test_a_name_that_comes_twice_in_an_object(tmp_path: Path, read: Callable[[Tally], rows.Rows]):
+    path = tmp_path / "x.json"
+    path.write_text('{"user": "a", "item": "i"}\n{"user": "a", "item": "i", "item": "j"}\n')
+    tally = Tally(path, max_bad=1.0)
+    assert [row for _, row in read(tally)] == [{"user": "a", "item": "i"}]
+    assert tally.bad == 1 and "line 2: " in tally.examples[0] and "'item' comes twice" in tally.examples[0]
+
+
+def test_a_name_that_comes_twice_in_an_array(tmp_path: Path):
+    path = tmp_path / "x.json"
+    path.write_text('[{"user": "a", "item": "i"}, {"user": "a", "item": "i", "item": "j"}]')
+    with pytest.raises(ValueError, match=r"x\.json"):
+        list(rows.json_rows(Tally(path)))
