@@ -57,9 +57,10 @@ def from_texts(
     if isinstance(encoder, Lsa):
         _write(output, items.tokens, encoder.encode(items.texts), decisive, encoder.versions())
         return True
+    about = encoder.describe()  # loads the model, which must not fail with a partial file open
     with _partial(output, fingerprint(decisive)) as partial:
         vectors = encoder.encode(items.texts, partial)
-        _write(output, items.tokens, vectors, decisive, encoder.versions())
+        _write(output, items.tokens, vectors, decisive, about)
     return True
 
 

@@ -1,24 +1,25 @@
-"""Texts -> vectors by any language model that `transformers` loads: encoders, T5, decoders.
+"""Texts -> vectors by sentence-transformers: sentence encoders, BERT and the like, T5, decoders.
 
-Plain PyTorch; `transformers` is imported when an encoder is made. Weights are read from safetensors
-only, and no code that comes with a model is run.
+`sentence_transformers` is imported when weights are read. Weights come from safetensors only, and no
+code that comes with a model is run.
 
-Letters: n texts, B of them in a batch, L tokens, T the width of the model.
+Letters: n texts, T the width of their vectors.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from m2rec.partial import Partial
@@ -28,22 +29,11 @@ logger = logging.getLogger(__name__)
 POOLINGS = ("auto", "mean", "cls", "last")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
-MAX_TOKENS = 256
+MAX_TOKENS = 256  # of a model that is no sentence encoder and so has no limit of its own
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # a CPU is fastest while a batch stays in its caches
 AT_ONCE = 1024  # texts tokenized in one call
-
 # position tables of these start behind the padding's place
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer")
-# names in a sentence encoder's 1_Pooling/config.json, as switches or behind `pooling_mode`
-SENTENCE_POOLINGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last",
-    "cls": "cls",
-    "mean": "mean",
-    "lasttoken": "last",
-}
-SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize")
 PIECES, PIECE = 64, 2**16  # how many pieces of a weight file are hashed, bytes of each
 
 
@@ -54,7 +44,7 @@ class EncoderOptions:
     Attributes:
         encoder: a folder, or a name on the hub.
         name: recorded instead of `encoder`, empty for `encoder` itself.
-        max_tokens: of a text with its instruction, 0 for at most 256.
+        max_tokens: of a text with its instruction; 0 for a sentence encoder's own limit, else at most 256.
         batch_tokens: of a batch, padding included; 0 for what suits the device.
     """
 
@@ -70,45 +60,42 @@ class EncoderOptions:
 
 
 class TextEncoder:
-    """A language model with everything that decides its vectors settled; weights are read by `encode`.
+    """A language model with everything that decides its vectors settled; `model` reads the weights.
 
     Attributes:
         decisive: what decides the vectors, by name, to compare with another time.
 
     Raises:
-        ValueError: the model can't be loaded, or an option does not fit it.
+        ValueError: there is no such model, or an option can't be used.
     """
 
     def __init__(self, options: EncoderOptions) -> None:
         self.options = options
         if options.batch_tokens < 0:
             raise ValueError(f"batch_tokens: {options.batch_tokens} is no limit; give a number from 1 on")
-        self.device = _device(options.device)
+        self.device = _choose_device(options.device)
         self.batch_tokens = options.batch_tokens or BATCH_TOKENS[self.device]
-        self.dtype = _dtype(options.dtype, self.device)
-        self.config, self.tokenizer = self._load_config()
-        self.pooling, why = self._pooling()
-        self.max_tokens = self._max_tokens()
+        self.dtype = _choose_dtype(options.dtype, self.device)
+        self.is_folder = Path(options.encoder).is_dir()
+        self.revision = options.revision if self.is_folder else self._find_commit()
         self.decisive = {
+            "encoder": "sentence-transformers",
             "model": options.name or options.encoder,
-            "revision": self._commit() or options.revision,
-            "model_sha256": self._fingerprint(),
-            "pooling": f"{self.pooling}, unit length",
+            "revision": self.revision,
+            "model_sha256": _hash_folder(Path(options.encoder)) if self.is_folder else "",
+            "asked_pooling": options.pooling,
+            "asked_max_tokens": str(options.max_tokens or "auto"),
             "instruction": options.instruction,
-            "max_tokens": str(self.max_tokens),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        logger.info(
-            "%s: %s, pooling %s (%s), at most %s tokens, %s on %s",
-            self.decisive["model"], self.config.model_type, self.pooling, why, self.max_tokens,
-            self.decisive["dtype"], self.device,
-        )  # fmt: skip
 
-    def versions(self) -> dict[str, str]:
-        """What makes the vectors."""
-        import transformers
-
-        return {"torch": torch.__version__, "transformers": transformers.__version__}
+    def describe(self) -> dict[str, str]:
+        """What else is recorded: how the model made of `auto`, and the versions that made the vectors."""
+        return {
+            "pooling": _name_layers(self.model),
+            "max_tokens": str(self.model.max_seq_length),
+            **{name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
+        }
 
     def encode(self, texts: Sequence[str], partial: Partial | None = None) -> np.ndarray:
         """(n,) texts -> (n, T) vectors of unit length; zero where a text has no token.
@@ -119,111 +106,111 @@ class TextEncoder:
             partial: where finished batches are kept, and those of an earlier run are taken from.
 
         Raises:
-            ValueError: the weights can't be loaded, or the model gives no finite numbers.
+            ValueError: see `model`; the model gives no finite numbers.
         """
-        vectors = np.zeros((len(texts), self.config.hidden_size), dtype=np.float32)
+        vectors = np.zeros((len(texts), self.model.get_embedding_dimension()), dtype=np.float32)
         kept = partial.kept if partial else []
         for rows, finished in kept:
             vectors[rows] = finished
         done = {int(row) for rows, _ in kept for row in rows}
         if done:
             logger.info("%s of %s texts are there from an earlier run", f"{len(done):,}", f"{len(texts):,}")
-        ids = self.tokenize(texts)
-        full = sum(len(tokens) >= self.max_tokens for tokens in ids)
-        if full:
-            logger.info("%s texts reach %s tokens; what is longer is cut", f"{full:,}", self.max_tokens)
-        open_rows = [row for row, tokens in enumerate(ids) if tokens and row not in done]
-        batches = batches_by_tokens([len(ids[row]) for row in open_rows], self.batch_tokens)
+        lengths = self.count_tokens(texts)
+        limit = self.model.max_seq_length
+        if limit and (full := sum(length >= limit for length in lengths)):
+            logger.info("%s texts reach %s tokens; what is longer is cut", f"{full:,}", limit)
+        open_rows = [row for row, length in enumerate(lengths) if length and row not in done]
+        batches = batches_by_tokens([lengths[row] for row in open_rows], self.batch_tokens)
         with tqdm(total=len(open_rows), desc="encoding", unit="text", disable=None) as bar:
             for places in batches:
                 rows = np.array([open_rows[place] for place in places])
-                vectors[rows] = self._encode_batch([ids[row] for row in rows])
+                vectors[rows] = self._encode_batch([texts[row] for row in rows])
                 if partial:
                     partial.append(rows, vectors[rows])
                 bar.update(len(rows))
         return vectors
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text behind the instruction, cut at the limit, without padding."""
-        prefixed = [self.options.instruction + text for text in texts]
-        ids: list[list[int]] = []
-        for start in range(0, len(prefixed), AT_ONCE):
-            ids += self.tokenizer(
-                prefixed[start : start + AT_ONCE],
-                truncation=True,
-                max_length=self.max_tokens,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )["input_ids"]
-        return ids
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text behind the instruction, cut at the limit; 1 where a model has no tokens."""
+        lengths: list[int] = []
+        for start in range(0, len(texts), AT_ONCE):
+            some = list(texts[start : start + AT_ONCE])
+            mask = self.model.preprocess(some, prompt=self.prompt).get("attention_mask")
+            lengths += [1] * len(some) if mask is None else mask.sum(1).long().tolist()
+        return lengths
 
-    @torch.no_grad()
-    def _encode_batch(self, ids: list[list[int]]) -> np.ndarray:
-        """Token ids of B texts -> (B, T), float32."""
-        batch, mask = (part.to(self.device) for part in pad_right(ids, self._padding))
+    def _encode_batch(self, texts: list[str]) -> np.ndarray:
+        """B texts -> (B, T), float32."""
         try:
-            hidden = self.model(input_ids=batch, attention_mask=mask).last_hidden_state
-            vectors = pool(hidden, mask, self.pooling)
+            found = self.model.encode(
+                texts,
+                prompt=self.prompt,
+                batch_size=len(texts),
+                convert_to_tensor=True,
+                show_progress_bar=False,
+            )
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"batch_tokens: {self.batch_tokens} are too many for this GPU; give half"
             ) from None
-        if not torch.isfinite(vectors).all():
+        if not torch.isfinite(found).all():
             raise ValueError(
                 f"dtype: {self.decisive['model']} gives numbers that are not finite in "
                 f"{self.decisive['dtype']}; try float32"
             )
-        return vectors.cpu().numpy()
+        return torch.nn.functional.normalize(found.float(), dim=1).cpu().numpy()
 
     @property
-    def _padding(self) -> int:
-        """The id that fills a row up; decoders often have none, and then use the end of a text."""
-        found = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(token for token in found if token is not None))
+    def prompt(self) -> str:
+        """What stands before each text: the instruction, else what the model puts there by itself."""
+        found: str = self.options.instruction or self.model.prompts.get(self.model.default_prompt_name, "")
+        return found
 
     @cached_property
     def model(self) -> Any:
-        """The network, in evaluation mode; of T5 and the like the encoder alone."""
-        from transformers import AutoModel, AutoModelForTextEncoding
+        """The `SentenceTransformer`, with its weights, as the options want it.
 
-        kind = AutoModelForTextEncoding if self.config.is_encoder_decoder else AutoModel
-        with self._loading():
-            model, report = kind.from_pretrained(
-                self.options.encoder,
-                revision=self.options.revision or None,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=self.dtype,
-                output_loading_info=True,
-            )
-            model.config.use_cache = False
-            model.eval().to(self.device)
-        missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
-        if missing:
-            raise ValueError(
-                f"text_encoder: {self.options.encoder!r} has no weights for {missing[0]} and "
-                f"{len(missing) - 1} more; give a model whose weights fit its config.json"
-            )
+        Raises:
+            ValueError: it can't be loaded, or an option does not fit it.
+        """
+        name, options = self.options.encoder, self.options
+        at = {"revision": self.revision or None, "local_files_only": self.is_folder}
+        given = {**at, "trust_remote_code": False}
+        weights = {"use_safetensors": True, "dtype": self.dtype}
+        with self._loading(), _whole_safetensors():
+            from sentence_transformers import SentenceTransformer
+            from sentence_transformers.util import is_sentence_transformer_model
+
+            if is_sentence := is_sentence_transformer_model(name, **at):
+                model = SentenceTransformer(name, device=self.device, model_kwargs=weights, **given)
+            else:
+                model = SentenceTransformer(modules=_pool_tokens(name, given, weights), device=self.device)
+        if options.pooling != "auto":
+            _set_pooling(model, options)
+        if options.max_tokens or not is_sentence:
+            _set_limit(model, options)
+        logger.info(
+            "%s: pooling %s, at most %s tokens, %s on %s",
+            self.decisive["model"], _name_layers(model), model.max_seq_length, self.decisive["dtype"],
+            self.device,
+        )  # fmt: skip
         return model
 
-    def _load_config(self) -> tuple[Any, Any]:
-        """The model's configuration and tokenizer."""
-        try:
-            from transformers import AutoConfig, AutoTokenizer
-        except ImportError as error:
-            raise ValueError(
-                f'text_encoder: needs transformers ({error}); pip install -e ".[text]", or give lsa'
-            ) from None
-        given = {"revision": self.options.revision or None, "trust_remote_code": False}
+    def _find_commit(self) -> str:
+        """The commit that the hub's name and revision stand for, from the cache where there is no network."""
         with self._loading():
-            config = AutoConfig.from_pretrained(self.options.encoder, **given)
-            tokenizer = AutoTokenizer.from_pretrained(self.options.encoder, **given)
-        tokenizer.truncation_side = "right"
-        return config, tokenizer
+            from huggingface_hub import resolve_revision
+
+            found = resolve_revision(self.options.encoder, revision=self.options.revision or None)
+            return str(found.resolved)
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
         """Load without chatter; whatever goes wrong in a foreign model becomes one line."""
+        if find_spec("sentence_transformers") is None:
+            raise ValueError(
+                'text_encoder: needs sentence-transformers; pip install -e ".[text]", or give lsa'
+            )
         from transformers import logging as chatter
 
         before = chatter.get_verbosity()
@@ -241,84 +228,87 @@ class TextEncoder:
             chatter.set_verbosity(before)
             chatter.enable_progress_bar()
 
-    def _pooling(self) -> tuple[str, str]:
-        """How tokens become one vector, and why."""
-        if self.options.pooling != "auto":
-            return self.options.pooling, "as asked for"
-        said = self._json_beside("1_Pooling/config.json")
-        if said is not None:
-            self._warn_of_modules()
-            on = [key for key, value in said.items() if key.startswith("pooling_mode") and value is True]
-            if isinstance(said.get("pooling_mode"), str):
-                on = [said["pooling_mode"]]
-            if len(on) != 1 or on[0] not in SENTENCE_POOLINGS:
-                raise ValueError(
-                    f"pooling: auto can't follow 1_Pooling/config.json of {self.options.encoder!r}, which "
-                    f"has {' + '.join(on) or 'none'}; choose mean, cls or last"
-                )
-            return SENTENCE_POOLINGS[on[0]], "1_Pooling/config.json"
-        return ("last", "a decoder") if is_decoder(self.config) else ("mean", "an encoder")
 
-    def _warn_of_modules(self) -> None:
-        """A sentence encoder can have layers behind the pooling, which are not applied here."""
-        modules = self._json_beside("modules.json") or []
-        others = [m["type"].rsplit(".", 1)[-1] for m in modules]
-        others = [name for name in others if name not in SENTENCE_MODULES]
-        if others:
-            logger.warning("%s: its %s is not applied", self.options.encoder, " and ".join(others))
+def _pool_tokens(name: str, given: dict[str, Any], weights: dict[str, Any]) -> list[Any]:
+    """Modules of a model that is no sentence encoder: a decoder's last token counts, else the mean."""
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    def _max_tokens(self) -> int:
-        """The limit on a text's tokens; never more than the model has positions for."""
-        most = int(min(self.tokenizer.model_max_length, 10**9))
-        positions = getattr(self.config, "max_position_embeddings", None)
-        if positions:
-            offset = self.config.model_type in OFFSET_POSITIONS
-            most = min(most, positions - (self.config.pad_token_id + 1 if offset else 0))
-        asked = self.options.max_tokens or min(MAX_TOKENS, most)
-        least = self.tokenizer.num_special_tokens_to_add() + 1
-        if not least <= asked <= most:
-            raise ValueError(
-                f"max_tokens: {asked} is not from {least} to {most}, which is what "
-                f"{self.options.encoder!r} takes"
-            )
-        return asked
+    transformer = Transformer(
+        name,
+        model_kwargs={**given, **weights},
+        processor_kwargs=dict(given),
+        config_kwargs=dict(given),
+        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        module_output_name="token_embeddings",
+    )
+    tokenizer = transformer.tokenizer
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if tokenizer.pad_token is None:  # decoders often have none
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    how = "lasttoken" if is_decoder(transformer.config) else "mean"
+    return [transformer, Pooling(transformer.get_embedding_dimension(), how)]
 
-    def _fingerprint(self) -> str:
-        """A hash of the model: of a folder its files, large ones by samples; of a hub name its configuration.
 
-        Of that the commit, in `revision`, decides the weights.
-        """
-        digest, folder = hashlib.sha256(), Path(self.options.encoder)
-        if not folder.is_dir():
-            config = {k: v for k, v in self.config.to_dict().items() if k != "transformers_version"}
-            return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".safetensors"):
-                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-                digest.update(_samples(path))
-        return digest.hexdigest()
+def _set_pooling(model: Any, options: EncoderOptions) -> None:
+    """Pool tokens as asked; what stands behind stays."""
+    modules = [module for module in model if isinstance(getattr(module, "pooling_mode", None), str)]
+    if len(modules) != 1:
+        raise ValueError(
+            f"pooling: {options.pooling!r}, but {options.encoder!r} has layers that need its own; give auto"
+        )
+    modules[0].pooling_mode = {"last": "lasttoken"}.get(options.pooling, options.pooling)
 
-    def _commit(self) -> str:
-        """The commit of a name on the hub, which its place in the cache tells; empty for a folder."""
-        from transformers.utils import cached_file
 
-        if Path(self.options.encoder).is_dir():
-            return ""
-        path = cached_file(self.options.encoder, "config.json", revision=self.options.revision or None)
-        parts = Path(str(path)).parts
-        return parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
+def _set_limit(model: Any, options: EncoderOptions) -> None:
+    """Cut texts as asked, never at more than the model has positions for; else at 256 or its own limit."""
+    if model.transformers_model is None:
+        raise ValueError(f"max_tokens: {options.encoder!r} has no limit on tokens; leave it out")
+    most = getattr(model.config, "max_position_embeddings", None) or model.max_seq_length
+    if model.config.model_type in OFFSET_POSITIONS:
+        most -= model.config.pad_token_id + 1
+    asked = options.max_tokens or min(MAX_TOKENS, most, model.max_seq_length)
+    least = model.tokenizer.num_special_tokens_to_add() + 1
+    if not least <= asked <= most:
+        raise ValueError(
+            f"max_tokens: {asked} is not from {least} to {most}, which is what {options.encoder!r} takes"
+        )
+    model.max_seq_length = asked
 
-    def _json_beside(self, name: str) -> Any:
-        """A JSON file that comes with the model, None without one."""
-        from transformers.utils import cached_file
 
-        try:
-            path = cached_file(self.options.encoder, name, revision=self.options.revision or None)
-            return json.loads(Path(str(path)).read_text(encoding="utf-8"))
-        except OSError:
-            return None
-        except ValueError as error:
-            raise ValueError(f"{self.options.encoder}/{name}: is no JSON ({error}); repair it") from None
+def _name_layers(model: Any) -> str:
+    """How tokens become a vector: `mean, unit length`, or `mean + max, Dense, unit length`, ..."""
+    names = []
+    for module in list(model)[1:]:
+        modes = getattr(module, "pooling_mode", type(module).__name__)
+        modes = [modes] if isinstance(modes, str) else modes
+        names.append(" + ".join(mode.removesuffix("token") for mode in modes))
+    return ", ".join([*(name for name in names if name != "Normalize"), "unit length"])
+
+
+@contextmanager
+def _whole_safetensors() -> Iterator[None]:
+    """What sentence-transformers has no switch for: no pickle is read, and no weight is left to chance.
+
+    Its Dense and other layers fall back to pytorch_model.bin, and a weight that a file lacks is drawn at
+    random.
+    """
+    from transformers import PreTrainedModel
+
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def load_whole(kind: Any, *args: Any, **others: Any) -> Any:
+        model, report = load(kind, *args, output_loading_info=True, **others)
+        missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+        if missing:
+            raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
+        return model
+
+    def refuse(file: object, *_: Any, **__: Any) -> NoReturn:
+        raise ValueError(f"{file} can hold a pickle; weights are read from safetensors only")
+
+    whole = patch.object(PreTrainedModel, "from_pretrained", classmethod(load_whole))
+    with whole, patch.object(torch, "load", refuse):
+        yield
 
 
 def is_decoder(config: Any) -> bool:
@@ -348,28 +338,7 @@ def batches_by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
     return batches
 
 
-def pad_right(ids: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Token ids of B texts -> ids (B, L) and mask (B, L), 0 at padding."""
-    longest = max(map(len, ids))
-    batch = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in ids])
-    lengths = torch.tensor([len(row) for row in ids])
-    return batch, (torch.arange(longest) < lengths[:, None]).long()
-
-
-def pool(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
-    """hidden: (B, L, T), mask: (B, L), 0 at the padding on the right -> (B, T), float32, unit length."""
-    hidden = hidden.float()
-    if how == "cls":
-        vectors = hidden[:, 0]
-    elif how == "last":
-        vectors = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-    else:
-        weights = mask[..., None].to(hidden.dtype)
-        vectors = (hidden * weights).sum(1) / weights.sum(1)
-    return torch.nn.functional.normalize(vectors, dim=1)
-
-
-def _device(asked: str) -> str:
+def _choose_device(asked: str) -> str:
     """cpu or cuda."""
     there = torch.cuda.is_available()
     if asked == "cuda" and not there:
@@ -377,7 +346,7 @@ def _device(asked: str) -> str:
     return ("cuda" if there else "cpu") if asked == "auto" else asked
 
 
-def _dtype(asked: str, device: str) -> torch.dtype:
+def _choose_dtype(asked: str, device: str) -> torch.dtype:
     """bfloat16 by itself only on a GPU that has it: on a CPU it is seldom faster."""
     if asked == "auto":
         native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -385,7 +354,18 @@ def _dtype(asked: str, device: str) -> torch.dtype:
     return torch.bfloat16 if asked == "bfloat16" else torch.float32
 
 
-def _samples(path: Path) -> bytes:
+def _hash_folder(folder: Path) -> str:
+    """A hash of the model's files, where they are beside weights; large ones by samples."""
+    digest = hashlib.sha256()
+    with_weights = {path.parent for path in folder.rglob("*.safetensors")} | {folder}
+    for path in sorted(path for one in with_weights for path in one.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".safetensors"):
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+            digest.update(_read_samples(path))
+    return digest.hexdigest()
+
+
+def _read_samples(path: Path) -> bytes:
     """A file's content; of large weights many pieces, from everywhere."""
     size = path.stat().st_size
     with path.open("rb") as file:

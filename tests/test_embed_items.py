@@ -22,7 +22,7 @@ ITEMS = "item_id:token\ttitle:token_seq\tgenre:token_seq\n1\tToy Story\tComedy\n
 @pytest.fixture
 def encoder(tmp_path: Path) -> str:
     """A folder with a tiny BERT and its tokenizer."""
-    pytest.importorskip("transformers")
+    pytest.importorskip("sentence_transformers")
     return save_model(tmp_path / "encoder", "bert")
 
 
@@ -81,8 +81,8 @@ def test_nothing_is_done_twice_and_changes_are_named(
     assert run(*command) == 0
     assert output.stat().st_mtime_ns == first and "is up to date, nothing to do" in caplog.text
     for change, message in (
-        (["--max-tokens=9"], "is made again: max_tokens '64' -> '9'"),
-        (["--pooling=cls"], "pooling 'mean, unit length' -> 'cls, unit length'; max_tokens '9' -> '64'"),
+        (["--max-tokens=9"], "is made again: asked_max_tokens 'auto' -> '9'"),
+        (["--pooling=cls"], "asked_pooling 'auto' -> 'cls'; asked_max_tokens '9' -> 'auto'"),
         (["--dtype=bfloat16"], "dtype 'float32' -> 'bfloat16'"),
         (["--columns", "title"], "columns 'title genre' -> 'title'; texts changed"),
     ):
@@ -107,7 +107,7 @@ def test_files_of_before_there_were_fingerprints_load_and_are_made_again(
     text_vectors.save(output, ["1"], np.ones((1, 4)), old)
     assert made(items)[2] == old
     assert run(items, f"--text-encoder={encoder}") == 0
-    assert "max_tokens was not recorded" in caplog.text and "model " not in caplog.text.split("again: ")[1]
+    assert "encoder was not recorded" in caplog.text and "model " not in caplog.text.split("again: ")[1]
     assert made(items)[0] == ["1", "2"]
 
 
@@ -174,12 +174,12 @@ from m2rec.text_encoder import TextEncoder
 from scripts import embed_items
 
 real, calls = TextEncoder._encode_batch, []
-def slow(self, ids):
+def slow(self, texts):
     if len(calls) == 3:
         print("three", flush=True)
         sys.stdin.read()  # until it is killed
-    calls.append(ids)
-    return real(self, ids)
+    calls.append(texts)
+    return real(self, texts)
 TextEncoder._encode_batch = slow
 embed_items.main(sys.argv[1:])
 """
@@ -210,9 +210,9 @@ def test_a_killed_run_goes_on_where_it_stopped(
     encoded: list[int] = []
     real = TextEncoder._encode_batch
 
-    def counting(self: TextEncoder, ids: list[list[int]]) -> np.ndarray:
-        encoded.append(len(ids))
-        return real(self, ids)
+    def counting(self: TextEncoder, texts: list[str]) -> np.ndarray:
+        encoded.append(len(texts))
+        return real(self, texts)
 
     monkeypatch.setattr(TextEncoder, "_encode_batch", counting)
     assert embed_items.main(command) == 0
@@ -234,11 +234,11 @@ def test_a_partial_file_of_other_settings_is_not_used(
     command = [items, f"--text-encoder={encoder}", "--batch-tokens=1", "--device=cpu"]
     real, calls = TextEncoder._encode_batch, []
 
-    def stopping(self: TextEncoder, ids: list[list[int]]) -> np.ndarray:
-        calls.append(ids)
+    def stopping(self: TextEncoder, texts: list[str]) -> np.ndarray:
+        calls.append(texts)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, ids)
+        return real(self, texts)
 
     monkeypatch.setattr(TextEncoder, "_encode_batch", stopping)
     assert run(*command) == 130

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m2rec.partial import Partial
-from m2rec.text_encoder import EncoderOptions, TextEncoder, batches_by_tokens, pad_right, pool
+from m2rec.text_encoder import EncoderOptions, TextEncoder, batches_by_tokens
 from tests.text_models import WORDS, save_model, save_tokenizer, token_ids
 
-pytest.importorskip("transformers")
+pytest.importorskip("sentence_transformers")
 
 TEXTS = ["toy story . a comedy", "heat", "the long film of the long toy", "a film", "toy story . comedy a"]
 KINDS = {"bert": "mean", "t5": "mean", "qwen2": "last", "qwen3": "last", "llama": "last"}
@@ -42,7 +42,7 @@ def by_a_loop(folder: str, kind: str, text: str, pooling: str, dtype: torch.dtyp
 def test_vectors_are_those_of_a_plain_loop(tmp_path: Path, kind: str, dtype: str, tolerance: float):
     folder = save_model(tmp_path, kind)
     made = encoder(folder, dtype=dtype)
-    assert made.decisive["pooling"] == f"{KINDS[kind]}, unit length"
+    assert made.describe()["pooling"] == f"{KINDS[kind]}, unit length"
     assert made.decisive["dtype"] == dtype
     assert made.model.dtype == getattr(torch, dtype)
     found = torch.from_numpy(made.encode(TEXTS))
@@ -72,18 +72,9 @@ def test_a_vector_does_not_depend_on_its_batch(tmp_path: Path, kind: str):
     assert np.allclose(together[:2], made.encode(TEXTS[:2]), atol=1e-5)
 
 
-def test_padding_is_on_the_right_and_the_last_real_token_counts():
-    ids, mask = pad_right([[5, 6, 7], [8]], padding=3)
-    assert ids.tolist() == [[5, 6, 7], [8, 3, 3]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    hidden = torch.tensor([[[3.0, 4], [0, 2], [5, 0]], [[0.0, 7], [9, 9], [9, 9]]])
-    assert pool(hidden, mask, "last").tolist() == [[1, 0], [0, 1]]
-    assert torch.allclose(pool(hidden, mask, "cls"), torch.tensor([[0.6, 0.8], [0, 1]]))
-    assert torch.allclose(pool(hidden, mask, "mean"), torch.tensor([[0.8, 0.6], [0, 1]]))
-
-
 def test_a_tokenizer_without_padding_uses_the_end_of_a_text(tmp_path: Path):
     made = encoder(save_model(tmp_path, "llama"))
-    assert made.tokenizer.pad_token_id is None and made._padding == WORDS.index("</s>")
+    assert made.model.tokenizer.pad_token_id == WORDS.index("</s>")
 
 
 def test_the_instruction_stands_before_every_text(tmp_path: Path):
@@ -116,26 +107,89 @@ def test_a_text_without_tokens_gets_a_zero_vector(tmp_path: Path):
     assert (vectors[1] == 0).all() and vectors[0].any()
 
 
-def test_a_sentence_encoder_says_how_it_pools(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    folder = save_model(tmp_path, "bert")
-    (tmp_path / "1_Pooling").mkdir()
-    said = {"word_embedding_dimension": 16, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(said))
-    modules = [
-        {"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Dense")
-    ]
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
-    assert encoder(folder).pooling == "cls"
-    assert "its Dense is not applied" in caplog.text
-    assert encoder(folder, pooling="mean").pooling == "mean"
-    said = {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(said))
-    with pytest.raises(
-        ValueError, match=r"^pooling: auto can't follow .* has pooling_mode_max_tokens; choose"
-    ):
-        encoder(folder)
-    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
-    assert encoder(folder).pooling == "last"
+def save_sentence_encoder(folder: Path, **pooling: object) -> str:
+    """BERT that reads 8 tokens, though its tokenizer would let it read more; pooled, 16 -> 4 wide."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+
+    torch.manual_seed(1)
+    save_model(folder / "bert", "bert")
+    modules = [Transformer(str(folder / "bert")), Pooling(16, **pooling)]  # type: ignore[arg-type]
+    dense = Dense(modules[1].pooling_output_dimension, 4)
+    path = folder / "sentences"
+    SentenceTransformer(modules=[*modules, dense, Normalize()], device="cpu").save(str(path))
+    (path / "sentence_bert_config.json").write_text('{"max_seq_length": 8, "do_lower_case": false}')
+    return str(path)
+
+
+def by_sentence_transformers(folder: str, texts: list[str]) -> np.ndarray:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(folder, device="cpu", local_files_only=True)
+    return np.asarray(model.encode(texts, normalize_embeddings=True, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("cls", "cls"), ("lasttoken", "last"), (["mean", "max"], "mean + max")]
+)
+def test_a_sentence_encoders_vectors_are_its_own(tmp_path: Path, mode: object, name: str):
+    """Its limit, its pooling and its Dense layer."""
+    folder = save_sentence_encoder(tmp_path, pooling_mode=mode)
+    made = encoder(folder, batch_tokens=16)
+    found = made.encode([*TEXTS, "the " * 7 + "heat", "the " * 7 + "toy"])
+    assert found.shape == (7, 4)
+    expected = by_sentence_transformers(folder, [*TEXTS, "the " * 7 + "heat", "the " * 7 + "toy"])
+    assert np.allclose(found, expected, atol=1e-6)
+    assert np.allclose(found[5], found[6], atol=1e-6)  # they differ behind the eighth token only
+    about = made.describe()
+    assert about["pooling"] == f"{name}, Dense, unit length" and about["max_tokens"] == "8"
+
+
+def test_a_sentence_encoder_can_be_told_otherwise(tmp_path: Path):
+    folder = save_sentence_encoder(tmp_path, pooling_mode="cls")
+    longer = encoder(folder, max_tokens=12).encode(["the " * 7 + "heat", "the " * 7 + "toy"])
+    assert not np.allclose(longer[0], longer[1], atol=1e-3)
+    made = encoder(folder, pooling="mean")
+    assert made.describe()["pooling"] == "mean, Dense, unit length"
+    assert not np.allclose(made.encode(TEXTS), encoder(folder).encode(TEXTS), atol=1e-2)
+    two = save_sentence_encoder(tmp_path / "two", pooling_mode=["mean", "max"])
+    with pytest.raises(ValueError, match=r"pooling: 'mean', but .* has layers that need its own; give auto"):
+        encoder(two, pooling="mean").encode(TEXTS)
+
+
+def test_the_prompt_of_a_sentence_encoder_stands_where_no_instruction_does(tmp_path: Path):
+    folder = save_sentence_encoder(tmp_path)
+    path = Path(folder) / "config_sentence_transformers.json"
+    config = json.loads(path.read_text()) | {"prompts": {"film": "a film . "}, "default_prompt_name": "film"}
+    path.write_text(json.dumps(config))
+    assert np.allclose(encoder(folder).encode(TEXTS), by_sentence_transformers(folder, TEXTS), atol=1e-6)
+    asked = encoder(folder, instruction="a film . ").encode(TEXTS)
+    assert np.allclose(asked, encoder(folder).encode(TEXTS), atol=1e-6)
+    assert not np.allclose(encoder(folder, instruction="the ").encode(TEXTS), asked, atol=1e-2)
+
+
+def test_a_layer_in_a_pickle_is_refused(tmp_path: Path):
+    """sentence-transformers itself would read it."""
+    folder = save_sentence_encoder(tmp_path)
+    dense = Path(folder) / "2_Dense"
+    torch.save(load_file(dense / "model.safetensors"), dense / "pytorch_model.bin")
+    (dense / "model.safetensors").unlink()
+    assert by_sentence_transformers(folder, TEXTS).shape == (5, 4)
+    read = torch.load
+    with pytest.raises(ValueError, match=r"can't load .*pytorch_model.bin can hold a pickle"):
+        encoder(folder).encode(TEXTS)
+    assert torch.load is read
+
+
+def test_a_layer_of_its_own_code_is_not_run(tmp_path: Path):
+    folder = Path(save_sentence_encoder(tmp_path))
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[2]["type"] = "evil.Dense"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match=r"can't load .*evil\.Dense"):
+        encoder(str(folder)).encode(TEXTS)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_other_weights_and_other_settings_are_another_model(tmp_path: Path):
@@ -150,6 +204,14 @@ def test_other_weights_and_other_settings_are_another_model(tmp_path: Path):
     assert encoder(folder).decisive["model_sha256"] != before["model_sha256"]
 
 
+def test_other_weights_of_a_layer_are_another_model(tmp_path: Path):
+    folder = save_sentence_encoder(tmp_path)
+    before = encoder(folder).decisive
+    path = Path(folder) / "2_Dense" / "model.safetensors"
+    save_file({name: 2 * weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    assert encoder(folder).decisive["model_sha256"] != before["model_sha256"]
+
+
 def test_finished_batches_are_not_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = encoder(save_model(tmp_path / "model", "bert"), batch_tokens=8)
     whole = made.encode(TEXTS)
@@ -157,11 +219,11 @@ def test_finished_batches_are_not_encoded_again(tmp_path: Path, monkeypatch: pyt
     calls: list[int] = []
     real = made._encode_batch
 
-    def stopping(ids: list[list[int]]) -> np.ndarray:
-        calls.append(len(ids))
+    def stopping(texts: list[str]) -> np.ndarray:
+        calls.append(len(texts))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(ids)
+        return real(texts)
 
     monkeypatch.setattr(made, "_encode_batch", stopping)
     with pytest.raises(KeyboardInterrupt), Partial(path, "f") as partial:
@@ -169,8 +231,7 @@ def test_finished_batches_are_not_encoded_again(tmp_path: Path, monkeypatch: pyt
     with Partial(path, "f") as partial:
         assert len(partial.kept) == 2
         assert np.allclose(made.encode(TEXTS, partial), whole, atol=1e-6)
-    texts = sum(calls[:2]) + sum(calls[3:])
-    assert texts == len(TEXTS)
+    assert sum(calls[:2]) + sum(calls[3:]) == len(TEXTS)
     with Partial(path, "other") as partial:
         assert partial.kept == []
 
@@ -215,12 +276,15 @@ def test_one_process_at_a_time(tmp_path: Path):
 def test_options_that_do_not_fit(tmp_path: Path, others: dict[str, object], message: str):
     folder = save_model(tmp_path, "bert")
     with pytest.raises(ValueError, match=message):
-        encoder(folder, **others)
+        encoder(folder, **others).encode(TEXTS)
 
 
 def test_models_that_cannot_be_used(tmp_path: Path):
     with pytest.raises(ValueError, match=r"text_encoder: can't load '.*none'"):
         encoder(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"text_encoder: can't load '.*empty'"):
+        encoder(str(tmp_path / "empty")).encode(TEXTS)
     folder = save_model(tmp_path / "bert", "bert")
     weights = load_file(tmp_path / "bert" / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
@@ -234,13 +298,13 @@ def test_a_name_on_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: p
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for seed, commit in enumerate(("1" * 40, "3" * 40)):
         save_model(tmp_path / "models--a--one" / "snapshots" / commit, "bert", seed=seed)
     refs = tmp_path / "models--a--one" / "refs"
     refs.mkdir()
     (refs / "main").write_text("3" * 40)
     old, new = encoder("a/one", revision="1" * 40), encoder("a/one")
-    assert old.decisive["model_sha256"] == new.decisive["model_sha256"]
     assert (old.decisive["revision"], new.decisive["revision"]) == ("1" * 40, "3" * 40)
     assert not np.allclose(old.encode(TEXTS), new.encode(TEXTS), atol=0.1)
 
@@ -261,11 +325,13 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(ValueError, match="text_encoder: can't load"):
-        encoder(folder)
+        encoder(folder).encode(TEXTS)
     assert not (tmp_path / "ran").exists()
 
 
-def test_without_transformers_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"text_encoder: needs transformers .*; pip install .*\[text\]"):
-        encoder("any")
+def test_without_sentence_transformers_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(
+        ValueError, match=r"text_encoder: needs sentence-transformers; pip install .*\[text\]"
+    ):
+        encoder(str(tmp_path)).encode(TEXTS)

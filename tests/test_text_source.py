@@ -67,7 +67,7 @@ def test_files_with_another_separator(toy: Path, items: Path, tmp_path: Path):
 
 
 def test_a_language_model_makes_them(toy: Path, items: Path, tmp_path: Path):
-    pytest.importorskip("transformers")
+    pytest.importorskip("sentence_transformers")
     encoder = save_model(tmp_path / "encoder", "bert")
     assert trained(toy, tmp_path, text_encoder=encoder) == 0
     text = text_of_run(tmp_path)
@@ -146,7 +146,7 @@ def test_an_item_file_of_no_use_stops_only_who_asked(
 def test_an_encoder_that_can_t_be_had(
     toy: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    pytest.importorskip("transformers")
+    pytest.importorskip("sentence_transformers")
     assert trained(toy, tmp_path, text_encoder=tmp_path / "nothing") == 2
     assert str(tmp_path / "nothing") in capsys.readouterr().err
     assert not (toy / FILE).exists() and not (tmp_path / "runs").exists()
