@@ -153,16 +153,16 @@ def _write(
     tokens: list[str],
     vectors: np.ndarray,
     decisive: Mapping[str, str],
-    versions: Mapping[str, str],
+    besides: Mapping[str, str],
 ) -> None:
-    """Write vectors (n, T) with all that is known of them."""
+    """Write vectors (n, T) with all that is known of them: what decides them, and what else is recorded."""
     output.parent.mkdir(parents=True, exist_ok=True)
     silent = int((~vectors.any(axis=1)).sum())
     if silent:
         logger.warning("%s vectors are zero and count as no text", f"{silent:,}")
     about = {
         **decisive,
-        **versions,
+        **besides,
         "date": datetime.now(UTC).date().isoformat(),
         "fingerprint": fingerprint(decisive),
     }

@@ -82,7 +82,7 @@ class TextEncoder:
             "encoder": "sentence-transformers",
             "model": options.name or options.encoder,
             "revision": self.revision,
-            "model_sha256": _hash_folder(Path(options.encoder)) if self.is_folder else "",
+            **(_hash_folder(Path(options.encoder)) if self.is_folder else {"model_sha256": ""}),
             "asked_pooling": options.pooling,
             "asked_max_tokens": str(options.max_tokens or "auto"),
             "instruction": options.instruction,
@@ -151,7 +151,8 @@ class TextEncoder:
             )
         except torch.OutOfMemoryError:
             raise ValueError(
-                f"batch_tokens: {self.batch_tokens} are too many for this GPU; give half"
+                f"batch_tokens: {self.batch_tokens} are too many for this GPU; "
+                f"give scripts/embed_items.py half"
             ) from None
         if not torch.isfinite(found).all():
             raise ValueError(
@@ -354,15 +355,17 @@ def _choose_dtype(asked: str, device: str) -> torch.dtype:
     return torch.bfloat16 if asked == "bfloat16" else torch.float32
 
 
-def _hash_folder(folder: Path) -> str:
-    """A hash of the model's files, where they are beside weights; large ones by samples."""
-    digest = hashlib.sha256()
-    with_weights = {path.parent for path in folder.rglob("*.safetensors")} | {folder}
-    for path in sorted(path for one in with_weights for path in one.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".safetensors"):
-            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-            digest.update(_read_samples(path))
-    return digest.hexdigest()
+def _hash_folder(folder: Path) -> dict[str, str]:
+    """A hash of the model's files that are beside weights, and of what its other layers say of themselves."""
+    beside = {path.parent for path in folder.rglob("*.safetensors")} | {folder}
+    kinds = (".json", ".txt", ".model", ".safetensors")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in kinds]
+    found = {"model_sha256": hashlib.sha256(), "layers_sha256": hashlib.sha256()}
+    for path in files:
+        digest = found["model_sha256" if path.parent in beside else "layers_sha256"]
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        digest.update(_read_samples(path))
+    return {name: digest.hexdigest() for name, digest in found.items()}
 
 
 def _read_samples(path: Path) -> bytes:

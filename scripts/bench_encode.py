@@ -18,7 +18,7 @@ import torch
 from benchmarking import Row, arguments, finish, medians, picture, relative_error, settle
 
 from m2rec.item_text import read_texts
-from m2rec.text_encoder import EncoderOptions, TextEncoder, pool
+from m2rec.text_encoder import EncoderOptions, TextEncoder
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 UNSORTED = 64  # texts of a batch in the file's order
@@ -30,16 +30,11 @@ def encoder(args: argparse.Namespace, batch_tokens: int = 0, dtype: str = "float
 
 
 def by_file_order(made: TextEncoder, texts: list[str], at_once: int) -> np.ndarray:
-    """Plain `transformers`: so many texts at once, as they come, padded by the tokenizer."""
+    """So many texts at once, as they come."""
     found = []
     for start in range(0, len(texts), at_once):
-        batch = made.tokenizer(
-            texts[start : start + at_once], truncation=True, max_length=made.max_tokens,
-            padding=at_once > 1, return_tensors="pt",
-        ).to(made.device)  # fmt: skip
-        with torch.no_grad():
-            hidden = made.model(**batch).last_hidden_state
-        found.append(pool(hidden, batch["attention_mask"], made.pooling).cpu().numpy())
+        some = texts[start : start + at_once]
+        found.append(made.model.encode(some, batch_size=at_once, normalize_embeddings=True))
     return np.concatenate(found)
 
 
@@ -111,7 +106,7 @@ def main() -> None:
         }
         for name, taken in seconds.items()
     ]
-    lengths = list(map(len, encoder(args).tokenize(texts)))
+    lengths = encoder(args).count_tokens(texts)
     finish(
         args,
         rows,

@@ -2,8 +2,8 @@
 
 Reads NAME.item, makes one text of each item, encodes the texts and writes NAME.text.safetensors
 beside the data, where run_mm.py finds it. MODEL is `lsa`, which needs no download, or any sentence
-encoder, BERT, T5 or decoder that `transformers` loads, from a folder or by its name on the hub.
-With --vectors the vectors come from a file instead.
+encoder, BERT, T5 or decoder that `sentence-transformers` loads, from a folder or by its name on the
+hub. With --vectors the vectors come from a file instead.
 
 A run that was killed goes on when it is started again. When the file is there and nothing that
 decides its vectors has changed, nothing is done.
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # of the library's arguments
 FLAGS = {
-    "columns": "--columns", "template": "--template", "pooling": "--pooling", "max_tokens": "--max-tokens",
+    "text_encoder": "--text-encoder", "columns": "--columns", "template": "--template", "pooling": "--pooling", "max_tokens": "--max-tokens",
     "batch_tokens": "--batch-tokens", "device": "--device", "dtype": "--dtype", "width": "--lsa-width",
 }  # fmt: skip
 OF_TEXTS = ("text_encoder", "columns", "template", "instruction", "revision")
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         embed(parse_options(arguments))
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"embed_items.py: error: {with_flag(' '.join(str(error).split()))}\n")
+        sys.stderr.write(f"embed_items.py: error: {name_flag(' '.join(str(error).split()))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("embed_items.py: stopped; the same command goes on\n")
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def with_flag(message: str) -> str:
+def name_flag(message: str) -> str:
     """A message of the library that begins with an argument's name, with the flag in its place."""
     name, colon, rest = message.partition(":")
     return f"{FLAGS[name]}{colon}{rest}" if name in FLAGS else message
@@ -77,7 +77,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model-name", default="", help="name to record instead of the folder's")
     add("--pooling", choices=POOLINGS, default="auto", help="tokens -> vector; auto: as the model asks")
     add("--instruction", default="", help="put before every text, as some models ask")
-    add("--max-tokens", type=int, default=0, help="of a text; 256, or fewer if the model takes fewer")
+    add("--max-tokens", type=int, default=0, help="of a text; as a sentence encoder says, else 256 or fewer")
     add(
         "--batch-tokens",
         type=int,

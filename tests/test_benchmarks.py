@@ -68,7 +68,9 @@ def test_busy_cores(tmp_path: Path):
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
-@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.skipif(
+    find_spec("sentence_transformers") is None, reason="sentence-transformers is not installed"
+)
 def test_encoding_compares_its_rivals(tmp_path: Path):
     folder = save_model(tmp_path / "model", "bert")
     items = tmp_path / "toy" / "toy.item"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from m2rec import text_vectors
 from scripts import embed_items
@@ -80,6 +81,7 @@ def test_nothing_is_done_twice_and_changes_are_named(
     first = output.stat().st_mtime_ns
     assert run(*command) == 0
     assert output.stat().st_mtime_ns == first and "is up to date, nothing to do" in caplog.text
+    assert caplog.text.count("pooling mean, unit length, at most 64 tokens") == 1  # no weights are read again
     for change, message in (
         (["--max-tokens=9"], "is made again: asked_max_tokens 'auto' -> '9'"),
         (["--pooling=cls"], "asked_pooling 'auto' -> 'cls'; asked_max_tokens '9' -> 'auto'"),
@@ -96,6 +98,17 @@ def test_nothing_is_done_twice_and_changes_are_named(
     changed = output.stat().st_mtime_ns
     assert run(*command, "--force") == 0
     assert output.stat().st_mtime_ns != changed
+
+
+def test_a_model_that_can_t_be_loaded_leaves_nothing(
+    encoder: str, items: Path, capsys: pytest.CaptureFixture[str]
+):
+    weights = Path(encoder) / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    assert run(items, f"--text-encoder={encoder}") == 2
+    assert f"error: --text-encoder: can't load '{encoder}'" in capsys.readouterr().err
+    assert [path.name for path in items.parent.iterdir()] == ["toy.item"]
 
 
 def test_files_of_before_there_were_fingerprints_load_and_are_made_again(
@@ -251,7 +264,7 @@ def test_a_partial_file_of_other_settings_is_not_used(
     ("arguments", "message"),
     [
         (["--columns", "plot"], "column 'plot' is missing, the file has item_id, title, genre"),
-        (["--text-encoder=gone/none"], "text_encoder: can't load 'gone/none'"),
+        (["--text-encoder=gone/none"], "--text-encoder: can't load 'gone/none'"),
         (["--id-column=asin"], "column 'asin' is missing, the file has item_id"),
         (["--template={plot}"], "column 'plot' is missing"),
         (["--columns", "title", "--template={title}"], "error: --columns: not together with template"),

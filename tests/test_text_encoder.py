@@ -209,7 +209,12 @@ def test_other_weights_of_a_layer_are_another_model(tmp_path: Path):
     before = encoder(folder).decisive
     path = Path(folder) / "2_Dense" / "model.safetensors"
     save_file({name: 2 * weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
-    assert encoder(folder).decisive["model_sha256"] != before["model_sha256"]
+    after = encoder(folder).decisive
+    assert after["model_sha256"] != before["model_sha256"]
+    pooling = Path(folder) / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"pooling_mode": "cls"}))
+    assert encoder(folder).decisive == after | {"layers_sha256": encoder(folder).decisive["layers_sha256"]}
+    assert encoder(folder).decisive != after
 
 
 def test_finished_batches_are_not_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
