@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -264,7 +265,11 @@ def test_a_partial_file_of_other_settings_is_not_used(
     ("arguments", "message"),
     [
         (["--columns", "plot"], "column 'plot' is missing, the file has item_id, title, genre"),
-        (["--text-encoder=gone/none"], "--text-encoder: can't load 'gone/none'"),
+        pytest.param(
+            ["--text-encoder=gone/none"],
+            "--text-encoder: can't load 'gone/none'",
+            marks=pytest.mark.skipif(find_spec("sentence_transformers") is None, reason="not installed"),
+        ),
         (["--id-column=asin"], "column 'asin' is missing, the file has item_id"),
         (["--template={plot}"], "column 'plot' is missing"),
         (["--columns", "title", "--template={title}"], "error: --columns: not together with template"),
