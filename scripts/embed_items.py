@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 
 # of the library's arguments
 FLAGS = {
-    "text_encoder": "--text-encoder", "columns": "--columns", "template": "--template", "pooling": "--pooling", "max_tokens": "--max-tokens",
-    "batch_tokens": "--batch-tokens", "device": "--device", "dtype": "--dtype", "width": "--lsa-width",
+    "text_encoder": "--text-encoder", "columns": "--columns", "template": "--template",
+    "pooling": "--pooling", "max_tokens": "--max-tokens", "batch_tokens": "--batch-tokens",
+    "device": "--device", "dtype": "--dtype", "width": "--lsa-width",
 }  # fmt: skip
 OF_TEXTS = ("text_encoder", "columns", "template", "instruction", "revision")
 
