@@ -73,7 +73,7 @@ def save_model(folder: Path, kind: str, seed: int = 0, **others: Any) -> str:
     common = {"vocab_size": len(LETTERS) + 1, "hidden_size": 16, "intermediate_size": 16,
               "num_hidden_layers": 2, "num_attention_heads": 2}  # fmt: skip
     if kind == "bert":
-        model = hf.BertModel(hf.BertConfig(**common, max_position_embeddings=64, **others))
+        model = hf.BertModel(hf.BertConfig(**common, **{"max_position_embeddings": 64, **others}))
     elif kind == "t5":
         config = hf.T5Config(
             vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, **others
