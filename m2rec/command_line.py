@@ -10,6 +10,8 @@ class Parser(argparse.ArgumentParser):
     """Mistakes are reported like all others, in one line."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: -") or message.endswith("one argument"):
+            message += "; a value that begins with a dash is given after =, such as --option='-value'"
         raise ValueError(message)
 
 

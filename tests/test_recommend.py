@@ -168,3 +168,18 @@ def test_titles_that_can_t_be_used(folder: Path, content: str):
     (folder / "titles.json").write_text(content)
     with pytest.raises(ValueError, match=r"titles\.json"):
         Recommender.load(folder)
+
+
+def test_ids_that_begin_with_a_dash(tmp_path: Path, said: pytest.CaptureFixture[str]):
+    """Such as those of videos; after = they are taken, several with blanks between them."""
+    rows = [(f"-u{u}", f"-i{(u + k) % 7}", k) for u in range(8) for k in range(5)]
+    write_inter(tmp_path / "data", "toy", rows)
+    keys = small(tmp_path / "data", epochs=1, runs_dir=str(tmp_path / "runs"), text_vectors="none")
+    folder = str(run(build_config(keys)).folder)
+    said.readouterr()
+    for given in ("--history=-i1 -i2", "--user=-u3"):
+        assert recommend.main([folder, given, "-k=2"]) == 0
+        assert said.readouterr().out.startswith("after ")
+    for given in (["--history", "-i1", "-i2"], ["--user", "-u3"], ["--history", "i1", "-i2"]):
+        assert recommend.main([folder, *given]) == 2
+        assert "given after =, such as --option='-value'" in said.readouterr().err
