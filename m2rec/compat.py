@@ -220,6 +220,35 @@ def _init_with_file_name(self: Trainer, config: Config, model: torch.nn.Module) 
 
 Trainer.__init__ = _init_with_file_name
 
+_build_optimizer = Trainer._build_optimizer
+
+
+def _build_with_groups(self: Trainer, **kwargs: Any) -> torch.optim.Optimizer:
+    """Trainer._build_optimizer, with the model's parameters in groups by how they are marked. Stays."""
+    kwargs.setdefault("params", _group_parameters(self))
+    return _build_optimizer(self, **kwargs)  # type: ignore[no-any-return]
+
+
+def _group_parameters(trainer: Trainer) -> list[dict[str, Any]]:
+    """A group for each way in which parameters are marked (`m2rec.mamba.MarkedParameters`).
+
+    `_no_weight_decay`: weight decay leaves them alone. `_pace`: an optimiser whose steps are of the
+    size of the learning rate, whatever the gradient's, takes so many times larger ones.
+    """
+    marked: dict[tuple[bool, float], list[torch.nn.Parameter]] = {(False, 1.0): []}
+    for p in trainer.model.parameters():
+        if p.requires_grad:
+            pace = 1.0 if trainer.learner.lower() == "sgd" else getattr(p, "_pace", 1.0)
+            marked.setdefault((getattr(p, "_no_weight_decay", False), pace), []).append(p)
+    groups: list[dict[str, Any]] = []
+    for (spared, pace), parameters in marked.items():
+        own: dict[str, Any] = {"weight_decay": 0.0} if spared else {}
+        groups.append({"params": parameters, "lr": pace * trainer.learning_rate, **own})
+    return groups
+
+
+Trainer._build_optimizer = _build_with_groups
+
 
 def _get_data_struct(self: Collector) -> DataStruct:
     """Collector.get_data_struct, which in RecBole 1.2.1 takes counts for tensors, and dies of it.

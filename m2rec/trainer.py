@@ -223,23 +223,6 @@ class RunTrainer(Trainer):
             logger.warning("trained in part by commit %s, in part by %s", before, code)
             self.notes["commit"] = f"{before}{resuming.AND}{code}"
 
-    def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
-        """RecBole's optimiser, with a group for each way in which parameters are marked.
-
-        `_no_weight_decay`: weight decay leaves them alone. `_pace`: an optimiser whose steps are of the
-        size of the learning rate, whatever the gradient's, takes so many times larger ones.
-        """
-        marked: dict[tuple[bool, float], list[nn.Parameter]] = {(False, 1.0): []}
-        for p in self.model.parameters():
-            if p.requires_grad:
-                pace = 1.0 if self.learner.lower() == "sgd" else getattr(p, "_pace", 1.0)
-                marked.setdefault((getattr(p, "_no_weight_decay", False), pace), []).append(p)
-        groups: list[dict[str, Any]] = []
-        for (spared, pace), parameters in marked.items():
-            own: dict[str, Any] = {"weight_decay": 0.0} if spared else {}
-            groups.append({"params": parameters, "lr": pace * self.learning_rate, **own})
-        return super()._build_optimizer(params=groups, **kwargs)  # type: ignore[no-any-return]
-
     def _train_epoch(
         self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
     ) -> float:

@@ -89,8 +89,8 @@ def test_its_rows_are_recboles_own(plain: Make):
 
 
 def test_its_losses_are_those_of_the_harness(plain: Make, toy: Path, tmp_path: Path):
-    """With the same keys and rows; the repeat bias has a pace of its own in the harness."""
-    same = {"repeat_bias": False, "rows": "prefix", "time_order": "recbole", "train_batch_size": 64}
+    """With the same keys and rows; the repeat bias has its pace there too."""
+    same = {"rows": "prefix", "time_order": "recbole", "train_batch_size": 64}
     trainer, train, valid, _ = load(plain(**same, epochs=2, learning_rate=0.001))
     score, result = trainer.fit(train, valid)
     prepared = prepare(build_config({**small(toy), **same, "runs_dir": str(tmp_path / "runs")}, CONFIG))
@@ -98,6 +98,8 @@ def test_its_losses_are_those_of_the_harness(plain: Make, toy: Path, tmp_path: P
     ours = prepared.trainer
     assert ours.train_loss_dict == pytest.approx(trainer.train_loss_dict, rel=1e-6)
     assert ours.best_valid_score == pytest.approx(score, abs=1e-6)
+    biases = [one.model.encoder.repeat_bias.item() for one in (ours, trainer)]
+    assert biases[0] == pytest.approx(biases[1], rel=1e-5) and abs(biases[0]) > 0.1
     assert {k: v for k, v in result.items() if "coverage" not in k} == pytest.approx(
         {k: v for k, v in ours.best_valid_result.items() if "coverage" not in k}, abs=1e-6
     )
