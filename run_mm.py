@@ -13,35 +13,35 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-CONFIG = Path(__file__).parent / "config.yaml"
+DEFAULT_CONFIG = Path(__file__).parent / "config.yaml"
 # keys that --resume goes with
-GIVEN_ANEW = ("eval_batch_size", "gpu_id", "use_gpu", "show_progress", "state")
+RESUME_KEYS = ("eval_batch_size", "gpu_id", "use_gpu", "show_progress", "state")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status: 2 for a mistake, 3 if a run can't go on."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if any(a in ("-h", "--help") for a in arguments):
-        _say(f"{__doc__}")
+        _print_line(f"{__doc__}")
         return 0
     others = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun starts, one speaks
     _start_logging(logging.ERROR if others else logging.INFO)
     try:
         import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
         from m2rec.configuration import build_config, parse_arguments
-        from m2rec.experiment import resumed, run
-        from m2rec.signals import Interrupted
+        from m2rec.experiment import build_resumed_config, run_experiment
+        from m2rec.signals import RunInterrupted
 
         given = parse_arguments(arguments)
         if given.get("state") == "DEBUG":  # before anything can go wrong
             logging.getLogger().setLevel(logging.DEBUG)
-        folder = resumed_folder(given)
-        machine = {key: given[key] for key in GIVEN_ANEW if key in given}
-        config = resumed(folder, machine) if folder else build_config(given, CONFIG)
+        folder = parse_resume_folder(given)
+        machine = {key: given[key] for key in RESUME_KEYS if key in given}
+        config = build_resumed_config(folder, machine) if folder else build_config(given, DEFAULT_CONFIG)
         logging.getLogger().setLevel(logging.ERROR if others else config["state"])
         try:
-            result = run(config, folder)
-        except Interrupted as stop:
+            result = run_experiment(config, folder)
+        except RunInterrupted as stop:
             if not others:
                 how = f"; python run_mm.py --resume={quote(str(stop.folder))} goes on" if stop.folder else ""
                 sys.stderr.write(f"run_mm.py: stopped{how}\n")
@@ -55,13 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("run_mm.py: stopped\n")
         return 130
     if not others:
-        _say(format_table(result.metrics))
-        _say(next_steps(result.folder, result.metrics["recommends"]))
-        _say(str(result.folder))
+        _print_line(format_metrics_table(result.metrics))
+        _print_line(format_next_steps(result.folder, result.metrics["recommends"]))
+        _print_line(str(result.folder))
     return 0
 
 
-def resumed_folder(given: Mapping[str, Any]) -> Path | None:
+def parse_resume_folder(given: Mapping[str, Any]) -> Path | None:
     """The folder that --resume names, or None; what else a run needs is in the folder.
 
     Raises:
@@ -69,14 +69,14 @@ def resumed_folder(given: Mapping[str, Any]) -> Path | None:
     """
     if "resume" not in given:
         return None
-    others = sorted(set(given) - {"resume", *GIVEN_ANEW})
+    others = sorted(set(given) - {"resume", *RESUME_KEYS})
     if others or not isinstance(given["resume"], str):
         what = f"it takes its keys from the run, not --{others[0]}" if others else "expected runs/NAME"
         raise ValueError(f"resume: {given['resume']!r}: {what}")
     return Path(given["resume"])
 
 
-def format_table(metrics: dict) -> str:
+def format_metrics_table(metrics: dict) -> str:
     """The metrics as a table: a line per metric, a column per protocol."""
     returning = metrics["protocol"].get("returning")
     shown = ("valid", "test", "test_unseen", *(("test_new",) if returning else ()))
@@ -96,7 +96,7 @@ def format_table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def next_steps(folder: Path, recommends: bool) -> str:
+def format_next_steps(folder: Path, recommends: bool) -> str:
     """What one would do next."""
     steps = {
         "look at it": str(page) if (page := folder / "report.html").exists() else "",
@@ -122,7 +122,7 @@ def _start_logging(level: int) -> None:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of every font
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from m2rec.dominant import LABELS
+from m2rec.dominant import LABEL_COLUMNS
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("token", "float", "token_seq", "float_seq")
-DIGITS = 15  # of a decimal number, what a double always keeps
-TIMEOUT = 15  # seconds without an answer from the server
+COLUMN_TYPES = ("token", "float", "token_seq", "float_seq")
+DOUBLE_DIGITS = 15  # of a decimal number, what a double always keeps
+DOWNLOAD_TIMEOUT = 15  # seconds without an answer from the server
 
 
 def read_header(path: Path, separator: str) -> dict[str, str]:
@@ -42,10 +42,10 @@ def read_header(path: Path, separator: str) -> dict[str, str]:
     columns = {}
     for cell in line.split(separator):
         name, colon, kind = cell.rpartition(":")
-        if not colon or kind not in KINDS:
+        if not colon or kind not in COLUMN_TYPES:
             raise ValueError(
                 f"{path}: {cell!r} in the first line is no column; write NAME:TYPE with a type of "
-                f"{', '.join(KINDS)}, columns separated by {separator!r}"
+                f"{', '.join(COLUMN_TYPES)}, columns separated by {separator!r}"
             )
         if name != name.strip():
             raise ValueError(f"{path}: column {name!r} in the first line has blanks around it; remove them")
@@ -60,25 +60,25 @@ def require_column(path: Path, header: dict[str, str], key: str, name: str, kind
     if name not in header:
         raise ValueError(
             f"{path}: column {name!r} ({key}) is missing, the file has {', '.join(header)}"
-            f"{separator_hint(header)}; add it or set {key}"
+            f"{suggest_separator(header)}; add it or set {key}"
         )
     if header[name] != kind:
         raise ValueError(f"{path}: column {name!r} ({key}) is {header[name]!r}; it must be {kind!r}")
 
 
-def separator_hint(header: dict[str, str]) -> str:
+def suggest_separator(header: dict[str, str]) -> str:
     """For the end of an error, if the file seems to have another separator than was said; else empty."""
     (first, *others) = header
     found = next((mark for mark in (",", "||", "::", "|", ";", "\t", " ") if mark in first), None)
     return f" (field_separator: {found!r} seems to stand between its columns)" if found and not others else ""
 
 
-def separated_by(separator: str) -> dict[str, str]:
+def build_separator_options(separator: str) -> dict[str, str]:
     """The arguments of pandas for this separator, of which it takes several characters for a pattern."""
     return {"sep": separator} if len(separator) == 1 else {"sep": re.escape(separator), "engine": "python"}
 
 
-def read_table(
+def read_text_columns(
     path: Path, separator: str, header: dict[str, str], columns: Sequence[str] | None = None
 ) -> pd.DataFrame:
     """Read columns, all by default, as text, empty cells missing; the index is the line number less 2.
@@ -89,7 +89,7 @@ def read_table(
     try:
         frame = pd.read_csv(
             path,
-            **separated_by(separator),
+            **build_separator_options(separator),
             dtype=str,
             keep_default_na=False,
             na_values=[""],
@@ -121,22 +121,22 @@ def read_interactions(
 ) -> pd.DataFrame:
     """Read the wanted columns: tokens as text (empty ones missing), floats in double precision.
 
-    With `exact_order` times that differ only beyond double precision are told apart, see `_separate_times`.
+    With `exact_order` times that differ only beyond double precision are told apart, see `_separate_close_times`.
 
     Raises:
-        ValueError: see `read_table`; a number is none, or a time is missing, NaN or infinite.
+        ValueError: see `read_text_columns`; a number is none, or a time is missing, NaN or infinite.
     """
-    frame = read_table(path, separator, header)[wanted]
+    frame = read_text_columns(path, separator, header)[wanted]
     texts = frame[time_column]
     for column in wanted:
         if header[column] == "float":
-            frame[column] = _numbers(path, frame[column], complete=column == time_column)
-    if exact_order and (texts.str.len() > DIGITS).any():
-        frame[time_column] = _separate_times(texts, frame[time_column].to_numpy())
+            frame[column] = _parse_float_column(path, frame[column], complete=column == time_column)
+    if exact_order and (texts.str.len() > DOUBLE_DIGITS).any():
+        frame[time_column] = _separate_close_times(texts, frame[time_column].to_numpy())
     return frame.reset_index(drop=True)
 
 
-def _separate_times(texts: pd.Series, times: np.ndarray) -> np.ndarray:
+def _separate_close_times(texts: pd.Series, times: np.ndarray) -> np.ndarray:
     """Times (n,) that differ where their texts do, in the same order.
 
     Nanoseconds since 1970 have 19 digits, of which a double keeps 15: the next doubles stand for those
@@ -158,16 +158,16 @@ def count_zero_labels(path: Path, separator: str, header: dict[str, str]) -> dic
     """How many lines have 0 in each column that is named like a label of clicks.
 
     Raises:
-        ValueError: see `read_table`.
+        ValueError: see `read_text_columns`.
     """
-    columns = [column for column in header if column.lower() in LABELS]
+    columns = [column for column in header if column.lower() in LABEL_COLUMNS]
     if not columns:
         return {}
-    frame = read_table(path, separator, header, columns)
+    frame = read_text_columns(path, separator, header, columns)
     return {column: int((pd.to_numeric(frame[column], errors="coerce") == 0).sum()) for column in columns}
 
 
-def _numbers(path: Path, texts: pd.Series, complete: bool) -> pd.Series:
+def _parse_float_column(path: Path, texts: pd.Series, complete: bool) -> pd.Series:
     """A column of numbers; with `complete` none may be missing, NaN or infinite."""
     values = pd.to_numeric(texts, errors="coerce").astype(np.float64)
     bad = ~np.isfinite(values) if complete else values.isna() & texts.notna()
@@ -181,12 +181,12 @@ def _numbers(path: Path, texts: pd.Series, complete: bool) -> pd.Series:
     return values
 
 
-def download(name: str, folder: Path, url: str | None) -> None:
+def download_dataset(name: str, folder: Path, url: str | None) -> None:
     """Fetch a data set that RecBole knows a link for, into `folder`, whole or not at all.
 
     Raises:
         ValueError: there is no link, or the download failed; a dead server is given up on
-            after `TIMEOUT` seconds.
+            after `DOWNLOAD_TIMEOUT` seconds.
     """
     from m2rec.compat import download_url, extract_zip, rename_atomic_files
 
@@ -199,9 +199,9 @@ def download(name: str, folder: Path, url: str | None) -> None:
     logger.info("%s is not there; downloading %s", wanted, url)
     folder.parent.mkdir(parents=True, exist_ok=True)
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        _probe(url)
+        _check_link(url)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             unpacked = Path(temporary) / name
             unpacked.mkdir()
@@ -222,21 +222,21 @@ def download(name: str, folder: Path, url: str | None) -> None:
         socket.setdefaulttimeout(before)
 
 
-def _probe(url: str) -> None:
+def _check_link(url: str) -> None:
     """Open and close the link in a thread, because looking up a name can't be timed out."""
     outcome: list[Any] = []
 
     def open_link() -> None:
         try:
-            urllib.request.urlopen(url, timeout=TIMEOUT).close()
+            urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT).close()
             outcome.append(None)
         except OSError as error:
             outcome.append(error)
 
     thread = threading.Thread(target=open_link, daemon=True)
     thread.start()
-    thread.join(TIMEOUT + 5)
+    thread.join(DOWNLOAD_TIMEOUT + 5)
     if not outcome:
-        raise TimeoutError(f"no answer within {TIMEOUT + 5} seconds")
+        raise TimeoutError(f"no answer within {DOWNLOAD_TIMEOUT + 5} seconds")
     if outcome[0] is not None:
         raise outcome[0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-class WeightAverage:
+class WeightEMA:
     """The average of the weights over about the last `steps` steps of the optimizer.
 
     After step t it moves by max(1 / steps, 9 / (t + 9)) towards the weights, so that it does not

@@ -31,20 +31,20 @@ _STYLE = {
     "axes.edgecolor": GREY,
     "axes.labelcolor": GREY,
 }
-_SIZE = (4.6, 2.7)  # inches: text keeps its size on a phone
-_LINE = 0.18  # inches, of a legend
-_LONG = 16  # characters, from which three names don't fit side by side
-_MANY = 6  # groups, from which their names stand aslant
+_FIGURE_SIZE = (4.6, 2.7)  # inches: text keeps its size on a phone
+_LEGEND_LINE_HEIGHT = 0.18  # inches, of a legend
+_LONG_LABEL_LENGTH = 16  # characters, from which three names don't fit side by side
+_MAX_HORIZONTAL_LABELS = 6  # groups, from which their names stand aslant
 
 
 @contextmanager
-def styled() -> Iterator[None]:
+def use_chart_style() -> Iterator[None]:
     """Draw in the project's style."""
     with matplotlib.rc_context(_STYLE):
         yield
 
 
-def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> bytes:
+def draw_lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> bytes:
     """Lines over whole numbers, such as epochs."""
 
     def onto(axes: "Axes") -> None:
@@ -55,12 +55,12 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str,
         axes.set(xlabel=x, ylabel=y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
-        _legend(axes, series)
+        _add_legend(axes, series)
 
-    return _svg(onto)
+    return _render_svg(onto)
 
 
-def bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str, y: str) -> bytes:
+def draw_grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str, y: str) -> bytes:
     """A bar per group and series, side by side."""
 
     def onto(axes: "Axes") -> None:
@@ -68,15 +68,15 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str, y
         for k, (label, values) in enumerate(series.items()):
             places = [g - 0.4 + (k + 0.5) * width for g in range(len(groups))]
             axes.bar(places, values, width, label=label, alpha=0.8)
-        _name(axes, groups)
+        _label_groups(axes, groups)
         axes.set(xlabel=x, ylabel=y)
         axes.grid(axis="y")
-        _legend(axes, series)
+        _add_legend(axes, series)
 
-    return _svg(onto)
+    return _render_svg(onto)
 
 
-def shares(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str) -> bytes:
+def draw_stacked_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str) -> bytes:
     """Per group a bar of shares that add up to one."""
 
     def onto(axes: "Axes") -> None:
@@ -84,14 +84,14 @@ def shares(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str)
         for label, values in series.items():
             axes.bar(range(len(groups)), values, 0.8, base, label=label, alpha=0.8)
             base = [low + value for low, value in zip(base, values, strict=True)]
-        _name(axes, groups)
+        _label_groups(axes, groups)
         axes.set(xlabel=x, ylabel="weight", ylim=(0, 1))
-        _legend(axes, series)
+        _add_legend(axes, series)
 
-    return _svg(onto)
+    return _render_svg(onto)
 
 
-def bands(series: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> bytes:
+def draw_bands(series: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> bytes:
     """Per label x, lower, middle and upper values: lines with a band around, over two logarithmic axes."""
 
     def onto(axes: "Axes") -> None:
@@ -99,28 +99,28 @@ def bands(series: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> by
             (line,) = axes.plot(xs, middle, label=label)
             axes.fill_between(xs, lower, upper, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
-        _plain_ticks(axes.xaxis, axes.yaxis)
+        _set_log_ticks(axes.xaxis, axes.yaxis)
         axes.grid()
-        _legend(axes, series)
+        _add_legend(axes, series)
 
-    return _svg(onto)
+    return _render_svg(onto)
 
 
-def steps(edges: Sequence[float], series: Mapping[str, Sequence[float]], x: str, y: str) -> bytes:
+def draw_histograms(edges: Sequence[float], series: Mapping[str, Sequence[float]], x: str, y: str) -> bytes:
     """Histograms over a logarithmic axis; edges (n + 1,), values (n,) by label."""
 
     def onto(axes: "Axes") -> None:
         for label, values in series.items():
             axes.stairs(values, edges, label=label, linewidth=1.5)
         axes.set(xlabel=x, ylabel=y, xscale="log", ylim=(0, None))
-        _plain_ticks(axes.xaxis)
+        _set_log_ticks(axes.xaxis)
         axes.grid()
-        _legend(axes, series)
+        _add_legend(axes, series)
 
-    return _svg(onto)
+    return _render_svg(onto)
 
 
-def _plain_ticks(*many: "Axis") -> None:
+def _set_log_ticks(*many: "Axis") -> None:
     """1, 2, 5, 10 instead of powers of ten, and none between."""
     from matplotlib.ticker import LogLocator
 
@@ -130,29 +130,29 @@ def _plain_ticks(*many: "Axis") -> None:
         axis.set_minor_locator(LogLocator(subs=()))
 
 
-def _name(axes: "Axes", groups: Sequence[str]) -> None:
+def _label_groups(axes: "Axes", groups: Sequence[str]) -> None:
     axes.set_xticks(range(len(groups)), groups)
-    if len(groups) > _MANY:
+    if len(groups) > _MAX_HORIZONTAL_LABELS:
         axes.tick_params("x", rotation=45)
 
 
-def _legend(axes: "Axes", labels: Iterable[str]) -> None:
+def _add_legend(axes: "Axes", labels: Iterable[str]) -> None:
     """Above the axes; long names each in a line of their own, for which the picture grows."""
     names = list(labels)
     if len(names) < 2:
         return
-    columns = 3 if max(map(len, names)) < _LONG else 1
+    columns = 3 if max(map(len, names)) < _LONG_LABEL_LENGTH else 1
     lines = -(-len(names) // columns)
     if lines > 1 and (figure := axes.get_figure(root=True)):
-        figure.set_figheight(_SIZE[1] + _LINE * (lines - 1))
+        figure.set_figheight(_FIGURE_SIZE[1] + _LEGEND_LINE_HEIGHT * (lines - 1))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, fontsize=8)
 
 
-def _svg(draw: Callable[["Axes"], None]) -> bytes:
-    with styled():
+def _render_svg(draw: Callable[["Axes"], None]) -> bytes:
+    with use_chart_style():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = Figure(figsize=_FIGURE_SIZE, layout="constrained")
         draw(figure.subplots())
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})

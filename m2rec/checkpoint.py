@@ -13,27 +13,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from m2rec.averaging import WeightAverage
+from m2rec.averaging import WeightEMA
 from m2rec.files import read_metadata, read_tensors, write_tensors
 
 _MODEL, _OPTIMIZER, _RANDOM, _AVERAGE = "model.", "optimizer.", "random.", "average."
 _LOADER = "loader"
 
 
-class Training(NamedTuple):
+class TrainingState(NamedTuple):
     """What changes while a model is trained."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: torch.Generator
     """Shuffles the training rows; as it was when the epoch began that goes on."""
-    average: WeightAverage | None
+    average: WeightEMA | None
     """Of the weights, if the run takes one."""
     device: torch.device
     """Where the model is."""
 
 
-def save(path: Path, training: Training, numbers: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, training: TrainingState, numbers: Mapping[str, Any]) -> None:
     """Write a checkpoint as a whole, in the place of an earlier one.
 
     Args:
@@ -46,7 +46,7 @@ def save(path: Path, training: Training, numbers: Mapping[str, Any]) -> None:
     for index, state in optimizer.state_dict()["state"].items():
         found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         tensors |= {f"{_OPTIMIZER}{index}.{name}": value for name, value in found.items()}
-    generators, words = random_state(device)
+    generators, words = get_random_state(device)
     tensors |= {f"{_RANDOM}{name}": state for name, state in generators.items()}
     tensors[_LOADER] = loader.get_state()
     own: dict[str, Any] = {"random": words}
@@ -56,7 +56,9 @@ def save(path: Path, training: Training, numbers: Mapping[str, Any]) -> None:
     write_tensors(path, tensors, {"numbers": json.dumps({**numbers, **own})})
 
 
-def load(path: Path, training: Training, check: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, training: TrainingState, check: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any]:
     """Put a checkpoint's state back and return its numbers.
 
     Args:
@@ -71,30 +73,30 @@ def load(path: Path, training: Training, check: Callable[[Mapping[str, Any]], No
         tensors, metadata = read_tensors(path)
         numbers = dict(json.loads(metadata["numbers"]))
     except (LookupError, TypeError, ValueError) as error:
-        raise _no_checkpoint(path, error) from error
+        raise _invalid_checkpoint_error(path, error) from error
     check(numbers)
     model, optimizer, loader, average, device = training
     try:
         words = numbers.pop("random")
-        model.load_state_dict(_under(tensors, _MODEL))
-        _load_optimizer(optimizer, _under(tensors, _OPTIMIZER))
+        model.load_state_dict(_select_prefix(tensors, _MODEL))
+        _load_optimizer(optimizer, _select_prefix(tensors, _OPTIMIZER))
         if average is not None:
-            average.load(_under(tensors, _AVERAGE), numbers.pop("taken"))
+            average.load(_select_prefix(tensors, _AVERAGE), numbers.pop("taken"))
         loader.set_state(tensors[_LOADER])
-        set_random_state(device, _under(tensors, _RANDOM), words)
+        set_random_state(device, _select_prefix(tensors, _RANDOM), words)
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise _no_checkpoint(path, error) from error
+        raise _invalid_checkpoint_error(path, error) from error
     return numbers
 
 
-def _no_checkpoint(path: Path, error: Exception) -> ValueError:
+def _invalid_checkpoint_error(path: Path, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())
     return ValueError(
         f"{path} is no checkpoint of this run ({type(error).__name__}: {reason}); start a new run"
     )
 
 
-def read_numbers(path: Path) -> dict[str, Any]:
+def read_checkpoint_numbers(path: Path) -> dict[str, Any]:
     """A checkpoint's numbers alone, unchecked.
 
     Raises:
@@ -103,7 +105,7 @@ def read_numbers(path: Path) -> dict[str, Any]:
     return dict(json.loads(read_metadata(path)["numbers"]))
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _select_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
@@ -118,7 +120,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def get_random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The states of every generator that training draws from but the loader's, as tensors and numbers."""
     version, words, gauss = random.getstate()
     of_numpy: Any = np.random.get_state(legacy=True)
@@ -135,7 +137,7 @@ def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def set_random_state(device: torch.device, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Put back what `random_state` gave."""
+    """Put back what `get_random_state` gave."""
     torch.set_rng_state(tensors["torch"])
     name, position, has_gauss, cached = numbers["numpy"]
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))

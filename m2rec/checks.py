@@ -8,34 +8,34 @@ from typing import Any
 import torch
 
 # RecBole's metrics of a ranking with a cut, the only kind that full ranking by top-k measures
-METRICS = (
+RECBOLE_METRICS = (
     "Hit", "NDCG", "MRR", "Recall", "Precision", "MAP", "ItemCoverage", "AveragePopularity",
     "ShannonEntropy", "GiniIndex", "TailPercentage",
 )  # fmt: skip
 # RecBole's sequential models that need item features, and those that are refused
-_OF_FEATURES = ("FDSA", "GRU4RecF", "SASRecF")
-_NOT_TRAINED = {
+_ITEM_FEATURE_MODELS = ("FDSA", "GRU4RecF", "SASRecF")
+_UNSUPPORTED_MODELS = {
     "KSR": "needs a knowledge graph",
     "S3Rec": "is trained in two stages, between which RecBole keeps a pickle",
 }
-EVALUATION = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"}
+EVAL_ARGS = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"}
 
 
 def check_evaluation(values: dict[str, Any]) -> None:
     """Full ranking over all items, and a stopping metric that is measured."""
     args = values.get("eval_args")
-    if args is not None and (not isinstance(args, dict) or {**EVALUATION, **args} != EVALUATION):
+    if args is not None and (not isinstance(args, dict) or {**EVAL_ARGS, **args} != EVAL_ARGS):
         raise ValueError(
             f"eval_args: {args} is not supported; leave it out and set split (the ranking is always full)"
         )
-    values["eval_args"] = dict(EVALUATION)
+    values["eval_args"] = dict(EVAL_ARGS)
     topk = values["topk"] if isinstance(values["topk"], list) else [values["topk"]]
     if not topk or not all(type(k) is int and k > 0 for k in topk):
         raise ValueError(f"topk: expected whole numbers from 1, got {values['topk']!r}")
     metrics = values["metrics"] if isinstance(values["metrics"], list) else [values["metrics"]]
-    known = {metric.lower() for metric in METRICS}
+    known = {metric.lower() for metric in RECBOLE_METRICS}
     if not metrics or not all(isinstance(m, str) and m.lower() in known for m in metrics):
-        raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {values['metrics']!r}")
+        raise ValueError(f"metrics: expected some of {', '.join(RECBOLE_METRICS)}, got {values['metrics']!r}")
     measured = [f"{metric}@{k}" for metric in metrics for k in topk]
     if str(values["valid_metric"]).lower() not in [m.lower() for m in measured]:
         raise ValueError(
@@ -47,7 +47,7 @@ def check_recbole_keys(values: Mapping[str, Any]) -> None:
     """The forms of the keys that RecBole takes without a look."""
     for key in ("user_inter_num_interval", "item_inter_num_interval"):
         _check_interval(key, values.get(key))
-    _check_columns(values)
+    _check_column_filters(values)
     if (keep := values.get("rm_dup_inter")) not in (None, "first", "last"):
         raise ValueError(f"rm_dup_inter: expected first, last or ~ (keeps all), got {keep!r}")
     clip = values.get("clip_grad_norm")
@@ -59,7 +59,7 @@ def check_recbole_keys(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}: expected some text, got {values[key]!r}")
 
 
-def _check_columns(values: Mapping[str, Any]) -> None:
+def _check_column_filters(values: Mapping[str, Any]) -> None:
     """val_interval, and load_col, which must have its columns."""
     ranges = values.get("val_interval") or {}
     if not isinstance(ranges, dict):
@@ -86,7 +86,7 @@ def _check_interval(key: str, interval: Any) -> None:
         raise ValueError(f"{key}: {interval!r} is no interval from low to high; write it as '[5,inf)'")
 
 
-def check_baseline(name: str, values: Mapping[str, Any]) -> None:
+def check_model_inputs(name: str, values: Mapping[str, Any]) -> None:
     """What a sequential model of RecBole needs beside interactions.
 
     Args:
@@ -97,7 +97,7 @@ def check_baseline(name: str, values: Mapping[str, Any]) -> None:
         ValueError: it is not there, or the model can't be trained here at all.
     """
     load = values["load_col"]
-    if name in _OF_FEATURES:
+    if name in _ITEM_FEATURE_MODELS:
         wanted, there = values["selected_features"], load.get("item", ())
         if missing := [column for column in wanted if there != "*" and column not in there]:
             columns = ", ".join([str(values["ITEM_ID_FIELD"]), *wanted])
@@ -112,14 +112,14 @@ def check_baseline(name: str, values: Mapping[str, Any]) -> None:
                 "model: GRU4RecKG needs vectors of the items in a file .ent; add ent: [ent_id, ent_emb] to "
                 "load_col, and set preload_weight: {ent_id: ent_emb} and alias_of_item_id: [ent_id]"
             )
-    elif name in _NOT_TRAINED:
+    elif name in _UNSUPPORTED_MODELS:
         raise ValueError(
-            f"model: {name} {_NOT_TRAINED[name]}, which is not supported; choose another, or train it with "
+            f"model: {name} {_UNSUPPORTED_MODELS[name]}, which is not supported; choose another, or train it with "
             f"RecBole itself"
         )
 
 
-def check_catalogue(values: Mapping[str, Any], n_items: int) -> None:
+def check_reranker_size(values: Mapping[str, Any], n_items: int) -> None:
     """A model that ranks its best items again must have enough of them.
 
     Raises:
@@ -132,7 +132,7 @@ def check_catalogue(values: Mapping[str, Any], n_items: int) -> None:
         )
 
 
-def check_pickles(values: Mapping[str, Any]) -> None:
+def check_no_pickles(values: Mapping[str, Any]) -> None:
     """No key of RecBole's that loads a pickle."""
     if values.get("pre_model_path"):
         raise ValueError(
@@ -141,7 +141,7 @@ def check_pickles(values: Mapping[str, Any]) -> None:
         )
 
 
-def check_optional(values: Mapping[str, Any]) -> None:
+def check_optional_packages(values: Mapping[str, Any]) -> None:
     """A package that a key needs must be there."""
     if values.get("log_wandb") and find_spec("wandb") is None:
         raise ValueError("log_wandb: True needs the package wandb; pip install wandb, or leave log_wandb out")

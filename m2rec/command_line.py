@@ -15,14 +15,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def say(text: str, stream: TextIO) -> None:
+def write_escaped(text: str, stream: TextIO) -> None:
     """Write text; what the stream's encoding does not have is escaped."""
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def suggest_spelling(word: str, words: Iterable[str]) -> str:
     """A hint such as `; did you mean 'learning_rate'?`, or nothing."""
     by_lower = {w.lower(): w for w in words}
     match = difflib.get_close_matches(word.lower(), by_lower, n=1)

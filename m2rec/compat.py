@@ -53,16 +53,16 @@ from recbole.trainer import Trainer
 from recbole.utils import FeatureSource, FeatureType, InputType, argument_list, init_seed
 from recbole.utils.url import download_url, extract_zip, rename_atomic_files
 
-RECBOLE = Path(recbole.__file__).parent
+RECBOLE_FOLDER = Path(recbole.__file__).parent
 
 
-def data_folder(data_path: Path, dataset: str) -> Path:
+def find_data_folder(data_path: Path, dataset: str) -> Path:
     """Where a data set lies: data_path/NAME, or for ml-100k without one the copy inside RecBole.
 
     RecBole 1.2.1 reads its own ml-100k whatever the data path (config/configurator.py).
     """
     own = data_path / dataset
-    packaged = RECBOLE / "dataset_example" / dataset
+    packaged = RECBOLE_FOLDER / "dataset_example" / dataset
     return packaged if packaged.is_dir() and not (own / f"{dataset}.inter").is_file() else own
 
 
@@ -84,7 +84,7 @@ warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler", categor
 warnings.filterwarnings("ignore", message="A value is being set on a copy", module="recbole.data.dataset")
 
 
-class _NoTensorboard:
+class _NullTensorboard:
     """Takes what RecBole's trainer sends to TensorBoard and drops it."""
 
     def add_scalar(self, *args: object, **kwargs: object) -> None:
@@ -113,7 +113,7 @@ def _fill_nan(self: Dataset) -> None:
                 feat[column] = [empty if isinstance(x, float) else x for x in feat[column]]
 
 
-def _with_lengths_by_row(method: Callable[..., None]) -> Callable[..., None]:
+def _patch_list_lengths(method: Callable[..., None]) -> Callable[..., None]:
     """A method of RecBole's in which `column.agg(len)` is a length for each row, as before pandas 3.
 
     Under pandas 3 it is the number of rows. No upstream issue found; goes when RecBole supports pandas 3.
@@ -136,7 +136,7 @@ def _with_lengths_by_row(method: Callable[..., None]) -> Callable[..., None]:
 
 
 def _benchmark_presets(self: SequentialDataset) -> None:
-    """SequentialDataset._benchmark_presets with one length per row (see `_with_lengths_by_row`).
+    """SequentialDataset._benchmark_presets with one length per row (see `_patch_list_lengths`).
 
     Whatever the column of items is called, too. No upstream issue found; goes when RecBole supports pandas 3.
     """
@@ -149,7 +149,7 @@ def _benchmark_presets(self: SequentialDataset) -> None:
 
 
 # what pandas takes for a missing number by default
-_NO_NUMBER = [
+_MISSING_NUMBERS = [
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
     "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
 ]  # fmt: skip
@@ -165,7 +165,7 @@ def _read_csv(path: str, dtype: dict[str, type], **options: Any) -> pd.DataFrame
     stays NaN, which has no `split`; it is filled here (no upstream issue found; goes when RecBole supports
     pandas 3). A separator of several characters, such as ||, is no pattern (no upstream issue found).
     """
-    missing = {name: _NO_NUMBER if kind is np.float64 else [""] for name, kind in dtype.items()}
+    missing = {name: _MISSING_NUMBERS if kind is np.float64 else [""] for name, kind in dtype.items()}
     if len(options["delimiter"]) > 1:
         options["delimiter"] = re.escape(options["delimiter"])
     options |= {"quoting": csv.QUOTE_NONE, "keep_default_na": False, "na_values": missing}
@@ -176,13 +176,13 @@ def _read_csv(path: str, dtype: dict[str, type], **options: Any) -> pd.DataFrame
 
 Dataset._fill_nan = _fill_nan
 for _name in ("_remap", "_normalize", "_discretization"):
-    setattr(Dataset, _name, _with_lengths_by_row(getattr(Dataset, _name)))
+    setattr(Dataset, _name, _patch_list_lengths(getattr(Dataset, _name)))
 SequentialDataset._benchmark_presets = _benchmark_presets
 _dataset.pd = types.SimpleNamespace(**{**vars(pd), "read_csv": _read_csv})
 
 # RecBole opens ./log_tensorboard for every trainer and gives no switch (RecBole 1.2.1,
 # utils/logger.py; no upstream issue found); our trainer opens its own in the run folder.
-_trainer.get_tensorboard = lambda logger: _NoTensorboard()
+_trainer.get_tensorboard = lambda logger: _NullTensorboard()
 
 
 class _SafeTorch:
@@ -209,21 +209,21 @@ class _SafeTorch:
 
 _trainer.torch = _s3rec.torch = _SafeTorch()
 
-_init_trainer = Trainer.__init__
+_recbole_init_trainer = Trainer.__init__
 
 
-def _init_with_file_name(self: Trainer, config: Config, model: torch.nn.Module) -> None:
+def _init_with_safetensors(self: Trainer, config: Config, model: torch.nn.Module) -> None:
     """Trainer.__init__, with a name for its file that says what the file is."""
-    _init_trainer(self, config, model)
+    _recbole_init_trainer(self, config, model)
     self.saved_model_file = str(Path(self.saved_model_file).with_suffix(".safetensors"))
 
 
-Trainer.__init__ = _init_with_file_name
+Trainer.__init__ = _init_with_safetensors
 
 _build_optimizer = Trainer._build_optimizer
 
 
-def _build_with_groups(self: Trainer, **kwargs: Any) -> torch.optim.Optimizer:
+def _build_grouped_optimizer(self: Trainer, **kwargs: Any) -> torch.optim.Optimizer:
     """Trainer._build_optimizer, with the model's parameters in groups by how they are marked. Stays."""
     kwargs.setdefault("params", _group_parameters(self))
     return _build_optimizer(self, **kwargs)  # type: ignore[no-any-return]
@@ -247,7 +247,7 @@ def _group_parameters(trainer: Trainer) -> list[dict[str, Any]]:
     return groups
 
 
-Trainer._build_optimizer = _build_with_groups
+Trainer._build_optimizer = _build_grouped_optimizer
 
 
 def _get_data_struct(self: Collector) -> DataStruct:
@@ -267,7 +267,7 @@ def _get_data_struct(self: Collector) -> DataStruct:
 
 Collector.get_data_struct = _get_data_struct
 
-_set_negatives = Config._set_train_neg_sample_args
+_recbole_set_negatives = Config._set_train_neg_sample_args
 
 
 def _set_train_neg_sample_args(self: Config) -> None:
@@ -288,7 +288,7 @@ def _set_train_neg_sample_args(self: Config) -> None:
                 f"train_neg_sample_args: {self.model} draws the negatives of loss_type: {loss or 'CE'} "
                 f"itself; leave it out, or set loss_type: BPR"
             )
-    _set_negatives(self)
+    _recbole_set_negatives(self)
 
 
 Config._set_train_neg_sample_args = _set_train_neg_sample_args
@@ -315,7 +315,7 @@ _data.save_split_dataloaders = lambda config, dataloaders: None
 
 __all__ = [
     "INSTALL_RECBOLE",
-    "RECBOLE",
+    "RECBOLE_FOLDER",
     "Config",
     "DataStruct",
     "FeatureSource",
@@ -327,10 +327,10 @@ __all__ = [
     "SequentialRecommender",
     "Trainer",
     "argument_list",
-    "data_folder",
     "data_preparation",
     "download_url",
     "extract_zip",
+    "find_data_folder",
     "init_seed",
     "rename_atomic_files",
     "sequential_recommender",

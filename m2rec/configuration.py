@@ -19,42 +19,42 @@ import yaml
 
 from m2rec import distributed, shipped
 from m2rec.checks import (
-    check_baseline,
     check_device,
     check_evaluation,
-    check_optional,
-    check_pickles,
+    check_model_inputs,
+    check_no_pickles,
+    check_optional_packages,
     check_recbole_keys,
 )
-from m2rec.command_line import nearest
+from m2rec.command_line import suggest_spelling
 from m2rec.compat import (
-    RECBOLE,
+    RECBOLE_FOLDER,
     Config,
     SequentialRecommender,
     argument_list,
-    data_folder,
+    find_data_folder,
     sequential_recommender,
 )
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
 from m2rec.popularity import Popularity
-from m2rec.settings import ModelSettings, RunSettings, check_together
+from m2rec.settings import ModelSettings, RunSettings, check_key_combination
 
 logger = logging.getLogger(__name__)
 
 # models of this project, which are not bound to one training row per target
-_OWN = (M2Rec, Popularity)
+_PROJECT_MODELS = (M2Rec, Popularity)
 
-PROPERTIES = Path(__file__).parent / "properties"
+PROPERTIES_FOLDER = Path(__file__).parent / "properties"
 
 # RecBole reads these without listing them anywhere
-_UNLISTED = {"dataset", "model"}
+_UNLISTED_KEYS = {"dataset", "model"}
 
 # how interactions are read, with RecBole's defaults
-_COLUMNS = {"field_separator": "\t", "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id"}
+_COLUMN_DEFAULTS = {"field_separator": "\t", "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id"}
 
 # RecBole's keys of before 1.0 or 1.2, with what does the same now
-_RENAMED = {
+_OBSOLETE_KEYS = {
     **dict.fromkeys(("neg_sampling", "training_neg_sample_num"), "train_neg_sample_args"),
     **dict.fromkeys(("min_user_inter_num", "max_user_inter_num"), "user_inter_num_interval"),
     **dict.fromkeys(("min_item_inter_num", "max_item_inter_num"), "item_inter_num_interval"),
@@ -67,10 +67,10 @@ _RENAMED = {
 }
 
 # RecBole's properties that hold for every sequential model
-_GENERAL = ("overall.yaml", "dataset/sample.yaml", "quick_start_config/sequential.yaml")
+_SEQUENTIAL_PROPERTIES = ("overall.yaml", "dataset/sample.yaml", "quick_start_config/sequential.yaml")
 
 # RecBole's keys that this project's runs don't follow: nothing is pickled, and a run has its folder
-_WITHOUT_EFFECT = {
+_IGNORED_KEYS = {
     "checkpoint_dir", "config_file", "dataloaders_save_path", "dataset_save_path", "enable_scaler",
     "save_dataloaders", "save_dataset",
 }  # fmt: skip
@@ -100,23 +100,23 @@ class RunConfig(Config):
     def _set_default_parameters(self) -> None:
         asked = Path(self.final_config_dict["data_path"])
         super()._set_default_parameters()
-        self.final_config_dict["data_path"] = str(data_folder(asked, self.dataset))
+        self.final_config_dict["data_path"] = str(find_data_folder(asked, self.dataset))
 
 
-class _Loader(yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):
     """YAML's safe loader, with 1e-3 read as a number (YAML 1.1 wants 1.0e-3)."""
 
 
-_Loader.add_implicit_resolver(
+_YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$|[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)$"),
     list("-+0123456789."),
 )
 
 
-def _read(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     """The value that a YAML text stands for; plain values only, no objects."""
-    loader = _Loader(text)
+    loader = _YamlLoader(text)
     try:
         return loader.get_single_data()
     finally:
@@ -140,7 +140,7 @@ def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
 
 def _parse_value(value: str) -> Any:
     try:
-        found = _read(value)
+        found = _parse_yaml(value)
     except yaml.YAMLError:
         return value
     if value and not value.strip():  # a separator, which for YAML is nothing
@@ -149,16 +149,16 @@ def _parse_value(value: str) -> Any:
     return value if opens_a_block else found
 
 
-def as_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """The value as it is written after `--key=`."""
     if isinstance(value, str) and _parse_value(value) == value:
         return value
     return json.dumps(value, ensure_ascii=False)
 
 
-def as_argument(key: str, value: Any) -> str:
+def format_argument(key: str, value: Any) -> str:
     """The argument that `parse_arguments` reads as this key and value."""
-    return f"--{key}={as_text(value)}"
+    return f"--{key}={format_value(value)}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: there is no such file, or it is not a mapping.
     """
     try:
-        content = _read(path.read_text(encoding="utf-8"))
+        content = _parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config file {str(path)!r} can't be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -192,7 +192,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
         ValueError: a key is unknown, a value is wrong, or two don't go together.
     """
     chosen: dict[str, Any] = {}
-    for path in _config_files(given.get("config_files"), default_file):
+    for path in _list_config_files(given.get("config_files"), default_file):
         chosen.update(read_yaml(path))
     chosen.update({k: v for k, v in given.items() if k != "config_files"})
     if type(chosen.get("dataset")) is int:  # a name such as 1234, which YAML reads as a number
@@ -200,54 +200,54 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     if isinstance(separator := chosen.get("field_separator"), str):  # as a shell hands a tab over
         chosen["field_separator"] = separator.replace(r"\t", "\t")
 
-    defaults = read_yaml(PROPERTIES / "overall.yaml")
+    defaults = read_yaml(PROPERTIES_FOLDER / "overall.yaml")
     name = str(chosen.get("model", defaults["model"]))
     dataset = str(chosen.get("dataset", defaults["dataset"]))
-    variant = _properties("model", name)
-    model = find_model(str(variant.get("model", name)))
-    own = {**ModelSettings.defaults(), **_properties("model", "M2Rec")} if model is M2Rec else {}
+    variant = _read_properties("model", name)
+    model = find_model_class(str(variant.get("model", name)))
+    own = {**ModelSettings.defaults(), **_read_properties("model", "M2Rec")} if model is M2Rec else {}
     values = {**defaults, **own, **variant, **chosen}
-    values = {**defaults, **own, **_dataset_properties(dataset, values), **variant, **chosen}
-    _check_keys(values)
+    values = {**defaults, **own, **_read_dataset_properties(dataset, values), **variant, **chosen}
+    _check_known_keys(values)
     values.update(model=model.__name__, variant=name)
-    _add_derived(values, model)
+    _add_derived_defaults(values, model)
     run = RunSettings.read(values)
     check_evaluation(values)
     check_recbole_keys(values)
     check_device(values)
-    check_optional(values)
-    check_pickles(values)
+    check_optional_packages(values)
+    check_no_pickles(values)
     if model is M2Rec:
         settings = ModelSettings.read(values)
-        check_together(settings, run)
-    elif run.rows == "dense" and model not in _OWN:
+        check_key_combination(settings, run)
+    elif run.rows == "dense" and model not in _PROJECT_MODELS:
         raise ValueError(
             f"rows: 'dense' is for M2Rec; {name} trains on its last position only, set rows: prefix"
         )
     else:
-        check_baseline(name, {**_COLUMNS, **_stock_properties(model), **values})
+        check_model_inputs(name, {**_COLUMN_DEFAULTS, **_read_recbole_properties(model), **values})
     config = RunConfig(model=model, dataset=dataset, config_dict=values)
     if model is M2Rec:
         resolve_backend(config["scan_backend"], config["device"])
-    unread = sorted(set(chosen) - keys_of(model))
+    unread = sorted(set(chosen) - collect_model_keys(model))
     if unread:
         logger.warning("%s does not read these keys, they change nothing: %s", name, ", ".join(unread))
     return config
 
 
-def resolved(config: Config) -> dict[str, Any]:
+def resolve_settings(config: Config) -> dict[str, Any]:
     """Every key that the run reads, with its value, such that `build_config` gives the same run.
 
     Left out is what belongs to the machine and the terminal: which GPU, and progress bars.
     """
     own = {"gpu_id", "show_progress", "checkpoint_dir", "variant"}
     values = {**config.internal_config_dict, **config.external_config_dict}
-    read = keys_of(config.model_class) - own
+    read = collect_model_keys(config.model_class) - own
     kept = {key: value for key, value in values.items() if key in read and not key.startswith("MODEL_")}
     return {**kept, "model": config["variant"]}
 
 
-def _config_files(named: Any, default_file: Path | None) -> list[Path]:
+def _list_config_files(named: Any, default_file: Path | None) -> list[Path]:
     """The files to read: those of `config_files`, separated by spaces or in a list, or the default.
 
     The text may also be the name of one file with spaces in it.
@@ -262,23 +262,23 @@ def _config_files(named: Any, default_file: Path | None) -> list[Path]:
     return [Path(f) for f in files]
 
 
-def find_model(name: str) -> type[SequentialRecommender]:
+def find_model_class(name: str) -> type[SequentialRecommender]:
     """One of our models, or the RecBole sequential model of that name.
 
     Raises:
         ValueError: there is none; the message names the nearest.
     """
-    ours = {model.__name__: model for model in _OWN}
-    models: dict[str, type[SequentialRecommender]] = {**ours, **_recbole_models()}
+    ours = {model.__name__: model for model in _PROJECT_MODELS}
+    models: dict[str, type[SequentialRecommender]] = {**ours, **_list_recbole_models()}
     if name in models:
         return models[name]
-    names = {*models, *(path.stem for path in (PROPERTIES / "model").glob("*.yaml"))}
+    names = {*models, *(path.stem for path in (PROPERTIES_FOLDER / "model").glob("*.yaml"))}
     raise ValueError(
-        f"model: unknown model {name!r}{nearest(name, names)}; known: {', '.join(sorted(names))}"
+        f"model: unknown model {name!r}{suggest_spelling(name, names)}; known: {', '.join(sorted(names))}"
     )
 
 
-def _recbole_models() -> dict[str, Any]:
+def _list_recbole_models() -> dict[str, Any]:
     return {
         name: member
         for name, member in inspect.getmembers(sequential_recommender, inspect.isclass)
@@ -286,31 +286,31 @@ def _recbole_models() -> dict[str, Any]:
     }
 
 
-def _properties(kind: str, name: str) -> dict[str, Any]:
+def _read_properties(kind: str, name: str) -> dict[str, Any]:
     """The shipped properties of that data set or model, empty if there are none."""
-    known = {path.stem: path for path in (PROPERTIES / kind).glob("*.yaml")}
+    known = {path.stem: path for path in (PROPERTIES_FOLDER / kind).glob("*.yaml")}
     return read_yaml(known[name]) if name in known else {}
 
 
-def _stock_properties(model: type[SequentialRecommender]) -> dict[str, Any]:
+def _read_recbole_properties(model: type[SequentialRecommender]) -> dict[str, Any]:
     """RecBole's properties of that model, empty if there are none."""
-    path = RECBOLE / "properties" / "model" / f"{model.__name__}.yaml"
+    path = RECBOLE_FOLDER / "properties" / "model" / f"{model.__name__}.yaml"
     return read_yaml(path) if path.is_file() else {}
 
 
-def _dataset_properties(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _read_dataset_properties(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The shipped properties of that data set; none where the data at hand is another one of that name.
 
     Args:
         name: the data set's.
         values: all other keys.
     """
-    properties = _properties("dataset", name)
-    properties.pop(shipped.BELONGS_TO, None)
-    path = data_folder(Path(str(values["data_path"])), name) / f"{name}.inter"
+    properties = _read_properties("dataset", name)
+    properties.pop(shipped.ORIGIN_KEY, None)
+    path = find_data_folder(Path(str(values["data_path"])), name) / f"{name}.inter"
     if not properties or not path.is_file():  # when it is downloaded, `HistoryDataset` compares
         return properties
-    columns = shipped.Columns.of({**_COLUMNS, **values})
+    columns = shipped.InterColumns.of({**_COLUMN_DEFAULTS, **values})
     if difference := shipped.describe_difference(name, path, columns):
         logger.warning(
             "the settings that are shipped for %s are not taken: %s has %s", name, path, difference
@@ -320,46 +320,52 @@ def _dataset_properties(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def known_keys() -> frozenset[str]:
+def collect_known_keys() -> frozenset[str]:
     """Every key that this project, RecBole, or any of its models and data sets reads."""
     listed = re.compile(r"^(\w+):", re.MULTILINE)
-    files = (RECBOLE / "properties").rglob("*.yaml")
+    files = (RECBOLE_FOLDER / "properties").rglob("*.yaml")
     stock = {key for path in files for key in listed.findall(path.read_text(encoding="utf-8"))}
-    return frozenset(stock | _listed() | set(ModelSettings.keys()) | set(RunSettings.keys()) | _UNLISTED)
+    return frozenset(
+        stock | _collect_recbole_keys() | set(ModelSettings.keys()) | set(RunSettings.keys()) | _UNLISTED_KEYS
+    )
 
 
-def keys_of(model: type[SequentialRecommender]) -> frozenset[str]:
+def collect_model_keys(model: type[SequentialRecommender]) -> frozenset[str]:
     """The keys that a run of this model reads: the general ones and the model's own."""
-    general = {key for file in _GENERAL for key in read_yaml(RECBOLE / "properties" / file)}
-    stock = general | set(_stock_properties(model))
+    general = {
+        key for file in _SEQUENTIAL_PROPERTIES for key in read_yaml(RECBOLE_FOLDER / "properties" / file)
+    }
+    stock = general | set(_read_recbole_properties(model))
     own = ModelSettings.keys() if model is M2Rec else ("loss_type",)
-    return frozenset({*stock, *_listed(), *RunSettings.keys(), *own} - _WITHOUT_EFFECT)
+    return frozenset({*stock, *_collect_recbole_keys(), *RunSettings.keys(), *own} - _IGNORED_KEYS)
 
 
-def _listed() -> set[str]:
+def _collect_recbole_keys() -> set[str]:
     """The keys in RecBole's own lists of arguments."""
     lists = (keys for name, keys in vars(argument_list).items() if name.endswith("_arguments"))
     return {key for keys in lists for key in keys}
 
 
-def _check_keys(values: Mapping[str, Any]) -> None:
+def _check_known_keys(values: Mapping[str, Any]) -> None:
     for key in values:
-        if key in _RENAMED:
+        if key in _OBSOLETE_KEYS:
             cure = (
-                f"set {_RENAMED[key]} in its place" if _RENAMED[key] else "leave it out, nothing replaces it"
+                f"set {_OBSOLETE_KEYS[key]} in its place"
+                if _OBSOLETE_KEYS[key]
+                else "leave it out, nothing replaces it"
             )
             raise ValueError(f"unknown key {key!r}: RecBole has renamed or dropped it; {cure}")
-        if key not in known_keys():
-            raise ValueError(f"unknown key {key!r}{nearest(str(key), known_keys())}")
+        if key not in collect_known_keys():
+            raise ValueError(f"unknown key {key!r}{suggest_spelling(str(key), collect_known_keys())}")
 
 
-def _add_derived(values: dict[str, Any], model: type[SequentialRecommender]) -> None:
+def _add_derived_defaults(values: dict[str, Any], model: type[SequentialRecommender]) -> None:
     """Keys whose default follows from others."""
     presplit = values.get("benchmark_filename")  # rows that are there already
-    values.setdefault("rows", "dense" if model in _OWN and not presplit else "prefix")
+    values.setdefault("rows", "dense" if model in _PROJECT_MODELS and not presplit else "prefix")
     if model is Popularity:  # it never gets better, and RecBole takes equally good for better
         values.update(epochs=1, loss_type="CE")
-    fields = {**_COLUMNS, "TIME_FIELD": "timestamp"}
+    fields = {**_COLUMN_DEFAULTS, "TIME_FIELD": "timestamp"}
     columns = [values.get(key, fields[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
     if presplit:
         lists = f"{columns[1]}{values.get('LIST_SUFFIX', '_list')}"
@@ -368,5 +374,5 @@ def _add_derived(values: dict[str, Any], model: type[SequentialRecommender]) -> 
     values.setdefault("load_col", {"inter": columns})
     if values.get("show_progress") is None:
         values["show_progress"] = sys.stderr.isatty()
-    if model is M2Rec or values.get("loss_type", _stock_properties(model).get("loss_type")) == "CE":
+    if model is M2Rec or values.get("loss_type", _read_recbole_properties(model).get("loss_type")) == "CE":
         values.setdefault("train_neg_sample_args", None)

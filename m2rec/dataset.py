@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from m2rec import atomic, shipped
-from m2rec.checks import EVALUATION
+from m2rec.checks import EVAL_ARGS
 from m2rec.compat import (
     Config,
     FeatureSource,
@@ -26,8 +26,8 @@ from m2rec.compat import (
     SeqSampler,
     SequentialDataset,
 )
-from m2rec.dominant import find_dominant
-from m2rec.histories import NONE, Histories, by_time
+from m2rec.dominant import describe_dominant_entity
+from m2rec.histories import NO_TARGET, Histories, split_by_time
 from m2rec.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class HistoryDataset(SequentialDataset):
     def __init__(self, config: Config) -> None:
         settings = RunSettings.read(config)
         self.rows, self.time_order, self.split = settings.rows, settings.time_order, settings.split
-        _check_evaluation(config)
+        _check_eval_args(config)
         if config["benchmark_filename"] and type(self) is HistoryDataset:
             raise ValueError(
                 "benchmark_filename: HistoryDataset reads NAME.inter; take presplit.PresplitDataset"
@@ -72,11 +72,11 @@ class HistoryDataset(SequentialDataset):
         super().__init__(config)
 
     def _download(self) -> None:
-        atomic.download(
+        atomic.download_dataset(
             self.dataset_name, Path(self.dataset_path), self._get_download_url("url", allow_none=True)
         )
 
-        name, columns = self.dataset_name, shipped.Columns.of(self.config)
+        name, columns = self.dataset_name, shipped.InterColumns.of(self.config)
         path = Path(self.dataset_path) / f"{name}.inter"
         if difference := shipped.describe_difference(name, path, columns):
             raise ValueError(
@@ -125,7 +125,7 @@ class HistoryDataset(SequentialDataset):
         else:
             frame = self._read_inter(path, header, wanted)
         for column in (self.uid_field, self.iid_field):
-            _say_blanks(path, frame[column])
+            _warn_blank_ids(path, frame[column])
         return frame
 
     def _read_times(self, path: Path, header: dict[str, str]) -> np.ndarray:
@@ -171,20 +171,20 @@ class HistoryDataset(SequentialDataset):
         self.counts = self._count()
         for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
             counts = self.inter_feat[column].value_counts()
-            if said := find_dominant(kind, counts.index, counts.to_numpy()):
+            if said := describe_dominant_entity(kind, counts.index, counts.to_numpy()):
                 logger.warning("%s", said)
-        self.gaps = _gaps(self.inter_feat[self.uid_field], self.inter_feat[self.time_field])
+        self.gaps = _measure_gap_quartiles(self.inter_feat[self.uid_field], self.inter_feat[self.time_field])
         if not self.counts["interactions"]:
             raise ValueError(
-                f"dataset: nothing of {self.dataset_name!r} is left after filtering ({_in_words(before)} "
-                f"before, {_in_words(self.counts)} after); loosen user_inter_num_interval, "
+                f"dataset: nothing of {self.dataset_name!r} is left after filtering ({_format_counts(before)} "
+                f"before, {_format_counts(self.counts)} after); loosen user_inter_num_interval, "
                 f"item_inter_num_interval or val_interval"
             )
         longest = int(self.inter_feat[self.uid_field].value_counts().max())
         if longest < 3 and self.split == "leave_one_out":
             raise ValueError(
                 f"dataset: nobody in {self.dataset_name!r} has three interactions (the most is {longest}; "
-                f"{_in_words(self.counts)}); one is needed to start from, one to train and one to test"
+                f"{_format_counts(self.counts)}); one is needed to start from, one to train and one to test"
             )
 
     def _filter_nan_user_or_item(self) -> None:
@@ -222,9 +222,9 @@ class HistoryDataset(SequentialDataset):
         times = self.inter_feat[self.time_field].to_numpy()
         times = times if self.time_order == "exact" else times.astype(np.float32)
         users = self.inter_feat[self.uid_field].to_numpy()
-        self.n_tied = _count_tied(users, times)
+        self.n_tied = _count_tied_times(users, times)
         if self.split == "global_time":
-            self._counts_by_time = _count_by_time(users, times, self._shares)
+            self._counts_by_time = _count_per_period(users, times, self._shares)
         super()._change_feat_format()
 
     def data_augmentation(self) -> None:
@@ -241,7 +241,7 @@ class HistoryDataset(SequentialDataset):
         )
         if self.split == "global_time":
             n_train, n_valid = (counts[histories.users] for counts in self._counts_by_time)
-            histories.split = by_time(histories.start, histories.end, n_train, n_valid)
+            histories.split = split_by_time(histories.start, histories.end, n_train, n_valid)
         self.histories = histories
         targets, owners = zip(*self._targets(histories), strict=True)
         self._stops = np.cumsum([len(part) for part in targets])
@@ -259,7 +259,7 @@ class HistoryDataset(SequentialDataset):
         yield np.concatenate(trained), np.repeat(start[order], [len(part) for part in trained])
         for part in ("valid", "test"):
             target = split.targets[part][order]
-            yield target[target != NONE], start[order][target != NONE]
+            yield target[target != NO_TARGET], start[order][target != NO_TARGET]
 
     def _rows(self, target: np.ndarray, start: np.ndarray) -> Interaction:
         """One row per target, with the history before it from `start` on, at most L items."""
@@ -336,27 +336,27 @@ class HistoryDataset(SequentialDataset):
                 self.inter_feat[self.history_field],
                 self.inter_feat[self.item_list_length_field],
             )
-            targets = shifted_targets(lists, lengths, self.inter_feat[column])
+            targets = shift_targets(lists, lengths, self.inter_feat[column])
             return Counter(targets[targets > 0].tolist())
         counts: Counter[int] = super().counter(column)
         return counts
 
 
-def _check_evaluation(config: Config) -> None:
+def _check_eval_args(config: Config) -> None:
     """Which rows are tested is `split`'s to say, here and in `build_config`.
 
     Raises:
         ValueError: eval_args of a plain Config say otherwise.
     """
     asked = {key: config["eval_args"][key] for key in ("split", "order", "group_by")}
-    if asked != {key: EVALUATION[key] for key in asked}:
+    if asked != {key: EVAL_ARGS[key] for key in asked}:
         raise ValueError(
             f"eval_args: HistoryDataset does not follow {asked}; leave them out and set split, or take "
             f"RecBole's create_dataset(config)"
         )
 
 
-def _say_blanks(path: Path, tokens: pd.Series) -> None:
+def _warn_blank_ids(path: Path, tokens: pd.Series) -> None:
     """Warn of ids that differ from others by a blank before or after them."""
     blank = [token for token in tokens.dropna().unique() if token != token.strip()]
     if blank:
@@ -367,7 +367,7 @@ def _say_blanks(path: Path, tokens: pd.Series) -> None:
         )  # fmt: skip
 
 
-def _count_tied(users: np.ndarray, times: np.ndarray) -> int:
+def _count_tied_times(users: np.ndarray, times: np.ndarray) -> int:
     """How many interactions share their time with another one of the same user."""
     order = np.lexsort((times, users))
     users, times = users[order], times[order]
@@ -375,7 +375,7 @@ def _count_tied(users: np.ndarray, times: np.ndarray) -> int:
     return int((as_before | np.r_[as_before[1:], False]).sum())
 
 
-def _count_by_time(users: np.ndarray, times: np.ndarray, shares: tuple[float, float]) -> list[np.ndarray]:
+def _count_per_period(users: np.ndarray, times: np.ndarray, shares: tuple[float, float]) -> list[np.ndarray]:
     """Per user id, interactions before the moment that ends training, and from it to the end of validation.
 
     The moments are where these shares of all interactions have passed; what happens at one comes after it.
@@ -386,7 +386,7 @@ def _count_by_time(users: np.ndarray, times: np.ndarray, shares: tuple[float, fl
     return [before[0], before[1] - before[0]]
 
 
-def shifted_targets(items: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+def shift_targets(items: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
     """The next item at each position of (B, L) histories, 0 where there is none.
 
     Args:
@@ -399,11 +399,11 @@ def shifted_targets(items: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
     return targets.scatter(1, (lengths - 1).unsqueeze(1), last.unsqueeze(1))
 
 
-def _in_words(counts: dict[str, int]) -> str:
+def _format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in counts.items())
 
 
-def _gaps(users: pd.Series, times: pd.Series) -> tuple[float, float, float] | None:
+def _measure_gap_quartiles(users: pd.Series, times: pd.Series) -> tuple[float, float, float] | None:
     """The quartiles of the time between neighbouring interactions of a user."""
     ordered = pd.DataFrame({"user": pd.factorize(users)[0], "time": times.to_numpy()})
     ordered = ordered.sort_values(["user", "time"])

@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import SequenceMatcher, get_close_matches
 from typing import TextIO
 
-from m2rec.command_line import say
+from m2rec.command_line import write_escaped
 from m2rec.recommender import Recommendation, Recommender
 
 HELP = "a title or a part of one, a token, or: why, undo, new, quit"
 
-_CHOICES = 8  # titles to choose from, where more than one fits
-_CUTOFF = 0.6  # likeness from which a misspelt title counts
-_SURE = 0.85  # likeness from which titles that are this much less alike are not offered
-_AHEAD = 0.1
+_MAX_CHOICES = 8  # titles to choose from, where more than one fits
+_MIN_SIMILARITY = 0.6  # likeness from which a misspelt title counts
+_CONFIDENT_SIMILARITY = 0.85  # likeness from which titles that are this much less alike are not offered
+_SIMILARITY_MARGIN = 0.1
 
 
-class Catalogue:
+class TitleSearch:
     """Finds items by token or by a part of the title, misspelt too.
 
     Args:
@@ -26,21 +26,21 @@ class Catalogue:
 
     def __init__(self, tokens: Iterable[str], titles: Mapping[str, str]) -> None:
         self.names = {token: titles.get(token, token) for token in tokens}
-        self._plain = {token: plain(name) for token, name in self.names.items()}
+        self._plain = {token: normalize_title(name) for token, name in self.names.items()}
 
     def find(self, text: str) -> list[str]:
         """Tokens of the items that fit, the best first: the token itself, the title, a part, a likeness."""
         if text in self.names:
             return [text]
-        wanted = plain(text)
+        wanted = normalize_title(text)
         if not wanted:
             return []
         if same := [token for token, name in self._plain.items() if name == wanted]:
-            return same[:_CHOICES]
+            return same[:_MAX_CHOICES]
         words = wanted.split()
         parts = [token for token, name in self._plain.items() if all(word in name for word in words)]
         if parts:
-            return sorted(parts, key=lambda token: self._distance(token, wanted))[:_CHOICES]
+            return sorted(parts, key=lambda token: self._distance(token, wanted))[:_MAX_CHOICES]
         return self._alike(wanted)
 
     def _distance(self, token: str, wanted: str) -> tuple[bool, bool, int, str]:
@@ -51,20 +51,24 @@ class Catalogue:
         by_name: dict[str, list[str]] = {}
         for token, name in self._plain.items():
             by_name.setdefault(name, []).append(token)
-            by_name.setdefault(without_year(name), []).append(token)
-        close = get_close_matches(wanted, by_name, _CHOICES, _CUTOFF)
+            by_name.setdefault(strip_year(name), []).append(token)
+        close = get_close_matches(wanted, by_name, _MAX_CHOICES, _MIN_SIMILARITY)
         likeness = [SequenceMatcher(None, name, wanted).ratio() for name in close]
-        if likeness and likeness[0] >= _SURE:
-            close = [name for name, own in zip(close, likeness, strict=True) if own > likeness[0] - _AHEAD]
-        return list(dict.fromkeys(token for name in close for token in by_name[name]))[:_CHOICES]
+        if likeness and likeness[0] >= _CONFIDENT_SIMILARITY:
+            close = [
+                name
+                for name, own in zip(close, likeness, strict=True)
+                if own > likeness[0] - _SIMILARITY_MARGIN
+            ]
+        return list(dict.fromkeys(token for name in close for token in by_name[name]))[:_MAX_CHOICES]
 
 
-def plain(text: str) -> str:
+def normalize_title(text: str) -> str:
     """Lower case, words only."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def without_year(name: str) -> str:
+def strip_year(name: str) -> str:
     """A film's plain title without the year behind it."""
     return re.sub(r" \d{4}$", "", name)
 
@@ -80,7 +84,7 @@ class Dialogue:
 
     def __init__(self, recommender: Recommender, k: int, output: TextIO) -> None:
         self.recommender, self.k, self.output = recommender, k, output
-        self.catalogue = Catalogue(recommender.tokens[1:], recommender.titles)
+        self.catalogue = TitleSearch(recommender.tokens[1:], recommender.titles)
         self.history: list[str] = []
         self.choices: list[str] = []
         self.ranking: list[Recommendation] = []
@@ -102,7 +106,7 @@ class Dialogue:
     def prompt(self) -> None:
         """A sign to type at, on a terminal."""
         if self.output.isatty():
-            say("> ", self.output)
+            write_escaped("> ", self.output)
 
     def answer(self, text: str) -> None:
         """One line of the person's."""
@@ -140,7 +144,9 @@ class Dialogue:
         found = self.recommender.recommend(self.history, self.k)
         before = {item.item: place for place, item in enumerate(self.ranking, 1)}
         for place, item in enumerate(found, 1):
-            self.say(f"{place:>3} {moved(before.get(item.item), place):>4}  {item.title or item.item}")
+            self.say(
+                f"{place:>3} {format_rank_change(before.get(item.item), place):>4}  {item.title or item.item}"
+            )
         self.ranking = found
 
     def why(self) -> None:
@@ -164,13 +170,13 @@ class Dialogue:
 
     def say(self, text: str) -> None:
         """One line to the person."""
-        say(text + "\n", self.output)
+        write_escaped(text + "\n", self.output)
 
     def _start(self, history: list[str]) -> None:
         self.history, self.choices, self.ranking = history, [], []
 
 
-def moved(before: int | None, place: int) -> str:
+def format_rank_change(before: int | None, place: int) -> str:
     """How an item's place has changed; `new` where it was not shown."""
     if before is None:
         return "new"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[None]:
+def join_process_group(device: torch.device) -> Iterator[None]:
     """Join the other processes, by NCCL on CUDA and by gloo on a CPU, and leave them at the end."""
     if "RANK" not in os.environ or dist.is_initialized():
         yield
@@ -39,12 +39,12 @@ def processes(device: torch.device) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def rank() -> int:
+def process_rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -77,40 +77,40 @@ def check_gpus() -> None:
         )
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes the files."""
-    return rank() == 0
+    return process_rank() == 0
 
 
-def from_first(value: Any) -> Any:
+def broadcast_value(value: Any) -> Any:
     """The first process's value, for all."""
     values = [value]
-    if size() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(values, 0)
     return values[0]
 
 
-def largest(number: int, device: torch.device) -> int:
+def reduce_max(number: int, device: torch.device) -> int:
     """The largest of all processes' numbers."""
-    if size() == 1:
+    if world_size() == 1:
         return number
     found = torch.tensor(number, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
 
 
-def gather(own: Tensor) -> Tensor:
+def gather_rows(own: Tensor) -> Tensor:
     """Every process's rows, one process after the other; they may have different numbers of them."""
-    if size() == 1:
+    if world_size() == 1:
         return own
-    parts: list[Any] = [None] * size()
+    parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, own.cpu())
     return torch.cat(parts).to(own.device)
 
 
-def broadcast(model: nn.Module) -> None:
+def broadcast_weights(model: nn.Module) -> None:
     """Give all processes the first one's parameters and buffers."""
-    if size() > 1:
+    if world_size() > 1:
         for tensor in model.state_dict().values():
             sent = tensor.contiguous()  # as NCCL wants it
             dist.broadcast(sent, 0)
@@ -122,7 +122,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
 
     A parameter that has no gradient in any process keeps none.
     """
-    if size() == 1:
+    if world_size() == 1:
         return loss
     trained = [p for p in parameters if p.requires_grad]
     head = torch.tensor([float(p.grad is not None) for p in trained], device=loss.device)

@@ -4,21 +4,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-LABELS = frozenset({"label", "click", "clicked", "is_click", "is_clicked"})
+LABEL_COLUMNS = frozenset({"label", "click", "clicked", "is_click", "is_clicked"})
 """Names, in lower case, of columns that say whether something was done at all."""
-PLACEHOLDERS = {
+PLACEHOLDER_NAMES = {
     "", "na", "n/a", "nan", "nat", "null", "none", "nil", "undefined", "unknown", "missing", "empty",
     "not set", "\\n",
 }  # fmt: skip
-_AROUND = " \t-_()[]<>\"'"
+_STRIPPED_CHARACTERS = " \t-_()[]<>\"'"
 
 
 def is_placeholder(name: object) -> bool:
     """Whether a name stands for a missing value: NA, null, (not set), -, blanks, in any case."""
-    return str(name).strip(_AROUND).lower() in PLACEHOLDERS
+    return str(name).strip(_STRIPPED_CHARACTERS).lower() in PLACEHOLDER_NAMES
 
 
-def find_dominant(kind: str, names: Sequence[object], counts: Sequence[int] | np.ndarray) -> str | None:
+def describe_dominant_entity(
+    kind: str, names: Sequence[object], counts: Sequence[int] | np.ndarray
+) -> str | None:
     """What to say about the most frequent user or item, or None when nothing is odd about it.
 
     It is odd when it is named like a missing value, or has more than half of all interactions.

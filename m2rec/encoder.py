@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m2rec.layer import Layer, LayerState
-from m2rec.mamba import MarkedParameters, Marks
-from m2rec.repeats import first_occurrences
+from m2rec.mamba import MarkedParameters, ParameterMarks
+from m2rec.repeats import mark_first_occurrences
 from m2rec.settings import ModelSettings
 from m2rec.text import ProjectedText, TextProjection, has_text
 
 _INITIAL_STD = 0.02
 
 # adaptive optimisers move a weight by about learning_rate per step; this one must move by several in an epoch
-_BIAS_PACE = 100.0
+_BIAS_LR_MULTIPLIER = 100.0
 
 # lengths at which a batch is cut into groups on a CPU; finer steps cost more in calls than they save
-_STEPS = (8, 16, 32, 64, 128, 256, 512, 1024)
+_LENGTH_BOUNDARIES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class Encoder(MarkedParameters):
@@ -42,7 +42,9 @@ class Encoder(MarkedParameters):
             text; None without text. They are stored with the weights.
     """
 
-    marks: ClassVar[Marks] = {"repeat_bias": {"_no_weight_decay": True, "_pace": _BIAS_PACE}}
+    marks: ClassVar[ParameterMarks] = {
+        "repeat_bias": {"_no_weight_decay": True, "_pace": _BIAS_LR_MULTIPLIER}
+    }
 
     vectors: Tensor | None
     has_text: Tensor | None
@@ -70,7 +72,7 @@ class Encoder(MarkedParameters):
         )
         available = None if not in_sequence else self._available(len(self.branches))
         self.register_buffer("available", available, persistent=False)
-        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_refresh_text_buffers)  # type: ignore[no-untyped-call]
         self.mark_parameters()
         self._initialise()
 
@@ -199,7 +201,7 @@ class Encoder(MarkedParameters):
     def last(self, items: Tensor, lengths: Tensor) -> Tensor:
         """items: (B, L), lengths: (B,) -> the vector of each last position, (B, D)."""
         order, parts = [], []
-        for rows, longest in similar_lengths(lengths, items.shape[1]):
+        for rows, longest in group_rows_by_length(lengths, items.shape[1]):
             order.append(rows)
             parts.append(self._last(items[rows, :longest], lengths[rows]))
         return torch.cat(parts)[torch.cat(order).argsort()]
@@ -224,7 +226,7 @@ class Encoder(MarkedParameters):
             x (S, D), rows (S,) and times (S,), in no particular order.
         """
         parts, at, when = [], [], []
-        for rows, longest in similar_lengths(lengths, items.shape[1]):
+        for rows, longest in group_rows_by_length(lengths, items.shape[1]):
             row, time = (targets[rows, :longest] > 0).nonzero(as_tuple=True)
             parts.append(self(items[rows, :longest], lengths[rows])[row, time])
             at.append(rows[row])
@@ -245,12 +247,12 @@ class Encoder(MarkedParameters):
         scores = F.linear(x, self.item_table() if table is None else table)
         if self.repeat_bias is None:
             return scores
-        row, place = first_occurrences(items).nonzero(as_tuple=True)
+        row, place = mark_first_occurrences(items).nonzero(as_tuple=True)
         raised = self.repeat_bias.to(scores.dtype).expand(len(row))
         return scores.index_put_((row, items[row, place]), raised, accumulate=True)
 
 
-def similar_lengths(lengths: Tensor, longest: int) -> Iterator[tuple[Tensor, int]]:
+def group_rows_by_length(lengths: Tensor, longest: int) -> Iterator[tuple[Tensor, int]]:
     """Rows of a batch that go through the encoder together, so that little of it is padding.
 
     Where most histories are short and a few are long, this is most of the work saved. On a GPU,
@@ -266,14 +268,14 @@ def similar_lengths(lengths: Tensor, longest: int) -> Iterator[tuple[Tensor, int
     if lengths.is_cuda:
         yield torch.arange(len(lengths), device=lengths.device), int(lengths.max())
         return
-    steps = [step for step in _STEPS if step < longest] + [longest]
+    steps = [step for step in _LENGTH_BOUNDARIES if step < longest] + [longest]
     group = torch.bucketize(lengths, torch.tensor(steps, device=lengths.device))
     for number in group.unique().tolist():
         rows = (group == number).nonzero().squeeze(1)
         yield rows, int(lengths[rows].max())
 
 
-def _after_loading(encoder: nn.Module, _: object) -> None:
+def _refresh_text_buffers(encoder: nn.Module, _: object) -> None:
     """Weights bring their text vectors, which may be of other items than those given at the start."""
     assert isinstance(encoder, Encoder)
     encoder.set_vectors(encoder.vectors)

@@ -14,20 +14,20 @@ import numpy as np
 import torch
 
 from m2rec.dataset import HistoryDataset
-from m2rec.diversity import TEXTBOOK
+from m2rec.diversity import TEXTBOOK_METRICS
 from m2rec.evaluation import ALL, NEW, NO_ITEM, UNSEEN, Ranking
-from m2rec.experiment import data_of_run
-from m2rec.histories import NONE, Histories
-from m2rec.provenance import item_tokens
+from m2rec.experiment import load_run_data
+from m2rec.histories import NO_TARGET, Histories
+from m2rec.provenance import list_item_tokens
 from m2rec.recommender import Recommender
-from m2rec.statistics import metric_of_ranks
+from m2rec.statistics import compute_rank_metric
 
-BATCH = 256
-UNKNOWN = -1  # in place of the id of a target that the model does not know
+BATCH_SIZE = 256
+UNKNOWN_TARGET = -1  # in place of the id of a target that the model does not know
 
 
 @dataclass(frozen=True)
-class Tests:
+class EvaluationCases:
     """Whom to test: what each user did before the target, and the target, as item tokens.
 
     Attributes:
@@ -40,7 +40,7 @@ class Tests:
     targets: list[str]
 
 
-def read_tests(run: Path, part: str = "test", **keys: Any) -> Tests:
+def read_evaluation_cases(run: Path, part: str = "test", **keys: Any) -> EvaluationCases:
     """The targets of a data set, split as a run splits its own.
 
     Args:
@@ -51,20 +51,20 @@ def read_tests(run: Path, part: str = "test", **keys: Any) -> Tests:
     Raises:
         ValueError: the data can't be loaded.
     """
-    _, dataset, _ = data_of_run(run, **keys)
-    histories = _whole_histories(dataset)
-    tokens, users = item_tokens(dataset), dataset.field2id_token[dataset.uid_field]
-    rows = np.flatnonzero(histories.split.targets[part] != NONE)
+    _, dataset, _ = load_run_data(run, **keys)
+    histories = _require_user_histories(dataset)
+    tokens, users = list_item_tokens(dataset), dataset.field2id_token[dataset.uid_field]
+    rows = np.flatnonzero(histories.split.targets[part] != NO_TARGET)
     ends = histories.split.targets[part][rows]
     pasts = [histories.items[start:end] for start, end in zip(histories.start[rows], ends, strict=True)]
-    return Tests(
+    return EvaluationCases(
         [str(users[user]) for user in histories.users[rows]],
         [[tokens[item] for item in past] for past in pasts],
         [tokens[item] for item in histories.items[ends]],
     )
 
 
-def read_histories(run: Path, **keys: Any) -> list[tuple[str, list[str]]]:
+def read_user_histories(run: Path, **keys: Any) -> list[tuple[str, list[str]]]:
     """Every user of a data set with all that they did, oldest first; nobody is filtered out.
 
     Args:
@@ -75,25 +75,25 @@ def read_histories(run: Path, **keys: Any) -> list[tuple[str, list[str]]]:
         ValueError: the data can't be loaded.
     """
     everybody = {"user_inter_num_interval": "[0,inf)", "item_inter_num_interval": "[0,inf)"}
-    _, dataset, _ = data_of_run(run, **{**everybody, **keys})
-    return list_histories(dataset)
+    _, dataset, _ = load_run_data(run, **{**everybody, **keys})
+    return list_user_histories(dataset)
 
 
-def list_histories(dataset: HistoryDataset) -> list[tuple[str, list[str]]]:
+def list_user_histories(dataset: HistoryDataset) -> list[tuple[str, list[str]]]:
     """The users of a loaded data set with all that they did, as tokens.
 
     Raises:
         ValueError: its rows bring histories of their own.
     """
-    histories = _whole_histories(dataset)
-    tokens, users = item_tokens(dataset), dataset.field2id_token[dataset.uid_field]
+    histories = _require_user_histories(dataset)
+    tokens, users = list_item_tokens(dataset), dataset.field2id_token[dataset.uid_field]
     return [
         (str(users[user]), [tokens[item] for item in histories.items[start:end]])
         for user, start, end in zip(histories.users, histories.start, histories.end, strict=True)
     ]
 
 
-def _whole_histories(dataset: HistoryDataset) -> Histories:
+def _require_user_histories(dataset: HistoryDataset) -> Histories:
     if dataset.owner_field != dataset.uid_field:
         raise ValueError(
             "dataset: its rows bring a history each (benchmark_filename), not whole users; give another one"
@@ -102,7 +102,7 @@ def _whole_histories(dataset: HistoryDataset) -> Histories:
     return dataset.histories
 
 
-def rank_tests(recommender: Recommender, tests: Tests, cut: int) -> Ranking:
+def rank_evaluation_cases(recommender: Recommender, tests: EvaluationCases, cut: int) -> Ranking:
     """Rank all items of the model after each past.
 
     Items that the model does not know are left out of the pasts; a target that it does not know is in no
@@ -117,8 +117,8 @@ def rank_tests(recommender: Recommender, tests: Tests, cut: int) -> Ranking:
     pasts = [[item for item in past if item in known] for past in tests.pasts]
     found = {name: torch.full((len(pasts), cut), NO_ITEM) for name in (ALL, UNSEEN)}
     order = [row for row in np.argsort([len(past) for past in pasts], kind="stable").tolist() if pasts[row]]
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
+    for start in range(0, len(order), BATCH_SIZE):
+        rows = order[start : start + BATCH_SIZE]
         scores = recommender.scores([pasts[row] for row in rows]).cpu()
         for name in (ALL, UNSEEN):
             if name == UNSEEN:
@@ -127,22 +127,24 @@ def rank_tests(recommender: Recommender, tests: Tests, cut: int) -> Ranking:
             best = scores.topk(min(cut, scores.shape[1]))
             items = best.indices.masked_fill(best.values == -torch.inf, NO_ITEM)
             found[name][rows, : items.shape[1]] = items
-    ids = [recommender.to_ids([item])[0] if item in known else UNKNOWN for item in tests.targets]
+    ids = [recommender.to_ids([item])[0] if item in known else UNKNOWN_TARGET for item in tests.targets]
     returning = [target in past for target, past in zip(tests.targets, tests.pasts, strict=True)]
     return Ranking(torch.tensor(ids), torch.tensor(returning), found)
 
 
-def measure_ranking(ranking: Ranking, protocol: str, topk: Sequence[int], n_items: int) -> dict[str, float]:
+def compute_ranking_metrics(
+    ranking: Ranking, protocol: str, topk: Sequence[int], n_items: int
+) -> dict[str, float]:
     """Hit, NDCG, MRR and item coverage of a ranking, such as `ndcg@10`; empty without users."""
     if not len(ranking.targets):
         return {}
     places, items = ranking.places(protocol), ranking.items[protocol].numpy()
     metrics = {
-        f"{name}@{k}": float(metric_of_ranks(f"{name}@{k}", places).mean())
+        f"{name}@{k}": float(compute_rank_metric(f"{name}@{k}", places).mean())
         for name in ("hit", "ndcg", "mrr")
         for k in topk
     }
-    coverage = TEXTBOOK["itemcoverage"]
+    coverage = TEXTBOOK_METRICS["itemcoverage"]
     return {**metrics, **{f"itemcoverage@{k}": coverage(items[:, :k], n_items) for k in topk}}
 
 
@@ -163,16 +165,16 @@ def evaluate_run(run: Path, part: str = "test", device: str = "cpu", **keys: Any
         ValueError: the run or the data can't be loaded, or nobody has a target.
     """
     recommender = Recommender.load(run, device)
-    tests = read_tests(run, part, **keys)
+    tests = read_evaluation_cases(run, part, **keys)
     if not tests.users:
         raise ValueError(f"dataset: nobody has a {part} target; give other data, or --part")
     topk = [int(k) for k in recommender.config["topk"]]
-    ranking = rank_tests(recommender, tests, max(topk))
+    ranking = rank_evaluation_cases(recommender, tests, max(topk))
     known = set(recommender.tokens[1:])
     counts = {
         "users": len(tests.users),
         "returning": int(ranking.returning.sum()),
-        "unknown_targets": int((ranking.targets == UNKNOWN).sum()),
+        "unknown_targets": int((ranking.targets == UNKNOWN_TARGET).sum()),
         "items_in_histories": sum(map(len, tests.pasts)),
         "unknown_in_histories": sum(item not in known for past in tests.pasts for item in past),
     }
@@ -184,5 +186,5 @@ def evaluate_run(run: Path, part: str = "test", device: str = "cpu", **keys: Any
         "dataset": keys.get("dataset") or recommender.config["dataset"],
         "part": part,
         "counts": counts,
-        "metrics": {name: measure_ranking(*one, topk, n_items) for name, one in rankings.items()},
+        "metrics": {name: compute_ranking_metrics(*one, topk, n_items) for name, one in rankings.items()},
     }

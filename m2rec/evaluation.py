@@ -20,14 +20,14 @@ from m2rec import distributed
 from m2rec.compat import Interaction
 from m2rec.dataset import HistoryDataset
 from m2rec.files import write_text
-from m2rec.statistics import metric_of_ranks
+from m2rec.statistics import compute_rank_metric
 
 ALL, UNSEEN, NEW = "all", "unseen", "new"
 NO_ITEM = 0  # padding, in a ranking that has no more items
 
 # upper ends of the buckets; what lies above the last is one more
-POPULARITY = (0, 5, 20, 100)
-HISTORY = (5, 20, 50, 200)
+POPULARITY_BUCKETS = (0, 5, 20, 100)
+HISTORY_BUCKETS = (5, 20, 50, 200)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ def rank_items(
     assert dataset.histories is not None and dataset.part is not None
     cut = max(loader.config["topk"])
     lengths = dataset.inter_feat[dataset.item_list_length_field]
-    own = lengths.argsort(stable=True)[distributed.rank() :: distributed.size()]  # alike ones together
+    own = lengths.argsort(stable=True)[
+        distributed.process_rank() :: distributed.world_size()
+    ]  # alike ones together
     # `unseen` last: it takes items out of the scores for good
     names = [name for name in (ALL, UNSEEN) if name in protocols]
     found: dict[str, list[Tensor]] = {name: [torch.empty(0, cut, dtype=torch.int64)] for name in names}
@@ -88,25 +90,25 @@ def rank_items(
         scores = score(interaction)
         for name, parts in found.items():
             if name == UNSEEN:
-                remove_history(scores, interaction, dataset)
+                mask_history_scores(scores, interaction, dataset)
             best = scores.topk(cut)
             parts.append(best.indices.masked_fill(best.values == -torch.inf, NO_ITEM).cpu())
-    order = distributed.gather(own).argsort()
-    items = {name: distributed.gather(torch.cat(parts))[order] for name, parts in found.items()}
+    order = distributed.gather_rows(own).argsort()
+    items = {name: distributed.gather_rows(torch.cat(parts))[order] for name, parts in found.items()}
     returning = dataset.histories.target_returns(
         dataset.inter_feat[dataset.owner_field].numpy(), dataset.part
     )
     return Ranking(dataset.inter_feat[dataset.iid_field], torch.from_numpy(returning), items)
 
 
-def remove_history(scores: Tensor, interaction: Interaction, dataset: HistoryDataset) -> None:
+def mask_history_scores(scores: Tensor, interaction: Interaction, dataset: HistoryDataset) -> None:
     """Set the scores of each row's earlier items to -inf: nothing of them can be recommended."""
     assert dataset.histories is not None and dataset.part is not None
     owner, items = dataset.histories.before(interaction[dataset.owner_field].cpu().numpy(), dataset.part)
     scores[torch.from_numpy(owner).to(scores.device), torch.from_numpy(items).to(scores.device)] = -torch.inf
 
 
-def places_of_targets(scores: Tensor, targets: Tensor) -> np.ndarray:
+def compute_target_ranks(scores: Tensor, targets: Tensor) -> np.ndarray:
     """Each row's place of its target from 1, the last one among equal scores; 0 where its score is -inf.
 
     Args:
@@ -160,14 +162,14 @@ class Breakdown:
             and `test_new` with Hit, NDCG and MRR; `test_new` is of those of `new_users` users, empty
             if there are none.
         """
-        by = {"popularity": (self.popularity, POPULARITY), "history": (self.history, HISTORY)}
+        by = {"popularity": (self.popularity, POPULARITY_BUCKETS), "history": (self.history, HISTORY_BUCKETS)}
         table: dict[str, dict[str, dict[str, Any]]] = {}
         for name, (values, ends) in by.items():
             low = 0 if name == "popularity" else 1
             group = np.searchsorted(ends, values)
             table[name] = {
                 bucket: self._metrics(group == number, topk, digits)
-                for number, bucket in enumerate(bucket_names(ends, low))
+                for number, bucket in enumerate(format_bucket_names(ends, low))
                 if (group == number).any()
             }
         return table
@@ -178,7 +180,7 @@ class Breakdown:
         rows["test_new"] = self.places["test_unseen"][new]
         metrics = {
             protocol: {
-                metric: round(float(metric_of_ranks(metric, places).mean()), digits)
+                metric: round(float(compute_rank_metric(metric, places).mean()), digits)
                 for metric in (f"{name}@{k}" for name in ("hit", "ndcg", "mrr") for k in topk)
             }
             for protocol, places in rows.items()
@@ -197,7 +199,7 @@ class Breakdown:
         write_text(path, text.getvalue())
 
 
-def bucket_names(ends: tuple[int, ...], low: int) -> list[str]:
+def format_bucket_names(ends: tuple[int, ...], low: int) -> list[str]:
     """Names of the buckets from `low` on: a number, a range, and `101+` for the last."""
     starts = [low, *(end + 1 for end in ends)]
     names = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=False)]

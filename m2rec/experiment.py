@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from m2rec import distributed, provenance
-from m2rec.checks import check_catalogue
+from m2rec.checks import check_reranker_size
 from m2rec.compat import Config, data_preparation, init_seed
-from m2rec.configuration import build_config, find_model, read_yaml
+from m2rec.configuration import build_config, find_model_class, read_yaml
 from m2rec.dataset import HistoryDataset
 from m2rec.evaluation import ALL, NEW, UNSEEN
 from m2rec.files import (
@@ -31,31 +31,31 @@ from m2rec.files import (
     TEXT_FILE,
     write_text,
 )
-from m2rec.insights import look
+from m2rec.insights import collect_insights
 from m2rec.model import M2Rec
 from m2rec.presplit import PresplitDataset
 from m2rec.provenance import (
-    commit,
-    describe_cautions,
+    collect_fixed_settings,
+    describe_caveats,
     describe_data,
     describe_device,
     describe_machine,
     describe_protocol,
-    fingerprint,
-    item_tokens,
-    lasting_settings,
+    hash_training_data,
+    list_item_tokens,
+    read_commit,
 )
-from m2rec.resuming import CannotGoOn
-from m2rec.run_folder import held_folder, keep_batch_size, new_folder
-from m2rec.signals import Interrupted, StopRequest
-from m2rec.text_source import make_missing
+from m2rec.resuming import CannotResume
+from m2rec.run_folder import create_run_folder, lock_run_folder, update_eval_batch_size
+from m2rec.signals import RunInterrupted, StopRequest
+from m2rec.text_source import ensure_text_vectors
 from m2rec.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Result:
+class RunResult:
     """What a run leaves: its folder and the content of metrics.json, with which it counts as finished."""
 
     folder: Path
@@ -63,7 +63,7 @@ class Result:
 
 
 @dataclass
-class _Clock:
+class _PhaseTimer:
     """Seconds by phase."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -75,12 +75,12 @@ class _Clock:
         self._last = now
 
 
-class Stopped(Exception):
-    """Raised by the `watch` of `fit` to end the training; it leaves `fit` as it is."""
+class TrainingStopped(Exception):
+    """Raised by the `watch` of `train_model` to end the training; it leaves `train_model` as it is."""
 
 
 @dataclass
-class Prepared:
+class PreparedRun:
     """A run that has all but its training; `parts` are the loaders of training, validation and test."""
 
     config: Config
@@ -88,7 +88,7 @@ class Prepared:
     parts: tuple[Any, Any, Any]
     data: dict[str, int]
     trainer: RunTrainer
-    clock: _Clock
+    clock: _PhaseTimer
 
     @property
     def has_valid(self) -> bool:
@@ -101,7 +101,7 @@ class Prepared:
         return sum(p.numel() for p in self.trainer.model.parameters())
 
 
-def data_of_run(folder: Path, **others: Any) -> tuple[Config, HistoryDataset, tuple[Any, Any, Any]]:
+def load_run_data(folder: Path, **others: Any) -> tuple[Config, HistoryDataset, tuple[Any, Any, Any]]:
     """A run's config and data, wherever it was trained.
 
     Args:
@@ -127,13 +127,13 @@ def load_data(config: Config) -> tuple[HistoryDataset, tuple[Any, Any, Any]]:
         ValueError: the data can't be used as asked.
     """
     init_seed(config["seed"], config["reproducibility"])
-    with _explained(f"dataset: RecBole can't prepare {config['dataset']!r} with these keys"):
+    with _explain_errors(f"dataset: RecBole can't prepare {config['dataset']!r} with these keys"):
         dataset = (PresplitDataset if config["benchmark_filename"] else HistoryDataset)(config)
         train, valid, test = data_preparation(config, dataset)
     return dataset, (train, valid, test)
 
 
-def prepare(config: Config, folder: Path | None = None) -> Prepared:
+def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
     """Load the data, make the model and a new run folder.
 
     Args:
@@ -143,52 +143,52 @@ def prepare(config: Config, folder: Path | None = None) -> Prepared:
     Raises:
         ValueError: the data can't be used as asked, or the model can't be made.
     """
-    clock = _Clock()
+    clock = _PhaseTimer()
     logger.info("%s", describe_device(config))
     dataset, (train, valid, test) = load_data(config)
-    check_catalogue(config, dataset.item_num - 1)
-    _fit_topk(config, dataset.item_num - 1)
+    check_reranker_size(config, dataset.item_num - 1)
+    _clip_topk(config, dataset.item_num - 1)
     data = describe_data(dataset, train, valid, test)
     logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))
-    for caution in describe_cautions(data, dataset.tie_order).values():
+    for caution in describe_caveats(data, dataset.tie_order).values():
         logger.info("%s", caution)
     clock.lap("data")
     if config["model"] == M2Rec.__name__ and folder is None:
-        make_missing(config, item_tokens(dataset)[1:])
+        ensure_text_vectors(config, list_item_tokens(dataset)[1:])
         if config["device"].type == "cuda":
             torch.cuda.reset_peak_memory_stats(config["device"])
         clock.lap("text")
 
     init_seed(config["seed"], config["reproducibility"])
-    with _explained(f"model: {config['variant']} can't be made from these keys and this data"):
+    with _explain_errors(f"model: {config['variant']} can't be made from these keys and this data"):
         with redirect_stdout(sys.stderr):  # FEARec prints while it is made
-            model = find_model(config["model"])(config, train.dataset).to(config["device"])
+            model = find_model_class(config["model"])(config, train.dataset).to(config["device"])
     logger.info("%s: %s parameters", config["variant"], f"{sum(p.numel() for p in model.parameters()):,}")
     resumes = folder is not None
     text = getattr(model, "text_source", None)
     if folder is None:
-        own = new_folder(config, dataset, text) if distributed.is_first() else None
-        folder = distributed.from_first(own)
-    torch.manual_seed(config["seed"] + distributed.rank())  # each process drops out its own
+        own = create_run_folder(config, dataset, text) if distributed.is_main_process() else None
+        folder = distributed.broadcast_value(own)
+    torch.manual_seed(config["seed"] + distributed.process_rank())  # each process drops out its own
     trainer = RunTrainer(config, model, folder, resumes)
     parts = (train, valid, test)
     trainer.notes = {
-        "data": fingerprint(dataset, parts),
+        "data": hash_training_data(dataset, parts),
         "text": text and text["sha256"],
-        "settings": lasting_settings(config),
+        "settings": collect_fixed_settings(config),
         "threads": torch.get_num_threads(),
-        "commit": commit(),  # of the code as it is now, whatever happens to it meanwhile
+        "commit": read_commit(),  # of the code as it is now, whatever happens to it meanwhile
     }
-    return Prepared(config, dataset, parts, data, trainer, clock)
+    return PreparedRun(config, dataset, parts, data, trainer, clock)
 
 
-def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -> None:
+def train_model(prepared: PreparedRun, watch: Callable[[int, float], None] | None = None) -> None:
     """Train; no test row is scored.
 
     Args:
         prepared: the run.
         watch: called after each validation with the epoch, from 0, and its valid_metric; ends the
-            training by raising `Stopped`.
+            training by raising `TrainingStopped`.
 
     Raises:
         ValueError: training diverged, or can't be done with these keys.
@@ -199,14 +199,14 @@ def fit(prepared: Prepared, watch: Callable[[int, float], None] | None = None) -
         reasons = {"leave_one_out": "no user has four interactions", "files": "no file of them is named"}
         why = reasons.get(prepared.dataset.split, "see valid_from")
         logger.warning("no validation rows (%s): the last epoch's weights are kept", why)
-    with _explained(f"model: {config['variant']} can't be trained with these keys and this data"):
+    with _explain_errors(f"model: {config['variant']} can't be trained with these keys and this data"):
         validated = valid if prepared.has_valid else None
         trainer.fit(train, validated, show_progress=config["show_progress"], callback_fn=watch)
     prepared.clock.lap("training")
     prepared.clock.seconds["training"] = round(trainer.seconds, 3)
 
 
-def resumed(folder: Path, machine: Mapping[str, Any]) -> Config:
+def build_resumed_config(folder: Path, machine: Mapping[str, Any]) -> Config:
     """The config of a run that was stopped, for `run(config, folder)`.
 
     Args:
@@ -221,7 +221,7 @@ def resumed(folder: Path, machine: Mapping[str, Any]) -> Config:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         cure = "the run is finished" if (folder / METRICS_FILE).is_file() else "start a new run"
-        raise CannotGoOn(f"resume: {folder} has no {missing[0]} to go on from; {cure}")
+        raise CannotResume(f"resume: {folder} has no {missing[0]} to go on from; {cure}")
     given: dict[str, Any] = {**machine, "config_files": [str(folder / CONFIG_FILE)]}
     if read_yaml(folder / CONFIG_FILE).get("text_vectors") == "auto":  # the file of then, not of now
         try:
@@ -229,12 +229,14 @@ def resumed(folder: Path, machine: Mapping[str, Any]) -> Config:
         except OSError:
             file = "none"
         except (ValueError, LookupError, TypeError) as error:
-            raise CannotGoOn(f"resume: {folder / TEXT_FILE} is damaged ({error}); start a new run") from None
+            raise CannotResume(
+                f"resume: {folder / TEXT_FILE} is damaged ({error}); start a new run"
+            ) from None
         given["text_vectors"] = file
     return build_config(given)
 
 
-def run(config: Config, folder: Path | None = None) -> Result:
+def run_experiment(config: Config, folder: Path | None = None) -> RunResult:
     """Train and evaluate one model; everything it leaves is in a new run folder.
 
     Under torchrun all processes call it, share the work, and return the same.
@@ -247,31 +249,36 @@ def run(config: Config, folder: Path | None = None) -> Result:
         ValueError: the data can't be used as asked, training diverged, or another process is at this run.
         Interrupted: Ctrl-C or SIGTERM asked it to stop; the run can go on.
     """
-    with distributed.processes(config["device"]), ExitStack() as held:
+    with distributed.join_process_group(config["device"]), ExitStack() as held:
         try:
             if folder is not None:
-                held.enter_context(held_folder(folder))
-            prepared = prepare(config, folder)
+                held.enter_context(lock_run_folder(folder))
+            prepared = prepare_run(config, folder)
             last = StopRequest(at_once=True)
             if folder is None:
-                held.enter_context(held_folder(prepared.trainer.folder))
-            elif distributed.is_first():
-                keep_batch_size(folder, config)
+                held.enter_context(lock_run_folder(prepared.trainer.folder))
+            elif distributed.is_main_process():
+                update_eval_batch_size(folder, config)
             try:
-                fit(prepared)
-                with last, _explained(f"model: {config['variant']} can't be tested", _smaller(prepared)):
-                    return _evaluate(prepared)
+                train_model(prepared)
+                with (
+                    last,
+                    _explain_errors(
+                        f"model: {config['variant']} can't be tested", _suggest_smaller_batch(prepared)
+                    ),
+                ):
+                    return _evaluate_best_weights(prepared)
             except KeyboardInterrupt:
                 own = prepared.trainer.folder
                 number = prepared.trainer.stopped_by or last.signal or signal.SIGINT
-                raise Interrupted(number, own if (own / CHECKPOINT_FILE).exists() else None) from None
+                raise RunInterrupted(number, own if (own / CHECKPOINT_FILE).exists() else None) from None
         except Exception as error:
-            if not distributed.is_first():  # the first one may only see that this one is gone
-                logger.error("process %s: %s", distributed.rank(), error)
+            if not distributed.is_main_process():  # the first one may only see that this one is gone
+                logger.error("process %s: %s", distributed.process_rank(), error)
             raise
 
 
-def _evaluate(prepared: Prepared) -> Result:
+def _evaluate_best_weights(prepared: PreparedRun) -> RunResult:
     """Test the best weights and write metrics.json, the run's last file but for its report."""
     config, trainer, (_, valid, test) = prepared.config, prepared.trainer, prepared.parts
     trainer.load_best()
@@ -297,11 +304,11 @@ def _evaluate(prepared: Prepared) -> Result:
         "epochs": len(trainer.train_loss_dict),
         "protocol": {
             **describe_protocol(config, prepared.dataset),
-            **describe_cautions(prepared.data, prepared.dataset.tie_order),
+            **describe_caveats(prepared.data, prepared.dataset.tie_order),
         },
         "seed": config["seed"],
         "commit": trainer.notes["commit"],
-        "versions": provenance.versions(),
+        "versions": provenance.read_versions(),
         "data": prepared.data,
         "text": getattr(trainer.model, "text_source", None),
         "parameters": prepared.parameters,
@@ -309,38 +316,38 @@ def _evaluate(prepared: Prepared) -> Result:
         **describe_machine(config),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
     }
-    if distributed.is_first():
+    if distributed.is_main_process():
         tested.rows.write(trainer.folder / RANKS_FILE)
         write_text(trainer.folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
         trainer.finish()
-        _show(prepared)
-    return Result(trainer.folder, metrics)
+        _write_insights_and_report(prepared)
+    return RunResult(trainer.folder, metrics)
 
 
-def _show(prepared: Prepared) -> None:
+def _write_insights_and_report(prepared: PreparedRun) -> None:
     """Write insights.json and report.html; the run is finished, whatever goes wrong with them."""
     trainer, test = prepared.trainer, prepared.parts[2].dataset
     try:
-        found = look(trainer.model, trainer.score, test, prepared.dataset)
+        found = collect_insights(trainer.model, trainer.score, test, prepared.dataset)
         write_text(trainer.folder / INSIGHTS_FILE, json.dumps(found, ensure_ascii=False) + "\n")
         if prepared.config["report"]:
             from m2rec import report  # matplotlib takes a second
 
-            report.write(trainer.folder)
+            report.write_run_page(trainer.folder)
     except (Exception, KeyboardInterrupt) as error:
         logger.debug("traceback", exc_info=True)
         said = f"{type(error).__name__}: {error}"
         logger.warning("no %s (%s); the run is complete", REPORT_FILE, " ".join(said.split()))
 
 
-def _smaller(prepared: Prepared) -> str:
+def _suggest_smaller_batch(prepared: PreparedRun) -> str:
     """What helps a trained run that needs too much memory for its test."""
     folder, batch = prepared.trainer.folder, prepared.config["eval_batch_size"]
     return f"python run_mm.py --resume={folder} --eval_batch_size={max(1, batch // 4)} goes on with less"
 
 
 @contextmanager
-def _explained(
+def _explain_errors(
     what: str, memory: str = "lower train_batch_size, eval_batch_size or MAX_ITEM_LIST_LENGTH"
 ) -> Iterator[None]:
     """Turn RecBole's many ways to trip over a key into one line; `--state=DEBUG` shows the trace.
@@ -351,7 +358,7 @@ def _explained(
     """
     try:
         yield
-    except (OSError, Stopped):  # a full disk, an unreadable file or a stop is no fault of a key
+    except (OSError, TrainingStopped):  # a full disk, an unreadable file or a stop is no fault of a key
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ValueError(f"{what}: out of memory; {memory}") from error
@@ -364,7 +371,7 @@ def _explained(
         raise ValueError(f"{what} ({type(error).__name__}: {error}); --state=DEBUG shows where") from error
 
 
-def _fit_topk(config: Config, n_items: int) -> None:
+def _clip_topk(config: Config, n_items: int) -> None:
     """Cut the lengths of the ranking to the number of items, and say so."""
     if max(config["topk"]) <= n_items:
         return

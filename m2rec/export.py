@@ -15,13 +15,19 @@ from torch.nn import functional as F
 
 from m2rec.encoder import Encoder
 from m2rec.files import ITEMS_FILE, write_atomically
-from m2rec.trained import Trained
+from m2rec.trained import SavedModel
 
 _TOLERANCE = 1e-4
-_SIZES = (3, 1, 2, 5, 8)  # of the batches that are compared, where any may come; the first is traced
+_CHECK_BATCH_SIZES = (
+    3,
+    1,
+    2,
+    5,
+    8,
+)  # of the batches that are compared, where any may come; the first is traced
 
 
-class Program(nn.Module):
+class ScoringModule(nn.Module):
     """Histories -> the score of every item, without a step whose shape depends on the values.
 
     Args:
@@ -49,7 +55,7 @@ class Program(nn.Module):
 
 
 @torch.no_grad()
-def export(trained: Trained, path: Path, batch_size: int | None = 1) -> None:
+def export_program(trained: SavedModel, path: Path, batch_size: int | None = 1) -> None:
     """Write a torch.export program, read it again and compare it with the model.
 
     `torch.export.load(path).module()(items, lengths)` runs it without this package: items
@@ -62,9 +68,11 @@ def export(trained: Trained, path: Path, batch_size: int | None = 1) -> None:
     """
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ValueError(f"batch_size: expected a whole number from 1, or None for any, got {batch_size!r}")
-    examples = [_examples(trained, batch_size or size, seed) for seed, size in enumerate(_SIZES)]
+    examples = [
+        _sample_histories(trained, batch_size or size, seed) for seed, size in enumerate(_CHECK_BATCH_SIZES)
+    ]
     dynamic = None if batch_size else [{0: torch.export.Dim("batch_size")}] * 2
-    program = Program(_frozen(trained)).eval()
+    program = ScoringModule(_copy_portable_encoder(trained)).eval()
     exported = torch.export.export(program, examples[0], dynamic_shapes=dynamic)
     tokens = json.dumps(trained.tokens, ensure_ascii=False)
 
@@ -74,7 +82,10 @@ def export(trained: Trained, path: Path, batch_size: int | None = 1) -> None:
         with temporary.open("rb") as file:
             program = torch.export.load(file).module()
         for items, lengths in examples:
-            found, expected = program(items, lengths)[:, 1:], _scores(trained, items, lengths)[:, 1:]
+            found, expected = (
+                program(items, lengths)[:, 1:],
+                _compute_reference_scores(trained, items, lengths)[:, 1:],
+            )
             if not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
                 worst = (found - expected).abs().max()
                 raise ValueError(f"export: the program differs from the model by {worst:.1e}")
@@ -82,7 +93,7 @@ def export(trained: Trained, path: Path, batch_size: int | None = 1) -> None:
     write_atomically(path, write)
 
 
-def _frozen(trained: Trained) -> Encoder:
+def _copy_portable_encoder(trained: SavedModel) -> Encoder:
     """A copy on the CPU that knows no gradients and calls no kernel of this machine."""
     settings = replace(trained.encoder.settings, scan_backend="torch")
     encoder = Encoder(settings, len(trained.tokens), trained.max_length, trained.encoder.vectors)
@@ -90,7 +101,7 @@ def _frozen(trained: Trained) -> Encoder:
     return encoder.cpu().eval().requires_grad_(False)
 
 
-def _scores(trained: Trained, items: Tensor, lengths: Tensor) -> Tensor:
+def _compute_reference_scores(trained: SavedModel, items: Tensor, lengths: Tensor) -> Tensor:
     """The model's own, (B, V)."""
     device = trained.table.device
     items, lengths = items.to(device), lengths.to(device)
@@ -98,7 +109,7 @@ def _scores(trained: Trained, items: Tensor, lengths: Tensor) -> Tensor:
     return trained.encoder.scores(x, items, trained.table).cpu()
 
 
-def _examples(trained: Trained, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def _sample_histories(trained: SavedModel, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Random histories of random lengths; the second seed's are as long as they can be."""
     random = torch.Generator().manual_seed(seed)
     shape = (batch_size, trained.max_length)

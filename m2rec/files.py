@@ -31,7 +31,7 @@ CHECKPOINT_FILE = "checkpoint.safetensors"  # until the run is finished
 
 logger = logging.getLogger(__name__)
 
-_CHECKSUM = "checksum_sha256"
+_CHECKSUM_KEY = "checksum_sha256"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -48,12 +48,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(mode)
         temporary.replace(path)
-        _sync(path.parent)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Have the folder's own entries on the disk."""
     if os.name != "posix":
         return
@@ -77,7 +77,7 @@ def write_tensors(
     Its metadata gets a checksum of everything in it, which `read_tensors` compares.
     """
     plain = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    signed = {**(metadata or {}), _CHECKSUM: _checksum(plain, metadata or {})}
+    signed = {**(metadata or {}), _CHECKSUM_KEY: _hash_tensors(plain, metadata or {})}
     try:
         write_atomically(path, lambda p: save_file(plain, p, signed))
     except SafetensorError as error:  # a full disk, which it has its own words for
@@ -97,11 +97,11 @@ def read_tensors(
     Raises:
         ValueError: it is missing, damaged, or no such file.
     """
-    with _opened(path, device) as file:
+    with _open_tensors(path, device) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         metadata = dict(file.metadata() or {})
-    found = metadata.pop(_CHECKSUM, None)
-    if (found is not None or ours) and found != _checksum(tensors, metadata):
+    found = metadata.pop(_CHECKSUM_KEY, None)
+    if (found is not None or ours) and found != _hash_tensors(tensors, metadata):
         raise ValueError(f"{path} is damaged: its content is not what was written")
     return tensors, metadata
 
@@ -112,12 +112,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         ValueError: it is missing, or no such file.
     """
-    with _opened(path, "cpu") as file:
+    with _open_tensors(path, "cpu") as file:
         return dict(file.metadata() or {})
 
 
 @contextmanager
-def _opened(path: Path, device: str) -> Iterator[Any]:
+def _open_tensors(path: Path, device: str) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
@@ -125,7 +125,7 @@ def _opened(path: Path, device: str) -> Iterator[Any]:
         raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from None
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+def _hash_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].cpu().contiguous()
@@ -135,7 +135,7 @@ def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
 
 
 @contextmanager
-def locked(path: Path, patience: float = inf) -> Iterator[None]:
+def lock_path(path: Path, patience: float = inf) -> Iterator[None]:
     """Hold a file or folder against other processes that do the same, where the system can do that.
 
     Args:

@@ -1,8 +1,8 @@
 """The frequency branch: filters over time, applied with the FFT along the positions.
 
 `CausalFilter` is ours: a kernel of damped oscillations, one-sided, so that every position
-can be trained. `LowPass` is the paper's global low-pass (arXiv 2505.04445), which lets a
-position see its future and therefore only fits training on the last position. `Residual`
+can be trained. `LowPassFilter` is the paper's global low-pass (arXiv 2505.04445), which lets a
+position see its future and therefore only fits training on the last position. `IdentityFilter`
 filters nothing: with it one sees what the branch's place alone is worth.
 """
 
@@ -64,7 +64,7 @@ class CausalFilter(nn.Module):
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
         """As `forward` for each row's last position alone: x (B, L, D), lengths (B,) -> (B, D)."""
         kernel = self.kernel(x.shape[1]).flip(1)
-        heard = _push_to_the_end(x, lengths).to(kernel.dtype)
+        heard = _right_align_rows(x, lengths).to(kernel.dtype)
         with without_autocast(x.device):  # as the FFT, which stays in float32
             return torch.einsum("bld,dl->bd", heard, kernel).to(x.dtype)
 
@@ -105,14 +105,14 @@ class CausalFilter(nn.Module):
         return torch.polar(torch.exp(-damping * tau), w * tau)
 
 
-def _push_to_the_end(x: Tensor, lengths: Tensor) -> Tensor:
+def _right_align_rows(x: Tensor, lengths: Tensor) -> Tensor:
     """x (B, L, D): each row's first `lengths` positions moved to its end, zeros before them."""
     index = torch.arange(x.shape[1], device=x.device) - (x.shape[1] - lengths[:, None])
     moved = x.gather(1, index.clamp(min=0)[..., None].expand_as(x))
     return moved * (index >= 0)[..., None]
 
 
-class LowPass(nn.Module):
+class LowPassFilter(nn.Module):
     """The paper's low-pass: keeps the lowest share of a history's frequencies. Not causal.
 
     Every row is transformed at its own length n: of its n // 2 + 1 frequencies the lowest
@@ -146,7 +146,7 @@ class LowPass(nn.Module):
         return weights.to(x.dtype) @ x
 
 
-class Residual(nn.Module):
+class IdentityFilter(nn.Module):
     """The ablation of the filter: the branch hands on what it gets, and remembers nothing."""
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:

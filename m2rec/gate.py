@@ -32,7 +32,7 @@ class SoftmaxGate(nn.Module):
             The merged (B, L, D) and the weights (B, L, K, D), which sum to 1 over K.
         """
         logits = self.logits(branches.flatten(-2)).unflatten(-1, branches.shape[-2:])
-        return _merge(branches, logits, available)
+        return _merge_by_logits(branches, logits, available)
 
 
 class MeanGate(nn.Module):
@@ -40,10 +40,10 @@ class MeanGate(nn.Module):
 
     def forward(self, branches: Tensor, available: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Arguments and result as in `SoftmaxGate`."""
-        return _merge(branches, torch.zeros_like(branches), available)
+        return _merge_by_logits(branches, torch.zeros_like(branches), available)
 
 
-def _merge(branches: Tensor, logits: Tensor, available: Tensor | None) -> tuple[Tensor, Tensor]:
+def _merge_by_logits(branches: Tensor, logits: Tensor, available: Tensor | None) -> tuple[Tensor, Tensor]:
     if available is not None:
         logits = logits.masked_fill(~available[..., None], -torch.inf)
     dtype = torch.promote_types(logits.dtype, torch.float32)  # autocast on a CPU would leave bfloat16

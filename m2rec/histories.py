@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-NONE = -1
+NO_TARGET = -1
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Split:
     train_start: np.ndarray | None = None
 
 
-def leave_one_out(start: np.ndarray, end: np.ndarray) -> Split:
+def split_leave_one_out(start: np.ndarray, end: np.ndarray) -> Split:
     """A user's last item is tested, the one before it validated, as RecBole cuts them.
 
     With three interactions there is one to train and one to test, with two one to train.
@@ -36,12 +36,12 @@ def leave_one_out(start: np.ndarray, end: np.ndarray) -> Split:
         start, end: (m,), each user's interactions are [start, end).
     """
     length = end - start
-    test = np.where(length >= 3, end - 1, NONE)
-    valid = np.where(length >= 4, end - 2, NONE)
+    test = np.where(length >= 3, end - 1, NO_TARGET)
+    valid = np.where(length >= 4, end - 2, NO_TARGET)
     return Split(end - np.clip(length - 2, 0, 2), {"valid": valid, "test": test})
 
 
-def by_time(start: np.ndarray, end: np.ndarray, n_train: np.ndarray, n_valid: np.ndarray) -> Split:
+def split_by_time(start: np.ndarray, end: np.ndarray, n_train: np.ndarray, n_valid: np.ndarray) -> Split:
     """One moment ends everybody's training and another one validation.
 
     The target of validation and of test is a user's last item in that period, for users with
@@ -53,8 +53,8 @@ def by_time(start: np.ndarray, end: np.ndarray, n_train: np.ndarray, n_valid: np
         n_valid: (m,), how many of them lie between the two.
     """
     train_stop, valid_stop = start + n_train, start + n_train + n_valid
-    valid = np.where((n_valid > 0) & (valid_stop - start >= 2), valid_stop - 1, NONE)
-    test = np.where((end > valid_stop) & (end - start >= 2), end - 1, NONE)
+    valid = np.where((n_valid > 0) & (valid_stop - start >= 2), valid_stop - 1, NO_TARGET)
+    test = np.where((end > valid_stop) & (end - start >= 2), end - 1, NO_TARGET)
     return Split(train_stop, {"valid": valid, "test": test})
 
 
@@ -80,7 +80,7 @@ class Histories:
         self.start = np.flatnonzero(np.r_[True, self.owner[1:] != self.owner[:-1]])
         self.end = np.r_[self.start[1:], len(self.owner)]
         self.users = self.owner[self.start]
-        self.split = leave_one_out(self.start, self.end)
+        self.split = split_leave_one_out(self.start, self.end)
 
     def lengths(self, users: np.ndarray, part: str) -> np.ndarray:
         """How many items each of these users had before the target of `part`."""

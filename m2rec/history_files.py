@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from m2rec.files import write_atomically
-from m2rec.rows import LINE_LIMIT, Row, Tally, csv_rows, parquet_rows
+from m2rec.rows import MAX_LINE_BYTES, RawRow, Tally, read_csv_records, read_parquet_rows
 
 logger = logging.getLogger(__name__)
 
-USER, HISTORY = "user", "history"
+USER_COLUMN, HISTORY_COLUMN = "user", "history"
 
-_GROUP = 8192  # rows that are written together
+_ROW_GROUP_SIZE = 8192  # rows that are written together
 
 
-class Ranked(NamedTuple):
+class UserRecommendations(NamedTuple):
     """A user's recommendations, best first."""
 
     user: str
@@ -28,7 +28,7 @@ class Ranked(NamedTuple):
     scores: Sequence[float]
 
 
-def read_histories(path: Path, progress: bool = False) -> Iterator[tuple[str, list[str]]]:
+def read_history_file(path: Path, progress: bool = False) -> Iterator[tuple[str, list[str]]]:
     """Users and their item tokens, oldest first, row by row.
 
     The columns are `user` and `history`, a list in Parquet, in CSV tokens with blanks between
@@ -45,12 +45,12 @@ def read_histories(path: Path, progress: bool = False) -> Iterator[tuple[str, li
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; give a CSV or Parquet file")
     tally = Tally(path)
-    csv.field_size_limit(max(csv.field_size_limit(), LINE_LIMIT))  # a history may be long
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # a history may be long
     is_parquet = path.suffix == ".parquet"
-    rows = (parquet_rows if is_parquet else csv_rows)(tally, (USER, HISTORY))
+    rows = (read_parquet_rows if is_parquet else read_csv_records)(tally, (USER_COLUMN, HISTORY_COLUMN))
     with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=not progress) as bar:
         for line, row in rows:
-            yield _user(path, line, row), _tokens(path, line, row[HISTORY])
+            yield _parse_user(path, line, row), _parse_history(path, line, row[HISTORY_COLUMN])
             bar.update(tally.position - bar.n)
     if not is_parquet:  # which may have no rows
         tally.finish()
@@ -58,7 +58,7 @@ def read_histories(path: Path, progress: bool = False) -> Iterator[tuple[str, li
         logger.warning("%s: %s", path, remark)
 
 
-def write_ranked(path: Path, ranked: Iterable[Ranked]) -> int:
+def write_recommendations(path: Path, ranked: Iterable[UserRecommendations]) -> int:
     """Write a Parquet file with the columns `user`, `items` and `scores`, whole or not at all.
 
     Returns:
@@ -73,13 +73,13 @@ def write_ranked(path: Path, ranked: Iterable[Ranked]) -> int:
     except ModuleNotFoundError:
         raise ValueError(f"{path}: writing Parquet needs pyarrow; run: pip install pyarrow") from None
     text, numbers = pyarrow.list_(pyarrow.string()), pyarrow.list_(pyarrow.float32())
-    schema = pyarrow.schema([(USER, pyarrow.string()), ("items", text), ("scores", numbers)])
+    schema = pyarrow.schema([(USER_COLUMN, pyarrow.string()), ("items", text), ("scores", numbers)])
     rest, rows = iter(ranked), 0
 
     def write(temporary: Path) -> None:
         nonlocal rows
         with parquet.ParquetWriter(temporary, schema) as writer:
-            while part := list(islice(rest, _GROUP)):
+            while part := list(islice(rest, _ROW_GROUP_SIZE)):
                 columns = [list(column) for column in zip(*part, strict=True)]
                 writer.write_table(pyarrow.table(columns, schema=schema))
                 rows += len(part)
@@ -88,22 +88,26 @@ def write_ranked(path: Path, ranked: Iterable[Ranked]) -> int:
     return rows
 
 
-def _user(path: Path, line: int, row: Row) -> str:
-    user = row[USER]
+def _parse_user(path: Path, line: int, row: RawRow) -> str:
+    user = row[USER_COLUMN]
     if user is None or user == "":
-        raise ValueError(f"{path}, line {line}: {USER} is empty")
+        raise ValueError(f"{path}, line {line}: {USER_COLUMN} is empty")
     return str(user)
 
 
-def _tokens(path: Path, line: int, cell: Any) -> list[str]:
+def _parse_history(path: Path, line: int, cell: Any) -> list[str]:
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             cell = json.loads(cell)
         except (ValueError, RecursionError):
-            raise ValueError(f"{path}, line {line}: {HISTORY} is no JSON list: {cell[:60]!r}") from None
+            raise ValueError(
+                f"{path}, line {line}: {HISTORY_COLUMN} is no JSON list: {cell[:60]!r}"
+            ) from None
     if isinstance(cell, str):
         return cell.split()
     tokens = [] if cell is None else cell
     if not isinstance(tokens, list) or not all(isinstance(token, str | int) for token in tokens):
-        raise ValueError(f"{path}, line {line}: {HISTORY} is {str(cell)[:60]!r}, expected a list of tokens")
+        raise ValueError(
+            f"{path}, line {line}: {HISTORY_COLUMN} is {str(cell)[:60]!r}, expected a list of tokens"
+        )
     return [str(token) for token in tokens]

@@ -17,20 +17,25 @@ from torch import Tensor, nn
 from m2rec.compat import Interaction
 from m2rec.dataset import HistoryDataset
 from m2rec.encoder import Encoder
-from m2rec.evaluation import POPULARITY, bucket_names, places_of_targets, remove_history
+from m2rec.evaluation import (
+    POPULARITY_BUCKETS,
+    compute_target_ranks,
+    format_bucket_names,
+    mask_history_scores,
+)
 from m2rec.fourier import CausalFilter
 
-_POSITIONS = (1, 2, 5, 10, 20, 50, 100, 200)
-_ROWS = 512  # test rows that the gate is looked at on
-_POSITIONS_AT_A_TIME = 4096
-_EXAMPLES = 6
-_SHOWN = 8  # items of an example's history
-_BEST = 5
+_POSITION_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200)
+_MAX_GATE_ROWS = 512  # test rows that the gate is looked at on
+_POSITIONS_PER_BATCH = 4096
+_N_EXAMPLES = 6
+_MAX_HISTORY_ITEMS = 8  # items of an example's history
+_N_RECOMMENDED = 5
 _DIGITS = 5
 
 
 @torch.no_grad()
-def look(
+def collect_insights(
     model: nn.Module, score: Callable[[Interaction], Tensor], test: HistoryDataset, whole: HistoryDataset
 ) -> dict[str, Any]:
     """Everything that the report shows beside the metrics, as plain numbers and texts.
@@ -47,28 +52,28 @@ def look(
     """
     model.eval()
     encoder = getattr(model, "encoder", None)
-    found: dict[str, Any] = {"examples": _examples(score, test)}
+    found: dict[str, Any] = {"examples": _collect_examples(score, test)}
     if whole.gaps is not None:
         found["gaps"] = dict(zip(("lower_quartile", "median", "upper_quartile"), whole.gaps, strict=True))
     if isinstance(encoder, Encoder):
         if len(encoder.branches) > 1:
-            found["gate"] = _gate(encoder, test)
+            found["gate"] = _summarize_gate(encoder, test)
         filters = [layer.filter for layer in encoder.layers if isinstance(layer.filter, CausalFilter)]
         if filters:
             longest = test.inter_feat[test.history_field].shape[1]
-            found["filter"] = [_filter(own, longest) for own in filters]
+            found["filter"] = [_summarize_filter(own, longest) for own in filters]
     return found
 
 
-def _gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
+def _summarize_gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
     """The gate's weights, mean over channels, by layer, position and popularity."""
     assert test.histories is not None
     device = encoder.id_embedding.weight.device
     counts = torch.from_numpy(test.histories.trained(test.item_num))
-    positions, popularity = _Means(_POSITIONS), _Means(POPULARITY)
-    layers: list[_Means] = [_Means(()) for _ in encoder.layers]
-    size = max(1, _POSITIONS_AT_A_TIME // test.inter_feat[test.history_field].shape[1])
-    for rows in _spread(len(test), _ROWS).split(size):
+    positions, popularity = _BucketMeans(_POSITION_BUCKETS), _BucketMeans(POPULARITY_BUCKETS)
+    layers: list[_BucketMeans] = [_BucketMeans(()) for _ in encoder.layers]
+    size = max(1, _POSITIONS_PER_BATCH // test.inter_feat[test.history_field].shape[1])
+    for rows in _sample_evenly(len(test), _MAX_GATE_ROWS).split(size):
         batch = test.inter_feat[rows]
         lengths = batch[test.item_list_length_field]
         items = batch[test.history_field][:, : int(lengths.max())]
@@ -89,7 +94,7 @@ def _gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
     }
 
 
-class _Means:
+class _BucketMeans:
     """Means of weights by buckets of a number.
 
     Args:
@@ -111,14 +116,14 @@ class _Means:
 
     def table(self, low: int) -> dict[str, list[float]]:
         """Means by the bucket's name; `low` is the smallest number."""
-        names = bucket_names(self.ends, low)
+        names = format_bucket_names(self.ends, low)
         return {
             names[key]: [round(w, _DIGITS) for w in (self.sums[key] / self.counts[key]).tolist()]
             for key in sorted(self.sums)
         }
 
 
-def _filter(layer: CausalFilter, longest: int) -> dict[str, Any]:
+def _summarize_filter(layer: CausalFilter, longest: int) -> dict[str, Any]:
     """How much of each period a layer's channels let through, and the periods of their modes."""
     size = max(2 * longest, 8)
     gain = torch.fft.rfft(layer.kernel(size).double(), dim=1).abs()[:, 1:].cpu()  # (D, size / 2)
@@ -132,30 +137,30 @@ def _filter(layer: CausalFilter, longest: int) -> dict[str, Any]:
     inside = own.flatten().clamp(2, max(longest, 4)).double().cpu().numpy()
     strength, _ = np.histogram(inside, edges, weights=amplitude.flatten().double().cpu().numpy())
     return {
-        "period": _rounded(period[kept]),
-        "lower": _rounded(quartiles[0].numpy()[kept]),
-        "median": _rounded(quartiles[1].numpy()[kept]),
-        "upper": _rounded(quartiles[2].numpy()[kept]),
-        "edges": _rounded(edges),
-        "strength": _rounded(strength / max(strength.sum(), 1e-12)),
+        "period": _round_values(period[kept]),
+        "lower": _round_values(quartiles[0].numpy()[kept]),
+        "median": _round_values(quartiles[1].numpy()[kept]),
+        "upper": _round_values(quartiles[2].numpy()[kept]),
+        "edges": _round_values(edges),
+        "strength": _round_values(strength / max(strength.sum(), 1e-12)),
     }
 
 
-def _examples(score: Callable[[Interaction], Tensor], test: HistoryDataset) -> list[dict[str, Any]]:
+def _collect_examples(score: Callable[[Interaction], Tensor], test: HistoryDataset) -> list[dict[str, Any]]:
     """Some test users: the end of the history, the best items that are not in it, and what was next.
 
     `place` is 0 where the user had the next item before.
     """
     assert test.histories is not None and test.part is not None
-    rows = _spread(len(test), _EXAMPLES)
+    rows = _sample_evenly(len(test), _N_EXAMPLES)
     if not len(rows):
         return []
     batch: Interaction = test.inter_feat[rows]
     scores = score(batch).cpu()
-    remove_history(scores, batch, test)
+    mask_history_scores(scores, batch, test)
     users, targets = batch[test.uid_field].numpy(), batch[test.iid_field]
-    places = places_of_targets(scores, targets)
-    best = scores.topk(min(_BEST, scores.shape[1] - 1))
+    places = compute_target_ranks(scores, targets)
+    best = scores.topk(min(_N_RECOMMENDED, scores.shape[1] - 1))
     owners = batch[test.owner_field].numpy()
     owner, seen = test.histories.before(owners, test.part)
     tokens = test.field2id_token[test.iid_field]
@@ -163,7 +168,7 @@ def _examples(score: Callable[[Interaction], Tensor], test: HistoryDataset) -> l
     return [
         {
             "user": str(test.field2id_token[test.uid_field][user]),
-            "history": [str(tokens[i]) for i in seen[owner == row][-_SHOWN:]],
+            "history": [str(tokens[i]) for i in seen[owner == row][-_MAX_HISTORY_ITEMS:]],
             "length": int(lengths[row]),
             "recommended": [
                 str(tokens[i])
@@ -177,10 +182,10 @@ def _examples(score: Callable[[Interaction], Tensor], test: HistoryDataset) -> l
     ]
 
 
-def _spread(n: int, most: int) -> Tensor:
+def _sample_evenly(n: int, most: int) -> Tensor:
     """At most so many of n row numbers, evenly spread."""
     return torch.from_numpy(np.unique(np.linspace(0, max(n - 1, 0), min(n, most)).round().astype(np.int64)))
 
 
-def _rounded(values: np.ndarray) -> list[float]:
+def _round_values(values: np.ndarray) -> list[float]:
     return [float(f"{value:.5g}") for value in values]

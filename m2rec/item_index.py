@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 # centres per square root of the items, and items per centre at least, after faiss's guidelines
-_CENTRES, _PER_CENTRE = 4, 39
+_CENTROIDS_PER_ROOT, _MIN_ITEMS_PER_CENTROID = 4, 39
 
-_SHARE = 16  # of the lists one in so many is searched
+_LISTS_PER_PROBE = 16  # of the lists one in so many is searched
 
 # items from which a centre is learned, so that a million items are indexed in seconds
-_SAMPLE = 64
+_TRAIN_ITEMS_PER_CENTROID = 64
 
 # so many items are asked for at most, and one in so many of all; beyond that, scoring all is better
-_MOST, _WORTH = 4096, 8
+_MAX_RETRIEVED, _MIN_CATALOGUE_RATIO = 4096, 8
 
-_AT_ONCE = 2**18  # items that are found in one go
+_MAX_RETRIEVED_PER_SEARCH = 2**18  # items that are found in one go
 
 
 class ItemIndex:
@@ -41,28 +41,33 @@ class ItemIndex:
     """
 
     def __init__(self, table: Tensor) -> None:
-        faiss = _faiss()
+        faiss = _import_faiss()
         n_items, width = len(table) - 1, table.shape[1]
         if n_items < 1:
             raise ValueError("index: there are no items")
-        lists = max(1, min(round(_CENTRES * math.sqrt(n_items)), n_items // _PER_CENTRE))
+        lists = max(
+            1, min(round(_CENTROIDS_PER_ROOT * math.sqrt(n_items)), n_items // _MIN_ITEMS_PER_CENTROID)
+        )
         self._index = faiss.index_factory(width, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-        self._index.cp.min_points_per_centroid, self._index.cp.max_points_per_centroid = 1, _SAMPLE
+        self._index.cp.min_points_per_centroid, self._index.cp.max_points_per_centroid = (
+            1,
+            _TRAIN_ITEMS_PER_CENTROID,
+        )
         self.lists = lists
         self.set_probes(0)
-        self._index.train(_rows(table))
-        self._index.add(_rows(table))
+        self._index.train(_table_to_numpy(table))
+        self._index.add(_table_to_numpy(table))
 
     def set_probes(self, probes: int) -> None:
         """How many lists are searched, the more the better and the slower; 0 for one in 16."""
-        self._index.nprobe = min(probes or -(-self.lists // _SHARE), self.lists)
+        self._index.nprobe = min(probes or -(-self.lists // _LISTS_PER_PROBE), self.lists)
 
     def extended(self, table: Tensor) -> "ItemIndex":
         """The index of a table whose first rows are those of this one's; the centres stay."""
         longer = copy.copy(self)
-        longer._index = _faiss().clone_index(self._index)
+        longer._index = _import_faiss().clone_index(self._index)
         if len(table) > (known := 1 + longer._index.ntotal):
-            longer._index.add(_rows(table, known))
+            longer._index.add(_table_to_numpy(table, known))
         return longer
 
     def find(self, x: Tensor, n: int) -> Tensor:
@@ -80,10 +85,10 @@ class ItemIndex:
         groups: dict[int, list[int]] = {}
         for row, need in enumerate(needs):
             size = 1 << (need - 1).bit_length()  # few different ones
-            if size <= min(_MOST, (1 + self._index.ntotal) // _WORTH):
+            if size <= min(_MAX_RETRIEVED, (1 + self._index.ntotal) // _MIN_CATALOGUE_RATIO):
                 groups.setdefault(size, []).append(row)
         for size, rows in groups.items():
-            step = max(1, _AT_ONCE // size)
+            step = max(1, _MAX_RETRIEVED_PER_SEARCH // size)
             for part in (rows[start : start + step] for start in range(0, len(rows), step)):
                 ids = self.find(x[part], size)
                 whole = (ids > 0).all(1)
@@ -91,11 +96,11 @@ class ItemIndex:
                     yield [row for row, full in zip(part, whole.tolist(), strict=True) if full], ids[whole]
 
 
-def _rows(table: Tensor, start: int = 1) -> Any:
+def _table_to_numpy(table: Tensor, start: int = 1) -> Any:
     return table[start:].detach().float().cpu().contiguous().numpy()
 
 
-def _faiss() -> Any:
+def _import_faiss() -> Any:
     try:
         import faiss
     except ImportError:

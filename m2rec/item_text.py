@@ -12,12 +12,12 @@ import pandas as pd
 
 from m2rec import atomic
 
-CHUNK = 500_000  # lines of NAME.inter that are held at a time
+INTER_CHUNK_ROWS = 500_000  # lines of NAME.inter that are held at a time
 
 TITLE_WORDS = ("title", "name")
 
 # the text between two columns: what closes the first, what separates them, what opens the second
-BETWEEN = re.compile(r"""([)\]}"'»]*)([^\w([{"'«]*)(.*)""", re.S)
+LITERAL_BETWEEN_COLUMNS = re.compile(r"""([)\]}"'»]*)([^\w([{"'«]*)(.*)""", re.S)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ItemTexts:
 
 
 @dataclass(frozen=True)
-class Part:
+class TemplatePart:
     """One column of a template: what separates it from the part before, and what stands around it."""
 
     separator: str
@@ -53,7 +53,7 @@ class Part:
     after: str
 
 
-def read_texts(
+def read_item_texts(
     path: Path, id_column: str, columns: Sequence[str] | None, template: str = "", separator: str = "\t"
 ) -> ItemTexts:
     """The text of every item that has one.
@@ -77,24 +77,24 @@ def read_texts(
     wanted = [part.column for part in parts] or list(columns or [])
     for column in (id_column, *wanted):
         if column not in header:
-            hint = atomic.separator_hint(header)
+            hint = atomic.suggest_separator(header)
             raise ValueError(f"{path}: column {column!r} is missing, the file has {', '.join(header)}{hint}")
     used = list(dict.fromkeys(wanted)) or [column for column in header if column != id_column]
-    frame = atomic.read_table(path, separator, header).dropna(subset=[id_column]).fillna("")
+    frame = atomic.read_text_columns(path, separator, header).dropna(subset=[id_column]).fillna("")
     twice = frame[id_column][frame[id_column].duplicated()]
     if len(twice):
         raise ValueError(f"{path}: item {twice.iloc[0]!r} comes twice, again in line {twice.index[0] + 2}")
-    parts = parts or [Part(". ", "", column, "") for column in used]
+    parts = parts or [TemplatePart(". ", "", column, "") for column in used]
     rows = ({column: value.strip() for column, value in zip(used, row, strict=True)} for row in
             frame[used].to_numpy())  # fmt: skip
-    texts = dict(zip(frame[id_column], (fill(parts, row) for row in rows), strict=True))
+    texts = dict(zip(frame[id_column], (fill_template(parts, row) for row in rows), strict=True))
     tokens = sorted(token for token, text in texts.items() if text)
     if not tokens:
         raise ValueError(f"{path}: no item has text in {', '.join(used)}")
     return ItemTexts(tokens, [texts[token] for token in tokens], used, template)
 
 
-def parse_template(template: str) -> list[Part]:
+def parse_template(template: str) -> list[TemplatePart]:
     """The parts of a template, one per `{column}`; `{{` is a brace.
 
     Raises:
@@ -116,17 +116,17 @@ def parse_template(template: str) -> list[Part]:
         ) from None
     if not columns:
         raise ValueError(f"template: {template!r} has no column; write '{{title}}; genre: {{genre}}'")
-    between = [BETWEEN.fullmatch(literal) for literal in literals[1:-1]]
+    between = [LITERAL_BETWEEN_COLUMNS.fullmatch(literal) for literal in literals[1:-1]]
     groups = [match.groups() for match in between if match]  # the pattern matches anything
     after = [closing for closing, _, _ in groups] + [literals[-1]]
     before = [("", literals[0]), *((separator, opening) for _, separator, opening in groups)]
     return [
-        Part(separator, opening, column, closing)
+        TemplatePart(separator, opening, column, closing)
         for (separator, opening), column, closing in zip(before, columns, after, strict=True)
     ]
 
 
-def fill(parts: Sequence[Part], row: dict[str, str]) -> str:
+def fill_template(parts: Sequence[TemplatePart], row: dict[str, str]) -> str:
     """The text of one item; parts whose column is empty are left out."""
     text = ""
     for part in parts:
@@ -135,7 +135,7 @@ def fill(parts: Sequence[Part], row: dict[str, str]) -> str:
     return text
 
 
-def read_titles(path: Path, id_column: str, separator: str = "\t") -> dict[str, str]:
+def read_item_titles(path: Path, id_column: str, separator: str = "\t") -> dict[str, str]:
     """What people call the items, by token; empty where there is no such file or column.
 
     The column is `title` or `name`, or the first whose name has one of these words in it.
@@ -150,12 +150,12 @@ def read_titles(path: Path, id_column: str, separator: str = "\t") -> dict[str, 
     ranked += [[c for c in columns if word in c.lower()] for word in TITLE_WORDS]
     if not (named := [column for group in ranked for column in group]):
         return {}
-    frame = atomic.read_table(path, separator, header)[[id_column, named[0]]].dropna()
+    frame = atomic.read_text_columns(path, separator, header)[[id_column, named[0]]].dropna()
     titles = zip(frame[id_column], frame[named[0]].str.strip(), strict=True)
     return {token: title for token, title in titles if title}
 
 
-def items_of(path: Path, id_column: str, separator: str = "\t") -> list[str] | None:
+def read_item_tokens(path: Path, id_column: str, separator: str = "\t") -> list[str] | None:
     """Every item token of NAME.inter, in order of appearance; None when there is no such file or column.
 
     Raises:
@@ -166,7 +166,7 @@ def items_of(path: Path, id_column: str, separator: str = "\t") -> list[str] | N
     try:
         chunks = pd.read_csv(
             path, sep=separator, dtype=str, keep_default_na=False, na_values=[""], quoting=3,
-            encoding="utf-8-sig", usecols=[list(header).index(id_column)], chunksize=CHUNK,
+            encoding="utf-8-sig", usecols=[list(header).index(id_column)], chunksize=INTER_CHUNK_ROWS,
         )  # fmt: skip
         found: dict[str, None] = {}
         for chunk in chunks:

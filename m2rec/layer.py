@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from m2rec.attention import Attention
-from m2rec.fourier import CausalFilter, LowPass, Residual
+from m2rec.fourier import CausalFilter, IdentityFilter, LowPassFilter
 from m2rec.gate import MeanGate, SoftmaxGate
-from m2rec.mamba import Mamba, Mamba2, MixerState, last_positions
+from m2rec.mamba import Mamba, Mamba2, MixerState, select_last_positions
 from m2rec.settings import ModelSettings
 from m2rec.text import ProjectedText, TextProjection
 
@@ -73,12 +73,12 @@ class Layer(nn.Module):
         if isinstance(self.mixer, Mamba2):
             outputs = [self.mixer.last(x, lengths)]
         else:
-            outputs = [last_positions(self.mixer(x), lengths)]
+            outputs = [select_last_positions(self.mixer(x), lengths)]
         if isinstance(self.filter, CausalFilter):
             outputs.append(self.filter.last(x, lengths))
         elif self.filter is not None:
-            outputs.append(last_positions(self.filter(x, lengths), lengths))
-        x, items = last_positions(x, lengths), last_positions(items, lengths)
+            outputs.append(select_last_positions(self.filter(x, lengths), lengths))
+        x, items = select_last_positions(x, lengths), select_last_positions(items, lengths)
         return self._merge(x, outputs, items, vectors, available)[0]
 
     def advance(
@@ -96,7 +96,7 @@ class Layer(nn.Module):
         """
         y, mixer = self.recurrent_mixer().advance(x, None if state is None else state.mixer)
         outputs, memory = [y], None
-        if isinstance(self.filter, CausalFilter | Residual):
+        if isinstance(self.filter, CausalFilter | IdentityFilter):
             f, memory = self.filter.advance(x, None if state is None else state.filter)
             outputs.append(f)
         return self._merge(x, outputs, items, vectors, available)[0], LayerState(mixer, memory)
@@ -112,7 +112,7 @@ class Layer(nn.Module):
         """As `advance` for one position: x (B, D), items (B,) -> (B, D) and the state after it."""
         y, mixer = self.recurrent_mixer().step(x, state.mixer)
         outputs, memory = [y], state.filter
-        if isinstance(self.filter, CausalFilter | Residual):
+        if isinstance(self.filter, CausalFilter | IdentityFilter):
             assert memory is not None
             f, memory = self.filter.step(x, memory)
             outputs.append(f)
@@ -131,7 +131,7 @@ class Layer(nn.Module):
         Raises:
             ValueError: one needs the whole history at once.
         """
-        for key, value, rival in (("mixer", "attention", Attention), ("filter", "low_pass", LowPass)):
+        for key, value, rival in (("mixer", "attention", Attention), ("filter", "low_pass", LowPassFilter)):
             if isinstance(self.mixer, rival) or isinstance(self.filter, rival):
                 raise ValueError(
                     f"{key}: {value!r} needs the whole history at once and can't go on from a state; "
@@ -185,12 +185,14 @@ def build_mixer(settings: ModelSettings, max_length: int) -> Mamba | Mamba2 | At
     return Mamba2(*sizes, settings.head_dim, backend=settings.scan_backend)
 
 
-def build_filter(settings: ModelSettings, max_length: int) -> CausalFilter | LowPass | Residual | None:
+def build_filter(
+    settings: ModelSettings, max_length: int
+) -> CausalFilter | LowPassFilter | IdentityFilter | None:
     """The frequency branch that `filter` names, or None."""
     if settings.filter == "causal":
         return CausalFilter(settings.hidden_size, settings.filter_modes, max_length)
     if settings.filter == "low_pass":
-        return LowPass(settings.filter_cutoff, max_length)
+        return LowPassFilter(settings.filter_cutoff, max_length)
     if settings.filter == "residual":
-        return Residual()
+        return IdentityFilter()
     return None

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m2rec.ops.contracts import first_derivative_only
-from m2rec.repeats import Repeats
+from m2rec.repeats import RepeatBias
 
-Rows = Callable[[Tensor], Tensor]
+ItemLookup = Callable[[Tensor], Tensor]
 
-LEAST_ROWS = 32  # positions for which the item table is read at once
+MIN_CHUNK_POSITIONS = 32  # positions for which the item table is read at once
 
 
 def cross_entropy_ref(
-    x: Tensor, targets: Tensor, item_table: Tensor, repeats: Repeats | None = None
+    x: Tensor, targets: Tensor, item_table: Tensor, repeats: RepeatBias | None = None
 ) -> Tensor:
     """Mean softmax cross-entropy over all items, with all scores (S, V) at once.
 
@@ -42,7 +42,7 @@ def cross_entropy_ref(
 
 
 def cross_entropy(
-    x: Tensor, targets: Tensor, item_table: Tensor, repeats: Repeats | None = None, memory: int = 0
+    x: Tensor, targets: Tensor, item_table: Tensor, repeats: RepeatBias | None = None, memory: int = 0
 ) -> Tensor:
     """As `cross_entropy_ref`, holding at most `memory` MiB of scores (one position's at least).
 
@@ -50,7 +50,7 @@ def cross_entropy(
     device: a CPU's cache, or so much that a GPU's calls are few; but so many positions at least
     that reading the item table for them is worth it.
     """
-    least, memory = (1, memory) if memory else (LEAST_ROWS, 512 if x.is_cuda else 16)
+    least, memory = (1, memory) if memory else (MIN_CHUNK_POSITIONS, 512 if x.is_cuda else 16)
     dtype = torch.promote_types(item_table.dtype, torch.float32)
     rows = max(least, memory * 2**20 // (2 * dtype.itemsize * len(item_table)))
     bias = None
@@ -75,7 +75,7 @@ class _CrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         classes: Tensor,
         rows: int,
-        repeats: Repeats | None,
+        repeats: RepeatBias | None,
     ) -> Tensor:
         """x (S, D), table (V, D), bias (), classes (S,), rows per chunk -> the mean loss."""
         dx, dtable, dbias, total = (
@@ -139,12 +139,12 @@ class NegativeSampler(nn.Module):
         if self.cumulative is None:
             ids = torch.randint(1, self.n_items, shape, device=device)
         else:
-            draw = _below(self.total, shape, device)
+            draw = _draw_integers(self.total, shape, device)
             ids = torch.searchsorted(self.cumulative, draw, right=True) + 1
         return ids, self.log_probability[ids]
 
 
-def _below(end: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _draw_integers(end: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Whole numbers from 0 to `end` less one, uniform."""
     if device.type == "mps":  # has no float64; elsewhere it is kept, so that a seed's numbers stay the same
         return torch.randint(end, shape, device=device)
@@ -154,10 +154,10 @@ def _below(end: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
 def sampled_cross_entropy(
     x: Tensor,
     targets: Tensor,
-    rows: Rows,
+    rows: ItemLookup,
     negatives: Tensor,
     log_probability: Tensor,
-    repeats: Repeats | None = None,
+    repeats: RepeatBias | None = None,
 ) -> Tensor:
     """Mean cross-entropy against n negatives, each set of n shared by a group of positions.
 
@@ -175,7 +175,7 @@ def sampled_cross_entropy(
         log_probability: (G, n), log q of each.
         repeats: what each position has seen.
     """
-    positive, scores = _sampled_scores(x, targets, rows, negatives, repeats, log_probability)
+    positive, scores = _score_sampled_items(x, targets, rows, negatives, repeats, log_probability)
     first = torch.zeros_like(targets)
     return F.cross_entropy(torch.cat([positive, scores], dim=1), first)
 
@@ -183,11 +183,11 @@ def sampled_cross_entropy(
 def gbce(
     x: Tensor,
     targets: Tensor,
-    rows: Rows,
+    rows: ItemLookup,
     negatives: Tensor,
     n_items: int,
     t: float,
-    repeats: Repeats | None = None,
+    repeats: RepeatBias | None = None,
 ) -> Tensor:
     """Mean generalised binary cross-entropy (gSASRec, arXiv 2308.07192, equations 11 and 13).
 
@@ -206,7 +206,7 @@ def gbce(
         t: calibration, from 0 to 1.
         repeats: what each position has seen.
     """
-    positive, scores = _sampled_scores(x, targets, rows, negatives, repeats)
+    positive, scores = _score_sampled_items(x, targets, rows, negatives, repeats)
     n = negatives.shape[1]
     alpha = min(1.0, n / (n_items - 1))
     beta = 1 - t * (1 - alpha)
@@ -214,12 +214,12 @@ def gbce(
     return total / (len(x) * (n + 1))
 
 
-def _sampled_scores(
+def _score_sampled_items(
     x: Tensor,
     targets: Tensor,
-    rows: Rows,
+    rows: ItemLookup,
     negatives: Tensor,
-    repeats: Repeats | None,
+    repeats: RepeatBias | None,
     log_probability: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores of the targets (S, 1) and of the negatives (S, n), -inf where one is the target.
@@ -242,7 +242,9 @@ def _sampled_scores(
     return positive[:, None], scores
 
 
-def bpr(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, repeats: Repeats | None = None) -> Tensor:
+def bpr(
+    x: Tensor, targets: Tensor, rows: ItemLookup, negatives: Tensor, repeats: RepeatBias | None = None
+) -> Tensor:
     """Mean Bayesian personalised ranking loss, -log sigmoid(positive - negative).
 
     Args:
@@ -257,7 +259,7 @@ def bpr(x: Tensor, targets: Tensor, rows: Rows, negatives: Tensor, repeats: Repe
     return -F.logsigmoid(difference).mean()
 
 
-def other_items(targets: Tensor, n_items: int) -> Tensor:
+def draw_other_items(targets: Tensor, n_items: int) -> Tensor:
     """One item for each target, uniform over all items but padding and the target itself."""
     if n_items < 3:
         raise ValueError("loss_type: BPR needs two items to tell apart; set loss_type: CE")

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-RARE = 100  # from so many texts on, a word that only one of them has is left out
-FEATURES = 100_000  # most frequent words and pairs that are kept, for memory's sake
-NAME = "lsa"
+RARE_WORD_MIN_TEXTS = 100  # from so many texts on, a word that only one of them has is left out
+MAX_FEATURES = 100_000  # most frequent words and pairs that are kept, for memory's sake
+LSA_NAME = "lsa"
 
 
-class Lsa:
+class LsaEncoder:
     """Vectors of at most `width` components, fewer where the texts have fewer to tell."""
 
     def __init__(self, width: int = 256) -> None:
@@ -21,8 +21,8 @@ class Lsa:
             raise ValueError(f"width: {width} is no width; give a whole number from 1 on, such as 256")
         self.width = width
         self.decisive = {
-            "model": NAME,
-            "features": f"words and pairs, sublinear, rare from {RARE}, at most {FEATURES}",
+            "model": LSA_NAME,
+            "features": f"words and pairs, sublinear, rare from {RARE_WORD_MIN_TEXTS}, at most {MAX_FEATURES}",
             "width": str(width),
         }
 
@@ -40,7 +40,7 @@ class Lsa:
         """
         from sklearn.decomposition import TruncatedSVD
 
-        counts = _tf_idf(texts)
+        counts = _fit_tf_idf(texts)
         if counts.shape[1] == 1:  # one word in all of them, for which scikit-learn has no SVD
             return np.asarray(counts.toarray() > 0, dtype=np.float32)
         width = min(self.width, *counts.shape)
@@ -51,13 +51,13 @@ class Lsa:
         return np.asarray(vectors / np.where(length > 1e-9, length, np.inf), dtype=np.float32)
 
 
-def _tf_idf(texts: Sequence[str]) -> Any:
+def _fit_tf_idf(texts: Sequence[str]) -> Any:
     """Sparse (n, F)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    for rare in (2, 1) if len(texts) >= RARE else (1,):
+    for rare in (2, 1) if len(texts) >= RARE_WORD_MIN_TEXTS else (1,):
         tf_idf = TfidfVectorizer(
-            ngram_range=(1, 2), sublinear_tf=True, min_df=rare, max_features=FEATURES,
+            ngram_range=(1, 2), sublinear_tf=True, min_df=rare, max_features=MAX_FEATURES,
             strip_accents="unicode", token_pattern=r"(?u)\b\w+\b",
         )  # fmt: skip
         try:

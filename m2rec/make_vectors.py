@@ -17,18 +17,18 @@ import numpy as np
 
 from m2rec import text_vectors
 from m2rec.item_text import ItemTexts
-from m2rec.lsa import Lsa
-from m2rec.partial import Partial
+from m2rec.lsa import LsaEncoder
+from m2rec.partial import PartialVectors
 from m2rec.text_encoder import TextEncoder
-from m2rec.vector_import import VectorFile
+from m2rec.vector_import import ImportedVectors
 
 logger = logging.getLogger(__name__)
 
 
-def from_texts(
+def build_text_vectors(
     output: Path,
     items: ItemTexts,
-    encoder: TextEncoder | Lsa,
+    encoder: TextEncoder | LsaEncoder,
     known: Sequence[str] | None = None,
     force: bool = False,
 ) -> bool:
@@ -42,51 +42,53 @@ def from_texts(
         force: encode again even if the file is up to date, or is something else.
 
     Raises:
-        ValueError: see `TextEncoder.encode` and `Lsa.encode`; none of the known items has text;
+        ValueError: see `TextEncoder.encode` and `LsaEncoder.encode`; none of the known items has text;
             `output` is another kind of file.
     """
-    _say_coverage(known, items.tokens, "have text")
+    _check_text_coverage(known, items.tokens, "have text")
     decisive = {
         **encoder.decisive,
         "columns": shlex.join(items.columns),
         "template": items.template,
         "texts_sha256": items.sha256(),
     }
-    if not force and is_current(output, decisive):
+    if not force and is_up_to_date(output, decisive):
         return False
-    if isinstance(encoder, Lsa):
-        _write(output, items.tokens, encoder.encode(items.texts), decisive, encoder.versions())
+    if isinstance(encoder, LsaEncoder):
+        _write_with_provenance(
+            output, items.tokens, encoder.encode(items.texts), decisive, encoder.versions()
+        )
         return True
     about = encoder.describe()  # loads the model, which must not fail with a partial file open
-    with _partial(output, fingerprint(decisive)) as partial:
+    with _open_partial_file(output, compute_text_fingerprint(decisive)) as partial:
         vectors = encoder.encode(items.texts, partial)
-        _write(output, items.tokens, vectors, decisive, about)
+        _write_with_provenance(output, items.tokens, vectors, decisive, about)
     return True
 
 
-def from_file(
-    output: Path, source: VectorFile, known: Sequence[str] | None = None, force: bool = False
+def import_text_vectors(
+    output: Path, source: ImportedVectors, known: Sequence[str] | None = None, force: bool = False
 ) -> bool:
     """Write the file from vectors made elsewhere; whether there was anything to do.
 
     Raises:
-        ValueError: see `VectorFile.read`; none of the known items has a vector; `output` is another
+        ValueError: see `ImportedVectors.read`; none of the known items has a vector; `output` is another
             kind of file.
     """
-    if not force and is_current(output, source.decisive):
+    if not force and is_up_to_date(output, source.decisive):
         return False
     tokens, vectors = source.read()
-    _say_coverage(known, tokens, "have a vector")
-    _write(output, tokens, vectors, source.decisive, {})
+    _check_text_coverage(known, tokens, "have a vector")
+    _write_with_provenance(output, tokens, vectors, source.decisive, {})
     return True
 
 
-def fingerprint(decisive: Mapping[str, str]) -> str:
+def compute_text_fingerprint(decisive: Mapping[str, str]) -> str:
     """A hash of what decides the vectors."""
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def is_current(output: Path, decisive: Mapping[str, str]) -> bool:
+def is_up_to_date(output: Path, decisive: Mapping[str, str]) -> bool:
     """Whether `output` has these vectors already; the log says so, or what differs.
 
     Raises:
@@ -95,17 +97,17 @@ def is_current(output: Path, decisive: Mapping[str, str]) -> bool:
     if not output.exists():
         return False
     try:
-        _, _, recorded = text_vectors.read(output)
+        _, _, recorded = text_vectors.read_text_vectors(output)
     except ValueError as error:
         raise ValueError(f"{error}; --force overwrites it") from None
-    if recorded.get("fingerprint") == fingerprint(decisive):
+    if recorded.get("fingerprint") == compute_text_fingerprint(decisive):
         logger.info("%s is up to date, nothing to do; --force makes it again", output)
         return True
-    logger.info("%s is made again: %s", output, "; ".join(differences(recorded, decisive)))
+    logger.info("%s is made again: %s", output, "; ".join(list_changed_fields(recorded, decisive)))
     return False
 
 
-def differences(recorded: Mapping[str, str], decisive: Mapping[str, str]) -> list[str]:
+def list_changed_fields(recorded: Mapping[str, str], decisive: Mapping[str, str]) -> list[str]:
     """What decides the vectors now and did not then, such as `max_tokens 256 -> 128`."""
     found = []
     for key, value in decisive.items():
@@ -117,7 +119,7 @@ def differences(recorded: Mapping[str, str], decisive: Mapping[str, str]) -> lis
     return found
 
 
-def _say_coverage(known: Sequence[str] | None, tokens: Sequence[str], what: str) -> None:
+def _check_text_coverage(known: Sequence[str] | None, tokens: Sequence[str], what: str) -> None:
     """How many of the known items are among the tokens, and the first few that are not.
 
     Raises:
@@ -135,20 +137,20 @@ def _say_coverage(known: Sequence[str] | None, tokens: Sequence[str], what: str)
     logger.info(
         "%s of %s items of the interactions %s%s",
         f"{len(known) - len(without):,}", f"{len(known):,}", what,
-        text_vectors.first_without(without),
+        text_vectors.format_missing_items(without),
     )  # fmt: skip
 
 
 @contextmanager
-def _partial(output: Path, mark: str) -> Iterator[Partial]:
+def _open_partial_file(output: Path, mark: str) -> Iterator[PartialVectors]:
     """The file beside the output where finished batches are kept, removed once all is well."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    with Partial(output.with_name(f"{output.name}.partial"), mark) as partial:
+    with PartialVectors(output.with_name(f"{output.name}.partial"), mark) as partial:
         yield partial
         partial.remove()
 
 
-def _write(
+def _write_with_provenance(
     output: Path,
     tokens: list[str],
     vectors: np.ndarray,
@@ -164,7 +166,7 @@ def _write(
         **decisive,
         **besides,
         "date": datetime.now(UTC).date().isoformat(),
-        "fingerprint": fingerprint(decisive),
+        "fingerprint": compute_text_fingerprint(decisive),
     }
-    text_vectors.save(output, tokens, vectors, about)
+    text_vectors.write_text_vectors(output, tokens, vectors, about)
     logger.info("%s: %s vectors, %s wide", output, f"{len(tokens):,}", vectors.shape[1])

@@ -36,7 +36,7 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 MixerState = tuple[Tensor, Tensor]
 
 # By a parameter's name, its attributes for the optimiser.
-Marks = Mapping[str, Mapping[str, object]]
+ParameterMarks = Mapping[str, Mapping[str, object]]
 _NO_WEIGHT_DECAY = {"_no_weight_decay": True}
 
 
@@ -46,7 +46,7 @@ class MarkedParameters(nn.Module):
     Marks are attributes of the parameter, as in `mamba_ssm`, which `copy.deepcopy` leaves behind.
     """
 
-    marks: ClassVar[Marks] = {}
+    marks: ClassVar[ParameterMarks] = {}
 
     def mark_parameters(self) -> None:
         """Set the marks, once the parameters are there."""
@@ -70,7 +70,7 @@ class Mamba(MarkedParameters):
         backend: the operators' backend, `auto` or a name from `ops.BACKENDS`.
     """
 
-    marks: ClassVar[Marks] = dict.fromkeys(("A_log", "D"), _NO_WEIGHT_DECAY)
+    marks: ClassVar[ParameterMarks] = dict.fromkeys(("A_log", "D"), _NO_WEIGHT_DECAY)
 
     def __init__(
         self, hidden_size: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, backend: str = "auto"
@@ -81,13 +81,13 @@ class Mamba(MarkedParameters):
         self.in_proj = nn.Linear(hidden_size, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
         self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = StepProjection(self.dt_rank, inner)
+        self.dt_proj = StepSizeProjection(self.dt_rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))  # (E, N)
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, hidden_size, bias=False)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(_initial_dt_bias(inner))
+            self.dt_proj.bias.copy_(_draw_dt_bias(inner))
         self.mark_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,12 +107,12 @@ class Mamba(MarkedParameters):
             (B, K - 1, E), and the scan's (B, E, N).
         """
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
-        u, window = _convolve(u, state, self.conv1d, self.backend)
+        u, window = _apply_causal_conv(u, state, self.conv1d, self.backend)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y, h = selective_scan(
             u,
             self.dt_proj(dt),
-            _decay_rates(self.A_log),
+            _compute_decay_rates(self.A_log),
             B,
             C,
             self.D,
@@ -128,14 +128,14 @@ class Mamba(MarkedParameters):
     def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, window = _convolve_step(u, state[0], self.conv1d)
+        u, window = _apply_causal_conv_step(u, state[0], self.conv1d)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        A = _decay_rates(self.A_log)
+        A = _compute_decay_rates(self.A_log)
         y, h = selective_scan_step(state[1], u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_proj.bias, True)
         return self.out_proj(y), (window, h)
 
 
-class StepProjection(nn.Linear):
+class StepSizeProjection(nn.Linear):
     """A linear map whose bias the scan adds, in float32 at least, before softplus."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Mamba2(MarkedParameters):
         backend: the operators' backend, `auto` or a name from `ops.BACKENDS`.
     """
 
-    marks: ClassVar[Marks] = dict.fromkeys(("A_log", "D", "dt_bias"), _NO_WEIGHT_DECAY)
+    marks: ClassVar[ParameterMarks] = dict.fromkeys(("A_log", "D", "dt_bias"), _NO_WEIGHT_DECAY)
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class Mamba2(MarkedParameters):
         self.d_state, self.inner, self.head_dim, self.backend = d_state, inner, head_dim, backend
         self.in_proj = nn.Linear(hidden_size, inner + mixed + heads, bias=False)
         self.conv1d = nn.Conv1d(mixed, mixed, d_conv, groups=mixed, padding=d_conv - 1)
-        self.dt_bias = nn.Parameter(_initial_dt_bias(heads))
+        self.dt_bias = nn.Parameter(_draw_dt_bias(heads))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = GatedRMSNorm(inner)
@@ -187,12 +187,12 @@ class Mamba2(MarkedParameters):
     def advance(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         """As `Mamba.advance`; the states are (B, K - 1, E + 2N) and (B, H, P, N)."""
         z, xBC, dt = self._project(x)
-        xBC, window = _convolve(xBC, state, self.conv1d, self.backend)
+        xBC, window = _apply_causal_conv(xBC, state, self.conv1d, self.backend)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
         y, h = ssd(
             u.unflatten(-1, (-1, self.head_dim)),
             dt,
-            _decay_rates(self.A_log),
+            _compute_decay_rates(self.A_log),
             B,
             C,
             self.D,
@@ -206,26 +206,26 @@ class Mamba2(MarkedParameters):
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
         """As `forward` for each row's last position alone: x (B, L, D), lengths (B,) -> (B, D)."""
-        plain = _is_plain(self.in_proj)
+        plain = _is_unhooked_linear(self.in_proj)
         if plain:  # the gate is wanted at one position only
             gate, heard = self.in_proj.weight.split([self.inner, len(self.in_proj.weight) - self.inner])
             xBC, dt = F.linear(x, heard).split([len(heard) - len(self.D), len(self.D)], dim=-1)
         else:
             z, xBC, dt = self._project(x)
-        xBC, _ = _convolve(xBC, None, self.conv1d, self.backend)
+        xBC, _ = _apply_causal_conv(xBC, None, self.conv1d, self.backend)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
-        u, A = u.unflatten(-1, (-1, self.head_dim)), _decay_rates(self.A_log)
+        u, A = u.unflatten(-1, (-1, self.head_dim)), _compute_decay_rates(self.A_log)
         y = ssd_last(u, dt, A, B, C, lengths, self.D, self.dt_bias, True)
-        z = F.linear(last_positions(x, lengths), gate) if plain else last_positions(z, lengths)
+        z = F.linear(select_last_positions(x, lengths), gate) if plain else select_last_positions(z, lengths)
         return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[no-any-return]
 
     def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
         z, xBC, dt = self._project(x)
-        xBC, window = _convolve_step(xBC, state[0], self.conv1d)
+        xBC, window = _apply_causal_conv_step(xBC, state[0], self.conv1d)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
         u = u.unflatten(-1, (-1, self.head_dim))
-        A = _decay_rates(self.A_log)
+        A = _compute_decay_rates(self.A_log)
         y, h = ssd_step(state[1], u, dt, A, B, C, self.D, self.dt_bias, True)
         return self.out_proj(self.norm(y.flatten(-2), z)), (window, h)
 
@@ -249,17 +249,17 @@ class GatedRMSNorm(nn.Module):
         return F.rms_norm(gated, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
-def last_positions(x: Tensor, lengths: Tensor) -> Tensor:
+def select_last_positions(x: Tensor, lengths: Tensor) -> Tensor:
     """x (B, L, ...), lengths (B,) -> each row's last position (B, ...)."""
     return x[torch.arange(len(x), device=x.device), lengths - 1]
 
 
-def _decay_rates(A_log: Tensor) -> Tensor:
+def _compute_decay_rates(A_log: Tensor) -> Tensor:
     """A of the recurrence, negative, in float32 at least."""
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def _is_unhooked_linear(linear: nn.Module) -> bool:
     """Whether parts of its weight can stand for a call: nothing has taken its place, no hook listens."""
     hooks = (
         linear._forward_hooks,
@@ -270,7 +270,9 @@ def _is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not any(hooks)
 
 
-def _convolve(x: Tensor, state: MixerState | None, conv: nn.Conv1d, backend: str) -> tuple[Tensor, Tensor]:
+def _apply_causal_conv(
+    x: Tensor, state: MixerState | None, conv: nn.Conv1d, backend: str
+) -> tuple[Tensor, Tensor]:
     """The short convolution after the inputs in `state`: x (B, L, E) -> (B, L, E), the last inputs."""
     kept, length = conv.weight.shape[2] - 1, x.shape[1]
     inputs = F.pad(x, (0, 0, kept, 0)) if state is None else torch.cat([state[0], x], dim=1)
@@ -278,13 +280,13 @@ def _convolve(x: Tensor, state: MixerState | None, conv: nn.Conv1d, backend: str
     return y[:, -length:], inputs[:, length:]
 
 
-def _convolve_step(x: Tensor, window: Tensor, conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
-    """As `_convolve` for one position: x (B, E), window (B, K - 1, E) -> (B, E), new window."""
+def _apply_causal_conv_step(x: Tensor, window: Tensor, conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
+    """As `_apply_causal_conv` for one position: x (B, E), window (B, K - 1, E) -> (B, E), new window."""
     inputs = torch.cat([window, x[:, None]], dim=1)
     return causal_conv1d_step(inputs, conv.weight[:, 0], conv.bias), inputs[:, 1:]
 
 
-def _initial_dt_bias(size: int) -> Tensor:
+def _draw_dt_bias(size: int) -> Tensor:
     """The inverse softplus of step sizes drawn log-uniformly from [DT_MIN, DT_MAX]."""
     dt = torch.exp(torch.rand(size) * math.log(DT_MAX / DT_MIN) + math.log(DT_MIN))
     dt = dt.clamp(min=DT_FLOOR)

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from m2rec import text_vectors
 from m2rec.compat import Config, InputType, Interaction, SequentialDataset, SequentialRecommender
-from m2rec.dataset import HistoryDataset, shifted_targets
+from m2rec.dataset import HistoryDataset, shift_targets
 from m2rec.encoder import Encoder
-from m2rec.loss import NegativeSampler, bpr, cross_entropy, gbce, other_items, sampled_cross_entropy
+from m2rec.loss import NegativeSampler, bpr, cross_entropy, draw_other_items, gbce, sampled_cross_entropy
 from m2rec.ops.contracts import without_autocast
-from m2rec.repeats import Repeats
+from m2rec.repeats import RepeatBias
 from m2rec.settings import ModelSettings
-from m2rec.text_source import folders, text_file
+from m2rec.text_source import find_vector_file, get_dataset_folders
 from m2rec.text_vectors import TextVectors
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class M2Rec(SequentialRecommender):
     def __init__(self, config: Config, dataset: SequentialDataset) -> None:
         super().__init__(config, dataset)
         if not isinstance(dataset, HistoryDataset):
-            _warn_of_stock_rows(config)
+            _warn_about_ignored_keys(config)
         self.settings = ModelSettings.read(config)
         self.text_source: dict[str, str | int | float] | None = None
         self.dense = getattr(dataset, "rows", "prefix") == "dense"
@@ -64,7 +64,7 @@ class M2Rec(SequentialRecommender):
         """The text vectors in internal ids, or None; the log says which and how many match."""
         if not self.settings.wants_text:
             return None
-        path = text_file(config)
+        path = find_vector_file(config)
         if path is None:
             name = config["dataset"]
             logger.warning(
@@ -72,12 +72,14 @@ class M2Rec(SequentialRecommender):
                 "the model runs without text",
                 name,
                 name,
-                text_vectors.SUFFIX,
-                folders(config)[0],
+                text_vectors.VECTOR_FILE_SUFFIX,
+                get_dataset_folders(config)[0],
             )
             return None
         tokens = dataset.field2id_token[self.ITEM_ID]
-        text = text_vectors.load(path, tokens, self.settings.text_whitening, self.settings.text_width)
+        text = text_vectors.load_item_vectors(
+            path, tokens, self.settings.text_whitening, self.settings.text_width
+        )
         items, width = self.n_items - 1, text.vectors.shape[1]
         matched = items - len(text.missing)
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -85,7 +87,7 @@ class M2Rec(SequentialRecommender):
         logger.info(
             "text for %s of %s items, %s, %s wide, mean cosine in the file %.2f%s",
             f"{matched:,}", f"{items:,}", shown, width, raw,
-            text_vectors.first_without(text.missing),
+            text_vectors.format_missing_items(text.missing),
         )  # fmt: skip
         self.text_source = {
             "file": str(path), **text.provenance, "matched": matched, "items": items,
@@ -109,17 +111,19 @@ class M2Rec(SequentialRecommender):
         items, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         targets = interaction[self.ITEM_ID]
         if self.dense:
-            targets = shifted_targets(items, lengths, targets)
+            targets = shift_targets(items, lengths, targets)
             x, rows, times = self.encoder.positions(items, lengths, targets)
             targets = targets[rows, times]
         else:
             x, rows, times = self(items, lengths), torch.arange(len(items), device=items.device), lengths - 1
         bias = self.encoder.repeat_bias
-        repeats = None if bias is None else Repeats(items, rows, times, bias)
+        repeats = None if bias is None else RepeatBias(items, rows, times, bias)
         with without_autocast(x.device):
             return self._loss(x.to(self.encoder.id_embedding.weight.dtype), targets, repeats, interaction)
 
-    def _loss(self, x: Tensor, targets: Tensor, repeats: Repeats | None, interaction: Interaction) -> Tensor:
+    def _loss(
+        self, x: Tensor, targets: Tensor, repeats: RepeatBias | None, interaction: Interaction
+    ) -> Tensor:
         """x: (S, D), targets: (S,) -> the loss that `loss_type` names."""
         settings, rows = self.settings, self.encoder.items
         if settings.loss_type == "CE":
@@ -131,7 +135,9 @@ class M2Rec(SequentialRecommender):
                 return gbce(x, targets, rows, ids, self.n_items, settings.gbce_t, repeats)
             return sampled_cross_entropy(x, targets, rows, ids, log_probability, repeats)
         drawn_by_recbole = not self.dense and self.NEG_ITEM_ID in interaction
-        negatives = interaction[self.NEG_ITEM_ID] if drawn_by_recbole else other_items(targets, self.n_items)
+        negatives = (
+            interaction[self.NEG_ITEM_ID] if drawn_by_recbole else draw_other_items(targets, self.n_items)
+        )
         return bpr(x, targets, rows, negatives, repeats)
 
     def predict(self, interaction: Interaction) -> Tensor:
@@ -155,7 +161,7 @@ class M2Rec(SequentialRecommender):
         return scores
 
 
-def _warn_of_stock_rows(config: Config) -> None:
+def _warn_about_ignored_keys(config: Config) -> None:
     """Say which keys have no effect on a data set of RecBole's own."""
     stock = {"rows": "prefix", "time_order": "recbole", "split": "leave_one_out"}
     given = [f"{key}: {config[key]}" for key, own in stock.items() if key in config and config[key] != own]

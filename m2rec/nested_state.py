@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m2rec.files import read_tensors, write_tensors
 
-_STATE = "state"
+_STATE_KEY = "state"
 
 
 def save_state(state: Any, path: Path) -> None:
@@ -20,8 +20,8 @@ def save_state(state: Any, path: Path) -> None:
         ValueError: something else is among them, which only a pickle could hold.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _encode(state, tensors, "")
-    write_tensors(path, tensors, {_STATE: json.dumps(tree)})
+    tree = _encode_value(state, tensors, "")
+    write_tensors(path, tensors, {_STATE_KEY: json.dumps(tree)})
 
 
 def load_state(path: Path, device: str) -> Any:
@@ -32,24 +32,28 @@ def load_state(path: Path, device: str) -> Any:
     """
     try:
         tensors, metadata = read_tensors(path, device)
-        tree = json.loads(metadata[_STATE])
+        tree = json.loads(metadata[_STATE_KEY])
     except (LookupError, ValueError) as error:
         raise ValueError(
             f"{path} is no checkpoint of M2Rec's kind, and pickles are never loaded; train the model again "
             f"({' '.join(str(error).split())})"
         ) from error
-    return _decode(tree, tensors)
+    return _decode_value(tree, tensors)
 
 
-def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
+def _encode_value(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
     """The value as JSON, its tensors put into `tensors`."""
     if isinstance(value, Tensor | np.ndarray):
         tensors[place] = torch.as_tensor(value)
         return {"tensor" if isinstance(value, Tensor) else "array": place}
     if isinstance(value, dict):  # its keys may be numbers, which JSON's are not
-        return {"dict": [[key, _encode(item, tensors, f"{place}.{key}")] for key, item in value.items()]}
+        return {
+            "dict": [[key, _encode_value(item, tensors, f"{place}.{key}")] for key, item in value.items()]
+        }
     if isinstance(value, list | tuple):
-        return {"list": [_encode(item, tensors, f"{place}.{number}") for number, item in enumerate(value)]}
+        return {
+            "list": [_encode_value(item, tensors, f"{place}.{number}") for number, item in enumerate(value)]
+        }
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, bool | int | float | str):
@@ -57,12 +61,12 @@ def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
     raise ValueError(f"{place.lstrip('.')}: {type(value).__name__} can only be pickled, which is never done")
 
 
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode_value(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "dict":
-        return {key: _decode(item, tensors) for key, item in content}
+        return {key: _decode_value(item, tensors) for key, item in content}
     if kind == "list":
-        return [_decode(item, tensors) for item in content]
+        return [_decode_value(item, tensors) for item in content]
     return tensors[content].cpu().numpy() if kind == "array" else tensors[content]

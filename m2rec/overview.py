@@ -2,22 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 
-from m2rec.results import HEADLINE, METRICS, Answers, Row, read_paired, spread
+from m2rec.results import (
+    HEADLINE_METRIC,
+    TABLE_METRICS,
+    FinishedRuns,
+    ResultRow,
+    read_headline_tests,
+    summarize_seeds,
+)
 from m2rec.sweeps import Sweep
 from m2rec.table_parts import (
-    P,
-    four_pm,
-    markdown,
-    measured,
-    p_value,
-    plain_name,
-    relative,
-    seeds_done,
-    versus,
+    P_VALUE_TITLE,
+    format_markdown_table,
+    format_mean_std,
+    format_measured_metrics,
+    format_p_value,
+    format_relative_change,
+    format_seed_count,
+    make_versus_title,
+    strip_model_details,
 )
 
 
-def overview_table(sweeps: Sequence[Sweep], answers: Mapping[str, Answers], reported: Sequence[Row]) -> str:
+def make_overview_table(
+    sweeps: Sequence[Sweep], answers: Mapping[str, FinishedRuns], reported: Sequence[ResultRow]
+) -> str:
     """Each data set's reference beside the best published numbers and the best of the sweep's baselines.
 
     Args:
@@ -33,15 +42,15 @@ def overview_table(sweeps: Sequence[Sweep], answers: Mapping[str, Answers], repo
         raise ValueError(f"an overview needs sweeps with the same reference, got {found}")
     heads = ["data set", "n", "HR@10", "NDCG@10", "NDCG@10 without text", "published HR@10"]
     heads += ["published NDCG@10", "NDCG@10 of the strongest baseline here"]
-    lines = [[*heads, versus(sweeps[0]), P]]
+    lines = [[*heads, make_versus_title(sweeps[0]), P_VALUE_TITLE]]
     for sweep in sweeps:
-        paired = read_paired(sweep, answers[sweep.name])
+        paired = read_headline_tests(sweep, answers[sweep.name])
         for dataset in sweep.datasets:
-            lines.append(_overview_line(sweep, dataset, answers[sweep.name], paired, reported))
-    return f"{markdown(lines)}\n\n{_WORDS.format(versus=versus(sweeps[0]))}"
+            lines.append(_make_overview_line(sweep, dataset, answers[sweep.name], paired, reported))
+    return f"{format_markdown_table(lines)}\n\n{_OVERVIEW_NOTE.format(versus=make_versus_title(sweeps[0]))}"
 
 
-_WORDS = (
+_OVERVIEW_NOTE = (
     "test_unseen, full ranking. n: seeds; ±: their standard deviation. Published: the highest in "
     "`results/reported.csv`, of whichever model. Strongest baseline: the highest here of those that were "
     "run; {versus}: over the seeds that both have. p: paired bootstrap over users, these runs held fixed; "
@@ -49,39 +58,49 @@ _WORDS = (
 )
 
 
-def _overview_line(
+def _make_overview_line(
     sweep: Sweep,
     dataset: str,
-    answers: Answers,
-    paired: Mapping[tuple[str, str], Row],
-    reported: Sequence[Row],
+    answers: FinishedRuns,
+    paired: Mapping[tuple[str, str], ResultRow],
+    reported: Sequence[ResultRow],
 ) -> list[str]:
     assert sweep.reference is not None
     rows = answers[dataset, sweep.reference]
     by_time = sweep.keys(dataset, sweep.reference).get("split") == "global_time"
-    line = [f"{dataset}, split by time" if by_time else dataset, seeds_done(len(rows), len(sweep.seeds))]
-    line += measured(answers, dataset, sweep.reference, "test_unseen")
-    line.append(_with_n(answers[dataset, sweep.without_text]) if sweep.without_text else "")
+    line = [
+        f"{dataset}, split by time" if by_time else dataset,
+        format_seed_count(len(rows), len(sweep.seeds)),
+    ]
+    line += format_measured_metrics(answers, dataset, sweep.reference, "test_unseen")
+    line.append(
+        _format_headline_with_seeds(answers[dataset, sweep.without_text]) if sweep.without_text else ""
+    )
     alike = [row for row in reported if (row["dataset"], row["protocol"]) == (dataset, "test_unseen")]
-    line += [_highest([] if by_time else alike, metric) for metric in METRICS]
-    found = {b: one for b in sweep.baselines if (one := spread(answers[dataset, b], HEADLINE))}
+    line += [_find_best_published([] if by_time else alike, metric) for metric in TABLE_METRICS]
+    found = {
+        b: one for b in sweep.baselines if (one := summarize_seeds(answers[dataset, b], HEADLINE_METRIC))
+    }
     if found:
         best = max(found, key=lambda baseline: found[baseline].mean)
-        line += [f"{_with_n(answers[dataset, best])}: {best}", relative(sweep, dataset, answers, best)]
-        line.append(p_value(sweep, dataset, answers, paired.get((dataset, best))))
+        line += [
+            f"{_format_headline_with_seeds(answers[dataset, best])}: {best}",
+            format_relative_change(sweep, dataset, answers, best),
+        ]
+        line.append(format_p_value(sweep, dataset, answers, paired.get((dataset, best))))
     return line
 
 
-def _with_n(rows: Sequence[Row]) -> str:
+def _format_headline_with_seeds(rows: Sequence[ResultRow]) -> str:
     """test_unseen NDCG@10 with the number of seeds."""
-    found = spread(rows, HEADLINE)
-    return f"{four_pm(found)} (n {len(rows)})" if found else ""
+    found = summarize_seeds(rows, HEADLINE_METRIC)
+    return f"{format_mean_std(found)} (n {len(rows)})" if found else ""
 
 
-def _highest(published: Sequence[Row], metric: str) -> str:
+def _find_best_published(published: Sequence[ResultRow], metric: str) -> str:
     """The highest published number and its model."""
     rows = [row for row in published if row[metric]]
     if not rows:
         return ""
     best = max(rows, key=lambda row: float(row[metric]))
-    return f"{best[metric]} ({plain_name(best['model'])})"
+    return f"{best[metric]} ({strip_model_details(best['model'])})"

@@ -1,5 +1,5 @@
 """Imported first by a command, whose process is its own: PyTorch is loaded with its threads prepared."""
 
-from m2rec.threads import prepare_process
+from m2rec.threads import configure_threads
 
-prepare_process()
+configure_threads()

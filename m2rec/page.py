@@ -31,7 +31,7 @@ article ol { margin: .2rem 0; padding-left: 2.6rem; }
 """
 
 
-class Figure(NamedTuple):
+class PageFigure(NamedTuple):
     """A picture, what it shows in words, and a caption."""
 
     svg: bytes
@@ -39,7 +39,7 @@ class Figure(NamedTuple):
     caption: str
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
+def render_table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
     """A table that scrolls in its own box; kind is `numbers` or `words`."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     lines = []
@@ -52,7 +52,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "nu
     )
 
 
-def figure(shown: Figure) -> str:
+def render_figure(shown: PageFigure) -> str:
     """A picture with its text alternative and its caption, all in the page."""
     data = base64.b64encode(shown.svg).decode()
     return (
@@ -61,20 +61,20 @@ def figure(shown: Figure) -> str:
     )
 
 
-def grid(parts: Iterable[str]) -> str:
+def render_grid(parts: Iterable[str]) -> str:
     """Parts side by side as far as the window is wide; nothing where there are none."""
     content = "".join(parts)
     return f'<div class="grid">{content}</div>' if content else ""
 
 
-def section(title: str, *parts: str) -> str:
+def render_section(title: str, *parts: str) -> str:
     """Nothing where there is nothing to show."""
     if not any(parts):
         return ""
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
 
 
-def page(title: str, sections: Iterable[str]) -> str:
+def render_page(title: str, sections: Iterable[str]) -> str:
     """The whole page."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -12,17 +12,25 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from m2rec.files import RANKS_FILE
-from m2rec.results import HEADLINE, METRICS, PAIRED, PROTOCOLS, Answers, is_of_row, pair_of
-from m2rec.statistics import Floats, metric_of_ranks, paired_bootstrap
-from m2rec.sweeps import Sweep, cell_folder, finished_run
+from m2rec.results import (
+    HEADLINE_METRIC,
+    PAIRED_COLUMNS,
+    TABLE_METRICS,
+    TEST_PROTOCOLS,
+    FinishedRuns,
+    get_compared_pair,
+    matches_result_row,
+)
+from m2rec.statistics import FloatArray, compute_rank_metric, paired_bootstrap
+from m2rec.sweeps import Sweep, find_finished_run, get_planned_run_folder
 
 logger = logging.getLogger(__name__)
 
-MEASURES = [(protocol, metric) for protocol in PROTOCOLS for metric in METRICS]
-_HEADLINE = [f"{protocol}.{metric}" for protocol, metric in MEASURES].index(HEADLINE)
+PAIRED_MEASURES = [(protocol, metric) for protocol in TEST_PROTOCOLS for metric in TABLE_METRICS]
+_HEADLINE_INDEX = [f"{protocol}.{metric}" for protocol, metric in PAIRED_MEASURES].index(HEADLINE_METRIC)
 
 
-class Ranks(NamedTuple):
+class TargetRanks(NamedTuple):
     """The places of the test targets in one run, by user."""
 
     folder: Path
@@ -32,7 +40,7 @@ class Ranks(NamedTuple):
     """(users, protocols), 0 is below the measured part of the ranking."""
 
 
-def compare(sweep: Sweep, answers: Answers, runs: Path) -> list[dict[str, Any]]:
+def compare_with_baselines(sweep: Sweep, answers: FinishedRuns, runs: Path) -> list[dict[str, Any]]:
     """One row of NAME-paired.csv per data set, other variant, protocol and metric.
 
     Each user's metric is averaged over the seeds that both variants have; variants without a
@@ -49,7 +57,7 @@ def compare(sweep: Sweep, answers: Answers, runs: Path) -> list[dict[str, Any]]:
     """
     if sweep.reference is None:
         raise ValueError(f"{sweep.path}: reference: name the variant that others are compared with")
-    rows = [row for dataset in sweep.datasets for row in _compare_on(dataset, sweep, answers, runs)]
+    rows = [row for dataset in sweep.datasets for row in _compare_on_dataset(dataset, sweep, answers, runs)]
     if not rows:
         raise ValueError(
             f"{runs}: no seed of {sweep.reference!r} and another variant has a finished run of the CSV; "
@@ -58,28 +66,30 @@ def compare(sweep: Sweep, answers: Answers, runs: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def with_earlier(rows: list[dict[str, Any]], earlier: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def merge_earlier_tests(
+    rows: list[dict[str, Any]], earlier: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """New rows, and of earlier ones those of pairs that are not compared anew, or were over more seeds.
 
     The runs of a sweep need not all be on one machine.
     """
-    seeds = {pair_of(row): len(row["seeds"].split()) for row in rows}
-    kept = [dict(row) for row in earlier if len(row["seeds"].split()) > seeds.get(pair_of(row), 0)]
-    outdated = {pair_of(row) for row in kept}
-    return [row for row in rows if pair_of(row) not in outdated] + kept
+    seeds = {get_compared_pair(row): len(row["seeds"].split()) for row in rows}
+    kept = [dict(row) for row in earlier if len(row["seeds"].split()) > seeds.get(get_compared_pair(row), 0)]
+    outdated = {get_compared_pair(row) for row in kept}
+    return [row for row in rows if get_compared_pair(row) not in outdated] + kept
 
 
-def as_csv(rows: list[dict[str, Any]]) -> str:
+def format_paired_tests(rows: list[dict[str, Any]]) -> str:
     """The rows as the text of NAME-paired.csv, numbers with six places."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, PAIRED, lineterminator="\n")
+    writer = csv.DictWriter(text, PAIRED_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()})
     return text.getvalue()
 
 
-def read_ranks(folder: Path) -> Ranks:
+def read_target_ranks(folder: Path) -> TargetRanks:
     """The test_ranks.csv of a run folder.
 
     Raises:
@@ -87,7 +97,7 @@ def read_ranks(folder: Path) -> Ranks:
             a user comes twice.
     """
     path = folder / RANKS_FILE
-    columns = ["user", "item", *PROTOCOLS]
+    columns = ["user", "item", *TEST_PROTOCOLS]
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except OSError as error:
@@ -97,7 +107,7 @@ def read_ranks(folder: Path) -> Ranks:
     for column in columns:
         if column not in frame:
             raise ValueError(f"{path}: column {column!r} is missing; expected {', '.join(columns)}")
-    for column in PROTOCOLS:
+    for column in TEST_PROTOCOLS:
         wrong = frame[column][~frame[column].str.fullmatch(r"\d{1,9}").astype(bool)]
         if len(wrong):
             place = f"{wrong.iloc[0]!r} in row {wrong.index[0] + 1}"
@@ -106,23 +116,25 @@ def read_ranks(folder: Path) -> Ranks:
     twice = frame.index[frame.index.duplicated()]
     if len(twice):
         raise ValueError(f"{path}: user {twice[0]!r} comes twice")
-    return Ranks(folder, frame["item"], frame[list(PROTOCOLS)].to_numpy().astype(np.int32))
+    return TargetRanks(folder, frame["item"], frame[list(TEST_PROTOCOLS)].to_numpy().astype(np.int32))
 
 
-def _compare_on(dataset: str, sweep: Sweep, answers: Answers, runs: Path) -> Iterator[dict[str, Any]]:
+def _compare_on_dataset(
+    dataset: str, sweep: Sweep, answers: FinishedRuns, runs: Path
+) -> Iterator[dict[str, Any]]:
     reference = sweep.reference or ""
-    ours = _ranks_of(dataset, reference, answers, runs)
+    ours = _read_ranks_by_seed(dataset, reference, answers, runs)
     for ranks in ours.values():
         _check_same_users(ours[min(ours)], ranks)
     others = dict.fromkeys([*sweep.baselines, *sweep.variants])
     others.pop(reference, None)
-    pairs: dict[str, tuple[list[int], Floats, Floats]] = {}
+    pairs: dict[str, tuple[list[int], FloatArray, FloatArray]] = {}
     for other in others:
-        theirs = _ranks_of(dataset, other, answers, runs)
+        theirs = _read_ranks_by_seed(dataset, other, answers, runs)
         if seeds := [seed for seed in ours if seed in theirs]:
             for seed in seeds:
                 _check_same_users(ours[seed], theirs[seed])
-            pairs[other] = (seeds, _average(ours, seeds), _average(theirs, seeds))
+            pairs[other] = (seeds, _average_user_metrics(ours, seeds), _average_user_metrics(theirs, seeds))
     if missing := [other for other in others if other not in pairs]:
         logger.info("%s: no run with a seed of %s: %s", dataset, reference, "; ".join(missing))
     if not pairs:
@@ -132,8 +144,8 @@ def _compare_on(dataset: str, sweep: Sweep, answers: Answers, runs: Path) -> Ite
     except ValueError as error:
         raise ValueError(f"{dataset}: {error}") from None
     for k, (other, (seeds, left, right)) in enumerate(pairs.items()):
-        for m, (protocol, metric) in enumerate(MEASURES):
-            column = k * len(MEASURES) + m
+        for m, (protocol, metric) in enumerate(PAIRED_MEASURES):
+            column = k * len(PAIRED_MEASURES) + m
             yield {
                 "dataset": dataset,
                 "protocol": protocol,
@@ -148,32 +160,37 @@ def _compare_on(dataset: str, sweep: Sweep, answers: Answers, runs: Path) -> Ite
             }
 
 
-def _ranks_of(dataset: str, variant: str, answers: Answers, runs: Path) -> dict[int, Ranks]:
+def _read_ranks_by_seed(
+    dataset: str, variant: str, answers: FinishedRuns, runs: Path
+) -> dict[int, TargetRanks]:
     """By seed, the ranks of a variant's finished runs that have a row in NAME.csv."""
     found = {}
     for row in answers[dataset, variant]:
         seed = int(row["seed"])
-        if folder := finished_run(cell_folder(runs, dataset, variant, seed)):
-            ranks = read_ranks(folder)
-            if is_of_row(row, float(_measures(ranks)[:, _HEADLINE].mean())):
+        if folder := find_finished_run(get_planned_run_folder(runs, dataset, variant, seed)):
+            ranks = read_target_ranks(folder)
+            if matches_result_row(row, float(_compute_user_metrics(ranks)[:, _HEADLINE_INDEX].mean())):
                 found[seed] = ranks
             else:
                 logger.warning("%s is not the run of the CSV's row: left out", folder)
     return found
 
 
-def _measures(ranks: Ranks) -> Floats:
+def _compute_user_metrics(ranks: TargetRanks) -> FloatArray:
     """(users, measures) of one run."""
-    columns = [metric_of_ranks(m, ranks.places[:, PROTOCOLS.index(protocol)]) for protocol, m in MEASURES]
+    columns = [
+        compute_rank_metric(m, ranks.places[:, TEST_PROTOCOLS.index(protocol)])
+        for protocol, m in PAIRED_MEASURES
+    ]
     return np.stack(columns, axis=1)
 
 
-def _average(runs: Mapping[int, Ranks], seeds: Sequence[int]) -> Floats:
+def _average_user_metrics(runs: Mapping[int, TargetRanks], seeds: Sequence[int]) -> FloatArray:
     """(users, measures), means over the seeds."""
-    return np.asarray(np.mean([_measures(runs[seed]) for seed in seeds], axis=0))
+    return np.asarray(np.mean([_compute_user_metrics(runs[seed]) for seed in seeds], axis=0))
 
 
-def _check_same_users(one: Ranks, other: Ranks) -> None:
+def _check_same_users(one: TargetRanks, other: TargetRanks) -> None:
     odd = one.targets.index.symmetric_difference(other.targets.index)
     if len(odd):
         raise ValueError(

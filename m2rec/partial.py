@@ -14,13 +14,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from m2rec.files import locked
+from m2rec.files import lock_path
 
 MAGIC = b"m2rec vectors 1 "
-RECORD = struct.Struct("<III")
+RECORD_HEADER = struct.Struct("<III")
 
 
-class Partial:
+class PartialVectors:
     """Open it with `with`; one process at a time.
 
     Attributes:
@@ -33,7 +33,7 @@ class Partial:
         self._head = MAGIC + fingerprint.encode() + b"\n"
         self._file: BinaryIO
 
-    def __enter__(self) -> "Partial":
+    def __enter__(self) -> "PartialVectors":
         """Read what is there; another fingerprint starts anew.
 
         Raises:
@@ -42,7 +42,7 @@ class Partial:
         with ExitStack() as held:
             self._file = held.enter_context(self.path.open("a+b"))
             try:
-                held.enter_context(locked(self.path, patience=0))
+                held.enter_context(lock_path(self.path, patience=0))
             except BlockingIOError:
                 raise ValueError(f"{self.path}: another process is at it; wait for it or stop it") from None
             self._read()
@@ -59,7 +59,7 @@ class Partial:
             self._file.flush()
             return
         place = len(self._head)
-        while (found := _record(data, place)) is not None:
+        while (found := _parse_record(data, place)) is not None:
             rows, vectors, place = found
             self.kept.append((rows, vectors))
         self._file.truncate(place)
@@ -72,7 +72,7 @@ class Partial:
     def append(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Keep vectors (k, T) of the rows (k,); they are with the system when this returns."""
         content = rows.astype("<i8").tobytes() + vectors.astype("<f4").tobytes()
-        self._file.write(RECORD.pack(len(rows), vectors.shape[1], zlib.crc32(content)) + content)
+        self._file.write(RECORD_HEADER.pack(len(rows), vectors.shape[1], zlib.crc32(content)) + content)
         self._file.flush()
 
     def remove(self) -> None:
@@ -81,12 +81,12 @@ class Partial:
         self.path.unlink(missing_ok=True)
 
 
-def _record(data: bytes, place: int) -> tuple[np.ndarray, np.ndarray, int] | None:
+def _parse_record(data: bytes, place: int) -> tuple[np.ndarray, np.ndarray, int] | None:
     """Rows and vectors of the record at `place`, and where the next begins; None when it is not whole."""
-    start = place + RECORD.size
+    start = place + RECORD_HEADER.size
     if start > len(data):
         return None
-    count, width, checksum = RECORD.unpack_from(data, place)
+    count, width, checksum = RECORD_HEADER.unpack_from(data, place)
     middle, end = start + 8 * count, start + count * (8 + 4 * width)
     if end > len(data) or zlib.crc32(data[start:end]) != checksum:
         return None

@@ -4,17 +4,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from m2rec.charts import GREY, MARKERS, styled
+from m2rec.charts import GREY, MARKERS, use_chart_style
 from m2rec.files import write_atomically
-from m2rec.results import HEADLINE, Answers, Spread, against, main_device, of_dataset, on_device, spread
+from m2rec.results import (
+    HEADLINE_METRIC,
+    FinishedRuns,
+    SeedStatistics,
+    collect_dataset_rows,
+    compare_with_reference,
+    find_main_device,
+    select_rows_on_device,
+    summarize_seeds,
+)
 from m2rec.sweeps import Sweep
-from m2rec.table_parts import QUALITY
-from m2rec.tables import buckets, main_variants, users_in
+from m2rec.table_parts import HEADLINE_TITLE
+from m2rec.tables import format_bucket_users, get_main_variants, list_buckets
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ABLATIONS = "ablations"
+ABLATION_TABLE = "ablations"
 
 
 class Panel(NamedTuple):
@@ -25,7 +34,7 @@ class Panel(NamedTuple):
     draw: Callable[["Axes"], None]
 
 
-def draw(sweep: Sweep, answers: Answers) -> list[Path]:
+def write_sweep_plots(sweep: Sweep, answers: FinishedRuns) -> list[Path]:
     """Write NAME-time.svg, NAME-ablations.svg and NAME-popularity.svg beside the CSV.
 
     A picture for which nothing was measured is left out.
@@ -37,19 +46,23 @@ def draw(sweep: Sweep, answers: Answers) -> list[Path]:
     Returns:
         The files written.
     """
-    pictures = {"time": _time, "ablations": _ablations, "popularity": _popularity}
+    pictures = {
+        "time": _make_time_panel,
+        "ablations": _make_ablation_panel,
+        "popularity": _make_popularity_panel,
+    }
     written = []
     for name, make in pictures.items():
         panels = {dataset: make(sweep, answers, dataset) for dataset in sweep.datasets}
         if measured := {dataset: panel for dataset, panel in panels.items() if panel}:
             path = sweep.path.with_name(f"{sweep.name}-{name}.svg")
-            _save(path, sweep, measured)
+            _write_plot(path, sweep, measured)
             written.append(path)
     return written
 
 
-def _save(path: Path, sweep: Sweep, panels: Mapping[str, Panel]) -> None:
-    with styled():
+def _write_plot(path: Path, sweep: Sweep, panels: Mapping[str, Panel]) -> None:
+    with use_chart_style():
         from matplotlib.figure import Figure
 
         heights = [panel.height for panel in panels.values()]
@@ -61,13 +74,13 @@ def _save(path: Path, sweep: Sweep, panels: Mapping[str, Panel]) -> None:
         write_atomically(path, lambda p: figure.savefig(p, format="svg", metadata={"Date": None}))
 
 
-def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
+def _make_time_panel(sweep: Sweep, answers: FinishedRuns, dataset: str) -> Panel | None:
     """Quality against the seconds of a training, a point per variant that was run on the main device."""
-    device = main_device(of_dataset(answers, dataset))
-    points: dict[str, tuple[Spread, Spread]] = {}
+    device = find_main_device(collect_dataset_rows(answers, dataset))
+    points: dict[str, tuple[SeedStatistics, SeedStatistics]] = {}
     for variant in sweep.variants:
-        rows = on_device(answers[dataset, variant], device)
-        seconds, quality = spread(rows, "seconds_training"), spread(rows, HEADLINE)
+        rows = select_rows_on_device(answers[dataset, variant], device)
+        seconds, quality = summarize_seeds(rows, "seconds_training"), summarize_seeds(rows, HEADLINE_METRIC)
         if seconds and quality:
             points[variant] = seconds, quality
 
@@ -81,7 +94,7 @@ def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
         axes.set(
             xscale="log",
             xlabel="training, seconds" + (f", of runs on {device}" if device else ""),
-            ylabel=QUALITY,
+            ylabel=HEADLINE_TITLE,
         )
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -92,11 +105,14 @@ def _time(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
     return Panel(max(3.5, 0.25 * len(points)), onto) if points else None
 
 
-def _ablations(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
+def _make_ablation_panel(sweep: Sweep, answers: FinishedRuns, dataset: str) -> Panel | None:
     """What each ablation adds to the reference or takes from it, seed by seed."""
     reference = answers[dataset, sweep.reference] if sweep.reference else []
-    zero = spread(reference, HEADLINE)
-    found = {v: against(answers[dataset, v], reference, HEADLINE) for v in sweep.tables.get(ABLATIONS, ())}
+    zero = summarize_seeds(reference, HEADLINE_METRIC)
+    found = {
+        v: compare_with_reference(answers[dataset, v], reference, HEADLINE_METRIC)
+        for v in sweep.tables.get(ABLATION_TABLE, ())
+    }
     bars = {variant: pair[1] for variant, pair in found.items() if pair}
     if zero is None or not bars:
         return None
@@ -112,21 +128,21 @@ def _ablations(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
         axes.axvline(0, color=GREY, linewidth=0.8)
         axes.invert_yaxis()
         axes.set_xlabel(
-            f"{QUALITY}, difference to {sweep.reference} on the same seeds (its mean: {zero.mean:.4f})"
+            f"{HEADLINE_TITLE}, difference to {sweep.reference} on the same seeds (its mean: {zero.mean:.4f})"
         )
         axes.grid(axis="x")
 
     return Panel(1.2 + 0.3 * len(bars), onto)
 
 
-def _popularity(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
+def _make_popularity_panel(sweep: Sweep, answers: FinishedRuns, dataset: str) -> Panel | None:
     """Quality by how often the target is in the training data, a line per main variant."""
-    rows = of_dataset(answers, dataset)
-    names = buckets(rows, "popularity")
-    lines: dict[str, dict[int, Spread]] = {}
-    for variant in main_variants(sweep):
+    rows = collect_dataset_rows(answers, dataset)
+    names = list_buckets(rows, "popularity")
+    lines: dict[str, dict[int, SeedStatistics]] = {}
+    for variant in get_main_variants(sweep):
         of_variant = answers[dataset, variant]
-        found = [spread(of_variant, f"{HEADLINE}|popularity={name}") for name in names]
+        found = [summarize_seeds(of_variant, f"{HEADLINE_METRIC}|popularity={name}") for name in names]
         if any(found):
             lines[variant] = {x: quality for x, quality in enumerate(found) if quality}
 
@@ -136,10 +152,10 @@ def _popularity(sweep: Sweep, answers: Answers, dataset: str) -> Panel | None:
             errors = [quality.deviation or 0.0 for quality in line.values()]
             marker = MARKERS[k % len(MARKERS)]
             axes.errorbar(list(line), means, errors, marker=marker, color=f"C{k % 10}", label=variant)
-        counts = [users_in(rows, "popularity", name) for name in names]
+        counts = [format_bucket_users(rows, "popularity", name) for name in names]
         labels = [f"{name}\n{count} users" for name, count in zip(names, counts, strict=True)]
         axes.set_xticks(range(len(names)), labels)
-        axes.set(xlabel="times that the target is in the training data", ylabel=QUALITY)
+        axes.set(xlabel="times that the target is in the training data", ylabel=HEADLINE_TITLE)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -13,12 +13,12 @@ import pandas as pd
 from m2rec import atomic
 from m2rec.compat import Config, FeatureSource, FeatureType, SequentialDataset
 from m2rec.dataset import HistoryDataset
-from m2rec.histories import NONE, Histories, Split
+from m2rec.histories import NO_TARGET, Histories, Split
 
 logger = logging.getLogger(__name__)
 
-FILES = "files"
-_ROW = "row_id"
+SPLIT_BY_FILES = "files"
+_ROW_FIELD = "row_id"
 _NO_FILTER = "[0,inf)"
 
 
@@ -35,14 +35,14 @@ class PresplitDataset(HistoryDataset):
     """
 
     def __init__(self, config: Config) -> None:
-        _check_keys(config)
+        _check_presplit_keys(config)
         super().__init__(config)
-        self.split = FILES
+        self.split = SPLIT_BY_FILES
 
     @property
     def owner_field(self) -> str:
         """The column that says whose history a row has: its own."""
-        return _ROW
+        return _ROW_FIELD
 
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
         for name in self.benchmark_filename_list:
@@ -58,7 +58,7 @@ class PresplitDataset(HistoryDataset):
         frame = SequentialDataset._load_feat(self, filepath, source)
         if source != FeatureSource.INTERACTION:
             return frame
-        path, lists = Path(filepath), _list_column(self.config)
+        path, lists = Path(filepath), _name_history_column(self.config)
         header = atomic.read_header(path, self.config["field_separator"])
         if header.get(lists) != "token_seq":
             raise ValueError(
@@ -92,7 +92,7 @@ class PresplitDataset(HistoryDataset):
         self._stops = np.cumsum(sizes if len(sizes) == 3 else [sizes[0], 0, sizes[1]])
         items = np.concatenate([np.append(own, target) for own, target in zip(lists, targets, strict=True)])
         rows = np.arange(1, len(frame) + 1)
-        self.histories = _given_histories(rows, lengths, items, self._stops)
+        self.histories = _build_row_histories(rows, lengths, items, self._stops)
         users = int(frame[self.uid_field].nunique())
         self.counts = {"users": users, "items": len(np.unique(items)), "interactions": len(frame)}
         cut = {
@@ -100,13 +100,13 @@ class PresplitDataset(HistoryDataset):
             for column in frame
             if column.endswith(self.config["LIST_SUFFIX"])
         }
-        own = {self.item_list_length_field: np.minimum(lengths, self.max_item_list_len), _ROW: rows}
+        own = {self.item_list_length_field: np.minimum(lengths, self.max_item_list_len), _ROW_FIELD: rows}
         self.inter_feat = frame.assign(**cut, **own)
-        self.set_field_property(_ROW, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
+        self.set_field_property(_ROW_FIELD, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
         SequentialDataset._change_feat_format(self)
 
 
-def _given_histories(
+def _build_row_histories(
     rows: np.ndarray, lengths: np.ndarray, items: np.ndarray, stops: np.ndarray
 ) -> Histories:
     """Each row's history and target, under the row's number.
@@ -122,17 +122,19 @@ def _given_histories(
     """
     histories = Histories(np.repeat(rows, lengths + 1), items)
     start, end, part = histories.start, histories.end, np.searchsorted(stops, rows)
-    targets = {name: np.where(part == number, end - 1, NONE) for number, name in ((1, "valid"), (2, "test"))}
+    targets = {
+        name: np.where(part == number, end - 1, NO_TARGET) for number, name in ((1, "valid"), (2, "test"))
+    }
     begins = np.where(lengths == 1, start, end - 1)
     histories.split = Split(np.where(part == 0, end, start), targets, begins)
     return histories
 
 
-def _list_column(config: Config) -> str:
+def _name_history_column(config: Config) -> str:
     return f"{config['ITEM_ID_FIELD']}{config['LIST_SUFFIX']}"
 
 
-def _check_keys(config: Config) -> None:
+def _check_presplit_keys(config: Config) -> None:
     """Refuse the keys that have no effect on rows that are there already."""
     names = config["benchmark_filename"]
     if not isinstance(names, list) or len(names) not in (2, 3):
@@ -149,7 +151,7 @@ def _check_keys(config: Config) -> None:
                 f"{key}: {config[key]!r} has no effect on the files of benchmark_filename; filter them "
                 f"beforehand and leave it out"
             )
-    if _list_column(config) not in (config["alias_of_item_id"] or ()):
+    if _name_history_column(config) not in (config["alias_of_item_id"] or ()):
         raise ValueError(
-            f"alias_of_item_id: add {_list_column(config)}, or its items would be others than the targets"
+            f"alias_of_item_id: add {_name_history_column(config)}, or its items would be others than the targets"
         )

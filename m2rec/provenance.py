@@ -16,21 +16,21 @@ import torch
 
 from m2rec import __version__, distributed
 from m2rec.compat import Config
-from m2rec.configuration import resolved
+from m2rec.configuration import resolve_settings
 from m2rec.dataset import HistoryDataset
 from m2rec.model import M2Rec
 from m2rec.ops import resolve_backend
-from m2rec.resuming import AND
+from m2rec.resuming import COMMIT_SEPARATOR
 from m2rec.threads import describe_threads
 
 # keys that change how and where a run is made, not what comes out
-OF_THE_MACHINE = {
+MACHINE_KEYS = {
     "checkpoint_minutes", "data_path", "eval_batch_size", "gpu_id", "log_wandb", "report", "runs_dir",
     "scan_backend", "show_progress", "state", "tensorboard", "use_gpu", "worker",
 }  # fmt: skip
 
 # keys of a run that may be others when it goes on: those, its length, and where its text comes from
-_MAY_CHANGE = OF_THE_MACHINE | {
+_RESUME_OVERRIDES = MACHINE_KEYS | {
     "epochs",
     "metric_definitions",
     "stopping_step",
@@ -39,20 +39,20 @@ _MAY_CHANGE = OF_THE_MACHINE | {
 }
 
 # what a sweep and its report write themselves, and what no run is made by
-_ROOT = Path(__file__).resolve().parent.parent
-_NO_CODE = (":(exclude)results", ":(exclude)*.md", ":(exclude)tests")
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_NON_CODE_PATHS = (":(exclude)results", ":(exclude)*.md", ":(exclude)tests")
 
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
 
 
-def item_tokens(dataset: HistoryDataset) -> list[str]:
+def list_item_tokens(dataset: HistoryDataset) -> list[str]:
     """Tokens by internal id, padding's first."""
     return [str(token) for token in dataset.field2id_token[dataset.iid_field]]
 
 
-def fingerprint(dataset: HistoryDataset, parts: Iterable[Any]) -> str:
+def hash_training_data(dataset: HistoryDataset, parts: Iterable[Any]) -> str:
     """A hash of what a run is trained and tested on: every user's items in order, all rows, item features."""
-    digest = hashlib.sha256(json.dumps(item_tokens(dataset)).encode())
+    digest = hashlib.sha256(json.dumps(list_item_tokens(dataset)).encode())
     arrays: list[Any] = []
     if dataset.histories is not None:
         arrays += [dataset.histories.owner, dataset.histories.items]
@@ -68,12 +68,12 @@ def fingerprint(dataset: HistoryDataset, parts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def lasting_settings(config: Config) -> dict[str, str]:
+def collect_fixed_settings(config: Config) -> dict[str, str]:
     """The settings that a run keeps from its start to its end, as text."""
     return {
         key: json.dumps(value, default=str)
-        for key, value in resolved(config).items()
-        if key not in _MAY_CHANGE
+        for key, value in resolve_settings(config).items()
+        if key not in _RESUME_OVERRIDES
     }
 
 
@@ -109,7 +109,7 @@ def describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) ->
     }
 
 
-def describe_cautions(data: Mapping[str, int], tie_order: str) -> dict[str, str]:
+def describe_caveats(data: Mapping[str, int], tie_order: str) -> dict[str, str]:
     """A sentence for what one should know before reading the metrics.
 
     Args:
@@ -160,16 +160,16 @@ def describe_machine(config: Config) -> dict[str, Any]:
     """Where it ran, on how much of it, and the largest memory that this process took, in MiB."""
     device: torch.device = config["device"]
     on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory()
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else read_peak_memory()
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
-        "processes": distributed.size(),
+        "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "peak_memory_mib": round(peak / 2**20, 1),
     }
 
 
-def peak_memory() -> int:
+def read_peak_memory() -> int:
     """The most bytes that this process has held at a time."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
@@ -179,43 +179,43 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 2**10
 
 
-def commit() -> str | None:
+def read_commit() -> str | None:
     """The commit of this code, `+dirty` with uncommitted changes of it; None outside a repository."""
     try:
-        if Path(_git("rev-parse", "--show-toplevel")).resolve() != _ROOT:
+        if Path(_run_git("rev-parse", "--show-toplevel")).resolve() != _REPOSITORY:
             return None  # installed somewhere in another project's
-        changes = _git("status", "--porcelain", "-uno", "--", ".", *_NO_CODE)
-        return _git("rev-parse", "HEAD") + ("+dirty" if changes else "")
+        changes = _run_git("status", "--porcelain", "-uno", "--", ".", *_NON_CODE_PATHS)
+        return _run_git("rev-parse", "HEAD") + ("+dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def same_code(first: str | None, second: str | None) -> bool:
+def is_same_code(first: str | None, second: str | None) -> bool:
     """Whether two commits are one or differ in nothing that a run is made by.
 
     Args:
-        first, second: as `commit` gives them, or as a run that several trained names them, `A and B`.
+        first, second: as `read_commit` gives them, or as a run that several trained names them, `A and B`.
     """
     if first == second:
         return True
     if first is None or second is None or "+" in first + second:
         return False
-    if AND in first:
-        return all(same_code(one, second) for one in first.split(AND))
+    if COMMIT_SEPARATOR in first:
+        return all(is_same_code(one, second) for one in first.split(COMMIT_SEPARATOR))
     try:
-        _git("diff", "--quiet", first, second, "--", ".", *_NO_CODE)
+        _run_git("diff", "--quiet", first, second, "--", ".", *_NON_CODE_PATHS)
         return True
     except (OSError, subprocess.CalledProcessError):  # they differ, or one of them is not known here
         return False
 
 
-def _git(*arguments: str) -> str:
+def _run_git(*arguments: str) -> str:
     """What git says about this repository."""
-    call = ["git", "-C", str(_ROOT), *arguments]
+    call = ["git", "-C", str(_REPOSITORY), *arguments]
     return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     found = {"m2rec": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Remarks:
+class InputWarnings:
     """What the log should say once at the end, however many histories there were."""
 
     unknown: int = 0
@@ -26,7 +26,7 @@ class Remarks:
             logger.warning("empty histories, which get what is popular: %s", f"{self.empty:,}")
 
 
-def listed(tokens: Iterable[str]) -> list[str]:
+def to_token_list(tokens: Iterable[str]) -> list[str]:
     """The tokens one by one.
 
     Raises:
@@ -37,13 +37,13 @@ def listed(tokens: Iterable[str]) -> list[str]:
     return list(tokens)
 
 
-def is_known(ids: Mapping[str, int], token: object) -> bool:
+def is_known_token(ids: Mapping[str, int], token: object) -> bool:
     """Whether it is the token of an item."""
     return isinstance(token, str) and token in ids
 
 
-def to_ids(
-    ids: Mapping[str, int], tokens: list[str], skipped: Remarks | None = None, what: str = "history"
+def tokens_to_ids(
+    ids: Mapping[str, int], tokens: list[str], skipped: InputWarnings | None = None, what: str = "history"
 ) -> list[int]:
     """Internal ids; unknown tokens are left out and counted by `skipped`, where that is given.
 
@@ -59,7 +59,7 @@ def to_ids(
     try:
         return [ids[token] for token in tokens]
     except (KeyError, TypeError):  # one is unknown, or no text
-        known = [is_known(ids, token) for token in tokens]
+        known = [is_known_token(ids, token) for token in tokens]
     first = tokens[known.index(False)]
     if skipped is None:
         text = "" if isinstance(first, str) else "; tokens are texts"
@@ -69,7 +69,7 @@ def to_ids(
     return [ids[token] for token, there in zip(tokens, known, strict=True) if there]
 
 
-def checked_k(k: int) -> int:
+def parse_k(k: int) -> int:
     """A number of items as Python's int.
 
     Raises:
@@ -84,7 +84,7 @@ def checked_k(k: int) -> int:
     return number
 
 
-def checked_device(device: str | torch.device) -> torch.device:
+def parse_device(device: str | torch.device) -> torch.device:
     """A device that is there.
 
     Raises:

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from m2rec import session
 from m2rec.item_index import ItemIndex
-from m2rec.questions import Remarks
-from m2rec.ranking import Adjustments, best_among, best_items
-from m2rec.session import Memory
+from m2rec.questions import InputWarnings
+from m2rec.ranking import ScoreAdjustments, select_top_k, select_top_k_in_pools
+from m2rec.session import SessionState
 from m2rec.threads import use_one_thread
-from m2rec.trained import Trained
+from m2rec.trained import SavedModel
 
 # histories that are ranked together
-_BATCH = 1024
+_RANKING_BATCH_SIZE = 1024
 
 # multiplications that one thread does in ten milliseconds or so, and two hardly faster
-_SMALL = 2**26
+_MAX_SINGLE_THREAD_WORK = 2**26
 
 # positions that go through the network together: on a CPU what its caches hold
-_POSITIONS = {"cpu": 2**13}
-_POSITIONS_ELSEWHERE = 2**18
+_POSITION_BUDGETS = {"cpu": 2**13}
+_DEFAULT_POSITION_BUDGET = 2**18
 
 
 class Recommendation(NamedTuple):
@@ -40,7 +40,7 @@ class Recommendation(NamedTuple):
     title: str = ""
 
 
-class Choice(NamedTuple):
+class CandidateSet(NamedTuple):
     """Which items may be recommended."""
 
     pool: Tensor | None = None
@@ -49,7 +49,7 @@ class Choice(NamedTuple):
     """Ids of the others; None for none."""
 
 
-class Seen(NamedTuple):
+class HistoryItems(NamedTuple):
     """Which items a history holds, each once."""
 
     every: Collection[int]
@@ -61,7 +61,7 @@ class Seen(NamedTuple):
 class Ranker:
     """Ranks one model's items; what it was given does not change."""
 
-    model: Trained
+    model: SavedModel
     whole_history: bool = False
     """Whether all of a history counts, or at most the last `max_length` items."""
     index: ItemIndex | None = None
@@ -80,10 +80,15 @@ class Ranker:
         if model.ready.id_embedding.weight.is_cuda:  # made here, if it was not yet
             return nullcontext()
         work = positions * model.layer_parameters + rows * model.table.numel()
-        return use_one_thread() if work <= _SMALL else nullcontext()
+        return use_one_thread() if work <= _MAX_SINGLE_THREAD_WORK else nullcontext()
 
     def in_batches(
-        self, histories: Iterator[list[int]], k: int, exclude_seen: bool, choice: Choice, remarks: Remarks
+        self,
+        histories: Iterator[list[int]],
+        k: int,
+        exclude_seen: bool,
+        choice: CandidateSet,
+        remarks: InputWarnings,
     ) -> Iterator[list[Recommendation]]:
         """By history, a batch at a time; the log has its remarks at the end.
 
@@ -91,25 +96,30 @@ class Ranker:
             ValueError: a history is empty, and the run does not say what is popular.
         """
         try:
-            while part := list(islice(histories, _BATCH)):
+            while part := list(islice(histories, _RANKING_BATCH_SIZE)):
                 yield from self._ranked(part, k, exclude_seen, choice, remarks)
         finally:
             remarks.say()
 
     def _ranked(
-        self, histories: list[list[int]], k: int, exclude_seen: bool, choice: Choice, remarks: Remarks
+        self,
+        histories: list[list[int]],
+        k: int,
+        exclude_seen: bool,
+        choice: CandidateSet,
+        remarks: InputWarnings,
     ) -> list[list[Recommendation]]:
         known = [row for row in histories if row]
         best = []
         if known:
-            seen = [Seen(set(row), set(self.counted(row))) for row in known]
+            seen = [HistoryItems(set(row), set(self.counted(row))) for row in known]
             with self.limit_threads(sum(map(len, known)), len(known)):
                 best = self.best(self.vectors(known), seen, k, exclude_seen, choice)
         return self.with_popular([bool(row) for row in histories], best, k, choice, remarks)
 
     @torch.no_grad()
     def best(
-        self, vectors: Tensor, seen: Sequence[Seen], k: int, exclude_seen: bool, choice: Choice
+        self, vectors: Tensor, seen: Sequence[HistoryItems], k: int, exclude_seen: bool, choice: CandidateSet
     ) -> list[list[Recommendation]]:
         """The best items for vectors (B, D) of histories that hold these items."""
         model = self.model
@@ -119,7 +129,7 @@ class Ranker:
             for row, scores, items in zip(rows, *(part.tolist() for part in found), strict=True):
                 best[row] = self.named(scores, items)
 
-        def adjustments(rows: Sequence[int]) -> Adjustments:
+        def adjustments(rows: Sequence[int]) -> ScoreAdjustments:
             hidden = [seen[row].every if exclude_seen else () for row in rows]
             return self.adjustments([seen[row].counted for row in rows], hidden)
 
@@ -130,17 +140,24 @@ class Ranker:
             own = [torch.tensor([*seen[row].counted], dtype=torch.int64) for row in rows]
             pools = torch.cat([near, nn.utils.rnn.pad_sequence(own, batch_first=True)], dim=1)
             pools = pools.to(model.table.device)
-            keep(rows, best_among(vectors[rows], model.table, k, adjustments(rows), pools, choice.excluded))
+            keep(
+                rows,
+                select_top_k_in_pools(
+                    vectors[rows], model.table, k, adjustments(rows), pools, choice.excluded
+                ),
+            )
         if rest := [row for row in range(len(seen)) if row not in best]:
-            keep(rest, best_items(vectors[rest], model.table, k, adjustments(rest), *choice))
+            keep(rest, select_top_k(vectors[rest], model.table, k, adjustments(rest), *choice))
         return [best[row] for row in range(len(seen))]
 
     def adjustments(
         self, counted: Sequence[Collection[int]], hidden: Sequence[Collection[int]]
-    ) -> Adjustments:
+    ) -> ScoreAdjustments:
         """What is added to scores, by history: for the items that the model was shown, and to hide some."""
         bias = self.model.ready.repeat_bias
-        return Adjustments(counted, hidden, 0.0 if bias is None else bias.item(), self.model.table.device)
+        return ScoreAdjustments(
+            counted, hidden, 0.0 if bias is None else bias.item(), self.model.table.device
+        )
 
     @torch.no_grad()
     def vectors(self, histories: list[list[int]]) -> Tensor:
@@ -150,14 +167,14 @@ class Ranker:
         vectors = model.table.new_empty(len(histories), model.table.shape[1])
         for row, own in enumerate(histories):
             if len(own) > model.max_length:  # in pieces, however long
-                memory = Memory()
-                session.remember(model.ready, own, memory)
+                memory = SessionState()
+                session.advance_session(model.ready, own, memory)
                 assert memory.vector is not None
                 vectors[row] = memory.vector[0]
         device = model.table.device
-        at_once = _POSITIONS.get(device.type, _POSITIONS_ELSEWHERE)
+        at_once = _POSITION_BUDGETS.get(device.type, _DEFAULT_POSITION_BUDGET)
         short = [len(row) if len(row) <= model.max_length else 0 for row in histories]
-        for rows in _of_similar_length(short, at_once):
+        for rows in _batch_by_length(short, at_once):
             lengths = torch.tensor([len(histories[row]) for row in rows])
             items = [torch.tensor(histories[row]) for row in rows]
             padded = nn.utils.rnn.pad_sequence(items, batch_first=True)
@@ -169,8 +186,8 @@ class Ranker:
         known: list[bool],
         best: list[list[Recommendation]],
         k: int,
-        choice: Choice,
-        remarks: Remarks,
+        choice: CandidateSet,
+        remarks: InputWarnings,
     ) -> list[list[Recommendation]]:
         """`best` for who is known, and what is popular for who is not.
 
@@ -183,7 +200,7 @@ class Ranker:
         popular, ranked = self._popular(k, choice), iter(best)
         return [next(ranked) if is_known else list(popular) for is_known in known]
 
-    def _popular(self, k: int, choice: Choice) -> list[Recommendation]:
+    def _popular(self, k: int, choice: CandidateSet) -> list[Recommendation]:
         """What training met most often, the lower id first where two were met as often."""
         model = self.model
         if not model.counts:
@@ -203,7 +220,7 @@ class Ranker:
         return [Recommendation(token, score, titles.get(token, "")) for token, score in pairs]
 
 
-def _of_similar_length(lengths: Sequence[int], at_once: int) -> Iterator[list[int]]:
+def _batch_by_length(lengths: Sequence[int], at_once: int) -> Iterator[list[int]]:
     """Places of rows of similar length, at most `at_once` positions with padding; none of length 0."""
     group: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):

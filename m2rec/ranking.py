@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # scores that are held at a time; so many times more on a GPU, where few big calls cost less than many
-_SCORES, _ON_A_GPU = 2**22, 32
+_MAX_SCORES, _GPU_FACTOR = 2**22, 32
 
 
-class Adjustments:
+class ScoreAdjustments:
     """What is added to the scores of some items, by history; minus infinity takes an item out.
 
     Args:
@@ -49,11 +49,11 @@ class Adjustments:
         scores.index_put_(at, self.values[inside].to(scores.dtype), accumulate=True)
 
 
-def best_items(
+def select_top_k(
     x: Tensor,
     table: Tensor,
     k: int,
-    adjustments: Adjustments,
+    adjustments: ScoreAdjustments,
     pool: Tensor | None = None,
     excluded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -75,9 +75,9 @@ def best_items(
     if not len(pool):
         return x.new_empty(len(x), 0), pool.new_empty(len(x), 0)
     whole = len(pool) == len(table) - 1
-    places = _places(pool, adjustments.items)
-    nobody = _places(pool, excluded) if excluded is not None else None
-    width = max(_SCORES * (_ON_A_GPU if x.is_cuda else 1) // max(1, len(x)), 1)
+    places = _locate_items(pool, adjustments.items)
+    nobody = _locate_items(pool, excluded) if excluded is not None else None
+    width = max(_MAX_SCORES * (_GPU_FACTOR if x.is_cuda else 1) // max(1, len(x)), 1)
     best = [(x.new_empty(len(x), 0), pool.new_empty(len(x), 0))]
     for low in range(0, len(pool), width):
         rows = table[1 + low : 1 + low + width] if whole else table[pool[low : low + width]]
@@ -92,15 +92,15 @@ def best_items(
     return top.values, items.gather(1, top.indices)
 
 
-def best_among(
+def select_top_k_in_pools(
     x: Tensor,
     table: Tensor,
     k: int,
-    adjustments: Adjustments,
+    adjustments: ScoreAdjustments,
     pools: Tensor,
     excluded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `best_items`, where each history has a pool of its own, small beside the catalogue.
+    """As `select_top_k`, where each history has a pool of its own, small beside the catalogue.
 
     Args:
         x, table, k, adjustments, excluded: as there.
@@ -114,7 +114,7 @@ def best_among(
     first = torch.arange(len(x), device=x.device)[:, None] * len(table)
     keys = (first + items).flatten()  # ascending over all rows
     wanted = adjustments.rows * len(table) + adjustments.items
-    places = _places(keys, wanted)
+    places = _locate_items(keys, wanted)
     there = places >= 0
     values = adjustments.values[there].to(scores.dtype)
     scores.view(-1).index_put_((places[there],), values, accumulate=True)
@@ -127,7 +127,7 @@ def best_among(
     return top.values, items.gather(1, top.indices)
 
 
-def _places(pool: Tensor, items: Tensor) -> Tensor:
+def _locate_items(pool: Tensor, items: Tensor) -> Tensor:
     """Where items first stand in the ascending pool, -1 where they don't."""
     places = torch.searchsorted(pool, items).clamp(max=len(pool) - 1)
     return torch.where(pool[places] == items, places, -1)

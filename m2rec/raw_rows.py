@@ -12,34 +12,34 @@ from decimal import Decimal
 from reprlib import repr as short
 from typing import Any
 
-from m2rec.command_line import nearest
-from m2rec.raw_values import is_missing, number
-from m2rec.rows import Malformed, Row, Rows, Tally, parse_loose
+from m2rec.command_line import suggest_spelling
+from m2rec.raw_values import is_missing, parse_number
+from m2rec.rows import MalformedRowError, NumberedRows, RawRow, Tally, parse_json_or_literal
 
-LIST = "[]"
+LIST_MARK = "[]"
 
 
-def is_path(name: str) -> bool:
+def is_value_path(name: str) -> bool:
     """Whether a name may lead into a value."""
-    return LIST in name or "." in name
+    return LIST_MARK in name or "." in name
 
 
-def find_nested(row: Row, name: str) -> str | None:
+def suggest_value_path(row: RawRow, name: str) -> str | None:
     """A path to a value of this name in one of the row's objects or lists of objects."""
     for column, value in row.items():
         listed = isinstance(value, list) and bool(value)
         inner = value[0] if listed else value
         if isinstance(inner, dict) and name in inner:
-            return f"{column}{LIST if listed else ''}.{name}"
+            return f"{column}{LIST_MARK if listed else ''}.{name}"
     return None
 
 
-def find_column(path: str) -> str:
+def get_path_column(path: str) -> str:
     """The column of a table that holds what a path names."""
-    return path.split(LIST)[0]
+    return path.split(LIST_MARK)[0]
 
 
-def take_apart(rows: Rows, paths: Iterable[str], tally: Tally) -> Rows:
+def explode_lists(rows: NumberedRows, paths: Iterable[str], tally: Tally) -> NumberedRows:
     """One row per element of the lists in the paths; all else in a row is repeated.
 
     Several lists of a row go together, first with first, and must be of one length. A path is a name in
@@ -50,78 +50,78 @@ def take_apart(rows: Rows, paths: Iterable[str], tally: Tally) -> Rows:
         paths: what will be asked for; names are passed over.
         tally: told of rows that are malformed, of those that become several, and of empty lists.
     """
-    nested = [path for path in paths if is_path(path)]
-    levels = _group_lists(nested)
+    nested = [path for path in paths if is_value_path(path)]
+    levels = _group_lists_by_depth(nested)
     empty = 0
     for line, row in rows:
         parts, without = [row], 0
         try:
             for lists in levels:
-                elements = [_take_one_apart(part, lists) for part in parts]
+                elements = [_explode_row(part, lists) for part in parts]
                 without += elements.count([])
                 parts = [element for part in elements for element in part]
-        except Malformed as error:
+        except MalformedRowError as error:
             tally.reject(line, error)
             continue
         tally.more += len(parts) + without - 1
         empty += without
         for part in parts:
-            yield line, _with_values(part, nested)
+            yield line, _add_path_values(part, nested)
     if empty:
         tally.notes.append(f"empty lists, of which nothing comes: {empty:,}")
 
 
-def _group_lists(paths: Sequence[str]) -> list[list[str]]:
+def _group_lists_by_depth(paths: Sequence[str]) -> list[list[str]]:
     """Lists by their depth, the outermost first: [["a"], ["a[].b", "a[].c"]]."""
     levels = dict[int, dict[str, None]]()
     for path in paths:
-        parts = path.split(LIST)
+        parts = path.split(LIST_MARK)
         for depth in range(1, len(parts)):
-            levels.setdefault(depth, {})[LIST.join(parts[:depth])] = None
+            levels.setdefault(depth, {})[LIST_MARK.join(parts[:depth])] = None
     return [list(levels[depth]) for depth in sorted(levels)]
 
 
-def _take_one_apart(row: Row, lists: Sequence[str]) -> list[Row]:
+def _explode_row(row: RawRow, lists: Sequence[str]) -> list[RawRow]:
     elements = [_read_list(row, path) for path in lists]
     if len({len(part) for part in elements}) > 1:
         lengths = ", ".join(f"{path!r} has {len(part)}" for path, part in zip(lists, elements, strict=True))
-        raise Malformed(f"lists of several lengths: {lengths}")
+        raise MalformedRowError(f"lists of several lengths: {lengths}")
     parts = []
     for values in zip(*elements, strict=True):
         part = dict(row)
         for path, value in zip(lists, values, strict=True):
-            part[path + LIST] = value
+            part[path + LIST_MARK] = value
         parts.append(part)
     return parts
 
 
-def _read_list(row: Row, path: str) -> list[Any]:
-    value = find_value(row, path)
+def _read_list(row: RawRow, path: str) -> list[Any]:
+    value = get_path_value(row, path)
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = parse_loose(value)
+        value = parse_json_or_literal(value)
     if isinstance(value, list | tuple):
         return list(value)
     if is_missing(value):
-        raise Malformed(f"{path!r} is empty")
-    raise Malformed(f"{path!r} is no list: {short(value)}")
+        raise MalformedRowError(f"{path!r} is empty")
+    raise MalformedRowError(f"{path!r} is no list: {short(value)}")
 
 
-def find_value(row: Row, path: str) -> Any:
+def get_path_value(row: RawRow, path: str) -> Any:
     """The value at a path without lists that are not taken apart yet; None where there is none."""
     if path in row:
         return row[path]
     holder, dot, name = path.rpartition(".")
-    found = find_value(row, holder) if dot else None
+    found = get_path_value(row, holder) if dot else None
     return found.get(name) if isinstance(found, dict) else None
 
 
-def _with_values(row: Row, paths: Sequence[str]) -> Row:
-    values = {path: find_value(row, path) for path in paths}
+def _add_path_values(row: RawRow, paths: Sequence[str]) -> RawRow:
+    values = {path: get_path_value(row, path) for path in paths}
     return {**row, **{path: value for path, value in values.items() if value is not None}}
 
 
 @dataclass(frozen=True)
-class Condition:
+class RowCondition:
     """What a row must fulfil, such as `event=purchase`, `rating>=4`, `type in a,b`.
 
     A value that is missing is equal to nothing but the empty text, and no number.
@@ -130,16 +130,16 @@ class Condition:
     text: str
     column: str
     holds: Callable[[object], bool]
-    """Of the column's value; raises `Malformed` where it is not of the kind to be compared."""
+    """Of the column's value; raises `MalformedRowError` where it is not of the kind to be compared."""
 
     @classmethod
-    def parse(cls, text: str) -> "Condition":
+    def parse(cls, text: str) -> "RowCondition":
         """A condition from the command line.
 
         Raises:
             ValueError: it is none.
         """
-        match = _CONDITION.fullmatch(text.strip()) or _MEMBERSHIP.fullmatch(text.strip())
+        match = _COMPARISON_PATTERN.fullmatch(text.strip()) or _MEMBERSHIP_PATTERN.fullmatch(text.strip())
         if not match:
             raise ValueError(
                 f"--keep: {text!r} is no condition; "
@@ -147,56 +147,63 @@ class Condition:
             )
         column, sign, wanted = match.groups()
         if sign == "in":
-            return cls(text, column, _is_one_of([part.strip() for part in wanted.split(",")]))
+            return cls(text, column, _build_membership_test([part.strip() for part in wanted.split(",")]))
         if sign in ("=", "==", "!="):
-            equals = _is_one_of([wanted])
+            equals = _build_membership_test([wanted])
             return cls(text, column, equals if sign != "!=" else lambda value: not equals(value))
         try:
-            return cls(text, column, _compares(_SIGNS[sign], number(wanted)))
-        except Malformed:
+            return cls(
+                text, column, _build_comparison_test(_COMPARISON_OPERATORS[sign], parse_number(wanted))
+            )
+        except MalformedRowError:
             raise ValueError(f"--keep: {text!r}: {sign} compares numbers, and {wanted!r} is none") from None
 
 
-_CONDITION = re.compile(r"(.+?)\s*(==?|!=|>=?|<=?)\s*(.*)", re.DOTALL)
-_MEMBERSHIP = re.compile(r"(.+?)\s+(in)\s+(.+)", re.DOTALL)
-_SIGNS: dict[str, Callable[[Decimal, Decimal], bool]] = {
+_COMPARISON_PATTERN = re.compile(r"(.+?)\s*(==?|!=|>=?|<=?)\s*(.*)", re.DOTALL)
+_MEMBERSHIP_PATTERN = re.compile(r"(.+?)\s+(in)\s+(.+)", re.DOTALL)
+_COMPARISON_OPERATORS: dict[str, Callable[[Decimal, Decimal], bool]] = {
     ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le,
 }  # fmt: skip
 
 
-def _is_one_of(wanted: Sequence[str]) -> Callable[[object], bool]:
+def _build_membership_test(wanted: Sequence[str]) -> Callable[[object], bool]:
     """Texts are compared as they stand, numbers as numbers, true and false as such."""
-    texts, numbers = set(wanted), {found for text in wanted if (found := _as_number(text)) is not None}
+    texts, numbers = (
+        set(wanted),
+        {found for text in wanted if (found := _parse_optional_number(text)) is not None},
+    )
 
     def holds(value: object) -> bool:
-        text = _as_text(value)
-        return text in texts or (bool(numbers) and _as_number(text) in numbers)
+        text = _convert_to_text(value)
+        return text in texts or (bool(numbers) and _parse_optional_number(text) in numbers)
 
     return holds
 
 
-def _compares(sign: Callable[[Decimal, Decimal], bool], limit: Decimal) -> Callable[[object], bool]:
-    return lambda value: not is_missing(value) and sign(number(_as_text(value)), limit)
+def _build_comparison_test(
+    sign: Callable[[Decimal, Decimal], bool], limit: Decimal
+) -> Callable[[object], bool]:
+    return lambda value: not is_missing(value) and sign(parse_number(_convert_to_text(value)), limit)
 
 
-def _as_text(value: object) -> str:
+def _convert_to_text(value: object) -> str:
     if is_missing(value):
         return ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple | dict):
-        raise Malformed(f"{short(value)} can't be compared")
+        raise MalformedRowError(f"{short(value)} can't be compared")
     return str(value).strip()
 
 
-def _as_number(text: str) -> Decimal | None:
+def _parse_optional_number(text: str) -> Decimal | None:
     try:
-        return number(text)
-    except Malformed:
+        return parse_number(text)
+    except MalformedRowError:
         return None
 
 
-def keep_rows(rows: Rows, conditions: Sequence[Condition], tally: Tally) -> Rows:
+def filter_rows(rows: NumberedRows, conditions: Sequence[RowCondition], tally: Tally) -> NumberedRows:
     """The rows that fulfil all conditions; what each leaves out of those before it is counted and said.
 
     Raises:
@@ -210,7 +217,7 @@ def keep_rows(rows: Rows, conditions: Sequence[Condition], tally: Tally) -> Rows
             names = names or tuple(row)
         try:
             failed = next((part for part in conditions if not part.holds(row.get(part.column))), None)
-        except Malformed as error:
+        except MalformedRowError as error:
             tally.reject(line, f"--keep: {error}")
             continue
         if failed:
@@ -221,6 +228,6 @@ def keep_rows(rows: Rows, conditions: Sequence[Condition], tally: Tally) -> Rows
         column = min(missing)
         raise ValueError(
             f"{tally.path}: --keep: no row has the column {column!r}, the first has "
-            f"{short(', '.join(names))}{nearest(column, names)}"
+            f"{short(', '.join(names))}{suggest_spelling(column, names)}"
         )
     tally.notes += [f"left out by --keep '{part.text}': {count:,} rows" for part, count in dropped.items()]

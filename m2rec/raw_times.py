@@ -6,21 +6,25 @@ from decimal import Decimal
 from pathlib import Path
 from reprlib import repr as short
 
-from m2rec.raw_values import number
-from m2rec.rows import Malformed, Row
+from m2rec.raw_values import parse_number
+from m2rec.rows import MalformedRowError, RawRow
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-UNITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # of unix time, with the places by which its point moves
-LIMITS = {"s": Decimal(10**11), "ms": Decimal(10**14), "us": Decimal(10**17)}  # of a unit: the year 5138
+UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+TIME_UNITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # of unix time, with the places by which its point moves
+TIME_UNIT_LIMITS = {
+    "s": Decimal(10**11),
+    "ms": Decimal(10**14),
+    "us": Decimal(10**17),
+}  # of a unit: the year 5138
 DATES = "dates"
-UNIT_NAMES = {
+TIME_UNIT_NAMES = {
     "s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds", DATES: DATES,
 }  # fmt: skip
-TIME_NAMES = frozenset({"time", "timestamp", "unix_timestamp", "datetime", "date", "ts"})
+TIME_COLUMN_NAMES = frozenset({"time", "timestamp", "unix_timestamp", "datetime", "date", "ts"})
 """Names, in lower case, of columns that are times."""
 
 
-class TimeReader:
+class TimestampReader:
     """Seconds since 1970 from the times of one file; the numbers among them are all of one unit.
 
     Without a given unit the first time decides. Numbers from 10**11 on are taken for milliseconds,
@@ -29,7 +33,7 @@ class TimeReader:
 
     Args:
         path: the file, for errors.
-        unit: one of `UNITS`, for numbers of any size; dates may stand between them.
+        unit: one of `TIME_UNITS`, for numbers of any size; dates may stand between them.
         form: what all times look like, in strptime's codes; nothing else is read then.
     """
 
@@ -46,7 +50,7 @@ class TimeReader:
             ValueError: it is of another unit than the times before it, or the first of them and a date
                 whose day and month can't be told apart.
         """
-        if self.first is None and self.form is None and (forms := propose_forms(str(value))):
+        if self.first is None and self.form is None and (forms := suggest_time_formats(str(value))):
             raise ValueError(
                 f"{self.path}: line {line} has the time {short(str(value))}, which may begin with the day or "
                 f"the month; say it with {' or '.join(f'--time-format={form!r}' for form in forms)}"
@@ -56,22 +60,22 @@ class TimeReader:
         if self.given is None and unit != self.first[0]:
             raise ValueError(
                 f"{self.path}: {_describe_time(*self.first)}, and {_describe_time(unit, line, value)}; say "
-                f"which unit all numbers have with --time-unit ({', '.join(UNITS)}), or repair the line"
+                f"which unit all numbers have with --time-unit ({', '.join(TIME_UNITS)}), or repair the line"
             )
-        places = UNITS.get(unit, 0)
+        places = TIME_UNITS.get(unit, 0)
         return time.scaleb(-places) if places else time
 
     def _parse(self, value: object) -> tuple[Decimal, str]:
         """A number with its unit, or the seconds of a date."""
         if isinstance(value, date):
-            return _since_1970(value), DATES
+            return _convert_to_unix_time(value), DATES
         if self.form is not None:
-            return _since_1970(_read_form(str(value), self.form)), DATES
+            return _convert_to_unix_time(_parse_formatted_date(str(value), self.form)), DATES
         try:
-            time = number(value)
-        except Malformed:
-            return _since_1970(read_date(value)), DATES
-        return time, self.given or find_unit(time)
+            time = parse_number(value)
+        except MalformedRowError:
+            return _convert_to_unix_time(parse_date(value)), DATES
+        return time, self.given or infer_time_unit(time)
 
     def remarks(self) -> list[str]:
         """How the times were read."""
@@ -81,39 +85,39 @@ class TimeReader:
             return [f"timestamps read as dates like {self.form}"]
         unit = self.given or self.first[0]
         small = " (numbers below 10^11 stay as they are)" if unit == "s" and not self.given else ""
-        return [f"timestamps read as {UNIT_NAMES[unit]}{small}"]
+        return [f"timestamps read as {TIME_UNIT_NAMES[unit]}{small}"]
 
 
 def _describe_time(unit: str, line: int, value: object) -> str:
-    return f"line {line} has the time {short(str(value))}, which reads as {UNIT_NAMES[unit]}"
+    return f"line {line} has the time {short(str(value))}, which reads as {TIME_UNIT_NAMES[unit]}"
 
 
-def find_unit(time: Decimal) -> str:
+def infer_time_unit(time: Decimal) -> str:
     """The unit that a number's size says, `s` for what stays as it is."""
-    for unit, limit in LIMITS.items():
+    for unit, limit in TIME_UNIT_LIMITS.items():
         if -limit < time < limit:
             return unit
     return "ns"
 
 
-def _since_1970(value: date) -> Decimal:
+def _convert_to_unix_time(value: date) -> Decimal:
     if not isinstance(value, datetime):
         value = datetime(value.year, value.month, value.day)
-    since = (value if value.tzinfo else value.replace(tzinfo=UTC)) - EPOCH
+    since = (value if value.tzinfo else value.replace(tzinfo=UTC)) - UNIX_EPOCH
     return since.days * 86400 + since.seconds + Decimal(since.microseconds).scaleb(-6)
 
 
-class FileOrder:
+class FileOrderTimestamps:
     """Times of a file that has none: 1, 2, 3, ... in its order."""
 
     def __init__(self) -> None:
         self.count, self.unused = 0, tuple[str, ...]()
         """Interactions, and columns of the first that seem to be times."""
 
-    def next(self, row: Row) -> Decimal:
+    def next(self, row: RawRow) -> Decimal:
         """The time of the next interaction."""
         if not self.count:
-            self.unused = tuple(name for name in row if name.lower() in TIME_NAMES)
+            self.unused = tuple(name for name in row if name.lower() in TIME_COLUMN_NAMES)
         self.count += 1
         return Decimal(self.count)
 
@@ -125,7 +129,7 @@ class FileOrder:
         return [f"no time column: the order of the file is the time, 1, 2, 3, ...{unused}"]
 
 
-def check_form(form: str) -> None:
+def check_time_format(form: str) -> None:
     """Check a date's form in strptime's codes.
 
     Raises:
@@ -145,11 +149,11 @@ def check_form(form: str) -> None:
         )
 
 
-def _read_form(text: str, form: str) -> datetime:
+def _parse_formatted_date(text: str, form: str) -> datetime:
     try:
         return datetime.strptime(text.strip(), form)
     except ValueError:
-        raise Malformed(f"time {short(text)} is not like --time-format={form!r}") from None
+        raise MalformedRowError(f"time {short(text)} is not like --time-format={form!r}") from None
 
 
 _MONTHS = {name.lower(): n for n, name in enumerate(
@@ -164,24 +168,24 @@ _CLOCK = (
     r"(?:\s*(?P<half>AM|PM))?"
 )
 _ZONE = r"(?P<zone>Z|UTC|GMT|[+-]\d\d:?\d\d)"
-_REST = rf"(?:(?:T|,?\s+){_CLOCK}(?:\s*{_ZONE})?)?"
-_DATES = [
+_TIME_OF_DAY = rf"(?:(?:T|,?\s+){_CLOCK}(?:\s*{_ZONE})?)?"
+_DATE_PATTERNS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        rf"{_YEAR}(?P<mark>[-/.])(?P<month>\d{{1,2}})(?P=mark){_DAY}{_REST}",
-        rf"{_WEEKDAY}{_DAY}[-/\s]+{_MONTH}[-/,\s]+{_YEAR}{_REST}",
-        rf"{_WEEKDAY}{_MONTH}\s+{_DAY},?\s+{_YEAR}{_REST}",
+        rf"{_YEAR}(?P<mark>[-/.])(?P<month>\d{{1,2}})(?P=mark){_DAY}{_TIME_OF_DAY}",
+        rf"{_WEEKDAY}{_DAY}[-/\s]+{_MONTH}[-/,\s]+{_YEAR}{_TIME_OF_DAY}",
+        rf"{_WEEKDAY}{_MONTH}\s+{_DAY},?\s+{_YEAR}{_TIME_OF_DAY}",
         rf"{_WEEKDAY}{_MONTH}\s+{_DAY}\s+{_CLOCK}(?:\s+{_ZONE})?\s+{_YEAR}",
     )
 ]
-_AMBIGUOUS = re.compile(
+_AMBIGUOUS_DATE = re.compile(
     rf"\d{{1,2}}(?P<mark>[-/. ])\d{{1,2}}(?P<other_mark>[-/.]|,?\s)(?P<year>\d{{4}}|\d\d)"
     rf"(?:(?P<between>T|,?\s+){_CLOCK})?",
     re.IGNORECASE,
 )
 
 
-def read_date(value: object) -> datetime:
+def parse_date(value: object) -> datetime:
     """A date that has one meaning: the year first, or the month by its English name.
 
     Raises:
@@ -192,16 +196,18 @@ def read_date(value: object) -> datetime:
         return datetime.fromisoformat(text.removesuffix(" UTC"))  # the form of large files, read fast
     except ValueError:
         pass
-    match = next(filter(None, (pattern.fullmatch(text) for pattern in _DATES)), None)
+    match = next(filter(None, (pattern.fullmatch(text) for pattern in _DATE_PATTERNS)), None)
     try:
         if match:
-            return _build_date(match.groupdict())
+            return _build_datetime(match.groupdict())
     except (ValueError, OverflowError):  # the 31st of February
         pass
-    raise Malformed(f"time {short(value)} is neither a unix number nor a date; other dates: --time-format")
+    raise MalformedRowError(
+        f"time {short(value)} is neither a unix number nor a date; other dates: --time-format"
+    )
 
 
-def _build_date(parts: dict[str, str | None]) -> datetime:
+def _build_datetime(parts: dict[str, str | None]) -> datetime:
     """A date of the parts that a pattern found."""
     named = (parts.get("name") or "").lower()
     month = _MONTHS[named] if named else int(parts["month"] or 0)
@@ -215,10 +221,10 @@ def _build_date(parts: dict[str, str | None]) -> datetime:
         int(parts["year"] or 0), month, int(parts["day"] or 0), hour,
         int(parts["minute"] or 0), int(parts["second"] or 0), int(fraction), UTC,
     )  # fmt: skip
-    return moment - _read_zone(parts["zone"])
+    return moment - _parse_utc_offset(parts["zone"])
 
 
-def _read_zone(zone: str | None) -> timedelta:
+def _parse_utc_offset(zone: str | None) -> timedelta:
     """What a zone is ahead of UTC."""
     if not zone or zone[0] not in "+-":
         return timedelta()
@@ -228,9 +234,9 @@ def _read_zone(zone: str | None) -> timedelta:
     return ahead if zone[0] == "+" else -ahead
 
 
-def propose_forms(text: str) -> list[str]:
+def suggest_time_formats(text: str) -> list[str]:
     """For a date that begins with two short numbers: its form with the month first, and the day."""
-    match = _AMBIGUOUS.fullmatch(text.strip())
+    match = _AMBIGUOUS_DATE.fullmatch(text.strip())
     if not match:
         return []
     mark, other, year, between = match.group("mark", "other_mark", "year", "between")

@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterator
 from decimal import Decimal, InvalidOperation
 from reprlib import repr as short
 
-from m2rec.dominant import LABELS
-from m2rec.rows import Malformed, Row
+from m2rec.dominant import LABEL_COLUMNS
+from m2rec.rows import MalformedRowError, RawRow
 
-DIGITS = 28  # of a number, what Decimal computes with
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MAX_NUMBER_DIGITS = 28  # of a number, what Decimal computes with
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -24,58 +24,58 @@ def is_missing(value: object) -> bool:
     )
 
 
-def token(value: object) -> str:
+def parse_id(value: object) -> str:
     """An id as it stands; a whole number without its .0.
 
     Raises:
         Malformed: it is no text or number, or can't stand in a tab-separated file.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
-        raise Malformed(f"{short(value)} is no id")
+        raise MalformedRowError(f"{short(value)} is no id")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     try:
-        text = _joined(str(value), "strict")
+        text = _join_surrogates(str(value), "strict")
     except UnicodeDecodeError:
-        raise Malformed(f"id {short(value)} has half a character") from None
-    if _CONTROL.search(text):
-        raise Malformed(f"id {short(value)} has a tab, a newline or another control character")
+        raise MalformedRowError(f"id {short(value)} has half a character") from None
+    if _CONTROL_CHARACTER.search(text):
+        raise MalformedRowError(f"id {short(value)} has a tab, a newline or another control character")
     return text
 
 
-def _joined(text: str, errors: str) -> str:
+def _join_surrogates(text: str, errors: str) -> str:
     """Surrogates put together to the characters that they are halves of."""
     if not _SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors)
 
 
-def number(value: object) -> Decimal:
+def parse_number(value: object) -> Decimal:
     """A number in full precision.
 
     Raises:
         Malformed: it is none, not finite, or has more than 28 places before or after the point.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
-        raise Malformed(f"{short(value)} is no number")
+        raise MalformedRowError(f"{short(value)} is no number")
     try:
         exact = Decimal(str(value))
     except (InvalidOperation, ValueError):
-        raise Malformed(f"{short(value)} is no number") from None
+        raise MalformedRowError(f"{short(value)} is no number") from None
     _, digits, exponent = exact.as_tuple()
-    if not isinstance(exponent, int) or len(digits) > DIGITS or abs(exponent) > DIGITS:
-        raise Malformed(f"{short(value)} is no number of up to {DIGITS} digits")
+    if not isinstance(exponent, int) or len(digits) > MAX_NUMBER_DIGITS or abs(exponent) > MAX_NUMBER_DIGITS:
+        raise MalformedRowError(f"{short(value)} is no number of up to {MAX_NUMBER_DIGITS} digits")
     return exact
 
 
-def read_rating(value: object) -> Decimal | None:
+def parse_rating(value: object) -> Decimal | None:
     """A rating, which may be a truth value; None where there is none."""
     if is_missing(value):
         return None
-    return number(int(value) if isinstance(value, bool) else value)
+    return parse_number(int(value) if isinstance(value, bool) else value)
 
 
-def shortest(exact: Decimal) -> str:
+def format_decimal(exact: Decimal) -> str:
     """The shortest decimal that is exactly this number, without exponent."""
     text = format(exact, "f")
     if "." in text:
@@ -83,17 +83,17 @@ def shortest(exact: Decimal) -> str:
     return "0" if text == "-0" else text
 
 
-def names(value: object) -> str:
+def join_unique_texts(value: object) -> str:
     """Text of a value; the parts of a list, nested or not, once each and with commas between."""
-    return ", ".join(dict.fromkeys(_parts(value)))
+    return ", ".join(dict.fromkeys(_flatten_texts(value)))
 
 
-def prose(value: object) -> str:
+def join_texts(value: object) -> str:
     """Text of a value; the parts of a list with spaces between."""
-    return " ".join(_parts(value))
+    return " ".join(_flatten_texts(value))
 
 
-def _parts(value: object) -> Iterator[str]:
+def _flatten_texts(value: object) -> Iterator[str]:
     """The texts in a value; objects with names have none."""
     left = [value]
     while left:
@@ -104,10 +104,10 @@ def _parts(value: object) -> Iterator[str]:
             yield str(part).strip()
 
 
-def one_line(text: str) -> str:
+def clean_text(text: str) -> str:
     """Text without HTML entities, on one line, with single spaces."""
-    plain = html.unescape(_joined(text, "replace"))
-    return " ".join(_CONTROL.sub(" ", plain).split())
+    plain = html.unescape(_join_surrogates(text, "replace"))
+    return " ".join(_CONTROL_CHARACTER.sub(" ", plain).split())
 
 
 class IdReader:
@@ -120,9 +120,9 @@ class IdReader:
         """The id in a value of this line.
 
         Raises:
-            Malformed: see `token`.
+            Malformed: see `parse_id`.
         """
-        text = token(value)
+        text = parse_id(value)
         bare = text.strip()
         if len(bare) < len(text):
             self.stripped += 1
@@ -136,7 +136,7 @@ class IdReader:
         return [f"blanks around ids were removed: {self.stripped:,}, the first from {self.example}"]
 
 
-class LabelCounter:
+class ZeroLabelCounter:
     """Zeros in columns that say whether somebody clicked, where such a column is not used.
 
     Args:
@@ -147,10 +147,10 @@ class LabelCounter:
         self.others, self.zeros = set(used), Counter[str]()
         """Columns that are no such labels, and the zeros of those that are."""
 
-    def count(self, row: Row) -> None:
+    def count(self, row: RawRow) -> None:
         """Look at one line."""
         for name in row.keys() - self.others:
-            if name.lower() not in LABELS:
+            if name.lower() not in LABEL_COLUMNS:
                 self.others.add(name)
             elif _is_zero(row[name]):
                 self.zeros[name] += 1
@@ -166,6 +166,6 @@ class LabelCounter:
 
 def _is_zero(value: object) -> bool:
     try:
-        return read_rating(value) == 0
-    except Malformed:
+        return parse_rating(value) == 0
+    except MalformedRowError:
         return False

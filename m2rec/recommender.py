@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m2rec import export, history_files, questions, session, text_vectors, trained
-from m2rec.history_files import Ranked
+from m2rec.history_files import UserRecommendations
 from m2rec.item_index import ItemIndex
-from m2rec.questions import Remarks
-from m2rec.ranker import Choice, Ranker, Recommendation, Seen
-from m2rec.session import Memory
-from m2rec.trained import Trained
+from m2rec.questions import InputWarnings
+from m2rec.ranker import CandidateSet, HistoryItems, Ranker, Recommendation
+from m2rec.session import SessionState
+from m2rec.trained import SavedModel
 
 __all__ = ["Explanation", "Recommendation", "Recommender", "Session"]
 
@@ -51,9 +51,9 @@ class Recommender:
             training (`MAX_ITEM_LIST_LENGTH`) the end alone.
     """
 
-    def __init__(self, model: Trained, whole_history: bool = False) -> None:
+    def __init__(self, model: SavedModel, whole_history: bool = False) -> None:
         if whole_history:
-            session.check(model.encoder)
+            session.check_is_recurrent(model.encoder)
         self._ranker = Ranker(model, whole_history)
 
     @classmethod
@@ -66,10 +66,10 @@ class Recommender:
             ValueError: a file is missing, damaged, or of another model; the device is not there; or
                 whole_history for a model with a part that never sees more than in training.
         """
-        return cls(trained.read(Path(folder), questions.checked_device(device)), whole_history)
+        return cls(trained.read_saved_model(Path(folder), questions.parse_device(device)), whole_history)
 
     @property
-    def _model(self) -> Trained:
+    def _model(self) -> SavedModel:
         return self._ranker.model
 
     @property
@@ -103,7 +103,7 @@ class Recommender:
         Raises:
             ValueError: it is the folder of a run, whose metrics are of other weights.
         """
-        trained.write(self._model, Path(folder))
+        trained.write_saved_model(self._model, Path(folder))
 
     def recommend(
         self,
@@ -147,11 +147,13 @@ class Recommender:
 
         Histories are taken as they are needed, about a thousand at a time, so there may be millions.
         """
-        k, remarks = questions.checked_k(k), Remarks()
+        k, remarks = questions.parse_k(k), InputWarnings()
         ranker, skipped = self._ranker, remarks if skip_unknown else None
         choice = self._choice(candidates, exclude, skipped)
         known = ranker.model.ids
-        ids = (questions.to_ids(known, questions.listed(history), skipped) for history in histories)
+        ids = (
+            questions.tokens_to_ids(known, questions.to_token_list(history), skipped) for history in histories
+        )
         return ranker.in_batches(ids, k, exclude_seen, choice, remarks)
 
     def recommend_file(
@@ -180,7 +182,7 @@ class Recommender:
                 installed; k is less than 1.
         """
         path = Path(histories)
-        rows = history_files.read_histories(path, progress)
+        rows = history_files.read_history_file(path, progress)
         return self.recommend_users(rows, output, k, exclude_seen, skip_unknown, str(path))
 
     def recommend_users(
@@ -205,24 +207,27 @@ class Recommender:
         Raises:
             ValueError: a token that nobody knows, or pyarrow is not installed; k is less than 1.
         """
-        k, remarks = questions.checked_k(k), Remarks()
+        k, remarks = questions.parse_k(k), InputWarnings()
         ranker, skipped = self._ranker, remarks if skip_unknown else None
 
         def read() -> Iterator[tuple[str, list[int]]]:
             for user, tokens in histories:
                 try:
-                    yield user, questions.to_ids(ranker.model.ids, questions.listed(tokens), skipped)
+                    yield (
+                        user,
+                        questions.tokens_to_ids(ranker.model.ids, questions.to_token_list(tokens), skipped),
+                    )
                 except ValueError as error:
                     raise ValueError(f"{source}, user {user!r}: {error}") from None
 
         users, rows = tee(read())
         ids = (own for _, own in rows)
-        found = ranker.in_batches(ids, k, exclude_seen, Choice(), remarks)
+        found = ranker.in_batches(ids, k, exclude_seen, CandidateSet(), remarks)
         ranked = (
-            Ranked(user, [item.item for item in items], [item.score for item in items])
+            UserRecommendations(user, [item.item for item in items], [item.score for item in items])
             for (user, _), items in zip(users, found, strict=True)
         )
-        return history_files.write_ranked(Path(output), ranked)
+        return history_files.write_recommendations(Path(output), ranked)
 
     @torch.no_grad()
     def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
@@ -232,7 +237,7 @@ class Recommender:
             ValueError: a history is empty or holds a token that nobody knows.
         """
         model = self._model
-        ids = [questions.to_ids(model.ids, questions.listed(history)) for history in histories]
+        ids = [questions.tokens_to_ids(model.ids, questions.to_token_list(history)) for history in histories]
         if not all(ids):
             raise ValueError("history: empty; give at least one item")
         if not ids:
@@ -250,7 +255,7 @@ class Recommender:
         Raises:
             ValueError: a token that nobody knows.
         """
-        return questions.to_ids(self._model.ids, questions.listed(tokens))
+        return questions.tokens_to_ids(self._model.ids, questions.to_token_list(tokens))
 
     def similar_items(self, token: str, k: int = 10) -> list[Recommendation]:
         """The items whose rows of the item table point most nearly the same way; the score is the cosine.
@@ -258,8 +263,8 @@ class Recommender:
         Raises:
             ValueError: nobody knows the token; k is less than 1.
         """
-        k, model = questions.checked_k(k), self._model
-        (item,) = questions.to_ids(model.ids, [token])
+        k, model = questions.parse_k(k), self._model
+        (item,) = questions.tokens_to_ids(model.ids, [token])
         with self._ranker.limit_threads(0, 1):
             cosines = F.cosine_similarity(model.table, model.table[item], dim=1)
             cosines[[0, item]] = -torch.inf
@@ -277,7 +282,7 @@ class Recommender:
             ValueError: the history is empty or holds a token that nobody knows.
         """
         model = self._model
-        ids = self._ranker.counted(questions.to_ids(model.ids, questions.listed(history)))
+        ids = self._ranker.counted(questions.tokens_to_ids(model.ids, questions.to_token_list(history)))
         if not ids:
             raise ValueError("history: empty; give at least one item")
         items = torch.tensor([ids], device=model.table.device)
@@ -302,9 +307,11 @@ class Recommender:
             ValueError: a token that nobody knows, or a model with a part that needs the whole
                 history at once (`mixer: attention`, `filter: low_pass`).
         """
-        session.check(self._model.encoder)
-        memory, remarks = Memory(), Remarks()
-        ids = questions.to_ids(self._model.ids, questions.listed(history), remarks if skip_unknown else None)
+        session.check_is_recurrent(self._model.encoder)
+        memory, remarks = SessionState(), InputWarnings()
+        ids = questions.tokens_to_ids(
+            self._model.ids, questions.to_token_list(history), remarks if skip_unknown else None
+        )
         remarks.say()
         self._remember(ids, memory)
         return Session(self, memory)
@@ -315,7 +322,7 @@ class Recommender:
         Raises:
             ValueError: the data is damaged, or of another model.
         """
-        return Session(self, session.from_bytes(data, self._model))
+        return Session(self, session.deserialize_state(data, self._model))
 
     def add_events(self, sessions: Sequence["Session"], tokens: Sequence[str]) -> None:
         """One event for each of many users in one pass, much cheaper than one by one.
@@ -328,12 +335,12 @@ class Recommender:
             ValueError: a token that nobody knows, or a session that comes twice or is another
                 recommender's; then nothing has changed.
         """
-        items = questions.to_ids(self._model.ids, questions.listed(tokens))
+        items = questions.tokens_to_ids(self._model.ids, questions.to_token_list(tokens))
         if len(items) != len(sessions):
             raise ValueError(f"add_events: {len(sessions)} sessions, but {len(items)} tokens")
         memories = self._memories(sessions)
         with self._ranker.limit_threads(len(items), 0):
-            session.remember_together(self._model.ready, memories, items)
+            session.advance_session_batch(self._model.ready, memories, items)
 
     def recommend_sessions(
         self,
@@ -344,11 +351,11 @@ class Recommender:
         exclude: Iterable[str] | None = None,
     ) -> list[list[Recommendation]]:
         """As `recommend` for each of many live users, in one pass."""
-        k, ranker, remarks = questions.checked_k(k), self._ranker, Remarks()
+        k, ranker, remarks = questions.parse_k(k), self._ranker, InputWarnings()
         choice = self._choice(candidates, exclude, None)
         memories = self._memories(sessions)
         going = [memory for memory in memories if memory.vector is not None]
-        seen = [Seen(memory.seen, memory.seen) for memory in going]
+        seen = [HistoryItems(memory.seen, memory.seen) for memory in going]
         vectors = [memory.vector for memory in going if memory.vector is not None]
         best = []
         if vectors:
@@ -375,7 +382,7 @@ class Recommender:
             ValueError: the model has no text in its item table, a token is there already or twice,
                 or the vectors don't fit.
         """
-        model = trained.with_items(self._model, questions.listed(tokens), vectors, titles or {})
+        model = trained.extend_catalogue(self._model, questions.to_token_list(tokens), vectors, titles or {})
         index = self._ranker.index
         if index is not None:
             index = index.extended(model.table)
@@ -394,9 +401,9 @@ class Recommender:
         Raises:
             ValueError: the file is unusable, or was not made as the run's; see also `add_items`.
         """
-        trained.check_takes_items(self._model)
-        tokens, vectors, made_by = text_vectors.read(Path(path))
-        text_vectors.check_made_alike(Path(path), made_by, self.text_source)
+        trained.check_accepts_new_items(self._model)
+        tokens, vectors, made_by = text_vectors.read_text_vectors(Path(path))
+        text_vectors.check_same_text_encoder(Path(path), made_by, self.text_source)
         known = set(self.tokens)
         rows = [row for row, token in enumerate(tokens) if token not in known and vectors[row].any()]
         new = [tokens[row] for row in rows]
@@ -436,7 +443,7 @@ class Recommender:
         if self._ranker.index is None:
             raise ValueError("recall: there is no index; call use_index first")
         exact = Recommender(self._model, self.whole_history)
-        asked = [history for history in map(questions.listed, histories) if history]
+        asked = [history for history in map(questions.to_token_list, histories) if history]
         pairs = zip(self.recommend_batch(asked, k), exact.recommend_batch(asked, k), strict=True)
         found = [({i.item for i in ours}, {i.item for i in best}) for ours, best in pairs if best]
         if not found:
@@ -454,32 +461,36 @@ class Recommender:
         Raises:
             ValueError: batch_size is less than 1, or the program differs from the model.
         """
-        export.export(self._model, Path(path), batch_size)
+        export.export_program(self._model, Path(path), batch_size)
 
     def _choice(
-        self, candidates: Iterable[str] | None, exclude: Iterable[str] | None, remarks: Remarks | None
-    ) -> Choice:
+        self, candidates: Iterable[str] | None, exclude: Iterable[str] | None, remarks: InputWarnings | None
+    ) -> CandidateSet:
         model, pool, excluded = self._model, None, None
         if candidates is not None:
             ids = sorted(
-                set(questions.to_ids(model.ids, questions.listed(candidates), remarks, "candidates"))
+                set(
+                    questions.tokens_to_ids(
+                        model.ids, questions.to_token_list(candidates), remarks, "candidates"
+                    )
+                )
             )
             pool = torch.tensor(ids, dtype=torch.int64, device=model.table.device)
         if exclude is not None:
             known = {
                 model.ids[token]
-                for token in questions.listed(exclude)
-                if questions.is_known(model.ids, token)
+                for token in questions.to_token_list(exclude)
+                if questions.is_known_token(model.ids, token)
             }
             excluded = torch.tensor(sorted(known), dtype=torch.int64, device=model.table.device)
-        return Choice(pool, excluded)
+        return CandidateSet(pool, excluded)
 
-    def _remember(self, items: list[int], memory: Memory) -> None:
+    def _remember(self, items: list[int], memory: SessionState) -> None:
         """Take some events of one user in."""
         with self._ranker.limit_threads(len(items), 0):
-            session.remember(self._model.ready, items, memory)
+            session.advance_session(self._model.ready, items, memory)
 
-    def _memories(self, sessions: Sequence["Session"]) -> list[Memory]:
+    def _memories(self, sessions: Sequence["Session"]) -> list[SessionState]:
         if len({id(one) for one in sessions}) < len(sessions):
             raise ValueError("sessions: one comes twice")
         if any(one.recommender is not self for one in sessions):
@@ -493,7 +504,7 @@ class Session:
     It remembers a state of constant size, and the different items in the order of their first event.
     """
 
-    def __init__(self, recommender: Recommender, memory: Memory) -> None:
+    def __init__(self, recommender: Recommender, memory: SessionState) -> None:
         self.recommender, self._memory = recommender, memory
 
     @property
@@ -522,4 +533,4 @@ class Session:
 
     def to_bytes(self) -> bytes:
         """To be kept anywhere, and brought back by `Recommender.restore_session`; nothing is pickled."""
-        return session.to_bytes(self._memory, self.recommender._model)
+        return session.serialize_state(self._memory, self.recommender._model)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 # positions are looked at in blocks, so that no more than so many flags are held at a time
-_FLAGS = 2**21
+_MAX_BLOCK_FLAGS = 2**21
 
 
-def first_occurrences(items: Tensor) -> Tensor:
+def mark_first_occurrences(items: Tensor) -> Tensor:
     """items: (B, L) -> (B, L), True where an item stands for the first time in its row; padding never."""
     ordered, order = items.sort(dim=1, stable=True)
     new = ordered > 0
@@ -22,7 +22,7 @@ def first_occurrences(items: Tensor) -> Tensor:
     return torch.zeros_like(new).scatter(1, order, new)
 
 
-class Repeats:
+class RepeatBias:
     """What S positions of a batch have seen, the item at the position included.
 
     Args:
@@ -34,12 +34,12 @@ class Repeats:
 
     def __init__(self, items: Tensor, rows: Tensor, times: Tensor, bias: Tensor) -> None:
         self.items, self.rows, self.times, self.bias = items, rows, times, bias
-        self._first = first_occurrences(items)
+        self._first = mark_first_occurrences(items)
 
     @property
     def block(self) -> int:
         """How many positions to look at together."""
-        return max(1, _FLAGS // self.items.shape[1])
+        return max(1, _MAX_BLOCK_FLAGS // self.items.shape[1])
 
     def pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Each item that positions `start` to `stop` have seen, once: position less start, item (R,)."""

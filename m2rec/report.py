@@ -21,15 +21,15 @@ from m2rec.files import (
     REPORT_FILE,
     write_text,
 )
-from m2rec.page import Figure
-from m2rec.trained import stored_titles
+from m2rec.page import PageFigure
+from m2rec.trained import read_stored_titles
 
-_PARTS = ("valid", "test", "test_unseen", "test_new")
-_UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
+_PAGE_PROTOCOLS = ("valid", "test", "test_unseen", "test_new")
+_TIME_UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """What a finished run left in its folder."""
 
     folder: Path
@@ -54,11 +54,11 @@ class Run:
             history = (folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
             return cls(
                 folder,
-                _json(folder / METRICS_FILE),
+                _read_json_object(folder / METRICS_FILE),
                 dict(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))),
                 list(csv.DictReader(history)),
-                stored_titles(folder),
-                _json(folder / INSIGHTS_FILE, {}),
+                read_stored_titles(folder),
+                _read_json_object(folder / INSIGHTS_FILE, {}),
             )
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
             raise ValueError(f"{folder}: a file can't be read ({' '.join(str(error).split())})") from None
@@ -73,18 +73,18 @@ class Run:
         return self.titles.get(token, token)
 
 
-def write(folder: Path) -> Path:
+def write_run_page(folder: Path) -> Path:
     """Write report.html into the folder of a finished run.
 
     Raises:
         ValueError: it is none, or one of its files is not as a run leaves it.
     """
-    with _readable(folder):
-        write_text(folder / REPORT_FILE, _of_one(Run.read(folder)))
+    with _report_damaged_files(folder):
+        write_text(folder / REPORT_FILE, _render_run_page(RunRecord.read(folder)))
     return folder / REPORT_FILE
 
 
-def compare(folders: Sequence[Path], path: Path) -> Path:
+def write_comparison_page(folders: Sequence[Path], path: Path) -> Path:
     """Write one page that sets several finished runs side by side.
 
     Raises:
@@ -97,14 +97,14 @@ def compare(folders: Sequence[Path], path: Path) -> Path:
         names = [str(folder) for folder in folders]
     runs = {}
     for name, folder in zip(names, folders, strict=True):
-        with _readable(folder):
-            runs[name] = Run.read(folder)
-    with _readable(*folders):
-        write_text(path, _of_several(runs))
+        with _report_damaged_files(folder):
+            runs[name] = RunRecord.read(folder)
+    with _report_damaged_files(*folders):
+        write_text(path, _render_comparison_page(runs))
     return path
 
 
-def write_pictures(folder: Path, into: Path) -> list[Path]:
+def write_insight_charts(folder: Path, into: Path) -> list[Path]:
     """Write what gate and filter of a finished run do as SVG files.
 
     Args:
@@ -119,9 +119,9 @@ def write_pictures(folder: Path, into: Path) -> list[Path]:
         ValueError: it is no finished run, its model has neither, or one of its files is not as a run
             leaves it.
     """
-    with _readable(folder):
-        run = Run.read(folder)
-        figures = {**_gate_figures(run), **_filter_figures(run)}
+    with _report_damaged_files(folder):
+        run = RunRecord.read(folder)
+        figures = {**_make_gate_figures(run), **_make_filter_figures(run)}
     if not figures:
         raise ValueError(
             f"{folder}: its model has neither a gate nor a filter that learns, or it has no insights"
@@ -133,7 +133,7 @@ def write_pictures(folder: Path, into: Path) -> list[Path]:
 
 
 @contextmanager
-def _readable(*folders: Path) -> Iterator[None]:
+def _report_damaged_files(*folders: Path) -> Iterator[None]:
     """Whatever is not as it should be in these run folders is one line."""
     try:
         yield
@@ -144,36 +144,43 @@ def _readable(*folders: Path) -> Iterator[None]:
         raise ValueError(f"{named}: a file is not as a run leaves it ({said})") from None
 
 
-def _of_one(run: Run) -> str:
+def _render_run_page(run: RunRecord) -> str:
     """The page of a run."""
     name = f"{run.metrics['model']} on {run.metrics['dataset']}"
     sections = [
-        _head(name, {run.folder.name: run}),
-        page.section("Quality", _metrics_table(run), _protocol(run)),
-        page.section("Training", page.grid(_curves({"": run}))),
-        page.section("Who is served", page.grid(_buckets(run))),
-        _gate(run),
-        _filter(run),
-        _examples(run),
-        page.section("Settings", _settings(run.config), _commands(run)),
+        _render_header(name, {run.folder.name: run}),
+        page.render_section("Quality", _render_metrics_table(run), _render_protocol(run)),
+        page.render_section("Training", page.render_grid(_render_training_curves({"": run}))),
+        page.render_section("Who is served", page.render_grid(_render_bucket_charts(run))),
+        _render_gate(run),
+        _render_filter(run),
+        _render_examples(run),
+        page.render_section("Settings", _render_settings(run.config), _render_commands(run)),
     ]
-    return page.page(name, sections)
+    return page.render_page(name, sections)
 
 
-def _of_several(runs: Mapping[str, Run]) -> str:
+def _render_comparison_page(runs: Mapping[str, RunRecord]) -> str:
     """The page of several runs by name."""
-    parts = [part for part in _shown_parts(runs.values()) if part != "valid"]
+    parts = [part for part in _select_protocols(runs.values()) if part != "valid"]
     sections = [
-        _head("Runs compared", runs),
-        page.section("Quality", _caution(runs), *(_side_by_side(runs, part) for part in parts)),
-        page.section("Training", page.grid(_curves(runs))),
-        page.section("What differs", _differences(runs)),
-        *(page.section(name, _protocol(run), _commands(run)) for name, run in runs.items()),
+        _render_header("Runs compared", runs),
+        page.render_section(
+            "Quality",
+            _render_comparability_warning(runs),
+            *(_render_metric_comparison(runs, part) for part in parts),
+        ),
+        page.render_section("Training", page.render_grid(_render_training_curves(runs))),
+        page.render_section("What differs", _render_setting_differences(runs)),
+        *(
+            page.render_section(name, _render_protocol(run), _render_commands(run))
+            for name, run in runs.items()
+        ),
     ]
-    return page.page("Runs compared", sections)
+    return page.render_page("Runs compared", sections)
 
 
-def _head(title: str, runs: Mapping[str, Run]) -> str:
+def _render_header(title: str, runs: Mapping[str, RunRecord]) -> str:
     facts = []
     for name, run in runs.items():
         m = run.metrics
@@ -185,20 +192,23 @@ def _head(title: str, runs: Mapping[str, Run]) -> str:
     return f"<h1>{escape(title)}</h1>" + "".join(f'<p class="facts">{escape(fact)}</p>' for fact in facts)
 
 
-def _metrics_table(run: Run) -> str:
-    parts = _shown_parts([run])
-    rows = [[name, *(_number(run.metrics[part][name]) for part in parts)] for name in run.metrics["test"]]
-    return page.table(["metric", *parts], rows)
+def _render_metrics_table(run: RunRecord) -> str:
+    parts = _select_protocols([run])
+    rows = [
+        [name, *(_format_metric_value(run.metrics[part][name]) for part in parts)]
+        for name in run.metrics["test"]
+    ]
+    return page.render_table(["metric", *parts], rows)
 
 
-def _shown_parts(runs: Collection[Run]) -> list[str]:
+def _select_protocols(runs: Collection[RunRecord]) -> list[str]:
     """The protocols that were measured; test_new only where it differs from test_unseen."""
     returns = any(run.metrics["data"].get("test_returning") for run in runs)
-    parts = [part for part in _PARTS if returns or part != "test_new"]
+    parts = [part for part in _PAGE_PROTOCOLS if returns or part != "test_new"]
     return [part for part in parts if any(run.metrics.get(part) for run in runs)]
 
 
-def _caution(runs: Mapping[str, Run]) -> str:
+def _render_comparability_warning(runs: Mapping[str, RunRecord]) -> str:
     """What keeps these runs from being compared on test_unseen; empty where nothing does."""
     counts = {name: run.metrics["data"].get("test_returning") for name, run in runs.items()}
     old = [name for name, count in counts.items() if count is None]
@@ -210,14 +220,14 @@ def _caution(runs: Mapping[str, Run]) -> str:
     )
 
 
-def _side_by_side(runs: Mapping[str, Run], part: str) -> str:
+def _render_metric_comparison(runs: Mapping[str, RunRecord], part: str) -> str:
     measured = [run.metrics.get(part, {}) for run in runs.values()]
     names = list(dict.fromkeys(name for metrics in measured for name in metrics))
-    rows = [[name, *(_number(metrics.get(name)) for metrics in measured)] for name in names]
-    return f"<h3>{part}</h3>" + page.table(["metric", *runs], rows)
+    rows = [[name, *(_format_metric_value(metrics.get(name)) for metrics in measured)] for name in names]
+    return f"<h3>{part}</h3>" + page.render_table(["metric", *runs], rows)
 
 
-def _protocol(run: Run) -> str:
+def _render_protocol(run: RunRecord) -> str:
     p = run.metrics["protocol"]
     data = ", ".join(f"{name} {count:,}" for name, count in run.metrics["data"].items())
     cautions = "".join(f" {escape(p[key])}." for key in ("ties", "returning") if key in p)
@@ -229,7 +239,7 @@ def _protocol(run: Run) -> str:
     )
 
 
-def _curves(runs: Mapping[str, Run]) -> Iterable[str]:
+def _render_training_curves(runs: Mapping[str, RunRecord]) -> Iterable[str]:
     metric = next(iter(runs.values())).metric
     for column, label in (("loss", "training loss"), (f"valid.{metric}", f"{metric} on valid")):
         series: dict[str, tuple[list[int], list[float]]] = {}
@@ -240,11 +250,11 @@ def _curves(runs: Mapping[str, Run]) -> Iterable[str]:
                 series[name or label] = (xs, ys)
         if series:
             said = "; ".join(f"{name} from {ys[0]:.4g} to {ys[-1]:.4g}" for name, (_, ys) in series.items())
-            svg = charts.lines(series, "epoch", label)
-            yield page.figure(Figure(svg, f"{label} by epoch: {said}", label))
+            svg = charts.draw_lines(series, "epoch", label)
+            yield page.render_figure(PageFigure(svg, f"{label} by epoch: {said}", label))
 
 
-def _buckets(run: Run) -> Iterable[str]:
+def _render_bucket_charts(run: RunRecord) -> Iterable[str]:
     words = {
         "popularity": "how often the target is in the training data",
         "history": "items before the target",
@@ -258,23 +268,23 @@ def _buckets(run: Run) -> Iterable[str]:
         groups = [f"{bucket}\n{row['users']:,}" for bucket, row in table.items()]
         series = {part: [row[part][metric] for row in table.values()] for part in ("test", "test_unseen")}
         said = ", ".join(f"{b}: {row['test_unseen'][metric]:.4f}" for b, row in table.items())
-        svg = charts.bars(groups, series, f"{x}; users below", metric)
-        yield page.figure(Figure(svg, f"{metric} by {x}, test_unseen: {said}", f"{metric} by {x}"))
+        svg = charts.draw_grouped_bars(groups, series, f"{x}; users below", metric)
+        yield page.render_figure(PageFigure(svg, f"{metric} by {x}, test_unseen: {said}", f"{metric} by {x}"))
 
 
-def _gate(run: Run) -> str:
-    figures = _gate_figures(run)
+def _render_gate(run: RunRecord) -> str:
+    figures = _make_gate_figures(run)
     if not figures:
         return ""
     note = (
         "What the gate gives each branch, mean over channels: temporal is the Mamba block, frequency the "
         "Fourier filter, semantic the text of the items. Taken from test histories."
     )
-    shown = page.grid(map(page.figure, figures.values()))
-    return page.section("Which branch is trusted", f"<p>{note}</p>", shown)
+    shown = page.render_grid(map(page.render_figure, figures.values()))
+    return page.render_section("Which branch is trusted", f"<p>{note}</p>", shown)
 
 
-def _gate_figures(run: Run) -> dict[str, Figure]:
+def _make_gate_figures(run: RunRecord) -> dict[str, PageFigure]:
     """By name, none without a gate."""
     gate = run.insights.get("gate")
     if not gate:
@@ -289,26 +299,27 @@ def _gate_figures(run: Run) -> dict[str, Figure]:
         table = gate[key]
         series = {name: [row[k] for row in table.values()] for k, name in enumerate(gate["branches"])}
         said = "; ".join(
-            f"{bucket}: {_weights(gate['branches'], weights)}" for bucket, weights in table.items()
+            f"{bucket}: {_format_gate_weights(gate['branches'], weights)}"
+            for bucket, weights in table.items()
         )
-        svg = charts.shares(list(table), series, x)
-        figures[f"gate_{key}"] = Figure(svg, f"gate weights {caption}: {said}", caption)
+        svg = charts.draw_stacked_bars(list(table), series, x)
+        figures[f"gate_{key}"] = PageFigure(svg, f"gate weights {caption}: {said}", caption)
     return figures
 
 
-def _weights(branches: Sequence[str], weights: Sequence[float]) -> str:
+def _format_gate_weights(branches: Sequence[str], weights: Sequence[float]) -> str:
     return ", ".join(f"{name} {weight:.2f}" for name, weight in zip(branches, weights, strict=True))
 
 
-def _filter(run: Run) -> str:
-    figures = _filter_figures(run)
+def _render_filter(run: RunRecord) -> str:
+    figures = _make_filter_figures(run)
     if not figures:
         return ""
-    shown = page.grid(map(page.figure, figures.values()))
-    return page.section("What the filter hears", _gaps(run), shown)
+    shown = page.render_grid(map(page.render_figure, figures.values()))
+    return page.render_section("What the filter hears", _render_time_gaps(run), shown)
 
 
-def _filter_figures(run: Run) -> dict[str, Figure]:
+def _make_filter_figures(run: RunRecord) -> dict[str, PageFigure]:
     """By name, none without a filter that learns."""
     layers = run.insights.get("filter")
     if not layers:
@@ -330,41 +341,41 @@ def _filter_figures(run: Run) -> dict[str, Figure]:
         for name, k in zip(names, strongest, strict=True)
     )
     return {
-        "filter_gain": Figure(
-            charts.bands(response, "period, events", "gain"),
+        "filter_gain": PageFigure(
+            charts.draw_bands(response, "period, events", "gain"),
             f"gain of the filter by period, median and quartiles over channels: {said}",
             "frequency response: line the median channel, band the middle half",
         ),
-        "filter_periods": Figure(
-            charts.steps(edges, found, "period, events", "share"),
+        "filter_periods": PageFigure(
+            charts.draw_histograms(edges, found, "period, events", "share"),
             f"periods of the filter's modes, weighted by their gain: {heard}",
             "the periods found, weighted by how much of them passes",
         ),
     }
 
 
-def _gaps(run: Run) -> str:
+def _render_time_gaps(run: RunRecord) -> str:
     gaps = run.insights.get("gaps")
     if not gaps:
         return ""
-    middle, late = gaps["median"], f"a quarter after more than {_time(gaps['upper_quartile'])}"
+    middle, late = gaps["median"], f"a quarter after more than {_format_duration(gaps['upper_quartile'])}"
     text = (
-        f"Half of all interactions follow the one before within {_time(middle)}, a quarter within "
-        f"{_time(gaps['lower_quartile'])}, {late}; at that pace 10 events take about {_time(10 * middle)}."
+        f"Half of all interactions follow the one before within {_format_duration(middle)}, a quarter within "
+        f"{_format_duration(gaps['lower_quartile'])}, {late}; at that pace 10 events take about {_format_duration(10 * middle)}."
         if middle
         else f"At least half of all interactions are of the same time as the one before, {late}."
     )
     return f"<p>A period is counted in events. {escape(text)} Times are read as seconds.</p>"
 
 
-def _time(seconds: float) -> str:
-    for unit, length in _UNITS:
+def _format_duration(seconds: float) -> str:
+    for unit, length in _TIME_UNITS:
         if seconds >= length:
             return f"{seconds / length:.3g} {unit}"
     return f"{seconds:.3g} seconds"
 
 
-def _examples(run: Run) -> str:
+def _render_examples(run: RunRecord) -> str:
     examples = run.insights.get("examples")
     if not examples:
         return ""
@@ -380,45 +391,45 @@ def _examples(run: Run) -> str:
             f"<article><p><b>User {escape(example['user'])}</b>, {example['length']:,} items, the last:</p>"
             f'<ol start="{start}">{past}</ol><p>Recommended:</p><ol>{best}</ol>'
             f'<p>Next was <span class="hit">{escape(run.title(example["next"]))}</span>, '
-            f"{_place(example['place'])}.</p></article>"
+            f"{_format_target_rank(example['place'])}.</p></article>"
         )
     note = "Test users, evenly spread, not chosen. What they had before is left out of the ranking."
-    return page.section("Examples", f"<p>{note}</p>", f'<div class="grid">{"".join(articles)}</div>')
+    return page.render_section("Examples", f"<p>{note}</p>", f'<div class="grid">{"".join(articles)}</div>')
 
 
-def _place(place: int) -> str:
+def _format_target_rank(place: int) -> str:
     return f"in place {place:,}" if place else "which the user had before"
 
 
-def _settings(config: Mapping[str, Any]) -> str:
-    rows = [[key, _value(value)] for key, value in sorted(config.items())]
-    table = page.table(["key", "value"], rows, "words")
+def _render_settings(config: Mapping[str, Any]) -> str:
+    rows = [[key, _format_setting_value(value)] for key, value in sorted(config.items())]
+    table = page.render_table(["key", "value"], rows, "words")
     return f"<details><summary>All {len(rows)} keys</summary>{table}</details>"
 
 
-def _differences(runs: Mapping[str, Run]) -> str:
+def _render_setting_differences(runs: Mapping[str, RunRecord]) -> str:
     keys = sorted({key for run in runs.values() for key in run.config})
-    rows = [[key, *(_value(run.config.get(key)) for run in runs.values())] for key in keys]
+    rows = [[key, *(_format_setting_value(run.config.get(key)) for run in runs.values())] for key in keys]
     other = [row for row in rows if len(set(row[1:])) > 1]
-    return page.table(["key", *runs], other, "words") if other else "<p>Nothing.</p>"
+    return page.render_table(["key", *runs], other, "words") if other else "<p>Nothing.</p>"
 
 
-def _commands(run: Run) -> str:
+def _render_commands(run: RunRecord) -> str:
     lines = [f"python run_mm.py --config_files={quote(str(run.folder / CONFIG_FILE))}"]
     if run.metrics.get("recommends"):
         lines.append(f"python scripts/recommend.py {quote(str(run.folder))} --interactive")
     return f"<p>To repeat the run and to use it:</p><pre>{escape(chr(10).join(lines))}</pre>"
 
 
-def _value(value: Any) -> str:
+def _format_setting_value(value: Any) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _number(value: float | None) -> str:
+def _format_metric_value(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _json(path: Path, otherwise: Any = None) -> Any:
+def _read_json_object(path: Path, otherwise: Any = None) -> Any:
     if otherwise is not None and not path.exists():
         return otherwise
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -6,17 +6,17 @@ from typing import Any
 
 from m2rec.files import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE, read_tensors, write_text
 
-AND = " and "  # between the commits that trained a run
+COMMIT_SEPARATOR = " and "  # between the commits that trained a run
 
 
-class CannotGoOn(ValueError):
+class CannotResume(ValueError):
     """A run that was stopped can't go on from what is left of it or beside it; only a new one helps."""
 
     exit_status = 3
     """Of run_mm.py, where other mistakes are 2."""
 
 
-def check_notes(began: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+def check_unchanged_inputs(began: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """A run goes on with the data, text vectors and settings that it began with.
 
     Args:
@@ -39,7 +39,7 @@ def check_notes(began: Mapping[str, Any], now: Mapping[str, Any], folder: Path) 
         )
 
 
-def check_weights(folder: Path, epoch: int, best_epoch: int | None) -> tuple[int, float] | None:
+def check_best_weights(folder: Path, epoch: int, best_epoch: int | None) -> tuple[int, float] | None:
     """The best weights so far are whole, and those of the best epoch.
 
     Args:
@@ -66,7 +66,7 @@ def check_weights(folder: Path, epoch: int, best_epoch: int | None) -> tuple[int
     return None
 
 
-def cut_history(folder: Path, epoch: int) -> None:
+def truncate_history_file(folder: Path, epoch: int) -> None:
     """Drop the lines of history.csv after this epoch.
 
     Raises:

@@ -23,26 +23,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from m2rec.command_line import nearest
-from m2rec.dominant import LABELS
+from m2rec.command_line import suggest_spelling
+from m2rec.dominant import LABEL_COLUMNS
 
-Row = dict[str, Any]
-Rows = Iterator[tuple[int, Row]]
+RawRow = dict[str, Any]
+NumberedRows = Iterator[tuple[int, RawRow]]
 """Line number, from 1, with its row."""
 
-LINE_LIMIT = 2**24  # bytes, and characters of an element of a JSON array
-CHUNK = 2**16  # bytes of a JSON array that are read at once
-RECORD_LIMIT = 1000  # lines of a CSV record; a longer one is taken for a quotation mark left open
-LITERAL_LIMIT = 2**20  # characters; a syntax tree takes some hundred times its text
-BATCH = 10_000  # rows of Parquet
-JUDGED_FROM = 10_000  # lines before a file may be given up
-SHOWN = 3  # malformed lines
+MAX_LINE_BYTES = 2**24  # bytes, and characters of an element of a JSON array
+CHUNK_BYTES = 2**16  # bytes of a JSON array that are read at once
+MAX_RECORD_LINES = 1000  # lines of a CSV record; a longer one is taken for a quotation mark left open
+MAX_LITERAL_CHARACTERS = 2**20  # characters; a syntax tree takes some hundred times its text
+PARQUET_BATCH_ROWS = 10_000  # rows of Parquet
+MIN_LINES_BEFORE_STOP = 10_000  # lines before a file may be given up
+MAX_MALFORMED_EXAMPLES = 3  # malformed lines
 SEPARATORS = ",\t;|"
-QUOTED = ",;"  # where anything else separates, quotation marks are text
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
+QUOTING_SEPARATORS = ",;"  # where anything else separates, quotation marks are text
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
-class Malformed(Exception):
+class MalformedRowError(Exception):
     """A line that can't be used, and why."""
 
 
@@ -82,10 +82,10 @@ class Tally:
         """
         last = first if last is None else last
         self.bad += last - first + 1
-        if len(self.examples) < SHOWN:
+        if len(self.examples) < MAX_MALFORMED_EXAMPLES:
             where = f"line {first}" if last == first else f"lines {first} to {last}"
             self.examples.append(f"{where}: {reason}")
-        self._judge(max(self.rows, JUDGED_FROM))
+        self._judge(max(self.rows, MIN_LINES_BEFORE_STOP))
 
     def count_record(self, first: int) -> None:
         """Count the record that began in line `first` and ends in the last line that was read."""
@@ -139,7 +139,7 @@ def open_bytes(path: Path) -> tuple[BufferedReader, BufferedReader | gzip.GzipFi
     """
     raw = path.open("rb")
     start = raw.peek(4)[:4]
-    for magic, describe in _NO_TEXT.items():
+    for magic, describe in _BINARY_SIGNATURES.items():
         if start.startswith(magic):
             raw.close()
             raise ValueError(f"{path}: the file is {describe(path)} first")
@@ -159,7 +159,7 @@ def _describe_zip(path: Path) -> str:
 
 
 # by how files begin that are no text: what they are, and what to do first
-_NO_TEXT: dict[bytes, Callable[[Path], str]] = {
+_BINARY_SIGNATURES: dict[bytes, Callable[[Path], str]] = {
     b"PK\x03\x04": _describe_zip,
     b"\xd0\xcf\x11\xe0": lambda _: "a spreadsheet; save it as CSV",  # .xls
     b"\xff\xfe": lambda _: "UTF-16; save it as UTF-8",
@@ -167,17 +167,17 @@ _NO_TEXT: dict[bytes, Callable[[Path], str]] = {
 }
 
 
-def _say_damaged(tally: Tally, error: Exception, unit: str = "line") -> ValueError:
+def _build_gzip_error(tally: Tally, error: Exception, unit: str = "line") -> ValueError:
     return ValueError(
         f"{tally.path}: the gzip file is cut off or damaged after {unit} {tally.lines:,} "
         f"({error}); download it again"
     )
 
 
-class Lines:
+class LineReader:
     """Iterator over the lines of a text file, ends included, plain or gzipped.
 
-    A line that is too long or can't be decoded raises `Malformed`; the next one can be read.
+    A line that is too long or can't be decoded raises `MalformedRowError`; the next one can be read.
 
     Args:
         tally: names the file; told of each line.
@@ -208,10 +208,10 @@ class Lines:
             raise StopIteration
         self.tally.lines += 1
         self.tally.position = self.raw.tell()
-        if len(line) > LINE_LIMIT:
+        if len(line) > MAX_LINE_BYTES:
             while line and not line.endswith(b"\n"):
                 line = self._read()
-            raise Malformed(f"longer than {LINE_LIMIT >> 20} MiB")
+            raise MalformedRowError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
         if self.tally.lines == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         for encoding in self.encodings:
@@ -219,18 +219,20 @@ class Lines:
                 return line.decode(encoding)
             except UnicodeDecodeError:
                 pass
-        raise Malformed(f"not {' or '.join(self.encodings).upper()}")
+        raise MalformedRowError(f"not {' or '.join(self.encodings).upper()}")
 
     def _read(self) -> bytes:
         try:
-            return self.file.readline(LINE_LIMIT + 1)
-        except DAMAGED as error:
-            raise _say_damaged(self.tally, error) from None
+            return self.file.readline(MAX_LINE_BYTES + 1)
+        except GZIP_ERRORS as error:
+            raise _build_gzip_error(self.tally, error) from None
 
 
-def parsed_rows(tally: Tally, parse: Callable[[str], object], encodings: Sequence[str] = ("utf-8",)) -> Rows:
+def read_parsed_lines(
+    tally: Tally, parse: Callable[[str], object], encodings: Sequence[str] = ("utf-8",)
+) -> NumberedRows:
     """Rows of a file with one of them per line. Blank lines are passed over."""
-    with Lines(tally, encodings) as lines:
+    with LineReader(tally, encodings) as lines:
         while True:
             try:
                 line = next(lines)
@@ -238,83 +240,83 @@ def parsed_rows(tally: Tally, parse: Callable[[str], object], encodings: Sequenc
                     continue
                 row = parse(line)
                 if not isinstance(row, dict):
-                    raise Malformed("not an object with names and values")
+                    raise MalformedRowError("not an object with names and values")
             except StopIteration:
                 return
-            except Malformed as error:
+            except MalformedRowError as error:
                 tally.reject(tally.lines, error)
             else:
                 yield tally.lines, row
 
 
-class _NamedTwiceError(ValueError):
+class _DuplicateNameError(ValueError):
     """A JSON object has a name twice."""
 
 
-def _read_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _build_json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object whose names are there once; Python would take the last value of each."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise _NamedTwiceError(f"the name {twice!r} comes twice in an object")
+        raise _DuplicateNameError(f"the name {twice!r} comes twice in an object")
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_read_object)
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_build_json_object)
 
 
 def parse_json(line: str) -> object:
     """A line of JSON."""
     try:
-        return _DECODER.decode(line)
+        return _JSON_DECODER.decode(line)
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"not JSON ({error})") from None
+        raise MalformedRowError(f"not JSON ({error})") from None
 
 
-def parse_loose(line: str) -> object:
+def parse_json_or_literal(line: str) -> object:
     """A line of JSON, or a Python literal such as {'asin': u'B1'}; nothing is executed."""
     try:
-        return _DECODER.decode(line)
-    except _NamedTwiceError as error:
-        raise Malformed(error) from None
+        return _JSON_DECODER.decode(line)
+    except _DuplicateNameError as error:
+        raise MalformedRowError(error) from None
     except (ValueError, RecursionError):
         pass
-    if len(line) > LITERAL_LIMIT:
-        raise Malformed(f"longer than {LITERAL_LIMIT:,} characters and not JSON")
+    if len(line) > MAX_LITERAL_CHARACTERS:
+        raise MalformedRowError(f"longer than {MAX_LITERAL_CHARACTERS:,} characters and not JSON")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # escapes such as \d, which Python keeps as they are
             return ast.literal_eval(line)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise Malformed("neither JSON nor a Python dict") from None
+        raise MalformedRowError("neither JSON nor a Python dict") from None
 
 
-def json_rows(tally: Tally) -> Rows:
+def read_json_rows(tally: Tally) -> NumberedRows:
     """Rows of JSON lines, or of a file that is one JSON array of objects."""
-    if _is_array(tally):
-        return _array_rows(tally)
-    return parsed_rows(tally, parse_json)
+    if _is_json_array(tally):
+        return _read_array_rows(tally)
+    return read_parsed_lines(tally, parse_json)
 
 
-def _is_array(tally: Tally) -> bool:
+def _is_json_array(tally: Tally) -> bool:
     raw, file = open_bytes(tally.path)
     try:
         start: bytes = file.peek(64)[:64]
-    except DAMAGED as error:
-        raise _say_damaged(tally, error) from None
+    except GZIP_ERRORS as error:
+        raise _build_gzip_error(tally, error) from None
     finally:
         raw.close()
     return start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
-def _array_rows(tally: Tally) -> Rows:
+def _read_array_rows(tally: Tally) -> NumberedRows:
     """Rows of a JSON array, element by element; the number of a row is its place in the array.
 
     Raises:
         ValueError: it is no JSON up to its end; where an element is broken, the next can't be found.
     """
-    for element in _array_elements(tally):
+    for element in _read_array_elements(tally):
         tally.lines += 1
         if isinstance(element, dict):
             yield tally.lines, element
@@ -322,19 +324,19 @@ def _array_rows(tally: Tally) -> Rows:
             tally.reject(tally.lines, "not an object with names and values")
 
 
-def _array_elements(tally: Tally) -> Iterator[object]:
+def _read_array_elements(tally: Tally) -> Iterator[object]:
     text, before = "", "["
-    for chunk in _text_chunks(tally):
+    for chunk in _read_text_chunks(tally):
         text += chunk
         found, end, before = _parse_elements(text, before)
         yield from found
         text = text[end:]
-        if len(text) > LINE_LIMIT:
-            raise _say_broken(tally, f"no JSON in the {LINE_LIMIT >> 20} MiB behind it")
+        if len(text) > MAX_LINE_BYTES:
+            raise _build_array_error(tally, f"no JSON in the {MAX_LINE_BYTES >> 20} MiB behind it")
         if not before and text.strip():
-            raise _say_broken(tally, "it ends there, and more follows")
+            raise _build_array_error(tally, "it ends there, and more follows")
     if before:
-        raise _say_broken(tally, "it is cut off, or no JSON")
+        raise _build_array_error(tally, "it is cut off, or no JSON")
 
 
 def _parse_elements(text: str, before: str) -> tuple[list[object], int, str]:
@@ -349,85 +351,85 @@ def _parse_elements(text: str, before: str) -> tuple[list[object], int, str]:
     """
     found, at = list[object](), 0
     while before:
-        start = _skip_blanks(text, at)
+        start = _skip_whitespace(text, at)
         if before == "," and text[start : start + 1] == "]":
             return found, start + 1, ""
         if not text.startswith(before, start):
             break
-        start = _skip_blanks(text, start + 1)
+        start = _skip_whitespace(text, start + 1)
         if before == "[" and text[start : start + 1] == "]":
             return found, start + 1, ""
         try:
-            element, end = _DECODER.raw_decode(text, start)
+            element, end = _JSON_DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):
             break  # it may go on in the next piece
-        if _skip_blanks(text, end) == len(text):
+        if _skip_whitespace(text, end) == len(text):
             break  # so may a number
         found.append(element)
         at, before = end, ","
     return found, at, before
 
 
-_BLANKS = re.compile(r"\s*")
+_WHITESPACE = re.compile(r"\s*")
 
 
-def _skip_blanks(text: str, at: int) -> int:
-    match = _BLANKS.match(text, at)
+def _skip_whitespace(text: str, at: int) -> int:
+    match = _WHITESPACE.match(text, at)
     assert match
     return match.end()
 
 
-def _text_chunks(tally: Tally) -> Iterator[str]:
+def _read_text_chunks(tally: Tally) -> Iterator[str]:
     raw, file = open_bytes(tally.path)
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with raw:
         try:
-            while chunk := file.read(CHUNK):
+            while chunk := file.read(CHUNK_BYTES):
                 tally.position = raw.tell()
                 yield decoder.decode(chunk)
             yield decoder.decode(b"", final=True)
-        except DAMAGED as error:
-            raise _say_damaged(tally, error, "element") from None
+        except GZIP_ERRORS as error:
+            raise _build_gzip_error(tally, error, "element") from None
         except UnicodeDecodeError:
-            raise _say_broken(tally, "not UTF-8") from None
+            raise _build_array_error(tally, "not UTF-8") from None
 
 
-def _say_broken(tally: Tally, reason: object) -> ValueError:
+def _build_array_error(tally: Tally, reason: object) -> ValueError:
     return ValueError(
         f"{tally.path}: the file begins as a JSON array, which is broken after element {tally.lines:,} "
         f"({reason}); write it again, as one array or with an object in each line"
     )
 
 
-def loose_rows(tally: Tally) -> Rows:
+def read_json_or_literal_rows(tally: Tally) -> NumberedRows:
     """Rows of lines that are JSON or Python dicts."""
-    return parsed_rows(tally, parse_loose)
+    return read_parsed_lines(tally, parse_json_or_literal)
 
 
-def sequence_rows(tally: Tally) -> Rows:
+def read_sequence_rows(tally: Tally) -> NumberedRows:
     """Rows of `user item item ...`, with blanks or tabs between: {"user": ..., "items": [...]}."""
 
-    def parse(line: str) -> Row:
+    def parse(line: str) -> RawRow:
         user, *items = line.replace("\t", " ").strip(" \r\n").split(" ")
         return {"user": user, "items": [item for item in items if item]}
 
-    return parsed_rows(tally, parse)
+    return read_parsed_lines(tally, parse)
 
 
-def delimited_rows(tally: Tally, separator: str, columns: Sequence[str]) -> Rows:
+def read_delimited_rows(tally: Tally, separator: str, columns: Sequence[str]) -> NumberedRows:
     """Rows of a file without header and quotes, UTF-8 or else Latin-1, as MovieLens has them."""
 
-    def parse(line: str) -> Row:
+    def parse(line: str) -> RawRow:
         cells = line.rstrip("\r\n").split(separator)
         if len(cells) != len(columns):
-            raise Malformed(f"{len(cells)} columns instead of {len(columns)}")
+            raise MalformedRowError(f"{len(cells)} columns instead of {len(columns)}")
         return dict(zip(columns, cells, strict=True))
 
-    return parsed_rows(tally, parse, ("utf-8", "latin-1"))
+    return read_parsed_lines(tally, parse, ("utf-8", "latin-1"))
 
 
 @dataclass(frozen=True)
-class Layout:
+class CsvLayout:
     """How a text table is laid out, where its header does not say it."""
 
     names: tuple[str, ...] = ()
@@ -436,12 +438,12 @@ class Layout:
     """One or two characters; none: the one with which the columns are there."""
 
 
-HEADER = Layout()
+HEADER_LAYOUT = CsvLayout()
 
 
-def csv_rows(
-    tally: Tally, columns: Sequence[str], layout: Layout = HEADER, cure: str = "name one of them"
-) -> Rows:
+def read_csv_records(
+    tally: Tally, columns: Sequence[str], layout: CsvLayout = HEADER_LAYOUT, cure: str = "name one of them"
+) -> NumberedRows:
     """Rows of a table in a text file, whatever separates its columns.
 
     Between commas and semicolons cells may be quoted, and have several lines then (RFC 4180);
@@ -459,12 +461,12 @@ def csv_rows(
     """
     if layout.names:
         require_columns(tally.path, layout.names, columns)
-        layout = replace(layout, separator=layout.separator or _find_separator(tally.path, layout.names))
-    with Lines(tally) as lines:
+        layout = replace(layout, separator=layout.separator or _detect_separator(tally.path, layout.names))
+    with LineReader(tally) as lines:
         names, separator = layout.names, layout.separator
         if not names:
             names, separator = _read_header(lines, columns, separator, cure)
-        record = _RecordLines(lines, separator)
+        record = _CsvRecordLines(lines, separator)
         reader = _read_cells(record, separator)
         expected = f"{len(names)} are named" if layout.names else f"the header has {len(names)}"
         while True:
@@ -472,10 +474,10 @@ def csv_rows(
             try:
                 cells = next(reader)
                 if cells and len(cells) != len(names):
-                    raise Malformed(f"{len(cells)} columns, {expected}")
+                    raise MalformedRowError(f"{len(cells)} columns, {expected}")
             except StopIteration:
                 return
-            except (csv.Error, Malformed) as error:
+            except (csv.Error, MalformedRowError) as error:
                 # the record's lines that were read are gone, in the worst case up to the open quote's limit
                 never = f"the quotation mark of line {record.opened} never closes"
                 reason = never if str(error) == "unexpected end of data" else error
@@ -489,7 +491,7 @@ def csv_rows(
 def _read_cells(lines: Iterable[str], separator: str, strict: bool = True) -> Iterator[list[str]]:
     """Cells line by line, or record by record; none for a blank line."""
     if len(separator) == 1:
-        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if separator in QUOTED else csv.QUOTE_NONE
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if separator in QUOTING_SEPARATORS else csv.QUOTE_NONE
         return csv.reader(lines, delimiter=separator, strict=strict, quoting=quoting)
     return map(partial(_split_line, separator), lines)  # which goes on after an error
 
@@ -499,14 +501,14 @@ def _split_line(separator: str, line: str) -> list[str]:
     return line.split(separator) if line.strip() else []
 
 
-def _find_separator(path: Path, names: Sequence[str]) -> str:
+def _detect_separator(path: Path, names: Sequence[str]) -> str:
     """The one that gives the first line as many cells as there are names.
 
     Raises:
         ValueError: none does, or several.
     """
-    with Lines(Tally(path)) as lines:
-        line = _first_line(lines, "it must hold data")
+    with LineReader(Tally(path)) as lines:
+        line = _read_first_line(lines, "it must hold data")
     counts = {}
     for separator in SEPARATORS:
         with suppress(csv.Error):  # a cell that is too long
@@ -521,7 +523,7 @@ def _find_separator(path: Path, names: Sequence[str]) -> str:
     )
 
 
-class _RecordLines:
+class _CsvRecordLines:
     """Lines for the csv module, which asks for another one while a quotation mark is open.
 
     Attributes:
@@ -531,7 +533,7 @@ class _RecordLines:
         ValueError: the record has more than 1,000 lines.
     """
 
-    def __init__(self, lines: Lines, separator: str) -> None:
+    def __init__(self, lines: LineReader, separator: str) -> None:
         self.lines, self.separator = lines, separator
         self.first = self.opened = 0
 
@@ -545,10 +547,10 @@ class _RecordLines:
 
     def __next__(self) -> str:
         number = self.lines.tally.lines + 1
-        if number >= self.first + RECORD_LIMIT:
+        if number >= self.first + MAX_RECORD_LINES:
             raise ValueError(
                 f"{self.lines.tally.path}: a quotation mark opens in line {self.opened} and its record has "
-                f"more than {RECORD_LIMIT:,} lines; remove it, or quote the whole cell and double it there"
+                f"more than {MAX_RECORD_LINES:,} lines; remove it, or quote the whole cell and double it there"
             )
         line = next(self.lines)
         if number > self.first and self._closes(line):
@@ -563,12 +565,12 @@ class _RecordLines:
             return False
 
 
-def _first_line(lines: Lines, must: str) -> str:
+def _read_first_line(lines: LineReader, must: str) -> str:
     """Line 1, or an error that says what it must do."""
     path = lines.tally.path
     try:
         line = next(lines, "")
-    except Malformed as error:
+    except MalformedRowError as error:
         raise ValueError(f"{path}: line 1: {error}; save it as UTF-8") from None
     if not line.strip():
         raise ValueError(f"{path}: the file is empty; {must}")
@@ -576,11 +578,11 @@ def _first_line(lines: Lines, must: str) -> str:
 
 
 def _read_header(
-    lines: Lines, columns: Sequence[str], separator: str, cure: str
+    lines: LineReader, columns: Sequence[str], separator: str, cure: str
 ) -> tuple[tuple[str, ...], str]:
     """Column names and their separator: that with which all wanted columns are there."""
     path = lines.tally.path
-    line = _first_line(lines, "its first line must name the columns")
+    line = _read_first_line(lines, "its first line must name the columns")
     found = []
     for mark in [separator] if separator else SEPARATORS:
         try:
@@ -589,10 +591,10 @@ def _read_header(
             raise ValueError(f"{path}: line 1 names no columns ({error}); repair it") from None
         found.append([name.strip() for name in cells])
         if set(columns) <= set(found[-1]):
-            labels = [name for name in found[-1] if name.lower() in LABELS]
+            labels = [name for name in found[-1] if name.lower() in LABEL_COLUMNS]
             require_columns(path, found[-1], [*columns, *labels])
             return tuple(found[-1]), mark
-        if mark not in QUOTED and {f'"{column}"' for column in columns} <= set(found[-1]):
+        if mark not in QUOTING_SEPARATORS and {f'"{column}"' for column in columns} <= set(found[-1]):
             raise ValueError(
                 f"{path}: its column names are in quotation marks, which are text between tabs and |; "
                 "save it with commas, or without these marks"
@@ -613,13 +615,13 @@ def require_columns(
         if column not in names:
             has = ", ".join(filter(None, names))
             raise ValueError(
-                f"{path}: column {column!r} is missing, the file has {has}; {cure}{nearest(column, names)}"
+                f"{path}: column {column!r} is missing, the file has {has}; {cure}{suggest_spelling(column, names)}"
             )
         if (times := names.count(column)) > 1:
             raise ValueError(f"{path}: column {column!r} comes {times} times; rename all but one")
 
 
-def parquet_rows(tally: Tally, columns: Sequence[str], optional: Collection[str] = ()) -> Rows:
+def read_parquet_rows(tally: Tally, columns: Sequence[str], optional: Collection[str] = ()) -> NumberedRows:
     """Rows of a Parquet file, with these columns only, batch by batch.
 
     Args:
@@ -640,7 +642,7 @@ def parquet_rows(tally: Tally, columns: Sequence[str], optional: Collection[str]
             there = file.schema_arrow.names
             require_columns(tally.path, there, columns)
             wanted = [*columns, *(name for name in there if name.lower() in optional)]
-            for batch in file.iter_batches(BATCH, columns=wanted):
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=wanted):
                 names = batch.schema.names
                 for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     tally.lines += 1

@@ -14,19 +14,19 @@ import yaml
 
 from m2rec import distributed
 from m2rec.compat import Config
-from m2rec.configuration import read_yaml, resolved
+from m2rec.configuration import read_yaml, resolve_settings
 from m2rec.dataset import HistoryDataset
-from m2rec.files import CONFIG_FILE, COUNTS_FILE, ITEMS_FILE, TEXT_FILE, TITLES_FILE, locked, write_text
-from m2rec.item_text import read_titles
-from m2rec.provenance import item_tokens
+from m2rec.files import CONFIG_FILE, COUNTS_FILE, ITEMS_FILE, TEXT_FILE, TITLES_FILE, lock_path, write_text
+from m2rec.item_text import read_item_titles
+from m2rec.provenance import list_item_tokens
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 10.0  # seconds: data-loader workers of a run that was killed hold its folder for five
+_LOCK_TIMEOUT = 10.0  # seconds: data-loader workers of a run that was killed hold its folder for five
 
 
 @contextmanager
-def held_folder(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """Keep other processes than this run's from going on with it at the same time.
 
     Raises:
@@ -34,8 +34,8 @@ def held_folder(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            if distributed.is_first():
-                stack.enter_context(locked(folder, _PATIENCE))
+            if distributed.is_main_process():
+                stack.enter_context(lock_path(folder, _LOCK_TIMEOUT))
         except BlockingIOError:
             raise ValueError(
                 f"resume: another process is training in {folder}; wait for it or stop it"
@@ -43,7 +43,7 @@ def held_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def new_folder(config: Config, dataset: HistoryDataset, text: dict[str, Any] | None) -> Path:
+def create_run_folder(config: Config, dataset: HistoryDataset, text: dict[str, Any] | None) -> Path:
     """A folder that no other run has, named after model, data set and time, with the run's inputs."""
     time = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = re.sub(r"[^\w.+-]+", "_", f"{config['variant']}-{config['dataset']}-{time}")
@@ -52,7 +52,7 @@ def new_folder(config: Config, dataset: HistoryDataset, text: dict[str, Any] | N
         folder = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
         try:
             folder.mkdir(parents=True)
-            _write_inputs(folder, config, dataset, text)
+            _write_run_inputs(folder, config, dataset, text)
             return folder
         except FileExistsError:
             continue
@@ -62,31 +62,33 @@ def new_folder(config: Config, dataset: HistoryDataset, text: dict[str, Any] | N
     raise ValueError(f"runs_dir: no free name like {base}; clean up {base.parent}")
 
 
-def _write_config(folder: Path, settings: dict[str, Any]) -> None:
+def _write_run_config(folder: Path, settings: dict[str, Any]) -> None:
     header = f"# python run_mm.py --config_files={quote(str(folder / CONFIG_FILE))} repeats this run\n"
     write_text(folder / CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def keep_batch_size(folder: Path, config: Config) -> None:
+def update_eval_batch_size(folder: Path, config: Config) -> None:
     """A run that goes on with another size of the test's batches is repeated with that."""
     settings = read_yaml(folder / CONFIG_FILE)
     if settings.get("eval_batch_size") != config["eval_batch_size"]:
-        _write_config(folder, {**settings, "eval_batch_size": config["eval_batch_size"]})
+        _write_run_config(folder, {**settings, "eval_batch_size": config["eval_batch_size"]})
 
 
-def _write_inputs(folder: Path, config: Config, dataset: HistoryDataset, text: dict[str, Any] | None) -> None:
+def _write_run_inputs(
+    folder: Path, config: Config, dataset: HistoryDataset, text: dict[str, Any] | None
+) -> None:
     """What the run was made from: the resolved config, item tokens by internal id, their titles and text."""
-    _write_config(folder, resolved(config))
+    _write_run_config(folder, resolve_settings(config))
     if text is not None:
         write_text(folder / TEXT_FILE, json.dumps(text, indent=2, ensure_ascii=False) + "\n")
-    tokens = item_tokens(dataset)
+    tokens = list_item_tokens(dataset)
     write_text(folder / ITEMS_FILE, json.dumps(tokens, ensure_ascii=False) + "\n")
     if dataset.histories is not None:
         counts = dataset.histories.trained(dataset.item_num).tolist()
         write_text(folder / COUNTS_FILE, json.dumps(counts) + "\n")
     try:
         path = Path(config["data_path"]) / f"{config['dataset']}.item"
-        titles = read_titles(path, config["ITEM_ID_FIELD"], config["field_separator"])
+        titles = read_item_titles(path, config["ITEM_ID_FIELD"], config["field_separator"])
     except (ValueError, OSError) as error:
         logger.warning("no titles: %s", error)
         return

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from m2rec.encoder import Encoder
 from m2rec.layer import Layer, LayerState
-from m2rec.trained import Trained
+from m2rec.trained import SavedModel
 
-_PIECE = 256  # items of a history that are encoded at a time
-_MODEL, _SEEN, _VECTOR, _TOKENS = "model", "seen", "vector", "tokens"
-_DIGEST = hashlib.sha256().digest_size
+_CHUNK_SIZE = 256  # items of a history that are encoded at a time
+_MODEL_KEY, _SEEN_KEY, _VECTOR_KEY, _TOKENS_KEY = "model", "seen", "vector", "tokens"
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-class Memory:
+class SessionState:
     """What is left of a history: the states of all layers, the last vector, and which items it held.
 
     Args:
@@ -46,7 +46,7 @@ class Memory:
         self.seen.update(dict.fromkeys(items))
 
 
-def check(encoder: Encoder) -> None:
+def check_is_recurrent(encoder: Encoder) -> None:
     """Whether the network can go on from a state.
 
     Raises:
@@ -57,7 +57,7 @@ def check(encoder: Encoder) -> None:
 
 
 @torch.no_grad()
-def remember(encoder: Encoder, items: Sequence[int], memory: Memory) -> None:
+def advance_session(encoder: Encoder, items: Sequence[int], memory: SessionState) -> None:
     """Take in some items, in pieces, so that even a history of millions needs little room.
 
     Raises:
@@ -65,20 +65,20 @@ def remember(encoder: Encoder, items: Sequence[int], memory: Memory) -> None:
     """
     states, vector = memory.states, memory.vector
     device = encoder.id_embedding.weight.device
-    for start in range(0, len(items), _PIECE):
-        piece = torch.tensor(items[start : start + _PIECE], device=device)
+    for start in range(0, len(items), _CHUNK_SIZE):
+        piece = torch.tensor(items[start : start + _CHUNK_SIZE], device=device)
         if states is not None and len(piece) == 1:
             vector, states = encoder.step(piece, states)
         else:
             x, states = encoder.advance(piece[None], states)
             vector = x[:, -1]
     if states is not None and vector is not None:
-        (own,) = _apart(states, 1)
+        (own,) = _split_states(states, 1)
         memory.go_on(own, vector.clone(), items)
 
 
 @torch.no_grad()
-def remember_together(encoder: Encoder, memories: Sequence[Memory], items: Sequence[int]) -> None:
+def advance_session_batch(encoder: Encoder, memories: Sequence[SessionState], items: Sequence[int]) -> None:
     """One event for each of many users, in one pass.
 
     Args:
@@ -96,61 +96,61 @@ def remember_together(encoder: Encoder, memories: Sequence[Memory], items: Seque
             x, states = encoder.advance(ids[:, None])
             x = x[:, 0]
         else:
-            x, states = encoder.step(ids, _together([memories[row].states or [] for row in rows]))
-        for place, (row, own) in enumerate(zip(rows, _apart(states, len(rows)), strict=True)):
+            x, states = encoder.step(ids, _concat_states([memories[row].states or [] for row in rows]))
+        for place, (row, own) in enumerate(zip(rows, _split_states(states, len(rows)), strict=True)):
             memories[row].go_on(own, x[place : place + 1].clone(), [items[row]])
 
 
-def to_bytes(memory: Memory, model: Trained) -> bytes:
+def serialize_state(memory: SessionState, model: SavedModel) -> bytes:
     """A memory as bytes, with a checksum, the fingerprint of its model and one of the seen items' tokens."""
     tensors = {
-        _MODEL: torch.frombuffer(bytearray(model.fingerprint), dtype=torch.uint8),
-        _TOKENS: torch.frombuffer(bytearray(_names(memory.seen, model.tokens)), dtype=torch.uint8),
+        _MODEL_KEY: torch.frombuffer(bytearray(model.fingerprint), dtype=torch.uint8),
+        _TOKENS_KEY: torch.frombuffer(bytearray(_hash_tokens(memory.seen, model.tokens)), dtype=torch.uint8),
     }
-    tensors[_SEEN] = torch.tensor(list(memory.seen), dtype=torch.int32)
+    tensors[_SEEN_KEY] = torch.tensor(list(memory.seen), dtype=torch.int32)
     if memory.states is not None and memory.vector is not None:
-        tensors[_VECTOR] = memory.vector
-        tensors |= _flat(memory.states)
+        tensors[_VECTOR_KEY] = memory.vector
+        tensors |= _flatten_states(memory.states)
     content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     return hashlib.sha256(content).digest() + content
 
 
-def from_bytes(data: bytes, model: Trained) -> Memory:
-    """What `to_bytes` made, on the model's device.
+def deserialize_state(data: bytes, model: SavedModel) -> SessionState:
+    """What `serialize_state` made, on the model's device.
 
     Raises:
         ValueError: it is damaged, none, or of another model.
     """
     data = bytes(data)
-    if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
+    if hashlib.sha256(data[_DIGEST_BYTES:]).digest() != data[:_DIGEST_BYTES]:
         raise ValueError("session: the data is damaged, or is no saved session")
     try:
-        tensors = load(data[_DIGEST:])
-        made_by, names, seen = (tensors.pop(name) for name in (_MODEL, _TOKENS, _SEEN))
+        tensors = load(data[_DIGEST_BYTES:])
+        made_by, names, seen = (tensors.pop(name) for name in (_MODEL_KEY, _TOKENS_KEY, _SEEN_KEY))
         if (seen.dtype, seen.dim()) != (torch.int32, 1) or {made_by.dtype, names.dtype} != {torch.uint8}:
-            raise KeyError(_SEEN)
+            raise KeyError(_SEEN_KEY)
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"session: the data is no saved session ({error})") from None
     items = seen.tolist()
     if made_by.numpy().tobytes() != model.fingerprint:
         raise ValueError("session: it was saved with another model; start it again from the history")
     known = all(0 < item < len(model.tokens) for item in items)
-    if not known or names.numpy().tobytes() != _names(items, model.tokens):
+    if not known or names.numpy().tobytes() != _hash_tokens(items, model.tokens):
         raise ValueError("session: it has items that this model does not have; add them first")
     if not tensors:
-        return Memory()
-    like = Memory()
-    remember(model.ready, [1], like)
+        return SessionState()
+    like = SessionState()
+    advance_session(model.ready, [1], like)
     assert like.states is not None and like.vector is not None
-    expected = {_VECTOR: like.vector, **_flat(like.states)}
+    expected = {_VECTOR_KEY: like.vector, **_flatten_states(like.states)}
     shapes, found = ({k: (t.shape, t.dtype) for k, t in ts.items()} for ts in (expected, tensors))
     if shapes != found:
         raise ValueError("session: the data is no saved session of this model")
     tensors = {name: tensor.to(model.table.device) for name, tensor in tensors.items()}
-    return Memory(_deep(tensors, like.states), tensors[_VECTOR], items)
+    return SessionState(_unflatten_states(tensors, like.states), tensors[_VECTOR_KEY], items)
 
 
-def _names(items: Iterable[int], tokens: Sequence[str]) -> bytes:
+def _hash_tokens(items: Iterable[int], tokens: Sequence[str]) -> bytes:
     """A fingerprint of items' tokens: the same id can be another item's where others were added."""
     digest = hashlib.sha256()
     for item in items:
@@ -158,7 +158,7 @@ def _names(items: Iterable[int], tokens: Sequence[str]) -> bytes:
     return digest.digest()
 
 
-def _together(states: Sequence[list[LayerState]]) -> list[LayerState]:
+def _concat_states(states: Sequence[list[LayerState]]) -> list[LayerState]:
     """States of users, one batch of them."""
     batch = []
     for layer in zip(*states, strict=True):
@@ -168,7 +168,7 @@ def _together(states: Sequence[list[LayerState]]) -> list[LayerState]:
     return batch
 
 
-def _apart(states: list[LayerState], users: int) -> list[list[LayerState]]:
+def _split_states(states: list[LayerState], users: int) -> list[list[LayerState]]:
     """The reverse; copies, so that one user's state does not keep those of all in memory."""
 
     def own(tensor: Tensor, user: int) -> Tensor:
@@ -186,7 +186,7 @@ def _apart(states: list[LayerState], users: int) -> list[list[LayerState]]:
     ]
 
 
-def _flat(states: Sequence[LayerState]) -> dict[str, Tensor]:
+def _flatten_states(states: Sequence[LayerState]) -> dict[str, Tensor]:
     """By layer and part; complex numbers as two."""
     found = {}
     for number, state in enumerate(states):
@@ -198,8 +198,8 @@ def _flat(states: Sequence[LayerState]) -> dict[str, Tensor]:
     return found
 
 
-def _deep(tensors: dict[str, Tensor], like: Sequence[LayerState]) -> list[LayerState]:
-    """The reverse of `_flat`, for states as those of `like`."""
+def _unflatten_states(tensors: dict[str, Tensor], like: Sequence[LayerState]) -> list[LayerState]:
+    """The reverse of `_flatten_states`, for states as those of `like`."""
     states = []
     for number, state in enumerate(like):
         memory = tensors.get(f"{number}.filter")

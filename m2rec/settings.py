@@ -10,35 +10,37 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Protocol, Self
 
 
-class _Values(Protocol):
+class _KeyValues(Protocol):
     """What settings are read from: a dict or a RecBole Config."""
 
     def __contains__(self, key: str, /) -> bool: ...
     def __getitem__(self, key: str, /) -> Any: ...
 
 
-def integer(default: int, low: int, high: int = 2**31 - 1) -> Any:
+def integer_field(default: int, low: int, high: int = 2**31 - 1) -> Any:
     """A whole number from `low` to `high`."""
     return field(default=default, metadata={"kind": int, "low": low, "high": high})
 
 
-def number(default: float, low: float, high: float, open_low: bool = False, open_high: bool = False) -> Any:
+def number_field(
+    default: float, low: float, high: float, open_low: bool = False, open_high: bool = False
+) -> Any:
     """A number in [low, high], or in an interval without one of its ends."""
     spec = {"kind": float, "low": low, "high": high, "open_low": open_low, "open_high": open_high}
     return field(default=default, metadata=spec)
 
 
-def choice(default: str, *others: str) -> Any:
+def choice_field(default: str, *others: str) -> Any:
     """One of a few words."""
     return field(default=default, metadata={"kind": str, "choices": (default, *others)})
 
 
-def flag(default: bool) -> Any:
+def bool_field(default: bool) -> Any:
     """True or False."""
     return field(default=default, metadata={"kind": bool})
 
 
-def text(default: str) -> Any:
+def text_field(default: str) -> Any:
     """Any text but the empty one."""
     return field(default=default, metadata={"kind": str})
 
@@ -58,49 +60,49 @@ class _Settings:
         return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
 
     @classmethod
-    def read(cls, values: _Values) -> Self:
+    def read(cls, values: _KeyValues) -> Self:
         """Check and collect the keys that `values` has; the others take their defaults.
 
         Raises:
             ValueError: a value has the wrong type or lies outside its range.
         """
-        return cls(**{f.name: _checked(f, values[f.name]) for f in fields(cls) if f.name in values})
+        return cls(**{f.name: _check_value(f, values[f.name]) for f in fields(cls) if f.name in values})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(_Settings):
     """The keys of M2Rec. config.yaml explains each in place."""
 
-    hidden_size: int = integer(64, 1, 65_536)
-    n_layers: int = integer(2, 1, 1_000)
-    inner_size: int = integer(256, 1, 262_144)
-    dropout_prob: float = number(0.4, 0, 1, open_high=True)
-    mixer: str = choice("mamba2", "mamba", "attention")
-    d_state: int = integer(32, 1, 65_536)
-    d_conv: int = integer(4, 1, 1_000)
-    expand: int = integer(2, 1, 1_000)
-    head_dim: int = integer(64, 1, 65_536)
-    n_heads: int = integer(2, 1, 65_536)
-    scan_backend: str = text("auto")
-    filter: str = choice("causal", "low_pass", "residual", "none")
-    filter_modes: int = integer(16, 1, 65_536)
-    filter_cutoff: float = number(0.5, 0, 1, open_low=True)
-    gate: str = choice("softmax", "mean")
-    repeat_bias: bool = flag(True)
-    text_in_sequence: bool = flag(True)
-    text_in_table: bool = flag(True)
-    id_dropout: float = number(0.0, 0, 1, open_high=True)
-    text_vectors: str = text("auto")
-    text_encoder: str = text("auto")
-    text_whitening: str = choice("pca", "zca", "none")
-    text_width: int = integer(0, 0, 65_536)
-    init: str = choice("standard", "mamba4rec")
-    loss_type: str = choice("CE", "sampled", "gBCE", "BPR")
-    loss_memory: int = integer(0, 0, 1_048_576)
-    n_negatives: int = integer(512, 1)
-    negatives_shared: int = integer(128, 1)
-    negative_sampling: str = choice("uniform", "popularity")
-    gbce_t: float = number(0.75, 0, 1)
+    hidden_size: int = integer_field(64, 1, 65_536)
+    n_layers: int = integer_field(2, 1, 1_000)
+    inner_size: int = integer_field(256, 1, 262_144)
+    dropout_prob: float = number_field(0.4, 0, 1, open_high=True)
+    mixer: str = choice_field("mamba2", "mamba", "attention")
+    d_state: int = integer_field(32, 1, 65_536)
+    d_conv: int = integer_field(4, 1, 1_000)
+    expand: int = integer_field(2, 1, 1_000)
+    head_dim: int = integer_field(64, 1, 65_536)
+    n_heads: int = integer_field(2, 1, 65_536)
+    scan_backend: str = text_field("auto")
+    filter: str = choice_field("causal", "low_pass", "residual", "none")
+    filter_modes: int = integer_field(16, 1, 65_536)
+    filter_cutoff: float = number_field(0.5, 0, 1, open_low=True)
+    gate: str = choice_field("softmax", "mean")
+    repeat_bias: bool = bool_field(True)
+    text_in_sequence: bool = bool_field(True)
+    text_in_table: bool = bool_field(True)
+    id_dropout: float = number_field(0.0, 0, 1, open_high=True)
+    text_vectors: str = text_field("auto")
+    text_encoder: str = text_field("auto")
+    text_whitening: str = choice_field("pca", "zca", "none")
+    text_width: int = integer_field(0, 0, 65_536)
+    init: str = choice_field("standard", "mamba4rec")
+    loss_type: str = choice_field("CE", "sampled", "gBCE", "BPR")
+    loss_memory: int = integer_field(0, 0, 1_048_576)
+    n_negatives: int = integer_field(512, 1)
+    negatives_shared: int = integer_field(128, 1)
+    negative_sampling: str = choice_field("uniform", "popularity")
+    gbce_t: float = number_field(0.75, 0, 1)
 
     def __post_init__(self) -> None:
         if self.text_width and self.text_whitening == "none":
@@ -141,39 +143,39 @@ class RunSettings(_Settings):
     The defaults here are RecBole's; the project's own are in properties/overall.yaml.
     """
 
-    model: str = text("M2Rec")
-    dataset: str = text("ml-100k")
-    data_path: str = text("dataset")
-    runs_dir: str = text("runs")
-    seed: int = integer(2020, 0, 2**32 - 1)
-    rows: str = choice("dense", "prefix")
-    time_order: str = choice("exact", "recbole")
-    split: str = choice("leave_one_out", "global_time")
-    valid_from: float = number(0.8, 0, 1, open_low=True, open_high=True)
-    test_from: float = number(0.9, 0, 1, open_low=True, open_high=True)
-    MAX_ITEM_LIST_LENGTH: int = integer(50, 1, 1_000_000)
-    epochs: int = integer(300, 1)
-    stopping_step: int = integer(10, 0)
-    eval_step: int = integer(1, 1)
-    checkpoint_minutes: float = number(5.0, 0, 1e6, open_low=True)
-    train_batch_size: int = integer(2048, 1)
-    eval_batch_size: int = integer(4096, 1)
-    learning_rate: float = number(0.001, 0, float("inf"), open_low=True, open_high=True)
-    weight_decay: float = number(0.0, 0, float("inf"), open_high=True)
-    average_epochs: float = number(0.0, 0, float("inf"), open_high=True)
-    learner: str = choice("adam", "adamw", "sgd", "adagrad", "rmsprop")
-    shuffle: bool = flag(True)
-    worker: int = integer(0, 0, 1_000)
-    use_gpu: bool = flag(True)
-    reproducibility: bool = flag(True)
-    enable_amp: bool = flag(False)
-    show_progress: bool = flag(True)
-    report: bool = flag(True)
-    tensorboard: bool = flag(False)
-    state: str = choice("INFO", "DEBUG", "WARNING", "ERROR", "CRITICAL")
-    log_wandb: bool = flag(False)
-    metric_decimal_place: int = integer(4, 1, 15)
-    metric_definitions: str = choice("textbook", "recbole")
+    model: str = text_field("M2Rec")
+    dataset: str = text_field("ml-100k")
+    data_path: str = text_field("dataset")
+    runs_dir: str = text_field("runs")
+    seed: int = integer_field(2020, 0, 2**32 - 1)
+    rows: str = choice_field("dense", "prefix")
+    time_order: str = choice_field("exact", "recbole")
+    split: str = choice_field("leave_one_out", "global_time")
+    valid_from: float = number_field(0.8, 0, 1, open_low=True, open_high=True)
+    test_from: float = number_field(0.9, 0, 1, open_low=True, open_high=True)
+    MAX_ITEM_LIST_LENGTH: int = integer_field(50, 1, 1_000_000)
+    epochs: int = integer_field(300, 1)
+    stopping_step: int = integer_field(10, 0)
+    eval_step: int = integer_field(1, 1)
+    checkpoint_minutes: float = number_field(5.0, 0, 1e6, open_low=True)
+    train_batch_size: int = integer_field(2048, 1)
+    eval_batch_size: int = integer_field(4096, 1)
+    learning_rate: float = number_field(0.001, 0, float("inf"), open_low=True, open_high=True)
+    weight_decay: float = number_field(0.0, 0, float("inf"), open_high=True)
+    average_epochs: float = number_field(0.0, 0, float("inf"), open_high=True)
+    learner: str = choice_field("adam", "adamw", "sgd", "adagrad", "rmsprop")
+    shuffle: bool = bool_field(True)
+    worker: int = integer_field(0, 0, 1_000)
+    use_gpu: bool = bool_field(True)
+    reproducibility: bool = bool_field(True)
+    enable_amp: bool = bool_field(False)
+    show_progress: bool = bool_field(True)
+    report: bool = bool_field(True)
+    tensorboard: bool = bool_field(False)
+    state: str = choice_field("INFO", "DEBUG", "WARNING", "ERROR", "CRITICAL")
+    log_wandb: bool = bool_field(False)
+    metric_decimal_place: int = integer_field(4, 1, 15)
+    metric_definitions: str = choice_field("textbook", "recbole")
 
     def __post_init__(self) -> None:
         if self.valid_from >= self.test_from:
@@ -183,36 +185,36 @@ class RunSettings(_Settings):
             )
 
 
-_LONGEST_LOW_PASS = 10_000
+_MAX_LOW_PASS_LENGTH = 10_000
 
 
-def check_together(model: ModelSettings, run: RunSettings) -> None:
+def check_key_combination(model: ModelSettings, run: RunSettings) -> None:
     """Refuse combinations of keys that would train on what they must not see."""
     if model.filter == "low_pass" and run.rows == "dense":
         raise ValueError(
             "filter: 'low_pass' sees the future and can't be trained with rows: 'dense'; "
             "set rows: prefix, or filter: causal"
         )
-    if model.filter == "low_pass" and run.MAX_ITEM_LIST_LENGTH > _LONGEST_LOW_PASS:
+    if model.filter == "low_pass" and run.MAX_ITEM_LIST_LENGTH > _MAX_LOW_PASS_LENGTH:
         raise ValueError(
             f"MAX_ITEM_LIST_LENGTH: {run.MAX_ITEM_LIST_LENGTH} is too long for filter: 'low_pass', whose "
-            f"memory grows with its square; set at most {_LONGEST_LOW_PASS}, or filter: causal"
+            f"memory grows with its square; set at most {_MAX_LOW_PASS_LENGTH}, or filter: causal"
         )
 
 
-def _checked(f: Field[Any], value: Any) -> Any:
+def _check_value(f: Field[Any], value: Any) -> Any:
     """The value in the field's type, or a ValueError."""
     spec: Mapping[str, Any] = f.metadata
     kind = spec["kind"]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     right_type = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not right_type or not _within(spec, value):
-        raise ValueError(f"{f.name}: expected {_expected(spec)}, got {value!r}")
+    if not right_type or not _is_in_range(spec, value):
+        raise ValueError(f"{f.name}: expected {_describe_range(spec)}, got {value!r}")
     return value
 
 
-def _within(spec: Mapping[str, Any], value: Any) -> bool:
+def _is_in_range(spec: Mapping[str, Any], value: Any) -> bool:
     if "choices" in spec:
         return value in spec["choices"]
     if spec["kind"] is str:
@@ -225,12 +227,12 @@ def _within(spec: Mapping[str, Any], value: Any) -> bool:
     return bool(above and below)
 
 
-def allowed(f: Field[Any]) -> str:
+def describe_allowed_values(f: Field[Any]) -> str:
     """What a field's values may be, in words."""
-    return _expected(f.metadata)
+    return _describe_range(f.metadata)
 
 
-def _expected(spec: Mapping[str, Any]) -> str:
+def _describe_range(spec: Mapping[str, Any]) -> str:
     """The range in words."""
     kind = spec["kind"]
     if "choices" in spec:

@@ -12,11 +12,11 @@ import yaml
 
 from m2rec import atomic, item_text
 
-FOLDER = Path(__file__).parent / "properties" / "dataset"
-BELONGS_TO = "belongs_to"
+SHIPPED_FOLDER = Path(__file__).parent / "properties" / "dataset"
+ORIGIN_KEY = "belongs_to"
 
 
-class Columns(NamedTuple):
+class InterColumns(NamedTuple):
     """How a data set's files are read."""
 
     separator: str
@@ -36,13 +36,13 @@ def read_origin(name: str) -> dict[str, Any]:
         `users`, `items` and `interactions` of NAME.inter, unfiltered, and where vectors are shipped
         `titles_sha256` (see `hash_titles`).
     """
-    path = FOLDER / f"{name}.yaml"
+    path = SHIPPED_FOLDER / f"{name}.yaml"
     if not path.is_file():
         return {}
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))[BELONGS_TO])
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))[ORIGIN_KEY])
 
 
-def describe_difference(name: str, path: Path, columns: Columns) -> str:
+def describe_difference(name: str, path: Path, columns: InterColumns) -> str:
     """How the interactions of a file differ from those that the properties of this name are of.
 
     Args:
@@ -61,7 +61,7 @@ def describe_difference(name: str, path: Path, columns: Columns) -> str:
     header = atomic.read_header(path, columns.separator)
     if columns.user not in header or columns.item not in header:
         return ""  # which is an error when it is loaded
-    frame = atomic.read_table(path, columns.separator, header, [columns.user, columns.item])
+    frame = atomic.read_text_columns(path, columns.separator, header, [columns.user, columns.item])
     found = {
         "users": frame[columns.user].nunique(),
         "items": frame[columns.item].nunique(),
@@ -76,13 +76,13 @@ def hash_titles(titles: Mapping[str, str]) -> str:
     return item_text.ItemTexts(tokens, [titles[token] for token in tokens], columns=[]).sha256()
 
 
-def find_vectors(name: str) -> Path | None:
+def find_shipped_vectors(name: str) -> Path | None:
     """The text-vector file that is shipped under this name, whatever data has that name here."""
-    path = FOLDER / f"{name}.text.safetensors"
+    path = SHIPPED_FOLDER / f"{name}.text.safetensors"
     return path if path.is_file() else None
 
 
-def has_same_titles(name: str, items: Path, columns: Columns) -> bool:
+def has_same_titles(name: str, items: Path, columns: InterColumns) -> bool:
     """Whether a file of items has the tokens and titles that the shipped vectors of this name are of."""
-    titles = item_text.read_titles(items, columns.item, columns.separator)
+    titles = item_text.read_item_titles(items, columns.item, columns.separator)
     return hash_titles(titles) == read_origin(name).get("titles_sha256")

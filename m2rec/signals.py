@@ -8,9 +8,9 @@ from time import monotonic
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # a terminal and a parent process may both pass on the same Ctrl-C
-_SAME = 1.0  # seconds
+_REPEAT_SECONDS = 1.0  # seconds
 
 
 class StopRequest:
@@ -32,7 +32,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in _STOP_SIGNALS}
         return self
 
     def __exit__(
@@ -55,11 +55,11 @@ class StopRequest:
         if self.signal is None:
             self.signal, self._came = number, monotonic()
             os.write(2, b"stopping after this step; once more stops at once\n")  # a handler must not log
-        elif monotonic() - self._came > _SAME:
+        elif monotonic() - self._came > _REPEAT_SECONDS:
             raise KeyboardInterrupt
 
 
-class Interrupted(KeyboardInterrupt):
+class RunInterrupted(KeyboardInterrupt):
     """A run was asked to stop, and has kept what it takes to go on if it could.
 
     Attributes:

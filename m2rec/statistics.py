@@ -5,27 +5,27 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
-RESAMPLES = 10_000
-LEVEL = 0.95
+N_RESAMPLES = 10_000
+CONFIDENCE_LEVEL = 0.95
 # counts of drawn users that are held at a time
-_HELD = 2**20
+_MAX_COUNTS_IN_MEMORY = 2**20
 
 
-class Comparison(NamedTuple):
+class BootstrapResult(NamedTuple):
     """Result of the paired bootstrap, each of shape (columns,)."""
 
-    difference: Floats
+    difference: FloatArray
     """Mean over users."""
-    low: Floats
-    high: Floats
+    low: FloatArray
+    high: FloatArray
     """Ends of the 95% percentile interval of the mean."""
-    p: Floats
+    p: FloatArray
     """Two-sided, in [1 / (resamples + 1), 1]."""
 
 
-def metric_of_ranks(metric: str, ranks: NDArray[np.integer]) -> Floats:
+def compute_rank_metric(metric: str, ranks: NDArray[np.integer]) -> FloatArray:
     """A metric of one target per user from its place in the ranking.
 
     Args:
@@ -43,7 +43,7 @@ def metric_of_ranks(metric: str, ranks: NDArray[np.integer]) -> Floats:
     return np.where((ranks >= 1) & (ranks <= int(cut)), gains[name], 0.0)
 
 
-def paired_bootstrap(differences: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+def paired_bootstrap(differences: FloatArray, resamples: int = N_RESAMPLES, seed: int = 0) -> BootstrapResult:
     """Test whether the mean of each column is zero, by drawing users with replacement.
 
     The same draws serve all columns. p is the share of draws whose mean lies as far from the
@@ -64,20 +64,20 @@ def paired_bootstrap(differences: Floats, resamples: int = RESAMPLES, seed: int 
     if not np.isfinite(differences).all():
         raise ValueError("the paired test needs a finite number for each user")
     mean = differences.mean(axis=0)
-    means = _resampled_means(differences - mean, resamples, seed) + mean
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    means = _resample_means(differences - mean, resamples, seed) + mean
+    low, high = np.quantile(means, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2], axis=0)
     # metrics take few values, so many draws are as far away as the mean: rounding must not decide
     slack = 1e-12 * np.abs(differences).max(axis=0)
     extreme = (np.abs(means - mean) >= np.abs(mean) - slack).sum(axis=0)
-    return Comparison(mean, low, high, (extreme + 1) / (resamples + 1))
+    return BootstrapResult(mean, low, high, (extreme + 1) / (resamples + 1))
 
 
-def _resampled_means(values: Floats, resamples: int, seed: int) -> Floats:
+def _resample_means(values: FloatArray, resamples: int, seed: int) -> FloatArray:
     """values: (users, columns) -> (resamples, columns), means over as many drawn users."""
     users = len(values)
     generator = np.random.default_rng(seed)
     means = np.empty((resamples, values.shape[1]))
-    step = max(1, _HELD // users)
+    step = max(1, _MAX_COUNTS_IN_MEMORY // users)
     for start in range(0, resamples, step):
         n = min(step, resamples - start)
         drawn = generator.integers(users, size=(n, users)) + users * np.arange(n)[:, None]

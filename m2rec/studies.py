@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from m2rec.command_line import nearest
-from m2rec.configuration import known_keys, read_yaml
-from m2rec.provenance import OF_THE_MACHINE
+from m2rec.command_line import suggest_spelling
+from m2rec.configuration import collect_known_keys, read_yaml
+from m2rec.provenance import MACHINE_KEYS
 
-_KEYS = ("study", "trials", "seed", "fixed", "search", "pruner")
-_RANGE = ("low", "high", "log", "step")
-_PRUNER = {"warmup_epochs": 0, "startup_trials": 5}
+_PLAN_KEYS = ("study", "trials", "seed", "fixed", "search", "pruner")
+_RANGE_KEYS = ("low", "high", "log", "step")
+_PRUNER_DEFAULTS = {"warmup_epochs": 0, "startup_trials": 5}
 # keys that change which rows are scored, or how, or only luck: values of such trials can't be compared
-_NOT_SEARCHED = {
+_NOT_SEARCHABLE = {
     "ITEM_ID_FIELD", "TIME_FIELD", "USER_ID_FIELD", "dataset", "filter_inter_by_user_or_item",
     "item_inter_num_interval", "rm_dup_inter", "seed", "split", "test_from", "time_order",
     "user_inter_num_interval", "val_interval", "valid_from", "valid_metric",
@@ -23,7 +23,7 @@ _NOT_SEARCHED = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """What a study's file and the command line ask for."""
 
     study: str
@@ -51,33 +51,33 @@ class Plan:
         """
         content = read_yaml(path)
         try:
-            return cls(**_checked(content, given))
+            return cls(**_parse_plan(content, given))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 
-def _checked(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_plan(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a Plan."""
     values = {"seed": 2020, "fixed": {}, "pruner": None, **content}
-    _check_keys(values)
+    _check_plan_keys(values)
     name, trials = values["study"], given.get("trials", values["trials"])
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
         raise ValueError(f"study: expected a name of letters, digits and any of ._+-, got {name!r}")
-    _check_whole("trials", trials, 1)
-    _check_whole("seed", values["seed"], 0)
+    _check_integer("trials", trials, 1)
+    _check_integer("seed", values["seed"], 0)
     fixed = {**values["fixed"], **{key: value for key, value in given.items() if key != "trials"}}
     if not values["search"]:
         raise ValueError("search: no key to search; --help shows the format")
     for key, drawn in values["search"].items():
-        _check_searched(key, drawn, fixed)
-    return {**values, "trials": trials, "fixed": fixed, "pruner": _pruner(values["pruner"])}
+        _check_search_space(key, drawn, fixed)
+    return {**values, "trials": trials, "fixed": fixed, "pruner": _parse_pruner(values["pruner"])}
 
 
-def _check_keys(values: Mapping[str, Any]) -> None:
+def _check_plan_keys(values: Mapping[str, Any]) -> None:
     for key in values:
-        if key not in _KEYS:
-            raise ValueError(f"unknown key {key!r}{nearest(str(key), _KEYS)}")
-    for key in _KEYS:
+        if key not in _PLAN_KEYS:
+            raise ValueError(f"unknown key {key!r}{suggest_spelling(str(key), _PLAN_KEYS)}")
+    for key in _PLAN_KEYS:
         if key not in values:
             raise ValueError(f"{key} is missing; --help shows the format")
     for key in ("fixed", "search"):
@@ -85,42 +85,42 @@ def _check_keys(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}: expected lines of 'key: value', got {values[key]!r}")
 
 
-def _pruner(value: Any) -> dict[str, int] | None:
+def _parse_pruner(value: Any) -> dict[str, int] | None:
     if value is None:
         return None
-    if not isinstance(value, dict) or not set(value) <= set(_PRUNER):
-        raise ValueError(f"pruner: expected some of {', '.join(_PRUNER)}, got {value!r}")
+    if not isinstance(value, dict) or not set(value) <= set(_PRUNER_DEFAULTS):
+        raise ValueError(f"pruner: expected some of {', '.join(_PRUNER_DEFAULTS)}, got {value!r}")
     for key, number in value.items():
-        _check_whole(f"pruner: {key}", number, 0)
-    return {**_PRUNER, **value}
+        _check_integer(f"pruner: {key}", number, 0)
+    return {**_PRUNER_DEFAULTS, **value}
 
 
-def _check_whole(key: str, value: Any, low: int) -> None:
+def _check_integer(key: str, value: Any, low: int) -> None:
     if type(value) is not int or not low <= value < 2**31:
         raise ValueError(f"{key}: expected a whole number from {low}, got {value!r}")
 
 
-def _check_searched(key: Any, drawn: Any, fixed: Mapping[str, Any]) -> None:
-    if key not in known_keys():
-        raise ValueError(f"search: unknown key {key!r}{nearest(str(key), known_keys())}")
+def _check_search_space(key: Any, drawn: Any, fixed: Mapping[str, Any]) -> None:
+    if key not in collect_known_keys():
+        raise ValueError(f"search: unknown key {key!r}{suggest_spelling(str(key), collect_known_keys())}")
     if key in fixed:
         raise ValueError(f"search: {key} is fixed too, to {fixed[key]!r}; take it out of one")
-    if key in _NOT_SEARCHED:
+    if key in _NOT_SEARCHABLE:
         raise ValueError(f"search: {key} changes what is measured; fix it, and make a study for each value")
-    if key in OF_THE_MACHINE:
+    if key in MACHINE_KEYS:
         raise ValueError(f"search: {key} changes no result; fix it, or leave it out")
     if isinstance(drawn, dict):
-        _check_range(key, drawn)
+        _check_search_range(key, drawn)
     elif not isinstance(drawn, list) or not drawn:
         raise ValueError(f"search: {key}: expected {{low: ..., high: ...}} or a list, got {drawn!r}")
     elif not all(value is None or type(value) in (bool, int, float, str) for value in drawn):
         raise ValueError(f"search: {key}: expected a list of numbers, words, true, false or ~, got {drawn!r}")
 
 
-def _check_range(key: str, drawn: Mapping[str, Any]) -> None:
+def _check_search_range(key: str, drawn: Mapping[str, Any]) -> None:
     for name in drawn:
-        if name not in _RANGE:
-            raise ValueError(f"search: {key}: unknown {name!r}; a range has {', '.join(_RANGE)}")
+        if name not in _RANGE_KEYS:
+            raise ValueError(f"search: {key}: unknown {name!r}; a range has {', '.join(_RANGE_KEYS)}")
     for name in ("low", "high", "step"):
         value: Any = drawn.get(name)
         wrong = type(value) not in (int, float) or not math.isfinite(value)

@@ -7,20 +7,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from m2rec.command_line import nearest
+from m2rec.command_line import suggest_spelling
 from m2rec.configuration import read_yaml
 from m2rec.files import METRICS_FILE
 
-MAIN = "main"
-OVERVIEW = "overview"
+MAIN_TABLE = "main"
+OVERVIEW_TABLE = "overview"
 # the second words of README's markers that stand for no table of the sweep
-RESERVED = ("reported", "buckets", OVERVIEW)
+RESERVED_TABLES = ("reported", "buckets", OVERVIEW_TABLE)
 
-_REQUIRED = ("title", "datasets", "seeds", "variants")
-_OWN = ("dataset", "seed")
+_REQUIRED_SWEEP_KEYS = ("title", "datasets", "seeds", "variants")
+_LISTED_KEYS = ("dataset", "seed")
 
 
-class Cell(NamedTuple):
+class PlannedRun(NamedTuple):
     """One run that a sweep asks for."""
 
     dataset: str
@@ -65,33 +65,33 @@ class Sweep:
         """
         content = read_yaml(path)
         try:
-            return cls(name=path.stem, path=path, **_checked(content, path.stem))
+            return cls(name=path.stem, path=path, **_parse_sweep(content, path.stem))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def cells(self) -> Iterator[Cell]:
+    def cells(self) -> Iterator[PlannedRun]:
         """All runs, seed by seed, so that an early stop leaves every variant with as many seeds."""
         for dataset in self.datasets:
             for seed in self.seeds:
                 for variant in self.variants:
-                    yield Cell(dataset, variant, seed, self.keys(dataset, variant))
+                    yield PlannedRun(dataset, variant, seed, self.keys(dataset, variant))
 
     def keys(self, dataset: str, variant: str) -> dict[str, Any]:
         """Keys of run_mm.py for a variant, without dataset and seed."""
         return {**self.common, **self.dataset_keys.get(dataset, {}), **self.variants[variant]}
 
 
-def slug(variant: str) -> str:
+def slugify_variant(variant: str) -> str:
     """A variant's name as the name of a folder."""
     return re.sub(r"[^a-z0-9.+-]+", "-", variant.lower()).strip("-")
 
 
-def cell_folder(root: Path, dataset: str, variant: str, seed: int) -> Path:
+def get_planned_run_folder(root: Path, dataset: str, variant: str, seed: int) -> Path:
     """The folder that holds the run folders of one cell; `root` is that of the sweep."""
-    return root / dataset / slug(variant) / str(seed)
+    return root / dataset / slugify_variant(variant) / str(seed)
 
 
-def finished_run(cell: Path) -> Path | None:
+def find_finished_run(cell: Path) -> Path | None:
     """The newest run folder in a cell's folder that has metrics.json, which is written last."""
     done = [
         (path.stat().st_mtime_ns, path.parent.name, path.parent) for path in cell.glob(f"*/{METRICS_FILE}")
@@ -99,55 +99,57 @@ def finished_run(cell: Path) -> Path | None:
     return max(done)[-1] if done else None
 
 
-def _checked(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _parse_sweep(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The fields of a Sweep but its name and path."""
-    _check_keys(content)
-    datasets = _names("datasets", content["datasets"])
-    variants = _mappings("variants", content["variants"])
+    _check_sweep_keys(content)
+    datasets = _parse_names("datasets", content["datasets"])
+    variants = _parse_settings_by_name("variants", content["variants"])
     if not variants:
         raise ValueError("variants: there are none; give at least one, such as M2Rec: {}")
-    _check_slugs(variants)
-    dataset_keys = _mappings("dataset_keys", content.get("dataset_keys"))
-    _check_known("dataset_keys", dataset_keys, datasets)
-    reference, without_text = (_name(key, content.get(key)) for key in ("reference", "without_text"))
-    baselines = _names("baselines", content.get("baselines") or [], empty=True)
+    _check_variant_slugs(variants)
+    dataset_keys = _parse_settings_by_name("dataset_keys", content.get("dataset_keys"))
+    _check_known_names("dataset_keys", dataset_keys, datasets)
+    reference, without_text = (_parse_name(key, content.get(key)) for key in ("reference", "without_text"))
+    baselines = _parse_names("baselines", content.get("baselines") or [], empty=True)
     named = {"reference": (reference,), "without_text": (without_text,), "baselines": baselines}
     for key, names in named.items():
-        _check_known(key, [name for name in names if name is not None], variants)
+        _check_known_names(key, [name for name in names if name is not None], variants)
     if baselines and reference is None:
         raise ValueError("baselines: there is nothing to compare them with; name a reference")
     return {
         "title": str(content["title"]),
         "command": str(content.get("command", f"python scripts/sweep.py results/{name}.yaml")),
         "datasets": datasets,
-        "seeds": _seeds(content["seeds"]),
-        "common": _keys("common", content.get("common")),
+        "seeds": _parse_seeds(content["seeds"]),
+        "common": _parse_run_settings("common", content.get("common")),
         "dataset_keys": dataset_keys,
         "variants": variants,
-        "tables": _tables(content.get("tables"), variants),
+        "tables": _parse_tables(content.get("tables"), variants),
         "reference": reference,
         "baselines": baselines,
         "without_text": without_text,
     }
 
 
-def _check_keys(content: Mapping[str, Any]) -> None:
+def _check_sweep_keys(content: Mapping[str, Any]) -> None:
     known = [field.name for field in fields(Sweep) if field.name not in ("name", "path")]
     for key in content:
         if key not in known:
-            raise ValueError(f"unknown key {key!r}{nearest(str(key), known)}; known: {', '.join(known)}")
-    for key in _REQUIRED:
+            raise ValueError(
+                f"unknown key {key!r}{suggest_spelling(str(key), known)}; known: {', '.join(known)}"
+            )
+    for key in _REQUIRED_SWEEP_KEYS:
         if content.get(key) is None:
             raise ValueError(f"{key} is missing")
 
 
-def _name(key: str, value: Any) -> str | None:
+def _parse_name(key: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{key}: expected a name, got {value!r}")
     return value
 
 
-def _names(key: str, value: Any, empty: bool = False) -> tuple[str, ...]:
+def _parse_names(key: str, value: Any, empty: bool = False) -> tuple[str, ...]:
     """Distinct names."""
     names = [str(name) if type(name) is int else name for name in value] if isinstance(value, list) else []
     if not (names or (empty and value == [])) or not all(isinstance(name, str) and name for name in names):
@@ -158,20 +160,20 @@ def _names(key: str, value: Any, empty: bool = False) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _seeds(value: Any) -> tuple[int, ...]:
+def _parse_seeds(value: Any) -> tuple[int, ...]:
     whole = isinstance(value, list) and all(type(seed) is int and seed >= 0 for seed in value)
     if not whole or not value or len(set(value)) < len(value):
         raise ValueError(f"seeds: expected distinct whole numbers from 0, got {value!r}")
     return tuple(value)
 
 
-def _keys(key: str, value: Any) -> dict[str, Any]:
+def _parse_run_settings(key: str, value: Any) -> dict[str, Any]:
     """Keys of a run; the data set and the seed have lists of their own."""
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise ValueError(f"{key}: expected {{key: value}}, got {value!r}")
-    for own in _OWN:
+    for own in _LISTED_KEYS:
         if own in value:
             raise ValueError(f"{key}: {own} belongs to the list {own}s")
     for name, given in value.items():
@@ -184,7 +186,7 @@ def _keys(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _mappings(key: str, value: Any) -> dict[str, dict[str, Any]]:
+def _parse_settings_by_name(key: str, value: Any) -> dict[str, dict[str, Any]]:
     """Keys of a run by name."""
     if value is None:
         return {}
@@ -193,38 +195,40 @@ def _mappings(key: str, value: Any) -> dict[str, dict[str, Any]]:
     for name in value:
         if not isinstance(name, str):
             raise ValueError(f"{key}: {name!r} is no text; put the name into quotes")
-    return {name: _keys(f"{key}, {name}", own) for name, own in value.items()}
+    return {name: _parse_run_settings(f"{key}, {name}", own) for name, own in value.items()}
 
 
-def _check_slugs(variants: Mapping[str, Any]) -> None:
+def _check_variant_slugs(variants: Mapping[str, Any]) -> None:
     seen: dict[str, str] = {}
     for variant in variants:
-        if not re.search("[a-z0-9]", slug(variant)):
+        if not re.search("[a-z0-9]", slugify_variant(variant)):
             raise ValueError(f"variants: {variant!r} has no letter or digit that can name a folder")
-        other = seen.setdefault(slug(variant), variant)
+        other = seen.setdefault(slugify_variant(variant), variant)
         if other != variant:
-            raise ValueError(f"variants: {other!r} and {variant!r} share the folder {slug(variant)!r}")
+            raise ValueError(
+                f"variants: {other!r} and {variant!r} share the folder {slugify_variant(variant)!r}"
+            )
 
 
-def _check_known(
+def _check_known_names(
     key: str, names: Sequence[Any] | Mapping[str, Any], known: Sequence[str] | Mapping[str, Any]
 ) -> None:
     for name in names:
         if name not in known:
             what = "data set" if key == "dataset_keys" else "variant"
-            raise ValueError(f"{key}: unknown {what} {name!r}{nearest(str(name), known)}")
+            raise ValueError(f"{key}: unknown {what} {name!r}{suggest_spelling(str(name), known)}")
 
 
-def _tables(value: Any, variants: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def _parse_tables(value: Any, variants: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     if value is None:
-        return {MAIN: tuple(variants)}
+        return {MAIN_TABLE: tuple(variants)}
     if not isinstance(value, dict) or not value:
         raise ValueError(f"tables: expected {{table: [variant, ...]}}, got {value!r}")
     tables = {}
     for table, names in value.items():
-        if not isinstance(table, str) or not re.fullmatch(r"[\w.-]+", table) or table in RESERVED:
-            reserved = ", ".join(RESERVED)
+        if not isinstance(table, str) or not re.fullmatch(r"[\w.-]+", table) or table in RESERVED_TABLES:
+            reserved = ", ".join(RESERVED_TABLES)
             raise ValueError(f"tables: {table!r} can't name a table; one word, {reserved} are taken")
-        tables[table] = _names(f"tables, {table}", names)
-        _check_known(f"tables, {table}", tables[table], variants)
+        tables[table] = _parse_names(f"tables, {table}", names)
+        _check_known_names(f"tables, {table}", tables[table], variants)
     return tables

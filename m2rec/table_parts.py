@@ -2,30 +2,38 @@
 
 import re
 
-from m2rec.results import HEADLINE, METRICS, Answers, Row, Spread, against, spread
+from m2rec.results import (
+    HEADLINE_METRIC,
+    TABLE_METRICS,
+    FinishedRuns,
+    ResultRow,
+    SeedStatistics,
+    compare_with_reference,
+    summarize_seeds,
+)
 from m2rec.sweeps import Sweep
 
 NOT_RUN = "not run"
-QUALITY = "test_unseen NDCG@10"
-P = "p"
+HEADLINE_TITLE = "test_unseen NDCG@10"
+P_VALUE_TITLE = "p"
 
 
-def four(found: Spread) -> str:
+def format_mean(found: SeedStatistics) -> str:
     """The mean with four places."""
     return f"{found.mean:.4f}"
 
 
-def four_pm(found: Spread) -> str:
+def format_mean_std(found: SeedStatistics) -> str:
     """The mean and its deviation over seeds, if there are several."""
-    return four(found) if found.deviation is None else f"{found.mean:.4f} ± {found.deviation:.4f}"
+    return format_mean(found) if found.deviation is None else f"{found.mean:.4f} ± {found.deviation:.4f}"
 
 
-def seeds_done(done: int, asked: int) -> str:
+def format_seed_count(done: int, asked: int) -> str:
     """How many seeds were run, and of how many if not all."""
     return str(done) if done == asked else f"{done} of {asked}"
 
 
-def p_value(sweep: Sweep, dataset: str, answers: Answers, test: Row | None) -> str:
+def format_p_value(sweep: Sweep, dataset: str, answers: FinishedRuns, test: ResultRow | None) -> str:
     """A test's p, with its seeds if both have more."""
     if test is None:
         return ""
@@ -40,37 +48,41 @@ def p_value(sweep: Sweep, dataset: str, answers: Answers, test: Row | None) -> s
     return text if ours & theirs == {*seeds} else f"{text} ({word} {', '.join(seeds)})"
 
 
-def versus(sweep: Sweep) -> str:
+def make_versus_title(sweep: Sweep) -> str:
     """The head of the column that compares with the reference."""
     return f"vs {sweep.reference}"
 
 
-def relative(sweep: Sweep, dataset: str, answers: Answers, variant: str) -> str:
+def format_relative_change(sweep: Sweep, dataset: str, answers: FinishedRuns, variant: str) -> str:
     """A variant's quality relative to the reference's on the same seeds."""
     if sweep.reference in (None, variant):
         return ""
-    found = against(answers[dataset, variant], answers[dataset, sweep.reference], HEADLINE)
+    found = compare_with_reference(
+        answers[dataset, variant], answers[dataset, sweep.reference], HEADLINE_METRIC
+    )
     if found is None or not found[0].mean:
         return ""
     base, more = found
     return f"{100 * more.mean / base.mean:+.1f}%"
 
 
-def plain_name(model: str) -> str:
+def strip_model_details(model: str) -> str:
     """A published model's name without the detail behind a comma or in brackets."""
     return re.split(r",| \(", model)[0]
 
 
-def measured(answers: Answers, dataset: str, variant: str | None, protocol: str) -> list[str]:
+def format_measured_metrics(
+    answers: FinishedRuns, dataset: str, variant: str | None, protocol: str
+) -> list[str]:
     """Our HR@10 and NDCG@10."""
     rows = answers[dataset, variant] if variant else []
     if variant and not rows:
         return [NOT_RUN, ""]
-    found = [spread(rows, f"{protocol}.{metric}") for metric in METRICS]
-    return [four_pm(one) if one else "" for one in found]
+    found = [summarize_seeds(rows, f"{protocol}.{metric}") for metric in TABLE_METRICS]
+    return [format_mean_std(one) if one else "" for one in found]
 
 
-def markdown(lines: list[list[str]]) -> str:
+def format_markdown_table(lines: list[list[str]]) -> str:
     """Lines of cells as a table; the first is the head, short ones are filled up."""
     width = len(lines[0])
     filled = [[*line, *[""] * (width - len(line))] for line in lines]

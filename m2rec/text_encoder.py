@@ -22,23 +22,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from m2rec.partial import Partial
+from m2rec.partial import PartialVectors
 
 logger = logging.getLogger(__name__)
 
 POOLINGS = ("auto", "mean", "cls", "last")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
-MAX_TOKENS = 256  # of a model that is no sentence encoder and so has no limit of its own
-BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # a CPU is fastest while a batch stays in its caches
-AT_ONCE = 1024  # texts tokenized in one call
+DEFAULT_MAX_TOKENS = 256  # of a model that is no sentence encoder and so has no limit of its own
+DEFAULT_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # a CPU is fastest while a batch stays in its caches
+TOKENIZER_BATCH_SIZE = 1024  # texts tokenized in one call
 # position tables of these start behind the padding's place
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer")
-PIECES, PIECE = 64, 2**16  # how many pieces of a weight file are hashed, bytes of each
+OFFSET_POSITION_MODELS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer")
+HASH_SAMPLES, HASH_SAMPLE_BYTES = 64, 2**16  # how many pieces of a weight file are hashed, bytes of each
 
 
 @dataclass(frozen=True)
-class EncoderOptions:
+class TextEncoderOptions:
     """What a user can choose; see `scripts/embed_items.py --help`.
 
     Attributes:
@@ -69,12 +69,12 @@ class TextEncoder:
         ValueError: there is no such model, or an option can't be used.
     """
 
-    def __init__(self, options: EncoderOptions) -> None:
+    def __init__(self, options: TextEncoderOptions) -> None:
         self.options = options
         if options.batch_tokens < 0:
             raise ValueError(f"batch_tokens: {options.batch_tokens} is no limit; give a number from 1 on")
         self.device = _choose_device(options.device)
-        self.batch_tokens = options.batch_tokens or BATCH_TOKENS[self.device]
+        self.batch_tokens = options.batch_tokens or DEFAULT_BATCH_TOKENS[self.device]
         self.dtype = _choose_dtype(options.dtype, self.device)
         self.is_folder = Path(options.encoder).is_dir()
         self.revision = options.revision if self.is_folder else self._find_commit()
@@ -82,7 +82,7 @@ class TextEncoder:
             "encoder": "sentence-transformers",
             "model": options.name or options.encoder,
             "revision": self.revision,
-            **(_hash_folder(Path(options.encoder)) if self.is_folder else {"model_sha256": ""}),
+            **(_hash_model_folder(Path(options.encoder)) if self.is_folder else {"model_sha256": ""}),
             "asked_pooling": options.pooling,
             "asked_max_tokens": str(options.max_tokens or "auto"),
             "instruction": options.instruction,
@@ -92,12 +92,12 @@ class TextEncoder:
     def describe(self) -> dict[str, str]:
         """What else is recorded: how the model made of `auto`, and the versions that made the vectors."""
         return {
-            "pooling": _name_layers(self.model),
+            "pooling": _describe_pooling(self.model),
             "max_tokens": str(self.model.max_seq_length),
             **{name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
         }
 
-    def encode(self, texts: Sequence[str], partial: Partial | None = None) -> np.ndarray:
+    def encode(self, texts: Sequence[str], partial: PartialVectors | None = None) -> np.ndarray:
         """(n,) texts -> (n, T) vectors of unit length; zero where a text has no token.
 
         A vector does not depend on the other texts, but for rounding.
@@ -120,7 +120,7 @@ class TextEncoder:
         if limit and (full := sum(length >= limit for length in lengths)):
             logger.info("%s texts reach %s tokens; what is longer is cut", f"{full:,}", limit)
         open_rows = [row for row, length in enumerate(lengths) if length and row not in done]
-        batches = batches_by_tokens([lengths[row] for row in open_rows], self.batch_tokens)
+        batches = make_token_batches([lengths[row] for row in open_rows], self.batch_tokens)
         with tqdm(total=len(open_rows), desc="encoding", unit="text", disable=None) as bar:
             for places in batches:
                 rows = np.array([open_rows[place] for place in places])
@@ -133,8 +133,8 @@ class TextEncoder:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text behind the instruction, cut at the limit; 1 where a model has no tokens."""
         lengths: list[int] = []
-        for start in range(0, len(texts), AT_ONCE):
-            some = list(texts[start : start + AT_ONCE])
+        for start in range(0, len(texts), TOKENIZER_BATCH_SIZE):
+            some = list(texts[start : start + TOKENIZER_BATCH_SIZE])
             mask = self.model.preprocess(some, prompt=self.prompt).get("attention_mask")
             lengths += [1] * len(some) if mask is None else mask.sum(1).long().tolist()
         return lengths
@@ -178,21 +178,23 @@ class TextEncoder:
         at = {"revision": self.revision or None, "local_files_only": self.is_folder}
         given = {**at, "trust_remote_code": False}
         weights = {"use_safetensors": True, "dtype": self.dtype}
-        with self._loading(), _whole_safetensors():
+        with self._loading(), _require_complete_safetensors():
             from sentence_transformers import SentenceTransformer
             from sentence_transformers.util import is_sentence_transformer_model
 
             if is_sentence := is_sentence_transformer_model(name, **at):
                 model = SentenceTransformer(name, device=self.device, model_kwargs=weights, **given)
             else:
-                model = SentenceTransformer(modules=_pool_tokens(name, given, weights), device=self.device)
+                model = SentenceTransformer(
+                    modules=_build_pooled_transformer(name, given, weights), device=self.device
+                )
         if options.pooling != "auto":
             _set_pooling(model, options)
         if options.max_tokens or not is_sentence:
-            _set_limit(model, options)
+            _set_max_tokens(model, options)
         logger.info(
             "%s: pooling %s, at most %s tokens, %s on %s",
-            self.decisive["model"], _name_layers(model), model.max_seq_length, self.decisive["dtype"],
+            self.decisive["model"], _describe_pooling(model), model.max_seq_length, self.decisive["dtype"],
             self.device,
         )  # fmt: skip
         return model
@@ -230,7 +232,7 @@ class TextEncoder:
             chatter.enable_progress_bar()
 
 
-def _pool_tokens(name: str, given: dict[str, Any], weights: dict[str, Any]) -> list[Any]:
+def _build_pooled_transformer(name: str, given: dict[str, Any], weights: dict[str, Any]) -> list[Any]:
     """Modules of a model that is no sentence encoder: a decoder's last token counts, else the mean."""
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -246,11 +248,11 @@ def _pool_tokens(name: str, given: dict[str, Any], weights: dict[str, Any]) -> l
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:  # decoders often have none
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    how = "lasttoken" if is_decoder(transformer.config) else "mean"
+    how = "lasttoken" if is_causal_lm(transformer.config) else "mean"
     return [transformer, Pooling(transformer.get_embedding_dimension(), how)]
 
 
-def _set_pooling(model: Any, options: EncoderOptions) -> None:
+def _set_pooling(model: Any, options: TextEncoderOptions) -> None:
     """Pool tokens as asked; what stands behind stays."""
     modules = [module for module in model if isinstance(getattr(module, "pooling_mode", None), str)]
     if len(modules) != 1:
@@ -260,14 +262,14 @@ def _set_pooling(model: Any, options: EncoderOptions) -> None:
     modules[0].pooling_mode = {"last": "lasttoken"}.get(options.pooling, options.pooling)
 
 
-def _set_limit(model: Any, options: EncoderOptions) -> None:
+def _set_max_tokens(model: Any, options: TextEncoderOptions) -> None:
     """Cut texts as asked, never at more than the model has positions for; else at 256 or its own limit."""
     if model.transformers_model is None:
         raise ValueError(f"max_tokens: {options.encoder!r} has no limit on tokens; leave it out")
     most = getattr(model.config, "max_position_embeddings", None) or model.max_seq_length
-    if model.config.model_type in OFFSET_POSITIONS:
+    if model.config.model_type in OFFSET_POSITION_MODELS:
         most -= model.config.pad_token_id + 1
-    asked = options.max_tokens or min(MAX_TOKENS, most, model.max_seq_length)
+    asked = options.max_tokens or min(DEFAULT_MAX_TOKENS, most, model.max_seq_length)
     least = model.tokenizer.num_special_tokens_to_add() + 1
     if not least <= asked <= most:
         raise ValueError(
@@ -276,7 +278,7 @@ def _set_limit(model: Any, options: EncoderOptions) -> None:
     model.max_seq_length = asked
 
 
-def _name_layers(model: Any) -> str:
+def _describe_pooling(model: Any) -> str:
     """How tokens become a vector: `mean, unit length`, or `mean + max, Dense, unit length`, ..."""
     names = []
     for module in list(model)[1:]:
@@ -287,7 +289,7 @@ def _name_layers(model: Any) -> str:
 
 
 @contextmanager
-def _whole_safetensors() -> Iterator[None]:
+def _require_complete_safetensors() -> Iterator[None]:
     """What sentence-transformers has no switch for: no pickle is read, and no weight is left to chance.
 
     Its Dense and other layers fall back to pytorch_model.bin, and a weight that a file lacks is drawn at
@@ -312,7 +314,7 @@ def _whole_safetensors() -> Iterator[None]:
         yield
 
 
-def is_decoder(config: Any) -> bool:
+def is_causal_lm(config: Any) -> bool:
     """Whether only the last token has seen the whole text: a model made for writing on, not for gaps."""
     from transformers.models.auto import modeling_auto as auto
 
@@ -323,7 +325,7 @@ def is_decoder(config: Any) -> bool:
     return bool(getattr(config, "is_decoder", False)) or (writes and not fills_gaps)
 
 
-def batches_by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
+def make_token_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Places of texts, in batches of similar length with at most `most` tokens, padding included.
 
     The longest come first: what does not fit into memory fails at once. A text that is longer
@@ -355,7 +357,7 @@ def _choose_dtype(asked: str, device: str) -> torch.dtype:
     return torch.bfloat16 if asked == "bfloat16" else torch.float32
 
 
-def _hash_folder(folder: Path) -> dict[str, str]:
+def _hash_model_folder(folder: Path) -> dict[str, str]:
     """A hash of the model's files that are beside weights, and of what its other layers say of themselves."""
     beside = {path.parent for path in folder.rglob("*.safetensors")} | {folder}
     kinds = (".json", ".txt", ".model", ".safetensors")
@@ -364,18 +366,18 @@ def _hash_folder(folder: Path) -> dict[str, str]:
     for path in files:
         digest = found["model_sha256" if path.parent in beside else "layers_sha256"]
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        digest.update(_read_samples(path))
+        digest.update(_read_hash_samples(path))
     return {name: digest.hexdigest() for name, digest in found.items()}
 
 
-def _read_samples(path: Path) -> bytes:
+def _read_hash_samples(path: Path) -> bytes:
     """A file's content; of large weights many pieces, from everywhere."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= PIECES * PIECE or path.suffix != ".safetensors":
+        if size <= HASH_SAMPLES * HASH_SAMPLE_BYTES or path.suffix != ".safetensors":
             return file.read()
         found = b""
-        for place in np.linspace(0, size - PIECE, PIECES, dtype=np.int64):
+        for place in np.linspace(0, size - HASH_SAMPLE_BYTES, HASH_SAMPLES, dtype=np.int64):
             file.seek(int(place))
-            found += file.read(PIECE)
+            found += file.read(HASH_SAMPLE_BYTES)
         return found

@@ -11,17 +11,17 @@ import torch
 
 from m2rec import make_vectors, shipped, text_vectors
 from m2rec.compat import Config
-from m2rec.files import locked, read_metadata
-from m2rec.item_text import read_texts
-from m2rec.lsa import NAME as LSA
-from m2rec.lsa import Lsa
+from m2rec.files import lock_path, read_metadata
+from m2rec.item_text import read_item_texts
+from m2rec.lsa import LSA_NAME as LSA
+from m2rec.lsa import LsaEncoder
 from m2rec.settings import ModelSettings
-from m2rec.text_encoder import EncoderOptions, TextEncoder
+from m2rec.text_encoder import TextEncoder, TextEncoderOptions
 
 logger = logging.getLogger(__name__)
 
 
-def text_file(config: Config) -> Path | None:
+def find_vector_file(config: Config) -> Path | None:
     """The text-vector file of a run, None if there is none.
 
     `auto` is NAME.text.safetensors beside the data, else the shipped one, if this is the data set it is of.
@@ -30,20 +30,20 @@ def text_file(config: Config) -> Path | None:
         ValueError: a file was named and does not exist, or the item file can't be read.
     """
     name, dataset = ModelSettings.read(config).text_vectors, config["dataset"]
-    found = text_vectors.find(name, dataset, *folders(config))
-    if found is None and name == "auto" and (own := shipped.find_vectors(dataset)) is not None:
-        columns = shipped.Columns.of(config)
-        return own if shipped.has_same_titles(dataset, _item_file(config), columns) else None
+    found = text_vectors.resolve_vector_file(name, dataset, *get_dataset_folders(config))
+    if found is None and name == "auto" and (own := shipped.find_shipped_vectors(dataset)) is not None:
+        columns = shipped.InterColumns.of(config)
+        return own if shipped.has_same_titles(dataset, _get_item_file(config), columns) else None
     return found
 
 
-def folders(config: Config) -> tuple[Path, Path]:
+def get_dataset_folders(config: Config) -> tuple[Path, Path]:
     """Where the data is: as the user said, and where RecBole found it."""
     found = Path(config["data_path"])
     return Path(config.external_config_dict.get("data_path", found.parent)) / config["dataset"], found
 
 
-def make_missing(config: Config, tokens: Sequence[str]) -> None:
+def ensure_text_vectors(config: Config, tokens: Sequence[str]) -> None:
     """Make the text-vector file that `text_vectors: auto` looks for, as `text_encoder` says.
 
     Of several processes that need the same file the others wait for the first. What `text_encoder:
@@ -62,52 +62,59 @@ def make_missing(config: Config, tokens: Sequence[str]) -> None:
     encoder, wanted = settings.text_encoder, settings.wants_text
     if not wanted or (encoder == "none" and settings.text_vectors == "auto"):
         return
-    if (there := text_file(config)) is not None:
-        _check_made_by(there, encoder, config)
-        _warn_of_changes(there, config)
+    if (there := find_vector_file(config)) is not None:
+        _check_encoder_name(there, encoder, config)
+        _warn_if_texts_changed(there, config)
         return
-    if settings.text_vectors == "auto" and shipped.find_vectors(config["dataset"]) is not None:
-        items = _item_file(config)
+    if settings.text_vectors == "auto" and shipped.find_shipped_vectors(config["dataset"]) is not None:
+        items = _get_item_file(config)
         why = "has other items or titles" if items.is_file() else "is not there to compare titles with"
         logger.warning(
             "the text vectors that are shipped for %s are not taken: %s %s", config["dataset"], items, why
         )
     if encoder not in ("auto", "none"):
-        _make(config, encoder, tokens)
-    elif _item_file(config).is_file():
+        _build_if_missing(config, encoder, tokens)
+    elif _get_item_file(config).is_file():
         logger.info(
             "no text vectors yet: lsa makes them, from word counts; --text_encoder=MODEL, a model does"
         )
         try:
-            _make(config, LSA, tokens)
+            _build_if_missing(config, LSA, tokens)
         except (ValueError, OSError) as error:
             logger.warning("text vectors can't be made: %s", error)
 
 
-def _make(config: Config, encoder: str, tokens: Sequence[str]) -> None:
+def _build_if_missing(config: Config, encoder: str, tokens: Sequence[str]) -> None:
     """Make the file, unless another process did so while this one waited."""
-    folder, device = folders(config)[0], config["device"]
+    folder, device = get_dataset_folders(config)[0], config["device"]
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        if text_file(config) is not None:
+    with lock_path(folder):
+        if find_vector_file(config) is not None:
             return
-        texts = read_texts(
-            _item_file(config), config["ITEM_ID_FIELD"], None, separator=config["field_separator"]
+        texts = read_item_texts(
+            _get_item_file(config), config["ITEM_ID_FIELD"], None, separator=config["field_separator"]
         )
-        output = folder / f"{config['dataset']}{text_vectors.SUFFIX}"
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _as_a_key(encoder):
-            made_by = Lsa() if encoder == LSA else TextEncoder(EncoderOptions(encoder, device=device.type))
-            make_vectors.from_texts(output, texts, made_by, list(tokens))
+        output = folder / f"{config['dataset']}{text_vectors.VECTOR_FILE_SUFFIX}"
+        with (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+            _explain_option_error(encoder),
+        ):
+            made_by = (
+                LsaEncoder()
+                if encoder == LSA
+                else TextEncoder(TextEncoderOptions(encoder, device=device.type))
+            )
+            make_vectors.build_text_vectors(output, texts, made_by, list(tokens))
 
 
 @contextmanager
-def _as_a_key(encoder: str) -> Iterator[None]:
+def _explain_option_error(encoder: str) -> Iterator[None]:
     """An option of the encoder that does not fit is the script's to set, not a key of a run."""
     try:
         yield
     except ValueError as error:
         option = str(error).partition(":")[0]
-        if option in {field.name for field in fields(EncoderOptions)}:
+        if option in {field.name for field in fields(TextEncoderOptions)}:
             raise ValueError(
                 f"text_encoder: {encoder!r} can't be used as it is ({error}); make its vectors with "
                 f"scripts/embed_items.py, which takes {option}"
@@ -115,11 +122,11 @@ def _as_a_key(encoder: str) -> Iterator[None]:
         raise
 
 
-def _item_file(config: Config) -> Path:
-    return folders(config)[1] / f"{config['dataset']}.item"
+def _get_item_file(config: Config) -> Path:
+    return get_dataset_folders(config)[1] / f"{config['dataset']}.item"
 
 
-def _check_made_by(file: Path, encoder: str, config: Config) -> None:
+def _check_encoder_name(file: Path, encoder: str, config: Config) -> None:
     """Vectors of one model must not stand for those of another.
 
     Raises:
@@ -131,21 +138,21 @@ def _check_made_by(file: Path, encoder: str, config: Config) -> None:
     if model != encoder:
         raise ValueError(
             f"text_encoder: {encoder!r}, but {file} has vectors of {model}; run scripts/embed_items.py "
-            f"--dataset={config['dataset']} --data-path={folders(config)[0].parent} "
+            f"--dataset={config['dataset']} --data-path={get_dataset_folders(config)[0].parent} "
             f"--text-encoder={encoder}, or leave text_encoder out"
         )
 
 
-def _warn_of_changes(file: Path, config: Config) -> None:
+def _warn_if_texts_changed(file: Path, config: Config) -> None:
     """Vectors are only made again when that is asked for; but it is said when the texts have changed."""
-    about, items = read_metadata(file), _item_file(config)
+    about, items = read_metadata(file), _get_item_file(config)
     if "texts_sha256" not in about or not items.is_file():
         return
     template = about.get("template", "")
     try:
         columns = None if template else shlex.split(about["columns"])
         id_column, separator = config["ITEM_ID_FIELD"], config["field_separator"]
-        now = read_texts(items, id_column, columns, template, separator).sha256()
+        now = read_item_texts(items, id_column, columns, template, separator).sha256()
     except (ValueError, OSError, LookupError) as error:
         logger.warning("%s can't be compared with %s: %s", file, items, error)
         return

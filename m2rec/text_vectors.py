@@ -21,7 +21,7 @@ from torch import Tensor
 from m2rec import lsa
 from m2rec.files import read_tensors, write_tensors
 
-SUFFIX = ".text.safetensors"
+VECTOR_FILE_SUFFIX = ".text.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TextVectors:
     provenance: dict[str, str]
 
 
-def find(name: str, dataset: str, *folders: Path) -> Path | None:
+def resolve_vector_file(name: str, dataset: str, *folders: Path) -> Path | None:
     """The file that the setting `text_vectors` means, None if there is none.
 
     `auto` looks for <dataset>.text.safetensors in the folders.
@@ -64,11 +64,13 @@ def find(name: str, dataset: str, *folders: Path) -> Path | None:
                 "or set text_vectors: none"
             )
         return Path(name)
-    places = (folder / f"{dataset}{SUFFIX}" for folder in folders)
+    places = (folder / f"{dataset}{VECTOR_FILE_SUFFIX}" for folder in folders)
     return next((p for p in places if p.is_file()), None)
 
 
-def save(path: Path, tokens: Sequence[str], vectors: np.ndarray, provenance: dict[str, str]) -> None:
+def write_text_vectors(
+    path: Path, tokens: Sequence[str], vectors: np.ndarray, provenance: dict[str, str]
+) -> None:
     """Write a text-vector file with vectors (n, T) in half precision, which a power of two keeps in range."""
     length = np.linalg.norm(np.asarray(vectors, dtype=np.float64), axis=1).mean() if len(vectors) else 1.0
     scale = 2.0 ** round(np.log2(length)) if 0 < length < np.inf else 1.0
@@ -82,7 +84,7 @@ def save(path: Path, tokens: Sequence[str], vectors: np.ndarray, provenance: dic
     write_tensors(path, tensors, {**provenance, "scale": repr(scale)})
 
 
-def read(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
+def read_text_vectors(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
     """Read a text-vector file: its tokens, vectors (n, T) in float32, and provenance.
 
     Raises:
@@ -107,13 +109,13 @@ def read(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
     twice, times = Counter(tokens).most_common(1)[0] if tokens else ("", 1)
     if times > 1:
         raise ValueError(f"text_vectors: {path} has token {twice!r} more than once; keep one of them")
-    vectors = vectors.float() * _scale(path, provenance.pop("scale", "1"))
+    vectors = vectors.float() * _parse_scale(path, provenance.pop("scale", "1"))
     if not torch.isfinite(vectors).all():
         raise ValueError(f"text_vectors: {path} holds NaN or infinite values; make it again")
     return tokens, vectors, provenance
 
 
-def _scale(path: Path, text: str) -> float:
+def _parse_scale(path: Path, text: str) -> float:
     try:
         scale = float(text)
     except ValueError:
@@ -123,7 +125,7 @@ def _scale(path: Path, text: str) -> float:
     return scale
 
 
-def check_made_alike(path: Path, made_by: Mapping[str, str], wanted: Mapping[str, Any]) -> None:
+def check_same_text_encoder(path: Path, made_by: Mapping[str, str], wanted: Mapping[str, Any]) -> None:
     """Vectors of another model, or otherwise made by the same, mean something else.
 
     Args:
@@ -137,7 +139,7 @@ def check_made_alike(path: Path, made_by: Mapping[str, str], wanted: Mapping[str
     if not made_by.get("model") or not wanted.get("model"):
         lacks = path if not made_by.get("model") else "the run"
         raise ValueError(f"add_items: {lacks} does not say which model made its vectors; use add_items")
-    if wanted["model"] == lsa.NAME:
+    if wanted["model"] == lsa.LSA_NAME:
         raise ValueError(
             "add_items: vectors of lsa mean something only beside those that were made with them; train "
             "with those of a language model"
@@ -171,7 +173,9 @@ def _decode_tokens(path: Path, data: Tensor, ends: Tensor) -> list[str]:
         raise ValueError(f"text_vectors: {path} has a token that is not UTF-8; make it again") from None
 
 
-def load(path: Path, id_tokens: Sequence[str], whitening: str = "pca", width: int = 0) -> TextVectors:
+def load_item_vectors(
+    path: Path, id_tokens: Sequence[str], whitening: str = "pca", width: int = 0
+) -> TextVectors:
     """Read a file and bring it into a data set's internal ids.
 
     Args:
@@ -181,9 +185,9 @@ def load(path: Path, id_tokens: Sequence[str], whitening: str = "pca", width: in
         width: keep that many principal components, 0 for all; not with `none`.
 
     Raises:
-        ValueError: the file is unusable (see `read`), no token matches, or `width` does not fit.
+        ValueError: the file is unusable (see `read_text_vectors`), no token matches, or `width` does not fit.
     """
-    tokens, raw, provenance = read(path)
+    tokens, raw, provenance = read_text_vectors(path)
     says_something = raw.any(dim=1).tolist()
     row = {token: i for i, token in enumerate(tokens) if says_something[i]}
     found = [(i, row[str(t)]) for i, t in enumerate(id_tokens) if i > 0 and str(t) in row]
@@ -198,17 +202,17 @@ def load(path: Path, id_tokens: Sequence[str], whitening: str = "pca", width: in
     vectors = torch.zeros(len(id_tokens), basis.shape[1])
     vectors[ids] = treated
     provenance["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    cosines = (mean_cosine(raw[rows]), mean_cosine(treated))
+    cosines = (compute_mean_cosine(raw[rows]), compute_mean_cosine(treated))
     missing = tuple(str(token) for token in id_tokens[1:] if str(token) not in row)
     return TextVectors(vectors, missing, cosines, mean, basis, provenance)
 
 
-def first_without(tokens: Sequence[str]) -> str:
+def format_missing_items(tokens: Sequence[str]) -> str:
     """What a line of the log adds about items without text."""
     return f"; the first without: {', '.join(tokens[:5])}" if tokens else ""
 
 
-def mean_cosine(vectors: Tensor) -> float:
+def compute_mean_cosine(vectors: Tensor) -> float:
     """Mean cosine over all pairs of (n, T) vectors, 0 where there is no pair: how anisotropic they are."""
     n = len(vectors)
     if n < 2:

@@ -14,23 +14,27 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-SPINS = "4000"  # turns of the loop, some microseconds: docs/performance.md, "Busy machines"
-_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-_NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_CGROUPS = Path("/sys/fs/cgroup")
+SPIN_COUNT = "4000"  # turns of the loop, some microseconds: docs/performance.md, "Busy machines"
+_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
-def prepare_process() -> None:
+def configure_threads() -> None:
     """Set the threads of a process that is ours, before it loads PyTorch; what the user has set stays.
 
     GNU's OpenMP, that of PyTorch's wheels, reads these variables; others have their own.
     """
     if "torch" in sys.modules:
         return
-    if not any(name in os.environ for name in _WAITING):
-        os.environ["GOMP_SPINCOUNT"] = SPINS
-    quota = read_quota()
-    if quota is not None and quota < _count_cores() and not any(name in os.environ for name in _NUMBER):
+    if not any(name in os.environ for name in _WAIT_VARIABLES):
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+    quota = read_cpu_quota()
+    if (
+        quota is not None
+        and quota < _count_cores()
+        and not any(name in os.environ for name in _COUNT_VARIABLES)
+    ):
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(quota)))  # one that is throttled holds up all others
 
 
@@ -39,7 +43,7 @@ def _count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def read_quota(root: Path = _CGROUPS, memberships: Path = Path("/proc/self/cgroup")) -> float | None:
+def read_cpu_quota(root: Path = _CGROUP_ROOT, memberships: Path = Path("/proc/self/cgroup")) -> float | None:
     """How many cores' time the process's cgroups let it have, None for no limit.
 
     Args:
@@ -53,28 +57,28 @@ def read_quota(root: Path = _CGROUPS, memberships: Path = Path("/proc/self/cgrou
     found = []
     for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if controllers == "":
-            found += [_quota_v2(folder) for folder in _up_to(root, path)]
+            found += [_read_quota_v2(folder) for folder in _list_cgroup_folders(root, path)]
         elif "cpu" in controllers.split(","):
             for name in (controllers, "cpu"):  # one is a link to the other, or not there
-                found += [_quota_v1(folder) for folder in _up_to(root / name, path)]
+                found += [_read_quota_v1(folder) for folder in _list_cgroup_folders(root / name, path)]
     limits = [quota for quota in found if quota is not None]
     return min(limits) if limits else None
 
 
-def _up_to(root: Path, path: str) -> list[Path]:
+def _list_cgroup_folders(root: Path, path: str) -> list[Path]:
     """The folder of a cgroup and those above it; in a container its own may be the root."""
     folder = root / path.strip("/")
     return [folder, *(above for above in folder.parents if above.is_relative_to(root))]
 
 
-def _quota_v2(folder: Path) -> float | None:
+def _read_quota_v2(folder: Path) -> float | None:
     words = _read_words(folder / "cpu.max")
-    return _share(*words) if len(words) == 2 else None
+    return _parse_quota(*words) if len(words) == 2 else None
 
 
-def _quota_v1(folder: Path) -> float | None:
+def _read_quota_v1(folder: Path) -> float | None:
     words = [*_read_words(folder / "cpu.cfs_quota_us"), *_read_words(folder / "cpu.cfs_period_us")]
-    return _share(*words) if len(words) == 2 else None
+    return _parse_quota(*words) if len(words) == 2 else None
 
 
 def _read_words(path: Path) -> list[str]:
@@ -84,7 +88,7 @@ def _read_words(path: Path) -> list[str]:
         return []
 
 
-def _share(quota: str, period: str) -> float | None:
+def _parse_quota(quota: str, period: str) -> float | None:
     """Cores' time of `max 100000` or `150000 100000`; version 1 has -1 for no limit."""
     if not (quota.isdecimal() and period.isdecimal() and int(period)):
         return None
@@ -95,18 +99,20 @@ def describe_threads() -> str:
     """Such as `2 threads on 2 cores, spinning briefly`."""
     import torch
 
-    n, quota = torch.get_num_threads(), read_quota()
+    n, quota = torch.get_num_threads(), read_cpu_quota()
     cores = _count_cores()
     limit = f" of which the cgroup allows {quota:g}" if quota is not None and quota < cores else ""
-    set_by = next((f" ({name})" for name in _NUMBER if name in os.environ), "")
-    waiting = "spinning briefly" if os.environ.get("GOMP_SPINCOUNT") == SPINS else ""
-    waiting = waiting or next((f"{name}={os.environ[name]}" for name in _WAITING if name in os.environ), "")
+    set_by = next((f" ({name})" for name in _COUNT_VARIABLES if name in os.environ), "")
+    waiting = "spinning briefly" if os.environ.get("GOMP_SPINCOUNT") == SPIN_COUNT else ""
+    waiting = waiting or next(
+        (f"{name}={os.environ[name]}" for name in _WAIT_VARIABLES if name in os.environ), ""
+    )
     text = f"{n} thread{'s' if n != 1 else ''}{set_by} on {cores} core{'s' if cores != 1 else ''}{limit}"
     return f"{text}, {waiting}" if waiting else text
 
 
 @cache
-def _find_setters() -> tuple[Callable[[int], object], Callable[[int], int]] | None:
+def _find_thread_setters() -> tuple[Callable[[int], object], Callable[[int], int]] | None:
     """What sets the number of threads of OpenMP and of MKL for the calling thread alone.
 
     `torch.set_num_threads` would also change the number of all threads that use PyTorch later. None where
@@ -125,11 +131,11 @@ def _find_setters() -> tuple[Callable[[int], object], Callable[[int], int]] | No
         found = torch.get_num_threads() == own + 1
         set_openmp(own)
         if found:
-            return set_openmp, _find_mkl(folder)
+            return set_openmp, _find_mkl_setter(folder)
     return None
 
 
-def _find_mkl(folder: Path) -> Callable[[int], int]:
+def _find_mkl_setter(folder: Path) -> Callable[[int], int]:
     """MKL's setter, which returns what held before; without MKL one that does nothing."""
     for path in (*map(str, folder.glob("libtorch_cpu.*")), None):
         try:
@@ -147,7 +153,7 @@ def use_one_thread() -> Iterator[None]:
     """
     import torch
 
-    before, setters = torch.get_num_threads(), _find_setters()
+    before, setters = torch.get_num_threads(), _find_thread_setters()
     if setters is None:
         yield
         return

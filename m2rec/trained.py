@@ -38,11 +38,11 @@ from m2rec.files import (
 )
 from m2rec.settings import ModelSettings, RunSettings
 
-_ENCODER = "encoder."
+_ENCODER_PREFIX = "encoder."
 
 
 @dataclass(frozen=True)
-class Trained:
+class SavedModel:
     """A trained network and what it knows of its items; never changed in place."""
 
     encoder: Encoder
@@ -88,16 +88,16 @@ class Trained:
         return digest.digest()
 
 
-def read(folder: Path, device: torch.device) -> Trained:
+def read_saved_model(folder: Path, device: torch.device) -> SavedModel:
     """The model of a run folder.
 
     Raises:
         ValueError: a file is missing, damaged, or of another model.
     """
-    config = _parsed(folder / CONFIG_FILE, yaml.safe_load, dict)
-    tokens = _read_tokens(folder / ITEMS_FILE)
+    config = _parse_file(folder / CONFIG_FILE, yaml.safe_load, dict)
+    tokens = _read_item_tokens(folder / ITEMS_FILE)
     weights, _ = read_tensors(folder / WEIGHTS_FILE, str(device))
-    state = {k.removeprefix(_ENCODER): v for k, v in weights.items() if k.startswith(_ENCODER)}
+    state = {k.removeprefix(_ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(_ENCODER_PREFIX)}
     if "id_embedding.weight" not in state:
         raise ValueError(f"{folder}: model: {config.get('model')!r} is not made of M2Rec's parts")
     settings = replace(ModelSettings.read(config), scan_backend="auto")  # that of this machine
@@ -108,22 +108,22 @@ def read(folder: Path, device: torch.device) -> Trained:
     except RuntimeError as error:
         said = " ".join(str(error).split())
         raise ValueError(
-            f"{folder}: the weights don't fit config.yaml and items.json ({said}){_other_version(folder)}"
+            f"{folder}: the weights don't fit config.yaml and items.json ({said}){_describe_version_mismatch(folder)}"
         ) from None
-    return made(
+    return build_saved_model(
         encoder,
         tokens,
-        titles=stored_titles(folder),
-        counts=_read_counts(folder / COUNTS_FILE, len(tokens)),
+        titles=read_stored_titles(folder),
+        counts=_read_item_counts(folder / COUNTS_FILE, len(tokens)),
         config=config,
         text_mean=weights.get("text_mean"),
         text_basis=weights.get("text_basis"),
-        text_source=_parsed(path, json.loads, dict) if (path := folder / TEXT_FILE).exists() else {},
+        text_source=_parse_file(path, json.loads, dict) if (path := folder / TEXT_FILE).exists() else {},
     )
 
 
 @torch.no_grad()
-def made(
+def build_saved_model(
     encoder: Encoder,
     tokens: Sequence[str],
     *,
@@ -133,10 +133,10 @@ def made(
     text_mean: Tensor | None,
     text_basis: Tensor | None,
     text_source: Mapping[str, Any],
-) -> Trained:
-    """A `Trained` from what it is made of; the rest of its fields follow."""
+) -> SavedModel:
+    """A `SavedModel` from what it is made of; the rest of its fields follow."""
     encoder = encoder.eval()
-    return Trained(
+    return SavedModel(
         encoder=encoder,
         table=encoder.item_table().detach(),
         tokens=tuple(tokens),
@@ -152,8 +152,8 @@ def made(
     )
 
 
-def write(trained: Trained, folder: Path) -> None:
-    """Write what `read` reads into a folder, which is made if need be.
+def write_saved_model(trained: SavedModel, folder: Path) -> None:
+    """Write what `read_saved_model` reads into a folder, which is made if need be.
 
     Raises:
         ValueError: it is the folder of a run, finished or not, which is of other weights.
@@ -161,7 +161,7 @@ def write(trained: Trained, folder: Path) -> None:
     if any((folder / name).exists() for name in (METRICS_FILE, CHECKPOINT_FILE, HISTORY_FILE)):
         raise ValueError(f"save: {folder} is a run's own folder; give another")
     text = {"text_mean": trained.text_mean, "text_basis": trained.text_basis}
-    state = {_ENCODER + name: value for name, value in trained.encoder.state_dict().items()}
+    state = {_ENCODER_PREFIX + name: value for name, value in trained.encoder.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_FILE, state | {k: v for k, v in text.items() if v is not None})
     parts = {
@@ -175,7 +175,7 @@ def write(trained: Trained, folder: Path) -> None:
     write_text(folder / CONFIG_FILE, yaml.safe_dump(trained.config, sort_keys=False, allow_unicode=True))
 
 
-def check_takes_items(trained: Trained) -> None:
+def check_accepts_new_items(trained: SavedModel) -> None:
     """New items need text in the item table.
 
     Raises:
@@ -188,7 +188,9 @@ def check_takes_items(trained: Trained) -> None:
 
 
 @torch.no_grad()
-def with_items(trained: Trained, new: Sequence[str], vectors: Any, titles: Mapping[str, str]) -> Trained:
+def extend_catalogue(
+    trained: SavedModel, new: Sequence[str], vectors: Any, titles: Mapping[str, str]
+) -> SavedModel:
     """The model with items that training has never met; the ids of all others stay.
 
     Args:
@@ -201,10 +203,10 @@ def with_items(trained: Trained, new: Sequence[str], vectors: Any, titles: Mappi
         ValueError: the model has no text in its item table, a token is there already or twice, or
             the vectors don't fit.
     """
-    check_takes_items(trained)
+    check_accepts_new_items(trained)
     old, mean, basis = trained.encoder.vectors, trained.text_mean, trained.text_basis
     assert old is not None and mean is not None and basis is not None
-    _check_new(trained, new)
+    _check_new_tokens(trained, new)
     named = {token: titles[token] for token in new if token in titles}
     for token, title in named.items():
         if not isinstance(title, str):
@@ -229,7 +231,7 @@ def with_items(trained: Trained, new: Sequence[str], vectors: Any, titles: Mappi
     encoder = Encoder(trained.encoder.settings, len(tokens), trained.max_length, state["vectors"])
     encoder = encoder.to(old.device)
     encoder.load_state_dict(state)
-    return made(
+    return build_saved_model(
         encoder,
         tokens,
         titles={**trained.titles, **named},
@@ -241,7 +243,7 @@ def with_items(trained: Trained, new: Sequence[str], vectors: Any, titles: Mappi
     )
 
 
-def _check_new(trained: Trained, new: Sequence[str]) -> None:
+def _check_new_tokens(trained: SavedModel, new: Sequence[str]) -> None:
     there = set(trained.ids)
     for token in new:
         if not isinstance(token, str) or token in there:
@@ -250,7 +252,7 @@ def _check_new(trained: Trained, new: Sequence[str]) -> None:
         there.add(token)
 
 
-def _other_version(folder: Path) -> str:
+def _describe_version_mismatch(folder: Path) -> str:
     """What wrote the folder, if it was not this version, for an error to end with."""
     try:
         made_by = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["versions"]["m2rec"]
@@ -259,36 +261,36 @@ def _other_version(folder: Path) -> str:
     return f"; m2rec {made_by} made it, this is {__version__}" if made_by != __version__ else ""
 
 
-def _read_tokens(path: Path) -> list[str]:
-    tokens = _parsed(path, json.loads, list)
+def _read_item_tokens(path: Path) -> list[str]:
+    tokens = _parse_file(path, json.loads, list)
     own = tokens[1:]  # an item may be called as padding is
     if not own or not all(isinstance(token, str) for token in tokens) or len(set(own)) < len(own):
         raise ValueError(f"{path} is no list of different texts")
     return tokens  # type: ignore[no-any-return]
 
 
-def stored_titles(folder: Path) -> dict[str, str]:
+def read_stored_titles(folder: Path) -> dict[str, str]:
     """The titles in a run folder by item token, none if it has no file of them.
 
     Raises:
         ValueError: the file can't be read, or a title is no text.
     """
     path = folder / TITLES_FILE
-    titles: dict[str, str] = _parsed(path, json.loads, dict) if path.exists() else {}
+    titles: dict[str, str] = _parse_file(path, json.loads, dict) if path.exists() else {}
     if not all(isinstance(title, str) for title in titles.values()):
         raise ValueError(f"{path} holds titles that are no text")
     return titles
 
 
-def _read_counts(path: Path, n_items: int) -> list[int]:
-    counts = _parsed(path, json.loads, list) if path.exists() else []  # older runs have none
+def _read_item_counts(path: Path, n_items: int) -> list[int]:
+    counts = _parse_file(path, json.loads, list) if path.exists() else []  # older runs have none
     whole = all(type(count) is int and count >= 0 for count in counts)
     if not whole or (counts and len(counts) != n_items):
         raise ValueError(f"{path} is no list of {n_items} whole numbers from 0")
     return counts
 
 
-def _parsed(path: Path, parse: Any, kind: type) -> Any:
+def _parse_file(path: Path, parse: Any, kind: type) -> Any:
     """A file's content.
 
     Raises:

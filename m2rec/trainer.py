@@ -19,9 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from m2rec import checkpoint, distributed, resuming
-from m2rec.averaging import WeightAverage
+from m2rec.averaging import WeightEMA
 from m2rec.compat import Config, DataStruct, Interaction, Trainer
-from m2rec.diversity import TEXTBOOK
+from m2rec.diversity import TEXTBOOK_METRICS
 from m2rec.evaluation import ALL, NEW, UNSEEN, Breakdown, Ranking, rank_items
 from m2rec.files import (
     CHECKPOINT_FILE,
@@ -31,13 +31,13 @@ from m2rec.files import (
     write_tensors,
     write_text,
 )
-from m2rec.signals import Interrupted, StopRequest
+from m2rec.signals import RunInterrupted, StopRequest
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Tested:
+class EvaluationResult:
     """Metrics by protocol (`all`, `unseen`, `new`), and the rows they are made of."""
 
     metrics: dict[str, dict[str, float]]
@@ -45,7 +45,7 @@ class Tested:
 
 
 @dataclass(frozen=True)
-class _SoFar:
+class _EpochProgress:
     """How far an epoch has come: steps, the sum of their losses, and the time they took."""
 
     steps: int = 0
@@ -70,7 +70,7 @@ class RunTrainer(Trainer):
 
     def __init__(self, config: Config, model: nn.Module, folder: Path, resumes: bool = False) -> None:
         config["checkpoint_dir"] = str(folder)
-        if not distributed.is_first():
+        if not distributed.is_main_process():
             config["log_wandb"] = False  # one run, not one for each process
         super().__init__(config, model)
         # for enable_amp: float16, the default on CUDA, would need a loss scaler
@@ -86,13 +86,13 @@ class RunTrainer(Trainer):
         self.notes: dict[str, Any] = {}  # what else a checkpoint keeps
         self._resumes = resumes
         self._request = StopRequest()
-        self._so_far = _SoFar()
+        self._so_far = _EpochProgress()
         self._place = 0, 0  # epoch and step, from 1
-        self.average: WeightAverage | None = None
+        self.average: WeightEMA | None = None
         names = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
         self._columns = ["epoch", "loss", "seconds", *names]
-        distributed.broadcast(model)
-        if distributed.is_first():
+        distributed.broadcast_weights(model)
+        if distributed.is_main_process():
             if not resumes:
                 write_text(folder / HISTORY_FILE, ",".join(self._columns) + "\n")
             if config["tensorboard"]:
@@ -112,7 +112,7 @@ class RunTrainer(Trainer):
         self.validates = valid_data is not None
         self._loader = train_data.generator
         looks_back = self.config["average_epochs"] * len(train_data)
-        self.average = WeightAverage(self.model, max(1.0, looks_back)) if looks_back else None
+        self.average = WeightEMA(self.model, max(1.0, looks_back)) if looks_back else None
         if self._resumes:
             self._load_checkpoint()
         self._started = perf_counter() - self.seconds
@@ -127,7 +127,7 @@ class RunTrainer(Trainer):
         with self._request:
             outcome = super().fit(train_data, valid_data, **kwargs)
             if request := self._stop_request():
-                raise Interrupted(request)
+                raise RunInterrupted(request)
         return outcome
 
     @property
@@ -141,11 +141,11 @@ class RunTrainer(Trainer):
         Raises:
             Interrupted: the run was asked to stop.
         """
-        self._write(epoch, _SoFar())
+        self._write(epoch, _EpochProgress())
         if request := self._stop_request():
-            raise Interrupted(request)
+            raise RunInterrupted(request)
 
-    def _write(self, epoch: int, so_far: _SoFar) -> None:
+    def _write(self, epoch: int, so_far: _EpochProgress) -> None:
         """Write the checkpoint after this epoch and a part of the next one, which has come so far."""
         self.seconds = perf_counter() - self._started
         self._kept_at = perf_counter()
@@ -153,7 +153,7 @@ class RunTrainer(Trainer):
         if so_far.steps:
             loader = torch.Generator()
             loader.set_state(self._epoch_began)
-        if distributed.is_first():
+        if distributed.is_main_process():
             numbers = {
                 "epoch": epoch,
                 "cur_step": self.cur_step,
@@ -164,11 +164,11 @@ class RunTrainer(Trainer):
                 "notes": self.notes,
                 "partial": asdict(so_far),
             }
-            checkpoint.save(self.folder / CHECKPOINT_FILE, self._training(loader), numbers)
+            checkpoint.save_checkpoint(self.folder / CHECKPOINT_FILE, self._training(loader), numbers)
 
-    def _training(self, loader: torch.Generator) -> checkpoint.Training:
+    def _training(self, loader: torch.Generator) -> checkpoint.TrainingState:
         """What a checkpoint keeps beside numbers."""
-        return checkpoint.Training(self.model, self.optimizer, loader, self.average, self.device)
+        return checkpoint.TrainingState(self.model, self.optimizer, loader, self.average, self.device)
 
     def _load_checkpoint(self) -> None:
         """Go on where the run was kept; lines of history.csv after it are dropped.
@@ -179,15 +179,15 @@ class RunTrainer(Trainer):
         try:
             self._go_on()
         except ValueError as error:
-            raise resuming.CannotGoOn(str(error)) from error
+            raise resuming.CannotResume(str(error)) from error
 
     def _go_on(self) -> None:
-        numbers = checkpoint.load(
+        numbers = checkpoint.load_checkpoint(
             self.folder / CHECKPOINT_FILE,
             self._training(self._loader),
-            lambda found: resuming.check_notes(found["notes"], self.notes, self.folder),
+            lambda found: resuming.check_unchanged_inputs(found["notes"], self.notes, self.folder),
         )
-        self._so_far = _SoFar(**numbers["partial"])
+        self._so_far = _EpochProgress(**numbers["partial"])
         stopped = numbers["cur_step"] > self.stopping_step  # early stopping was due, only the test is left
         self.start_epoch = self.epochs if stopped else numbers["epoch"] + 1
         self.cur_step, self.best_epoch = numbers["cur_step"], numbers["best_epoch"]
@@ -195,15 +195,15 @@ class RunTrainer(Trainer):
         self.train_loss_dict = {int(epoch): loss for epoch, loss in numbers["losses"].items()}
         self.seconds = numbers["seconds"]
         self._take_notes(numbers["notes"])
-        if distributed.is_first():
-            if newer := resuming.check_weights(self.folder, numbers["epoch"], self.best_epoch):
+        if distributed.is_main_process():
+            if newer := resuming.check_best_weights(self.folder, numbers["epoch"], self.best_epoch):
                 self.best_epoch, self.best_valid_score = newer
-            resuming.cut_history(self.folder, numbers["epoch"])
+            resuming.truncate_history_file(self.folder, numbers["epoch"])
             for left in self.folder.glob(".*.tmp"):  # of a write that was cut off
                 left.unlink(missing_ok=True)
         else:  # only the first one's random state was kept
-            torch.manual_seed(self.config["seed"] + distributed.rank() + 1_000_003 * self.start_epoch)
-        best = distributed.from_first((self.best_epoch, self.best_valid_score))
+            torch.manual_seed(self.config["seed"] + distributed.process_rank() + 1_000_003 * self.start_epoch)
+        best = distributed.broadcast_value((self.best_epoch, self.best_valid_score))
         self.best_epoch, self.best_valid_score = best  # all must stop early together
         steps = f" and {self._so_far.steps} steps" if self._so_far.steps else ""
         logger.info("goes on after epoch %s%s, best %s so far", numbers["epoch"], steps, best[1])
@@ -219,15 +219,15 @@ class RunTrainer(Trainer):
                 earlier, threads, earlier,
             )  # fmt: skip
         self.notes = began
-        if str(code) not in str(before).split(resuming.AND):
+        if str(code) not in str(before).split(resuming.COMMIT_SEPARATOR):
             logger.warning("trained in part by commit %s, in part by %s", before, code)
-            self.notes["commit"] = f"{before}{resuming.AND}{code}"
+            self.notes["commit"] = f"{before}{resuming.COMMIT_SEPARATOR}{code}"
 
     def _train_epoch(
         self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
     ) -> float:
         """One pass over the training rows; returns the sum of the steps' losses."""
-        done, self._so_far = self._so_far, _SoFar()
+        done, self._so_far = self._so_far, _EpochProgress()
         start = perf_counter() - done.seconds
         self.model.train()
         self._epoch_began = self._loader.get_state()
@@ -240,12 +240,12 @@ class RunTrainer(Trainer):
             total += self._step(batch.to(self.device), train_data.dataset.rows == "dense")
             request = self._stop_request()
             if steps < len(train_data) and (request or self._is_due()):
-                self._write(epoch_idx - 1, _SoFar(steps, total.item(), perf_counter() - start))
+                self._write(epoch_idx - 1, _EpochProgress(steps, total.item(), perf_counter() - start))
                 if request:
-                    raise Interrupted(request)
+                    raise RunInterrupted(request)
         if steps < len(train_data):  # data-loader workers got the signal too, and are gone
-            self._write(epoch_idx - 1, _SoFar(steps, total.item(), perf_counter() - start))
-            raise Interrupted(self._stop_request())
+            self._write(epoch_idx - 1, _EpochProgress(steps, total.item(), perf_counter() - start))
+            raise RunInterrupted(self._stop_request())
         loss = total.item()
         seconds = round(perf_counter() - start, 3)
         self._epoch = {"epoch": epoch_idx, "loss": loss / len(train_data), "seconds": seconds}
@@ -262,7 +262,7 @@ class RunTrainer(Trainer):
         Those are drawn all the same, since later ones depend on it; what they drew from other generators
         than the loader's is put back.
         """
-        state = checkpoint.random_state(self.device)
+        state = checkpoint.get_random_state(self.device)
         batches: Iterator[Interaction] = iter(train_data)
         for _ in range(steps):
             next(batches)
@@ -276,7 +276,7 @@ class RunTrainer(Trainer):
         try:
             return next(batches, None)
         except RuntimeError:
-            if distributed.size() > 1 or self._request.signal is None:
+            if distributed.world_size() > 1 or self._request.signal is None:
                 raise
             return None
 
@@ -286,7 +286,7 @@ class RunTrainer(Trainer):
 
     def _stop_request(self) -> int:
         """The signal that asks the run to stop, 0 if none does, whichever process it came to."""
-        return distributed.largest(self._request.signal or 0, self.device)
+        return distributed.reduce_max(self._request.signal or 0, self.device)
 
     def _step(self, batch: Interaction, dense: bool) -> Tensor:
         """One step of the optimiser on a batch, this process's rows of it; returns the loss of all."""
@@ -315,9 +315,9 @@ class RunTrainer(Trainer):
 
     def _own_rows(self, batch: Interaction, dense: bool) -> tuple[Interaction, float]:
         """This process's rows of a batch, and their share of its targets, which weighs their mean loss."""
-        if distributed.size() == 1:
+        if distributed.world_size() == 1:
             return batch, 1.0
-        own = batch[torch.arange(distributed.rank(), len(batch), distributed.size())]
+        own = batch[torch.arange(distributed.process_rank(), len(batch), distributed.world_size())]
         if not dense:
             return own, len(own) / len(batch)
         lengths = self.config["ITEM_LIST_LENGTH_FIELD"]
@@ -326,7 +326,7 @@ class RunTrainer(Trainer):
     def _progress(
         self, steps: Iterable[Any], what: str, shown: bool, total: int | None = None
     ) -> Iterable[Any]:
-        shown = shown and distributed.is_first()
+        shown = shown and distributed.is_main_process()
         return tqdm(steps, desc=what, total=total, leave=False, ncols=100) if shown else steps
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
@@ -346,7 +346,7 @@ class RunTrainer(Trainer):
         left = (self.epochs - row["epoch"] - 1) * row["seconds"] / 60
         words += f", up to {left:.0f} min left" if left >= 1 else ""
         logger.info("%s", words)
-        if distributed.is_first():
+        if distributed.is_main_process():
             with (self.folder / HISTORY_FILE).open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(row)
                 file.flush()
@@ -356,7 +356,7 @@ class RunTrainer(Trainer):
         """What RecBole calls for a new best: write the weights; checkpoints are `_keep`'s."""
         if epoch < 0:  # RecBole's, when there is no epoch left to train
             return
-        if distributed.is_first():
+        if distributed.is_main_process():
             with self._averaged():
                 about = {"epoch": str(epoch), "score": str(float(self.best_valid_score))}
                 write_tensors(Path(self.saved_model_file), self.model.state_dict(), about)
@@ -366,7 +366,7 @@ class RunTrainer(Trainer):
 
     def finish(self) -> None:
         """Take away what is only needed to go on."""
-        if distributed.is_first():
+        if distributed.is_main_process():
             (self.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
     def _check_nan(self, loss: Tensor) -> None:
@@ -379,10 +379,10 @@ class RunTrainer(Trainer):
 
     def load_best(self) -> None:
         """Put the best weights back into the model."""
-        if distributed.is_first():
+        if distributed.is_main_process():
             weights, _ = read_tensors(Path(self.saved_model_file), str(self.device))
             self.model.load_state_dict(weights)
-        distributed.broadcast(self.model)
+        distributed.broadcast_weights(self.model)
 
     def evaluate(
         self,
@@ -406,7 +406,7 @@ class RunTrainer(Trainer):
             self.load_best()
         return self._metrics(self._rank(eval_data, (ALL,), show_progress), ALL)
 
-    def evaluate_all(self, data: Any) -> Tested:
+    def evaluate_all(self, data: Any) -> EvaluationResult:
         """Metrics under every protocol, from one scoring.
 
         With the user's history in the ranking (`all`), without it (`unseen`, where a target that
@@ -420,7 +420,7 @@ class RunTrainer(Trainer):
         metrics = {name: self._metrics(ranking, name) for name in ranking.items}
         new = ranking.with_new_targets()
         metrics[NEW] = self._metrics(new, NEW) if len(new.targets) else {}
-        return Tested(metrics, Breakdown.of(ranking, data.dataset))
+        return EvaluationResult(metrics, Breakdown.of(ranking, data.dataset))
 
     def _rank(self, data: Any, protocols: Collection[str], show_progress: bool) -> Ranking:
         self.model.eval()
@@ -455,7 +455,7 @@ class RunTrainer(Trainer):
         metrics = {}
         for name in names:
             metric, _, k = name.partition("@")
-            if metric in TEXTBOOK and items.any():
-                value = TEXTBOOK[metric](items[:, : int(k)], self.tot_item_num - 1)
+            if metric in TEXTBOOK_METRICS and items.any():
+                value = TEXTBOOK_METRICS[metric](items[:, : int(k)], self.tot_item_num - 1)
                 metrics[name] = round(value, self.config["metric_decimal_place"])
         return metrics

@@ -10,12 +10,12 @@ from typing import Any, TextIO
 
 import numpy as np
 
-PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".ckpt")
-SHORTEST, LONGEST = 1e-9, 1e15  # mean length, with which single precision can still work
-KINDS = ".npy with --ids, .parquet or .csv"
+PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".ckpt")
+MIN_MEAN_NORM, MAX_MEAN_NORM = 1e-9, 1e15  # mean length, with which single precision can still work
+SUPPORTED_FORMATS = ".npy with --ids, .parquet or .csv"
 
 
-class VectorFile:
+class ImportedVectors:
     """A file of vectors, and for .npy one of tokens.
 
     Attributes:
@@ -28,10 +28,12 @@ class VectorFile:
     def __init__(self, path: Path, ids: Path | None, id_column: str, name: str) -> None:
         self.path, self.ids, self.id_column = path, ids, id_column
         self.suffix = path.suffix.lower()
-        if self.suffix in PICKLED:
-            raise ValueError(f"--vectors: {path} can hold a pickle, which is never read; give {KINDS}")
+        if self.suffix in PICKLE_SUFFIXES:
+            raise ValueError(
+                f"--vectors: {path} can hold a pickle, which is never read; give {SUPPORTED_FORMATS}"
+            )
         if self.suffix not in (".npy", ".parquet", ".csv"):
-            raise ValueError(f"--vectors: {path} is of a kind that is not read; give {KINDS}")
+            raise ValueError(f"--vectors: {path} is of a kind that is not read; give {SUPPORTED_FORMATS}")
         for option, file in (("--vectors", path), ("--ids", ids)):
             if file is not None and not file.is_file():
                 raise ValueError(f"{option}: no file {file}; give one that exists")
@@ -41,8 +43,8 @@ class VectorFile:
             raise ValueError(f"--ids: {ids} is only for .npy, {path} has tokens of its own; leave it out")
         self.decisive = {
             "model": name or path.name,
-            "vectors_sha256": _sha256(path),
-            "ids_sha256": _sha256(ids) if ids else "",
+            "vectors_sha256": _hash_vector_file(path),
+            "ids_sha256": _hash_vector_file(ids) if ids else "",
         }
 
     def read(self) -> tuple[list[str], np.ndarray]:
@@ -58,14 +60,14 @@ class VectorFile:
             tokens, vectors = _read_csv(self.path, self.id_column)
         else:
             tokens, vectors = _read_parquet(self.path, self.id_column)
-        _check(self.path, self.ids or self.path, tokens, vectors)
+        _check_imported_vectors(self.path, self.ids or self.path, tokens, vectors)
         length = float(np.linalg.norm(vectors, axis=1).mean())
-        if not SHORTEST < length < LONGEST:
+        if not MIN_MEAN_NORM < length < MAX_MEAN_NORM:
             raise ValueError(f"{self.path}: its vectors have a mean length of {length}; scale them")
         return tokens, vectors.astype(np.float32)
 
 
-def _check(path: Path, ids: Path, tokens: Sequence[str], vectors: np.ndarray) -> None:
+def _check_imported_vectors(path: Path, ids: Path, tokens: Sequence[str], vectors: np.ndarray) -> None:
     """Everything that must hold whatever the kind of file."""
     if vectors.ndim != 2 or not vectors.shape[1]:
         raise ValueError(f"{path}: has shape {vectors.shape}; it must be (items, width)")
@@ -117,11 +119,11 @@ def _read_csv(path: Path, id_column: str) -> tuple[list[str], np.ndarray]:
     rows: list[np.ndarray] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, cells in _csv_lines(path, file):
+            for line, cells in _iterate_csv_lines(path, file):
                 if not cells or (line == 1 and _is_header(cells, id_column)):
                     continue
                 tokens.append(cells[0])
-                rows.append(_numbers(path, line, cells[1:]))
+                rows.append(_parse_numbers(path, line, cells[1:]))
                 if len(rows[-1]) != len(rows[0]):
                     raise ValueError(
                         f"{path}: line {line} has {len(rows[-1])} numbers, the first has {len(rows[0])}; "
@@ -132,7 +134,7 @@ def _read_csv(path: Path, id_column: str) -> tuple[list[str], np.ndarray]:
     return tokens, np.array(rows, dtype=np.float64).reshape(len(rows), -1 if rows else 0)
 
 
-def _csv_lines(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+def _iterate_csv_lines(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     """Line numbers with their cells; no token has a line break, so that each line is one record.
 
     Raises:
@@ -172,7 +174,7 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _numbers(path: Path, line: int, cells: Sequence[str]) -> np.ndarray:
+def _parse_numbers(path: Path, line: int, cells: Sequence[str]) -> np.ndarray:
     """(T,) numbers of one line."""
     wrong = next((cell for cell in cells if not _is_number(cell)), None)
     if wrong is not None:
@@ -195,11 +197,11 @@ def _read_parquet(path: Path, id_column: str) -> tuple[list[str], np.ndarray]:
             f"{path}: column {id_column!r} is missing, the file has {', '.join(table.column_names)}; "
             "set --id-column"
         )
-    tokens = _parquet_tokens(path, id_column, table.column(id_column))
+    tokens = _convert_token_column(path, id_column, table.column(id_column))
     others = [name for name in table.column_names if name != id_column]
     if len(others) == 1 and not re.search(r"\d$", others[0]):
-        return tokens, _parquet_lists(path, tokens, table.column(others[0]))
-    wrong = next((name for name in others if not _is_numeric(table, name)), None)
+        return tokens, _convert_list_column(path, tokens, table.column(others[0]))
+    wrong = next((name for name in others if not _is_vector_column(table, name)), None)
     if wrong is not None or not others:
         raise ValueError(
             f"{path}: column {wrong!r} is no part of a vector; leave the id, and either one column of "
@@ -209,14 +211,14 @@ def _read_parquet(path: Path, id_column: str) -> tuple[list[str], np.ndarray]:
     return tokens, np.stack(columns, axis=1).astype(np.float64)
 
 
-def _is_numeric(table: Any, name: str) -> bool:
+def _is_vector_column(table: Any, name: str) -> bool:
     from pyarrow import types
 
     kind = table.schema.field(name).type
     return bool(re.search(r"\d$", name)) and (types.is_floating(kind) or types.is_integer(kind))
 
 
-def _parquet_tokens(path: Path, name: str, column: Any) -> list[str]:
+def _convert_token_column(path: Path, name: str, column: Any) -> list[str]:
     from pyarrow import types
 
     text = (types.is_string, types.is_large_string, types.is_integer)
@@ -226,7 +228,7 @@ def _parquet_tokens(path: Path, name: str, column: Any) -> list[str]:
     return ["" if token is None else str(token) for token in column.to_pylist()]
 
 
-def _parquet_lists(path: Path, tokens: Sequence[str], column: Any) -> np.ndarray:
+def _convert_list_column(path: Path, tokens: Sequence[str], column: Any) -> np.ndarray:
     """(n, T) from a column of lists."""
     from pyarrow import compute, types
 
@@ -248,6 +250,6 @@ def _parquet_lists(path: Path, tokens: Sequence[str], column: Any) -> np.ndarray
     return np.asarray(flat, dtype=np.float64).reshape(len(lengths), lengths[0] if lengths else 0)
 
 
-def _sha256(path: Path) -> str:
+def _hash_vector_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,20 +17,20 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from benchmarking import ROOT, Row, arguments, finish
+from benchmarking import ROOT, Row, build_benchmark_parser, write_benchmark_results
 
 from m2rec.encoder import Encoder
 from m2rec.loss import cross_entropy
 from m2rec.settings import ModelSettings
-from m2rec.threads import SPINS, use_one_thread
+from m2rec.threads import SPIN_COUNT, use_one_thread
 
 LENGTH = 50
-ROWS = 64
-WAYS: dict[str, Mapping[str, str]] = {"plain": {}, "ours": {"GOMP_SPINCOUNT": SPINS}}
+BATCH_ROWS = 64
+THREAD_ENVIRONMENTS: dict[str, Mapping[str, str]] = {"plain": {}, "ours": {"GOMP_SPINCOUNT": SPIN_COUNT}}
 
 
 @contextmanager
-def busy(loops: int) -> Iterator[None]:
+def run_busy_loops(loops: int) -> Iterator[None]:
     """So many processes that do nothing but compute."""
     started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
     try:
@@ -41,13 +41,13 @@ def busy(loops: int) -> Iterator[None]:
             process.wait()
 
 
-def measure(args: argparse.Namespace, way: str, what: str) -> list[float]:
+def time_calls_in_child_process(args: argparse.Namespace, way: str, what: str) -> list[float]:
     """Milliseconds of each call, in a fresh process."""
     command = [sys.executable, __file__, f"--child={what}", f"--items={args.items}", f"--calls={args.calls}"]
     kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run(
         [*command, f"--way={way}"],
-        env={**kept, **WAYS[way]},
+        env={**kept, **THREAD_ENVIRONMENTS[way]},
         capture_output=True,
         text=True,
         check=True,
@@ -56,14 +56,18 @@ def measure(args: argparse.Namespace, way: str, what: str) -> list[float]:
     return [float(word) for word in done.stdout.split()]
 
 
-def child(args: argparse.Namespace) -> None:
+def print_call_times(args: argparse.Namespace) -> None:
     """Print the milliseconds of each call."""
     torch.manual_seed(0)
     encoder = Encoder(ModelSettings(), args.items, LENGTH, torch.randn(args.items, 384) / 20)
-    rows = ROWS if args.child == "step" else 1
+    rows = BATCH_ROWS if args.child == "step" else 1
     items = torch.randint(1, args.items, (rows, LENGTH))
     lengths = torch.full((rows,), LENGTH)
-    call = train(encoder, items, lengths) if args.child == "step" else ask(encoder, items, lengths, args.way)
+    call = (
+        build_training_call(encoder, items, lengths)
+        if args.child == "step"
+        else build_query_call(encoder, items, lengths, args.way)
+    )
     for number in range(args.calls + 3):
         start = perf_counter()
         call()
@@ -71,7 +75,9 @@ def child(args: argparse.Namespace) -> None:
             print(1e3 * (perf_counter() - start))
 
 
-def ask(encoder: Encoder, items: torch.Tensor, lengths: torch.Tensor, way: str) -> Callable[[], None]:
+def build_query_call(
+    encoder: Encoder, items: torch.Tensor, lengths: torch.Tensor, way: str
+) -> Callable[[], None]:
     """A function that finds the ten best items after one history."""
     encoder.eval()
     with torch.no_grad():
@@ -86,7 +92,7 @@ def ask(encoder: Encoder, items: torch.Tensor, lengths: torch.Tensor, way: str) 
     return call
 
 
-def train(encoder: Encoder, items: torch.Tensor, lengths: torch.Tensor) -> Callable[[], None]:
+def build_training_call(encoder: Encoder, items: torch.Tensor, lengths: torch.Tensor) -> Callable[[], None]:
     """A function that takes one step on a batch of dense rows."""
     optimizer = torch.optim.Adam(encoder.parameters())
     targets = items.roll(-1, dims=1)
@@ -102,24 +108,24 @@ def train(encoder: Encoder, items: torch.Tensor, lengths: torch.Tensor) -> Calla
 
 def main() -> None:
     """Measure, print, save."""
-    parser = arguments(__doc__, "bench_busy")
+    parser = build_benchmark_parser(__doc__, "bench_busy")
     parser.add_argument("--items", type=int, default=1_683)
     parser.add_argument("--calls", type=int, default=30, help="in each process, after three")
     parser.add_argument("--loops", type=int, nargs="+", default=[0, 1, 2], help="busy processes")
     parser.add_argument("--child", choices=("question", "step"), help=argparse.SUPPRESS)
-    parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=list(THREAD_ENVIRONMENTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args)
+        print_call_times(args)
         return
     rows: list[Row] = []
     for what in ("question", "step"):
         for loops in args.loops:
-            found: dict[str, list[float]] = {way: [] for way in WAYS}
-            with busy(loops):
+            found: dict[str, list[float]] = {way: [] for way in THREAD_ENVIRONMENTS}
+            with run_busy_loops(loops):
                 for _ in range(args.repeats):
-                    for way in WAYS:
-                        found[way] += measure(args, way, what)
+                    for way in THREAD_ENVIRONMENTS:
+                        found[way] += time_calls_in_child_process(args, way, what)
             row: Row = {"what": what, "busy loops": loops}
             for way, milliseconds in found.items():
                 row[f"{way}: ms"] = median(milliseconds)
@@ -127,8 +133,8 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
     cores = len(os.sched_getaffinity(0))
-    note = f"{cores} cores; L = {LENGTH}, {args.items - 1:,} items; a step has {ROWS} dense rows"
-    finish(args, rows, note)
+    note = f"{cores} cores; L = {LENGTH}, {args.items - 1:,} items; a step has {BATCH_ROWS} dense rows"
+    write_benchmark_results(args, rows, note)
 
 
 if __name__ == "__main__":

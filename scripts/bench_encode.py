@@ -15,21 +15,33 @@ from time import process_time
 
 import numpy as np
 import torch
-from benchmarking import Row, arguments, finish, medians, picture, relative_error, settle
+from benchmarking import (
+    Row,
+    build_benchmark_parser,
+    measure_median_seconds,
+    plot_benchmark_series,
+    relative_error,
+    set_threads_and_device,
+    write_benchmark_results,
+)
 
-from m2rec.item_text import read_texts
-from m2rec.text_encoder import EncoderOptions, TextEncoder
+from m2rec.item_text import read_item_texts
+from m2rec.text_encoder import TextEncoder, TextEncoderOptions
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
-UNSORTED = 64  # texts of a batch in the file's order
+UNSORTED_BATCH_SIZE = 64  # texts of a batch in the file's order
 
 
-def encoder(args: argparse.Namespace, batch_tokens: int = 0, dtype: str = "float32") -> TextEncoder:
+def build_bench_text_encoder(
+    args: argparse.Namespace, batch_tokens: int = 0, dtype: str = "float32"
+) -> TextEncoder:
     kind = args.device.split(":")[0]
-    return TextEncoder(EncoderOptions(args.text_encoder, batch_tokens=batch_tokens, device=kind, dtype=dtype))
+    return TextEncoder(
+        TextEncoderOptions(args.text_encoder, batch_tokens=batch_tokens, device=kind, dtype=dtype)
+    )
 
 
-def by_file_order(made: TextEncoder, texts: list[str], at_once: int) -> np.ndarray:
+def encode_in_file_order(made: TextEncoder, texts: list[str], at_once: int) -> np.ndarray:
     """So many texts at once, as they come."""
     found = []
     for start in range(0, len(texts), at_once):
@@ -38,23 +50,29 @@ def by_file_order(made: TextEncoder, texts: list[str], at_once: int) -> np.ndarr
     return np.concatenate(found)
 
 
-def rivals(args: argparse.Namespace, texts: list[str]) -> dict[str, Callable[[], np.ndarray]]:
+def build_encoding_variants(
+    args: argparse.Namespace, texts: list[str]
+) -> dict[str, Callable[[], np.ndarray]]:
     """Every way to encode the texts, by its name; all in float32 share one model."""
-    made = {f"{tokens:,} tokens a batch": encoder(args, tokens) for tokens in args.batch_tokens}
+    made = {
+        f"{tokens:,} tokens a batch": build_bench_text_encoder(args, tokens) for tokens in args.batch_tokens
+    }
     first = next(iter(made.values()))
     for other in made.values():
         other.__dict__["model"] = first.model
-    made["bfloat16"] = encoder(args, dtype="bfloat16")
+    made["bfloat16"] = build_bench_text_encoder(args, dtype="bfloat16")
     found: dict[str, Callable[[], np.ndarray]] = {
-        "one at a time": lambda: by_file_order(first, texts, 1),
-        f"{UNSORTED} as they come": lambda: by_file_order(first, texts, UNSORTED),
+        "one at a time": lambda: encode_in_file_order(first, texts, 1),
+        f"{UNSORTED_BATCH_SIZE} as they come": lambda: encode_in_file_order(
+            first, texts, UNSORTED_BATCH_SIZE
+        ),
     }
     for name, one in made.items():
         found[name] = lambda one=one: one.encode(texts)
     return found
 
 
-def compare(functions: dict[str, Callable[[], np.ndarray]]) -> dict[str, float]:
+def compare_text_vectors(functions: dict[str, Callable[[], np.ndarray]]) -> dict[str, float]:
     """Largest difference from the first's vectors, as a share of their largest value; none may be large."""
     vectors = {name: torch.from_numpy(function()) for name, function in functions.items()}
     expected = next(iter(vectors.values()))
@@ -65,7 +83,7 @@ def compare(functions: dict[str, Callable[[], np.ndarray]]) -> dict[str, float]:
     return errors
 
 
-def clocked(function: Callable[[], np.ndarray], spent: list[float]) -> Callable[[], None]:
+def record_cpu_seconds(function: Callable[[], np.ndarray], spent: list[float]) -> Callable[[], None]:
     """The function, leaving the CPU seconds of each call in `spent`."""
 
     def call() -> None:
@@ -78,22 +96,24 @@ def clocked(function: Callable[[], np.ndarray], spent: list[float]) -> Callable[
 
 def main() -> None:
     """Measure, print, save."""
-    parser = arguments(__doc__, "bench_encode")
+    parser = build_benchmark_parser(__doc__, "bench_encode")
     parser.add_argument("--dataset", required=True, help="its NAME.item has the texts")
     parser.add_argument("--data-path", default="dataset", help="folder that holds NAME/NAME.item")
     parser.add_argument("--text-encoder", required=True, help="folder or hub name of an encoder")
     parser.add_argument("--items", type=int, default=500, help="so many items, drawn at random")
     parser.add_argument("--batch-tokens", type=int, nargs="+", default=[256, 512, 2048])
     args = parser.parse_args()
-    settle(args.device, args.threads)
-    texts = read_texts(Path(args.data_path) / args.dataset / f"{args.dataset}.item", "item_id", None).texts
+    set_threads_and_device(args.device, args.threads)
+    texts = read_item_texts(
+        Path(args.data_path) / args.dataset / f"{args.dataset}.item", "item_id", None
+    ).texts
     rng = np.random.default_rng(0)
     texts = [texts[k] for k in rng.choice(len(texts), min(args.items, len(texts)), replace=False)]
-    functions = rivals(args, texts)
-    errors = compare(functions)
+    functions = build_encoding_variants(args, texts)
+    errors = compare_text_vectors(functions)
     spent: dict[str, list[float]] = {name: [] for name in functions}
-    timed = {name: clocked(function, spent[name]) for name, function in functions.items()}
-    seconds = medians(timed, args.repeats, args.device)
+    timed = {name: record_cpu_seconds(function, spent[name]) for name, function in functions.items()}
+    seconds = measure_median_seconds(timed, args.repeats, args.device)
     cpu = {name: median(spent[name][-args.repeats :]) for name in seconds}  # without the first call
     slowest = seconds["one at a time"]
     rows: list[Row] = [
@@ -106,14 +126,14 @@ def main() -> None:
         }
         for name, taken in seconds.items()
     ]
-    lengths = encoder(args).count_tokens(texts)
-    finish(
+    lengths = build_bench_text_encoder(args).count_tokens(texts)
+    write_benchmark_results(
         args,
         rows,
         f"{len(texts):,} texts of {np.mean(lengths):.0f} tokens on average, {max(lengths)} at most",
     )
     speeds = [len(texts) / seconds[f"{tokens:,} tokens a batch"] for tokens in args.batch_tokens]
-    picture(
+    plot_benchmark_series(
         args,
         {
             "similar lengths together": (list(map(float, args.batch_tokens)), speeds),

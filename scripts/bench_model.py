@@ -18,12 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarking import Row, arguments, finish, medians, peak_mib, picture, relative_error, settle
+from benchmarking import (
+    Row,
+    build_benchmark_parser,
+    measure_median_seconds,
+    measure_peak_mib,
+    plot_benchmark_series,
+    relative_error,
+    set_threads_and_device,
+    write_benchmark_results,
+)
 from torch import nn
 
 from m2rec import text_vectors
 from m2rec.compat import Interaction, data_preparation, init_seed
-from m2rec.configuration import build_config, find_model
+from m2rec.configuration import build_config, find_model_class
 from m2rec.dataset import HistoryDataset
 
 POSITIONS = {"cpu": 64 * 200, "cuda": 2048 * 200}
@@ -32,16 +41,16 @@ TEXT_WIDTH = 384
 ML_1M_WINDOWS, ML_1M_TARGETS = {50: 22_532, 200: 8_617}, 981_491
 TOLERANCE = 1e-4
 
-ALONE = {"filter": "none", "text_vectors": "none", "gate": "mean"}
+MIXER_ONLY = {"filter": "none", "text_vectors": "none", "gate": "mean"}
 MODELS: dict[str, dict[str, Any]] = {
     "M2Rec": {},
     "M2Rec, S6": {"mixer": "mamba"},
     "M2Rec without filter": {"filter": "none"},
     "M2Rec without text": {"text_vectors": "none"},
     "M2Rec without gate": {"gate": "mean"},
-    "SSD alone": ALONE,
-    "S6 alone": {**ALONE, "mixer": "mamba"},
-    "attention alone (SDPA)": {**ALONE, "mixer": "attention"},
+    "SSD alone": MIXER_ONLY,
+    "S6 alone": {**MIXER_ONLY, "mixer": "mamba"},
+    "attention alone (SDPA)": {**MIXER_ONLY, "mixer": "attention"},
     "M2Rec, prefix rows": {"rows": "prefix"},
     "Mamba4Rec": {"model": "Mamba4Rec"},
     "Mamba4Rec, mamba_ssm": {"model": "Mamba4Rec", "scan_backend": "mamba_ssm"},
@@ -52,7 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class Made:
+class TimedModel:
     """A model with the batches that it is timed on."""
 
     model: Any
@@ -75,7 +84,7 @@ class Made:
         self.model.full_sort_predict(self.test_batch)
 
 
-def write_data(folder: Path, length: int, n_items: int) -> None:
+def write_random_dataset(folder: Path, length: int, n_items: int) -> None:
     """Users with `length` training targets each, in which every item occurs; random text vectors."""
     generator = torch.Generator().manual_seed(0)
     per_user = length + 3
@@ -87,11 +96,11 @@ def write_data(folder: Path, length: int, n_items: int) -> None:
     header = "user_id:token\titem_id:token\ttimestamp:float"
     (folder / "bench" / "bench.inter").write_text("\n".join([header, *lines]) + "\n")
     vectors = torch.randn(n_items, TEXT_WIDTH, generator=generator)
-    path = folder / "bench" / f"bench{text_vectors.SUFFIX}"
-    text_vectors.save(path, [f"i{k}" for k in range(n_items)], vectors, {"model": "random"})
+    path = folder / "bench" / f"bench{text_vectors.VECTOR_FILE_SUFFIX}"
+    text_vectors.write_text_vectors(path, [f"i{k}" for k in range(n_items)], vectors, {"model": "random"})
 
 
-def make(name: str, folder: Path, length: int, batch: int, device: str) -> Made:
+def build_timed_model(name: str, folder: Path, length: int, batch: int, device: str) -> TimedModel:
     """The model that `name` stands for, on the data in `folder`."""
     values = {
         "dataset": "bench",
@@ -106,20 +115,20 @@ def make(name: str, folder: Path, length: int, batch: int, device: str) -> Made:
     config = build_config(values)
     init_seed(0, True)
     train, _, test = data_preparation(config, HistoryDataset(config))
-    model = find_model(config["model"])(config, train.dataset).to(config["device"])
+    model = find_model_class(config["model"])(config, train.dataset).to(config["device"])
     optimizer = torch.optim.Adam(model.parameters())
     test_batch = next(iter(test))[0]
-    batches = [tiled(rows, batch).to(config["device"]) for rows in (next(iter(train)), test_batch)]
+    batches = [repeat_rows(rows, batch).to(config["device"]) for rows in (next(iter(train)), test_batch)]
     rows = train.dataset.rows if config["model"] == "M2Rec" else "prefix"
-    return Made(model, rows, *batches, optimizer)
+    return TimedModel(model, rows, *batches, optimizer)
 
 
-def tiled(rows: Interaction, batch: int) -> Interaction:
+def repeat_rows(rows: Interaction, batch: int) -> Interaction:
     """As many rows as `batch`, the given ones over and over."""
     return rows[torch.arange(batch) % len(rows)]
 
 
-def check(encoder: nn.Module, length: int, n_items: int, device: str) -> None:
+def check_dense_against_prefixes(encoder: nn.Module, length: int, n_items: int, device: str) -> None:
     """Stop unless a dense pass gives at each position what the prefix that ends there gives."""
     encoder.eval()
     last = min(length, 40)
@@ -132,24 +141,24 @@ def check(encoder: nn.Module, length: int, n_items: int, device: str) -> None:
                 raise SystemExit(f"dense and prefix rows differ at position {n}: relative error {worst:.1e}")
 
 
-def measure(args: argparse.Namespace, length: int) -> list[Row]:
+def measure_models(args: argparse.Namespace, length: int) -> list[Row]:
     """All models at one length."""
     batch = max(1, round(args.positions / length))
-    found: dict[str, Made] = {}
+    found: dict[str, TimedModel] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder), length, args.items)
+        write_random_dataset(Path(folder), length, args.items)
         for name in args.models:
             try:
-                found[name] = make(name, Path(folder), length, batch, args.device)
+                found[name] = build_timed_model(name, Path(folder), length, batch, args.device)
             except ValueError as error:
                 print(f"without {name}: {error}")
     for made in found.values():
         if hasattr(made.model, "encoder"):
-            check(made.model.encoder, length, args.items, args.device)
+            check_dense_against_prefixes(made.model.encoder, length, args.items, args.device)
     steps: dict[str, Callable[[], None]] = {name: made.train for name, made in found.items()}
     queries = {name: made.infer for name, made in found.items()}
-    train = medians(steps, args.repeats, args.device)
-    infer = medians(queries, args.repeats, args.device)
+    train = measure_median_seconds(steps, args.repeats, args.device)
+    infer = measure_median_seconds(queries, args.repeats, args.device)
     rows = []
     for name in (name for name in found if name in train and name in infer):
         made = found[name]
@@ -160,7 +169,7 @@ def measure(args: argparse.Namespace, length: int) -> list[Row]:
             epoch = ML_1M_WINDOWS[length] if made.rows == "dense" else ML_1M_TARGETS
             row["minutes per epoch of ml-1m"] = train[name] / batch * epoch / 60
         if args.device.startswith("cuda"):
-            row["peak MiB of a step"] = peak_mib(made.train, args.device)
+            row["peak MiB of a step"] = measure_peak_mib(made.train, args.device)
         rows.append(row)
         print(row, flush=True)
     return rows
@@ -168,22 +177,24 @@ def measure(args: argparse.Namespace, length: int) -> list[Row]:
 
 def main() -> None:
     """Measure, print, save."""
-    parser = arguments(__doc__, "bench_model")
+    parser = build_benchmark_parser(__doc__, "bench_model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1000, 4000])
     parser.add_argument("--positions", type=int, help="positions in a batch")
     parser.add_argument("--items", type=int, default=3_416, help="catalogue, that of ml-1m by default")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     args = parser.parse_args()
-    settle(args.device, args.threads)
+    set_threads_and_device(args.device, args.threads)
     args.positions = args.positions or POSITIONS[args.device.split(":")[0]]
-    rows = [row for length in args.lengths for row in measure(args, length)]
-    finish(args, rows, f"{args.items:,} items, float32; epochs are rows times the time per row")
+    rows = [row for length in args.lengths for row in measure_models(args, length)]
+    write_benchmark_results(
+        args, rows, f"{args.items:,} items, float32; epochs are rows times the time per row"
+    )
     series: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
         xs, ys = series.setdefault(row["model"], ([], []))
         xs.append(row["L"])
         ys.append(row["inference ms per history"])
-    picture(args, series, "history length L", "inference, ms per history")
+    plot_benchmark_series(args, series, "history length L", "inference, ms per history")
 
 
 if __name__ == "__main__":

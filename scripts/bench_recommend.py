@@ -18,12 +18,18 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from benchmarking import Row, arguments, finish, medians, settle
+from benchmarking import (
+    Row,
+    build_benchmark_parser,
+    measure_median_seconds,
+    set_threads_and_device,
+    write_benchmark_results,
+)
 
 from m2rec import trained
-from m2rec.experiment import data_of_run
+from m2rec.experiment import load_run_data
 from m2rec.model import M2Rec
-from m2rec.provenance import item_tokens
+from m2rec.provenance import list_item_tokens
 from m2rec.recommender import Recommender
 from m2rec.text import ProjectedText
 
@@ -32,7 +38,7 @@ MILLION = 1_000_000
 PROBES = (32, 1000)  # besides the default
 
 
-class Rival:
+class RecBoleBaseline:
     """RecBole's full_sort_topk on the data of the run.
 
     Args:
@@ -41,13 +47,13 @@ class Rival:
     """
 
     def __init__(self, run: Path, users: int, device: str) -> None:
-        config, dataset, (train, _, self.test) = data_of_run(run, use_gpu=device != "cpu")
-        model = trained.read(run, torch.device(device))
+        config, dataset, (train, _, self.test) = load_run_data(run, use_gpu=device != "cpu")
+        model = trained.read_saved_model(run, torch.device(device))
         self.model = M2Rec(config, train.dataset).to(device).eval()
         self.model.encoder.load_state_dict(model.encoder.state_dict())
         rows = self.test.dataset.inter_feat[:users]
         self.users = rows[dataset.uid_field].numpy()
-        self.device, tokens = device, item_tokens(dataset)
+        self.device, tokens = device, list_item_tokens(dataset)
         pairs = zip(rows[dataset.history_field].tolist(), rows[dataset.item_list_length_field], strict=True)
         self.histories = [[tokens[item] for item in items[:length]] for items, length in pairs]
 
@@ -60,7 +66,7 @@ class Rival:
         return items
 
 
-def compare(recommender: Recommender, rival: Rival, n: int) -> None:
+def compare_top_items(recommender: Recommender, rival: RecBoleBaseline, n: int) -> None:
     """Both must find the same items, but for ties."""
     expected = rival.top(0, n).tolist()
     for row, found in zip(
@@ -71,7 +77,7 @@ def compare(recommender: Recommender, rival: Rival, n: int) -> None:
             raise SystemExit(f"the best items differ: {row} and {ids}")
 
 
-def live(recommender: Recommender, history: list[str]) -> Callable[[], object]:
+def build_live_event(recommender: Recommender, history: list[str]) -> Callable[[], object]:
     """An event and what to recommend after it, over and over."""
     session, next_items = recommender.session(history), cycle(history)
 
@@ -82,7 +88,7 @@ def live(recommender: Recommender, history: list[str]) -> Callable[[], object]:
     return event
 
 
-def large(model: trained.Trained) -> Recommender:
+def build_million_item_recommender(model: trained.SavedModel) -> Recommender:
     """The model with a million items: its own, then each of them many times with noise."""
     generator, n_items = torch.Generator().manual_seed(0), len(model.table)
     copied = torch.randint(1, n_items, (MILLION + 1 - n_items,), generator=generator)
@@ -97,10 +103,10 @@ def large(model: trained.Trained) -> Recommender:
             layer.text.rows = layer.text.rows[source]
     tokens = [*model.tokens, *(f"copy {number}" for number in range(len(copied)))]
     nothing: dict[str, Any] = {"titles": {}, "text_mean": None, "text_basis": None, "text_source": {}}
-    return Recommender(trained.made(encoder, tokens, counts=[], config=model.config, **nothing))
+    return Recommender(trained.build_saved_model(encoder, tokens, counts=[], config=model.config, **nothing))
 
 
-def rows_of_a_million(
+def measure_million_items(
     recommender: Recommender, histories: list[list[str]], args: argparse.Namespace
 ) -> Iterator[Row]:
     """Exactly, and by indices that look at more and more."""
@@ -118,16 +124,16 @@ def rows_of_a_million(
             found = {f"recall@{K}": recommender.recall(histories[:200], K)}
         some = {
             "recommend": lambda: recommender.recommend(past, K),
-            "live event and ranking": live(recommender, past),
+            "live event and ranking": build_live_event(recommender, past),
         }
-        for name, seconds in medians(some, args.repeats, args.device, at_least=0.3).items():
+        for name, seconds in measure_median_seconds(some, args.repeats, args.device, at_least=0.3).items():
             what = f"{name}, {MILLION:,} items, {kind}"
             yield {"what": what, "ms": seconds * 1e3, "per second": 1 / seconds, **found}
 
 
 def main() -> None:
     """Measure, print, save."""
-    parser = arguments(__doc__, "bench_recommend")
+    parser = build_benchmark_parser(__doc__, "bench_recommend")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", type=Path)
     parser.add_argument("--users", type=int, default=2000, help="test users for the batch")
@@ -135,16 +141,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="users that the rival ranks together")
     parser.add_argument("--no-million", action="store_true", help="without the large catalogue")
     args = parser.parse_args()
-    settle(args.device, args.threads)
-    recommender, rival = Recommender.load(args.run, args.device), Rival(args.run, args.users, args.device)
-    compare(recommender, rival, min(len(rival.users), args.batch))
+    set_threads_and_device(args.device, args.threads)
+    recommender, rival = (
+        Recommender.load(args.run, args.device),
+        RecBoleBaseline(args.run, args.users, args.device),
+    )
+    compare_top_items(recommender, rival, min(len(rival.users), args.batch))
     tokens = recommender.tokens[1:]
     history = [tokens[(37 * i) % len(tokens)] for i in range(args.length)]
     n = len(rival.users)
     one = {
         f"recommend, {args.length:,} items": lambda: recommender.recommend(history, K),
-        f"live event and ranking, {args.length:,} items": live(recommender, history),
-        f"live event and ranking, {50 * args.length:,} items": live(recommender, 50 * history),
+        f"live event and ranking, {args.length:,} items": build_live_event(recommender, history),
+        f"live event and ranking, {50 * args.length:,} items": build_live_event(recommender, 50 * history),
         "RecBole, one user": lambda: rival.top(0, 1),
     }
     many = {
@@ -153,15 +162,17 @@ def main() -> None:
     }
     rows: list[Row] = [
         {"what": name, "ms": seconds * 1e3, "per second": 1 / seconds}
-        for name, seconds in medians(one, args.repeats, args.device, at_least=0.3).items()
+        for name, seconds in measure_median_seconds(one, args.repeats, args.device, at_least=0.3).items()
     ]
-    for name, seconds in medians(many, args.repeats, args.device).items():
+    for name, seconds in measure_median_seconds(many, args.repeats, args.device).items():
         rows.append({"what": f"{name}, {n:,} users", "ms": seconds * 1e3, "per second": n / seconds})
     if not args.no_million:
-        model = trained.read(args.run, torch.device(args.device))
-        rows += rows_of_a_million(large(model), rival.histories, args)
+        model = trained.read_saved_model(args.run, torch.device(args.device))
+        rows += measure_million_items(build_million_item_recommender(model), rival.histories, args)
     mean = sum(map(len, rival.histories)) / n
-    finish(args, rows, f"{len(tokens):,} items; the users' histories have {mean:.0f} items on average")
+    write_benchmark_results(
+        args, rows, f"{len(tokens):,} items; the users' histories have {mean:.0f} items on average"
+    )
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from m2rec.provenance import commit
+from m2rec.provenance import read_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 
 
-def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
+def build_benchmark_parser(description: str | None, name: str) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes: device, threads, repeats and where results go."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -35,14 +35,14 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def settle(device: str, threads: int) -> None:
+def set_threads_and_device(device: str, threads: int) -> None:
     """Use so many threads, and the GPU that `device` names, in this process."""
     torch.set_num_threads(threads)
     if ":" in device:
         torch.cuda.set_device(device)
 
 
-def medians(
+def measure_median_seconds(
     functions: Mapping[str, Callable[[], object]], repeats: int, device: str, at_least: float = 0.0
 ) -> dict[str, float]:
     """Median seconds of each function, all in turn in every round, so that noise meets them alike.
@@ -57,29 +57,29 @@ def medians(
         except torch.OutOfMemoryError:
             print(f"without {name}: out of memory")
             continue
-        calls[name] = max(1, round(at_least / max(_seconds(function, 1, device), 1e-9)))
+        calls[name] = max(1, round(at_least / max(_time_calls(function, 1, device), 1e-9)))
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name in calls:
-            rounds[name].append(_seconds(functions[name], calls[name], device))
+            rounds[name].append(_time_calls(functions[name], calls[name], device))
     return {name: median(seconds) for name, seconds in rounds.items()}
 
 
-def _seconds(function: Callable[[], object], calls: int, device: str) -> float:
-    _wait(device)
+def _time_calls(function: Callable[[], object], calls: int, device: str) -> float:
+    _synchronize_device(device)
     start = perf_counter()
     for _ in range(calls):
         function()
-    _wait(device)
+    _synchronize_device(device)
     return (perf_counter() - start) / calls
 
 
-def _wait(device: str) -> None:
+def _synchronize_device(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
-def in_child(function: Callable[..., Any], *args: Any) -> Any:
+def run_in_child_process(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) in a fresh process, whose memory nothing else has touched."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what this process keeps, the other can't have
@@ -87,7 +87,7 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def peak_mib(work: Callable[[], object], device: str) -> float:
+def measure_peak_mib(work: Callable[[], object], device: str) -> float:
     """Most memory that `work` held above what was held before, in MiB; on a CPU in a fresh process only."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -96,13 +96,13 @@ def peak_mib(work: Callable[[], object], device: str) -> float:
         work()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _status_kib("VmRSS")
+    before = _read_status_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     work()
-    return (_status_kib("VmHWM") - before) / 2**10
+    return (_read_status_kib("VmHWM") - before) / 2**10
 
 
-def _status_kib(key: str) -> int:
+def _read_status_kib(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1])
@@ -115,29 +115,35 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
-def finish(args: argparse.Namespace, rows: list[Row], note: str = "", **more: Any) -> None:
+def write_benchmark_results(args: argparse.Namespace, rows: list[Row], note: str = "", **more: Any) -> None:
     """Print the table and write NAME-DEVICE.json with the command and the machine."""
-    table = markdown(rows)
+    table = format_benchmark_table(rows)
     print(f"\n{table}\n{note}")
     args.out.mkdir(parents=True, exist_ok=True)
-    path = stem(args).with_suffix(".json")
-    record = {"command": _command(), **machine(args), "note": note, "rows": rows, **more}
+    path = build_result_path(args).with_suffix(".json")
+    record = {
+        "command": _format_command_line(),
+        **describe_benchmark_machine(args),
+        "note": note,
+        "rows": rows,
+        **more,
+    }
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(path)
 
 
-def stem(args: argparse.Namespace) -> Path:
+def build_result_path(args: argparse.Namespace) -> Path:
     """Path of the results without suffix."""
     return Path(args.out / f"{args.name}-{args.device.split(':')[0]}")
 
 
-def _command() -> str:
+def _format_command_line() -> str:
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
     return " ".join(["python", str(shown), *sys.argv[1:]])
 
 
-def machine(args: argparse.Namespace) -> dict[str, Any]:
+def describe_benchmark_machine(args: argparse.Namespace) -> dict[str, Any]:
     """Device, threads, versions and commit."""
     if args.device.startswith("cuda"):
         name = torch.cuda.get_device_name()
@@ -150,26 +156,26 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit(),
+        "commit": read_commit(),
     }
 
 
-def markdown(rows: Iterable[Row]) -> str:
+def format_benchmark_table(rows: Iterable[Row]) -> str:
     """Rows as a Markdown table; numbers with three digits that count."""
     rows = list(rows)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] * len(columns)]
-    lines += [[_shown(row.get(column, "")) for column in columns] for row in rows]
+    lines += [[_format_table_value(row.get(column, "")) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _shown(value: Any) -> str:
+def _format_table_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def picture(
+def plot_benchmark_series(
     args: argparse.Namespace, series: Mapping[str, tuple[list[float], list[float]]], x: str, y: str
 ) -> None:
     """Lines over two logarithmic axes, as NAME-DEVICE.svg."""
@@ -188,5 +194,5 @@ def picture(
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(stem(args).with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(build_result_path(args).with_suffix(".svg"), metadata={"Date": None})
     pyplot.close(figure)

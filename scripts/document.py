@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from m2rec.configuration import build_config, resolved
+from m2rec.configuration import build_config, resolve_settings
 from m2rec.files import write_text
-from m2rec.settings import ModelSettings, RunSettings, allowed
+from m2rec.settings import ModelSettings, RunSettings, describe_allowed_values
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "settings.md"
-HEAD = (
+PAGE_PATH = ROOT / "docs" / "settings.md"
+PAGE_HEADER = (
     "# Settings\n\nMade by `python scripts/document.py` from `m2rec/settings.py` and `config.yaml`. A key is "
     "given in `config.yaml`, in a file that `--config_files` names, or as `--key=value`; the last is the "
     "strongest. The default is that of `python run_mm.py`; data sets and models can have their own "
@@ -24,7 +24,7 @@ HEAD = (
     "allowed. Keys without a range are RecBole's.\n"
 )
 # a range before the meaning, which has a column of its own
-_RANGE = re.compile(r"^(integers? )?(>=? ?\d+|[\[(][\d, ]+[\])])(, |$)")
+_RANGE_PREFIX = re.compile(r"^(integers? )?(>=? ?\d+|[\[(][\d, ]+[\])])(, |$)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,28 +32,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page would change")
     options = parser.parse_args(arguments)
-    text = page((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    text = build_settings_page((ROOT / "config.yaml").read_text(encoding="utf-8"))
     if options.check:
-        current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
+        current = PAGE_PATH.exists() and PAGE_PATH.read_text(encoding="utf-8") == text
         if not current:
-            print(f"{PAGE} is not what the settings say; run python scripts/document.py")
+            print(f"{PAGE_PATH} is not what the settings say; run python scripts/document.py")
         return int(not current)
-    write_text(PAGE, text)
-    print(PAGE)
+    write_text(PAGE_PATH, text)
+    print(PAGE_PATH)
     return 0
 
 
-def page(config: str) -> str:
+def build_settings_page(config: str) -> str:
     """The whole page from the text of config.yaml."""
-    ranges = {f.name: allowed(f) for kind in (ModelSettings, RunSettings) for f in fields(kind)}
-    defaults = resolved(build_config({}, ROOT / "config.yaml"))
-    lines = [HEAD]
-    for section, keys in sections(config):
+    ranges = {
+        f.name: describe_allowed_values(f) for kind in (ModelSettings, RunSettings) for f in fields(kind)
+    }
+    defaults = resolve_settings(build_config({}, ROOT / "config.yaml"))
+    lines = [PAGE_HEADER]
+    for section, keys in read_config_sections(config):
         lines += [f"## {section}\n", "| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
         for key, meaning in keys:
             if key in ranges:
-                meaning = _RANGE.sub("", meaning)
-            default = "" if defaults.get(key) is None else f"`{_shown(defaults[key])}`"
+                meaning = _RANGE_PREFIX.sub("", meaning)
+            default = "" if defaults.get(key) is None else f"`{_format_default(defaults[key])}`"
             lines.append(
                 f"| `{key}` | {default} | {ranges.get(key, '')} | {meaning.replace('|', chr(92) + '|')} |"
             )
@@ -61,7 +63,7 @@ def page(config: str) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def sections(config: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def read_config_sections(config: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Headings of config.yaml, each with its keys and what they mean."""
     heading, keys = "", []
     for line in config.splitlines():
@@ -78,7 +80,7 @@ def sections(config: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     yield heading, keys
 
 
-def _shown(value: object) -> str:
+def _format_default(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

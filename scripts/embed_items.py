@@ -20,30 +20,30 @@ from pathlib import Path
 
 from m2rec import lsa, make_vectors, text_vectors
 from m2rec.command_line import Parser
-from m2rec.compat import data_folder
-from m2rec.files import locked
-from m2rec.item_text import items_of, read_texts
-from m2rec.text_encoder import DEVICES, DTYPES, POOLINGS, EncoderOptions, TextEncoder
-from m2rec.vector_import import VectorFile
+from m2rec.compat import find_data_folder
+from m2rec.files import lock_path
+from m2rec.item_text import read_item_texts, read_item_tokens
+from m2rec.text_encoder import DEVICES, DTYPES, POOLINGS, TextEncoder, TextEncoderOptions
+from m2rec.vector_import import ImportedVectors
 
 logger = logging.getLogger(__name__)
 
 # of the library's arguments
-FLAGS = {
+ARGUMENT_FLAGS = {
     "text_encoder": "--text-encoder", "columns": "--columns", "template": "--template",
     "pooling": "--pooling", "max_tokens": "--max-tokens", "batch_tokens": "--batch-tokens",
     "device": "--device", "dtype": "--dtype", "width": "--lsa-width",
 }  # fmt: skip
-OF_TEXTS = ("text_encoder", "columns", "template", "instruction", "revision")
+TEXT_OPTIONS = ("text_encoder", "columns", "template", "instruction", "revision")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        embed(parse_options(arguments))
+        make_vector_file(parse_options(arguments))
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"embed_items.py: error: {name_flag(' '.join(str(error).split()))}\n")
+        sys.stderr.write(f"embed_items.py: error: {replace_name_with_flag(' '.join(str(error).split()))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("embed_items.py: stopped; the same command goes on\n")
@@ -51,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def name_flag(message: str) -> str:
+def replace_name_with_flag(message: str) -> str:
     """A message of the library that begins with an argument's name, with the flag in its place."""
     name, colon, rest = message.partition(":")
-    return f"{FLAGS[name]}{colon}{rest}" if name in FLAGS else message
+    return f"{ARGUMENT_FLAGS[name]}{colon}{rest}" if name in ARGUMENT_FLAGS else message
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -94,31 +94,35 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def embed(options: argparse.Namespace) -> Path:
+def make_vector_file(options: argparse.Namespace) -> Path:
     """Make the file, or leave it if it is up to date; returns its path.
 
     Raises:
         ValueError: an option or a file can't be used.
     """
     name = options.dataset
-    folder = data_folder(Path(options.data_path), name)
-    output = Path(options.output or Path(options.data_path) / name / f"{name}{text_vectors.SUFFIX}")
+    folder = find_data_folder(Path(options.data_path), name)
+    output = Path(
+        options.output or Path(options.data_path) / name / f"{name}{text_vectors.VECTOR_FILE_SUFFIX}"
+    )
     if not options.separator:
         raise ValueError("--separator: empty; give what stands between columns")
     separator = options.separator.replace(r"\t", "\t")
-    known = items_of(folder / f"{name}.inter", options.id_column, separator)
+    known = read_item_tokens(folder / f"{name}.inter", options.id_column, separator)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with locked(output.parent):  # a run that finds none would make its own
+    with lock_path(output.parent):  # a run that finds none would make its own
         if options.vectors or options.ids:
-            make_vectors.from_file(output, vector_file(options), known, options.force)
+            make_vectors.import_text_vectors(output, open_imported_vectors(options), known, options.force)
             return output
         file, columns = folder / f"{name}.item", options.columns
-        items = read_texts(file, options.id_column, columns, options.template, separator)
-        make_vectors.from_texts(output, items, encoder_of(options, output), known, options.force)
+        items = read_item_texts(file, options.id_column, columns, options.template, separator)
+        make_vectors.build_text_vectors(
+            output, items, choose_text_encoder(options, output), known, options.force
+        )
     return output
 
 
-def vector_file(options: argparse.Namespace) -> VectorFile:
+def open_imported_vectors(options: argparse.Namespace) -> ImportedVectors:
     """What --vectors names.
 
     Raises:
@@ -126,13 +130,13 @@ def vector_file(options: argparse.Namespace) -> VectorFile:
     """
     if options.vectors is None:
         raise ValueError(f"--ids: {options.ids} needs --vectors, the file with the vectors")
-    for key in OF_TEXTS:
+    for key in TEXT_OPTIONS:
         if getattr(options, key):
             raise ValueError(f"--{key.replace('_', '-')}: not together with --vectors; leave one out")
-    return VectorFile(options.vectors, options.ids, options.id_column, options.model_name)
+    return ImportedVectors(options.vectors, options.ids, options.id_column, options.model_name)
 
 
-def encoder_of(options: argparse.Namespace, output: Path) -> TextEncoder | lsa.Lsa:
+def choose_text_encoder(options: argparse.Namespace, output: Path) -> TextEncoder | lsa.LsaEncoder:
     """What --text-encoder names. By itself lsa, but not over the work of a language model.
 
     Raises:
@@ -144,17 +148,17 @@ def encoder_of(options: argparse.Namespace, output: Path) -> TextEncoder | lsa.L
             "--text-encoder=sentence-transformers/all-MiniLM-L6-v2"
         )
         if output.exists() and not options.force:
-            model = text_vectors.read(output)[2].get("model", "another source")
-            if model != lsa.NAME:
+            model = text_vectors.read_text_vectors(output)[2].get("model", "another source")
+            if model != lsa.LSA_NAME:
                 raise ValueError(
                     f"--text-encoder: {output} has vectors of {model}; name an encoder to replace them, "
                     "or give --force"
                 )
-    if options.text_encoder in (None, lsa.NAME):
-        return lsa.Lsa(options.lsa_width)
+    if options.text_encoder in (None, lsa.LSA_NAME):
+        return lsa.LsaEncoder(options.lsa_width)
     keys = ("revision", "pooling", "instruction", "max_tokens", "batch_tokens", "device", "dtype")
     given = {key: getattr(options, key) for key in keys}
-    return TextEncoder(EncoderOptions(options.text_encoder, name=options.model_name, **given))
+    return TextEncoder(TextEncoderOptions(options.text_encoder, name=options.model_name, **given))
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 from m2rec.command_line import Parser
-from m2rec.evaluation import HISTORY, bucket_names, places_of_targets
-from m2rec.experiment import data_of_run
-from m2rec.provenance import item_tokens
+from m2rec.evaluation import HISTORY_BUCKETS, compute_target_ranks, format_bucket_names
+from m2rec.experiment import load_run_data
+from m2rec.provenance import list_item_tokens
 from m2rec.recommender import Recommender
-from m2rec.statistics import metric_of_ranks
+from m2rec.statistics import compute_rank_metric
 
-LENGTHS = (10, 20, 50, 100, 200, 500, 1000)
-BATCH = 32
+INPUT_LENGTHS = (10, 20, 50, 100, 200, 500, 1000)
+BATCH_SIZE = 32
 METRICS = ("hit@10", "ndcg@10")
 
 
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(arguments)
         recommender = Recommender.load(options.run, whole_history=True)
-        histories, targets = test_users(options)
+        histories, targets = load_test_histories(options)
         returning = sum(target in history for history, target in zip(histories, targets, strict=True))
         if returning:
             sys.stderr.write(f"{returning:,} of {len(targets):,} targets are in their history: misses\n")
-        write(measure(recommender, histories, targets))
+        print_csv(measure_input_lengths(recommender, histories, targets))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"history_lengths.py: error: {' '.join(str(error).split())}\n")
         return 2
@@ -55,10 +55,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def test_users(options: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
+def load_test_histories(options: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
     """All that each test user did before the test item, and that item."""
-    _, dataset, (_, _, test) = data_of_run(options.run, data_path=options.data_path)
-    rows, past, tokens = test.dataset.inter_feat, test.dataset.histories, item_tokens(dataset)
+    _, dataset, (_, _, test) = load_run_data(options.run, data_path=options.data_path)
+    rows, past, tokens = test.dataset.inter_feat, test.dataset.histories, list_item_tokens(dataset)
     users = rows[dataset.owner_field].numpy()
     chosen = np.unique(np.linspace(0, len(users) - 1, options.users or len(users)).round().astype(int))
     owner, items = past.before(users[chosen], "test")
@@ -68,44 +68,46 @@ def test_users(options: argparse.Namespace) -> tuple[list[list[str]], list[str]]
     return [[tokens[item] for item in part] for part in parts], [tokens[item] for item in targets]
 
 
-def measure(
+def measure_input_lengths(
     recommender: Recommender, histories: Sequence[list[str]], targets: Sequence[str]
 ) -> list[dict[str, object]]:
     """A row per number of items: users and metrics, of all and by length of the history."""
     lengths = np.array([len(history) for history in histories])
-    bucket = np.searchsorted(HISTORY, lengths)
+    bucket = np.searchsorted(HISTORY_BUCKETS, lengths)
     groups = {"all": np.ones(len(lengths), dtype=bool)}
-    groups |= {name: bucket == number for number, name in enumerate(bucket_names(HISTORY, 1))}
+    groups |= {name: bucket == number for number, name in enumerate(format_bucket_names(HISTORY_BUCKETS, 1))}
     table = []
-    for shown in (*(n for n in LENGTHS if n < lengths.max()), None):
-        places = ranks(recommender, histories, targets, shown)
+    for shown in (*(n for n in INPUT_LENGTHS if n < lengths.max()), None):
+        places = rank_test_targets(recommender, histories, targets, shown)
         row: dict[str, object] = {"shown": "all" if shown is None else shown}
         for name, inside in groups.items():
             if inside.any():
                 row[f"{name}: users"] = int(inside.sum())
                 for metric in METRICS:
-                    row[f"{name}: {metric}"] = round(float(metric_of_ranks(metric, places[inside]).mean()), 6)
+                    row[f"{name}: {metric}"] = round(
+                        float(compute_rank_metric(metric, places[inside]).mean()), 6
+                    )
         table.append(row)
     return table
 
 
-def ranks(
+def rank_test_targets(
     recommender: Recommender, histories: Sequence[list[str]], targets: Sequence[str], shown: int | None
 ) -> np.ndarray:
     """Each target's place after the last `shown` items, without what the user had; 0 for a target it had."""
     places = np.empty(len(histories), dtype=np.int32)
     order = np.argsort([len(history) for history in histories], kind="stable")  # little padding
-    for start in range(0, len(order), BATCH):
-        users = order[start : start + BATCH]
+    for start in range(0, len(order), BATCH_SIZE):
+        users = order[start : start + BATCH_SIZE]
         scores = recommender.scores([histories[user][-shown if shown else 0 :] for user in users])
         own = torch.tensor(recommender.to_ids(targets[user] for user in users))
         for row, user in enumerate(users):
             scores[row, recommender.to_ids(histories[user])] = -torch.inf
-        places[users] = places_of_targets(scores, own)
+        places[users] = compute_target_ranks(scores, own)
     return places
 
 
-def write(table: Sequence[dict[str, object]]) -> None:
+def print_csv(table: Sequence[dict[str, object]]) -> None:
     """The rows as CSV on standard output."""
     writer = csv.DictWriter(sys.stdout, list(table[0]), lineterminator="\n")
     writer.writeheader()

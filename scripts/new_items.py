@@ -26,22 +26,22 @@ import torch
 from m2rec import text_vectors
 from m2rec.command_line import Parser
 from m2rec.compat import Config
-from m2rec.configuration import build_config, parse_arguments, resolved
-from m2rec.experiment import load_data, run
-from m2rec.histories import NONE, Histories
-from m2rec.provenance import commit, item_tokens
+from m2rec.configuration import build_config, parse_arguments, resolve_settings
+from m2rec.experiment import load_data, run_experiment
+from m2rec.histories import NO_TARGET, Histories
+from m2rec.provenance import list_item_tokens, read_commit
 from m2rec.recommender import Recommender
 from m2rec.settings import ModelSettings
-from m2rec.statistics import metric_of_ranks
-from m2rec.text_source import make_missing, text_file
+from m2rec.statistics import compute_rank_metric
+from m2rec.text_source import ensure_text_vectors, find_vector_file
 
 logger = logging.getLogger(__name__)
 
-CONFIG = Path(__file__).parent.parent / "config.yaml"
+DEFAULT_CONFIG = Path(__file__).parent.parent / "config.yaml"
 K = 10
-BATCH = 256
-OF_THE_PLACE = ("dataset", "seed", "data_path", "runs_dir")  # no settings, or columns of their own
-OF_THE_REST = {  # of the data that `write_without` writes, which are filtered already
+BATCH_SIZE = 256
+NON_SETTING_KEYS = ("dataset", "seed", "data_path", "runs_dir")  # no settings, or columns of their own
+REMAINING_DATA_KEYS = {  # of the data that `write_remaining_data` writes, which are filtered already
     "USER_ID_FIELD": "user_id",
     "ITEM_ID_FIELD": "item_id",
     "TIME_FIELD": "timestamp",
@@ -78,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--share: expected a number between 0 and 1, got {options.share}")
         check_output(options.output)
         for seed in options.seeds:
-            row = measure({**parse_arguments(keys), "seed": seed}, options.share)
+            row = measure_new_items({**parse_arguments(keys), "seed": seed}, options.share)
             sys.stdout.write("".join(f"{name:<24}{row[name]}\n" for name in COLUMNS))
-            append(options.output, row)
+            append_row(options.output, row)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"new_items.py: error: {' '.join(str(error).split())}\n")
         return 2
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(given: dict[str, Any], share: float) -> dict[str, Any]:
+def measure_new_items(given: dict[str, Any], share: float) -> dict[str, Any]:
     """Train without some items, add them by text, and rank them; a row for the output.
 
     Args:
@@ -100,35 +100,37 @@ def measure(given: dict[str, Any], share: float) -> dict[str, Any]:
     Raises:
         ValueError: nothing is taken out or left, or the model can't have new items.
     """
-    config = build_config(given, CONFIG)
+    config = build_config(given, DEFAULT_CONFIG)
     check_model(config)
     dataset, _ = load_data(config)
     histories = dataset.histories
     assert histories is not None
-    tokens = np.array(item_tokens(dataset))
-    make_missing(config, tokens[1:].tolist())
-    file = text_file(config)
+    tokens = np.array(list_item_tokens(dataset))
+    ensure_text_vectors(config, tokens[1:].tolist())
+    file = find_vector_file(config)
     if file is None:
         raise ValueError(f"text_vectors: {config['dataset']} has none; make them with scripts/embed_items.py")
-    names, raw, _ = text_vectors.read(file)
+    names, raw, _ = text_vectors.read_text_vectors(file)
     row_of = {name: i for i, name in enumerate(names) if raw[i].any()}
-    taken = chosen(np.isin(tokens, list(row_of)), share, config["seed"])
+    taken = choose_new_items(np.isin(tokens, list(row_of)), share, config["seed"])
     data = Path(config["runs_dir"]) / "new-items" / f"{config['dataset']}-{share}-{config['seed']}"
-    write_without(data, config["dataset"], histories, taken, tokens)
-    without = {**OF_THE_REST, "data_path": str(data), "text_vectors": str(file.resolve())}
-    recommender = Recommender.load(run(build_config({**resolved(config), **without})).folder)
+    write_remaining_data(data, config["dataset"], histories, taken, tokens)
+    without = {**REMAINING_DATA_KEYS, "data_path": str(data), "text_vectors": str(file.resolve())}
+    recommender = Recommender.load(
+        run_experiment(build_config({**resolve_settings(config), **without})).folder
+    )
     added = tokens[taken].tolist()
     recommender.add_items(added, raw[[row_of[token] for token in added]])
-    others = {key: value for key, value in given.items() if key not in OF_THE_PLACE}
+    others = {key: value for key, value in given.items() if key not in NON_SETTING_KEYS}
     return {
         "dataset": config["dataset"],
         "seed": config["seed"],
         "share": share,
-        "commit": commit(),
+        "commit": read_commit(),
         "settings": json.dumps(others, sort_keys=True),
         "items": len(tokens) - 1,
         "new_items": len(added),
-        **ranked(recommender, histories, tokens, set(added)),
+        **evaluate_new_items(recommender, histories, tokens, set(added)),
     }
 
 
@@ -149,7 +151,7 @@ def check_model(config: Config) -> None:
         raise ValueError(f"split: {config['split']!r} is not for new items; set leave_one_out")
 
 
-def chosen(with_text: np.ndarray, share: float, seed: int) -> np.ndarray:
+def choose_new_items(with_text: np.ndarray, share: float, seed: int) -> np.ndarray:
     """(V,), which items are taken out, at random among those with text.
 
     Raises:
@@ -163,7 +165,7 @@ def chosen(with_text: np.ndarray, share: float, seed: int) -> np.ndarray:
     return taken
 
 
-def write_without(
+def write_remaining_data(
     folder: Path, name: str, histories: Histories, taken: np.ndarray, tokens: np.ndarray
 ) -> None:
     """The interactions with the items that stay, as a data set; a time is a place in the history.
@@ -182,7 +184,7 @@ def write_without(
                 file.writelines(f"{user}\t{token}\t{time}\n" for time, token in enumerate(kept))
 
 
-def ranked(
+def evaluate_new_items(
     recommender: Recommender, histories: Histories, tokens: np.ndarray, added: set[str]
 ) -> dict[str, Any]:
     """Metrics of users whose last item is new, among all items and among new ones, and of the others.
@@ -195,42 +197,46 @@ def ranked(
     is_new = torch.tensor([token in added for token in recommender.tokens])
     found: dict[str, list[tuple[int, float]]] = {group: [] for group in GROUPS}
     pasts, wanted, returning = [], [], 0
-    for start, end in zip(histories.start[targets != NONE], targets[targets != NONE], strict=True):
+    for start, end in zip(histories.start[targets != NO_TARGET], targets[targets != NO_TARGET], strict=True):
         past, target = histories.items[start:end], histories.items[end]
         if known[target] and known[past].any():
             pasts.append(tokens[past[known[past]]].tolist())
             wanted.append(tokens[target])
             returning += int(target in past)
-    if left_out := int((targets != NONE).sum()) - len(pasts):
+    if left_out := int((targets != NO_TARGET).sum()) - len(pasts):
         logger.warning("%s users are left out, whose items only left-out users have", f"{left_out:,}")
     if returning:
         logger.warning(
             "%s of %s targets are in their user's past: misses", f"{returning:,}", f"{len(pasts):,}"
         )
-    for at in range(0, len(pasts), BATCH):
-        some, ids = pasts[at : at + BATCH], recommender.to_ids(wanted[at : at + BATCH])
+    for at in range(0, len(pasts), BATCH_SIZE):
+        some, ids = pasts[at : at + BATCH_SIZE], recommender.to_ids(wanted[at : at + BATCH_SIZE])
         for scores, past, target in zip(recommender.scores(some), some, ids, strict=True):
             scores[recommender.to_ids(past)] = -torch.inf
             for group, among in (("new", slice(None)), ("new_among_new", is_new), ("old", slice(None))):
                 if bool(is_new[target]) == (group != "old"):
-                    found[group].append(_place_and_chance(scores[among], scores[target]))
-    return {name: value for group, pairs in found.items() for name, value in _metrics(group, pairs).items()}
+                    found[group].append(_compute_rank_and_chance(scores[among], scores[target]))
+    return {
+        name: value
+        for group, pairs in found.items()
+        for name, value in _average_metrics(group, pairs).items()
+    }
 
 
-def _place_and_chance(scores: torch.Tensor, own: torch.Tensor) -> tuple[int, float]:
+def _compute_rank_and_chance(scores: torch.Tensor, own: torch.Tensor) -> tuple[int, float]:
     """The place of a score, the worst of equals, and the chance of a hit at random; both 0 for -inf."""
     if own == -torch.inf:
         return 0, 0.0
     return int((scores >= own).sum()), min(1.0, K / int((scores > -torch.inf).sum()))
 
 
-def _metrics(group: str, pairs: list[tuple[int, float]]) -> dict[str, Any]:
+def _average_metrics(group: str, pairs: list[tuple[int, float]]) -> dict[str, Any]:
     """Mean metrics of (place, chance of a hit) pairs; empty where there are none."""
     row: dict[str, Any] = {f"{group}.users": len(pairs)}
     places = np.array([place if place <= K else 0 for place, _ in pairs], dtype=np.int64)
     for metric in ("hit", "ndcg"):
         name = f"{metric}@{K}"
-        row[f"{group}.{name}"] = round(float(metric_of_ranks(name, places).mean()), 6) if pairs else ""
+        row[f"{group}.{name}"] = round(float(compute_rank_metric(name, places).mean()), 6) if pairs else ""
     row[f"{group}.chance@{K}"] = round(float(np.mean([chance for _, chance in pairs])), 6) if pairs else ""
     return row
 
@@ -246,7 +252,7 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--output: {path} has other columns; give another file")
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
+def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a line to a CSV file, which gets its header with the first."""
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:

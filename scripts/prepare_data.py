@@ -56,19 +56,26 @@ from typing import IO, TypeVar
 from tqdm import tqdm
 
 from m2rec.command_line import Parser
-from m2rec.dominant import find_dominant
+from m2rec.dominant import describe_dominant_entity
 from m2rec.files import write_atomically
-from m2rec.raw import FORMATS, TABLES, Format, Interaction, movielens, table
-from m2rec.raw_rows import Condition
-from m2rec.raw_times import UNITS, check_form
-from m2rec.raw_values import shortest
-from m2rec.rows import Layout, Tally
+from m2rec.raw import (
+    FORMATS,
+    TABLE_KINDS,
+    RawFormat,
+    RawInteraction,
+    build_table_format,
+    find_movielens_files,
+)
+from m2rec.raw_rows import RowCondition
+from m2rec.raw_times import TIME_UNITS, check_time_format
+from m2rec.raw_values import format_decimal
+from m2rec.rows import CsvLayout, Tally
 
 logger = logging.getLogger(__name__)
 
 MOVIELENS = "movielens"
-COLUMNS = ("user", "item", "time", "rating", "item_id", "text")
-LAYOUT = ("columns", "separator", "item_columns", "item_separator")
+COLUMN_OPTIONS = ("user", "item", "time", "rating", "item_id", "text")
+LAYOUT_OPTIONS = ("columns", "separator", "item_columns", "item_separator")
 Record = TypeVar("Record")
 
 
@@ -76,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        print(Preparation(parse_options(arguments)).run())
+        print(DatasetPreparation(parse_options(arguments)).run())
     except (ValueError, OSError) as error:
         sys.stderr.write(f"prepare_data.py: error: {' '.join(str(error).split())}\n")
         return 2
@@ -92,7 +99,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=describe_formats(), formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "format", metavar="FORMAT", choices=[MOVIELENS, *FORMATS, *TABLES], help="one of those below"
+        "format", metavar="FORMAT", choices=[MOVIELENS, *FORMATS, *TABLE_KINDS], help="one of those below"
     )
     parser.add_argument("--interactions", type=Path, required=True, help="file, for movielens the folder")
     parser.add_argument("--items", type=Path, help="file with the items' text")
@@ -102,7 +109,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--min-rating", type=float, help="keep only interactions with at least this rating")
     parser.add_argument(
-        "--time-unit", choices=list(UNITS), help="unit of times that are numbers; default: found, see above"
+        "--time-unit",
+        choices=list(TIME_UNITS),
+        help="unit of times that are numbers; default: found, see above",
     )
     parser.add_argument(
         "--keep",
@@ -167,7 +176,7 @@ def describe_formats() -> str:
 
 
 @dataclass
-class Statistics:
+class DatasetStatistics:
     """A data set in numbers."""
 
     name: str
@@ -196,7 +205,7 @@ class Statistics:
         )
 
 
-class Preparation:
+class DatasetPreparation:
     """What the command line asks for.
 
     Raises:
@@ -205,10 +214,10 @@ class Preparation:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        check_numbers(options)
-        self.format, self.interactions, self.items = find(options)
+        check_number_ranges(options)
+        self.format, self.interactions, self.items = find_format_and_files(options)
         if options.min_rating is not None and not self.format.rating:
-            cure = "name its column with --rating" if options.format in TABLES else "leave it out"
+            cure = "name its column with --rating" if options.format in TABLE_KINDS else "leave it out"
             raise ValueError(f"--min-rating: there is no rating in {options.format}; {cure}")
         name = options.dataset
         if not name or Path(name).name != name or name.startswith("."):
@@ -222,13 +231,13 @@ class Preparation:
                 if target.exists() and source.samefile(target):
                     raise ValueError(f"{source}: the result would replace it; give another --dataset")
 
-    def run(self) -> Statistics:
+    def run(self) -> DatasetStatistics:
         """Write the files; returns what is in them.
 
         Raises:
             ValueError: a file can't be read, or nothing of it is left.
         """
-        found = Statistics(self.options.dataset)
+        found = DatasetStatistics(self.options.dataset)
         self.inter.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_atomically(self.inter, lambda temporary: self._write_all(temporary, found))
@@ -237,32 +246,32 @@ class Preparation:
                 self.inter.parent.rmdir()
         return found
 
-    def _write_all(self, inter: Path, found: Statistics) -> None:
+    def _write_all(self, inter: Path, found: DatasetStatistics) -> None:
         """Both files: the interactions take their place last, when the items have theirs."""
         with inter.open("w", encoding="utf-8", newline="\n") as file:
             self._write_interactions(file, found)
         if self.items is not None:
             write_atomically(self.item, lambda temporary: self._write_items(temporary, found))
 
-    def _write_interactions(self, file: IO[str], found: Statistics) -> None:
+    def _write_interactions(self, file: IO[str], found: DatasetStatistics) -> None:
         rated = bool(self.format.rating)
         columns = ["user_id:token", "item_id:token", *(["rating:float"] if rated else []), "timestamp:float"]
         file.write("\t".join(columns) + "\n")
         tally = Tally(self.interactions, self.options.max_bad)
         records = self.format.interactions(tally, self.options.time_unit)
-        for record in self._wanted(with_progress(records, tally)):
+        for record in self._wanted(iterate_with_progress(records, tally)):
             user, item, time, rating = record
-            cells = [user, item, shortest(time)]
+            cells = [user, item, format_decimal(time)]
             if rated:
-                cells.insert(2, "" if rating is None else shortest(rating))
+                cells.insert(2, "" if rating is None else format_decimal(rating))
             file.write("\t".join(cells) + "\n")
             found.users[user] += 1
             found.items[item] += 1
             found.interactions += 1
         for kind, counts in (("user", found.users), ("item", found.items)):
-            if said := find_dominant(kind, list(counts), list(counts.values())):
+            if said := describe_dominant_entity(kind, list(counts), list(counts.values())):
                 tally.notes.append(said)
-        report(tally)
+        log_remarks(tally)
         if not found.interactions:
             limits = [f"--keep '{text}'" for text in self.options.keep]
             if self.options.min_rating is not None:
@@ -270,14 +279,14 @@ class Preparation:
             left = f" with {' '.join(limits)}" if limits else ""
             raise ValueError(f"{self.interactions}: no interactions in it{left}; is it the right file?")
 
-    def _wanted(self, records: Iterator[Interaction]) -> Iterator[Interaction]:
+    def _wanted(self, records: Iterator[RawInteraction]) -> Iterator[RawInteraction]:
         """Those with enough rating, and each once with --drop-repeats."""
         least, seen, repeats = self.options.min_rating, set[bytes](), 0
         for record in records:
             if least is not None and (record.rating is None or float(record.rating) < least):
                 continue
             if self.options.drop_repeats:
-                text = "\t".join((record.user, record.item, shortest(record.time)))
+                text = "\t".join((record.user, record.item, format_decimal(record.time)))
                 digest = blake2b(text.encode(), digest_size=12).digest()
                 if digest in seen:
                     repeats += 1
@@ -287,20 +296,20 @@ class Preparation:
         if repeats:
             logger.info("%s: exact repeats left out: %s", self.interactions, f"{repeats:,}")
 
-    def _write_items(self, path: Path, found: Statistics) -> None:
+    def _write_items(self, path: Path, found: DatasetStatistics) -> None:
         assert self.items is not None
         tally = Tally(self.items, self.options.max_bad)
         known, written = False, set[str]()
         with path.open("w", encoding="utf-8", newline="\n") as file:
             columns = (f"{text.column}:{text.kind}" for text in self.format.texts)
             file.write("\t".join(("item_id:token", *columns)) + "\n")
-            for token, texts in with_progress(self.format.items(tally), tally):
+            for token, texts in iterate_with_progress(self.format.items(tally), tally):
                 known |= token in found.items
                 if token in found.items and token not in written and any(texts):
                     written.add(token)
                     cut = (text[: self.options.text_limit].rstrip() for text in texts)
                     file.write("\t".join((token, *cut)) + "\n")
-        report(tally)
+        log_remarks(tally)
         if not known:
             raise ValueError(
                 f"{self.items}: none of its items occurs in {self.interactions}; do the two belong together?"
@@ -308,7 +317,7 @@ class Preparation:
         found.texts = len(written)
 
 
-def check_numbers(options: argparse.Namespace) -> None:
+def check_number_ranges(options: argparse.Namespace) -> None:
     """Check the ranges of numbers.
 
     Raises:
@@ -322,41 +331,43 @@ def check_numbers(options: argparse.Namespace) -> None:
         raise ValueError(f"--min-rating: expected a number, got {options.min_rating}")
 
 
-def find(options: argparse.Namespace) -> tuple[Format, Path, Path | None]:
+def find_format_and_files(options: argparse.Namespace) -> tuple[RawFormat, Path, Path | None]:
     """The format, and the files of interactions and of items.
 
     Raises:
         ValueError: a file is missing, or the columns don't fit the format.
     """
-    path, items, keep = options.interactions, options.items, tuple(map(Condition.parse, options.keep))
+    path, items, keep = options.interactions, options.items, tuple(map(RowCondition.parse, options.keep))
     given = [
-        f"--{name.replace('_', '-')}" for name in (*COLUMNS, "time_format", *LAYOUT) if getattr(options, name)
+        f"--{name.replace('_', '-')}"
+        for name in (*COLUMN_OPTIONS, "time_format", *LAYOUT_OPTIONS)
+        if getattr(options, name)
     ]
-    if options.format not in TABLES and given:
+    if options.format not in TABLE_KINDS and given:
         raise ValueError(f"{given[0]}: {options.format} has columns of its own; leave it out")
     if options.format == MOVIELENS:
         if items is not None:
             raise ValueError("--items: movielens takes the films from the folder; leave it out")
-        found, path, items = movielens(path)
+        found, path, items = find_movielens_files(path)
         return replace(found, keep=keep), path, items
     for option, file in (("--interactions", path), ("--items", items)):
         if file is not None and not file.is_file():
             raise ValueError(f"{option}: there is no file {file}")
-    if options.format in TABLES:
-        found = table_of(options, keep)
+    if options.format in TABLE_KINDS:
+        found = build_format_from_options(options, keep)
     else:
         found = replace(FORMATS[options.format], keep=keep)
         if items is not None and not found.token:
             raise ValueError(f"--items: {options.format} has no file of items; leave it out")
-    check_times(options, found)
+    check_time_options(options, found)
     return found, path, items
 
 
-def table_of(options: argparse.Namespace, keep: Sequence[Condition]) -> Format:
+def build_format_from_options(options: argparse.Namespace, keep: Sequence[RowCondition]) -> RawFormat:
     """The format of csv, parquet or jsonl with the given columns."""
-    item_kind = kind_of(options.items, options.format)
-    layout = layout_of(options, "", options.format)
-    item_layout = layout_of(options, "item_", item_kind if options.items else None)
+    item_kind = infer_table_kind(options.items, options.format)
+    layout = parse_layout_options(options, "", options.format)
+    item_layout = parse_layout_options(options, "item_", item_kind if options.items else None)
     for name in ("user", "item", "time", "rating"):
         if getattr(options, name) is None and name in layout.names:
             setattr(options, name, name)
@@ -369,7 +380,7 @@ def table_of(options: argparse.Namespace, keep: Sequence[Condition]) -> Format:
     texts = options.text or []
     if len({"_".join(text.split()) for text in texts} | {"item_id"}) <= len(texts):
         raise ValueError(f"--text: {' '.join(texts)}: each column once, and none of the name item_id")
-    return table(
+    return build_table_format(
         options.format,
         options.user,
         options.item,
@@ -385,7 +396,7 @@ def table_of(options: argparse.Namespace, keep: Sequence[Condition]) -> Format:
     )
 
 
-def check_times(options: argparse.Namespace, found: Format) -> None:
+def check_time_options(options: argparse.Namespace, found: RawFormat) -> None:
     """Check that the options for times fit the times of the format.
 
     Raises:
@@ -397,10 +408,10 @@ def check_times(options: argparse.Namespace, found: Format) -> None:
     if found.time_format is not None:
         if options.time_unit:
             raise ValueError("--time-unit: the times are dates of one form, not numbers; leave it out")
-        check_form(found.time_format)
+        check_time_format(found.time_format)
 
 
-def layout_of(options: argparse.Namespace, prefix: str, kind: str | None) -> Layout:
+def parse_layout_options(options: argparse.Namespace, prefix: str, kind: str | None) -> CsvLayout:
     """How a file of CSV is laid out: that of interactions, or with the prefix `item_` that of items.
 
     Raises:
@@ -419,16 +430,16 @@ def layout_of(options: argparse.Namespace, prefix: str, kind: str | None) -> Lay
     mark = "\t" if separator == "\\t" else separator
     if mark is not None and (not 1 <= len(mark) <= 2 or set(mark) & set('"\r\n')):
         raise ValueError(f"{marks}: expected one or two characters, or \\t, got {separator!r}")
-    return Layout(found if used else (), mark or "")
+    return CsvLayout(found if used else (), mark or "")
 
 
-def kind_of(path: Path | None, kind: str) -> str:
+def infer_table_kind(path: Path | None, kind: str) -> str:
     """Which table a file of items is, by its name; `kind` if that says nothing."""
     suffixes = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "jsonl", ".jsonl": "jsonl"}
     return next((suffixes[s.lower()] for s in (path.suffixes if path else []) if s.lower() in suffixes), kind)
 
 
-def with_progress(records: Iterator[Record], tally: Tally) -> Iterator[Record]:
+def iterate_with_progress(records: Iterator[Record], tally: Tally) -> Iterator[Record]:
     """The records, and on a terminal a bar over the file's bytes."""
     size = tally.path.stat().st_size
     with tqdm(total=size, unit="B", unit_scale=True, desc=tally.path.name, disable=None, leave=False) as bar:
@@ -438,7 +449,7 @@ def with_progress(records: Iterator[Record], tally: Tally) -> Iterator[Record]:
             yield record
 
 
-def report(tally: Tally) -> None:
+def log_remarks(tally: Tally) -> None:
     """Say what was left out of the file, and how the rest was read."""
     for remark in tally.remarks():
         logger.warning("%s: %s", tally.path, remark)

@@ -17,11 +17,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2rec.command_line import Parser, say
+from m2rec.command_line import Parser, write_escaped
 from m2rec.dialogue import Dialogue
 from m2rec.recommender import Recommendation, Recommender
 
-WIDEST = 40  # characters of a token in the table
+MAX_TOKEN_WIDTH = 40  # characters of a token in the table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,18 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(arguments)
         recommender = Recommender.load(options.run, options.device)
-        said = answer(options, recommender)
+        said = run_request(options, recommender)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"recommend.py: error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("recommend.py: stopped\n")
         return 130
-    say(said, sys.stdout)
+    write_escaped(said, sys.stdout)
     return 0
 
 
-def answer(options: argparse.Namespace, recommender: Recommender) -> str:
+def run_request(options: argparse.Namespace, recommender: Recommender) -> str:
     """What to print at the end."""
     how = {"exclude_seen": not options.keep_seen, "skip_unknown": options.skip_unknown}
     if options.interactive:
@@ -52,16 +52,16 @@ def answer(options: argparse.Namespace, recommender: Recommender) -> str:
         )
         return f"{rows:,} users: {options.output}\n"
     if options.all_users:
-        from m2rec.evaluate_run import read_histories  # RecBole, which --history needs not
+        from m2rec.evaluate_run import read_user_histories  # RecBole, which --history needs not
 
-        histories = read_histories(options.run, dataset=options.dataset, data_path=options.data_path)
+        histories = read_user_histories(options.run, dataset=options.dataset, data_path=options.data_path)
         rows = recommender.recommend_users(
             histories, options.output, options.k, not options.keep_seen, skip_unknown=True
         )
         return f"{rows:,} users: {options.output}\n"
-    history = chosen_history(options, recommender)
+    history = select_history(options, recommender)
     found = recommender.recommend(history, options.k, **how)
-    return as_json(found) if options.json else as_table(history, found, recommender.titles)
+    return format_as_json(found) if options.json else format_as_table(history, found, recommender.titles)
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -88,11 +88,11 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="a list of objects with item, score and title")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     options = parser.parse_args(arguments)
-    check_together(options, parser)
+    check_option_combinations(options, parser)
     return options
 
 
-def check_together(options: argparse.Namespace, parser: Parser) -> None:
+def check_option_combinations(options: argparse.Namespace, parser: Parser) -> None:
     """Refuse options that don't go together.
 
     Raises:
@@ -111,15 +111,15 @@ def check_together(options: argparse.Namespace, parser: Parser) -> None:
         parser.error("--interactive goes with neither --keep-seen nor --skip-unknown")
 
 
-def chosen_history(options: argparse.Namespace, recommender: Recommender) -> list[str]:
+def select_history(options: argparse.Namespace, recommender: Recommender) -> list[str]:
     """The history that the command line names.
 
     Raises:
         ValueError: there is no such user, or the user has met items since that the run does not know.
     """
     if options.user is None:
-        return split(options.history, recommender)
-    history = history_of(options.run, options.user, options.data_path)
+        return split_token_arguments(options.history, recommender)
+    history = read_user_history(options.run, options.user, options.data_path)
     if not options.skip_unknown and (unknown := set(history) - set(recommender.tokens)):
         raise ValueError(
             f"--user: {options.user!r} has met {min(unknown)!r} since this run was trained; train again, or "
@@ -128,26 +128,29 @@ def chosen_history(options: argparse.Namespace, recommender: Recommender) -> lis
     return history
 
 
-def split(given: Sequence[str], recommender: Recommender) -> list[str]:
+def split_token_arguments(given: Sequence[str], recommender: Recommender) -> list[str]:
     """The tokens in the arguments; one with spaces that is no token itself stands for several."""
     known = set(recommender.tokens)
     return [token for text in given for token in ([text] if text in known else text.split())]
 
 
-def history_of(run: Path, user: str, data_path: str | None) -> list[str]:
+def read_user_history(run: Path, user: str, data_path: str | None) -> list[str]:
     """All that a user of a run's data set did, oldest first.
 
     Raises:
         ValueError: the data set can't be loaded, or has no such user.
     """
-    from m2rec.evaluate_run import list_histories, read_histories  # RecBole, which --history needs not
-    from m2rec.experiment import data_of_run
+    from m2rec.evaluate_run import (  # RecBole, which --history needs not
+        list_user_histories,
+        read_user_histories,
+    )
+    from m2rec.experiment import load_run_data
 
-    config, dataset, _ = data_of_run(run, data_path=data_path)
-    histories = dict(list_histories(dataset))
+    config, dataset, _ = load_run_data(run, data_path=data_path)
+    histories = dict(list_user_histories(dataset))
     if user in histories:
         return histories[user]
-    if user in dict(read_histories(run, data_path=data_path)):
+    if user in dict(read_user_histories(run, data_path=data_path)):
         interval = config["user_inter_num_interval"]
         raise ValueError(
             f"--user: {user!r} was left out of the run by its filters (user_inter_num_interval: {interval}, "
@@ -156,15 +159,15 @@ def history_of(run: Path, user: str, data_path: str | None) -> list[str]:
     raise ValueError(f"--user: the data set has no user {user!r}")
 
 
-def as_json(found: Sequence[Recommendation]) -> str:
+def format_as_json(found: Sequence[Recommendation]) -> str:
     """The recommendations for machines, in ASCII."""
     return json.dumps([item._asdict() for item in found]) + "\n"
 
 
-def as_table(history: Sequence[str], found: Sequence[Recommendation], titles: dict[str, str]) -> str:
+def format_as_table(history: Sequence[str], found: Sequence[Recommendation], titles: dict[str, str]) -> str:
     """The end of the history, and the recommendations, a line each."""
-    past = [(cut(token), titles.get(token, "")) for token in history[-5:]]
-    best = [(cut(item.item), f"{item.score:.3f}", item.title) for item in found]
+    past = [(shorten_token(token), titles.get(token, "")) for token in history[-5:]]
+    best = [(shorten_token(item.item), f"{item.score:.3f}", item.title) for item in found]
     width = max(len("item"), *(len(row[0]) for row in [*past, *best]))
     lines = [f"after {len(history):,} items, the last of them:"]
     lines += [f"{'':>5}{token:<{width}}  {title}".rstrip() for token, title in past]
@@ -176,9 +179,9 @@ def as_table(history: Sequence[str], found: Sequence[Recommendation], titles: di
     return "\n".join(lines) + "\n"
 
 
-def cut(token: str) -> str:
+def shorten_token(token: str) -> str:
     """A token that fits into a table."""
-    return token if len(token) <= WIDEST else token[: WIDEST - 1] + "…"
+    return token if len(token) <= MAX_TOKEN_WIDTH else token[: MAX_TOKEN_WIDTH - 1] + "…"
 
 
 if __name__ == "__main__":

@@ -24,26 +24,28 @@ from m2rec import paired
 from m2rec import report as html
 from m2rec.command_line import Parser
 from m2rec.files import write_text
-from m2rec.overview import overview_table
-from m2rec.plots import draw
+from m2rec.overview import make_overview_table
+from m2rec.plots import write_sweep_plots
 from m2rec.results import (
-    Answers,
-    of_these_runs,
-    paired_path,
-    read_answers,
-    read_pairs,
-    read_reported,
+    FinishedRuns,
+    get_paired_tests_path,
+    read_finished_runs,
+    read_paired_tests,
+    read_published_results,
+    select_current_tests,
 )
-from m2rec.sweeps import OVERVIEW, RESERVED, Sweep
-from m2rec.tables import bucket_tables, reported_table, result_table
+from m2rec.sweeps import OVERVIEW_TABLE, RESERVED_TABLES, Sweep
+from m2rec.tables import make_bucket_tables, make_published_table, make_result_table
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
-START = "<!-- results:"
-END = "<!-- /results -->"
-MARKED = re.compile(rf"({START}([^:\s]+):([^:\s]+) -->)((?:(?!{START}).)*?)({END})", re.DOTALL)
+MARKED_PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+MARKER_START = "<!-- results:"
+MARKER_END = "<!-- /results -->"
+MARKED_BLOCK = re.compile(
+    rf"({MARKER_START}([^:\s]+):([^:\s]+) -->)((?:(?!{MARKER_START}).)*?)({MARKER_END})", re.DOTALL
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(arguments)
         if options.runs_shown:
-            return show(options)
+            return write_run_pages(options)
         if options.paired:
-            return compare(options)
-        return report(options)
+            return write_paired_tests(options)
+        return update_result_pages(options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"report.py: error: {' '.join(str(error).split())}\n")
         return 2
@@ -88,12 +90,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--output is for the page of several runs")
     if options.pictures and shown != 1:
         parser.error("--pictures is for one run")
-    options.page = options.page or PAGES
+    options.page = options.page or MARKED_PAGES
     options.output = options.output or Path("comparison.html")
     return options
 
 
-def show(options: argparse.Namespace) -> int:
+def write_run_pages(options: argparse.Namespace) -> int:
     """Write a page of one run or of several, or pictures of one.
 
     Raises:
@@ -101,44 +103,46 @@ def show(options: argparse.Namespace) -> int:
     """
     runs = options.runs_shown
     if options.pictures:
-        for path in html.write_pictures(runs[0], options.pictures):
+        for path in html.write_insight_charts(runs[0], options.pictures):
             print(path)
         return 0
-    print(html.write(runs[0]) if len(runs) == 1 else html.compare(runs, options.output))
+    print(
+        html.write_run_page(runs[0]) if len(runs) == 1 else html.write_comparison_page(runs, options.output)
+    )
     return 0
 
 
-def compare(options: argparse.Namespace) -> int:
+def write_paired_tests(options: argparse.Namespace) -> int:
     """Write NAME-paired.csv.
 
     Raises:
         ValueError: the sweep or its runs can't be read or compared.
     """
     sweep = Sweep.read(options.results / f"{options.paired}.yaml")
-    answers, path = read_answers(sweep), paired_path(sweep)
-    before = read_pairs(path)
-    earlier = of_these_runs(before, sweep, answers)
+    answers, path = read_finished_runs(sweep), get_paired_tests_path(sweep)
+    before = read_paired_tests(path)
+    earlier = select_current_tests(before, sweep, answers)
     if len(earlier) < len(before):
         logger.warning(
             "%s: dropped %s tests of runs that the CSV no longer has", path, len(before) - len(earlier)
         )
-        write_text(path, paired.as_csv(earlier))
-    rows = paired.compare(sweep, answers, options.runs / sweep.name)
-    write_text(path, paired.as_csv(paired.with_earlier(rows, earlier)))
+        write_text(path, paired.format_paired_tests(earlier))
+    rows = paired.compare_with_baselines(sweep, answers, options.runs / sweep.name)
+    write_text(path, paired.format_paired_tests(paired.merge_earlier_tests(rows, earlier)))
     print(path)
     return 0
 
 
-def report(options: argparse.Namespace) -> int:
+def update_result_pages(options: argparse.Namespace) -> int:
     """Write the pages and the plots, or only say which pages would change.
 
     Raises:
         ValueError: a page, a marker or a result can't be used.
     """
     sweeps = {path.stem: Sweep.read(path) for path in sorted(options.results.glob("*.yaml"))}
-    answers = {name: read_answers(sweep) for name, sweep in sweeps.items()}
+    answers = {name: read_finished_runs(sweep) for name, sweep in sweeps.items()}
     old = {page: page.read_text(encoding="utf-8") for page in options.page}
-    new = {page: fill(page, text, sweeps, answers, options.results) for page, text in old.items()}
+    new = {page: fill_markers(page, text, sweeps, answers, options.results) for page, text in old.items()}
     changed = [page for page in options.page if new[page] != old[page]]
     if options.check:
         for page in changed:
@@ -148,21 +152,25 @@ def report(options: argparse.Namespace) -> int:
         write_text(page, new[page])
         print(page)
     for name, sweep in sweeps.items():
-        for path in draw(sweep, answers[name]):
+        for path in write_sweep_plots(sweep, answers[name]):
             print(path)
     return 0
 
 
-def fill(page: Path, text: str, sweeps: dict[str, Sweep], answers: dict[str, Answers], results: Path) -> str:
+def fill_markers(
+    page: Path, text: str, sweeps: dict[str, Sweep], answers: dict[str, FinishedRuns], results: Path
+) -> str:
     """The text of a page with the table of each marker.
 
     Raises:
         ValueError: a marker is not closed, or names no sweep or no table.
     """
-    if len(MARKED.findall(text)) != text.count(START) or text.count(START) != text.count(END):
-        lone = re.search(rf"{START}[^\n]*|{END}", MARKED.sub("", text))
-        shown = lone[0] if lone else START
-        raise ValueError(f"{page}: {shown!r} is no pair of {START}NAME:TABLE --> and {END}")
+    if len(MARKED_BLOCK.findall(text)) != text.count(MARKER_START) or text.count(MARKER_START) != text.count(
+        MARKER_END
+    ):
+        lone = re.search(rf"{MARKER_START}[^\n]*|{MARKER_END}", MARKED_BLOCK.sub("", text))
+        shown = lone[0] if lone else MARKER_START
+        raise ValueError(f"{page}: {shown!r} is no pair of {MARKER_START}NAME:TABLE --> and {MARKER_END}")
 
     def block(match: re.Match[str]) -> str:
         start, name, table, _, end = match.groups()
@@ -170,25 +178,27 @@ def fill(page: Path, text: str, sweeps: dict[str, Sweep], answers: dict[str, Ans
         for one in names:
             if one not in sweeps:
                 raise ValueError(f"{page}: {start} has no sweep, there is no {results / one}.yaml")
-        known = [OVERVIEW] if len(names) > 1 else [*sweeps[name].tables, *RESERVED]
+        known = [OVERVIEW_TABLE] if len(names) > 1 else [*sweeps[name].tables, *RESERVED_TABLES]
         if table not in known:
             raise ValueError(f"{page}: {start} names no table; known: {', '.join(known)}")
-        made = make_table([sweeps[one] for one in names], answers, table, results)
+        made = make_marked_table([sweeps[one] for one in names], answers, table, results)
         return f"{start}\n\n{made}\n\n{end}"
 
-    return MARKED.sub(block, text)
+    return MARKED_BLOCK.sub(block, text)
 
 
-def make_table(sweeps: Sequence[Sweep], answers: dict[str, Answers], table: str, results: Path) -> str:
+def make_marked_table(
+    sweeps: Sequence[Sweep], answers: dict[str, FinishedRuns], table: str, results: Path
+) -> str:
     """The Markdown for one marker; all tables but the overview are of one sweep."""
     sweep, own = sweeps[0], answers[sweeps[0].name]
-    if table == OVERVIEW:
-        return overview_table(sweeps, answers, read_reported(results / "reported.csv"))
+    if table == OVERVIEW_TABLE:
+        return make_overview_table(sweeps, answers, read_published_results(results / "reported.csv"))
     if table == "reported":
-        return reported_table(sweep, own, read_reported(results / "reported.csv"))
+        return make_published_table(sweep, own, read_published_results(results / "reported.csv"))
     if table == "buckets":
-        return bucket_tables(sweep, own)
-    return result_table(sweep, own, table)
+        return make_bucket_tables(sweep, own)
+    return make_result_table(sweep, own, table)
 
 
 if __name__ == "__main__":

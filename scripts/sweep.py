@@ -33,19 +33,27 @@ import torch
 from tqdm import tqdm
 
 from m2rec import checkpoint
-from m2rec.command_line import Parser, nearest
-from m2rec.configuration import as_argument
-from m2rec.files import CHECKPOINT_FILE, locked, write_text
-from m2rec.provenance import commit, same_code
-from m2rec.results import METRICS, answered, asked, read_table, row_of_run, settings_text, write_table
-from m2rec.resuming import CannotGoOn
-from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run
+from m2rec.command_line import Parser, suggest_spelling
+from m2rec.configuration import format_argument
+from m2rec.files import CHECKPOINT_FILE, lock_path, write_text
+from m2rec.provenance import is_same_code, read_commit
+from m2rec.results import (
+    TABLE_METRICS,
+    build_result_row,
+    format_settings,
+    make_run_key,
+    read_result_rows,
+    read_run_key,
+    write_result_rows,
+)
+from m2rec.resuming import CannotResume
+from m2rec.sweeps import PlannedRun, Sweep, find_finished_run, get_planned_run_folder
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = "settings.json"
-LOG = "log.txt"
+RUN_SETTINGS_FILE = "settings.json"
+RUN_LOG_FILE = "log.txt"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_options(arguments)
         sweep = Sweep.read(options.sweep)
         if not options.allow_dirty:
-            check_clean()
-        return Work(sweep, options).run()
+            check_committed_code()
+        return SweepRunner(sweep, options).run()
     except (ValueError, OSError) as error:
         sys.stderr.write(f"sweep.py: error: {' '.join(str(error).split())}\n")
         return 2
@@ -83,13 +91,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check_clean() -> None:
+def check_committed_code() -> None:
     """Results must name the code they are of.
 
     Raises:
         ValueError: tracked files have changes that are not committed.
     """
-    found = commit()
+    found = read_commit()
     if found is None or found.endswith("+dirty"):
         raise ValueError(
             "the code is not what a commit says, so its results could not be repeated; "
@@ -98,7 +106,7 @@ def check_clean() -> None:
 
 
 @dataclass
-class Work:
+class SweepRunner:
     """A sweep while it runs."""
 
     sweep: Sweep
@@ -146,15 +154,15 @@ class Work:
         print(self.csv)
         return int(bool(failures))
 
-    def _missing(self) -> list[Cell]:
+    def _missing(self) -> list[PlannedRun]:
         """The chosen cells without a row of their settings, or with --again those with one."""
-        known = {answered(row) for row in read_table(self.known)}
-        cells = [cell for cell in self._chosen() if (asked(cell) in known) == self.options.again]
+        known = {read_run_key(row) for row in read_result_rows(self.known)}
+        cells = [cell for cell in self._chosen() if (make_run_key(cell) in known) == self.options.again]
         if self.options.again and not cells:
             raise ValueError(f"--again: {self.known} has no row of these runs with today's settings")
         return cells
 
-    def _chosen(self) -> list[Cell]:
+    def _chosen(self) -> list[PlannedRun]:
         """The cells of the variants, data sets and seeds that the command line names, all by default.
 
         Raises:
@@ -170,7 +178,7 @@ class Work:
             has = [str(name) for name in known]
             for name in map(str, names or ()):
                 if name not in has:
-                    cure = nearest(name, has) or f"; it has {', '.join(has)}"
+                    cure = suggest_spelling(name, has) or f"; it has {', '.join(has)}"
                     raise ValueError(f"{option}: {sweep.path} has no {what} {name!r}{cure}")
         variants, datasets, seeds = (names or known for _, _, names, known in choices)
         return [
@@ -179,18 +187,22 @@ class Work:
             if cell.variant in variants and cell.dataset in datasets and cell.seed in seeds
         ]
 
-    def _found(self, cell: Cell) -> str:
+    def _found(self, cell: PlannedRun) -> str:
         """What a finished run came to, for the screen; with --again, what the first one did."""
-        found = f"done, {_metrics(self.csv, cell)}"
-        return f"{found}; {self.known} has {_metrics(self.known, cell)}" if self.options.again else found
+        found = f"done, {_format_row_metrics(self.csv, cell)}"
+        return (
+            f"{found}; {self.known} has {_format_row_metrics(self.known, cell)}"
+            if self.options.again
+            else found
+        )
 
-    def _guarded(self, cell: Cell) -> str | None:
+    def _guarded(self, cell: PlannedRun) -> str | None:
         """Run a cell unless another sweep is at it; what went wrong, or None."""
         if self.stop.is_set():
             return "stopped"
         slot = self.slots.get()
         try:
-            folder = cell_folder(self.folder, cell.dataset, cell.variant, cell.seed)
+            folder = get_planned_run_folder(self.folder, cell.dataset, cell.variant, cell.seed)
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "lock").open("w") as lock:
                 try:
@@ -203,53 +215,53 @@ class Work:
         finally:
             self.slots.put(slot)
 
-    def _run(self, cell: Cell, folder: Path, lock: int, gpu: str | None) -> str | None:
+    def _run(self, cell: PlannedRun, folder: Path, lock: int, gpu: str | None) -> str | None:
         """Run a cell and keep its row; a finished run that is only missing in the CSV is taken as it is."""
         if cell not in Sweep.read(self.sweep.path).cells():
             return f"{self.sweep.path} has changed; start the sweep again"
-        settings = settings_text(cell.keys)
-        known = folder / SETTINGS
+        settings = format_settings(cell.keys)
+        known = folder / RUN_SETTINGS_FILE
         current = known.is_file() and known.read_text(encoding="utf-8") == settings
         row = self._row(cell, folder) if current else None
         if row is None:
             if not self.options.allow_dirty:
-                check_clean()  # somebody may have gone on working
-            stopped = stopped_run(folder) if current else None
+                check_committed_code()  # somebody may have gone on working
+            stopped = find_resumable_run(folder) if current else None
             status = self._call(cell, folder, gpu, stopped, lock) if stopped else None
-            if status in (None, CannotGoOn.exit_status) and not self.stop.is_set():
-                _remove_runs(folder)
+            if status in (None, CannotResume.exit_status) and not self.stop.is_set():
+                _remove_earlier_runs(folder)
                 write_text(known, settings)
                 status = self._call(cell, folder, gpu, None, lock)
             if status:
-                last = (folder / LOG).read_text(encoding="utf-8").strip().splitlines()[-1]
-                return f"failed: {last} ({folder / LOG})"
-            finished = finished_run(folder)
+                last = (folder / RUN_LOG_FILE).read_text(encoding="utf-8").strip().splitlines()[-1]
+                return f"failed: {last} ({folder / RUN_LOG_FILE})"
+            finished = find_finished_run(folder)
             if finished is None:
                 return f"failed: no run in {folder}"
-            row = row_of_run(cell, finished)
+            row = build_result_row(cell, finished)
         self._keep(cell, row)
         return None
 
-    def _row(self, cell: Cell, folder: Path) -> dict[str, Any] | None:
+    def _row(self, cell: PlannedRun, folder: Path) -> dict[str, Any] | None:
         """The row of a run that is finished, if there is one that today's code can read.
 
         What is run again must be of today's code, too.
         """
-        finished = finished_run(folder)
+        finished = find_finished_run(folder)
         try:
-            row = row_of_run(cell, finished) if finished else None
+            row = build_result_row(cell, finished) if finished else None
         except ValueError as error:
             logger.warning("%s", error)
             return None
-        if row is None or (self.options.again and not same_code(row["commit"], commit())):
+        if row is None or (self.options.again and not is_same_code(row["commit"], read_commit())):
             return None
         logger.info("%s is taken as it is, of commit %s", finished, row["commit"])
         return row
 
-    def _call(self, cell: Cell, folder: Path, gpu: str | None, resumes: Path | None, lock: int) -> int:
+    def _call(self, cell: PlannedRun, folder: Path, gpu: str | None, resumes: Path | None, lock: int) -> int:
         """run_mm.py in a process of its own; its exit status."""
         command = [sys.executable, str(ROOT / "run_mm.py"), *self._arguments(cell, folder, gpu, resumes)]
-        with (folder / LOG).open("a", encoding="utf-8") as file:
+        with (folder / RUN_LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(f"{shlex.join(command)}\n")
             file.flush()
             # the lock lives as long as the run does, whatever becomes of this process
@@ -264,45 +276,49 @@ class Work:
             finally:
                 self.running.discard(process)
 
-    def _arguments(self, cell: Cell, folder: Path, gpu: str | None, resumes: Path | None) -> list[str]:
+    def _arguments(self, cell: PlannedRun, folder: Path, gpu: str | None, resumes: Path | None) -> list[str]:
         path = self.options.data_path
         values = {"dataset": cell.dataset, **cell.keys, "seed": cell.seed, "runs_dir": str(folder.resolve())}
         values |= {"data_path": str(Path(path).resolve())} if path else {}
         if resumes is not None:
             values = {"resume": str(resumes.resolve())}
         values |= {"show_progress": False, **({"gpu_id": gpu} if gpu else {})}
-        return [as_argument(key, value) for key, value in values.items()]
+        return [format_argument(key, value) for key, value in values.items()]
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.jobs))}
 
-    def _keep(self, cell: Cell, row: dict[str, Any]) -> None:
+    def _keep(self, cell: PlannedRun, row: dict[str, Any]) -> None:
         """Put a row into the CSV, in the sweep's order, in the place of an earlier one of its cell."""
-        with locked(self.sweep.path):
-            rows = {answered(row)[:3]: row for row in read_table(self.csv)}
-            rows[asked(cell)[:3]] = row
-            order = [key for one in self.sweep.cells() if (key := asked(one)[:3]) in rows]
+        with lock_path(self.sweep.path):
+            rows = {read_run_key(row)[:3]: row for row in read_result_rows(self.csv)}
+            rows[make_run_key(cell)[:3]] = row
+            order = [key for one in self.sweep.cells() if (key := make_run_key(one)[:3]) in rows]
             order += [key for key in rows if key not in order]
-            write_table(self.csv, [rows[key] for key in order])
+            write_result_rows(self.csv, [rows[key] for key in order])
 
 
-def _metrics(path: Path, cell: Cell) -> str:
+def _format_row_metrics(path: Path, cell: PlannedRun) -> str:
     """What the row of a cell says of test_unseen."""
-    row = [row for row in read_table(path) if answered(row) == asked(cell)][-1]
-    return "test_unseen " + ", ".join(f"{name} {float(row[f'test_unseen.{name}']):.4f}" for name in METRICS)
+    row = [row for row in read_result_rows(path) if read_run_key(row) == make_run_key(cell)][-1]
+    return "test_unseen " + ", ".join(
+        f"{name} {float(row[f'test_unseen.{name}']):.4f}" for name in TABLE_METRICS
+    )
 
 
-def stopped_run(folder: Path) -> Path | None:
+def find_resumable_run(folder: Path) -> Path | None:
     """The run of today's code in a cell's folder that can go on, if there is one."""
     path = max(folder.glob(f"*/{CHECKPOINT_FILE}"), default=None)
     try:
-        same = path is not None and same_code(checkpoint.read_numbers(path)["notes"]["commit"], commit())
+        same = path is not None and is_same_code(
+            checkpoint.read_checkpoint_numbers(path)["notes"]["commit"], read_commit()
+        )
     except (LookupError, TypeError, ValueError):
         return None
     return path.parent if path is not None and same else None
 
 
-def _remove_runs(folder: Path) -> None:
+def _remove_earlier_runs(folder: Path) -> None:
     """Take away what an earlier, unfinished or outdated run left."""
     for path in [path for path in folder.iterdir() if path.is_dir()]:
         shutil.rmtree(path)

@@ -53,9 +53,9 @@ from typing import Any
 
 from m2rec import experiment, provenance
 from m2rec.compat import Config
-from m2rec.configuration import as_argument, as_text, build_config, parse_arguments, resolved
+from m2rec.configuration import build_config, format_argument, format_value, parse_arguments, resolve_settings
 from m2rec.files import write_text
-from m2rec.studies import Plan
+from m2rec.studies import SearchPlan
 
 try:
     import optuna
@@ -64,11 +64,11 @@ except ModuleNotFoundError:  # main says how to get it
 
 logger = logging.getLogger("tune")
 
-CONFIG = Path(__file__).parent.parent / "config.yaml"
-COLUMNS = ("trial", "state", "value", "trained_epochs", "best_epoch", "seconds", "commit")
-STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}  # those that have ended
-BEST = 5
-TRIES = 20  # draws that are looked at before the fixed keys are blamed
+CONFIG_PATH = Path(__file__).parent.parent / "config.yaml"
+TRIAL_COLUMNS = ("trial", "state", "value", "trained_epochs", "best_epoch", "seconds", "commit")
+TRIAL_STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}  # those that have ended
+MAX_SHOWN_TRIALS = 5
+MAX_CONFIG_DRAWS = 20  # draws that are looked at before the fixed keys are blamed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,9 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format=style, datefmt="%H:%M:%S", force=True)
     logger.setLevel(logging.INFO)
     try:
-        tune(arguments)
+        run_study(arguments)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"tune.py: error: {_one_line(error)}\n")
+        sys.stderr.write(f"tune.py: error: {_format_one_line(error)}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("tune.py: stopped\n")
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def tune(arguments: Sequence[str]) -> None:
+def run_study(arguments: Sequence[str]) -> None:
     """Read the plan, join the study, run trials until all are done, print the table and write FILE.csv.
 
     Raises:
@@ -104,20 +104,20 @@ def tune(arguments: Sequence[str]) -> None:
     if len(files) != 1 or not files[0].endswith((".yaml", ".yml")):
         raise ValueError(f"expected one FILE.yaml, got {' '.join(files) or 'none'}; --help shows its format")
     path = Path(files[0])
-    plan = Plan.read(path, parse_arguments(a for a in arguments if a.startswith("--")))
-    config = check_fixed(plan)
+    plan = SearchPlan.read(path, parse_arguments(a for a in arguments if a.startswith("--")))
+    config = check_fixed_settings(plan)
     study = open_study(plan, config)
-    ended = tuple(optuna.trial.TrialState[name] for name in STATES)
+    ended = tuple(optuna.trial.TrialState[name] for name in TRIAL_STATES)
     if len(study.get_trials(deepcopy=False, states=ended)) < plan.trials:
         enough = optuna.study.MaxTrialsCallback(plan.trials, states=ended)
-        code = provenance.commit()  # as it was imported, whatever is committed meanwhile
-        objective = partial(run_trial, plan, folder(plan, config), code)
-        study.optimize(objective, catch=ValueError, callbacks=[_log, enough], gc_after_trial=True)
-    write_text(path.with_suffix(".csv"), format_csv(study.trials, plan.search))
-    print(format_table(study, plan, config["valid_metric"]))
+        code = provenance.read_commit()  # as it was imported, whatever is committed meanwhile
+        objective = partial(run_trial, plan, get_study_folder(plan, config), code)
+        study.optimize(objective, catch=ValueError, callbacks=[_log_trial, enough], gc_after_trial=True)
+    write_text(path.with_suffix(".csv"), format_trials_csv(study.trials, plan.search))
+    print(format_study_summary(study, plan, config["valid_metric"]))
 
 
-def check_fixed(plan: Plan) -> Config:
+def check_fixed_settings(plan: SearchPlan) -> Config:
     """Look for mistakes that no trial could mend: the fixed keys and the data.
 
     Returns:
@@ -126,7 +126,7 @@ def check_fixed(plan: Plan) -> Config:
     Raises:
         ValueError: the fixed keys are refused whatever is drawn, or the data can't be used.
     """
-    config = _first_config(plan)
+    config = _find_valid_config(plan)
     if "state" in plan.fixed:
         logging.getLogger("m2rec").setLevel(config["state"])
     _, (_, valid, _) = experiment.load_data(config)
@@ -135,35 +135,37 @@ def check_fixed(plan: Plan) -> Config:
     return config
 
 
-def _first_config(plan: Plan) -> Config:
+def _find_valid_config(plan: SearchPlan) -> Config:
     """The settings with the first value of each searched key, or if they don't fit, with others."""
     values = {
         key: how if isinstance(how, list) else [how["low"], how["high"]] for key, how in plan.search.items()
     }
     picks = Random(0)
     tries = [{key: choices[0] for key, choices in values.items()}]
-    tries += [{key: picks.choice(choices) for key, choices in values.items()} for _ in range(TRIES)]
+    tries += [
+        {key: picks.choice(choices) for key, choices in values.items()} for _ in range(MAX_CONFIG_DRAWS)
+    ]
     errors = []
     for drawn in tries:
         try:
-            return build_config({**plan.fixed, **drawn}, CONFIG)
+            return build_config({**plan.fixed, **drawn}, CONFIG_PATH)
         except ValueError as error:
             errors.append(error)
     raise errors[0]
 
 
-def folder(plan: Plan, config: Config) -> Path:
+def get_study_folder(plan: SearchPlan, config: Config) -> Path:
     """Where the runs of the study are; the study itself is beside it."""
     return Path(config["runs_dir"]) / "tune" / plan.study
 
 
-def open_study(plan: Plan, config: Config) -> optuna.Study:
+def open_study(plan: SearchPlan, config: Config) -> optuna.Study:
     """Make the study or join it.
 
     Raises:
         ValueError: its file is no study, or one with other settings.
     """
-    runs = folder(plan, config)
+    runs = get_study_folder(plan, config)
     # whole, because the link that locks it would lead nowhere from another folder, and never go stale
     path = runs.with_name(f"{plan.study}.log").resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,15 +183,18 @@ def open_study(plan: Plan, config: Config) -> optuna.Study:
             load_if_exists=True,
         )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no study of Optuna ({_one_line(error)}); move it away") from error
-    _check_same(study, plan, config)
+        raise ValueError(f"{path} is no study of Optuna ({_format_one_line(error)}); move it away") from error
+    _check_same_settings(study, plan, config)
     return study
 
 
-def _check_same(study: optuna.Study, plan: Plan, config: Config) -> None:
+def _check_same_settings(study: optuna.Study, plan: SearchPlan, config: Config) -> None:
     """Values of other settings can't be compared: a study keeps those that it was started with."""
-    varied = {*plan.search, *provenance.OF_THE_MACHINE} - {"data_path"}  # elsewhere may be other data
-    settings = {**{k: v for k, v in resolved(config).items() if k not in varied}, "search": plan.search}
+    varied = {*plan.search, *provenance.MACHINE_KEYS} - {"data_path"}  # elsewhere may be other data
+    settings = {
+        **{k: v for k, v in resolve_settings(config).items() if k not in varied},
+        "search": plan.search,
+    }
     now = json.loads(json.dumps(settings, default=str))  # as they come back from the file
     before = study.user_attrs.get("settings")
     if before is None:
@@ -203,7 +208,7 @@ def _check_same(study: optuna.Study, plan: Plan, config: Config) -> None:
             )
 
 
-def run_trial(plan: Plan, runs_dir: Path, code: str | None, trial: optuna.Trial) -> float:
+def run_trial(plan: SearchPlan, runs_dir: Path, code: str | None, trial: optuna.Trial) -> float:
     """Train with drawn settings; returns valid_metric at the best epoch.
 
     Args:
@@ -218,20 +223,22 @@ def run_trial(plan: Plan, runs_dir: Path, code: str | None, trial: optuna.Trial)
     """
     # a seed per trial: two workers never draw alike, and a study that goes on draws as one that never ended
     trial.study.sampler = optuna.samplers.TPESampler(seed=plan.seed + trial.number)
-    drawn = {key: _draw(trial, key, how) for key, how in plan.search.items()}
+    drawn = {key: _suggest_setting(trial, key, how) for key, how in plan.search.items()}
     start, prepared = perf_counter(), None
     try:
-        config = build_config({**plan.fixed, **drawn, "runs_dir": str(runs_dir)}, CONFIG)
-        prepared = experiment.prepare(config)
-        experiment.fit(prepared, partial(_watch, trial))
+        config = build_config({**plan.fixed, **drawn, "runs_dir": str(runs_dir)}, CONFIG_PATH)
+        prepared = experiment.prepare_run(config)
+        experiment.train_model(prepared, partial(_report_epoch, trial))
         score = float(prepared.trainer.best_valid_score)
         if not math.isfinite(score):
             raise ValueError(f"valid_metric: {config['valid_metric']} was {score} all along; choose another")
         return score
-    except experiment.Stopped:
+    except experiment.TrainingStopped:
         raise optuna.TrialPruned from None
     except ValueError as error:
-        logger.warning("trial %s failed, %s: %s", trial.number, _arguments(drawn), _one_line(error))
+        logger.warning(
+            "trial %s failed, %s: %s", trial.number, _format_arguments(drawn), _format_one_line(error)
+        )
         raise
     finally:
         trial.set_user_attr("seconds", round(perf_counter() - start, 1))
@@ -243,49 +250,49 @@ def run_trial(plan: Plan, runs_dir: Path, code: str | None, trial: optuna.Trial)
             trial.set_user_attr("parameters", prepared.parameters)
 
 
-def _draw(trial: optuna.Trial, key: str, how: dict[str, Any] | list[Any]) -> Any:
+def _suggest_setting(trial: optuna.Trial, key: str, how: dict[str, Any] | list[Any]) -> Any:
     if isinstance(how, list):
         return trial.suggest_categorical(key, how)
     whole = all(type(how.get(name, 1)) is int for name in ("low", "high", "step"))
     return trial.suggest_int(key, **how) if whole else trial.suggest_float(key, **how)
 
 
-def _watch(trial: optuna.Trial, epoch: int, score: float) -> None:
+def _report_epoch(trial: optuna.Trial, epoch: int, score: float) -> None:
     trial.report(score, epoch)
     if trial.should_prune():
-        raise experiment.Stopped
+        raise experiment.TrainingStopped
 
 
-def _log(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+def _log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """One line for a trial that did not fail."""
     if trial.state.name != "FAIL":
-        done, found = STATES[trial.state.name], trial.user_attrs
+        done, found = TRIAL_STATES[trial.state.name], trial.user_attrs
         words = f"{trial.value:.4f} after {found['trained_epochs']} epochs, {found['seconds']} s"
-        logger.info("trial %s %s, %s: %s", trial.number, done, _arguments(trial.params), words)
+        logger.info("trial %s %s, %s: %s", trial.number, done, _format_arguments(trial.params), words)
 
 
-def format_csv(trials: Iterable[optuna.trial.FrozenTrial], searched: Iterable[str]) -> str:
-    """All trials as CSV, in order: `COLUMNS`, then a column per searched key."""
+def format_trials_csv(trials: Iterable[optuna.trial.FrozenTrial], searched: Iterable[str]) -> str:
+    """All trials as CSV, in order: `TRIAL_COLUMNS`, then a column per searched key."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, [*COLUMNS, *searched], lineterminator="\n")
+    writer = csv.DictWriter(file, [*TRIAL_COLUMNS, *searched], lineterminator="\n")
     writer.writeheader()
     for trial in trials:
-        attributes = {key: trial.user_attrs.get(key) for key in COLUMNS[3:]}
-        state = STATES.get(trial.state.name, "running")
-        drawn = {key: as_text(value) for key, value in trial.params.items()}
+        attributes = {key: trial.user_attrs.get(key) for key in TRIAL_COLUMNS[3:]}
+        state = TRIAL_STATES.get(trial.state.name, "running")
+        drawn = {key: format_value(value) for key, value in trial.params.items()}
         writer.writerow({"trial": trial.number, "state": state, "value": trial.value, **attributes, **drawn})
     return file.getvalue()
 
 
-def format_table(study: optuna.Study, plan: Plan, metric: str) -> str:
+def format_study_summary(study: optuna.Study, plan: SearchPlan, metric: str) -> str:
     """How many trials ended how, the best of them, and the command of the best.
 
     Raises:
         ValueError: no trial is complete.
     """
     trials = study.trials
-    ends = [STATES.get(trial.state.name) for trial in trials]
-    counts = ", ".join(f"{ends.count(state)} {state}" for state in STATES.values())
+    ends = [TRIAL_STATES.get(trial.state.name) for trial in trials]
+    counts = ", ".join(f"{ends.count(state)} {state}" for state in TRIAL_STATES.values())
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     if not complete:
         raise ValueError(f"study: no trial of {plan.study!r} is complete ({counts})")
@@ -293,25 +300,25 @@ def format_table(study: optuna.Study, plan: Plan, metric: str) -> str:
     complete.sort(key=lambda trial: trial.value, reverse=bigger)
     head = ["trial", metric, "trained_epochs", "best_epoch", *plan.search]
     rows = [head]
-    for trial in complete[:BEST]:
+    for trial in complete[:MAX_SHOWN_TRIALS]:
         found = [str(trial.user_attrs[key]) for key in head[2:4]]
-        drawn = [_shown(trial.params[key]) for key in plan.search]
+        drawn = [_format_trial_value(trial.params[key]) for key in plan.search]
         rows.append([str(trial.number), f"{trial.value:.4f}", *found, *drawn])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    command = f"python run_mm.py {_arguments({**plan.fixed, **complete[0].params})}"
+    command = f"python run_mm.py {_format_arguments({**plan.fixed, **complete[0].params})}"
     return "\n".join(["", f"{plan.study}: {counts}; on validation:", *lines, command])
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else as_text(value)
+def _format_trial_value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else format_value(value)
 
 
-def _arguments(values: Mapping[str, Any]) -> str:
-    return " ".join(shlex.quote(as_argument(key, value)) for key, value in values.items())
+def _format_arguments(values: Mapping[str, Any]) -> str:
+    return " ".join(shlex.quote(format_argument(key, value)) for key, value in values.items())
 
 
-def _one_line(error: Exception) -> str:
+def _format_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 

@@ -89,9 +89,9 @@ def write_vectors() -> Callable[..., Path]:
     from m2rec import text_vectors
 
     def write(data_path: Path, dataset: str, tokens: list[str]) -> Path:
-        path = data_path / dataset / f"{dataset}{text_vectors.SUFFIX}"
+        path = data_path / dataset / f"{dataset}{text_vectors.VECTOR_FILE_SUFFIX}"
         vectors = np.random.default_rng(0).normal(size=(len(tokens), 8))
-        text_vectors.save(path, tokens, vectors, {"model": "random"})
+        text_vectors.write_text_vectors(path, tokens, vectors, {"model": "random"})
         return path
 
     return write

@@ -136,22 +136,22 @@ def test_an_unknown_data_set_says_where_it_was_looked_for(tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"dataset: 'mine' not found: there is no .*/mine/mine\.inter, and RecBole knows"
     ):
-        atomic.download("mine", tmp_path / "mine", None)
+        atomic.download_dataset("mine", tmp_path / "mine", None)
 
 
 def test_a_failed_download_leaves_nothing(tmp_path: Path):
     with pytest.raises(ValueError, match=r"its download from http://127\.0\.0\.1:9/x\.zip failed"):
-        atomic.download("mine", tmp_path / "data" / "mine", "http://127.0.0.1:9/x.zip")
+        atomic.download_dataset("mine", tmp_path / "data" / "mine", "http://127.0.0.1:9/x.zip")
     assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_a_silent_server_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(atomic, "TIMEOUT", 0.5)
+    monkeypatch.setattr(atomic, "DOWNLOAD_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/x.zip"
         start = time.perf_counter()
         with pytest.raises(ValueError, match="failed"):
-            atomic.download("mine", tmp_path / "mine", url)
+            atomic.download_dataset("mine", tmp_path / "mine", url)
     assert time.perf_counter() - start < 10
 
 
@@ -169,7 +169,7 @@ def test_a_download_arrives_whole(tmp_path: Path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/thing.zip"
-        atomic.download("mine", tmp_path / "data" / "mine", url)
+        atomic.download_dataset("mine", tmp_path / "data" / "mine", url)
         server.shutdown()
     assert [p.name for p in (tmp_path / "data").rglob("*") if p.is_file()] == ["mine.inter"]
 
@@ -186,7 +186,7 @@ def test_any_text_may_separate_columns(tmp_path: Path, separator: str):
         "timestamp": [k + 0.5 for k in range(9)],
     }
     if separator != "\t":
-        hint = atomic.separator_hint(atomic.read_header(path, "\t"))
+        hint = atomic.suggest_separator(atomic.read_header(path, "\t"))
         assert hint == f" (field_separator: {separator!r} seems to stand between its columns)"
     path.write_text(path.read_text() + separator.join("abcd") + "\n")
     with pytest.raises(ValueError, match="line 11 has 4 columns, the first line names 3"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from m2rec.averaging import WeightAverage
+from m2rec.averaging import WeightEMA
 
 
 def filled(model: torch.nn.Module, value: float) -> None:
@@ -16,7 +16,7 @@ def test_the_average_by_hand():
     """With 2 steps to look back each step moves it half of the way, as the start moves it more."""
     model = torch.nn.Linear(2, 2)
     filled(model, 1.0)
-    average = WeightAverage(model, 2)
+    average = WeightEMA(model, 2)
     filled(model, 3.0)
     average.update()  # 9 / 10 of the way
     assert average.averages["weight"].unique().tolist() == pytest.approx([2.8])
@@ -30,7 +30,7 @@ def test_the_average_by_hand():
 def test_in_place_and_back():
     model = torch.nn.Linear(2, 2)
     filled(model, 1.0)
-    average = WeightAverage(model, 100)
+    average = WeightEMA(model, 100)
     filled(model, 2.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(RuntimeError, match="on purpose"), average.in_place():
@@ -44,7 +44,7 @@ def test_in_place_and_back():
 
 def test_one_step_is_no_average():
     model = torch.nn.Linear(2, 2)
-    average = WeightAverage(model, 1)
+    average = WeightEMA(model, 1)
     for value in (3.0, 7.0):
         filled(model, value)
         average.update()
@@ -53,7 +53,7 @@ def test_one_step_is_no_average():
 
 def test_going_on():
     model = torch.nn.Linear(2, 2)
-    average = WeightAverage(model, 10)
+    average = WeightEMA(model, 10)
     average.load({"weight": torch.ones(2, 2), "bias": torch.zeros(2)}, 7)
     assert average.taken == 7 and average.averages["weight"].unique().item() == 1.0
     with pytest.raises(ValueError, match="the averages are of another model"):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.configuration import _recbole_models, build_config
-from m2rec.experiment import run
+from m2rec.configuration import _list_recbole_models, build_config
+from m2rec.experiment import run_experiment
 from tests.conftest import write_inter
 
 ROOT = Path(__file__).parent.parent
-MODELS = sorted(_recbole_models())
+MODELS = sorted(_list_recbole_models())
 COLUMNS = ["user_id", "item_id", "timestamp"]
 FEATURES = {"load_col": {"inter": COLUMNS, "item": ["item_id", "class"]}}
 VECTORS = {
@@ -46,7 +46,7 @@ def train(data_path: Path, model: str, **others: object) -> dict[str, float]:
         "MAX_ITEM_LIST_LENGTH": 8, "gpu_id": "", "report": False, "runs_dir": str(data_path / "runs"),
         **({"reranker_CAN_NUM": 10} if model.endswith("CPR") else {}), **others,
     }  # fmt: skip
-    return run(build_config(values)).metrics["test"]
+    return run_experiment(build_config(values)).metrics["test"]
 
 
 def documented() -> dict[str, str]:

@@ -96,7 +96,7 @@ def test_a_rival_without_room_is_left_out(
         raise torch.OutOfMemoryError
 
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from benchmarking import medians
+    from benchmarking import measure_median_seconds
 
-    assert list(medians({"small": lambda: None, "large": no_room}, 1, "cpu")) == ["small"]
+    assert list(measure_median_seconds({"small": lambda: None, "large": no_room}, 1, "cpu")) == ["small"]
     assert capsys.readouterr().out == "without large: out of memory\n"

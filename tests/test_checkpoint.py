@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from m2rec import checkpoint, experiment
 from m2rec.configuration import build_config
-from m2rec.experiment import Stopped, fit, prepare, resumed, run
-from m2rec.files import locked, read_tensors, write_tensors
-from m2rec.signals import Interrupted
+from m2rec.experiment import TrainingStopped, build_resumed_config, prepare_run, run_experiment, train_model
+from m2rec.files import lock_path, read_tensors, write_tensors
+from m2rec.signals import RunInterrupted
 from m2rec.trainer import RunTrainer
 from tests.conftest import as_arguments, small
 
@@ -29,11 +29,11 @@ def stopped(values: dict[str, Any], after: int) -> Path:
 
     def watch(epoch: int, score: float) -> None:
         if epoch == after:
-            raise Stopped
+            raise TrainingStopped
 
-    prepared = prepare(build_config(values))
-    with pytest.raises(Stopped):
-        fit(prepared, watch)
+    prepared = prepare_run(build_config(values))
+    with pytest.raises(TrainingStopped):
+        train_model(prepared, watch)
     return prepared.trainer.folder
 
 
@@ -84,9 +84,9 @@ def test_a_run_that_stopped_before_there_was_a_key(
     command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """`metric_definitions` decides nothing about the weights."""
-    lasting = experiment.lasting_settings
+    lasting = experiment.collect_fixed_settings
     monkeypatch.setattr(
-        experiment, "lasting_settings",
+        experiment, "collect_fixed_settings",
         lambda config: {k: v for k, v in lasting(config).items() if k != "metric_definitions"},
     )  # fmt: skip
     folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
@@ -120,8 +120,8 @@ def stopped_in_an_epoch(values: dict[str, Any], steps: int, monkeypatch: pytest.
         return step(self, *batch)
 
     monkeypatch.setattr(RunTrainer, "_step", counted)
-    with pytest.raises(Interrupted) as stop:
-        run(build_config(values))
+    with pytest.raises(RunInterrupted) as stop:
+        run_experiment(build_config(values))
     monkeypatch.undo()
     assert stop.value.signal == signal.SIGTERM and stop.value.folder is not None
     return stop.value.folder
@@ -180,19 +180,19 @@ def test_a_checkpoint_every_few_minutes_within_an_epoch(
 
     monkeypatch.setattr(RunTrainer, "_write", counted)
     values = small(toy, epochs=1, text_vectors="none", train_batch_size=7, runs_dir=str(tmp_path / "runs"))
-    run(build_config({**values, "checkpoint_minutes": 1e-9}))
+    run_experiment(build_config({**values, "checkpoint_minutes": 1e-9}))
     assert kept == [1, 2, 3, 4, 5, 0]
     kept.clear()
-    run(build_config(values))
+    run_experiment(build_config(values))
     assert kept == [0]
 
 
 def test_a_run_is_never_trained_twice_at_a_time(
     command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("m2rec.run_folder._PATIENCE", 0.5)
+    monkeypatch.setattr("m2rec.run_folder._LOCK_TIMEOUT", 0.5)
     folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
-    with locked(folder):
+    with lock_path(folder):
         status, _, err = command(f"--resume={folder}", runs_dir=False)
     assert status == 2 and f"resume: another process is training in {folder}" in err
     assert command(f"--resume={folder}", runs_dir=False)[0] == 0
@@ -293,17 +293,17 @@ def test_every_code_that_trained_is_named(
     command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     values = {**small(toy, epochs=3, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}
-    monkeypatch.setattr("m2rec.experiment.commit", lambda: "a")
+    monkeypatch.setattr("m2rec.experiment.read_commit", lambda: "a")
     folder = stopped(values, after=0)
-    monkeypatch.setattr("m2rec.experiment.commit", lambda: "b")
-    prepared = prepare(resumed(folder, {}), folder)
+    monkeypatch.setattr("m2rec.experiment.read_commit", lambda: "b")
+    prepared = prepare_run(build_resumed_config(folder, {}), folder)
 
     def stop(epoch: int, score: float) -> None:
-        raise Stopped
+        raise TrainingStopped
 
-    with pytest.raises(Stopped):
-        fit(prepared, stop)
-    monkeypatch.setattr("m2rec.experiment.commit", lambda: "a")
+    with pytest.raises(TrainingStopped):
+        train_model(prepared, stop)
+    monkeypatch.setattr("m2rec.experiment.read_commit", lambda: "a")
     assert command(f"--resume={folder}", runs_dir=False)[0] == 0
     assert json.loads((folder / "metrics.json").read_text())["commit"] == "a and b"
 
@@ -345,8 +345,8 @@ def test_without_validation_rows_too(command: Command, tmp_path: Path):
     write_inter(tmp_path / "data", "toy", [(f"u{u}", f"i{k + u % 3}", k) for u in range(8) for k in range(3)])
     values = small(tmp_path / "data", epochs=4, learning_rate=0.01, text_vectors="none")
     whole = Path(command(*as_arguments(values))[1].splitlines()[-1])
-    prepared = prepare(build_config({**values, "epochs": 2, "runs_dir": str(tmp_path / "runs")}))
-    fit(prepared)
+    prepared = prepare_run(build_config({**values, "epochs": 2, "runs_dir": str(tmp_path / "runs")}))
+    train_model(prepared)
     config = prepared.trainer.folder / "config.yaml"
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 4"))
     status, _, err = command(f"--resume={prepared.trainer.folder}", runs_dir=False)
@@ -377,13 +377,13 @@ def test_what_can_not_go_on_is_named(command: Command, toy: Path, tmp_path: Path
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
-    def made(width: int) -> checkpoint.Training:
+    def made(width: int) -> checkpoint.TrainingState:
         model = torch.nn.Linear(width, 2)
         optimizer = torch.optim.Adam(model.parameters())
-        return checkpoint.Training(model, optimizer, torch.Generator(), None, torch.device("cpu"))
+        return checkpoint.TrainingState(model, optimizer, torch.Generator(), None, torch.device("cpu"))
 
     path = tmp_path / "c.safetensors"
-    checkpoint.save(path, made(3), {"epoch": 1})
+    checkpoint.save_checkpoint(path, made(3), {"epoch": 1})
     with pytest.raises(ValueError, match=r"is no checkpoint of this run \(RuntimeError: .*size mismatch"):
-        checkpoint.load(path, made(4), lambda numbers: None)
-    assert checkpoint.load(path, made(3), lambda numbers: None) == {"epoch": 1}
+        checkpoint.load_checkpoint(path, made(4), lambda numbers: None)
+    assert checkpoint.load_checkpoint(path, made(3), lambda numbers: None) == {"epoch": 1}

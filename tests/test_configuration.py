@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2rec.configuration import PROPERTIES, build_config, find_model, parse_arguments, read_yaml
+from m2rec.configuration import PROPERTIES_FOLDER, build_config, find_model_class, parse_arguments, read_yaml
 from m2rec.model import M2Rec
 from m2rec.settings import ModelSettings, RunSettings
-from m2rec.shipped import BELONGS_TO
+from m2rec.shipped import ORIGIN_KEY
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted(PROPERTIES.rglob("*.yaml"))
+SHIPPED = sorted(PROPERTIES_FOLDER.rglob("*.yaml"))
 
 
 def documented() -> tuple[dict[str, object], dict[str, object]]:
@@ -55,13 +55,13 @@ def test_config_files_replace_the_default_file(tmp_path: Path):
     assert build_config(parse_arguments([f"--config_files={spaced}"]), default)["seed"] == 4
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=[str(p.relative_to(PROPERTIES)) for p in SHIPPED])
+@pytest.mark.parametrize("path", SHIPPED, ids=[str(p.relative_to(PROPERTIES_FOLDER)) for p in SHIPPED])
 def test_every_shipped_yaml_builds_a_config(path: Path):
     kind = path.parent.name
     given = {"model": path.stem} if kind == "model" else {"dataset": path.stem} if kind == "dataset" else {}
     config = build_config(given)
     for key, value in read_yaml(path).items():
-        if key not in ("data_path", BELONGS_TO):  # RecBole adds the data set's name
+        if key not in ("data_path", ORIGIN_KEY):  # RecBole adds the data set's name
             assert config[key] == value, key
 
 
@@ -231,7 +231,7 @@ def test_defaults_are_those_of_recbole():
     folder = Path(recbole.__file__).parent / "properties"
     stock = yaml.safe_load((folder / "overall.yaml").read_text())
     stock |= yaml.safe_load((folder / "dataset" / "sample.yaml").read_text())
-    ours = yaml.safe_load((PROPERTIES / "overall.yaml").read_text())
+    ours = yaml.safe_load((PROPERTIES_FOLDER / "overall.yaml").read_text())
     for key, value in RunSettings.defaults().items():
         if key in ours:
             assert ours[key] == value or key in ("epochs", "eval_batch_size", "metric_decimal_place"), key
@@ -260,8 +260,8 @@ def test_own_files_come_before_the_ml_100k_inside_recbole(tmp_path: Path):
 
 
 def test_models_are_found_by_their_exact_name():
-    assert find_model("M2Rec") is M2Rec
-    assert find_model("GRU4Rec").__name__ == "GRU4Rec"
+    assert find_model_class("M2Rec") is M2Rec
+    assert find_model_class("GRU4Rec").__name__ == "GRU4Rec"
 
 
 def test_anomaly_detection_is_off_and_stays_off():

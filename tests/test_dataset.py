@@ -13,7 +13,7 @@ import torch
 
 from m2rec.compat import SequentialDataset, data_preparation
 from m2rec.configuration import build_config, parse_arguments
-from m2rec.dataset import HistoryDataset, shifted_targets
+from m2rec.dataset import HistoryDataset, shift_targets
 from tests.conftest import Rows, random_rows, small, write_inter
 
 
@@ -41,7 +41,7 @@ def targets(dataset: Any) -> Counter[tuple[int, int]]:
     users, last = feat["user_id"], feat["item_id"]
     if dataset.rows == "prefix":
         return Counter(zip(users.tolist(), last.tolist(), strict=True))
-    at = shifted_targets(feat["item_id_list"], feat["item_length"], last)
+    at = shift_targets(feat["item_id_list"], feat["item_length"], last)
     users = users[:, None].expand_as(at)
     return Counter(zip(users[at > 0].tolist(), at[at > 0].tolist(), strict=True))
 

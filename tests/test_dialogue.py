@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from m2rec.dialogue import Catalogue, Dialogue, moved
+from m2rec.dialogue import Dialogue, TitleSearch, format_rank_change
 from tests.test_session import TOKENS, V, recommender
 
 TITLES = {
@@ -41,11 +41,16 @@ TITLES = {
     ],
 )
 def test_finding(text: str, found: list[str]):
-    assert Catalogue([*TITLES, "nameless"], TITLES).find(text) == found
+    assert TitleSearch([*TITLES, "nameless"], TITLES).find(text) == found
 
 
 def test_moved():
-    assert [moved(*places) for places in ((None, 1), (2, 2), (5, 2), (1, 4))] == ["new", "", "+3", "-3"]
+    assert [format_rank_change(*places) for places in ((None, 1), (2, 2), (5, 2), (1, 4))] == [
+        "new",
+        "",
+        "+3",
+        "-3",
+    ]
 
 
 def talk(*lines: str) -> str:
@@ -109,5 +114,5 @@ def test_a_terminal_that_knows_no_accents():
 
 
 def test_every_item_can_be_typed():
-    catalogue = Catalogue(TOKENS[1:], {})
+    catalogue = TitleSearch(TOKENS[1:], {})
     assert all(catalogue.find(token) == [token] for token in TOKENS[1:V])

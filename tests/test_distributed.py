@@ -99,9 +99,13 @@ def test_a_mistake_is_one_line(toy: Path, tmp_path: Path):
 
 def test_alone_nothing_happens():
     parameter = torch.nn.Parameter(torch.ones(2))
-    assert (distributed.rank(), distributed.size(), distributed.is_first()) == (0, 1, True)
-    assert distributed.gather(parameter) is parameter
-    assert distributed.from_first("x") == "x"
+    assert (distributed.process_rank(), distributed.world_size(), distributed.is_main_process()) == (
+        0,
+        1,
+        True,
+    )
+    assert distributed.gather_rows(parameter) is parameter
+    assert distributed.broadcast_value("x") == "x"
     loss = torch.tensor(3.0)
     assert distributed.sum_gradients([parameter], loss) is loss and parameter.grad is None
 
@@ -127,7 +131,10 @@ def test_one_process_that_is_asked_to_stop_stops_all(toy: Path, tmp_path: Path):
     (folder,) = runs.iterdir()
     weights = folder / "model.safetensors"
     assert err.count(f"run_mm.py: stopped; python run_mm.py --resume={folder} goes on") == 1
-    kept, config = checkpoint.read_numbers(folder / "checkpoint.safetensors"), folder / "config.yaml"
+    kept, config = (
+        checkpoint.read_checkpoint_numbers(folder / "checkpoint.safetensors"),
+        folder / "config.yaml",
+    )
     config.write_text(config.read_text().replace("epochs: 9999", f"epochs: {kept['epoch'] + 9}"))
     # the first process finds newer weights, better than any to come, and the checkpoint's best is worse than
     # any: all have to know when to stop early

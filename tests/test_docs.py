@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.configuration import known_keys, parse_arguments
-from m2rec.statistics import RESAMPLES
-from m2rec.studies import Plan
+from m2rec.configuration import collect_known_keys, parse_arguments
+from m2rec.statistics import N_RESAMPLES
+from m2rec.studies import SearchPlan
 from scripts import document
 
 ROOT = Path(__file__).parent.parent
@@ -56,14 +56,14 @@ def test_a_command_is_understood(page: str, command: str, monkeypatch: pytest.Mo
     assert path.is_file(), path
     if path.name == "run_mm.py":
         given = parse_arguments([a for a in arguments if a not in ("[--key=value", "...]", "--key=value")])
-        assert set(given) <= {*known_keys(), "resume", "config_files"}, given
+        assert set(given) <= {*collect_known_keys(), "resume", "config_files"}, given
         return
     if any(word[0] in "[<" for word in arguments):
         return  # a form, not a command
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # as when it is started
     module = importlib.import_module(f"scripts.{path.stem}")
     if path.name == "tune.py" and arguments != ["--help"]:
-        Plan.read(ROOT / arguments[0], parse_arguments(arguments[1:]))  # it has no parser
+        SearchPlan.read(ROOT / arguments[0], parse_arguments(arguments[1:]))  # it has no parser
         return
     parse = argparse.ArgumentParser.parse_known_args
 
@@ -79,7 +79,7 @@ def test_a_command_is_understood(page: str, command: str, monkeypatch: pytest.Mo
         assert stop.code == 0 and "--help" in arguments
     except Understood as stop:
         left = {word.partition("=")[0].removeprefix("--") for word in stop.args[0]}
-        assert left <= (set(known_keys()) if path.name == "new_items.py" else set()), left
+        assert left <= (set(collect_known_keys()) if path.name == "new_items.py" else set()), left
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -96,7 +96,7 @@ def test_links_lead_somewhere(page: Path):
 
 def test_the_settings_are_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert document.main(["--check"]) == 0, "run python scripts/document.py"
-    monkeypatch.setattr(document, "PAGE", tmp_path / "settings.md")
+    monkeypatch.setattr(document, "PAGE_PATH", tmp_path / "settings.md")
     assert document.main(["--check"]) == 1
     assert document.main([]) == 0 and document.main(["--check"]) == 0
     page = (tmp_path / "settings.md").read_text()
@@ -105,7 +105,7 @@ def test_the_settings_are_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_readme_says_how_p_was_made():
-    assert f"({RESAMPLES:,} resamples," in (ROOT / "README.md").read_text()
+    assert f"({N_RESAMPLES:,} resamples," in (ROOT / "README.md").read_text()
 
 
 def test_every_message_in_troubleshooting_exists():

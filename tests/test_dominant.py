@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from m2rec.dominant import find_dominant, is_placeholder
+from m2rec.dominant import describe_dominant_entity, is_placeholder
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from m2rec.dominant import find_dominant, is_placeholder
 )  # fmt: skip
 def test_placeholders(name: str):
     assert is_placeholder(name)
-    said = find_dominant("item", ["a", name, "b"], [2, 3, 2])
+    said = describe_dominant_entity("item", ["a", name, "b"], [2, 3, 2])
     assert said == (
         f"item {name!r} has 3 of 7 interactions (42.9%) and is named like a missing value; "
         "remove these lines, or they train as one item"
@@ -23,29 +23,29 @@ def test_placeholders(name: str):
 @pytest.mark.parametrize("name", ["Nana", "banana", "0", "-1", "none of us", "n", "nullam", "N/A 12", "u-1"])
 def test_names_that_only_look_like_one(name: str):
     assert not is_placeholder(name)
-    assert find_dominant("user", ["a", name, "b"], [2, 3, 2]) is None
+    assert describe_dominant_entity("user", ["a", name, "b"], [2, 3, 2]) is None
 
 
 def test_more_than_half():
-    said = find_dominant("user", ["a", "shop", "b"], [500, 1001, 500])
+    said = describe_dominant_entity("user", ["a", "shop", "b"], [500, 1001, 500])
     assert said == (
         "user 'shop' has 1,001 of 2,001 interactions (50.0%), more than half; "
         "if it stands for many users or for none, remove these lines"
     )
-    assert find_dominant("user", ["a", "shop", "b"], [500, 1000, 500]) is None
+    assert describe_dominant_entity("user", ["a", "shop", "b"], [500, 1000, 500]) is None
 
 
 def test_a_placeholder_counts_only_where_it_is_the_most_frequent():
-    assert find_dominant("user", ["a", "NA"], [3, 2]) == (
+    assert describe_dominant_entity("user", ["a", "NA"], [3, 2]) == (
         "user 'a' has 3 of 5 interactions (60.0%), more than half; "
         "if it stands for many users or for none, remove these lines"
     )
-    assert find_dominant("user", ["a", "NA", "b"], [3, 2, 3]) is None
+    assert describe_dominant_entity("user", ["a", "NA", "b"], [3, 2, 3]) is None
 
 
 def test_arrays_and_nothing():
-    said = find_dominant("user", np.array(["a", "NA"], dtype=object), np.array([2, 3]))
+    said = describe_dominant_entity("user", np.array(["a", "NA"], dtype=object), np.array([2, 3]))
     assert said is not None and "'NA' has 3 of 5" in said
-    assert find_dominant("user", [], []) is None
+    assert describe_dominant_entity("user", [], []) is None
     counts = {7: 3, 8: 1}
-    assert "user '7' has 3 of 4" in str(find_dominant("user", list(counts), list(counts.values())))
+    assert "user '7' has 3 of 4" in str(describe_dominant_entity("user", list(counts), list(counts.values())))

@@ -41,7 +41,7 @@ def run(items: Path, *arguments: str) -> int:
 
 
 def made(items: Path) -> tuple[list[str], torch.Tensor, dict[str, str]]:
-    return text_vectors.read(items.parent / "toy.text.safetensors")
+    return text_vectors.read_text_vectors(items.parent / "toy.text.safetensors")
 
 
 def test_makes_vectors_beside_the_data(encoder: str, items: Path):
@@ -118,7 +118,7 @@ def test_files_of_before_there_were_fingerprints_load_and_are_made_again(
     caplog.set_level(logging.INFO)
     output = items.parent / "toy.text.safetensors"
     old = {"model": encoder, "columns": "title genre", "date": "2026-01-01", "pooling": "mean, unit length"}
-    text_vectors.save(output, ["1"], np.ones((1, 4)), old)
+    text_vectors.write_text_vectors(output, ["1"], np.ones((1, 4)), old)
     assert made(items)[2] == old
     assert run(items, f"--text-encoder={encoder}") == 0
     assert "encoder was not recorded" in caplog.text and "model " not in caplog.text.split("again: ")[1]
@@ -131,7 +131,7 @@ def test_what_is_no_text_vector_file_stays(items: Path, capsys: pytest.CaptureFi
     assert run(items, "--text-encoder=lsa", f"--output={output}") == 2
     assert "is not a text-vector file" in capsys.readouterr().err and output.read_text() == "mine"
     assert run(items, "--text-encoder=lsa", f"--output={output}", "--force") == 0
-    assert text_vectors.read(output)[0] == ["1", "2"]
+    assert text_vectors.read_text_vectors(output)[0] == ["1", "2"]
 
 
 def test_without_an_encoder_it_is_lsa(items: Path, caplog: pytest.LogCaptureFixture):
@@ -234,7 +234,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
     kept = int(found[0].split()[0])
     assert 0 < kept < 20 and sum(encoded) == 20 - kept
     tokens, vectors, _ = made(items)
-    whole_tokens, whole, _ = text_vectors.read(items.parent / "whole")
+    whole_tokens, whole, _ = text_vectors.read_text_vectors(items.parent / "whole")
     assert tokens == whole_tokens and torch.allclose(vectors, whole, atol=1e-3)
     assert not partial.exists()
 

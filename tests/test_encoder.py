@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from m2rec.encoder import Encoder, similar_lengths
-from m2rec.fourier import CausalFilter, LowPass
+from m2rec.encoder import Encoder, group_rows_by_length
+from m2rec.fourier import CausalFilter, LowPassFilter
 from m2rec.mamba import Mamba, Mamba2
 from m2rec.settings import ModelSettings
 from m2rec.text import TextProjection
@@ -260,14 +260,14 @@ def test_mamba4rec_written_out():
 def test_rows_of_similar_length_go_together():
     """Every row is in one group, whose width is enough for it and no wider than its longest."""
     lengths = torch.tensor([1, 8, 9, 50, 3, 16, 17, 40])
-    groups = list(similar_lengths(lengths, 50))
+    groups = list(group_rows_by_length(lengths, 50))
     assert [(rows.tolist(), longest) for rows, longest in groups] == [
         ([0, 1, 4], 8),
         ([2, 5], 16),
         ([6], 17),
         ([3, 7], 50),
     ]
-    assert [longest for _, longest in similar_lengths(torch.tensor([5, 5]), 5)] == [5]
+    assert [longest for _, longest in group_rows_by_length(torch.tensor([5, 5]), 5)] == [5]
 
 
 @every_form
@@ -277,7 +277,7 @@ def test_grouping_by_length_changes_nothing(settings: dict[str, Any]):
     items, lengths = histories(12, 1, 9, 8, 2, 10)
     targets = torch.randint(1, V, items.shape) * (items > 0)
     whole = made(items, lengths)
-    assert len(list(similar_lengths(lengths, L))) == 2
+    assert len(list(group_rows_by_length(lengths, L))) == 2
     torch.testing.assert_close(made.last(items, lengths), whole[torch.arange(6), lengths - 1])
 
     weight = torch.randn(V, whole.shape[-1], dtype=whole.dtype)
@@ -313,7 +313,9 @@ def test_a_model_of_any_type_answers_alike(settings: dict[str, Any], dtype: torc
     scale = expected.abs().max()
     made, tolerance = made.to(dtype), 40 * torch.finfo(dtype).eps
     answers = [made.last(items, lengths), made(items, lengths)[:, 8]]
-    if isinstance(made.layers[0].mixer, Mamba | Mamba2) and not isinstance(made.layers[0].filter, LowPass):
+    if isinstance(made.layers[0].mixer, Mamba | Mamba2) and not isinstance(
+        made.layers[0].filter, LowPassFilter
+    ):
         _, states = made.advance(items[:, :3])
         x, states = made.advance(items[:, 3:8], states)
         answers.append(made.step(items[:, 8], states)[0])
@@ -339,7 +341,7 @@ def test_rows_of_similar_length_on_any_device(device: str):
     with FakeTensorMode():
         lengths = torch.ones(3, dtype=torch.int64, device=device)
         with pytest.raises(DynamicOutputShapeException, match="unique"):  # where the numbers begin to matter
-            list(similar_lengths(lengths, 12))
+            list(group_rows_by_length(lengths, 12))
 
 
 @every_form

@@ -10,7 +10,7 @@ import pytest
 
 from m2rec.configuration import build_config
 from m2rec.evaluate_run import evaluate_run
-from m2rec.experiment import run
+from m2rec.experiment import run_experiment
 from m2rec.recommender import Recommender
 from scripts import evaluate, recommend
 from tests.conftest import random_rows, small, write_inter
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("scored")
     write_inter(base / "data", "toy", random_rows())
     keys = small(base / "data", epochs=1, runs_dir=str(base / "runs"), text_vectors="none")
-    return run(build_config(keys)).folder
+    return run_experiment(build_config(keys)).folder
 
 
 @pytest.mark.parametrize("part", ["test", "valid"])
@@ -95,7 +95,7 @@ def test_recommendations_for_everybody(folder: Path, tmp_path: Path):
 def test_a_user_whom_the_filters_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_inter(tmp_path / "data", "toy", [*random_rows(), ("rare", "i1", 978300001)])
     keys = small(tmp_path / "data", epochs=1, runs_dir=str(tmp_path / "runs"), text_vectors="none")
-    filtered = run(build_config({**keys, "user_inter_num_interval": "[3,inf)"})).folder
+    filtered = run_experiment(build_config({**keys, "user_inter_num_interval": "[3,inf)"})).folder
     with (filtered / "test_ranks.csv").open() as file:
         known = next(csv.DictReader(file))["user"]
     assert recommend.main([str(filtered), f"--user={known}"]) == 0

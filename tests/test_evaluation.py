@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m2rec.evaluation import HISTORY, POPULARITY, Breakdown, Ranking, bucket_names, places_of_targets
+from m2rec.evaluation import (
+    HISTORY_BUCKETS,
+    POPULARITY_BUCKETS,
+    Breakdown,
+    Ranking,
+    compute_target_ranks,
+    format_bucket_names,
+)
 
 
 def test_places():
@@ -20,12 +27,12 @@ def test_places():
 
 def test_a_target_that_was_taken_out_has_no_place():
     scores = torch.tensor([[-torch.inf, 3.0, -torch.inf, 2.0], [-torch.inf, 1.0, 1.0, 2.0]])
-    assert places_of_targets(scores, torch.tensor([2, 1])).tolist() == [0, 3]
+    assert compute_target_ranks(scores, torch.tensor([2, 1])).tolist() == [0, 3]
 
 
 def test_bucket_names():
-    assert bucket_names(POPULARITY, 0) == ["0", "1-5", "6-20", "21-100", "101+"]
-    assert bucket_names(HISTORY, 1) == ["1-5", "6-20", "21-50", "51-200", "201+"]
+    assert format_bucket_names(POPULARITY_BUCKETS, 0) == ["0", "1-5", "6-20", "21-100", "101+"]
+    assert format_bucket_names(HISTORY_BUCKETS, 1) == ["1-5", "6-20", "21-50", "51-200", "201+"]
 
 
 def made() -> Breakdown:

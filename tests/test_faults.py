@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from m2rec.configuration import build_config
-from m2rec.experiment import resumed, run
+from m2rec.experiment import build_resumed_config, run_experiment
 from tests.conftest import as_arguments, small
 from tests.test_checkpoint import outcome
 
@@ -36,7 +36,7 @@ context.set_forkserver_preload(["m2rec.experiment"])
 def train(values: dict[str, Any], folder: Path | None) -> None:
     """In a process of its own: a new run, or one that goes on."""
     torch.set_num_threads(1)
-    run(build_config(values) if folder is None else resumed(folder, {}), folder)
+    run_experiment(build_config(values) if folder is None else build_resumed_config(folder, {}), folder)
 
 
 def started(values: dict[str, Any], folder: Path | None) -> BaseProcess:
@@ -89,7 +89,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(values: dict[str, Any],
         if not (folder / "metrics.json").exists():
             if not (folder / "checkpoint.safetensors").exists():  # nothing to lose yet
                 with pytest.raises(ValueError, match="start a new run"):
-                    resumed(folder, {})
+                    build_resumed_config(folder, {})
                 continue
             went_on += 1
             train(own, folder)
@@ -116,7 +116,7 @@ def test_asked_to_stop_it_says_how_to_go_on(values: dict[str, Any], tmp_path: Pa
     assert process.returncode == status
     assert f"run_mm.py: stopped; python run_mm.py --resume={folder} goes on" in err
     assert "stopping after this step; once more stops at once" in err and "Traceback" not in err
-    resumed(folder, {})
+    build_resumed_config(folder, {})
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2rec.fourier import CausalFilter, LowPass
+from m2rec.fourier import CausalFilter, LowPassFilter
 
 
 def one_mode(damping: float, period: float, cosine: float, sine: float = 0.0) -> CausalFilter:
@@ -87,7 +87,7 @@ def test_the_future_does_not_reach_the_past():
 def test_low_pass_equals_the_fft_of_each_history():
     lengths = torch.tensor([1, 2, 7, 30])
     x = torch.randn(4, 30, 3)
-    y = LowPass(0.4, 30)(x, lengths)
+    y = LowPassFilter(0.4, 30)(x, lengths)
     for row, n in enumerate(lengths.tolist()):
         spectrum = torch.fft.rfft(x[row, :n], dim=0)
         keep = math.ceil(0.4 * (n // 2 + 1))
@@ -98,21 +98,21 @@ def test_low_pass_equals_the_fft_of_each_history():
 
 def test_low_pass_passes_slow_and_stops_fast_waves():
     slow, fast, lengths = wave(50, 100).float(), wave(4, 100).float(), torch.tensor([100])
-    made = LowPass(0.3, 100)
+    made = LowPassFilter(0.3, 100)
     assert torch.allclose(made(slow, lengths), slow, atol=1e-5)
     assert made(fast, lengths).abs().max() < 1e-4
 
 
 def test_low_pass_with_full_cutoff_is_the_identity():
     x, lengths = torch.randn(3, 20, 2), torch.tensor([20, 11, 4])
-    y = LowPass(1.0, 20)(x, lengths)
+    y = LowPassFilter(1.0, 20)(x, lengths)
     for row, n in enumerate(lengths.tolist()):
         assert torch.allclose(y[row, :n], x[row, :n], atol=1e-5)
 
 
 def test_low_pass_is_not_causal():
     """The reason why it is refused with dense rows."""
-    made, x, lengths = LowPass(0.5, 20), torch.randn(1, 20, 2), torch.tensor([20])
+    made, x, lengths = LowPassFilter(0.5, 20), torch.randn(1, 20, 2), torch.tensor([20])
     changed = x.clone()
     changed[:, -1] += 1
     assert not torch.allclose(made(x, lengths)[:, 0], made(changed, lengths)[:, 0], atol=1e-4)

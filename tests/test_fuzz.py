@@ -22,15 +22,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m2rec import atomic, text_vectors, trained
-from m2rec.configuration import build_config, known_keys, parse_arguments, read_yaml
+from m2rec.configuration import build_config, collect_known_keys, parse_arguments, read_yaml
 from m2rec.dialogue import Dialogue
 from m2rec.encoder import Encoder
 from m2rec.files import read_tensors, write_tensors
-from m2rec.item_text import items_of, parse_template, read_texts, read_titles
+from m2rec.item_text import parse_template, read_item_texts, read_item_titles, read_item_tokens
 from m2rec.recommender import Recommender
 from m2rec.settings import ModelSettings, RunSettings
 from m2rec.sweeps import Sweep
-from m2rec.vector_import import VectorFile
+from m2rec.vector_import import ImportedVectors
 from scripts import prepare_data
 
 ROOT = Path(__file__).parent.parent
@@ -103,19 +103,19 @@ def test_interactions(path: Path, content: bytes):
 @given(content=broken(ITEM) | st.binary(max_size=80), template=st.text(max_size=12))
 def test_item_files(path: Path, content: bytes, template: str):
     path.write_bytes(content)
-    only_our_errors(lambda: read_texts(path, "item_id", None))
-    only_our_errors(lambda: read_texts(path, "item_id", None, "{title}; {year}"))
-    only_our_errors(lambda: read_titles(path, "item_id"))
-    only_our_errors(lambda: items_of(path, "item_id"))
+    only_our_errors(lambda: read_item_texts(path, "item_id", None))
+    only_our_errors(lambda: read_item_texts(path, "item_id", None, "{title}; {year}"))
+    only_our_errors(lambda: read_item_titles(path, "item_id"))
+    only_our_errors(lambda: read_item_tokens(path, "item_id"))
     only_our_errors(lambda: parse_template(template))
 
 
 @fuzzed
 @given(data=st.data())
 def test_text_vectors_and_checkpoints(path: Path, data: st.DataObject):
-    text_vectors.save(path, ["a", "b", "é"], np.ones((3, 4)), {"model": "m"})
+    text_vectors.write_text_vectors(path, ["a", "b", "é"], np.ones((3, 4)), {"model": "m"})
     path.write_bytes(data.draw(broken(path.read_bytes()) | st.binary(max_size=80)))
-    only_our_errors(lambda: text_vectors.load(path, ["[PAD]", "a", "b"]))
+    only_our_errors(lambda: text_vectors.load_item_vectors(path, ["[PAD]", "a", "b"]))
     write_tensors(path, {"a": torch.ones(3, 2), "b": torch.zeros(())}, {"numbers": "{}"})
     whole = path.read_bytes()
     path.write_bytes(content := data.draw(broken(whole) | st.binary(max_size=80)))
@@ -134,7 +134,9 @@ def test_imported_vectors(tmp_path: Path, csv: bytes, npy: st.DataObject, ids: b
     files["ids.txt"].write_bytes(npy.draw(st.sampled_from([b"a\nb\n", ids])))
     files["v.parquet"].write_bytes(ids)
     for name, tokens in (("v.csv", None), ("v.npy", files["ids.txt"]), ("v.parquet", None)):
-        only_our_errors(lambda name=name, tokens=tokens: VectorFile(files[name], tokens, "id", "").read())
+        only_our_errors(
+            lambda name=name, tokens=tokens: ImportedVectors(files[name], tokens, "id", "").read()
+        )
 
 
 @fuzzed
@@ -172,7 +174,7 @@ def test_settings(key: str, value: Any):
 
 
 @fuzzed
-@given(key=st.sampled_from(sorted(known_keys() - {"data_path", "runs_dir"})), value=values)
+@given(key=st.sampled_from(sorted(collect_known_keys() - {"data_path", "runs_dir"})), value=values)
 def test_configs(key: str, value: Any):
     """Any key with any value becomes a config or one of our errors."""
     only_our_errors(lambda: build_config({"dataset": "ml-100k", "model": "M2Rec", key: value}))
@@ -200,7 +202,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors[0] = 0
     encoder = Encoder(ModelSettings.read(config), 6, 5, vectors)
     tokens = ["[PAD]", "a", "b", "c", "d", "😀"]
-    model = trained.made(
+    model = trained.build_saved_model(
         encoder,
         tokens,
         titles={"a": "A"},
@@ -210,7 +212,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_basis=torch.eye(3),
         text_source={"model": "m"},
     )
-    trained.write(model, folder)
+    trained.write_saved_model(model, folder)
     return folder
 
 

@@ -10,7 +10,7 @@ import torch
 
 from m2rec import Recommender
 from m2rec.configuration import build_config
-from m2rec.experiment import fit, prepare, run
+from m2rec.experiment import prepare_run, run_experiment, train_model
 from tests.conftest import as_arguments, small
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -40,7 +40,7 @@ def on_gpu(toy: Path, tmp_path: Path, write_vectors: Callable[..., Path]) -> dic
     ],
 )
 def test_runs(on_gpu: dict[str, Any], keys: dict[str, Any]):
-    metrics = run(build_config({**on_gpu, **keys})).metrics
+    metrics = run_experiment(build_config({**on_gpu, **keys})).metrics
     assert metrics["device"] == torch.cuda.get_device_name(0)
     assert 0 <= metrics["test"]["ndcg@10"] <= 1
 
@@ -49,15 +49,15 @@ def test_a_run_learns_as_on_a_cpu(on_gpu: dict[str, Any]):
     """Without dropout the first epochs are the same up to rounding."""
     losses = {}
     for gpu in ("", 0):
-        prepared = prepare(build_config({**on_gpu, "gpu_id": gpu, "dropout_prob": 0.0, "epochs": 2}))
-        fit(prepared)
+        prepared = prepare_run(build_config({**on_gpu, "gpu_id": gpu, "dropout_prob": 0.0, "epochs": 2}))
+        train_model(prepared)
         losses[gpu] = list(prepared.trainer.train_loss_dict.values())
     assert losses[0] == pytest.approx(losses[""], rel=1e-3)
 
 
 def test_a_run_goes_on(on_gpu: dict[str, Any], command: Command):
-    prepared = prepare(build_config({**on_gpu, "epochs": 1}))
-    fit(prepared)
+    prepared = prepare_run(build_config({**on_gpu, "epochs": 1}))
+    train_model(prepared)
     config = prepared.trainer.folder / "config.yaml"
     config.write_text(re.sub(r"\nepochs: 1\n", "\nepochs: 3\n", config.read_text()))
     status, out, err = command(f"--resume={prepared.trainer.folder}", runs_dir=False)
@@ -70,7 +70,7 @@ def test_a_run_is_the_same_twice(on_gpu: dict[str, Any], command: Command):
 
 
 def test_recommendations_are_those_of_a_cpu(on_gpu: dict[str, Any], tmp_path: Path):
-    folder = run(build_config(on_gpu)).folder
+    folder = run_experiment(build_config(on_gpu)).folder
     history, found = ["i1", "i2", "i3"], {}
     for device in ("cpu", "cuda"):
         made = Recommender.load(folder, device=device)

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from m2rec.histories import Histories, by_time, leave_one_out
+from m2rec.histories import Histories, split_by_time, split_leave_one_out
 
 
 def test_leave_one_out_by_length():
     """One interaction: nothing. Two: one to train. Three: no validation. Four and more: all."""
     end = np.cumsum([1, 2, 3, 4, 6])
     start = np.r_[0, end[:-1]]
-    split = leave_one_out(start, end)
+    split = split_leave_one_out(start, end)
     assert (split.train_stop - start).tolist() == [1, 2, 2, 2, 4]
     assert split.targets["valid"].tolist() == [-1, -1, -1, 8, 14]
     assert split.targets["test"].tolist() == [-1, -1, 5, 9, 15]
@@ -18,7 +18,7 @@ def test_leave_one_out_by_length():
 def test_by_time():
     """(training, validation, test) counts: all; nothing before; only a first item; no test."""
     start, end = np.array([0, 6, 8, 9]), np.array([6, 8, 9, 12])
-    split = by_time(start, end, np.array([3, 0, 0, 2]), np.array([2, 1, 0, 1]))
+    split = split_by_time(start, end, np.array([3, 0, 0, 2]), np.array([2, 1, 0, 1]))
     assert split.train_stop.tolist() == [3, 6, 8, 11]
     assert split.targets["valid"].tolist() == [4, -1, -1, 11]
     assert split.targets["test"].tolist() == [5, 7, -1, -1]

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from m2rec import history_files, ranker
-from m2rec.history_files import read_histories
+from m2rec.history_files import read_history_file
 from tests.test_session import TOKENS, assert_same, events, recommender
 
 HISTORIES = {"anna": events(3), "bert": [], "01": events(40, seed=1)}
@@ -39,14 +39,14 @@ def as_parquet(path: Path) -> Path:
     ("name", "write"), [("h.csv", as_csv), ("h.csv", as_json_lists), ("h.parquet", as_parquet)]
 )
 def test_histories(tmp_path: Path, name: str, write: Callable[[Path], Path]):
-    assert dict(read_histories(write(tmp_path / name))) == HISTORIES
+    assert dict(read_history_file(write(tmp_path / name))) == HISTORIES
 
 
 def test_a_row_of_several_lines_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """A quotation mark that is left open makes one user of four."""
     path = tmp_path / "in.csv"
     path.write_text('user,history\na,"i1 i2\nb,i3\nc,i4\nd,i5 6"\ne,i6\n')
-    assert dict(read_histories(path)) == {"a": ["i1", "i2", "b,i3", "c,i4", "d,i5", "6"], "e": ["i6"]}
+    assert dict(read_history_file(path)) == {"a": ["i1", "i2", "b,i3", "c,i4", "d,i5", "6"], "e": ["i6"]}
     assert [record.message for record in caplog.records] == [
         f"{path}: records of several lines: 1, the longest has 4 lines from line 2 on; "
         "if that is no text of several lines, a quotation mark was left open there"
@@ -55,13 +55,13 @@ def test_a_row_of_several_lines_is_said(tmp_path: Path, caplog: pytest.LogCaptur
     with pytest.raises(
         ValueError, match="quotation mark opens in line 2 and its record has more than 1,000 "
     ):
-        list(read_histories(path))
+        list(read_history_file(path))
     path.write_text('user,history\na,i1\n"b,i2\nc,i3\n')
     with pytest.raises(ValueError, match="lines 3 to 4: the quotation mark of line 3 never closes"):
-        list(read_histories(path))
+        list(read_history_file(path))
     path.write_text("user,history,user\na,i1,b\n")
     with pytest.raises(ValueError, match="column 'user' comes 2 times"):
-        list(read_histories(path))
+        list(read_history_file(path))
 
 
 def test_recommendations_of_a_file(tmp_path: Path):
@@ -80,7 +80,7 @@ def test_recommendations_of_a_file(tmp_path: Path):
 
 def test_many_in_bounded_memory(monkeypatch: pytest.MonkeyPatch):
     """The input is read as far as the output has been made, but for a batch."""
-    monkeypatch.setattr(ranker, "_BATCH", 10)
+    monkeypatch.setattr(ranker, "_RANKING_BATCH_SIZE", 10)
     read, most = 0, 0
     model = recommender(whole_history=False)
 
@@ -98,11 +98,11 @@ def test_many_in_bounded_memory(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_file_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The input is read as far as the output has been written, but for a batch and a group."""
-    monkeypatch.setattr(ranker, "_BATCH", 10)
-    monkeypatch.setattr(history_files, "_GROUP", 20)
+    monkeypatch.setattr(ranker, "_RANKING_BATCH_SIZE", 10)
+    monkeypatch.setattr(history_files, "_ROW_GROUP_SIZE", 20)
     lines = ["user,history", *(f"u{n},{TOKENS[1 + n % 30]}" for n in range(200))]
     (tmp_path / "in.csv").write_text("\n".join(lines) + "\n")
-    read, ahead, real, write = 0, [], history_files.read_histories, parquet.ParquetWriter.write_table
+    read, ahead, real, write = 0, [], history_files.read_history_file, parquet.ParquetWriter.write_table
 
     def counted(*arguments: Any) -> Iterator[Any]:
         nonlocal read
@@ -114,7 +114,7 @@ def test_a_file_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ahead.append(read - 20 * len(ahead))
         write(writer, table)
 
-    monkeypatch.setattr(history_files, "read_histories", counted)
+    monkeypatch.setattr(history_files, "read_history_file", counted)
     monkeypatch.setattr(parquet.ParquetWriter, "write_table", watched)
     model = recommender(whole_history=False)
     assert model.recommend_file(tmp_path / "in.csv", tmp_path / "out.parquet", k=2) == 200
@@ -175,7 +175,7 @@ def test_one_remark_for_all(tmp_path: Path, caplog: pytest.LogCaptureFixture):
 def test_a_very_long_history_and_blanks_before_a_list(tmp_path: Path):
     path, long = tmp_path / "in.csv", ["i1"] * 50_000
     path.write_text(f'user,history\na,{" ".join(long)}\nb, "[""i2""]"\n'.replace(', "[', ',"  ['))
-    assert dict(read_histories(path)) == {"a": long, "b": ["i2"]}
+    assert dict(read_history_file(path)) == {"a": long, "b": ["i2"]}
 
 
 def test_no_histories(tmp_path: Path):

@@ -10,8 +10,8 @@ from torch import nn
 
 from m2rec import insights
 from m2rec.compat import Interaction
-from m2rec.configuration import build_config, find_model
-from m2rec.experiment import load_data, run
+from m2rec.configuration import build_config, find_model_class
+from m2rec.experiment import load_data, run_experiment
 from tests.conftest import random_rows, small, write_inter
 
 
@@ -20,7 +20,7 @@ def prepared(toy: Path):
     config = build_config(small(toy, text_vectors="none"))
     dataset, (train, _, test) = load_data(config)
     torch.manual_seed(3)
-    model = find_model("M2Rec")(config, train.dataset).eval()
+    model = find_model_class("M2Rec")(config, train.dataset).eval()
     for layer in model.encoder.layers:
         torch.nn.init.normal_(layer.gate.logits.weight)
     return model, test.dataset, dataset
@@ -40,7 +40,7 @@ def scores_of(model: nn.Module) -> Callable[[Interaction], torch.Tensor]:
 def test_the_gate(prepared: tuple):
     """Every position of every test row counts once."""
     model, test, dataset = prepared
-    gate = insights.look(model, scores_of(model), test, dataset)["gate"]
+    gate = insights.collect_insights(model, scores_of(model), test, dataset)["gate"]
     assert gate["branches"] == ["temporal", "frequency"]
     rows = test.inter_feat
     items, lengths = rows["item_id_list"], rows["item_length"]
@@ -70,7 +70,7 @@ def test_the_filter(prepared: tuple):
             layer.filter.log_damping.fill_(-6.0)
             layer.filter.cosine.fill_(1.0)
             layer.filter.sine.zero_()
-    first, *others = insights.look(model, scores_of(model), test, dataset)["filter"]
+    first, *others = insights.collect_insights(model, scores_of(model), test, dataset)["filter"]
     assert len(others) == 1
     loudest = first["period"][int(np.argmax(first["median"]))]
     assert loudest == pytest.approx(5, rel=0.15)
@@ -81,7 +81,7 @@ def test_the_filter(prepared: tuple):
 
 def test_examples_are_the_models_ranking(prepared: tuple):
     model, test, dataset = prepared
-    found = insights.look(model, scores_of(model), test, dataset)["examples"]
+    found = insights.collect_insights(model, scores_of(model), test, dataset)["examples"]
     assert len(found) == 6 and len({example["user"] for example in found}) == 6
     own = {}
     for user, item, _ in sorted(random_rows(), key=lambda row: row[2]):
@@ -115,8 +115,8 @@ def test_a_baseline_has_examples_only(toy: Path):
     ours = {k: v for k, v in small(toy).items() if k not in ("head_dim", "d_state")}
     config = build_config({**ours, "model": "SASRec", "n_layers": 1, "n_heads": 2, "train_batch_size": 64})
     dataset, (train, _, test) = load_data(config)
-    model = find_model("SASRec")(config, train.dataset)
-    found = insights.look(model, scores_of(model), test.dataset, dataset)
+    model = find_model_class("SASRec")(config, train.dataset)
+    found = insights.collect_insights(model, scores_of(model), test.dataset, dataset)
     assert set(found) == {"examples", "gaps"}
 
 
@@ -129,7 +129,7 @@ def test_columns_of_other_names(tmp_path: Path):
         keys = small(
             tmp_path, dataset="other", runs_dir=str(tmp_path / "runs"), epochs=1, report=True, **names, **own
         )
-        folder = run(
+        folder = run_experiment(
             build_config({**keys, "text_vectors": "none", "load_col": {"inter": [*names.values()]}})
         ).folder
         assert {"insights.json", "report.html"} <= {path.name for path in folder.iterdir()}
@@ -142,6 +142,6 @@ def test_what_was_seen_is_not_recommended(tmp_path: Path):
     write_inter(tmp_path, "all", rows)
     config = build_config(small(tmp_path, dataset="all", text_vectors="none"))
     dataset, (train, _, test) = load_data(config)
-    model = find_model("M2Rec")(config, train.dataset)
-    for example in insights.look(model, scores_of(model), test.dataset, dataset)["examples"]:
+    model = find_model_class("M2Rec")(config, train.dataset)
+    for example in insights.collect_insights(model, scores_of(model), test.dataset, dataset)["examples"]:
         assert example["recommended"] == [example["next"]] and example["place"] == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from m2rec import item_text
-from m2rec.item_text import fill, items_of, parse_template, read_texts
+from m2rec.item_text import fill_template, parse_template, read_item_texts, read_item_tokens
 
 ITEMS = (
     "item_id:token\ttitle:token_seq\tgenre:token_seq\n2\tHeat\t\n1\tToy Story\tComedy\n3\t\t\n4\t\tDrama\n"
@@ -30,20 +30,20 @@ def test_titles_come_from_the_column_that_says_so(tmp_path: Path):
         ("sku:token\tbrand:token\ttitle:token_seq", {}),
     ):
         path.write_text(f"{header}\n1\ta\t b \n2\tc\t\n\td\te\n")
-        assert item_text.read_titles(path, "item_id") == expected
-    assert item_text.read_titles(tmp_path / "none.item", "item_id") == {}
+        assert item_text.read_item_titles(path, "item_id") == expected
+    assert item_text.read_item_titles(tmp_path / "none.item", "item_id") == {}
 
 
 def test_texts_join_the_chosen_columns(items: Path):
-    made = read_texts(items, "item_id", None)
+    made = read_item_texts(items, "item_id", None)
     assert made.tokens == ["1", "2", "4"] and made.texts == ["Toy Story. Comedy", "Heat", "Drama"]
     assert made.columns == ["title", "genre"]
-    assert read_texts(items, "item_id", ["genre"]).tokens == ["1", "4"]
-    assert read_texts(items, "item_id", ["genre", "title"]).texts[0] == "Comedy. Toy Story"
+    assert read_item_texts(items, "item_id", ["genre"]).tokens == ["1", "4"]
+    assert read_item_texts(items, "item_id", ["genre", "title"]).texts[0] == "Comedy. Toy Story"
 
 
 def test_a_template_leaves_out_what_is_empty(items: Path):
-    made = read_texts(items, "item_id", None, "title: {title}; genre: {genre}")
+    made = read_item_texts(items, "item_id", None, "title: {title}; genre: {genre}")
     assert made.texts == ["title: Toy Story; genre: Comedy", "title: Heat", "genre: Drama"]
     assert made.columns == ["title", "genre"]
 
@@ -62,9 +62,9 @@ def test_a_template_leaves_out_what_is_empty(items: Path):
 def test_parts_keep_what_is_theirs(template: str, whole: str, without_b: str, without_a: str):
     parts = parse_template(template)
     row = {"a": "A", "b": "B", "c": "C"}
-    assert fill(parts, row) == whole
-    assert fill(parts, row | {"b": ""}) == without_b
-    assert fill(parts, row | {"a": ""}) == without_a
+    assert fill_template(parts, row) == whole
+    assert fill_template(parts, row | {"b": ""}) == without_b
+    assert fill_template(parts, row | {"a": ""}) == without_a
 
 
 @pytest.mark.parametrize("template", ["no column", "{title", "title}", "{}", "{title!r}", "{title:>9}"])
@@ -74,13 +74,13 @@ def test_templates_that_cannot_be_read(template: str):
 
 
 def test_the_hash_knows_tokens_and_texts_but_not_their_order_in_the_file(items: Path):
-    before = read_texts(items, "item_id", None).sha256()
+    before = read_item_texts(items, "item_id", None).sha256()
     header, *lines = ITEMS.splitlines()
     items.write_text("\n".join([header, *reversed(lines)]) + "\n")
-    assert read_texts(items, "item_id", None).sha256() == before
+    assert read_item_texts(items, "item_id", None).sha256() == before
     for old, new in (("Heat", "Heap"), ("2\tHeat", "5\tHeat")):
         items.write_text(ITEMS.replace(old, new))
-        assert read_texts(items, "item_id", None).sha256() != before
+        assert read_item_texts(items, "item_id", None).sha256() != before
 
 
 @pytest.mark.parametrize(
@@ -94,21 +94,21 @@ def test_the_hash_knows_tokens_and_texts_but_not_their_order_in_the_file(items: 
 def test_unusable_item_files(items: Path, content: str, message: str):
     items.write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_texts(items, "item_id", None)
+        read_item_texts(items, "item_id", None)
 
 
 def test_columns_that_are_not_there(items: Path):
     with pytest.raises(ValueError, match="column 'plot' is missing, the file has item_id, title, genre"):
-        read_texts(items, "item_id", None, "{plot}")
+        read_item_texts(items, "item_id", None, "{plot}")
     with pytest.raises(ValueError, match=r"^columns: not together with template"):
-        read_texts(items, "item_id", ["title"], "{title}")
+        read_item_texts(items, "item_id", ["title"], "{title}")
 
 
 def test_items_of_the_interactions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "toy.inter"
-    assert items_of(path, "item_id") is None
+    assert read_item_tokens(path, "item_id") is None
     rows = "".join(f"u{k}\ti{k % 7}\n" for k in range(50))
     path.write_text(f"user_id:token\titem_id:token\n{rows}u\tNA\n")
-    monkeypatch.setattr(item_text, "CHUNK", 4)
-    assert items_of(path, "item_id") == [*(f"i{k}" for k in range(7)), "NA"]
-    assert items_of(path, "asin") is None
+    monkeypatch.setattr(item_text, "INTER_CHUNK_ROWS", 4)
+    assert read_item_tokens(path, "item_id") == [*(f"i{k}" for k in range(7)), "NA"]
+    assert read_item_tokens(path, "asin") is None

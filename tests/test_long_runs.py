@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from m2rec.configuration import build_config
-from m2rec.experiment import fit, prepare
+from m2rec.experiment import prepare_run, train_model
 from m2rec.trainer import RunTrainer
 from tests.conftest import small
 
@@ -25,7 +25,7 @@ def test_memory_files_and_threads_stay_flat(toy: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(RunTrainer, "_step", watched)
     epochs = -(-STEPS // 6)
     values = small(toy, epochs=epochs, stopping_step=epochs, text_vectors="none", train_batch_size=7)
-    fit(prepare(build_config({**values, "average_epochs": 0.5, "runs_dir": str(tmp_path)})))
+    train_model(prepare_run(build_config({**values, "average_epochs": 0.5, "runs_dir": str(tmp_path)})))
     assert len(seen) == 6 * epochs >= STEPS
     warm, end = seen[len(seen) // 4], seen[-1]
     assert end[0] - warm[0] < 8 * 2**20

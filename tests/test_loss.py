@@ -11,11 +11,11 @@ from m2rec.loss import (
     bpr,
     cross_entropy,
     cross_entropy_ref,
+    draw_other_items,
     gbce,
-    other_items,
     sampled_cross_entropy,
 )
-from m2rec.repeats import Repeats
+from m2rec.repeats import RepeatBias
 
 S, D, V = 40, 8, 50
 
@@ -24,10 +24,10 @@ def made() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(S, D), torch.randint(1, V, (S,)), torch.randn(V, D)
 
 
-def seen(positions: int, bias: torch.Tensor, n_items: int = V, length: int = 9) -> Repeats:
+def seen(positions: int, bias: torch.Tensor, n_items: int = V, length: int = 9) -> RepeatBias:
     """Histories in which positions lie anywhere, with items that occur twice."""
     items = torch.randint(1, min(n_items, 12), (4, length))
-    return Repeats(items, torch.randint(4, (positions,)), torch.randint(length, (positions,)), bias)
+    return RepeatBias(items, torch.randint(4, (positions,)), torch.randint(length, (positions,)), bias)
 
 
 @pytest.mark.parametrize("repeated", [False, True])
@@ -153,7 +153,7 @@ def test_gbce_by_hand(bias: float):
 
 def test_bpr_by_hand():
     x, targets, table = made()
-    negatives = other_items(targets, V)
+    negatives = draw_other_items(targets, V)
     assert ((negatives >= 1) & (negatives < V) & (negatives != targets)).all()
     difference = (x * table[targets]).sum(1) - (x * table[negatives]).sum(1)
     expected = torch.log(1 + torch.exp(-difference)).mean()
@@ -168,12 +168,12 @@ def test_bpr_by_hand():
 
 
 def test_other_items_are_uniform_and_need_two_items():
-    draws = other_items(torch.full((60_000,), 2), 5)
+    draws = draw_other_items(torch.full((60_000,), 2), 5)
     counts = torch.bincount(draws, minlength=5)
     assert counts[0] == counts[2] == 0
     assert all(abs(int(counts[i]) - 20_000) < 5 * math.sqrt(20_000) for i in (1, 3, 4))
     with pytest.raises(ValueError, match="loss_type: BPR needs two items"):
-        other_items(torch.tensor([1]), 2)
+        draw_other_items(torch.tensor([1]), 2)
 
 
 def test_second_derivatives_are_refused_and_the_reference_has_them():

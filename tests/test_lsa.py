@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from m2rec.lsa import Lsa
+from m2rec.lsa import LsaEncoder
 
 DRINKS = ["green tea", "black tea with milk", "cold milk"]
 TOOLS = ["steel hammer", "hammer and nails", "steel nails"]
 
 
 def test_texts_on_one_thing_are_neighbours_even_without_a_common_word():
-    vectors = Lsa(2).encode(DRINKS + TOOLS)
+    vectors = LsaEncoder(2).encode(DRINKS + TOOLS)
     alike = vectors @ vectors.T
     assert (alike[:3, :3] > 0.9).all() and (alike[3:, 3:] > 0.9).all()
     assert (np.abs(alike[:3, 3:]) < 0.1).all()
@@ -19,7 +19,7 @@ def test_texts_on_one_thing_are_neighbours_even_without_a_common_word():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("texts", [["tea"], DRINKS, ["tea", "tea", "tea"], ["a b", "!!", "b"]])
 def test_few_texts_get_what_they_allow(texts: list[str]):
-    vectors = Lsa().encode(texts)
+    vectors = LsaEncoder().encode(texts)
     assert vectors.shape[0] == len(texts) and 1 <= vectors.shape[1] <= len(texts)
     assert np.isfinite(vectors).all()
     worded = np.array([any(map(str.isalnum, text)) for text in texts])
@@ -29,18 +29,18 @@ def test_few_texts_get_what_they_allow(texts: list[str]):
 def test_the_same_each_time_and_whatever_came_before():
     rng = np.random.default_rng(0)
     texts = [" ".join(f"w{k}" for k in rng.zipf(1.5, 8) % 500) for _ in range(600)]
-    first = Lsa(32).encode(texts)
+    first = LsaEncoder(32).encode(texts)
     np.random.seed(7)
-    assert (Lsa(32).encode(texts) == first).all() and first.shape == (600, 32)
-    assert Lsa(16).encode(texts).shape == (600, 16)
+    assert (LsaEncoder(32).encode(texts) == first).all() and first.shape == (600, 32)
+    assert LsaEncoder(16).encode(texts).shape == (600, 16)
 
 
 def test_many_texts_without_a_common_word():
-    assert Lsa().encode([f"word{k}" for k in range(150)]).shape[0] == 150
+    assert LsaEncoder().encode([f"word{k}" for k in range(150)]).shape[0] == 150
 
 
 def test_mistakes():
     with pytest.raises(ValueError, match=r"^width: 0 is no width"):
-        Lsa(0)
+        LsaEncoder(0)
     with pytest.raises(ValueError, match="lsa finds no word in any text"):
-        Lsa().encode(["!", "?"])
+        LsaEncoder().encode(["!", "?"])

@@ -9,7 +9,7 @@ import torch
 
 from m2rec.compat import data_preparation, init_seed
 from m2rec.configuration import build_config
-from m2rec.dataset import HistoryDataset, shifted_targets
+from m2rec.dataset import HistoryDataset, shift_targets
 from m2rec.model import M2Rec
 from tests.conftest import random_rows, small, write_inter
 
@@ -55,7 +55,7 @@ def train(
 
 def test_shifted_targets():
     items = torch.tensor([[4, 5, 6, 0], [7, 0, 0, 0], [1, 2, 3, 9]])
-    targets = shifted_targets(items, torch.tensor([3, 1, 4]), torch.tensor([8, 8, 8]))
+    targets = shift_targets(items, torch.tensor([3, 1, 4]), torch.tensor([8, 8, 8]))
     assert targets.tolist() == [[5, 6, 8, 0], [8, 0, 0, 0], [2, 3, 9, 8]]
 
 
@@ -167,7 +167,7 @@ def test_each_item_gets_the_vector_of_its_token(write_vectors: Callable[..., Pat
     from m2rec import text_vectors
 
     path = write_vectors(toy, "toy", [f"i{k}" for k in range(19, -1, -1)])
-    tokens, raw, _ = text_vectors.read(path)
+    tokens, raw, _ = text_vectors.read_text_vectors(path)
     model, loaders = made(toy, text_vectors="auto", text_whitening="none")
     names = loaders[0].dataset.field2id_token["item_id"]
     expected = torch.stack([raw[tokens.index(str(name))] for name in names[1:]])

@@ -13,7 +13,7 @@ from m2rec import text_vectors
 from m2rec.configuration import read_yaml
 from m2rec.histories import Histories
 from m2rec.recommender import Recommender
-from m2rec.signals import Interrupted
+from m2rec.signals import RunInterrupted
 from scripts import new_items
 from tests.conftest import as_arguments, small, write_inter
 from tests.test_shipped import ship
@@ -29,7 +29,9 @@ def data(tmp_path: Path) -> Path:
     angle = 2 * np.pi * np.arange(N)[:, None] * np.arange(1, 5) / N
     vectors = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     tokens = [f"i{k}" for k in range(N)]
-    text_vectors.save(path.with_name(f"ring{text_vectors.SUFFIX}"), tokens, vectors, {"model": "ring"})
+    text_vectors.write_text_vectors(
+        path.with_name(f"ring{text_vectors.VECTOR_FILE_SUFFIX}"), tokens, vectors, {"model": "ring"}
+    )
     return tmp_path / "data"
 
 
@@ -41,7 +43,7 @@ def arguments(data: Path, **others: Any) -> list[str]:
 def test_what_is_tested_is_not_trained(data: Path, monkeypatch: pytest.MonkeyPatch):
     """The rows of the inner run, and the users and targets of the evaluation, by token."""
     trained, tested = set(), set()
-    run, ranked = new_items.run, new_items.ranked
+    run, ranked = new_items.run_experiment, new_items.evaluate_new_items
 
     def watched_run(config: Any) -> Any:
         dataset, (train, _, _) = new_items.load_data(config)
@@ -63,8 +65,8 @@ def test_what_is_tested_is_not_trained(data: Path, monkeypatch: pytest.MonkeyPat
         assert added and not added & {item for _, item in trained}
         return ranked(made, histories, tokens, added)
 
-    monkeypatch.setattr(new_items, "run", watched_run)
-    monkeypatch.setattr(new_items, "ranked", watched_ranked)
+    monkeypatch.setattr(new_items, "run_experiment", watched_run)
+    monkeypatch.setattr(new_items, "evaluate_new_items", watched_ranked)
     assert new_items.main([*arguments(data, epochs=1), "--share=0.3"]) == 0
     assert len(tested) == 60 and trained and not trained & tested
 
@@ -87,8 +89,11 @@ def test_data_of_few_and_of_its_own_columns(tmp_path: Path, caplog: pytest.LogCa
     rows += [(f"v{v}", item, k) for v, history in enumerate(short) for k, item in enumerate(history)]
     path = write_inter(tmp_path / "data", "ring", rows, "who:token\twhat:token\twhen:float")
     vectors = np.random.default_rng(0).normal(size=(N, 8))
-    text_vectors.save(
-        path.with_name(f"ring{text_vectors.SUFFIX}"), [f"i{k}" for k in range(N)], vectors, {"model": "ring"}
+    text_vectors.write_text_vectors(
+        path.with_name(f"ring{text_vectors.VECTOR_FILE_SUFFIX}"),
+        [f"i{k}" for k in range(N)],
+        vectors,
+        {"model": "ring"},
     )
     columns = {
         "USER_ID_FIELD": "who",
@@ -107,9 +112,9 @@ def test_a_stop_is_said_in_a_line(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def stopped(config: Any) -> Any:
-        raise Interrupted(2)
+        raise RunInterrupted(2)
 
-    monkeypatch.setattr(new_items, "run", stopped)
+    monkeypatch.setattr(new_items, "run_experiment", stopped)
     assert new_items.main(arguments(data)) == 130
     assert capsys.readouterr().err.endswith(
         "new_items.py: stopped; seeds that were finished have their lines\n"
@@ -133,7 +138,7 @@ def test_places_by_hand(monkeypatch: pytest.MonkeyPatch):
             return scores.clone()
 
     monkeypatch.setattr(new_items, "K", 2)
-    row = new_items.ranked(Fixed(), histories, tokens, {"c", "e"})  # type: ignore[arg-type]
+    row = new_items.evaluate_new_items(Fixed(), histories, tokens, {"c", "e"})  # type: ignore[arg-type]
     assert (row["new.users"], row["old.users"]) == (1, 1)
     assert row["new.hit@2"] == 0  # third: e, and d with the same score
     assert row["new_among_new.hit@2"] == 1 and row["new_among_new.chance@2"] == 1

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.overview import overview_table
-from m2rec.results import read_answers
+from m2rec.overview import make_overview_table
+from m2rec.results import read_finished_runs
 from m2rec.sweeps import Sweep
 from tests.conftest import SWEEP, answer
 from tests.test_results import PAIRED
@@ -18,7 +18,7 @@ Write = Callable[..., Path]
 
 def overview(path: Path, *rows: dict[str, str]) -> list[str]:
     sweep = Sweep.read(path)
-    return overview_table([sweep], {sweep.name: read_answers(sweep)}, rows).splitlines()
+    return make_overview_table([sweep], {sweep.name: read_finished_runs(sweep)}, rows).splitlines()
 
 
 def test_an_overview(write_sweep: Write):
@@ -57,7 +57,7 @@ def test_an_overview_of_a_split_by_time_and_without_text(write_sweep: Write):
 def test_an_overview_needs_one_reference(write_sweep: Write):
     sweep = Sweep.read(write_sweep(*ROWS))
     other = replace(sweep, name="others", reference="SASRec")
-    answers = {name: read_answers(sweep) for name in ("toys", "others")}
+    answers = {name: read_finished_runs(sweep) for name in ("toys", "others")}
     for sweeps in ([sweep, other], [replace(sweep, reference=None)]):
         with pytest.raises(ValueError, match=r"same reference, got toys: (M2Rec, others: SASRec|None)$"):
-            overview_table(sweeps, answers, [])
+            make_overview_table(sweeps, answers, [])

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from m2rec import paired
-from m2rec.results import Row
-from m2rec.sweeps import Sweep, cell_folder
+from m2rec.results import ResultRow
+from m2rec.sweeps import Sweep, get_planned_run_folder
 
 USERS = [f"u{k}" for k in range(60)]
 
 
 def write_run(runs: Path, variant: str, seed: int, ranks: list[int], users: list[str] = USERS) -> Path:
     """A finished run whose two protocols have the same ranks."""
-    folder = cell_folder(runs, "toy", variant, seed) / "run"
+    folder = get_planned_run_folder(runs, "toy", variant, seed) / "run"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps({}))
     lines = [f"{user},i{user},3,4,{rank},{rank}" for user, rank in zip(users, ranks, strict=True)]
@@ -30,16 +30,16 @@ def write_run(runs: Path, variant: str, seed: int, ranks: list[int], users: list
 
 
 def compared(sweep: Sweep, runs: Path) -> list[dict[str, Any]]:
-    """`paired.compare` with a CSV that has a row of each run."""
-    rows: dict[tuple[str, str], list[Row]] = {("toy", variant): [] for variant in sweep.variants}
+    """`paired.compare_with_baselines` with a CSV that has a row of each run."""
+    rows: dict[tuple[str, str], list[ResultRow]] = {("toy", variant): [] for variant in sweep.variants}
     for variant in sweep.variants:
         for seed in sweep.seeds:
-            for path in cell_folder(runs, "toy", variant, seed).glob("*/test_ranks.csv"):
+            for path in get_planned_run_folder(runs, "toy", variant, seed).glob("*/test_ranks.csv"):
                 ranks = [int(line.split(",")[-1]) for line in path.read_text().splitlines()[1:]]
                 gains = [1 / math.log2(rank + 1) if 0 < rank <= 10 else 0 for rank in ranks]
                 row = {"seed": str(seed), "test_unseen.ndcg@10": f"{sum(gains) / len(gains):.6f}"}
                 rows["toy", variant].append(row)
-    return paired.compare(sweep, rows, runs)
+    return paired.compare_with_baselines(sweep, rows, runs)
 
 
 @pytest.fixture
@@ -84,10 +84,10 @@ def test_a_run_that_is_not_in_the_csv_is_left_out(sweep: Sweep, tmp_path: Path):
         write_run(tmp_path, "SASRec", seed, [seed] * 60)
     ours = [{"seed": str(seed), "test_unseen.ndcg@10": "1.0"} for seed in (1, 2)]
     rows = {("toy", variant): ours for variant in sweep.variants}
-    assert {row["seeds"] for row in paired.compare(sweep, rows, tmp_path)} == {"1"}
+    assert {row["seeds"] for row in paired.compare_with_baselines(sweep, rows, tmp_path)} == {"1"}
     rows["toy", "SASRec"] = [ours[1]]
     with pytest.raises(ValueError, match="has a finished run of the CSV"):
-        paired.compare(sweep, rows, tmp_path)
+        paired.compare_with_baselines(sweep, rows, tmp_path)
 
 
 def test_ranks_meet_their_users(sweep: Sweep, tmp_path: Path):
@@ -100,9 +100,9 @@ def test_ranks_meet_their_users(sweep: Sweep, tmp_path: Path):
 def test_the_csv(sweep: Sweep, tmp_path: Path):
     write_run(tmp_path, "M2Rec", 1, [1] * 60)
     write_run(tmp_path, "no filter | gate", 1, [2] * 60)
-    text = paired.as_csv(compared(sweep, tmp_path))
+    text = paired.format_paired_tests(compared(sweep, tmp_path))
     row = list(csv.DictReader(io.StringIO(text)))[3]
-    assert list(row) == list(paired.PAIRED)
+    assert list(row) == list(paired.PAIRED_COLUMNS)
     assert row["baseline"] == "no filter | gate" and row["variant_mean"] == "1.000000"
     assert row["baseline_mean"] == "0.630930" and row["p"] == "0.000100"
 
@@ -162,11 +162,11 @@ def test_unusable_ranks(tmp_path: Path, text: str | None, message: str):
     if text is not None:
         (tmp_path / "test_ranks.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
-        paired.read_ranks(tmp_path)
+        paired.read_target_ranks(tmp_path)
 
 
 def test_tokens_stay_text(tmp_path: Path):
     (tmp_path / "test_ranks.csv").write_text("user,item,test,test_unseen\n01,NA,1,0\n1,x,2,3\n")
-    ranks = paired.read_ranks(tmp_path)
+    ranks = paired.read_target_ranks(tmp_path)
     assert list(ranks.targets.index) == ["01", "1"] and list(ranks.targets) == ["NA", "x"]
     assert ranks.places.tolist() == [[1, 0], [2, 3]]

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from m2rec.plots import draw
-from m2rec.results import read_answers
+from m2rec.plots import write_sweep_plots
+from m2rec.results import read_finished_runs
 from m2rec.sweeps import Sweep
 from tests.conftest import SWEEP, answer
 
@@ -19,7 +19,9 @@ ROWS = [answer("M2Rec", 1, 0.1), answer("M2Rec", 2, 0.3), answer("no filter | ga
 
 def pictures(path: Path) -> dict[str, str]:
     sweep = Sweep.read(path)
-    return {p.name: p.read_text(encoding="utf-8") for p in draw(sweep, read_answers(sweep))}
+    return {
+        p.name: p.read_text(encoding="utf-8") for p in write_sweep_plots(sweep, read_finished_runs(sweep))
+    }
 
 
 def texts(svg: str) -> set[str]:

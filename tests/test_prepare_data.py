@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from m2rec import atomic
-from m2rec.item_text import read_texts
-from m2rec.raw import Interaction
+from m2rec.item_text import read_item_texts
+from m2rec.raw import RawInteraction
 from scripts import prepare_data
 from tests.conftest import as_arguments, random_rows, small
 
@@ -99,7 +99,7 @@ def test_the_project_reads_what_is_written(tmp_path: Path, prepare: Prepare, rev
     frame = atomic.read_interactions(inter, "\t", header, list(header), "timestamp")
     assert frame["timestamp"].tolist() == [1588687728.923, 1588687728.0, 1588687728.924]
     assert frame["item_id"].tolist() == ["B1", "B2", "B3"]
-    items = read_texts(inter.with_suffix(".item"), "item_id", None)
+    items = read_item_texts(inter.with_suffix(".item"), "item_id", None)
     assert items.tokens == ["B1", "B2"] and items.texts[1] == "Two. S"
     assert items.texts[0].startswith('A "big" & long name. xx')
 
@@ -122,7 +122,7 @@ def test_any_ids_and_texts_survive(tmp_path: Path, prepare: Prepare):
     good = [text.strip() for text in ids if text.strip() and not set(text) & set("\t\n\r\0\x85")]
     assert frame["item_id"].tolist() == good and 50 < len(good) < 250
     item = inter.with_suffix(".item")
-    table = atomic.read_table(item, "\t", atomic.read_header(item, "\t"))
+    table = atomic.read_text_columns(item, "\t", atomic.read_header(item, "\t"))
     with_text = dict.fromkeys(text for text in good if text.split())
     assert table["item_id"].tolist() == list(with_text)
     assert table["x"].tolist() == [" ".join(text.split()) for text in with_text]
@@ -199,7 +199,7 @@ def table_file(tmp_path: Path, kind: str, lines: list[dict[str, object]]) -> lis
     return [kind, f"--interactions={path}", *CSV[1:]]
 
 
-@pytest.mark.parametrize("kind", prepare_data.TABLES)
+@pytest.mark.parametrize("kind", prepare_data.TABLE_KINDS)
 def test_zeros_of_a_label_are_said(
     tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture, kind: str
 ):
@@ -359,12 +359,12 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, prepare: Prepare, revie
 
 
 def test_a_stop_leaves_nothing(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch):
-    def stopped(self: object, tally: object, time_unit: object) -> Iterator[Interaction]:
-        yield Interaction("u", "a", Decimal(1), None)
+    def stopped(self: object, tally: object, time_unit: object) -> Iterator[RawInteraction]:
+        yield RawInteraction("u", "a", Decimal(1), None)
         assert any(name.endswith(".tmp") for name in left(tmp_path))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_data.Format, "interactions", stopped)
+    monkeypatch.setattr(prepare_data.RawFormat, "interactions", stopped)
     status, _, err = prepare(*CSV, events(tmp_path, "u,a,1"))
     assert status == 130 and "stopped; nothing was written" in err and left(tmp_path) == []
 
@@ -383,7 +383,7 @@ def test_the_help_names_every_format(capsys: pytest.CaptureFixture[str]):
         prepare_data.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for name in (*prepare_data.FORMATS, *prepare_data.TABLES, "movielens"):
+    for name in (*prepare_data.FORMATS, *prepare_data.TABLE_KINDS, "movielens"):
         assert f"\n  {name} " in text
 
 
@@ -420,7 +420,7 @@ def test_the_order_of_the_file_is_the_time(
     assert caplog.text.count(said) == 2 and "empty lists, of which nothing comes: 1" in caplog.text
 
 
-@pytest.mark.parametrize("kind", prepare_data.TABLES)
+@pytest.mark.parametrize("kind", prepare_data.TABLE_KINDS)
 def test_a_time_that_is_not_used_is_said(
     tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture, kind: str
 ):
@@ -463,7 +463,7 @@ def test_dates_of_any_form(tmp_path: Path, prepare: Prepare):
     assert [row[2] for row in read(tmp_path)[1:]] == ["1573463158", "1577750400"]
 
 
-@pytest.mark.parametrize("kind", prepare_data.TABLES)
+@pytest.mark.parametrize("kind", prepare_data.TABLE_KINDS)
 def test_what_is_not_kept_is_said(
     tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture, kind: str
 ):

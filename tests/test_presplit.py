@@ -11,8 +11,8 @@ import torch
 from m2rec.compat import data_preparation
 from m2rec.configuration import build_config
 from m2rec.dataset import HistoryDataset
-from m2rec.evaluation import remove_history
-from m2rec.experiment import run
+from m2rec.evaluation import mask_history_scores
+from m2rec.experiment import run_experiment
 from m2rec.presplit import PresplitDataset
 from tests.conftest import random_rows, small, write_inter
 
@@ -93,7 +93,7 @@ def test_unseen_takes_each_rows_own_whole_history_out(data: Path):
     dataset, (_, _, test) = load(PresplitDataset, data, **FILES)
     batch = test.dataset.inter_feat[torch.tensor([2, 0, 1])]
     scores = torch.zeros(3, dataset.item_num)
-    remove_history(scores, batch, test.dataset)
+    mask_history_scores(scores, batch, test.dataset)
     tokens = dataset.field2id_token["item_id"]
     gone = [{str(token) for token in tokens[row == -torch.inf]} for row in scores]
     assert gone == [{"i1", "i8"}, {"i1", "i2", "i3", "i4", "i5", "i6"}, {"i2"}]
@@ -107,7 +107,7 @@ def test_a_run_without_validation(data: Path, model: str, caplog: pytest.LogCapt
     values = small(
         data, model=model, runs_dir=str(data / "runs"), benchmark_filename=["train", "test"], **others
     )
-    metrics = run(build_config(values)).metrics
+    metrics = run_experiment(build_config(values)).metrics
     assert metrics["protocol"]["split"] == "files" and metrics["valid"] == {}
     assert (
         metrics["data"]["test_rows"] == len(split_by_hand()["test"]) and metrics["test_unseen"]["hit@10"] > 0

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from m2rec import ranking
-from m2rec.ranking import Adjustments, best_among, best_items
+from m2rec.ranking import ScoreAdjustments, select_top_k, select_top_k_in_pools
 
 V, D = 103, 8
 
@@ -47,12 +47,12 @@ def test_as_sorting_everything(
     raise_by: float,
     k: int,
 ):
-    monkeypatch.setattr(ranking, "_SCORES", budget)
+    monkeypatch.setattr(ranking, "_MAX_SCORES", budget)
     x = torch.randn(3, D)
     raised, hidden = [{1, 2, 50}, set(), {102}], [{2, 7}, {60, 102}, set()]
-    adjustments = Adjustments(raised, hidden, raise_by, table.device)
+    adjustments = ScoreAdjustments(raised, hidden, raise_by, table.device)
     ids = None if pool is None else torch.tensor(pool)
-    values, items = best_items(x, table, k, adjustments, ids)
+    values, items = select_top_k(x, table, k, adjustments, ids)
     everything = pool or list(range(1, V))
     expected, places = reference(x, table, k, raised, hidden, raise_by, everything)
     torch.testing.assert_close(values, expected)
@@ -62,7 +62,9 @@ def test_as_sorting_everything(
 
 def test_nothing_to_choose_from(table: Tensor):
     none = torch.empty(0, dtype=torch.int64)
-    values, items = best_items(torch.randn(2, D), table, 3, Adjustments([()], [()], 0.0, table.device), none)
+    values, items = select_top_k(
+        torch.randn(2, D), table, 3, ScoreAdjustments([()], [()], 0.0, table.device), none
+    )
     assert values.shape == items.shape == (2, 0)
 
 
@@ -73,12 +75,12 @@ def test_pools_of_their_own_as_one_history_at_a_time(table: Tensor, raise_by: fl
     raised, hidden = [{1, 2, 50}, set(), {102}, {7}], [{2, 7}, {60, 102}, set(), {7}]
     pools = torch.tensor([[50, 2, 2, 99, 1], [102, 60, 5, 5, 0], [102, 9, 8, 3, 1], [7, 7, 0, 0, 0]])
     excluded = torch.tensor([3, 99])
-    adjustments = Adjustments(raised, hidden, raise_by, table.device)
-    values, items = best_among(x, table, k, adjustments, pools, excluded)
+    adjustments = ScoreAdjustments(raised, hidden, raise_by, table.device)
+    values, items = select_top_k_in_pools(x, table, k, adjustments, pools, excluded)
     for row in range(4):
-        own = Adjustments([raised[row]], [hidden[row]], raise_by, table.device)
+        own = ScoreAdjustments([raised[row]], [hidden[row]], raise_by, table.device)
         pool = pools[row][pools[row] > 0].unique()
-        best, places = best_items(x[[row]], table, k, own, pool, excluded)
+        best, places = select_top_k(x[[row]], table, k, own, pool, excluded)
         found, there = values[row] > -torch.inf, best[0] > -torch.inf
         torch.testing.assert_close(values[row][found], best[0][there])
         assert torch.equal(items[row][found], places[0][there])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from m2rec import raw
-from m2rec.raw import FORMATS, Interaction, Item
+from m2rec.raw import FORMATS, RawInteraction, RawItem
 from m2rec.rows import Tally
 
 
@@ -22,8 +22,8 @@ def written(tmp_path: Path, content: str, name: str, encoding: str = "utf-8") ->
     return path
 
 
-def event(user: str, item: str, time: str, rating: str | None = None) -> Interaction:
-    return Interaction(user, item, Decimal(time), None if rating is None else Decimal(rating))
+def event(user: str, item: str, time: str, rating: str | None = None) -> RawInteraction:
+    return RawInteraction(user, item, Decimal(time), None if rating is None else Decimal(rating))
 
 
 ML_100K = {
@@ -55,9 +55,9 @@ ML_20M = {
             "latin-1",
             [event("196", "242", "881250949", "3"), event("186", "302", "891717742", "3")],
             [
-                Item("1", ("Toy Story (1995)", "Animation, Children's, Comedy")),
-                Item("267", ("unknown", "")),
-                Item("543", ("Misérables, Les (1995)", "Drama, Musical, Western")),
+                RawItem("1", ("Toy Story (1995)", "Animation, Children's, Comedy")),
+                RawItem("267", ("unknown", "")),
+                RawItem("543", ("Misérables, Les (1995)", "Drama, Musical, Western")),
             ],
         ),
         (
@@ -65,8 +65,8 @@ ML_20M = {
             "latin-1",
             [event("1", "1193", "978300760", "5"), event("1", "661", "978302109", "3")],
             [
-                Item("1", ("Toy Story (1995)", "Animation, Children's, Comedy")),
-                Item("73", ("Misérables, Les (1995)", "Drama, Musical")),
+                RawItem("1", ("Toy Story (1995)", "Animation, Children's, Comedy")),
+                RawItem("73", ("Misérables, Les (1995)", "Drama, Musical")),
             ],
         ),
         (
@@ -74,32 +74,32 @@ ML_20M = {
             "utf-8",
             [event("1", "2", "1112486027", "3.5"), event("1", "29", "1112484676", "4")],
             [
-                Item("1", ("Toy Story (1995)", "Adventure, Animation")),
-                Item("11", ("American President, The (1995)", "Comedy, Drama")),
-                Item("7789", ("11'09\"01 - September 11 (2002)", "Drama")),
-                Item("83773", ("Away with Words (1999)", "")),
+                RawItem("1", ("Toy Story (1995)", "Adventure, Animation")),
+                RawItem("11", ("American President, The (1995)", "Comedy, Drama")),
+                RawItem("7789", ("11'09\"01 - September 11 (2002)", "Drama")),
+                RawItem("83773", ("Away with Words (1999)", "")),
             ],
         ),
     ],
 )
 def test_movielens(
-    tmp_path: Path, files: dict[str, str], encoding: str, events: list[Interaction], items: list[Item]
+    tmp_path: Path, files: dict[str, str], encoding: str, events: list[RawInteraction], items: list[RawItem]
 ):
     for name, content in files.items():
         written(tmp_path, content, name, encoding)
-    found, ratings, films = raw.movielens(tmp_path)
+    found, ratings, films = raw.find_movielens_files(tmp_path)
     assert films is not None
     assert list(found.interactions(Tally(ratings))) == events
     assert list(found.items(Tally(films))) == items
     films.unlink()
-    assert raw.movielens(tmp_path)[2] is None
+    assert raw.find_movielens_files(tmp_path)[2] is None
     ratings.unlink()
     with pytest.raises(ValueError, match=r"no u\.data, ratings\.dat, ratings\.csv in it"):
-        raw.movielens(tmp_path)
+        raw.find_movielens_files(tmp_path)
 
 
 # per format: lines of interactions, what they are, lines of items, what they are
-PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
+PUBLISHED: dict[str, tuple[str, list[RawInteraction], str, list[RawItem]]] = {
     "amazon-2014": (
         '{"reviewerID": "A1YJEY40YUW4SE", "asin": "7806397051", "reviewerName": "Andrea", "helpful": [3, 4], '
         '"reviewText": "Very oily, \\"creamy\\"", "overall": 1.0, "summary": "Don\'t waste your money", '
@@ -112,7 +112,7 @@ PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
         "'salesRank': {'Health & Personal Care': 461765}, 'categories': [['Beauty', 'Skin Care'], ['Beauty', "
         "'Face']], 'related': {'also_bought': ['B1']}, 'brand': ''}\n{'asin': 'B2', 'price': 3.17}\n",
         [
-            Item(
+            RawItem(
                 "0205616461",
                 (
                     "Bio-Active Anti-Aging Serum (Firming Ultra-Hydrating) & More",
@@ -121,7 +121,7 @@ PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
                     "As we age, we're all `dry' & tired",
                 ),
             ),
-            Item("B2", ("", "", "", "")),
+            RawItem("B2", ("", "", "", "")),
         ],
     ),
     "amazon-2018": (
@@ -138,7 +138,7 @@ PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
         '"brand": null, '
         '"asin": "B2"}\n',
         [
-            Item(
+            RawItem(
                 "B00005N7P0",
                 (
                     "Green Tea",
@@ -147,7 +147,7 @@ PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
                     "A <b>fine</b> tea. 100 g",
                 ),
             ),
-            Item("B2", ("", "", "", "")),
+            RawItem("B2", ("", "", "", "")),
         ],
     ),
     "amazon-2023": (
@@ -158,7 +158,7 @@ PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
         '{"main_category": "All Beauty", "title": "Howard \\ud83d\\ude00 LC0008", "average_rating": 4.8, '
         '"features": ["Clean", "Soft"], "description": [], "price": null, "store": "Howard Products", '
         '"categories": [], "details": {"Size": "1"}, "parent_asin": "B00YQ6X8E0", "bought_together": null}\n',
-        [Item("B00YQ6X8E0", ("Howard 😀 LC0008", "Howard Products", "", "Clean Soft", ""))],
+        [RawItem("B00YQ6X8E0", ("Howard 😀 LC0008", "Howard Products", "", "Clean Soft", ""))],
     ),
     "google-local": (
         '{"user_id": "1.18E+20", "name": "x", "time": 1597431662039, "rating": 5, "text": null, '
@@ -177,7 +177,7 @@ PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
         '{"name": "Pit", "address": null, "gmap_id": "0x1:0x2", "description": "Dark &amp; deep.", '
         '"category": null}\n',
         [
-            Item(
+            RawItem(
                 "0x88f16e41928ff687:0x883dad4fd048e8f8",
                 (
                     "Porter Pharmacy",
@@ -186,7 +186,7 @@ PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
                     "Porter Pharmacy, 129 N Second St, Cochran, GA 31014",
                 ),
             ),
-            Item("0x1:0x2", ("Pit", "", "Dark & deep.", "")),
+            RawItem("0x1:0x2", ("Pit", "", "Dark & deep.", "")),
         ],
     ),
     "yelp": (
@@ -201,11 +201,11 @@ PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
         '"hours":null}\n'
         '{"business_id":"B2","name":"Café","city":"","categories":null}\n',
         [
-            Item(
+            RawItem(
                 "MTSW4McQd7CbVtyjqoe9mw",
                 ("St Honore Pastries", "Restaurants, Food, Bubble Tea", "Philadelphia"),
             ),
-            Item("B2", ("Café", "", "")),
+            RawItem("B2", ("Café", "", "")),
         ],
     ),
     "steam": (
@@ -222,8 +222,8 @@ PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
         "u'developer': u'Kotoshiro'}\n"
         "{u'app_name': u'Log Challenge', u'tags': [u'Action'], u'id': u'773570', u'price': 2.99}\n",
         [
-            Item("761140", ("Lost Summoner Kitty", "Action, Casual", "Strategy, Action", "Kotoshiro")),
-            Item("773570", ("Log Challenge", "", "Action", "")),
+            RawItem("761140", ("Lost Summoner Kitty", "Action, Casual", "Strategy, Action", "Kotoshiro")),
+            RawItem("773570", ("Log Challenge", "", "Action", "")),
         ],
     ),
     "mind": (
@@ -238,11 +238,11 @@ PUBLISHED: dict[str, tuple[str, list[Interaction], str, list[Item]]] = {
         'N55528\tlifestyle\troyals\tThe "Brands" Prince Charles Swears By\tShop the notebooks.\t'
         'https://assets.msn.com/x.html\t[{"Label": "Prince"}]\t[]\nN2\tsports\tnfl\tOops\t\t\t\t\n',
         [
-            Item(
+            RawItem(
                 "N55528",
                 ('The "Brands" Prince Charles Swears By', "lifestyle", "royals", "Shop the notebooks."),
             ),
-            Item("N2", ("Oops", "sports", "nfl", "")),
+            RawItem("N2", ("Oops", "sports", "nfl", "")),
         ],
     ),
     "sequences": (
@@ -304,7 +304,7 @@ def test_a_malformed_line_does_not_settle_the_unit(tmp_path: Path):
     assert tally.bad == 6 and tally.notes == ["timestamps read as milliseconds"]
 
 
-@pytest.mark.parametrize("kind", raw.TABLES)
+@pytest.mark.parametrize("kind", raw.TABLE_KINDS)
 def test_blanks_around_ids(tmp_path: Path, kind: str):
     path = tmp_path / f"x.{kind}"
     users = ["u1", " u1", "u1 ", "u 1", "\xa0u1", " "]
@@ -316,7 +316,7 @@ def test_blanks_around_ids(tmp_path: Path, kind: str):
         path.write_text("\n".join(json.dumps(line) for line in lines))
     else:
         path.write_text("user, item, time\n" + "\n".join(", ".join(line.values()) for line in lines))
-    found = raw.table(kind, "user", "item", "time", item_kind=kind, item_id="user")
+    found = raw.build_table_format(kind, "user", "item", "time", item_kind=kind, item_id="user")
     tally = Tally(path, max_bad=1)
     read = list(found.interactions(tally))
     assert [(user, item) for user, item, *_ in read] == [
@@ -336,7 +336,7 @@ def test_the_wrong_format_is_an_error(tmp_path: Path):
         list(FORMATS["amazon-2018"].interactions(Tally(path, max_bad=0.01)))
 
 
-@pytest.mark.parametrize("kind", raw.TABLES)
+@pytest.mark.parametrize("kind", raw.TABLE_KINDS)
 def test_tables(tmp_path: Path, kind: str):
     path = tmp_path / f"x.{kind}"
     lines = [
@@ -351,14 +351,14 @@ def test_tables(tmp_path: Path, kind: str):
     else:
         cells = [lines[0].keys(), *(line.values() for line in lines)]
         path.write_text("\n".join(",".join("" if c is None else str(c) for c in row) for row in cells))
-    found = raw.table(kind, "who", "what", "when", "stars", kind, "what", ["name", "tags"])
+    found = raw.build_table_format(kind, "who", "what", "when", "stars", kind, "what", ["name", "tags"])
     assert list(found.interactions(Tally(path))) == [
         event("u1", "a", "1577836800", "4.5"),
         event("2", "b", "1577836801"),
     ]
-    assert list(found.items(Tally(path))) == [Item("a", ("A & B", "x")), Item("b", ("", "y"))]
-    assert raw.table(kind, "who", "what", "when").rating == ()
-    ordered, tally = raw.table(kind, "who", "what"), Tally(path)
+    assert list(found.items(Tally(path))) == [RawItem("a", ("A & B", "x")), RawItem("b", ("", "y"))]
+    assert raw.build_table_format(kind, "who", "what", "when").rating == ()
+    ordered, tally = raw.build_table_format(kind, "who", "what"), Tally(path)
     assert list(ordered.interactions(tally)) == [event("u1", "a", "1"), event("2", "b", "2")]
     assert tally.notes == ["no time column: the order of the file is the time, 1, 2, 3, ..."]
 
@@ -375,13 +375,13 @@ def test_parquet_with_types(tmp_path: Path):
             columns = {"u": pyarrow.array([7.0, 8.0]), "i": pyarrow.array(["a", "b"]).dictionary_encode()}
             parquet.write_table(pyarrow.table({**columns, "t": times}), tmp_path / "x.parquet")
             tally = Tally(tmp_path / "x.parquet", max_bad=1)
-            assert list(raw.table("parquet", "u", "i", "t").interactions(tally)) == [
+            assert list(raw.build_table_format("parquet", "u", "i", "t").interactions(tally)) == [
                 event("7", "a", expected)
             ]
             assert tally.examples == ["line 2: 't' is empty"]
     dates = pyarrow.table({"u": [1], "i": [2], "t": [date(2020, 1, 1)]})
     parquet.write_table(dates, tmp_path / "x.parquet")
-    found = raw.table("parquet", "u", "i", "t").interactions(Tally(tmp_path / "x.parquet"))
+    found = raw.build_table_format("parquet", "u", "i", "t").interactions(Tally(tmp_path / "x.parquet"))
     assert list(found) == [event("1", "2", "1577836800")]
 
 

@@ -10,20 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2rec import raw
-from m2rec.raw_rows import Condition, keep_rows, take_apart
-from m2rec.rows import Row, Tally
+from m2rec.raw_rows import RowCondition, explode_lists, filter_rows
+from m2rec.rows import RawRow, Tally
 
 
-def rows_of(rows: list[Row], tally: Tally) -> Iterator[tuple[int, Row]]:
+def rows_of(rows: list[RawRow], tally: Tally) -> Iterator[tuple[int, RawRow]]:
     for line, row in enumerate(rows, 1):
         tally.lines = line
         yield line, row
 
 
-def apart(rows: list[Row], *paths: str) -> tuple[list[tuple[Any, ...]], Tally]:
+def apart(rows: list[RawRow], *paths: str) -> tuple[list[tuple[Any, ...]], Tally]:
     """The values of the paths, row by row."""
     tally = Tally(Path("x"), max_bad=1)
-    found = take_apart(rows_of(rows, tally), paths, tally)
+    found = explode_lists(rows_of(rows, tally), paths, tally)
     return [tuple(row.get(path) for path in paths) for _, row in found], tally
 
 
@@ -72,7 +72,7 @@ def test_every_element_is_an_interaction_or_is_said(
     path = tmp_path_factory.mktemp("x") / "x.jsonl"
     path.write_text("\n".join(json.dumps({"u": n, "events": value}) for n, value in enumerate(lists)))
     tally = Tally(path, max_bad=1)
-    found = list(raw.table("jsonl", "u", "events[].i").interactions(tally))
+    found = list(raw.build_table_format("jsonl", "u", "events[].i").interactions(tally))
     elements = [(str(n), element["i"]) for n, value in enumerate(lists) for element in value or []]
     expected = [(user, item) for user, item in elements if item in ("a", "b")]
     assert [(user, item) for user, item, *_ in found] == expected
@@ -87,12 +87,15 @@ def test_every_element_is_an_interaction_or_is_said(
 def test_malformed_elements_are_a_share_of_all(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"u": 1, "items": ["a"] * 98 + ["", None]}))
-    assert len(list(raw.table("jsonl", "u", "items[]").interactions(Tally(path, max_bad=0.02)))) == 98
+    assert (
+        len(list(raw.build_table_format("jsonl", "u", "items[]").interactions(Tally(path, max_bad=0.02))))
+        == 98
+    )
     with pytest.raises(ValueError, match=r"2 of 100 rows are malformed, more than --max-bad=0\.01; "):
-        list(raw.table("jsonl", "u", "items[]").interactions(Tally(path, max_bad=0.01)))
+        list(raw.build_table_format("jsonl", "u", "items[]").interactions(Tally(path, max_bad=0.01)))
 
 
-@pytest.mark.parametrize("kind", raw.TABLES)
+@pytest.mark.parametrize("kind", raw.TABLE_KINDS)
 def test_lists_in_tables(tmp_path: Path, kind: str):
     lines: list[dict[str, Any]] = [
         {"user": "u", "items": ["a", "b"], "times": [5, 6], "label": 0},
@@ -107,7 +110,7 @@ def test_lists_in_tables(tmp_path: Path, kind: str):
     else:  # as JSON has lists, and as pandas writes them
         path.write_text('user;items;times;label\nu;"[""a"", ""b""]";[5, 6];0\nv;[\'c\'];[7];1\n')
     tally = Tally(path)
-    found = raw.table(kind, "user", "items[]", "times[]").interactions(tally)
+    found = raw.build_table_format(kind, "user", "items[]", "times[]").interactions(tally)
     assert [(user, item, int(time)) for user, item, time, _ in found] == [
         ("u", "a", 5), ("u", "b", 6), ("v", "c", 7),
     ]  # fmt: skip
@@ -131,7 +134,7 @@ def test_lists_in_tables(tmp_path: Path, kind: str):
     ],
 )
 def test_conditions(text: str, kept: list[object], left_out: list[object]):
-    condition = Condition.parse(text)
+    condition = RowCondition.parse(text)
     assert condition.column == ("b c" if text[0] == "b" else "a")
     assert [value for value in kept if not condition.holds(value)] == []
     assert [value for value in left_out if condition.holds(value)] == []
@@ -139,8 +142,8 @@ def test_conditions(text: str, kept: list[object], left_out: list[object]):
 
 def test_what_can_not_be_compared_is_malformed():
     tally = Tally(Path("x"), max_bad=1)
-    rows: list[Row] = [{"a": "good"}, {"a": [1]}, {"a": 5}, {"a": None}]
-    found = list(keep_rows(rows_of(rows, tally), [Condition.parse("a>=4")], tally))
+    rows: list[RawRow] = [{"a": "good"}, {"a": [1]}, {"a": 5}, {"a": None}]
+    found = list(filter_rows(rows_of(rows, tally), [RowCondition.parse("a>=4")], tally))
     assert found == [(3, {"a": 5})] and tally.bad == 2
     assert tally.examples == ["line 1: --keep: 'good' is no number", "line 2: --keep: [1] can't be compared"]
     assert tally.notes == ["left out by --keep 'a>=4': 1 rows"]
@@ -149,4 +152,4 @@ def test_what_can_not_be_compared_is_malformed():
 @pytest.mark.parametrize("text", ["", "a", "=b", "a in", "in b", "a>b", "a>=", "a<1,2"])
 def test_no_conditions(text: str):
     with pytest.raises(ValueError, match=r"^--keep: '.*'( is no condition|: [<>]=? compares numbers, and)"):
-        Condition.parse(text)
+        RowCondition.parse(text)

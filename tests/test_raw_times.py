@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2rec.raw_times import UNIT_NAMES, UNITS, TimeReader, check_form, read_date
-from m2rec.raw_values import shortest
-from m2rec.rows import Malformed
+from m2rec.raw_times import TIME_UNIT_NAMES, TIME_UNITS, TimestampReader, check_time_format, parse_date
+from m2rec.raw_values import format_decimal
+from m2rec.rows import MalformedRowError
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ from m2rec.rows import Malformed
     ],
 )
 def test_times(value: object, expected: str):
-    assert shortest(TimeReader(Path("x")).read(value, 1)) == expected
+    assert format_decimal(TimestampReader(Path("x")).read(value, 1)) == expected
 
 
 MOMENT = datetime(2017, 7, 30, 14, 44, 10, tzinfo=UTC)
@@ -62,7 +62,7 @@ MOMENT = datetime(2017, 7, 30, 14, 44, 10, tzinfo=UTC)
     ],
 )  # fmt: skip
 def test_dates_that_have_one_meaning(text: str):
-    assert TimeReader(Path("x")).read(f" {text} ", 1) == int(MOMENT.timestamp())
+    assert TimestampReader(Path("x")).read(f" {text} ", 1) == int(MOMENT.timestamp())
 
 
 def test_every_month_and_both_halves_of_the_day():
@@ -70,7 +70,7 @@ def test_every_month_and_both_halves_of_the_day():
         for hour in range(24):
             moment = datetime(2020, month, 2, hour, 5)
             for form in ("%b %d %Y %I:%M %p", "%d %B %Y %I:%M%p", "%Y/%m/%d %I:%M %p"):
-                assert read_date(moment.strftime(form)) == moment.replace(tzinfo=UTC)
+                assert parse_date(moment.strftime(form)) == moment.replace(tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,10 @@ def test_every_month_and_both_halves_of_the_day():
     ],
 )  # fmt: skip
 def test_no_times(value: object):
-    with pytest.raises(Malformed, match="neither a unix number nor a date; other dates: --time-format"):
-        TimeReader(Path("x")).read(value, 1)
+    with pytest.raises(
+        MalformedRowError, match="neither a unix number nor a date; other dates: --time-format"
+    ):
+        TimestampReader(Path("x")).read(value, 1)
 
 
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)
@@ -101,27 +103,29 @@ def test_the_day_or_the_month_first_is_never_guessed(moment: datetime, date_form
     with pytest.raises(
         ValueError, match=r"^x.csv: line 2 .* may begin with the day or the month; say"
     ) as said:
-        TimeReader(Path("x.csv")).read(text, 2)
+        TimestampReader(Path("x.csv")).read(text, 2)
     forms = re.findall(r"--time-format='(.*?)'", str(said.value))
     assert date_form + clock in forms and len(forms) == 2
     for form in forms:
-        check_form(form)
-    times = TimeReader(Path("x.csv"), form=date_form + clock)
+        check_time_format(form)
+    times = TimestampReader(Path("x.csv"), form=date_form + clock)
     assert times.read(text, 2) == int(moment.replace(tzinfo=UTC).timestamp())
     assert times.remarks() == [f"timestamps read as dates like {date_form}{clock}"]
 
 
 def test_an_odd_date_among_good_ones_is_malformed():
-    times = TimeReader(Path("x"))
+    times = TimestampReader(Path("x"))
     times.read("2017-07-30", 1)
-    with pytest.raises(Malformed, match="time '12/31/2014' is neither"):
+    with pytest.raises(MalformedRowError, match="time '12/31/2014' is neither"):
         times.read("12/31/2014", 2)
-    times = TimeReader(Path("x"), form="%Y%m%d")
+    times = TimestampReader(Path("x"), form="%Y%m%d")
     assert [times.read(value, 1) for value in (20170730, "20170730", date(2017, 7, 30))] == [1501372800] * 3
     for value in ("2017-07-30", "1501372800", "20170732"):
-        with pytest.raises(Malformed, match=f"time '{value}' is not like --time-format='%Y%m%d'"):
+        with pytest.raises(MalformedRowError, match=f"time '{value}' is not like --time-format='%Y%m%d'"):
             times.read(value, 1)
-    assert TimeReader(Path("x"), form="%d.%m.%Y %H:%M %z").read("30.07.2017 07:44 -0700", 1) == 1501425840
+    assert (
+        TimestampReader(Path("x"), form="%d.%m.%Y %H:%M %z").read("30.07.2017 07:44 -0700", 1) == 1501425840
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,14 +135,14 @@ def test_an_odd_date_among_good_ones_is_malformed():
 )  # fmt: skip
 def test_forms_that_are_none(form: str, said: str):
     with pytest.raises(ValueError, match=f"--time-format: .*{re.escape(said)}"):
-        check_form(form)
+        check_time_format(form)
 
 
 def test_a_file_has_one_unit():
     """What the first time says holds for all; a straddled limit or a placeholder is an error with both."""
     ms, dates = 1588687728923, ["2020-01-01", "1999-12-31 05:00", date(2020, 1, 1)]
     for values in ([1, 99_999_999_999, -5, "0"], [ms, 10**11, -ms], [10**14, 10**17 - 1], [10**17], dates):
-        times = TimeReader(Path("x.csv"))
+        times = TimestampReader(Path("x.csv"))
         for line, value in enumerate(values, 2):
             times.read(value, line)
     cure = r"say which unit all numbers have with --time-unit \(s, ms, us, ns\), or repair the line"
@@ -151,19 +155,19 @@ def test_a_file_has_one_unit():
         ("2020-01-01", 20200101, "line 2 has the time '2020-01-01', which reads as dates, and .* as seconds"),
         (ms, "2020-01-01", "reads as milliseconds, and .* as dates; "),
     ):
-        times = TimeReader(Path("x.csv"))
+        times = TimestampReader(Path("x.csv"))
         times.read(first, 2)
         with pytest.raises(ValueError, match=f"^x.csv: .*{said}.*{cure}$"):
             times.read(second, 7)
 
 
 def test_a_given_unit_holds_for_any_size():
-    for unit, places in UNITS.items():
-        times = TimeReader(Path("x"), unit)
+    for unit, places in TIME_UNITS.items():
+        times = TimestampReader(Path("x"), unit)
         for number in ("0", "-7", "17.5", "99999999999", "1e11", "1588687728923", "1588687728923001007"):
             assert times.read(number, 1) == Decimal(number) / 10**places
         assert times.read("1970-01-02", 1) == 86400
-        assert times.remarks() == [f"timestamps read as {UNIT_NAMES[unit]}"]
+        assert times.remarks() == [f"timestamps read as {TIME_UNIT_NAMES[unit]}"]
 
 
 def test_how_times_were_read_is_said():
@@ -173,7 +177,7 @@ def test_how_times_were_read_is_said():
         ("2020-01-01", ["timestamps read as dates"]),
         (None, []),
     ):
-        times = TimeReader(Path("x"))
+        times = TimestampReader(Path("x"))
         if value is not None:
             times.read(value, 1)
         assert times.remarks() == said
@@ -183,15 +187,15 @@ numbers = st.decimals(-(10**20), 10**20, places=3) | st.integers(-(10**12), 10**
 
 
 @settings(max_examples=300, deadline=None, database=None, derandomize=True)
-@given(values=st.lists(numbers, min_size=2, max_size=6), unit=st.sampled_from([None, *UNITS]))
+@given(values=st.lists(numbers, min_size=2, max_size=6), unit=st.sampled_from([None, *TIME_UNITS]))
 def test_reading_times_keeps_their_order(values: list[Decimal | int], unit: str | None):
     """Forced or found, in exact decimals, as written; or the file is refused as one of two units."""
-    times, written = TimeReader(Path("x"), unit), []
+    times, written = TimestampReader(Path("x"), unit), []
     limits = (10**11, 10**14, 10**17)
     one_size = len({sum(abs(value) >= limit for limit in limits) for value in values}) == 1
     try:
         for line, value in enumerate(values, 1):
-            written.append(Decimal(shortest(times.read(str(value), line))))
+            written.append(Decimal(format_decimal(times.read(str(value), line))))
     except ValueError as error:
         assert unit is None and not one_size and "--time-unit" in str(error)
         return

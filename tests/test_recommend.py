@@ -11,7 +11,7 @@ import pandas
 import pytest
 
 from m2rec.configuration import build_config
-from m2rec.experiment import run
+from m2rec.experiment import run_experiment
 from m2rec.recommender import Recommender
 from scripts import recommend
 from tests.conftest import small, write_inter
@@ -27,7 +27,7 @@ def folder(toy: Path, tmp_path: Path) -> Path:
     lines += [f"{token}\tours\t{title}" for token, title in TITLES.items()]
     (toy / "toy" / "toy.item").write_text("\n".join([*lines, "i2\tours\t"]) + "\n", encoding="utf-8")
     keys = small(toy, epochs=1, runs_dir=str(tmp_path / "runs"), text_vectors="none")
-    return run(build_config(keys)).folder
+    return run_experiment(build_config(keys)).folder
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_user_of_the_data_set(toy: Path, tmp_path: Path, said: pytest.CaptureF
     rows = [(user, f"i{k}", time) for user in ("u", "v w") for k, time in ((5, 3), (1, 1), (7, 9), (2, 2))]
     write_inter(toy, "few", rows)
     keys = small(toy, "few", epochs=1, runs_dir=str(tmp_path / "runs"))
-    folder = run(build_config(keys)).folder
+    folder = run_experiment(build_config(keys)).folder
     assert recommend.main([str(folder), "--user=v w", "--keep-seen"]) == 0
     assert said.readouterr().out.splitlines()[:5] == [
         "after 4 items, the last of them:", "     i1", "     i2", "     i5", "     i7"
@@ -175,7 +175,7 @@ def test_ids_that_begin_with_a_dash(tmp_path: Path, said: pytest.CaptureFixture[
     rows = [(f"-u{u}", f"-i{(u + k) % 7}", k) for u in range(8) for k in range(5)]
     write_inter(tmp_path / "data", "toy", rows)
     keys = small(tmp_path / "data", epochs=1, runs_dir=str(tmp_path / "runs"), text_vectors="none")
-    folder = str(run(build_config(keys)).folder)
+    folder = str(run_experiment(build_config(keys)).folder)
     said.readouterr()
     for given in ("--history=-i1 -i2", "--user=-u3"):
         assert recommend.main([folder, given, "-k=2"]) == 0

@@ -4,26 +4,26 @@ import pytest
 import torch
 
 from m2rec import repeats as module
-from m2rec.repeats import Repeats, first_occurrences
+from m2rec.repeats import RepeatBias, mark_first_occurrences
 
 ITEMS = torch.tensor([[3, 1, 3, 0, 0], [2, 2, 2, 5, 2], [4, 0, 0, 0, 0]])
 ROWS, TIMES = torch.tensor([1, 0, 1, 2, 0, 1]), torch.tensor([4, 2, 0, 0, 1, 3])
 SEEN = [{2, 5}, {1, 3}, {2}, {4}, {1, 3}, {2, 5}]
 
 
-def made(bias: float = -1.5) -> Repeats:
-    return Repeats(ITEMS, ROWS, TIMES, torch.tensor(bias))
+def made(bias: float = -1.5) -> RepeatBias:
+    return RepeatBias(ITEMS, ROWS, TIMES, torch.tensor(bias))
 
 
 @pytest.fixture(params=[1, 7, 2**24], autouse=True)
 def flags(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Blocks of one position, of a few, and of all."""
-    monkeypatch.setattr(module, "_FLAGS", request.param)
+    monkeypatch.setattr(module, "_MAX_BLOCK_FLAGS", request.param)
 
 
 def test_first_occurrences():
     expected = [[1, 1, 0, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 0, 0]]
-    assert first_occurrences(ITEMS).int().tolist() == expected
+    assert mark_first_occurrences(ITEMS).int().tolist() == expected
 
 
 def test_pairs_are_the_items_seen_each_once():

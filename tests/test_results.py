@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.results import Spread, read_answers, read_paired, read_reported, read_rows, spread
+from m2rec.results import (
+    SeedStatistics,
+    read_csv_table,
+    read_finished_runs,
+    read_headline_tests,
+    read_published_results,
+    summarize_seeds,
+)
 from m2rec.sweeps import Sweep
 from tests.conftest import answer
 
@@ -15,7 +22,7 @@ HEAD = "dataset,variant,seed,settings,test.ndcg@10\n"
 
 def test_one_row_per_seed_the_last_of_equal_cells(write_sweep: Callable[..., Path]):
     rows = [answer("M2Rec", 2, 0.2), answer("M2Rec", 1, 0.9), answer("M2Rec", 1, 0.1)]
-    answers = read_answers(Sweep.read(write_sweep(*rows)))
+    answers = read_finished_runs(Sweep.read(write_sweep(*rows)))
     assert [(r["seed"], r["test_unseen.ndcg@10"]) for r in answers["toy", "M2Rec"]] == [
         ("1", "0.1"),
         ("2", "0.2"),
@@ -29,16 +36,16 @@ def test_rows_of_other_cells_are_left_out_and_counted(
     rows = [answer("M2Rec", 1, 0.1), answer("M2Rec", 3, 0.1), answer("old", 1, 0.1)]
     rows.append(answer("M2Rec", 2, 0.9, settings='{"dropout_prob": 0.9}'))  # as the sweep was once
     with caplog.at_level(logging.WARNING):
-        answers = read_answers(Sweep.read(write_sweep(*rows)))
+        answers = read_finished_runs(Sweep.read(write_sweep(*rows)))
     assert [len(found) for found in answers.values()] == [1, 0, 0]
     assert "3 rows are of no cell of toys.yaml, or of other settings" in caplog.text
 
 
 def test_no_file_and_no_rows_are_no_runs(write_sweep: Callable[..., Path]):
     path = write_sweep()
-    assert not any(read_answers(Sweep.read(path)).values())
+    assert not any(read_finished_runs(Sweep.read(path)).values())
     path.with_suffix(".csv").write_text(HEAD)
-    assert not any(read_answers(Sweep.read(path)).values())
+    assert not any(read_finished_runs(Sweep.read(path)).values())
 
 
 @pytest.mark.parametrize(
@@ -60,23 +67,27 @@ def test_unusable_rows(write_sweep: Callable[..., Path], text: str, message: str
     path = write_sweep()
     path.with_suffix(".csv").write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        read_answers(Sweep.read(path))
+        read_finished_runs(Sweep.read(path))
     assert str(path.with_suffix(".csv")) in str(caught.value)
 
 
 def test_no_csv_at_all(tmp_path: Path):
     with pytest.raises(ValueError, match="can't be read"):
-        read_rows(tmp_path / "none.csv", [])
+        read_csv_table(tmp_path / "none.csv", [])
     (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="is no CSV in UTF-8"):
-        read_rows(tmp_path / "bytes.csv", [])
+        read_csv_table(tmp_path / "bytes.csv", [])
 
 
 def test_mean_and_sample_standard_deviation():
     rows = [{"x": "1"}, {"x": "2"}, {"x": "6"}]
-    assert spread(rows, "x") == Spread(3.0, pytest.approx(7**0.5))
-    assert spread(rows[:1], "x") == Spread(1.0, None)
-    assert spread([*rows, {"x": ""}], "x") is None and spread([], "x") is None and spread(rows, "y") is None
+    assert summarize_seeds(rows, "x") == SeedStatistics(3.0, pytest.approx(7**0.5))
+    assert summarize_seeds(rows[:1], "x") == SeedStatistics(1.0, None)
+    assert (
+        summarize_seeds([*rows, {"x": ""}], "x") is None
+        and summarize_seeds([], "x") is None
+        and summarize_seeds(rows, "y") is None
+    )
 
 
 PAIRED = (
@@ -87,32 +98,32 @@ PAIRED = (
 def test_the_test_that_tables_show(write_sweep: Callable[..., Path]):
     rows = [answer("M2Rec", 1, 0.2), answer("M2Rec", 2, 0.3), answer("SASRec", 2, 0.1)]
     sweep = Sweep.read(write_sweep(*rows))
-    answers = read_answers(sweep)
-    assert read_paired(sweep, answers) == {}
+    answers = read_finished_runs(sweep)
+    assert read_headline_tests(sweep, answers) == {}
     path = sweep.path.with_name("toys-paired.csv")
     line = "toy,{},ndcg@10,M2Rec,SASRec,2,9,{},0.1,0.2,0.1,0.3,{}\n"
     path.write_text(PAIRED + line.format("test", 0.15, 0.5) + line.format("test_unseen", 0.3, 0.25))
-    assert read_paired(sweep, answers)["toy", "SASRec"]["p"] == "0.25"
+    assert read_headline_tests(sweep, answers)["toy", "SASRec"]["p"] == "0.25"
     path.write_text(PAIRED + line.format("test_unseen", 0.31, 0.25))
     with pytest.raises(ValueError, match="'M2Rec' on toy is not of the runs in the sweep's CSV"):
-        read_paired(sweep, answers)
+        read_headline_tests(sweep, answers)
     path.write_text(PAIRED + line.format("test_unseen", 0.3, ""))
     with pytest.raises(ValueError, match="baseline 'SASRec': p is '', expected a number"):
-        read_paired(sweep, answers)
+        read_headline_tests(sweep, answers)
 
 
 def test_published_numbers(tmp_path: Path):
     path = tmp_path / "reported.csv"
     head = "dataset,protocol,model,hit@10,ndcg@10,source\n"
     path.write_text(head + "toy,test,A,0.1,,paper\n")
-    assert read_reported(path)[0]["ndcg@10"] == ""
+    assert read_published_results(path)[0]["ndcg@10"] == ""
     path.write_text(head + "toy,UNMASK,A,0.1,,paper\n")
     with pytest.raises(ValueError, match="row 1: protocol is 'UNMASK', expected test or test_unseen"):
-        read_reported(path)
+        read_published_results(path)
 
 
 def test_the_published_numbers_of_the_project():
-    rows = read_reported(Path(__file__).parent.parent / "results" / "reported.csv")
+    rows = read_published_results(Path(__file__).parent.parent / "results" / "reported.csv")
     assert {"ml-1m", "amazon-beauty", "amazon-sports-outdoors", "amazon-toys-games"} == {
         row["dataset"] for row in rows
     }
@@ -125,7 +136,7 @@ def test_the_published_numbers_of_the_project():
 def test_rows_from_before_returning_targets_were_misses(write_sweep: Callable[..., Path]):
     """They count where no target returns, else they are refused beside rows of today."""
     old, new = answer("M2Rec", 1, 0.1), answer("M2Rec", 2, 0.2, test_returning="0")
-    assert len(read_answers(Sweep.read(write_sweep(old, new)))["toy", "M2Rec"]) == 2
+    assert len(read_finished_runs(Sweep.read(write_sweep(old, new)))["toy", "M2Rec"]) == 2
     path = write_sweep(old, {**new, "test_returning": "3"})
     with pytest.raises(ValueError, match="'M2Rec' on toy, seed 1, was measured when targets that"):
-        read_answers(Sweep.read(path))
+        read_finished_runs(Sweep.read(path))

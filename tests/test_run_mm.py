@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from m2rec.configuration import build_config
 from m2rec.dataset import HistoryDataset
-from m2rec.experiment import resumed
+from m2rec.experiment import build_resumed_config
 from m2rec.files import read_tensors
-from m2rec.run_folder import new_folder
+from m2rec.run_folder import create_run_folder
 from tests.conftest import as_arguments, random_rows, small, write_inter
 from tests.test_vector_import import Trap
 
@@ -134,12 +134,12 @@ def test_the_metrics_are_those_of_the_saved_weights(command: Command, toy: Path)
 
 
 def test_every_metric_that_is_offered_works(command: Command, toy: Path):
-    from m2rec.checks import METRICS
+    from m2rec.checks import RECBOLE_METRICS
 
-    status, out, err = command(*as_arguments(small(toy, metrics=f"[{', '.join(METRICS)}]", epochs=1)))
+    status, out, err = command(*as_arguments(small(toy, metrics=f"[{', '.join(RECBOLE_METRICS)}]", epochs=1)))
     assert status == 0, err
     metrics = json.loads((Path(out.splitlines()[-1]) / "metrics.json").read_text())
-    assert len(metrics["test"]) == 2 * len(METRICS)
+    assert len(metrics["test"]) == 2 * len(RECBOLE_METRICS)
     assert 0 < metrics["test"]["itemcoverage@10"] <= 1
 
 
@@ -272,10 +272,10 @@ def test_a_run_without_text_resumes_with_id_dropout(command: Command, toy: Path,
     given = small(toy, id_dropout=0.2, runs_dir=str(tmp_path / "runs"))
     given["text_vectors"] = "auto"
     config = build_config(given)
-    folder = new_folder(config, HistoryDataset(config), None)
+    folder = create_run_folder(config, HistoryDataset(config), None)
     for name in ("checkpoint.safetensors", "history.csv"):
         (folder / name).touch()
-    assert resumed(folder, {})["id_dropout"] == 0.2
+    assert build_resumed_config(folder, {})["id_dropout"] == 0.2
 
 
 def test_bpr_of_a_recbole_model(command: Command, toy: Path):

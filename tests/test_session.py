@@ -32,7 +32,8 @@ def recommender(seed: int = 0, whole_history: bool = True, **settings: object) -
     about = {"titles": {"i3": "Tea"}, "text_mean": None, "text_basis": None, "text_source": {}}
     config = {"MAX_ITEM_LIST_LENGTH": L}
     return Recommender(
-        trained.made(encoder, TOKENS, counts=range(V), config=config, **about), whole_history=whole_history
+        trained.build_saved_model(encoder, TOKENS, counts=range(V), config=config, **about),
+        whole_history=whole_history,
     )
 
 
@@ -139,10 +140,12 @@ def test_what_can_t_be_restored():
     memory = model.session(["i1"])._memory
     memory.vector = memory.vector[:, :3]
     with pytest.raises(ValueError, match="no saved session of this model"):
-        model.restore_session(session.to_bytes(memory, model._model))
-    memory = session.Memory(seen=[V])
+        model.restore_session(session.serialize_state(memory, model._model))
+    memory = session.SessionState(seen=[V])
     with pytest.raises(ValueError, match="items that this model does not have"):
-        model.restore_session(session.to_bytes(memory, replace(model._model, tokens=(*TOKENS, "more"))))
+        model.restore_session(
+            session.serialize_state(memory, replace(model._model, tokens=(*TOKENS, "more")))
+        )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from m2rec.settings import ModelSettings, RunSettings, check_together
+from m2rec.settings import ModelSettings, RunSettings, check_key_combination
 
 WRONG: list[tuple[str, Any, str]] = [
     ("hidden_size", 0, "a whole number from 1 to "),
@@ -112,8 +112,8 @@ def test_head_dim_must_divide_the_inner_width():
 
 def test_low_pass_is_refused_with_dense_rows():
     with pytest.raises(ValueError, match=r"filter: 'low_pass' sees the future .* set rows: prefix"):
-        check_together(ModelSettings(filter="low_pass"), RunSettings(rows="dense"))
-    check_together(ModelSettings(filter="low_pass"), RunSettings(rows="prefix"))
+        check_key_combination(ModelSettings(filter="low_pass"), RunSettings(rows="dense"))
+    check_key_combination(ModelSettings(filter="low_pass"), RunSettings(rows="prefix"))
 
 
 def test_text_is_wanted_only_where_it_is_used():

@@ -9,7 +9,7 @@ import pytest
 from m2rec import atomic, configuration, shipped
 from m2rec.configuration import build_config
 from m2rec.experiment import load_data
-from m2rec.text_source import text_file
+from m2rec.text_source import find_vector_file
 from run_mm import main
 from tests.conftest import as_arguments, random_rows, small, write_inter
 
@@ -19,23 +19,23 @@ COUNTS = {"users": 30, "items": 20, "interactions": len(random_rows())}
 def ship(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "toy", **counts: int) -> None:
     """Have settings for a data set of this name and these numbers among the shipped ones."""
     properties = folder / "properties"
-    shutil.copytree(configuration.PROPERTIES, properties)
+    shutil.copytree(configuration.PROPERTIES_FOLDER, properties)
     belongs_to = json.dumps({**COUNTS, **counts})
     (properties / "dataset" / f"{name}.yaml").write_text(f"hidden_size: 24\nbelongs_to: {belongs_to}\n")
-    monkeypatch.setattr(configuration, "PROPERTIES", properties)
-    monkeypatch.setattr(shipped, "FOLDER", properties / "dataset")
+    monkeypatch.setattr(configuration, "PROPERTIES_FOLDER", properties)
+    monkeypatch.setattr(shipped, "SHIPPED_FOLDER", properties / "dataset")
 
 
 def test_every_shipped_file_says_whose_it_is():
-    files = {path.name.partition(".")[0] for path in shipped.FOLDER.iterdir()}
+    files = {path.name.partition(".")[0] for path in shipped.SHIPPED_FOLDER.iterdir()}
     assert len(files) >= 5
     for name in files:
         assert {"users", "items", "interactions"} <= set(shipped.read_origin(name)), name
 
 
 def test_ml_100k_gets_its_vectors():
-    path = text_file(build_config({}))
-    assert path is not None and path == shipped.find_vectors("ml-100k")
+    path = find_vector_file(build_config({}))
+    assert path is not None and path == shipped.find_shipped_vectors("ml-100k")
 
 
 def test_others_data_of_that_name_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -82,7 +82,9 @@ def test_a_download_of_other_data_is_noticed(toy: Path, tmp_path: Path, monkeypa
     """The settings were chosen before the file was there."""
     ship(tmp_path, monkeypatch, users=31)
     elsewhere = tmp_path / "elsewhere"
-    monkeypatch.setattr(atomic, "download", lambda name, folder, url: shutil.copytree(toy / name, folder))
+    monkeypatch.setattr(
+        atomic, "download_dataset", lambda name, folder, url: shutil.copytree(toy / name, folder)
+    )
     config = build_config(small(elsewhere))
     with pytest.raises(ValueError, match=r"as downloaded, is not what .* \(30 users, not 31\); run the same"):
         load_data(config)

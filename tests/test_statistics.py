@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from m2rec import statistics
-from m2rec.statistics import metric_of_ranks, paired_bootstrap
+from m2rec.statistics import compute_rank_metric, paired_bootstrap
 
 RANKS = np.array([[1, 3], [10, 11], [0, 20]])
 
@@ -20,13 +20,13 @@ RANKS = np.array([[1, 3], [10, 11], [0, 20]])
     ],
 )
 def test_metrics_of_ranks(metric: str, expected: list[list[float]]):
-    assert metric_of_ranks(metric, RANKS) == pytest.approx(np.array(expected))
+    assert compute_rank_metric(metric, RANKS) == pytest.approx(np.array(expected))
 
 
 @pytest.mark.parametrize("metric", ["map@10", "ndcg", "hit@x"])
 def test_another_metric(metric: str):
     with pytest.raises(ValueError, match=f"metric '{metric}': expected hit@k"):
-        metric_of_ranks(metric, RANKS)
+        compute_rank_metric(metric, RANKS)
 
 
 def test_identical_runs():
@@ -81,7 +81,7 @@ def test_p_is_about_uniform_where_nothing_differs():
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
     values = np.random.default_rng(5).normal(size=(20, 2))
     whole = paired_bootstrap(values, resamples=100)
-    monkeypatch.setattr(statistics, "_HELD", 60)
+    monkeypatch.setattr(statistics, "_MAX_COUNTS_IN_MEMORY", 60)
     for left, right in zip(whole, paired_bootstrap(values, resamples=100), strict=True):
         assert left == pytest.approx(right)
 

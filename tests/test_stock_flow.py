@@ -15,7 +15,7 @@ from recbole.utils import init_seed
 from safetensors import safe_open
 
 from m2rec.configuration import build_config
-from m2rec.experiment import fit, prepare
+from m2rec.experiment import prepare_run, train_model
 from m2rec.model import M2Rec
 from m2rec.nested_state import load_state, save_state
 from tests.conftest import small
@@ -93,8 +93,8 @@ def test_its_losses_are_those_of_the_harness(plain: Make, toy: Path, tmp_path: P
     same = {"rows": "prefix", "time_order": "recbole", "train_batch_size": 64}
     trainer, train, valid, _ = load(plain(**same, epochs=2, learning_rate=0.001))
     score, result = trainer.fit(train, valid)
-    prepared = prepare(build_config({**small(toy), **same, "runs_dir": str(tmp_path / "runs")}, CONFIG))
-    fit(prepared)
+    prepared = prepare_run(build_config({**small(toy), **same, "runs_dir": str(tmp_path / "runs")}, CONFIG))
+    train_model(prepared)
     ours = prepared.trainer
     assert ours.train_loss_dict == pytest.approx(trainer.train_loss_dict, rel=1e-6)
     assert ours.best_valid_score == pytest.approx(score, abs=1e-6)

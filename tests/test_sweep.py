@@ -17,11 +17,11 @@ import psutil
 import pytest
 import yaml
 
-from m2rec.provenance import commit, same_code
-from m2rec.results import read_answers, settings_text
-from m2rec.resuming import CannotGoOn
-from m2rec.sweeps import Cell, Sweep, cell_folder
-from scripts.sweep import Work, check_clean, main, parse_options
+from m2rec.provenance import is_same_code, read_commit
+from m2rec.results import format_settings, read_finished_runs
+from m2rec.resuming import CannotResume
+from m2rec.sweeps import PlannedRun, Sweep, get_planned_run_folder
+from scripts.sweep import SweepRunner, check_committed_code, main, parse_options
 from tests.conftest import small
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def test_a_sweep_end_to_end(tmp_path: Path, toy: Path):
     assert first["split"] == "leave_one_out" and first["time_order"] == "exact"
     assert (first["users"], first["items"]) == ("30", "20")
     assert float(first["peak_memory_mib"]) > 50 and float(first["seconds_total"]) > 0
-    folder = cell_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
+    folder = get_planned_run_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
     (metrics,) = folder.glob("*/metrics.json")
     expected = json.loads(metrics.read_text())
     for part in ("valid", "valid_unseen", "test", "test_unseen"):
@@ -81,7 +81,7 @@ def test_a_sweep_end_to_end(tmp_path: Path, toy: Path):
     of_bucket = expected["test_by"]["history"]["6-20"]
     assert float(first["test_unseen.ndcg@10|history=6-20"]) == of_bucket["test_unseen"]["ndcg@10"]
     assert int(first["test_users|history=6-20"]) == of_bucket["users"]
-    answers = read_answers(Sweep.read(path))
+    answers = read_finished_runs(Sweep.read(path))
     assert len(answers["toy", "M2Rec"]) == 2
 
     before = started(tmp_path)
@@ -131,7 +131,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
     long = {"M2Rec": {"epochs": 100_000, "stopping_step": 100_000}, "Popularity": {"model": "Popularity"}}
     path = asked(tmp_path, toy, seeds=[1], variants=long)
     process = start(given(path, toy))
-    cell = cell_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
+    cell = get_planned_run_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
     try:
         wait_for(lambda: list(cell.glob("*/checkpoint.safetensors")))
         process.kill()
@@ -172,28 +172,30 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
     assert len(list(cell.glob("*/history.csv"))) == 1 and rows(path)[0]["epochs"] == "1"
 
 
-@pytest.mark.parametrize("status", [CannotGoOn.exit_status, 2, 1, -signal.SIGKILL])
+@pytest.mark.parametrize("status", [CannotResume.exit_status, 2, 1, -signal.SIGKILL])
 def test_only_a_run_that_can_not_go_on_is_started_anew(
     tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, status: int
 ):
     """Whatever else stops it, such as a full disk, may be gone next time."""
     path = asked(tmp_path, toy, seeds=[1], variants={"M2Rec": {}})
     (cell,) = Sweep.read(path).cells()
-    folder = cell_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
+    folder = get_planned_run_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
     left = folder / "M2Rec-toy-1"
     left.mkdir(parents=True)
-    (folder / "settings.json").write_text(settings_text(cell.keys))
+    (folder / "settings.json").write_text(format_settings(cell.keys))
     (folder / "log.txt").write_text("what went wrong")
     tried: list[Path | None] = []
 
-    def call(work: Work, cell: Cell, folder: Path, gpu: str | None, resumes: Path | None, lock: int) -> int:
+    def call(
+        work: SweepRunner, cell: PlannedRun, folder: Path, gpu: str | None, resumes: Path | None, lock: int
+    ) -> int:
         tried.append(resumes)
         return status if resumes else 1
 
-    monkeypatch.setattr("scripts.sweep.stopped_run", lambda folder: left)
-    monkeypatch.setattr(Work, "_call", call)
+    monkeypatch.setattr("scripts.sweep.find_resumable_run", lambda folder: left)
+    monkeypatch.setattr(SweepRunner, "_call", call)
     assert main(given(path, toy)) == 1
-    anew = status == CannotGoOn.exit_status
+    anew = status == CannotResume.exit_status
     assert tried == ([left, None] if anew else [left]) and left.exists() != anew
 
 
@@ -258,28 +260,34 @@ def test_results_and_readme_are_no_code(tmp_path: Path, monkeypatch: pytest.Monk
             (tmp_path / name).write_text(f"{names}")
         git("add", ".")
         git("commit", "-m", "some")
-        return commit()
+        return read_commit()
 
     git("init")
-    monkeypatch.setattr("m2rec.provenance._ROOT", tmp_path.resolve())
+    monkeypatch.setattr("m2rec.provenance._REPOSITORY", tmp_path.resolve())
     first = committed("m2rec/experiment.py", "results/a.csv", "README.md", "config.yaml", "tests/test.py")
     (tmp_path / "results" / "a.csv").write_text("two")
     (tmp_path / "README.md").write_text("two")
-    assert commit() == first and same_code(first, first)
-    check_clean()
+    assert read_commit() == first and is_same_code(first, first)
+    check_committed_code()
     with monkeypatch.context() as installed:  # into a folder of another project's repository
-        installed.setattr("m2rec.provenance._ROOT", tmp_path.resolve() / "m2rec")
-        assert commit() is None
+        installed.setattr("m2rec.provenance._REPOSITORY", tmp_path.resolve() / "m2rec")
+        assert read_commit() is None
     second = committed("results/a.csv", "README.md", "tests/test.py")
-    assert second != first and same_code(first, second)
-    assert same_code(f"{first} and {second}", second)
+    assert second != first and is_same_code(first, second)
+    assert is_same_code(f"{first} and {second}", second)
     third = committed("config.yaml")
-    assert not same_code(f"{first} and {third}", third) and not same_code("a and b+dirty", third)
-    assert not same_code(first, third) and not same_code(first, None) and not same_code("0" * 40, third)
+    assert not is_same_code(f"{first} and {third}", third) and not is_same_code("a and b+dirty", third)
+    assert (
+        not is_same_code(first, third) and not is_same_code(first, None) and not is_same_code("0" * 40, third)
+    )
     (tmp_path / "config.yaml").write_text("two")
-    assert commit() == f"{third}+dirty" and not same_code(third, commit()) and same_code(commit(), commit())
+    assert (
+        read_commit() == f"{third}+dirty"
+        and not is_same_code(third, read_commit())
+        and is_same_code(read_commit(), read_commit())
+    )
     with pytest.raises(ValueError, match="commit it, or say --allow-dirty"):
-        check_clean()
+        check_committed_code()
 
 
 def test_a_file_that_changed_meanwhile_starts_nothing(
@@ -287,7 +295,7 @@ def test_a_file_that_changed_meanwhile_starts_nothing(
 ):
     """What another sweep of the new file has made is not taken away."""
     path = asked(tmp_path, toy, seeds=[1])
-    work = Work(Sweep.read(path), parse_options(given(path, toy)))
+    work = SweepRunner(Sweep.read(path), parse_options(given(path, toy)))
     variants = {"M2Rec": {}, "Popularity": {"model": "Popularity", "topk": [10]}}
     asked(tmp_path, toy, seeds=[1], variants=variants)
     assert work.run() == 1
@@ -298,10 +306,10 @@ def test_a_file_that_changed_meanwhile_starts_nothing(
 
 
 def test_a_second_interrupt_is_no_traceback(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupted(work: Work) -> int:
+    def interrupted(work: SweepRunner) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Work, "run", interrupted)
+    monkeypatch.setattr(SweepRunner, "run", interrupted)
     assert main(given(asked(tmp_path, toy), toy)) == 130
 
 
@@ -330,7 +338,7 @@ def test_uncommitted_code_is_refused(
     path = asked(tmp_path, toy)
     arguments = [a for a in given(path, toy) if a != "--allow-dirty"]
     for found in (None, "0123abc+dirty"):
-        monkeypatch.setattr("scripts.sweep.commit", lambda found=found: found)
+        monkeypatch.setattr("scripts.sweep.read_commit", lambda found=found: found)
         assert main(arguments) == 2
         assert "commit it, or say --allow-dirty" in capsys.readouterr().err
     assert not path.with_suffix(".csv").exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.sweeps import Cell, Sweep, cell_folder, finished_run, slug
+from m2rec.sweeps import PlannedRun, Sweep, find_finished_run, get_planned_run_folder, slugify_variant
 
 WHOLE = """
 title: Two sets
@@ -47,9 +47,9 @@ def test_a_cells_keys_are_merged_weakest_first(tmp_path: Path):
         (d, v, s) for d in ("ml-100k", "toy") for s in (2, 1) for v in ("M2Rec", "SASRec")
     ]
     base = {"learning_rate": 0.001, "hidden_size": 32}
-    assert cells[0] == Cell("ml-100k", "M2Rec", 2, {"epochs": 5, **base})
-    assert cells[4] == Cell("toy", "M2Rec", 2, {"epochs": 6, "n_layers": 1, **base})
-    assert cells[5] == Cell("toy", "SASRec", 2, {"epochs": 7, "n_layers": 1, "model": "SASRec", **base})
+    assert cells[0] == PlannedRun("ml-100k", "M2Rec", 2, {"epochs": 5, **base})
+    assert cells[4] == PlannedRun("toy", "M2Rec", 2, {"epochs": 6, "n_layers": 1, **base})
+    assert cells[5] == PlannedRun("toy", "SASRec", 2, {"epochs": 7, "n_layers": 1, "model": "SASRec", **base})
 
 
 def test_what_may_be_left_out(tmp_path: Path):
@@ -70,18 +70,18 @@ def test_what_may_be_left_out(tmp_path: Path):
     ],
 )
 def test_a_variant_names_its_folder(variant: str, expected: str):
-    assert slug(variant) == expected
-    assert cell_folder(Path("runs"), "toy", variant, 3) == Path("runs/toy") / expected / "3"
+    assert slugify_variant(variant) == expected
+    assert get_planned_run_folder(Path("runs"), "toy", variant, 3) == Path("runs/toy") / expected / "3"
 
 
 def test_the_newest_finished_run_counts(tmp_path: Path):
-    assert finished_run(tmp_path / "none") is None
+    assert find_finished_run(tmp_path / "none") is None
     for age, name in enumerate(["newest", "older", "unfinished"]):
         (tmp_path / name).mkdir()
         if name != "unfinished":
             (tmp_path / name / "metrics.json").write_text("{}")
             os.utime(tmp_path / name / "metrics.json", (1000 - age, 1000 - age))
-    assert finished_run(tmp_path) == tmp_path / "newest"
+    assert find_finished_run(tmp_path) == tmp_path / "newest"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.results import read_answers
+from m2rec.results import read_finished_runs
 from m2rec.sweeps import Sweep
-from m2rec.tables import bucket_tables, reported_table, result_table
+from m2rec.tables import make_bucket_tables, make_published_table, make_result_table
 from tests.conftest import SWEEP, answer
 from tests.test_results import PAIRED
 
@@ -18,7 +18,7 @@ ROWS = [answer("M2Rec", 1, 0.1), answer("M2Rec", 2, 0.3), answer("SASRec", 1, 0.
 
 def table_of(path: Path, table: str = "main") -> list[str]:
     sweep = Sweep.read(path)
-    return result_table(sweep, read_answers(sweep), table).splitlines()
+    return make_result_table(sweep, read_finished_runs(sweep), table).splitlines()
 
 
 def test_a_result_table(write_sweep: Write):
@@ -96,7 +96,7 @@ def test_nothing_run_yet(write_sweep: Write):
     expected = "Not run: M2Rec; SASRec. Made by `python scripts/sweep.py results/toys.yaml`."
     assert table_of(path) == [expected]
     sweep = Sweep.read(path)
-    assert bucket_tables(sweep, read_answers(sweep)) == expected
+    assert make_bucket_tables(sweep, read_finished_runs(sweep)) == expected
 
 
 def test_a_name_with_a_bar(write_sweep: Write):
@@ -142,7 +142,7 @@ def test_p_values(write_sweep: Write, p: str, shown: str):
 
 def test_buckets(write_sweep: Write):
     sweep = Sweep.read(write_sweep(*ROWS))
-    lines = bucket_tables(sweep, read_answers(sweep)).splitlines()
+    lines = make_bucket_tables(sweep, read_finished_runs(sweep)).splitlines()
     assert lines[:5] == [
         "| popularity | 0 | 1-5 | 101+ |",
         "| --- | --- | --- | --- |",
@@ -157,7 +157,7 @@ def test_runs_without_buckets(write_sweep: Write):
     row = {key: value for key, value in ROWS[0].items() if "|" not in key}
     sweep = Sweep.read(write_sweep(row))
     with pytest.raises(ValueError, match=r"no column test_unseen.ndcg@10\|popularity=... on toy"):
-        bucket_tables(sweep, read_answers(sweep))
+        make_bucket_tables(sweep, read_finished_runs(sweep))
 
 
 def published(protocol: str, model: str, ndcg: str) -> dict[str, str]:
@@ -175,7 +175,7 @@ def test_published_numbers_beside_ours(write_sweep: Write):
     sweep = Sweep.read(write_sweep(*ROWS))
     rows = [published("test_unseen", "SASRec, tuned", "0.4"), published("test_unseen", "Other", "")]
     rows += [published("test", "M2Rec (claimed)", "0.3")]
-    lines = reported_table(sweep, read_answers(sweep), rows).splitlines()
+    lines = make_published_table(sweep, read_finished_runs(sweep), rows).splitlines()
     assert lines[0] == (
         "| protocol | model | reported HR@10 | reported NDCG@10 | our HR@10 | our NDCG@10 | source |"
     )
@@ -186,4 +186,4 @@ def test_published_numbers_beside_ours(write_sweep: Write):
         "| test_unseen | M2Rec |  |  | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 | this project |",
     ]
     with pytest.raises(ValueError, match=r"reported.csv has no row of toy"):
-        reported_table(sweep, read_answers(sweep), [])
+        make_published_table(sweep, read_finished_runs(sweep), [])

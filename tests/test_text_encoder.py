@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m2rec.partial import Partial
-from m2rec.text_encoder import EncoderOptions, TextEncoder, batches_by_tokens
+from m2rec.partial import PartialVectors
+from m2rec.text_encoder import TextEncoder, TextEncoderOptions, make_token_batches
 from tests.text_models import WORDS, save_model, save_tokenizer, token_ids
 
 pytest.importorskip("sentence_transformers")
@@ -21,7 +21,7 @@ KINDS = {"bert": "mean", "t5": "mean", "qwen2": "last", "qwen3": "last", "llama"
 
 
 def encoder(folder: str, **others: object) -> TextEncoder:
-    return TextEncoder(EncoderOptions(folder, **{"device": "cpu", **others}))  # type: ignore[arg-type]
+    return TextEncoder(TextEncoderOptions(folder, **{"device": "cpu", **others}))  # type: ignore[arg-type]
 
 
 def by_a_loop(folder: str, kind: str, text: str, pooling: str, dtype: torch.dtype) -> torch.Tensor:
@@ -95,9 +95,9 @@ def test_long_texts_are_cut_from_behind(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_batches_hold_similar_lengths_within_the_limit():
     lengths = [3, 9, 1, 3, 20, 2, 9]
-    batches = batches_by_tokens(lengths, 18)
+    batches = make_token_batches(lengths, 18)
     assert batches == [[4], [1, 6], [0, 3, 5, 2]]  # 20 is more than the limit, and alone
-    assert batches_by_tokens([], 5) == []
+    assert make_token_batches([], 5) == []
 
 
 def test_a_text_without_tokens_gets_a_zero_vector(tmp_path: Path):
@@ -231,13 +231,13 @@ def test_finished_batches_are_not_encoded_again(tmp_path: Path, monkeypatch: pyt
         return real(texts)
 
     monkeypatch.setattr(made, "_encode_batch", stopping)
-    with pytest.raises(KeyboardInterrupt), Partial(path, "f") as partial:
+    with pytest.raises(KeyboardInterrupt), PartialVectors(path, "f") as partial:
         made.encode(TEXTS, partial)
-    with Partial(path, "f") as partial:
+    with PartialVectors(path, "f") as partial:
         assert len(partial.kept) == 2
         assert np.allclose(made.encode(TEXTS, partial), whole, atol=1e-6)
     assert sum(calls[:2]) + sum(calls[3:]) == len(TEXTS)
-    with Partial(path, "other") as partial:
+    with PartialVectors(path, "other") as partial:
         assert partial.kept == []
 
 
@@ -245,23 +245,23 @@ def test_finished_batches_are_not_encoded_again(tmp_path: Path, monkeypatch: pyt
 def test_a_damaged_record_is_cut_off(tmp_path: Path, damage: str):
     path = tmp_path / "x.partial"
     first, second = np.arange(6.0).reshape(2, 3), np.ones((1, 3))
-    with Partial(path, "f") as partial:
+    with PartialVectors(path, "f") as partial:
         partial.append(np.array([4, 2]), first)
         partial.append(np.array([0]), second)
     data = path.read_bytes()
     path.write_bytes(data[:-1] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
-    with Partial(path, "f") as partial:
+    with PartialVectors(path, "f") as partial:
         assert [rows.tolist() for rows, _ in partial.kept] == [[4, 2]]
         assert (partial.kept[0][1] == first).all()
         partial.append(np.array([7]), second)
-    with Partial(path, "f") as partial:
+    with PartialVectors(path, "f") as partial:
         assert [rows.tolist() for rows, _ in partial.kept] == [[4, 2], [7]]
 
 
 def test_one_process_at_a_time(tmp_path: Path):
     path = tmp_path / "x.partial"
-    with Partial(path, "f"), pytest.raises(ValueError, match=r"x\.partial: another process is at it"):
-        Partial(path, "f").__enter__()
+    with PartialVectors(path, "f"), pytest.raises(ValueError, match=r"x\.partial: another process is at it"):
+        PartialVectors(path, "f").__enter__()
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import pytest
 
 from m2rec import text_vectors
 from m2rec.configuration import build_config
-from m2rec.files import locked
-from m2rec.text_source import make_missing
+from m2rec.files import lock_path
+from m2rec.text_source import ensure_text_vectors
 from run_mm import main
 from tests.conftest import as_arguments, small
 from tests.test_distributed import launched
 from tests.text_models import save_model
 
-FILE = Path("toy") / f"toy{text_vectors.SUFFIX}"
+FILE = Path("toy") / f"toy{text_vectors.VECTOR_FILE_SUFFIX}"
 TITLES = [
     f"{colour} {thing}" for colour in ("red", "blue", "green", "white") for thing in "tea cup pot".split()
 ]
@@ -172,7 +172,7 @@ def test_a_data_folder_that_can_t_be_written(
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(text_vectors, "save", full)
+    monkeypatch.setattr(text_vectors, "write_text_vectors", full)
     assert trained(toy, tmp_path) == 0
     assert text_of_run(tmp_path) is None
     assert trained(toy, tmp_path, text_encoder="lsa") == 2
@@ -193,8 +193,8 @@ def test_the_second_process_waits_for_the_first(
     folder = (toy / FILE).parent
     tokens = [f"i{k}" for k in range(20)]
     caplog.set_level(logging.INFO)
-    second = threading.Thread(target=make_missing, args=(config, tokens))
-    with locked(folder):
+    second = threading.Thread(target=ensure_text_vectors, args=(config, tokens))
+    with lock_path(folder):
         second.start()
         second.join(0.5)
         assert second.is_alive()

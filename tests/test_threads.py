@@ -12,7 +12,7 @@ import torch
 
 from m2rec import ranker
 from m2rec.encoder import Encoder
-from m2rec.threads import read_quota, use_one_thread
+from m2rec.threads import read_cpu_quota, use_one_thread
 from tests.test_recommender import trained
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def said(code: str, **variables: str) -> list[str]:
 def test_a_command_spins_briefly():
     number, policy, spins = said(f"import m2rec.own_process, os; {SHOW}")
     assert policy == "None" and 100 <= int(spins) <= 10_000
-    assert number == "None" or read_quota() is not None
+    assert number == "None" or read_cpu_quota() is not None
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_quotas(tmp_path: Path, memberships: str, expected: float | None):
     write_cgroup(tmp_path, "cpu/mine", cpu__cfs_quota_us="50000", cpu__cfs_period_us="100000")
     write_cgroup(tmp_path, "odd", cpu__max="² 100000")
     (tmp_path / "self").write_bytes(memberships.encode(errors="surrogateescape") + b"\n")
-    assert read_quota(tmp_path, tmp_path / "self") == expected
+    assert read_cpu_quota(tmp_path, tmp_path / "self") == expected
 
 
 def test_no_cgroups(tmp_path: Path):
-    assert read_quota(tmp_path, tmp_path / "self") is None
+    assert read_cpu_quota(tmp_path, tmp_path / "self") is None
 
 
 def test_one_thread_leaves_all_as_it_was():
@@ -185,7 +185,7 @@ def test_small_questions_take_one_thread(toy: Path, tmp_path: Path, monkeypatch:
     live.recommend()
     assert set(threads) == {1} and len(threads) >= 6 and torch.get_num_threads() == 2
     threads.clear()
-    monkeypatch.setattr(ranker, "_SMALL", 0)
+    monkeypatch.setattr(ranker, "_MAX_SINGLE_THREAD_WORK", 0)
     recommender.recommend(["i1", "i2"])
     assert set(threads) == {2}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2rec.checks import METRICS
+from m2rec.checks import RECBOLE_METRICS
 from m2rec.compat import Trainer, data_preparation, init_seed
 from m2rec.configuration import build_config
 from m2rec.dataset import HistoryDataset
@@ -97,14 +97,14 @@ def test_histories_are_taken_out_last(toy: Path, tmp_path: Path):
 
 def test_metrics_over_the_whole_list(toy: Path, tmp_path: Path):
     """Those for which RecBole 1.2.1 fails, by the textbook and by RecBole, against counts by hand."""
-    trainer, loaders = made(toy, tmp_path / "run", metrics=list(METRICS))
+    trainer, loaders = made(toy, tmp_path / "run", metrics=list(RECBOLE_METRICS))
     shown: Counter[int] = Counter()
     with torch.no_grad():
         scores = trainer.model.eval().full_sort_predict(loaders[2].dataset.inter_feat)
     for row in scores[:, 1:]:
         shown.update((row.topk(5).indices + 1).tolist())
     textbook = trainer.evaluate(loaders[2])
-    assert set(textbook) == {f"{metric.lower()}@{k}" for metric in METRICS for k in (5, 10)}
+    assert set(textbook) == {f"{metric.lower()}@{k}" for metric in RECBOLE_METRICS for k in (5, 10)}
     items = loaders[2].dataset.item_num - 1
     total = sum(shown.values())
     entropy = -sum(n / total * math.log(n / total) for n in shown.values())
@@ -117,7 +117,7 @@ def test_metrics_over_the_whole_list(toy: Path, tmp_path: Path):
     recbole = trainer.evaluate(loaders[2])
     assert recbole["itemcoverage@5"] == pytest.approx(len(shown) / (items + 1), abs=1e-6)
     assert recbole["shannonentropy@5"] == pytest.approx(entropy / len(shown), abs=1e-6)
-    others = set(METRICS) - {"ItemCoverage", "ShannonEntropy", "GiniIndex"}
+    others = set(RECBOLE_METRICS) - {"ItemCoverage", "ShannonEntropy", "GiniIndex"}
     assert all(recbole[f"{m.lower()}@10"] == textbook[f"{m.lower()}@10"] for m in others)
 
 

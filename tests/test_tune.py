@@ -22,7 +22,7 @@ import optuna
 
 import run_mm
 from m2rec.configuration import build_config
-from m2rec.studies import Plan
+from m2rec.studies import SearchPlan
 from scripts import tune
 
 ROOT = Path(__file__).parent.parent
@@ -177,8 +177,8 @@ def enqueue(toy: Path, drawn: list[dict[str, Any]], **others: Any) -> None:
     """Let the first trials of that study have these settings."""
     path = toy.parent / "enqueued.yaml"
     path.write_text(yaml.safe_dump(settings(toy, **others)))
-    plan = Plan.read(path, {})
-    study = tune.open_study(plan, tune._first_config(plan))
+    plan = SearchPlan.read(path, {})
+    study = tune.open_study(plan, tune._find_valid_config(plan))
     for values in drawn:
         study.enqueue_trial(values)
 
@@ -252,7 +252,7 @@ def test_ctrl_c_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.Mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tune, "_watch", interrupted)
+    monkeypatch.setattr(tune, "_report_epoch", interrupted)
     status, out, err = study()
     assert status == 130 and out == ""
     assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
@@ -260,13 +260,13 @@ def test_ctrl_c_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.Mon
 
 
 def test_sigterm_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
-    watch = tune._watch
+    watch = tune._report_epoch
 
     def killed(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         watch(*arguments)
 
-    monkeypatch.setattr(tune, "_watch", killed)
+    monkeypatch.setattr(tune, "_report_epoch", killed)
     status, out, err = study()
     assert status == 130 and out == ""
     assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
@@ -282,7 +282,7 @@ def test_a_range_of_whole_numbers_draws_whole_numbers():
         ("d", {"low": 16, "high": 64, "step": 16}, int),
         ("e", {"low": 1, "high": 64, "log": True}, int),
     ):
-        value = tune._draw(drawn, key, how)
+        value = tune._suggest_setting(drawn, key, how)
         assert type(value) is kind and how["low"] <= value <= how["high"]
         assert value % how.get("step", value) == 0
 
@@ -291,7 +291,7 @@ def test_a_range_of_whole_numbers_draws_whole_numbers():
     "value", [1e-05, 0.1 + 0.2, "none", "no", "12", "a b", None, True, [1, "x"], {"a": 5}]
 )
 def test_an_argument_holds_its_value(value: object):
-    assert tune.parse_arguments(shlex.split(tune._arguments({"key": value}))) == {"key": value}
+    assert tune.parse_arguments(shlex.split(tune._format_arguments({"key": value}))) == {"key": value}
 
 
 @pytest.mark.parametrize(
@@ -410,9 +410,9 @@ def test_data_without_validation_rows(study: Study, toy: Path):
 
 
 def test_the_shipped_example_is_one(tmp_path: Path):
-    plan = Plan.read(ROOT / "results" / "tune" / "ml-100k.yaml", {})
+    plan = SearchPlan.read(ROOT / "results" / "tune" / "ml-100k.yaml", {})
     assert plan.study == "m2rec-ml-100k" and plan.trials == 30
-    config = build_config({**plan.fixed, "gpu_id": ""}, tune.CONFIG)
+    config = build_config({**plan.fixed, "gpu_id": ""}, tune.CONFIG_PATH)
     assert set(plan.search) <= set(config.final_config_dict)
 
 

@@ -9,33 +9,33 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m2rec.vector_import import VectorFile
+from m2rec.vector_import import ImportedVectors
 
 TOKENS = ["a", "b b", "é"]
 VECTORS = np.array([[3.0, 4], [0, 1], [1e6, -2]])
 
 
-def npy(folder: Path, vectors: Any = VECTORS, ids: str = "a\nb b\né\n") -> VectorFile:
+def npy(folder: Path, vectors: Any = VECTORS, ids: str = "a\nb b\né\n") -> ImportedVectors:
     np.save(folder / "v.npy", vectors)
     (folder / "ids.txt").write_text(ids, encoding="utf-8")
-    return VectorFile(folder / "v.npy", folder / "ids.txt", "item_id", "")
+    return ImportedVectors(folder / "v.npy", folder / "ids.txt", "item_id", "")
 
 
-def text(folder: Path, content: str) -> VectorFile:
+def text(folder: Path, content: str) -> ImportedVectors:
     (folder / "v.csv").write_text(content, encoding="utf-8")
-    return VectorFile(folder / "v.csv", None, "item_id", "")
+    return ImportedVectors(folder / "v.csv", None, "item_id", "")
 
 
-def parquet(folder: Path, columns: dict[str, Any], **types: Any) -> VectorFile:
+def parquet(folder: Path, columns: dict[str, Any], **types: Any) -> ImportedVectors:
     pa = pytest.importorskip("pyarrow")
     from pyarrow.parquet import write_table
 
     table = pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
     write_table(table, folder / "v.parquet", row_group_size=2)
-    return VectorFile(folder / "v.parquet", None, "item_id", "")
+    return ImportedVectors(folder / "v.parquet", None, "item_id", "")
 
 
-def same(source: VectorFile, tokens: list[str] = TOKENS) -> None:
+def same(source: ImportedVectors, tokens: list[str] = TOKENS) -> None:
     found, vectors = source.read()
     assert found == tokens
     assert vectors.dtype == np.float32 and np.allclose(vectors, VECTORS)
@@ -124,7 +124,7 @@ def test_files_that_are_something_else(tmp_path: Path, name: str):
     (tmp_path / "ids.txt").write_text("a\n")
     ids = tmp_path / "ids.txt" if name == "v.npy" else None
     with pytest.raises(ValueError, match=re.escape(f"{path}: is no ")):
-        VectorFile(path, ids, "item_id", "").read()
+        ImportedVectors(path, ids, "item_id", "").read()
 
 
 class Trap:
@@ -146,7 +146,7 @@ def test_no_pickle_in_an_npy_is_executed(tmp_path: Path, kind: str):
         path.write_bytes(pickle.dumps(Trap(ran)))
     (tmp_path / "ids.txt").write_text("a\n")
     with pytest.raises(ValueError, match=r"v\.npy: is no array of numbers"):
-        VectorFile(path, tmp_path / "ids.txt", "item_id", "").read()
+        ImportedVectors(path, tmp_path / "ids.txt", "item_id", "").read()
     assert not ran.exists()
     if kind == "bare pickle":
         pickle.loads(path.read_bytes())  # the trap is real
@@ -158,28 +158,28 @@ def test_files_that_can_hold_a_pickle_are_not_opened(tmp_path: Path, suffix: str
     path = tmp_path / f"v.{suffix}"
     path.write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
     with pytest.raises(ValueError, match=r"--vectors: .* can hold a pickle, which is never read; give \.npy"):
-        VectorFile(path, None, "item_id", "")
+        ImportedVectors(path, None, "item_id", "")
     assert not (tmp_path / "ran").exists()
 
 
 def test_options_that_do_not_fit(tmp_path: Path):
     path = tmp_path / "v.npy"
     with pytest.raises(ValueError, match=r"--vectors: no file .*v\.npy"):
-        VectorFile(path, None, "item_id", "")
+        ImportedVectors(path, None, "item_id", "")
     path.touch()
     with pytest.raises(ValueError, match=r"--ids: .*v\.npy has no tokens"):
-        VectorFile(path, None, "item_id", "")
+        ImportedVectors(path, None, "item_id", "")
     with pytest.raises(ValueError, match=r"--ids: no file .*gone"):
-        VectorFile(path, tmp_path / "gone", "item_id", "")
+        ImportedVectors(path, tmp_path / "gone", "item_id", "")
     (tmp_path / "v.csv").touch()
     with pytest.raises(ValueError, match=r"--ids: .* is only for \.npy"):
-        VectorFile(tmp_path / "v.csv", path, "item_id", "")
+        ImportedVectors(tmp_path / "v.csv", path, "item_id", "")
     with pytest.raises(ValueError, match=r"--vectors: v\.xlsx is of a kind that is not read"):
-        VectorFile(Path("v.xlsx"), None, "item_id", "")
+        ImportedVectors(Path("v.xlsx"), None, "item_id", "")
 
 
 def test_without_pyarrow_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "v.parquet").touch()
     with pytest.raises(ValueError, match=r"v\.parquet needs pyarrow; pip install pyarrow"):
-        VectorFile(tmp_path / "v.parquet", None, "item_id", "").read()
+        ImportedVectors(tmp_path / "v.parquet", None, "item_id", "").read()

@@ -5,7 +5,7 @@
     triton      our kernels for CUDA; TRITON_INTERPRET=1 runs them on a CPU, slowly, for tests
     mamba_ssm   the kernels of the packages mamba-ssm and causal-conv1d, for CUDA
 
-To add a backend: name it in `BACKENDS`, say in `_obstacle` what it needs, and give each
+To add a backend: name it in `BACKENDS`, say in `_find_missing_requirement` what it needs, and give each
 operator's public function its branch.
 """
 
@@ -38,27 +38,27 @@ def resolve_backend(requested: str, device: torch.device | str) -> Backend:
     """
     kind = torch.device(device).type
     if requested == "auto":
-        return _choose(kind)
+        return _choose_backend(kind)
     if requested not in BACKENDS:
         raise ValueError(
             f"scan_backend: {requested!r} is no backend; choose one of auto, {', '.join(BACKENDS)}"
         )
-    if obstacle := _obstacle(requested, kind):
+    if obstacle := _find_missing_requirement(requested, kind):
         raise ValueError(f"scan_backend: {requested!r} needs {obstacle}, or set scan_backend: auto")
     return Backend(requested, "named by scan_backend")
 
 
-def _choose(kind: str) -> Backend:
+def _choose_backend(kind: str) -> Backend:
     """Our kernels on CUDA, else plain PyTorch."""
     if kind != "cuda":
         return Backend("torch", f"auto: the fastest here for device type {kind}")
-    if obstacle := _obstacle("triton", kind):
+    if obstacle := _find_missing_requirement("triton", kind):
         return Backend("torch", f"auto: triton would be faster, but needs {obstacle}")
     return Backend("triton", "auto: the fastest here for device type cuda")
 
 
 @lru_cache
-def _obstacle(name: str, kind: str) -> str:
+def _find_missing_requirement(name: str, kind: str) -> str:
     """What a backend lacks to run on a device of this type, with the cure; empty if nothing."""
     if name in ("reference", "torch"):
         return ""
@@ -69,10 +69,10 @@ def _obstacle(name: str, kind: str) -> str:
     if missing := [package for package in packages if find_spec(package) is None]:
         names = " ".join(package.replace("_", "-") for package in missing)
         return f"{missing[0]}, which is not installed: pip install {names}"
-    return _no_compiler() if name == "triton" and not interpreted else ""
+    return _find_missing_compiler() if name == "triton" and not interpreted else ""
 
 
-def _no_compiler() -> str:
+def _find_missing_compiler() -> str:
     """What Triton lacks to compile the launcher of its kernels, with the cure; empty if nothing."""
     if not (os.environ.get("CC") or which("gcc") or which("clang")):
         return "a C compiler: install gcc, or set CC"

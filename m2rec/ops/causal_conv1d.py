@@ -25,7 +25,7 @@ def causal_conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, sil
     Raises:
         ValueError: an argument is not of its shape, or complex or integer.
     """
-    _check("causal_conv1d", "BLE", x, weight, bias)
+    _check_conv_arguments("causal_conv1d", "BLE", x, weight, bias)
     dtype = torch.promote_types(x.dtype, torch.float32)
     length, taps = x.shape[1], weight.shape[1]
     padded = F.pad(x.to(dtype), (0, 0, taps - 1, 0))
@@ -45,8 +45,8 @@ def causal_conv1d(
     backend: str = "auto",
 ) -> Tensor:
     """Causal depthwise convolution; arguments and result as in `causal_conv1d_ref`."""
-    _check("causal_conv1d", "BLE", x, weight, bias)
-    run = _implementation(resolve_backend(backend, x.device).name)
+    _check_conv_arguments("causal_conv1d", "BLE", x, weight, bias)
+    run = _select_conv_function(resolve_backend(backend, x.device).name)
     with without_autocast(x.device):
         return run(x, weight, bias, silu)
 
@@ -55,7 +55,7 @@ def causal_conv1d_step(
     inputs: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True
 ) -> Tensor:
     """The last position of a whole window: inputs (B, K, E) -> y (B, E); types as in `causal_conv1d_ref`."""
-    _check("causal_conv1d_step", "BKE", inputs, weight, bias)
+    _check_conv_arguments("causal_conv1d_step", "BKE", inputs, weight, bias)
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     y = (inputs.to(dtype) * weight.to(dtype).T).sum(1)
     if bias is not None:
@@ -63,11 +63,13 @@ def causal_conv1d_step(
     return (F.silu(y) if silu else y).to(inputs.dtype)
 
 
-def _check(operator: str, letters: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_conv_arguments(
+    operator: str, letters: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
     check_arguments(operator, x=(letters, x), weight=("EK", weight), bias=("E", bias))
 
 
-def _implementation(backend: str) -> Callable[..., Tensor]:
+def _select_conv_function(backend: str) -> Callable[..., Tensor]:
     if backend == "triton":
         from m2rec.ops.causal_conv1d_triton import causal_conv1d_triton
 

@@ -65,7 +65,7 @@ class _Conv(torch.autograd.Function):
 
 
 @triton.jit
-def _before_silu(
+def _convolve_tile(
     x, weight, shift, t, e, L, x_l: tl.constexpr, w_e: tl.constexpr, E: tl.constexpr, K: tl.constexpr
 ):
     """bias + sum_k weight[k] x[t - (K - 1) + k] for a tile of steps t and channels e."""
@@ -91,7 +91,7 @@ def _forward_kernel(
         shift = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
     for start in range(0, L, BLOCK_L):
         t = start + tl.arange(0, BLOCK_L)
-        value = _before_silu(x + b * x_b, weight, shift, t, e, L, x_l, w_e, E, K)
+        value = _convolve_tile(x + b * x_b, weight, shift, t, e, L, x_l, w_e, E, K)
         if SILU:
             value *= tl.sigmoid(value)
         inside = (t < L)[:, None] & (e < E)[None, :]
@@ -125,7 +125,7 @@ def _backward_kernel(
             grad = tl.load(dy + b * dy_b + target[:, None] * dy_l + e[None, :], mask=inside, other=0.0)
             grad = grad.to(tl.float32)
             if SILU:
-                value = _before_silu(x, weight, shift, target, e, L, x_l, w_e, E, K)
+                value = _convolve_tile(x, weight, shift, target, e, L, x_l, w_e, E, K)
                 open_ = tl.sigmoid(value)
                 grad *= open_ * (1.0 + value * (1.0 - open_))
             tap = tl.load(weight + e * w_e + k, mask=in_e, other=0.0).to(tl.float32)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 # the sizes that mamba-ssm's chunks and causal-conv1d's taps may have
 _CHUNK = 64
-_TAPS = (2, 3, 4)
+_SUPPORTED_TAPS = (2, 3, 4)
 
 
 def selective_scan_mamba_ssm(
@@ -48,9 +48,9 @@ def selective_scan_mamba_ssm(
         A.float(),
         B_,
         C_,
-        _float(D),
+        _to_float32(D),
         z_,
-        _float(delta_bias),
+        _to_float32(delta_bias),
         delta_softplus,
         return_last_state=True,
     )
@@ -88,8 +88,8 @@ def ssd_mamba_ssm(
         B.unsqueeze(2),
         C.unsqueeze(2),
         chunk_size=_CHUNK,
-        D=_float(D),
-        dt_bias=_float(dt_bias),
+        D=_to_float32(D),
+        dt_bias=_to_float32(dt_bias),
         initial_states=initial_state,
         dt_softplus=dt_softplus,
         return_final_states=True,
@@ -105,14 +105,14 @@ def causal_conv1d_mamba_ssm(
     Raises:
         ValueError: the kernel is not made for this number of taps.
     """
-    if weight.shape[1] not in _TAPS:
+    if weight.shape[1] not in _SUPPORTED_TAPS:
         raise ValueError(
-            f"d_conv: {weight.shape[1]} is not among {_TAPS}, which causal-conv1d takes; "
+            f"d_conv: {weight.shape[1]} is not among {_SUPPORTED_TAPS}, which causal-conv1d takes; "
             f"change it, or set scan_backend: auto"
         )
     x = x.mT.contiguous()  # channels last, as they lie, needs strides that are multiples of 8
     return causal_conv1d_fn(x, weight, bias, activation="silu" if silu else None).mT  # type: ignore[no-any-return]
 
 
-def _float(x: Tensor | None) -> Tensor | None:
+def _to_float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float()

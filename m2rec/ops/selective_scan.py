@@ -54,14 +54,14 @@ def selective_scan_ref(
     Raises:
         ValueError: an argument is not of its shape, or complex or integer.
     """
-    _check("selective_scan", "BLE", u, delta, A, B, C, D, z, delta_bias, initial_state)
-    x, delta, A, B, C, h = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
+    _check_scan_arguments("selective_scan", "BLE", u, delta, A, B, C, D, z, delta_bias, initial_state)
+    x, delta, A, B, C, h = _prepare_scan_inputs(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
     outputs = []
     for t in range(u.shape[1]):
         decay = torch.exp(delta[:, t, :, None] * A)
         h = decay * h + (delta[:, t] * x[:, t])[:, :, None] * B[:, t, None, :]
         outputs.append((h * C[:, t, None, :]).sum(-1))
-    y = _finish(torch.stack(outputs, dim=1), x, D, z).to(u.dtype)
+    y = _apply_skip_and_gate(torch.stack(outputs, dim=1), x, D, z).to(u.dtype)
     return (y, h) if return_last_state else y
 
 
@@ -80,8 +80,8 @@ def selective_scan(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan on the chosen backend; arguments and result as in `selective_scan_ref`."""
-    _check("selective_scan", "BLE", u, delta, A, B, C, D, z, delta_bias, initial_state)
-    run = _implementation(resolve_backend(backend, u.device).name)
+    _check_scan_arguments("selective_scan", "BLE", u, delta, A, B, C, D, z, delta_bias, initial_state)
+    run = _select_scan_function(resolve_backend(backend, u.device).name)
     with without_autocast(u.device):
         return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state)
 
@@ -99,15 +99,15 @@ def selective_scan_step(
     delta_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step after `state` (B, E, N): u, delta, z (B, E) and B, C (B, N) -> y (B, E), new state."""
-    _check("selective_scan_step", "BE", u, delta, A, B, C, D, z, delta_bias, state)
+    _check_scan_arguments("selective_scan_step", "BE", u, delta, A, B, C, D, z, delta_bias, state)
     with without_autocast(u.device):
-        x, delta, A, B, C, h = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, state)
+        x, delta, A, B, C, h = _prepare_scan_inputs(u, delta, A, B, C, delta_bias, delta_softplus, state)
         h = torch.exp(delta[..., None] * A) * h + (delta * x)[..., None] * B[:, None]
         y = (h @ C[..., None])[..., 0]
-        return _finish(y, x, D, z).to(u.dtype), h
+        return _apply_skip_and_gate(y, x, D, z).to(u.dtype), h
 
 
-def _check(
+def _check_scan_arguments(
     operator: str,
     letters: str,
     u: Tensor,
@@ -136,7 +136,7 @@ def _check(
     )
 
 
-def _implementation(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+def _select_scan_function(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     if backend == "triton":
         from m2rec.ops.selective_scan_triton import selective_scan_triton
 
@@ -162,14 +162,14 @@ def _selective_scan_torch(
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The (B, L, E) parts under autograd, the (B, L, E, N) recurrence in `_Scan`."""
-    x, delta, A, B, C, h = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
+    x, delta, A, B, C, h = _prepare_scan_inputs(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
     save = torch.is_grad_enabled()
     y, last_state = _Scan.apply(delta * x, delta, A, B, C, h, save)  # type: ignore[no-untyped-call]
-    y = _finish(y, x, D, z).to(u.dtype)
+    y = _apply_skip_and_gate(y, x, D, z).to(u.dtype)
     return (y, last_state) if return_last_state else y
 
 
-def _prepare(
+def _prepare_scan_inputs(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -191,7 +191,7 @@ def _prepare(
     return x, delta, A, B, C, initial_state.to(dtype)
 
 
-def _finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+def _apply_skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     """y + D x, times silu(z)."""
     if D is not None:
         y = y + D.to(y.dtype) * x
@@ -219,7 +219,9 @@ class _Scan(torch.autograd.Function):
         A2 = A.T.contiguous() * _LOG2_E
         h = h.mT.clone(memory_format=torch.contiguous_format)
         decay, y, saved = torch.empty_like(h), torch.empty_like(x), []
-        steps = zip(*map(_rows, (x, delta, C, y)), _columns(B), strict=True)
+        steps = zip(
+            *map(_split_into_row_vectors, (x, delta, C, y)), _split_into_column_vectors(B), strict=True
+        )
         for t, (xt, dt, ct, yt, bt) in enumerate(steps):
             if save and t % _CHUNK == 0:
                 saved.append(h.clone())
@@ -238,8 +240,12 @@ class _Scan(torch.autograd.Function):
         A1 = A.T.contiguous()
         A2 = A1 * _LOG2_E
         dx, ddelta, dB, dC = (torch.empty_like(t) for t in (x, delta, B, C))
-        xs, deltas, dys, B_rows, dxs, dBs, dCs = map(_rows, (x, delta, dy, B, dx, dB, dC))
-        B_columns, C_columns, ddeltas = _columns(B), _columns(C), ddelta.unbind(1)
+        xs, deltas, dys, B_rows, dxs, dBs, dCs = map(_split_into_row_vectors, (x, delta, dy, B, dx, dB, dC))
+        B_columns, C_columns, ddeltas = (
+            _split_into_column_vectors(B),
+            _split_into_column_vectors(C),
+            ddelta.unbind(1),
+        )
         dA, work = torch.zeros_like(g), torch.empty_like(g)
         states = g.new_empty(_CHUNK + 1, *g.shape).unbind()
         decays = g.new_empty(_CHUNK, *g.shape).unbind()
@@ -261,11 +267,11 @@ class _Scan(torch.autograd.Function):
         return dx, ddelta, dA.sum(0).T, dB, dC, g.mT, None
 
 
-def _rows(x: Tensor) -> tuple[Tensor, ...]:
+def _split_into_row_vectors(x: Tensor) -> tuple[Tensor, ...]:
     """(B, L, K) -> L views (B, 1, K)."""
     return x[:, :, None].unbind(1)
 
 
-def _columns(x: Tensor) -> tuple[Tensor, ...]:
+def _split_into_column_vectors(x: Tensor) -> tuple[Tensor, ...]:
     """(B, L, K) -> L views (B, K, 1)."""
     return x[..., None].unbind(1)

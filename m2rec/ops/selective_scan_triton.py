@@ -74,8 +74,8 @@ class _Scan(torch.autograd.Function):
         save: bool,
     ) -> Any:
         """The arguments of `selective_scan_ref` -> y (B, L, E), last state (B, E, N)."""
-        u, delta, B, C = (_dense_rows(t) for t in (u, delta, B, C))
-        z = None if z is None else _dense_rows(z)
+        u, delta, B, C = (_make_last_dim_contiguous(t) for t in (u, delta, B, C))
+        z = None if z is None else _make_last_dim_contiguous(z)
         batch, length, channels = u.shape
         states = A.shape[1]
         A2 = (A.T * _LOG2_E).contiguous()  # (N, E), for decays as powers of two
@@ -87,7 +87,7 @@ class _Scan(torch.autograd.Function):
         block_n = triton.next_power_of_2(states)
         _forward_kernel[(batch, triton.cdiv(channels, _FORWARD_BLOCK))](
             u, delta, A2, B, C, D, z, bias, h, y, last, saved,
-            length, chunks, *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z),
+            length, chunks, *_get_strides(u), *_get_strides(delta), *_get_strides(B), *_get_strides(C), *_get_strides(z),
             E=channels, N=states, SOFTPLUS=softplus, CHUNK=_CHUNK, BLOCK_N=block_n, BLOCK_E=_FORWARD_BLOCK,
             num_warps=max(1, block_n // 64),
         )  # fmt: skip
@@ -103,7 +103,7 @@ class _Scan(torch.autograd.Function):
         u, delta, A2, B, C, D, z, bias, saved = ctx.saved_tensors
         batch, length, channels = u.shape
         states, blocks = len(A2), triton.cdiv(channels, _BACKWARD_BLOCK)
-        dy = u.new_zeros(u.shape) if grads[0] is None else _dense_rows(grads[0])
+        dy = u.new_zeros(u.shape) if grads[0] is None else _make_last_dim_contiguous(grads[0])
         # runs from the last state's gradient to the initial state's
         dstate = A2.new_zeros(batch, states, channels)
         if grads[1] is not None:
@@ -117,7 +117,7 @@ class _Scan(torch.autograd.Function):
             u, delta, A2, B, C, D, z, bias, saved, dy, dstate,
             du, ddelta, dA, dB, dC, dD, dz, dbias,
             batch, length, saved.shape[1],
-            *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z), *_strides(dy),
+            *_get_strides(u), *_get_strides(delta), *_get_strides(B), *_get_strides(C), *_get_strides(z), *_get_strides(dy),
             E=channels, N=states, SOFTPLUS=ctx.softplus, CHUNK=_CHUNK, BLOCK_E=_BACKWARD_BLOCK, num_warps=1,
         )  # fmt: skip
         return (
@@ -135,12 +135,12 @@ class _Scan(torch.autograd.Function):
         )
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def _make_last_dim_contiguous(x: Tensor) -> Tensor:
     """x itself if its last dimension is contiguous, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor | None) -> tuple[int, int]:
+def _get_strides(x: Tensor | None) -> tuple[int, int]:
     """Elements from one sequence to the next and from one step to the next."""
     return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
@@ -156,13 +156,13 @@ def _softplus(x):
 
 
 @triton.jit
-def _then(decay_1, sum_1, decay_2, sum_2):
+def _compose_steps(decay_1, sum_1, decay_2, sum_2):
     """The step h -> decay h + sum done first with 1, then with 2."""
     return decay_1 * decay_2, decay_2 * sum_1 + sum_2
 
 
 @triton.jit
-def _steps(delta, bias, mask, SOFTPLUS: tl.constexpr):
+def _load_step_sizes(delta, bias, mask, SOFTPLUS: tl.constexpr):
     """Raw and final step sizes (CHUNK, BLOCK_E); zero, which keeps the state, outside the mask."""
     raw = tl.load(delta, mask=mask, other=0.0).to(tl.float32) + bias
     size = raw
@@ -207,7 +207,7 @@ def _forward_kernel(
             tl.store(saved + (b * chunks + start // CHUNK) * N * E + place, h, mask=inside)
         for t in range(start, min(start + CHUNK, L)):
             x = tl.load(u + t * u_l, mask=in_e, other=0.0).to(tl.float32)
-            _, size = _steps(delta + t * delta_l, shift, in_e, SOFTPLUS)
+            _, size = _load_step_sizes(delta + t * delta_l, shift, in_e, SOFTPLUS)
             b_t = tl.load(B + t * B_l, mask=in_n, other=0.0).to(tl.float32)
             c_t = tl.load(C + t * C_l, mask=in_n, other=0.0).to(tl.float32)
             h = tl.exp2(size[None, :] * a) * h + b_t[:, None] * (size * x)[None, :]
@@ -258,9 +258,9 @@ def _backward_kernel(
         z_t = dy_t
         if z is not None:
             z_t = z + b * z_b + t[:, None] * z_l + e[None, :]
-        _, size = _steps(delta_t, shift[None, :], inside, SOFTPLUS)
+        _, size = _load_step_sizes(delta_t, shift[None, :], inside, SOFTPLUS)
         has_next = (t + 1 < L)[:, None] & in_e[None, :]
-        _, next_size = _steps(delta_t + delta_l, shift[None, :], has_next, SOFTPLUS)
+        _, next_size = _load_step_sizes(delta_t + delta_l, shift[None, :], has_next, SOFTPLUS)
         added = size * tl.load(u_t, mask=inside, other=0.0).to(tl.float32)
         gated = tl.load(dy_t, mask=inside, other=0.0).to(tl.float32)
         if z is not None:
@@ -278,10 +278,12 @@ def _backward_kernel(
             # what comes in from outside joins the first step, so that the product of all decays, which
             # a scan carries along, is never used and never made
             decay, fresh = tl.exp2(size * a), b_t * added
-            _, h = tl.associative_scan((decay, fresh + tl.where(is_first, decay * before, 0.0)), 0, _then)
+            _, h = tl.associative_scan(
+                (decay, fresh + tl.where(is_first, decay * before, 0.0)), 0, _compose_steps
+            )
             next_decay, g = tl.exp2(next_size * a), c_t * gated
             g += tl.where(is_last, next_decay * after, 0.0)
-            _, g = tl.associative_scan((next_decay, g), 0, _then, reverse=True)  # the gradient of h
+            _, g = tl.associative_scan((next_decay, g), 0, _compose_steps, reverse=True)  # the gradient of h
             if z is not None:
                 out += c_t * h
             dadded += b_t * g
@@ -300,7 +302,7 @@ def _backward_kernel(
         x = tl.load(u_t, mask=inside, other=0.0).to(tl.float32)
         dsize = dsize * 0.6931471805599453 + dadded * x  # ln 2, for A2
         if SOFTPLUS:
-            raw, _ = _steps(delta_t, shift[None, :], inside, SOFTPLUS)
+            raw, _ = _load_step_sizes(delta_t, shift[None, :], inside, SOFTPLUS)
             dsize *= tl.sigmoid(raw)
         here = b * L * E + t[:, None] * E + e[None, :]
         tl.store(du + here, dadded * size + d[None, :] * gated, mask=inside)

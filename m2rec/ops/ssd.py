@@ -52,9 +52,9 @@ def ssd_ref(
     Raises:
         ValueError: an argument is not of its shape, or complex or integer.
     """
-    _check("ssd", "BLHP", x, dt, A, B, C, D, dt_bias, initial_state)
-    u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
-    h = _start(u, B) if initial_state is None else initial_state.to(u.dtype)
+    _check_ssd_arguments("ssd", "BLHP", x, dt, A, B, C, D, dt_bias, initial_state)
+    u, dt, A, B, C = _prepare_ssd_inputs(x, dt, A, B, C, dt_bias, dt_softplus)
+    h = _make_zero_state(u, B) if initial_state is None else initial_state.to(u.dtype)
     outputs = []
     for t in range(x.shape[1]):
         decay = torch.exp(dt[:, t] * A)[:, :, None, None]
@@ -80,8 +80,8 @@ def ssd(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """SSD on the chosen backend; arguments and result as in `ssd_ref`."""
-    _check("ssd", "BLHP", x, dt, A, B, C, D, dt_bias, initial_state)
-    run = _implementation(resolve_backend(backend, x.device).name)
+    _check_ssd_arguments("ssd", "BLHP", x, dt, A, B, C, D, dt_bias, initial_state)
+    run = _select_ssd_function(resolve_backend(backend, x.device).name)
     with without_autocast(x.device):
         return run(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, return_last_state)
 
@@ -98,9 +98,9 @@ def ssd_step(
     dt_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step after `state` (B, H, P, N): x (B, H, P), dt (B, H), B, C (B, N) -> y (B, H, P), new state."""
-    _check("ssd_step", "BHP", x, dt, A, B, C, D, dt_bias, state)
+    _check_ssd_arguments("ssd_step", "BHP", x, dt, A, B, C, D, dt_bias, state)
     with without_autocast(x.device):
-        u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
+        u, dt, A, B, C = _prepare_ssd_inputs(x, dt, A, B, C, dt_bias, dt_softplus)
         decay = torch.exp(dt * A)[..., None, None]
         h = decay * state + (dt[..., None] * u)[..., None] * B[:, None, None]
         y = torch.matmul(h.flatten(1, 2), C[..., None])[..., 0].view_as(u)
@@ -125,11 +125,11 @@ def ssd_last(
     One query over all positions needs no state: y = sum_t (C . B[t]) dt[t] exp(sum_{s > t} dt[s] A) x[t],
     (B, H, P).
     """
-    _check("ssd_last", "BLHP", x, dt, A, B, C, D, dt_bias, None)
+    _check_ssd_arguments("ssd_last", "BLHP", x, dt, A, B, C, D, dt_bias, None)
     if lengths.shape != x.shape[:1]:
         raise ValueError(f"ssd_last: lengths has shape {tuple(lengths.shape)}, expected (B = {len(x)})")
     with without_autocast(x.device):
-        u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
+        u, dt, A, B, C = _prepare_ssd_inputs(x, dt, A, B, C, dt_bias, dt_softplus)
         rows = torch.arange(len(x), device=x.device)
         to_go = (lengths[:, None] - torch.arange(x.shape[1], device=x.device))[..., None]
         dt = dt.masked_fill(to_go <= 0, 0)
@@ -144,7 +144,7 @@ def ssd_last(
         return y.to(x.dtype)
 
 
-def _check(
+def _check_ssd_arguments(
     operator: str,
     letters: str,
     x: Tensor,
@@ -171,7 +171,7 @@ def _check(
     )
 
 
-def _implementation(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+def _select_ssd_function(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """`triton` takes the form of `torch`, which is all products of matrices."""
     if backend == "mamba_ssm":
         from m2rec.ops.from_mamba_ssm import ssd_mamba_ssm
@@ -180,7 +180,7 @@ def _implementation(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor
     return ssd_ref if backend == "reference" else _ssd_chunked
 
 
-def _prepare(
+def _prepare_ssd_inputs(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, dt_softplus: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything in float32 at least, dt with its bias and softplus."""
@@ -191,7 +191,7 @@ def _prepare(
     return x, F.softplus(dt) if dt_softplus else dt, A, B, C
 
 
-def _start(x: Tensor, B: Tensor) -> Tensor:
+def _make_zero_state(x: Tensor, B: Tensor) -> Tensor:
     """A zero state (B, H, P, N)."""
     return x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[2])
 
@@ -215,7 +215,7 @@ def _ssd_chunked(
     What a position adds to itself, or the last one to the chunk's end, has no decay. It is kept apart:
     as exp(s_i - s_i) it would drown the gradient of A, which fast decay makes many times smaller.
     """
-    u, dt, A, B, C = _prepare(x, dt, A, B, C, dt_bias, dt_softplus)
+    u, dt, A, B, C = _prepare_ssd_inputs(x, dt, A, B, C, dt_bias, dt_softplus)
     length = x.shape[1]
     n_chunks, size = 1, length
     if length > _MAX_CHUNK:
@@ -237,7 +237,7 @@ def _ssd_chunked(
     at_end = torch.arange(size, device=x.device) == size - 1
     to_end = step * torch.exp((whole - log_decay).masked_fill(at_end, 0))
     added = (bq[:, :, None] * to_end[..., None]).mT @ uq
-    h = _start(u, B) if initial_state is None else initial_state.to(u.dtype)
+    h = _make_zero_state(u, B) if initial_state is None else initial_state.to(u.dtype)
     h, entering = h.mT, []
     for c in range(n_chunks):
         entering.append(h)

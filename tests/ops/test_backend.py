@@ -14,14 +14,14 @@ from tests.ops.test_scans import scan_inputs
 def _fresh(monkeypatch: pytest.MonkeyPatch):
     """No answer remembered from another environment."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    backend._obstacle.cache_clear()
+    backend._find_missing_requirement.cache_clear()
     yield
-    backend._obstacle.cache_clear()
+    backend._find_missing_requirement.cache_clear()
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(backend, "find_spec", lambda name: object() if name in names else None)
-    monkeypatch.setattr(backend, "_no_compiler", lambda: "")
+    monkeypatch.setattr(backend, "_find_missing_compiler", lambda: "")
 
 
 def test_auto_on_a_cpu_is_torch():
@@ -32,7 +32,7 @@ def test_auto_on_a_cpu_is_torch():
 def test_auto_on_cuda_is_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
     installed(monkeypatch, "triton")
     assert resolve_backend("auto", "cuda:0").name == "triton"
-    backend._obstacle.cache_clear()
+    backend._find_missing_requirement.cache_clear()
     installed(monkeypatch)
     chosen = resolve_backend("auto", "cuda:0")
     assert chosen.name == "torch" and "pip install triton" in chosen.reason
@@ -55,7 +55,7 @@ def test_auto_does_without_triton_where_it_can_not_compile(
         resolve_backend("triton", "cuda")
     if missing == "header":
         (tmp_path / "Python.h").touch()
-        backend._obstacle.cache_clear()
+        backend._find_missing_requirement.cache_clear()
         assert resolve_backend("auto", "cuda").name == "triton"
 
 
