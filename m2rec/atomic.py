@@ -121,7 +121,8 @@ def read_interactions(
 ) -> pd.DataFrame:
     """Read the wanted columns: tokens as text (empty ones missing), floats in double precision.
 
-    With `exact_order` times that differ only beyond double precision are told apart, see `_separate_close_times`.
+    With `exact_order` times that differ only beyond double precision are told apart
+    (`_separate_close_times`).
 
     Raises:
         ValueError: see `read_text_columns`; a number is none, or a time is missing, NaN or infinite.

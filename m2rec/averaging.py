@@ -32,15 +32,15 @@ class WeightEMA:
         torch._foreach_lerp_(list(self.averages.values()), list(self._weights.values()), share)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def average_parameters(self) -> Iterator[None]:
         """The model has the averages for its weights."""
-        self._swap()
+        self._swap_weights()
         try:
             yield
         finally:
-            self._swap()
+            self._swap_weights()
 
-    def _swap(self) -> None:
+    def _swap_weights(self) -> None:
         for name, p in self._weights.items():
             p.data, self.averages[name] = self.averages[name], p.data
 

@@ -114,8 +114,8 @@ def check_model_inputs(name: str, values: Mapping[str, Any]) -> None:
             )
     elif name in _UNSUPPORTED_MODELS:
         raise ValueError(
-            f"model: {name} {_UNSUPPORTED_MODELS[name]}, which is not supported; choose another, or train it with "
-            f"RecBole itself"
+            f"model: {name} {_UNSUPPORTED_MODELS[name]}, which is not supported; choose another, "
+            f"or train it with RecBole itself"
         )
 
 

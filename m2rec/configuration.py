@@ -310,7 +310,7 @@ def _read_dataset_properties(name: str, values: Mapping[str, Any]) -> dict[str, 
     path = find_data_folder(Path(str(values["data_path"])), name) / f"{name}.inter"
     if not properties or not path.is_file():  # when it is downloaded, `HistoryDataset` compares
         return properties
-    columns = shipped.InterColumns.of({**_COLUMN_DEFAULTS, **values})
+    columns = shipped.InterColumns.from_config({**_COLUMN_DEFAULTS, **values})
     if difference := shipped.describe_difference(name, path, columns):
         logger.warning(
             "the settings that are shipped for %s are not taken: %s has %s", name, path, difference

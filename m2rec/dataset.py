@@ -63,11 +63,11 @@ class HistoryDataset(SequentialDataset):
             raise ValueError(
                 "benchmark_filename: HistoryDataset reads NAME.inter; take presplit.PresplitDataset"
             )
-        self._shares = settings.valid_from, settings.test_from
+        self._split_shares = settings.valid_from, settings.test_from
         self.part: str | None = None
         self.counts: dict[str, int] = {}
         self.n_tied = 0
-        self.gaps: tuple[float, float, float] | None = None
+        self.gap_quartiles: tuple[float, float, float] | None = None
         self.histories: Histories | None = None
         super().__init__(config)
 
@@ -76,7 +76,7 @@ class HistoryDataset(SequentialDataset):
             self.dataset_name, Path(self.dataset_path), self._get_download_url("url", allow_none=True)
         )
 
-        name, columns = self.dataset_name, shipped.InterColumns.of(self.config)
+        name, columns = self.dataset_name, shipped.InterColumns.from_config(self.config)
         path = Path(self.dataset_path) / f"{name}.inter"
         if difference := shipped.describe_difference(name, path, columns):
             raise ValueError(
@@ -118,7 +118,7 @@ class HistoryDataset(SequentialDataset):
                 raise ValueError(f"load_col: {self.config[key]!r} ({key}) is left out; add it to inter")
         if load is not None and (unknown := sorted(set(load) - set(header))):
             raise ValueError(f"load_col: {path} has no column {unknown[0]!r}, only {', '.join(header)}")
-        self._say_zeros(path, header, wanted)
+        self._warn_zero_labels(path, header, wanted)
         if any(header[c].endswith("_seq") for c in wanted):
             frame = super()._load_feat(filepath, source)
             frame[self.time_field] = self._read_times(path, header)
@@ -146,7 +146,7 @@ class HistoryDataset(SequentialDataset):
         separator, exact = self.config["field_separator"], self.time_order == "exact"
         return atomic.read_interactions(path, separator, header, wanted, self.time_field, exact)
 
-    def _say_zeros(self, path: Path, header: dict[str, str], wanted: Sequence[str]) -> None:
+    def _warn_zero_labels(self, path: Path, header: dict[str, str], wanted: Sequence[str]) -> None:
         """Warn of a label column whose zeros are trained as if they were clicks."""
         intervals = self.config["val_interval"] or {}
         for column, zeros in atomic.count_zero_labels(path, self.config["field_separator"], header).items():
@@ -160,7 +160,7 @@ class HistoryDataset(SequentialDataset):
                 )  # fmt: skip
 
     def _data_filtering(self) -> None:
-        before = self._count()
+        before = self._count_sizes()
         if not before["interactions"]:
             raise ValueError(f"dataset: {self.dataset_name!r} holds no interactions, only a header")
         try:
@@ -168,16 +168,18 @@ class HistoryDataset(SequentialDataset):
         except ValueError:
             if len(self.inter_feat):
                 raise
-        self.counts = self._count()
+        self.counts = self._count_sizes()
         for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
             counts = self.inter_feat[column].value_counts()
             if said := describe_dominant_entity(kind, counts.index, counts.to_numpy()):
                 logger.warning("%s", said)
-        self.gaps = _measure_gap_quartiles(self.inter_feat[self.uid_field], self.inter_feat[self.time_field])
+        self.gap_quartiles = _measure_gap_quartiles(
+            self.inter_feat[self.uid_field], self.inter_feat[self.time_field]
+        )
         if not self.counts["interactions"]:
             raise ValueError(
-                f"dataset: nothing of {self.dataset_name!r} is left after filtering ({_format_counts(before)} "
-                f"before, {_format_counts(self.counts)} after); loosen user_inter_num_interval, "
+                f"dataset: nothing of {self.dataset_name!r} is left after filtering "
+                f"({_format_counts(before)} before, {_format_counts(self.counts)} after); loosen user_inter_num_interval, "
                 f"item_inter_num_interval or val_interval"
             )
         longest = int(self.inter_feat[self.uid_field].value_counts().max())
@@ -207,7 +209,7 @@ class HistoryDataset(SequentialDataset):
         ordered = self.inter_feat.sort_values(self.time_field, kind="stable")
         self.inter_feat = ordered.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
 
-    def _count(self) -> dict[str, int]:
+    def _count_sizes(self) -> dict[str, int]:
         feat = self.inter_feat
         return {
             "users": int(feat[self.uid_field].nunique()),
@@ -224,7 +226,7 @@ class HistoryDataset(SequentialDataset):
         users = self.inter_feat[self.uid_field].to_numpy()
         self.n_tied = _count_tied_times(users, times)
         if self.split == "global_time":
-            self._counts_by_time = _count_per_period(users, times, self._shares)
+            self._period_counts = _count_per_period(users, times, self._split_shares)
         super()._change_feat_format()
 
     def data_augmentation(self) -> None:
@@ -240,14 +242,14 @@ class HistoryDataset(SequentialDataset):
             self.inter_feat[self.uid_field].numpy().copy(), self.inter_feat[self.iid_field].numpy().copy()
         )
         if self.split == "global_time":
-            n_train, n_valid = (counts[histories.users] for counts in self._counts_by_time)
+            n_train, n_valid = (counts[histories.users] for counts in self._period_counts)
             histories.split = split_by_time(histories.start, histories.end, n_train, n_valid)
         self.histories = histories
-        targets, owners = zip(*self._targets(histories), strict=True)
-        self._stops = np.cumsum([len(part) for part in targets])
-        self.inter_feat = self._rows(np.concatenate(targets), np.concatenate(owners))
+        targets, owners = zip(*self._locate_targets(histories), strict=True)
+        self._part_ends = np.cumsum([len(part) for part in targets])
+        self.inter_feat = self._build_rows(np.concatenate(targets), np.concatenate(owners))
 
-    def _targets(self, histories: Histories) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _locate_targets(self, histories: Histories) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Positions of the targets and of their users' first item, for training, validation and test."""
         start, split = histories.start, histories.split
         second = np.minimum(start + 1, len(histories.items) - 1)
@@ -261,7 +263,7 @@ class HistoryDataset(SequentialDataset):
             target = split.targets[part][order]
             yield target[target != NO_TARGET], start[order][target != NO_TARGET]
 
-    def _rows(self, target: np.ndarray, start: np.ndarray) -> Interaction:
+    def _build_rows(self, target: np.ndarray, start: np.ndarray) -> Interaction:
         """One row per target, with the history before it from `start` on, at most L items."""
         length = self.max_item_list_len
         begin = np.maximum(start, target - length)
@@ -276,13 +278,13 @@ class HistoryDataset(SequentialDataset):
                 zero = torch.zeros((), dtype=value.dtype)
                 columns[getattr(self, f"{column}_list_field")] = torch.where(there, value[index], zero)
         if self.config["model"] == "DIEN":
-            name, negatives = self._draw_negatives()
+            name, negatives = self._sample_negative_lists()
             columns[name] = torch.where(valid, negatives[index], 0)
         rows = self.inter_feat[target]
         rows.update(Interaction(columns))
         return rows
 
-    def _draw_negatives(self) -> tuple[str, Tensor]:
+    def _sample_negative_lists(self) -> tuple[str, Tensor]:
         """For each interaction another item, (n,), and the column of such histories: what DIEN needs."""
         name = f"{self.config['NEG_PREFIX']}{self.history_field}"
         self.copy_field_property(name, self.history_field)
@@ -314,7 +316,7 @@ class HistoryDataset(SequentialDataset):
         self._change_feat_format()
         self._drop_unused_col()
         parts = []
-        for part, start, stop in zip(PARTS, [0, *self._stops[:-1]], self._stops, strict=True):
+        for part, start, stop in zip(PARTS, [0, *self._part_ends[:-1]], self._part_ends, strict=True):
             parts.append(self.copy(self.inter_feat[start:stop]))
             parts[-1].part = part
         if not len(parts[0]):

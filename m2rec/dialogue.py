@@ -26,7 +26,7 @@ class TitleSearch:
 
     def __init__(self, tokens: Iterable[str], titles: Mapping[str, str]) -> None:
         self.names = {token: titles.get(token, token) for token in tokens}
-        self._plain = {token: normalize_title(name) for token, name in self.names.items()}
+        self._normalized_names = {token: normalize_title(name) for token, name in self.names.items()}
 
     def find(self, text: str) -> list[str]:
         """Tokens of the items that fit, the best first: the token itself, the title, a part, a likeness."""
@@ -35,21 +35,23 @@ class TitleSearch:
         wanted = normalize_title(text)
         if not wanted:
             return []
-        if same := [token for token, name in self._plain.items() if name == wanted]:
+        if same := [token for token, name in self._normalized_names.items() if name == wanted]:
             return same[:_MAX_CHOICES]
         words = wanted.split()
-        parts = [token for token, name in self._plain.items() if all(word in name for word in words)]
+        parts = [
+            token for token, name in self._normalized_names.items() if all(word in name for word in words)
+        ]
         if parts:
-            return sorted(parts, key=lambda token: self._distance(token, wanted))[:_MAX_CHOICES]
-        return self._alike(wanted)
+            return sorted(parts, key=lambda token: self._match_key(token, wanted))[:_MAX_CHOICES]
+        return self._find_similar(wanted)
 
-    def _distance(self, token: str, wanted: str) -> tuple[bool, bool, int, str]:
-        name = self._plain[token]
+    def _match_key(self, token: str, wanted: str) -> tuple[bool, bool, int, str]:
+        name = self._normalized_names[token]
         return (not name.startswith(wanted), wanted not in name, len(name), name)
 
-    def _alike(self, wanted: str) -> list[str]:
+    def _find_similar(self, wanted: str) -> list[str]:
         by_name: dict[str, list[str]] = {}
-        for token, name in self._plain.items():
+        for token, name in self._normalized_names.items():
             by_name.setdefault(name, []).append(token)
             by_name.setdefault(strip_year(name), []).append(token)
         close = get_close_matches(wanted, by_name, _MAX_CHOICES, _MIN_SIMILARITY)
@@ -160,19 +162,19 @@ class Dialogue:
 
     def undo(self) -> None:
         """As if the last item had not been there."""
-        self._start(self.history[:-1])
+        self._reset_history(self.history[:-1])
         if self.history:
             self.show()
 
     def new(self) -> None:
         """Start again from nothing."""
-        self._start([])
+        self._reset_history([])
 
     def say(self, text: str) -> None:
         """One line to the person."""
         write_escaped(text + "\n", self.output)
 
-    def _start(self, history: list[str]) -> None:
+    def _reset_history(self, history: list[str]) -> None:
         self.history, self.choices, self.ranking = history, [], []
 
 

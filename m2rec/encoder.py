@@ -70,33 +70,33 @@ class Encoder(MarkedParameters):
         self.layers = nn.ModuleList(
             Layer(settings, max_length, in_sequence) for _ in range(settings.n_layers)
         )
-        available = None if not in_sequence else self._available(len(self.branches))
+        available = None if not in_sequence else self._build_branch_mask(len(self.branches))
         self.register_buffer("available", available, persistent=False)
         self.register_load_state_dict_post_hook(_refresh_text_buffers)  # type: ignore[no-untyped-call]
         self.mark_parameters()
-        self._initialise()
+        self._initialize_weights()
 
     @property
     def branches(self) -> list[str]:
         """Names of a layer's branches, in the order of the gate's weights."""
         return cast(Layer, self.layers[0]).branches
 
-    def _available(self, n_branches: int) -> Tensor:
+    def _build_branch_mask(self, n_branches: int) -> Tensor:
         """(V, K), which branches have something to say at an item: the last one, text, only of some."""
         assert self.has_text is not None
         available = torch.ones(len(self.has_text), n_branches, dtype=torch.bool, device=self.has_text.device)
         available[:, -1] = self.has_text
         return available
 
-    def set_vectors(self, vectors: Tensor | None) -> None:
+    def set_text_vectors(self, vectors: Tensor | None) -> None:
         """Take these text vectors (V, T) in place of the old ones."""
         self.vectors = vectors
         self.has_text = None if vectors is None else has_text(vectors)
         if self.available is not None:
-            self.available = self._available(self.available.shape[1])
+            self.available = self._build_branch_mask(self.available.shape[1])
 
     @torch.no_grad()
-    def projected(self, table: Tensor) -> "Encoder":
+    def make_inference_copy(self, table: Tensor) -> "Encoder":
         """The same network for use only, which looks up each item's projected text.
 
         Where histories are many, most of what a position's text costs is saved. The rest of the
@@ -114,7 +114,7 @@ class Encoder(MarkedParameters):
                 layer.text = ProjectedText(layer.text.table(self.vectors))
         return twin
 
-    def _initialise(self) -> None:
+    def _initialize_weights(self) -> None:
         """Small embeddings; Mamba's own values stay, unless `init: mamba4rec` asks otherwise.
 
         Mamba4Rec draws every linear map anew, Mamba's among them, which moves the initial
@@ -278,4 +278,4 @@ def group_rows_by_length(lengths: Tensor, longest: int) -> Iterator[tuple[Tensor
 def _refresh_text_buffers(encoder: nn.Module, _: object) -> None:
     """Weights bring their text vectors, which may be of other items than those given at the start."""
     assert isinstance(encoder, Encoder)
-    encoder.set_vectors(encoder.vectors)
+    encoder.set_text_vectors(encoder.vectors)

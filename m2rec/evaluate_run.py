@@ -36,7 +36,7 @@ class EvaluationCases:
     """
 
     users: list[str]
-    pasts: list[list[str]]
+    past_items: list[list[str]]
     targets: list[str]
 
 
@@ -114,7 +114,7 @@ def rank_evaluation_cases(recommender: Recommender, tests: EvaluationCases, cut:
         cut: K.
     """
     known = set(recommender.tokens[1:])
-    pasts = [[item for item in past if item in known] for past in tests.pasts]
+    pasts = [[item for item in past if item in known] for past in tests.past_items]
     found = {name: torch.full((len(pasts), cut), NO_ITEM) for name in (ALL, UNSEEN)}
     order = [row for row in np.argsort([len(past) for past in pasts], kind="stable").tolist() if pasts[row]]
     for start in range(0, len(order), BATCH_SIZE):
@@ -128,7 +128,7 @@ def rank_evaluation_cases(recommender: Recommender, tests: EvaluationCases, cut:
             items = best.indices.masked_fill(best.values == -torch.inf, NO_ITEM)
             found[name][rows, : items.shape[1]] = items
     ids = [recommender.to_ids([item])[0] if item in known else UNKNOWN_TARGET for item in tests.targets]
-    returning = [target in past for target, past in zip(tests.targets, tests.pasts, strict=True)]
+    returning = [target in past for target, past in zip(tests.targets, tests.past_items, strict=True)]
     return Ranking(torch.tensor(ids), torch.tensor(returning), found)
 
 
@@ -138,7 +138,7 @@ def compute_ranking_metrics(
     """Hit, NDCG, MRR and item coverage of a ranking, such as `ndcg@10`; empty without users."""
     if not len(ranking.targets):
         return {}
-    places, items = ranking.places(protocol), ranking.items[protocol].numpy()
+    places, items = ranking.target_ranks(protocol), ranking.items[protocol].numpy()
     metrics = {
         f"{name}@{k}": float(compute_rank_metric(f"{name}@{k}", places).mean())
         for name in ("hit", "ndcg", "mrr")
@@ -175,8 +175,8 @@ def evaluate_run(run: Path, part: str = "test", device: str = "cpu", **keys: Any
         "users": len(tests.users),
         "returning": int(ranking.returning.sum()),
         "unknown_targets": int((ranking.targets == UNKNOWN_TARGET).sum()),
-        "items_in_histories": sum(map(len, tests.pasts)),
-        "unknown_in_histories": sum(item not in known for past in tests.pasts for item in past),
+        "items_in_histories": sum(map(len, tests.past_items)),
+        "unknown_in_histories": sum(item not in known for past in tests.past_items for item in past),
     }
     rankings = {part: (ranking, ALL), f"{part}_unseen": (ranking, UNSEEN)}
     rankings[f"{part}_new"] = (ranking.with_new_targets(), NEW)

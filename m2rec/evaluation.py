@@ -53,7 +53,7 @@ class Ranking:
         """(n, K), True where the target stands."""
         return self.items[protocol] == self.targets[:, None]
 
-    def places(self, protocol: str) -> np.ndarray:
+    def target_ranks(self, protocol: str) -> np.ndarray:
         """(n,), the target's place from 1, 0 where it is not among the K."""
         hits = self.hits(protocol)
         return np.asarray(torch.where(hits.any(1), hits.int().argmax(1) + 1, 0))
@@ -104,7 +104,9 @@ def rank_items(
 def mask_history_scores(scores: Tensor, interaction: Interaction, dataset: HistoryDataset) -> None:
     """Set the scores of each row's earlier items to -inf: nothing of them can be recommended."""
     assert dataset.histories is not None and dataset.part is not None
-    owner, items = dataset.histories.before(interaction[dataset.owner_field].cpu().numpy(), dataset.part)
+    owner, items = dataset.histories.items_before_target(
+        interaction[dataset.owner_field].cpu().numpy(), dataset.part
+    )
     scores[torch.from_numpy(owner).to(scores.device), torch.from_numpy(items).to(scores.device)] = -torch.inf
 
 
@@ -137,10 +139,10 @@ class Breakdown:
     popularity: np.ndarray
     history: np.ndarray
     returning: np.ndarray
-    places: dict[str, np.ndarray]
+    target_ranks: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, ranking: Ranking, dataset: HistoryDataset) -> "Breakdown":
+    def from_ranking(cls, ranking: Ranking, dataset: HistoryDataset) -> "Breakdown":
         """Of a ranking of this part."""
         assert dataset.histories is not None and dataset.part is not None
         users = dataset.inter_feat[dataset.uid_field].numpy()
@@ -148,13 +150,15 @@ class Breakdown:
         return cls(
             dataset.field2id_token[dataset.uid_field][users],
             dataset.field2id_token[dataset.iid_field][targets],
-            dataset.histories.trained(dataset.item_num)[targets],
-            dataset.histories.lengths(dataset.inter_feat[dataset.owner_field].numpy(), dataset.part),
+            dataset.histories.training_counts(dataset.item_num)[targets],
+            dataset.histories.lengths_before_target(
+                dataset.inter_feat[dataset.owner_field].numpy(), dataset.part
+            ),
             ranking.returning.numpy(),
-            {"test": ranking.places(ALL), "test_unseen": ranking.places(UNSEEN)},
+            {"test": ranking.target_ranks(ALL), "test_unseen": ranking.target_ranks(UNSEEN)},
         )
 
-    def table(self, topk: Iterable[int], digits: int) -> dict[str, dict[str, dict[str, Any]]]:
+    def metrics_by_bucket(self, topk: Iterable[int], digits: int) -> dict[str, dict[str, dict[str, Any]]]:
         """Number of users and the metrics in each bucket that has any.
 
         Returns:
@@ -168,16 +172,16 @@ class Breakdown:
             low = 0 if name == "popularity" else 1
             group = np.searchsorted(ends, values)
             table[name] = {
-                bucket: self._metrics(group == number, topk, digits)
+                bucket: self._bucket_metrics(group == number, topk, digits)
                 for number, bucket in enumerate(format_bucket_names(ends, low))
                 if (group == number).any()
             }
         return table
 
-    def _metrics(self, chosen: np.ndarray, topk: Iterable[int], digits: int) -> dict[str, Any]:
+    def _bucket_metrics(self, chosen: np.ndarray, topk: Iterable[int], digits: int) -> dict[str, Any]:
         new = chosen & ~self.returning
-        rows = {name: places[chosen] for name, places in self.places.items()}
-        rows["test_new"] = self.places["test_unseen"][new]
+        rows = {name: places[chosen] for name, places in self.target_ranks.items()}
+        rows["test_new"] = self.target_ranks["test_unseen"][new]
         metrics = {
             protocol: {
                 metric: round(float(compute_rank_metric(metric, places).mean()), digits)
@@ -188,13 +192,13 @@ class Breakdown:
         }
         return {"users": int(chosen.sum()), "new_users": int(new.sum()), "test_new": {}, **metrics}
 
-    def write(self, path: Path) -> None:
+    def write_csv(self, path: Path) -> None:
         """One line per row: user, target, history, popularity, whether it returns, its place by protocol."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["user", "item", "history", "popularity", "returning", *self.places])
+        writer.writerow(["user", "item", "history", "popularity", "returning", *self.target_ranks])
         facts = (self.users, self.items, self.history, self.popularity, self.returning.astype(int))
-        columns = (*facts, *self.places.values())
+        columns = (*facts, *self.target_ranks.values())
         writer.writerows(zip(*columns, strict=True))
         write_text(path, text.getvalue())
 

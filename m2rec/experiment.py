@@ -91,7 +91,7 @@ class PreparedRun:
     clock: _PhaseTimer
 
     @property
-    def has_valid(self) -> bool:
+    def has_validation(self) -> bool:
         """Whether there is a validation row."""
         return len(self.parts[1].dataset) > 0
 
@@ -195,12 +195,12 @@ def train_model(prepared: PreparedRun, watch: Callable[[int, float], None] | Non
         Interrupted: Ctrl-C or SIGTERM asked it to stop; the run can go on.
     """
     config, trainer, (train, valid, _) = prepared.config, prepared.trainer, prepared.parts
-    if not prepared.has_valid:
+    if not prepared.has_validation:
         reasons = {"leave_one_out": "no user has four interactions", "files": "no file of them is named"}
         why = reasons.get(prepared.dataset.split, "see valid_from")
         logger.warning("no validation rows (%s): the last epoch's weights are kept", why)
     with _explain_errors(f"model: {config['variant']} can't be trained with these keys and this data"):
-        validated = valid if prepared.has_valid else None
+        validated = valid if prepared.has_validation else None
         trainer.fit(train, validated, show_progress=config["show_progress"], callback_fn=watch)
     prepared.clock.lap("training")
     prepared.clock.seconds["training"] = round(trainer.seconds, 3)
@@ -270,7 +270,7 @@ def run_experiment(config: Config, folder: Path | None = None) -> RunResult:
                     return _evaluate_best_weights(prepared)
             except KeyboardInterrupt:
                 own = prepared.trainer.folder
-                number = prepared.trainer.stopped_by or last.signal or signal.SIGINT
+                number = prepared.trainer.stop_signal or last.signal or signal.SIGINT
                 raise RunInterrupted(number, own if (own / CHECKPOINT_FILE).exists() else None) from None
         except Exception as error:
             if not distributed.is_main_process():  # the first one may only see that this one is gone
@@ -281,10 +281,10 @@ def run_experiment(config: Config, folder: Path | None = None) -> RunResult:
 def _evaluate_best_weights(prepared: PreparedRun) -> RunResult:
     """Test the best weights and write metrics.json, the run's last file but for its report."""
     config, trainer, (_, valid, test) = prepared.config, prepared.trainer, prepared.parts
-    trainer.load_best()
-    tested = trainer.evaluate_all(test)
+    trainer.load_best_weights()
+    tested = trainer.evaluate_protocols(test)
     nothing: dict[str, dict[str, float]] = {ALL: {}, UNSEEN: {}, NEW: {}}
-    validated = trainer.evaluate_all(valid).metrics if prepared.has_valid else nothing
+    validated = trainer.evaluate_protocols(valid).metrics if prepared.has_validation else nothing
     metrics = {
         "model": config["variant"],
         "dataset": config["dataset"],

@@ -37,7 +37,9 @@ class ScoringModule(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         table = encoder.item_table()
-        self.encoder = encoder.projected(table)  # a text projection would choose by the shape of its input
+        self.encoder = encoder.make_inference_copy(
+            table
+        )  # a text projection would choose by the shape of its input
         self.table: Tensor
         self.register_buffer("table", table)
 

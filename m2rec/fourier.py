@@ -82,7 +82,7 @@ class CausalFilter(nn.Module):
         """
         length = x.shape[1]
         y = self(x)
-        powers = self._powers(torch.arange(length + 1, device=x.device))  # (D, M, L + 1)
+        powers = self._compute_mode_powers(torch.arange(length + 1, device=x.device))  # (D, M, L + 1)
         added = torch.einsum("bld,dml->bdm", x.to(powers.dtype), powers[..., :length].flip(-1))
         if state is None:
             return y, added
@@ -93,11 +93,11 @@ class CausalFilter(nn.Module):
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
-        state = self._powers(torch.ones((), device=x.device)) * state + x[..., None]
+        state = self._compute_mode_powers(torch.ones((), device=x.device)) * state + x[..., None]
         y = (self.cosine * state.real + self.sine * state.imag).sum(-1)
         return y.to(x.dtype), state
 
-    def _powers(self, tau: Tensor) -> Tensor:
+    def _compute_mode_powers(self, tau: Tensor) -> Tensor:
         """p_m to the powers tau (...), (D, M, ...) complex."""
         dtype = torch.promote_types(self.cosine.dtype, torch.float32)
         shape = (..., *(None,) * tau.dim())

@@ -18,7 +18,7 @@ class Split:
     Attributes:
         train_stop: (m,), a user's interactions before it are for training; the first of them is
             only input.
-        train_start: (m,), those before it are not counted by `Histories.trained`; None for none.
+        train_start: (m,), those before it are not counted by `Histories.training_counts`; None for none.
         targets: `valid` and `test`, (m,) each: the position of the target, -1 for none.
     """
 
@@ -82,14 +82,17 @@ class Histories:
         self.users = self.owner[self.start]
         self.split = split_leave_one_out(self.start, self.end)
 
-    def lengths(self, users: np.ndarray, part: str) -> np.ndarray:
+    def lengths_before_target(self, users: np.ndarray, part: str) -> np.ndarray:
         """How many items each of these users had before the target of `part`."""
         rows = np.searchsorted(self.users, users)
         return np.asarray(self.split.targets[part][rows] - self.start[rows])
 
-    def before(self, users: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
+    def items_before_target(self, users: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
         """All items before each user's target of `part`, as (index into users, item) pairs."""
-        start, lengths = self.start[np.searchsorted(self.users, users)], self.lengths(users, part)
+        start, lengths = (
+            self.start[np.searchsorted(self.users, users)],
+            self.lengths_before_target(users, part),
+        )
         owner = np.repeat(np.arange(len(users)), lengths)
         offset = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
         return owner, self.items[np.repeat(start, lengths) + offset]
@@ -97,10 +100,10 @@ class Histories:
     def target_returns(self, users: np.ndarray, part: str) -> np.ndarray:
         """Whether each user's target of `part` is among the items before it, (len(users),)."""
         targets = self.items[self.split.targets[part][np.searchsorted(self.users, users)]]
-        owner, items = self.before(users, part)
+        owner, items = self.items_before_target(users, part)
         return np.bincount(owner[items == targets[owner]], minlength=len(users)) > 0
 
-    def trained(self, n_items: int) -> np.ndarray:
+    def training_counts(self, n_items: int) -> np.ndarray:
         """How often training meets each item, as input or target, (n_items,).
 
         Who has a single interaction is not trained on.

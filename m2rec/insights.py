@@ -47,14 +47,16 @@ def collect_insights(
         whole: the data set, with the gaps between interactions.
 
     Returns:
-        `examples`, and where there are such: `gaps` between interactions, `gate` and, by layer,
+        `examples`, and where there are such: `gap_quartiles` between interactions, `gate` and, by layer,
         `filter`.
     """
     model.eval()
     encoder = getattr(model, "encoder", None)
     found: dict[str, Any] = {"examples": _collect_examples(score, test)}
-    if whole.gaps is not None:
-        found["gaps"] = dict(zip(("lower_quartile", "median", "upper_quartile"), whole.gaps, strict=True))
+    if whole.gap_quartiles is not None:
+        found["gaps"] = dict(
+            zip(("lower_quartile", "median", "upper_quartile"), whole.gap_quartiles, strict=True)
+        )
     if isinstance(encoder, Encoder):
         if len(encoder.branches) > 1:
             found["gate"] = _summarize_gate(encoder, test)
@@ -69,7 +71,7 @@ def _summarize_gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
     """The gate's weights, mean over channels, by layer, position and popularity."""
     assert test.histories is not None
     device = encoder.id_embedding.weight.device
-    counts = torch.from_numpy(test.histories.trained(test.item_num))
+    counts = torch.from_numpy(test.histories.training_counts(test.item_num))
     positions, popularity = _BucketMeans(_POSITION_BUCKETS), _BucketMeans(POPULARITY_BUCKETS)
     layers: list[_BucketMeans] = [_BucketMeans(()) for _ in encoder.layers]
     size = max(1, _POSITIONS_PER_BATCH // test.inter_feat[test.history_field].shape[1])
@@ -88,9 +90,11 @@ def _summarize_gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
         popularity.add(mean, counts[items[there]])
     return {
         "branches": encoder.branches,
-        "by_layer": {str(n): own for n, means in enumerate(layers, 1) for own in means.table(1).values()},
-        "by_position": positions.table(1),
-        "by_popularity": popularity.table(0),
+        "by_layer": {
+            str(n): own for n, means in enumerate(layers, 1) for own in means.format_means(1).values()
+        },
+        "by_position": positions.format_means(1),
+        "by_popularity": popularity.format_means(0),
     }
 
 
@@ -114,7 +118,7 @@ class _BucketMeans:
             self.sums[key] = self.sums.get(key, 0) + own.double().sum(0)
             self.counts[key] = self.counts.get(key, 0) + len(own)
 
-    def table(self, low: int) -> dict[str, list[float]]:
+    def format_means(self, low: int) -> dict[str, list[float]]:
         """Means by the bucket's name; `low` is the smallest number."""
         names = format_bucket_names(self.ends, low)
         return {
@@ -162,9 +166,9 @@ def _collect_examples(score: Callable[[Interaction], Tensor], test: HistoryDatas
     places = compute_target_ranks(scores, targets)
     best = scores.topk(min(_N_RECOMMENDED, scores.shape[1] - 1))
     owners = batch[test.owner_field].numpy()
-    owner, seen = test.histories.before(owners, test.part)
+    owner, seen = test.histories.items_before_target(owners, test.part)
     tokens = test.field2id_token[test.iid_field]
-    lengths = test.histories.lengths(owners, test.part)
+    lengths = test.histories.lengths_before_target(owners, test.part)
     return [
         {
             "user": str(test.field2id_token[test.uid_field][user]),

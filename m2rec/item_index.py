@@ -53,14 +53,14 @@ class ItemIndex:
             1,
             _TRAIN_ITEMS_PER_CENTROID,
         )
-        self.lists = lists
+        self.n_lists = lists
         self.set_probes(0)
         self._index.train(_table_to_numpy(table))
         self._index.add(_table_to_numpy(table))
 
     def set_probes(self, probes: int) -> None:
         """How many lists are searched, the more the better and the slower; 0 for one in 16."""
-        self._index.nprobe = min(probes or -(-self.lists // _LISTS_PER_PROBE), self.lists)
+        self._index.nprobe = min(probes or -(-self.n_lists // _LISTS_PER_PROBE), self.n_lists)
 
     def extended(self, table: Tensor) -> "ItemIndex":
         """The index of a table whose first rows are those of this one's; the centres stay."""
@@ -70,12 +70,12 @@ class ItemIndex:
             longer._index.add(_table_to_numpy(table, known))
         return longer
 
-    def find(self, x: Tensor, n: int) -> Tensor:
+    def search_nearest(self, x: Tensor, n: int) -> Tensor:
         """x: (B, D) -> ids (B, n) of items with high scores, best first; 0 where the lists hold no more."""
         _, found = self._index.search(x.detach().float().cpu().contiguous().numpy(), n)
         return torch.from_numpy(found) + 1
 
-    def find_enough(self, x: Tensor, needs: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+    def search_by_need(self, x: Tensor, needs: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         """As `find` for histories (B, D) that need different numbers of items, where it is worth it.
 
         Yields:
@@ -90,7 +90,7 @@ class ItemIndex:
         for size, rows in groups.items():
             step = max(1, _MAX_RETRIEVED_PER_SEARCH // size)
             for part in (rows[start : start + step] for start in range(0, len(rows), step)):
-                ids = self.find(x[part], size)
+                ids = self.search_nearest(x[part], size)
                 whole = (ids > 0).all(1)
                 if whole.any():
                     yield [row for row, full in zip(part, whole.tolist(), strict=True) if full], ids[whole]

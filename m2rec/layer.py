@@ -61,7 +61,9 @@ class Layer(nn.Module):
         Returns:
             The new (B, L, D) and the gate's weights (B, L, K, D), K in the order of `branches`.
         """
-        return self._merge(x, self._heard(x, lengths), items, vectors, available)
+        return self._merge_and_feed_forward(
+            x, self._compute_sequence_outputs(x, lengths), items, vectors, available
+        )
 
     def last(
         self, x: Tensor, items: Tensor, lengths: Tensor, vectors: Tensor | None, available: Tensor | None
@@ -79,7 +81,7 @@ class Layer(nn.Module):
         elif self.filter is not None:
             outputs.append(select_last_positions(self.filter(x, lengths), lengths))
         x, items = select_last_positions(x, lengths), select_last_positions(items, lengths)
-        return self._merge(x, outputs, items, vectors, available)[0]
+        return self._merge_and_feed_forward(x, outputs, items, vectors, available)[0]
 
     def advance(
         self,
@@ -94,12 +96,14 @@ class Layer(nn.Module):
         Raises:
             ValueError: a part needs the whole history at once.
         """
-        y, mixer = self.recurrent_mixer().advance(x, None if state is None else state.mixer)
+        y, mixer = self.require_recurrent_mixer().advance(x, None if state is None else state.mixer)
         outputs, memory = [y], None
         if isinstance(self.filter, CausalFilter | IdentityFilter):
             f, memory = self.filter.advance(x, None if state is None else state.filter)
             outputs.append(f)
-        return self._merge(x, outputs, items, vectors, available)[0], LayerState(mixer, memory)
+        return self._merge_and_feed_forward(x, outputs, items, vectors, available)[0], LayerState(
+            mixer, memory
+        )
 
     def step(
         self,
@@ -110,22 +114,24 @@ class Layer(nn.Module):
         state: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """As `advance` for one position: x (B, D), items (B,) -> (B, D) and the state after it."""
-        y, mixer = self.recurrent_mixer().step(x, state.mixer)
+        y, mixer = self.require_recurrent_mixer().step(x, state.mixer)
         outputs, memory = [y], state.filter
         if isinstance(self.filter, CausalFilter | IdentityFilter):
             assert memory is not None
             f, memory = self.filter.step(x, memory)
             outputs.append(f)
-        return self._merge(x, outputs, items, vectors, available)[0], LayerState(mixer, memory)
+        return self._merge_and_feed_forward(x, outputs, items, vectors, available)[0], LayerState(
+            mixer, memory
+        )
 
-    def _heard(self, x: Tensor, lengths: Tensor) -> list[Tensor]:
+    def _compute_sequence_outputs(self, x: Tensor, lengths: Tensor) -> list[Tensor]:
         """What the branches that look back say, (B, L, D) each."""
         outputs = [self.mixer(x)]
         if self.filter is not None:
             outputs.append(self.filter(x, lengths))
         return outputs
 
-    def recurrent_mixer(self) -> Mamba | Mamba2:
+    def require_recurrent_mixer(self) -> Mamba | Mamba2:
         """The temporal branch, if every part of the layer can go on from a state.
 
         Raises:
@@ -140,7 +146,7 @@ class Layer(nn.Module):
         assert isinstance(self.mixer, Mamba | Mamba2)
         return self.mixer
 
-    def _merge(
+    def _merge_and_feed_forward(
         self,
         x: Tensor,
         outputs: list[Tensor],

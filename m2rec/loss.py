@@ -36,7 +36,7 @@ def cross_entropy_ref(
     """
     scores = x @ item_table.T
     if repeats is not None:
-        position, item = repeats.pairs(0, len(x))
+        position, item = repeats.find_seen_pairs(0, len(x))
         scores = scores.index_put((position, item), repeats.bias, accumulate=True)
     return F.cross_entropy(scores[:, 1:], targets - 1)
 
@@ -55,7 +55,7 @@ def cross_entropy(
     rows = max(least, memory * 2**20 // (2 * dtype.itemsize * len(item_table)))
     bias = None
     if repeats is not None:
-        bias, rows = repeats.bias.to(dtype), min(rows, repeats.block)
+        bias, rows = repeats.bias.to(dtype), min(rows, repeats.block_size)
     given = (x.to(dtype), item_table[1:].to(dtype), bias, targets - 1, rows, repeats)
     loss: Tensor = _CrossEntropy.apply(*given)  # type: ignore[no-untyped-call]
     return loss
@@ -88,7 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
             part, own = x[start : start + rows], classes[start : start + rows, None]
             scores = part @ table.T
             if repeats is not None and bias is not None:
-                position, item = repeats.pairs(start, start + rows)
+                position, item = repeats.find_seen_pairs(start, start + rows)
                 seen = (position, item - 1)
                 scores[seen] += bias
             normaliser = scores.logsumexp(1, keepdim=True)
@@ -235,7 +235,7 @@ def _score_sampled_items(
     scores = grouped @ rows(negatives).mT  # (G, S / G, n)
     if repeats is not None:
         positive = positive + repeats.of(targets)
-        scores = scores + repeats.of_shared(negatives, size)
+        scores = scores + repeats.bias_for_shared_items(negatives, size)
     if log_probability is not None:
         scores = scores - (log_probability + math.log(n))[:, None]
     scores = scores.masked_fill(negatives[:, None] == own, -torch.inf).flatten(0, 1)[: len(x)]

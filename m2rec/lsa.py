@@ -20,9 +20,10 @@ class LsaEncoder:
         if width < 1:
             raise ValueError(f"width: {width} is no width; give a whole number from 1 on, such as 256")
         self.width = width
-        self.decisive = {
+        self.fingerprint_fields = {
             "model": LSA_NAME,
-            "features": f"words and pairs, sublinear, rare from {RARE_WORD_MIN_TEXTS}, at most {MAX_FEATURES}",
+            "features": f"words and pairs, sublinear, rare from {RARE_WORD_MIN_TEXTS}, "
+            f"at most {MAX_FEATURES}",
             "width": str(width),
         }
 

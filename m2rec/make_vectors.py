@@ -47,7 +47,7 @@ def build_text_vectors(
     """
     _check_text_coverage(known, items.tokens, "have text")
     decisive = {
-        **encoder.decisive,
+        **encoder.fingerprint_fields,
         "columns": shlex.join(items.columns),
         "template": items.template,
         "texts_sha256": items.sha256(),
@@ -75,11 +75,11 @@ def import_text_vectors(
         ValueError: see `ImportedVectors.read`; none of the known items has a vector; `output` is another
             kind of file.
     """
-    if not force and is_up_to_date(output, source.decisive):
+    if not force and is_up_to_date(output, source.fingerprint_fields):
         return False
     tokens, vectors = source.read()
     _check_text_coverage(known, tokens, "have a vector")
-    _write_with_provenance(output, tokens, vectors, source.decisive, {})
+    _write_with_provenance(output, tokens, vectors, source.fingerprint_fields, {})
     return True
 
 

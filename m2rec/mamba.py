@@ -186,7 +186,7 @@ class Mamba2(MarkedParameters):
 
     def advance(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         """As `Mamba.advance`; the states are (B, K - 1, E + 2N) and (B, H, P, N)."""
-        z, xBC, dt = self._project(x)
+        z, xBC, dt = self._project_inputs(x)
         xBC, window = _apply_causal_conv(xBC, state, self.conv1d, self.backend)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
         y, h = ssd(
@@ -211,7 +211,7 @@ class Mamba2(MarkedParameters):
             gate, heard = self.in_proj.weight.split([self.inner, len(self.in_proj.weight) - self.inner])
             xBC, dt = F.linear(x, heard).split([len(heard) - len(self.D), len(self.D)], dim=-1)
         else:
-            z, xBC, dt = self._project(x)
+            z, xBC, dt = self._project_inputs(x)
         xBC, _ = _apply_causal_conv(xBC, None, self.conv1d, self.backend)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
         u, A = u.unflatten(-1, (-1, self.head_dim)), _compute_decay_rates(self.A_log)
@@ -221,7 +221,7 @@ class Mamba2(MarkedParameters):
 
     def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
-        z, xBC, dt = self._project(x)
+        z, xBC, dt = self._project_inputs(x)
         xBC, window = _apply_causal_conv_step(xBC, state[0], self.conv1d)
         u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
         u = u.unflatten(-1, (-1, self.head_dim))
@@ -229,7 +229,7 @@ class Mamba2(MarkedParameters):
         y, h = ssd_step(state[1], u, dt, A, B, C, self.D, self.dt_bias, True)
         return self.out_proj(self.norm(y.flatten(-2), z)), (window, h)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _project_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (..., D) -> the gate z (..., E), what is convolved (..., E + 2N), the step size (..., H)."""
         widths = [self.inner, self.inner + 2 * self.d_state, len(self.D)]
         return self.in_proj(x).split(widths, dim=-1)  # type: ignore[no-any-return]

@@ -56,13 +56,15 @@ class M2Rec(SequentialRecommender):
         )
         # kept with the weights, so that a later item's text can get the same treatment
         by_popularity = self.settings.negative_sampling == "popularity"
-        self.negatives = NegativeSampler(self.n_items, self._item_counts(dataset) if by_popularity else None)
+        self.negatives = NegativeSampler(
+            self.n_items, self._count_item_targets(dataset) if by_popularity else None
+        )
         self.register_buffer("text_mean", None if text is None else text.mean)
         self.register_buffer("text_basis", None if text is None else text.basis)
 
     def _load_text(self, config: Config, dataset: SequentialDataset) -> TextVectors | None:
         """The text vectors in internal ids, or None; the log says which and how many match."""
-        if not self.settings.wants_text:
+        if not self.settings.uses_text:
             return None
         path = find_vector_file(config)
         if path is None:
@@ -83,7 +85,7 @@ class M2Rec(SequentialRecommender):
         items, width = self.n_items - 1, text.vectors.shape[1]
         matched = items - len(text.missing)
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        raw, whitened = (round(cosine, 4) for cosine in text.cosines)
+        raw, whitened = (round(cosine, 4) for cosine in text.mean_cosines)
         logger.info(
             "text for %s of %s items, %s, %s wide, mean cosine in the file %.2f%s",
             f"{matched:,}", f"{items:,}", shown, width, raw,
@@ -95,7 +97,7 @@ class M2Rec(SequentialRecommender):
         }  # fmt: skip
         return text
 
-    def _item_counts(self, dataset: SequentialDataset) -> Tensor:
+    def _count_item_targets(self, dataset: SequentialDataset) -> Tensor:
         """How often each item is a training target, (V,)."""
         counts = torch.zeros(self.n_items)
         for item, count in dataset.counter(self.ITEM_ID).items():
@@ -119,9 +121,11 @@ class M2Rec(SequentialRecommender):
         bias = self.encoder.repeat_bias
         repeats = None if bias is None else RepeatBias(items, rows, times, bias)
         with without_autocast(x.device):
-            return self._loss(x.to(self.encoder.id_embedding.weight.dtype), targets, repeats, interaction)
+            return self._compute_loss(
+                x.to(self.encoder.id_embedding.weight.dtype), targets, repeats, interaction
+            )
 
-    def _loss(
+    def _compute_loss(
         self, x: Tensor, targets: Tensor, repeats: RepeatBias | None, interaction: Interaction
     ) -> Tensor:
         """x: (S, D), targets: (S,) -> the loss that `loss_type` names."""

@@ -35,7 +35,7 @@ class PageFigure(NamedTuple):
     """A picture, what it shows in words, and a caption."""
 
     svg: bytes
-    alternative: str
+    alt_text: str
     caption: str
 
 
@@ -56,7 +56,7 @@ def render_figure(shown: PageFigure) -> str:
     """A picture with its text alternative and its caption, all in the page."""
     data = base64.b64encode(shown.svg).decode()
     return (
-        f'<figure><img alt="{escape(shown.alternative)}" src="data:image/svg+xml;base64,{data}">'
+        f'<figure><img alt="{escape(shown.alt_text)}" src="data:image/svg+xml;base64,{data}">'
         f"<figcaption>{escape(shown.caption)}</figcaption></figure>"
     )
 

@@ -36,7 +36,7 @@ class TargetRanks(NamedTuple):
     folder: Path
     targets: pd.Series
     """Token of the target by token of the user, sorted by user."""
-    places: NDArray[np.int32]
+    values: NDArray[np.int32]
     """(users, protocols), 0 is below the measured part of the ranking."""
 
 
@@ -179,7 +179,7 @@ def _read_ranks_by_seed(
 def _compute_user_metrics(ranks: TargetRanks) -> FloatArray:
     """(users, measures) of one run."""
     columns = [
-        compute_rank_metric(m, ranks.places[:, TEST_PROTOCOLS.index(protocol)])
+        compute_rank_metric(m, ranks.values[:, TEST_PROTOCOLS.index(protocol)])
         for protocol, m in PAIRED_MEASURES
     ]
     return np.stack(columns, axis=1)

@@ -29,7 +29,7 @@ class PartialVectors:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path = path
-        self.kept: list[tuple[np.ndarray, np.ndarray]] = []
+        self.finished_batches: list[tuple[np.ndarray, np.ndarray]] = []
         self._head = MAGIC + fingerprint.encode() + b"\n"
         self._file: BinaryIO
 
@@ -61,7 +61,7 @@ class PartialVectors:
         place = len(self._head)
         while (found := _parse_record(data, place)) is not None:
             rows, vectors, place = found
-            self.kept.append((rows, vectors))
+            self.finished_batches.append((rows, vectors))
         self._file.truncate(place)
 
     def __exit__(

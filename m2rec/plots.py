@@ -89,7 +89,7 @@ def _make_time_panel(sweep: Sweep, answers: FinishedRuns, dataset: str) -> Panel
 
         for k, (variant, (seconds, quality)) in enumerate(points.items()):
             marker = MARKERS[k % len(MARKERS)]
-            error = quality.deviation or 0.0
+            error = quality.std or 0.0
             axes.errorbar(seconds.mean, quality.mean, error, fmt=marker, color=f"C{k % 10}", label=variant)
         axes.set(
             xscale="log",
@@ -120,7 +120,7 @@ def _make_ablation_panel(sweep: Sweep, answers: FinishedRuns, dataset: str) -> P
     def onto(axes: "Axes") -> None:
         names = list(bars)
         differences = [more.mean for more in bars.values()]
-        errors = [more.deviation or 0.0 for more in bars.values()]
+        errors = [more.std or 0.0 for more in bars.values()]
         axes.barh(names, differences, xerr=errors, color="C0", alpha=0.7, ecolor=GREY)
         for y, (name, difference) in enumerate(zip(names, differences, strict=True)):
             text = "reference" if name == sweep.reference else f"{difference:+.4f}"
@@ -149,7 +149,7 @@ def _make_popularity_panel(sweep: Sweep, answers: FinishedRuns, dataset: str) ->
     def onto(axes: "Axes") -> None:
         for k, (variant, line) in enumerate(lines.items()):
             means = [quality.mean for quality in line.values()]
-            errors = [quality.deviation or 0.0 for quality in line.values()]
+            errors = [quality.std or 0.0 for quality in line.values()]
             marker = MARKERS[k % len(MARKERS)]
             axes.errorbar(list(line), means, errors, marker=marker, color=f"C{k % 10}", label=variant)
         counts = [format_bucket_users(rows, "popularity", name) for name in names]

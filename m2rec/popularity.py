@@ -21,7 +21,7 @@ class Popularity(SequentialRecommender):
     def __init__(self, config: Config, dataset: HistoryDataset) -> None:
         super().__init__(config, dataset)
         assert dataset.histories is not None
-        counts = torch.from_numpy(dataset.histories.trained(self.n_items)).double()
+        counts = torch.from_numpy(dataset.histories.training_counts(self.n_items)).double()
         self.register_buffer("ranked", counts - torch.arange(self.n_items) / self.n_items)
         self.nothing = nn.Parameter(torch.zeros(1))  # an optimiser must have something
 

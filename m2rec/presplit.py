@@ -153,5 +153,6 @@ def _check_presplit_keys(config: Config) -> None:
             )
     if _name_history_column(config) not in (config["alias_of_item_id"] or ()):
         raise ValueError(
-            f"alias_of_item_id: add {_name_history_column(config)}, or its items would be others than the targets"
+            f"alias_of_item_id: add {_name_history_column(config)}, or its items "
+            f"would be others than the targets"
         )

@@ -14,16 +14,18 @@ logger = logging.getLogger(__name__)
 class InputWarnings:
     """What the log should say once at the end, however many histories there were."""
 
-    unknown: int = 0
-    first: str = ""
-    empty: int = 0
+    n_unknown: int = 0
+    first_unknown: str = ""
+    n_empty: int = 0
 
-    def say(self) -> None:
+    def log_warnings(self) -> None:
         """Log it."""
-        if self.unknown:
-            logger.warning("%s unknown items were left out, such as %s", f"{self.unknown:,}", self.first)
-        if self.empty:
-            logger.warning("empty histories, which get what is popular: %s", f"{self.empty:,}")
+        if self.n_unknown:
+            logger.warning(
+                "%s unknown items were left out, such as %s", f"{self.n_unknown:,}", self.first_unknown
+            )
+        if self.n_empty:
+            logger.warning("empty histories, which get what is popular: %s", f"{self.n_empty:,}")
 
 
 def to_token_list(tokens: Iterable[str]) -> list[str]:
@@ -64,8 +66,8 @@ def tokens_to_ids(
     if skipped is None:
         text = "" if isinstance(first, str) else "; tokens are texts"
         raise ValueError(f"{what}: the model knows no item {first!r}{text}")
-    skipped.unknown += known.count(False)
-    skipped.first = skipped.first or repr(first)
+    skipped.n_unknown += known.count(False)
+    skipped.first_unknown = skipped.first_unknown or repr(first)
     return [ids[token] for token, there in zip(tokens, known, strict=True) if there]
 
 

@@ -43,17 +43,17 @@ class Recommendation(NamedTuple):
 class CandidateSet(NamedTuple):
     """Which items may be recommended."""
 
-    pool: Tensor | None = None
+    candidate_ids: Tensor | None = None
     """Ascending ids of the candidates; None for all items."""
-    excluded: Tensor | None = None
+    excluded_ids: Tensor | None = None
     """Ids of the others; None for none."""
 
 
 class HistoryItems(NamedTuple):
     """Which items a history holds, each once."""
 
-    every: Collection[int]
-    counted: Collection[int]
+    all_ids: Collection[int]
+    visible_ids: Collection[int]
     """Those of the part that the model is shown, to which its repeat bias applies."""
 
 
@@ -67,7 +67,7 @@ class Ranker:
     index: ItemIndex | None = None
     """Finds items where scoring all takes too long; None to score all."""
 
-    def counted(self, ids: list[int]) -> list[int]:
+    def truncate_history(self, ids: list[int]) -> list[int]:
         """The part of a history that the model is shown."""
         return ids if self.whole_history else ids[-self.model.max_length :]
 
@@ -77,12 +77,12 @@ class Ranker:
         What is small takes one thread: several would win little, and on a busy machine lose much.
         """
         model = self.model
-        if model.ready.id_embedding.weight.is_cuda:  # made here, if it was not yet
+        if model.inference_encoder.id_embedding.weight.is_cuda:  # made here, if it was not yet
             return nullcontext()
-        work = positions * model.layer_parameters + rows * model.table.numel()
+        work = positions * model.n_layer_parameters + rows * model.table.numel()
         return use_one_thread() if work <= _MAX_SINGLE_THREAD_WORK else nullcontext()
 
-    def in_batches(
+    def rank_in_batches(
         self,
         histories: Iterator[list[int]],
         k: int,
@@ -97,11 +97,11 @@ class Ranker:
         """
         try:
             while part := list(islice(histories, _RANKING_BATCH_SIZE)):
-                yield from self._ranked(part, k, exclude_seen, choice, remarks)
+                yield from self._rank_batch(part, k, exclude_seen, choice, remarks)
         finally:
-            remarks.say()
+            remarks.log_warnings()
 
-    def _ranked(
+    def _rank_batch(
         self,
         histories: list[list[int]],
         k: int,
@@ -112,13 +112,13 @@ class Ranker:
         known = [row for row in histories if row]
         best = []
         if known:
-            seen = [HistoryItems(set(row), set(self.counted(row))) for row in known]
+            seen = [HistoryItems(set(row), set(self.truncate_history(row))) for row in known]
             with self.limit_threads(sum(map(len, known)), len(known)):
-                best = self.best(self.vectors(known), seen, k, exclude_seen, choice)
-        return self.with_popular([bool(row) for row in histories], best, k, choice, remarks)
+                best = self.rank_vectors(self.encode_histories(known), seen, k, exclude_seen, choice)
+        return self.add_popular_fallback([bool(row) for row in histories], best, k, choice, remarks)
 
     @torch.no_grad()
-    def best(
+    def rank_vectors(
         self, vectors: Tensor, seen: Sequence[HistoryItems], k: int, exclude_seen: bool, choice: CandidateSet
     ) -> list[list[Recommendation]]:
         """The best items for vectors (B, D) of histories that hold these items."""
@@ -127,48 +127,48 @@ class Ranker:
 
         def keep(rows: Sequence[int], found: tuple[Tensor, Tensor]) -> None:
             for row, scores, items in zip(rows, *(part.tolist() for part in found), strict=True):
-                best[row] = self.named(scores, items)
+                best[row] = self.build_recommendations(scores, items)
 
         def adjustments(rows: Sequence[int]) -> ScoreAdjustments:
-            hidden = [seen[row].every if exclude_seen else () for row in rows]
-            return self.adjustments([seen[row].counted for row in rows], hidden)
+            hidden = [seen[row].all_ids if exclude_seen else () for row in rows]
+            return self.build_adjustments([seen[row].visible_ids for row in rows], hidden)
 
-        left_out = 0 if choice.excluded is None else len(choice.excluded)
-        index = self.index if choice.pool is None else None
-        needs = [k + left_out + len(items.every) for items in seen]
-        for rows, near in index.find_enough(vectors, needs) if index is not None else ():
-            own = [torch.tensor([*seen[row].counted], dtype=torch.int64) for row in rows]
+        left_out = 0 if choice.excluded_ids is None else len(choice.excluded_ids)
+        index = self.index if choice.candidate_ids is None else None
+        needs = [k + left_out + len(items.all_ids) for items in seen]
+        for rows, near in index.search_by_need(vectors, needs) if index is not None else ():
+            own = [torch.tensor([*seen[row].visible_ids], dtype=torch.int64) for row in rows]
             pools = torch.cat([near, nn.utils.rnn.pad_sequence(own, batch_first=True)], dim=1)
             pools = pools.to(model.table.device)
             keep(
                 rows,
                 select_top_k_in_pools(
-                    vectors[rows], model.table, k, adjustments(rows), pools, choice.excluded
+                    vectors[rows], model.table, k, adjustments(rows), pools, choice.excluded_ids
                 ),
             )
         if rest := [row for row in range(len(seen)) if row not in best]:
             keep(rest, select_top_k(vectors[rest], model.table, k, adjustments(rest), *choice))
         return [best[row] for row in range(len(seen))]
 
-    def adjustments(
+    def build_adjustments(
         self, counted: Sequence[Collection[int]], hidden: Sequence[Collection[int]]
     ) -> ScoreAdjustments:
         """What is added to scores, by history: for the items that the model was shown, and to hide some."""
-        bias = self.model.ready.repeat_bias
+        bias = self.model.inference_encoder.repeat_bias
         return ScoreAdjustments(
             counted, hidden, 0.0 if bias is None else bias.item(), self.model.table.device
         )
 
     @torch.no_grad()
-    def vectors(self, histories: list[list[int]]) -> Tensor:
+    def encode_histories(self, histories: list[list[int]]) -> Tensor:
         """The vectors (B, D) of histories that hold at least one item each."""
         model = self.model
-        histories = [self.counted(row) for row in histories]
+        histories = [self.truncate_history(row) for row in histories]
         vectors = model.table.new_empty(len(histories), model.table.shape[1])
         for row, own in enumerate(histories):
             if len(own) > model.max_length:  # in pieces, however long
                 memory = SessionState()
-                session.advance_session(model.ready, own, memory)
+                session.advance_session(model.inference_encoder, own, memory)
                 assert memory.vector is not None
                 vectors[row] = memory.vector[0]
         device = model.table.device
@@ -178,10 +178,10 @@ class Ranker:
             lengths = torch.tensor([len(histories[row]) for row in rows])
             items = [torch.tensor(histories[row]) for row in rows]
             padded = nn.utils.rnn.pad_sequence(items, batch_first=True)
-            vectors[rows] = model.ready.last(padded.to(device), lengths.to(device))
+            vectors[rows] = model.inference_encoder.last(padded.to(device), lengths.to(device))
         return vectors
 
-    def with_popular(
+    def add_popular_fallback(
         self,
         known: list[bool],
         best: list[list[Recommendation]],
@@ -196,24 +196,24 @@ class Ranker:
         """
         if all(known):
             return best
-        remarks.empty += known.count(False)
-        popular, ranked = self._popular(k, choice), iter(best)
+        remarks.n_empty += known.count(False)
+        popular, ranked = self._rank_by_popularity(k, choice), iter(best)
         return [next(ranked) if is_known else list(popular) for is_known in known]
 
-    def _popular(self, k: int, choice: CandidateSet) -> list[Recommendation]:
+    def _rank_by_popularity(self, k: int, choice: CandidateSet) -> list[Recommendation]:
         """What training met most often, the lower id first where two were met as often."""
         model = self.model
-        if not model.counts:
+        if not model.item_counts:
             raise ValueError("history: empty, and this run does not say what is popular; give an item")
-        order = model.popular
-        if choice.pool is not None:
-            order = order[torch.isin(order, choice.pool.cpu())]
-        if choice.excluded is not None:
-            order = order[~torch.isin(order, choice.excluded.cpu())]
+        order = model.popularity_order
+        if choice.candidate_ids is not None:
+            order = order[torch.isin(order, choice.candidate_ids.cpu())]
+        if choice.excluded_ids is not None:
+            order = order[~torch.isin(order, choice.excluded_ids.cpu())]
         best = order[:k].tolist()
-        return self.named([float(model.counts[item]) for item in best], best)
+        return self.build_recommendations([float(model.item_counts[item]) for item in best], best)
 
-    def named(self, scores: Sequence[float], items: Sequence[int]) -> list[Recommendation]:
+    def build_recommendations(self, scores: Sequence[float], items: Sequence[int]) -> list[Recommendation]:
         """Items by name, without those whose score is minus infinity."""
         tokens, titles = self.model.tokens, self.model.titles
         pairs = [(tokens[i], score) for score, i in zip(scores, items, strict=True) if score > -torch.inf]

@@ -63,7 +63,7 @@ def explode_lists(rows: NumberedRows, paths: Iterable[str], tally: Tally) -> Num
         except MalformedRowError as error:
             tally.reject(line, error)
             continue
-        tally.more += len(parts) + without - 1
+        tally.extra_rows += len(parts) + without - 1
         empty += without
         for part in parts:
             yield line, _add_path_values(part, nested)

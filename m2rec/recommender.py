@@ -149,12 +149,12 @@ class Recommender:
         """
         k, remarks = questions.parse_k(k), InputWarnings()
         ranker, skipped = self._ranker, remarks if skip_unknown else None
-        choice = self._choice(candidates, exclude, skipped)
+        choice = self._build_candidate_set(candidates, exclude, skipped)
         known = ranker.model.ids
         ids = (
             questions.tokens_to_ids(known, questions.to_token_list(history), skipped) for history in histories
         )
-        return ranker.in_batches(ids, k, exclude_seen, choice, remarks)
+        return ranker.rank_in_batches(ids, k, exclude_seen, choice, remarks)
 
     def recommend_file(
         self,
@@ -222,7 +222,7 @@ class Recommender:
 
         users, rows = tee(read())
         ids = (own for _, own in rows)
-        found = ranker.in_batches(ids, k, exclude_seen, CandidateSet(), remarks)
+        found = ranker.rank_in_batches(ids, k, exclude_seen, CandidateSet(), remarks)
         ranked = (
             UserRecommendations(user, [item.item for item in items], [item.score for item in items])
             for (user, _), items in zip(users, found, strict=True)
@@ -243,9 +243,9 @@ class Recommender:
         if not ids:
             return torch.empty(0, len(model.table), device=model.table.device)
         with self._ranker.limit_threads(sum(map(len, ids)), len(ids)):
-            scores = F.linear(self._ranker.vectors(ids), model.table)
-            counted = [set(self._ranker.counted(row)) for row in ids]
-            places = self._ranker.adjustments(counted, hidden=[[0]] * len(ids))
+            scores = F.linear(self._ranker.encode_histories(ids), model.table)
+            counted = [set(self._ranker.truncate_history(row)) for row in ids]
+            places = self._ranker.build_adjustments(counted, hidden=[[0]] * len(ids))
             places.apply(scores, places.items, 0)
         return scores
 
@@ -269,7 +269,7 @@ class Recommender:
             cosines = F.cosine_similarity(model.table, model.table[item], dim=1)
             cosines[[0, item]] = -torch.inf
             best = cosines.topk(min(k, len(cosines)))
-        return self._ranker.named(best.values.tolist(), best.indices.tolist())
+        return self._ranker.build_recommendations(best.values.tolist(), best.indices.tolist())
 
     @torch.no_grad()
     def explain(self, history: Iterable[str]) -> list[Explanation]:
@@ -282,13 +282,15 @@ class Recommender:
             ValueError: the history is empty or holds a token that nobody knows.
         """
         model = self._model
-        ids = self._ranker.counted(questions.tokens_to_ids(model.ids, questions.to_token_list(history)))
+        ids = self._ranker.truncate_history(
+            questions.tokens_to_ids(model.ids, questions.to_token_list(history))
+        )
         if not ids:
             raise ValueError("history: empty; give at least one item")
         items = torch.tensor([ids], device=model.table.device)
         with self._ranker.limit_threads(len(ids), 0):
-            _, weights = model.ready.encode(items, torch.tensor([len(ids)], device=items.device))
-        branches = model.ready.branches
+            _, weights = model.inference_encoder.encode(items, torch.tensor([len(ids)], device=items.device))
+        branches = model.inference_encoder.branches
         means = torch.stack([layer[0].mean(-1) for layer in weights], dim=1).tolist()  # (L, layers, K)
         explained = []
         for item, layers in zip(ids, means, strict=True):
@@ -312,8 +314,8 @@ class Recommender:
         ids = questions.tokens_to_ids(
             self._model.ids, questions.to_token_list(history), remarks if skip_unknown else None
         )
-        remarks.say()
-        self._remember(ids, memory)
+        remarks.log_warnings()
+        self._append_events(ids, memory)
         return Session(self, memory)
 
     def restore_session(self, data: bytes) -> "Session":
@@ -338,9 +340,9 @@ class Recommender:
         items = questions.tokens_to_ids(self._model.ids, questions.to_token_list(tokens))
         if len(items) != len(sessions):
             raise ValueError(f"add_events: {len(sessions)} sessions, but {len(items)} tokens")
-        memories = self._memories(sessions)
+        memories = self._unwrap_sessions(sessions)
         with self._ranker.limit_threads(len(items), 0):
-            session.advance_session_batch(self._model.ready, memories, items)
+            session.advance_session_batch(self._model.inference_encoder, memories, items)
 
     def recommend_sessions(
         self,
@@ -352,18 +354,18 @@ class Recommender:
     ) -> list[list[Recommendation]]:
         """As `recommend` for each of many live users, in one pass."""
         k, ranker, remarks = questions.parse_k(k), self._ranker, InputWarnings()
-        choice = self._choice(candidates, exclude, None)
-        memories = self._memories(sessions)
+        choice = self._build_candidate_set(candidates, exclude, None)
+        memories = self._unwrap_sessions(sessions)
         going = [memory for memory in memories if memory.vector is not None]
         seen = [HistoryItems(memory.seen, memory.seen) for memory in going]
         vectors = [memory.vector for memory in going if memory.vector is not None]
         best = []
         if vectors:
             with ranker.limit_threads(0, len(vectors)):
-                best = ranker.best(torch.cat(vectors), seen, k, exclude_seen, choice)
+                best = ranker.rank_vectors(torch.cat(vectors), seen, k, exclude_seen, choice)
         known = [memory.vector is not None for memory in memories]
-        ranked = ranker.with_popular(known, best, k, choice, remarks)
-        remarks.say()
+        ranked = ranker.add_popular_fallback(known, best, k, choice, remarks)
+        remarks.log_warnings()
         return ranked
 
     def add_items(self, tokens: Iterable[str], vectors: Any, titles: Mapping[str, str] | None = None) -> None:
@@ -463,7 +465,7 @@ class Recommender:
         """
         export.export_program(self._model, Path(path), batch_size)
 
-    def _choice(
+    def _build_candidate_set(
         self, candidates: Iterable[str] | None, exclude: Iterable[str] | None, remarks: InputWarnings | None
     ) -> CandidateSet:
         model, pool, excluded = self._model, None, None
@@ -485,17 +487,17 @@ class Recommender:
             excluded = torch.tensor(sorted(known), dtype=torch.int64, device=model.table.device)
         return CandidateSet(pool, excluded)
 
-    def _remember(self, items: list[int], memory: SessionState) -> None:
+    def _append_events(self, items: list[int], memory: SessionState) -> None:
         """Take some events of one user in."""
         with self._ranker.limit_threads(len(items), 0):
-            session.advance_session(self._model.ready, items, memory)
+            session.advance_session(self._model.inference_encoder, items, memory)
 
-    def _memories(self, sessions: Sequence["Session"]) -> list[SessionState]:
+    def _unwrap_sessions(self, sessions: Sequence["Session"]) -> list[SessionState]:
         if len({id(one) for one in sessions}) < len(sessions):
             raise ValueError("sessions: one comes twice")
         if any(one.recommender is not self for one in sessions):
             raise ValueError("sessions: one is of another recommender")
-        return [one._memory for one in sessions]
+        return [one._state for one in sessions]
 
 
 class Session:
@@ -505,12 +507,12 @@ class Session:
     """
 
     def __init__(self, recommender: Recommender, memory: SessionState) -> None:
-        self.recommender, self._memory = recommender, memory
+        self.recommender, self._state = recommender, memory
 
     @property
     def seen(self) -> list[str]:
         """The different items of the history, in the order of their first event."""
-        return [self.recommender.tokens[item] for item in self._memory.seen]
+        return [self.recommender.tokens[item] for item in self._state.seen]
 
     def add(self, token: str) -> None:
         """The user's next event.
@@ -518,7 +520,7 @@ class Session:
         Raises:
             ValueError: a token that nobody knows.
         """
-        self.recommender._remember(self.recommender.to_ids([token]), self._memory)
+        self.recommender._append_events(self.recommender.to_ids([token]), self._state)
 
     def recommend(
         self,
@@ -533,4 +535,4 @@ class Session:
 
     def to_bytes(self) -> bytes:
         """To be kept anywhere, and brought back by `Recommender.restore_session`; nothing is pickled."""
-        return session.serialize_state(self._memory, self.recommender._model)
+        return session.serialize_state(self._state, self.recommender._model)

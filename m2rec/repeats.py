@@ -37,31 +37,31 @@ class RepeatBias:
         self._first = mark_first_occurrences(items)
 
     @property
-    def block(self) -> int:
+    def block_size(self) -> int:
         """How many positions to look at together."""
         return max(1, _MAX_BLOCK_FLAGS // self.items.shape[1])
 
-    def pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def find_seen_pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Each item that positions `start` to `stop` have seen, once: position less start, item (R,)."""
         rows, times = self.rows[start:stop], self.times[start:stop]
         past = torch.arange(self.items.shape[1], device=self.items.device) <= times[:, None]
         position, place = (past & self._first[rows]).nonzero(as_tuple=True)
         return position, self.items[rows[position], place]
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate_seen_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All pairs, a block of positions at a time: position, item (R,)."""
-        for start in range(0, len(self.rows), self.block):
-            position, item = self.pairs(start, start + self.block)
+        for start in range(0, len(self.rows), self.block_size):
+            position, item = self.find_seen_pairs(start, start + self.block_size)
             yield position + start, item
 
     def of(self, items: Tensor) -> Tensor:
         """items: (S,), one for each position -> (S,), `bias` where it was seen, else 0."""
         seen = torch.zeros_like(items, dtype=torch.bool)
-        for position, item in self.blocks():
+        for position, item in self.iterate_seen_pairs():
             seen[position[item == items[position]]] = True
         return seen * self.bias
 
-    def of_shared(self, items: Tensor, size: int) -> Tensor:
+    def bias_for_shared_items(self, items: Tensor, size: int) -> Tensor:
         """As `of` for n items that each group of `size` neighbouring positions shares.
 
         Args:
@@ -77,7 +77,7 @@ class RepeatBias:
         keys = (ordered + base * torch.arange(groups, device=items.device)[:, None]).flatten()
         # of items that are drawn more than once, the first place stands for all
         seen = torch.zeros(groups * size, n, dtype=torch.bool, device=items.device)
-        for position, item in self.blocks():
+        for position, item in self.iterate_seen_pairs():
             group = position // size
             key = item + base * group
             at = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)

@@ -361,7 +361,8 @@ def _render_time_gaps(run: RunRecord) -> str:
     middle, late = gaps["median"], f"a quarter after more than {_format_duration(gaps['upper_quartile'])}"
     text = (
         f"Half of all interactions follow the one before within {_format_duration(middle)}, a quarter within "
-        f"{_format_duration(gaps['lower_quartile'])}, {late}; at that pace 10 events take about {_format_duration(10 * middle)}."
+        f"{_format_duration(gaps['lower_quartile'])}, {late}; at that rate 10 events "
+        f"take about {_format_duration(10 * middle)}."
         if middle
         else f"At least half of all interactions are of the same time as the one before, {late}."
     )

@@ -139,7 +139,7 @@ class SeedStatistics(NamedTuple):
     """A value over seeds."""
 
     mean: float
-    deviation: float | None
+    std: float | None
     """Sample standard deviation; None for one seed."""
 
 
@@ -154,7 +154,7 @@ def read_finished_runs(sweep: Sweep) -> FinishedRuns:
     path = sweep.path.with_suffix(".csv")
     rows = read_result_rows(path)
     _check_numeric_columns(path, rows)
-    cells = {make_run_key(cell) for cell in sweep.cells()}
+    cells = {make_run_key(cell) for cell in sweep.planned_runs()}
     found: dict[tuple[str, ...], ResultRow] = {}
     others = 0
     for row in rows:

@@ -54,25 +54,25 @@ class Tally:
     max_bad: float = 0.0
     """Largest share of malformed lines, 0 to 1."""
     lines: int = 0
-    bad: int = 0
+    malformed_count: int = 0
     position: int = 0
     """Bytes of the file that were read."""
     examples: list[str] = field(default_factory=list)
     records: int = 0
     """Records of several lines."""
-    continued: int = 0
+    continuation_lines: int = 0
     """Lines of these records but the first of each."""
-    longest: tuple[int, int] = (0, 0)
+    longest_record: tuple[int, int] = (0, 0)
     """Lines of the longest of these records, and its first line."""
     notes: list[str] = field(default_factory=list)
     """What else is to be said about the file."""
-    more: int = 0
+    extra_rows: int = 0
     """Rows beyond the first of each line, where lists were taken apart."""
 
     @property
     def rows(self) -> int:
         """Lines, and the further rows in them: what malformed ones are a share of."""
-        return self.lines + self.more
+        return self.lines + self.extra_rows
 
     def reject(self, first: int, reason: object, last: int | None = None) -> None:
         """Count malformed lines, from `first` to `last`, by default one.
@@ -81,19 +81,19 @@ class Tally:
             ValueError: there are too many already, as judged over 10,000 lines at least.
         """
         last = first if last is None else last
-        self.bad += last - first + 1
+        self.malformed_count += last - first + 1
         if len(self.examples) < MAX_MALFORMED_EXAMPLES:
             where = f"line {first}" if last == first else f"lines {first} to {last}"
             self.examples.append(f"{where}: {reason}")
-        self._judge(max(self.rows, MIN_LINES_BEFORE_STOP))
+        self._check_malformed_share(max(self.rows, MIN_LINES_BEFORE_STOP))
 
     def count_record(self, first: int) -> None:
         """Count the record that began in line `first` and ends in the last line that was read."""
         lines = self.lines - first + 1
         if lines > 1:
             self.records += 1
-            self.continued += lines - 1
-            self.longest = max(self.longest, (lines, first), key=lambda record: record[0])
+            self.continuation_lines += lines - 1
+            self.longest_record = max(self.longest_record, (lines, first), key=lambda record: record[0])
 
     def finish(self) -> None:
         """Judge the whole file.
@@ -103,30 +103,30 @@ class Tally:
         """
         if not self.lines:
             raise ValueError(f"{self.path}: the file is empty; give the file as it was published")
-        self._judge(self.rows)
+        self._check_malformed_share(self.rows)
 
     def remarks(self) -> list[str]:
         """What was left out or looks odd, one line each."""
         said = []
-        if self.bad:
-            said.append(f"{self._describe_bad()} and left out: {'; '.join(self.examples)}")
+        if self.malformed_count:
+            said.append(f"{self._describe_malformed()} and left out: {'; '.join(self.examples)}")
         if self.records:
-            lines, first = self.longest
+            lines, first = self.longest_record
             said.append(
                 f"records of several lines: {self.records:,}, the longest has {lines:,} lines from line "
                 f"{first} on; if that is no text of several lines, a quotation mark was left open there"
             )
         return said + self.notes
 
-    def _describe_bad(self) -> str:
-        what = "rows are malformed" if self.more else "lines are malformed"
-        return f"{self.bad:,} of {self.rows:,} {what}"
+    def _describe_malformed(self) -> str:
+        what = "rows are malformed" if self.extra_rows else "lines are malformed"
+        return f"{self.malformed_count:,} of {self.rows:,} {what}"
 
-    def _judge(self, rows: int) -> None:
-        if self.bad > self.max_bad * rows:
+    def _check_malformed_share(self, rows: int) -> None:
+        if self.malformed_count > self.max_bad * rows:
             limit = f", more than --max-bad={self.max_bad:g}" if self.max_bad else ""
             raise ValueError(
-                f"{self.path}: {self._describe_bad()}{limit}; "
+                f"{self.path}: {self._describe_malformed()}{limit}; "
                 f"is it a file of this format? {'; '.join(self.examples)}"
             )
 
@@ -470,7 +470,7 @@ def read_csv_records(
         reader = _read_cells(record, separator)
         expected = f"{len(names)} are named" if layout.names else f"the header has {len(names)}"
         while True:
-            first = record.begin()
+            first = record.begin_record()
             try:
                 cells = next(reader)
                 if cells and len(cells) != len(names):
@@ -537,7 +537,7 @@ class _CsvRecordLines:
         self.lines, self.separator = lines, separator
         self.first = self.opened = 0
 
-    def begin(self) -> int:
+    def begin_record(self) -> int:
         """Say that a record begins; returns its line."""
         self.first = self.opened = self.lines.tally.lines + 1
         return self.first
@@ -549,15 +549,15 @@ class _CsvRecordLines:
         number = self.lines.tally.lines + 1
         if number >= self.first + MAX_RECORD_LINES:
             raise ValueError(
-                f"{self.lines.tally.path}: a quotation mark opens in line {self.opened} and its record has "
-                f"more than {MAX_RECORD_LINES:,} lines; remove it, or quote the whole cell and double it there"
+                f"{self.lines.tally.path}: a quotation mark opens in line {self.opened} and its "
+                f"record has more than {MAX_RECORD_LINES:,} lines; remove it, or quote the whole cell and double it there"
             )
         line = next(self.lines)
-        if number > self.first and self._closes(line):
+        if number > self.first and self._closes_quote(line):
             self.opened = number
         return line
 
-    def _closes(self, line: str) -> bool:
+    def _closes_quote(self, line: str) -> bool:
         """Whether the open mark closes in this line; if the record goes on, another one opens in it."""
         try:
             return len(next(csv.reader(['"' + line], delimiter=self.separator))) > 1
@@ -615,7 +615,8 @@ def require_columns(
         if column not in names:
             has = ", ".join(filter(None, names))
             raise ValueError(
-                f"{path}: column {column!r} is missing, the file has {has}; {cure}{suggest_spelling(column, names)}"
+                f"{path}: column {column!r} is missing, the file has {has}; {cure}"
+                f"{suggest_spelling(column, names)}"
             )
         if (times := names.count(column)) > 1:
             raise ValueError(f"{path}: column {column!r} comes {times} times; rename all but one")

@@ -84,7 +84,7 @@ def _write_run_inputs(
     tokens = list_item_tokens(dataset)
     write_text(folder / ITEMS_FILE, json.dumps(tokens, ensure_ascii=False) + "\n")
     if dataset.histories is not None:
-        counts = dataset.histories.trained(dataset.item_num).tolist()
+        counts = dataset.histories.training_counts(dataset.item_num).tolist()
         write_text(folder / COUNTS_FILE, json.dumps(counts) + "\n")
     try:
         path = Path(config["data_path"]) / f"{config['dataset']}.item"

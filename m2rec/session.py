@@ -40,7 +40,7 @@ class SessionState:
         self.states, self.vector = states, vector
         self.seen = dict.fromkeys(seen)
 
-    def go_on(self, states: list[LayerState], vector: Tensor, items: Iterable[int]) -> None:
+    def update_state(self, states: list[LayerState], vector: Tensor, items: Iterable[int]) -> None:
         """Take these new events in."""
         self.states, self.vector = states, vector
         self.seen.update(dict.fromkeys(items))
@@ -53,7 +53,7 @@ def check_is_recurrent(encoder: Encoder) -> None:
         ValueError: it has a part that needs the whole history at once.
     """
     for layer in encoder.layers:
-        cast(Layer, layer).recurrent_mixer()
+        cast(Layer, layer).require_recurrent_mixer()
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def advance_session(encoder: Encoder, items: Sequence[int], memory: SessionState
             vector = x[:, -1]
     if states is not None and vector is not None:
         (own,) = _split_states(states, 1)
-        memory.go_on(own, vector.clone(), items)
+        memory.update_state(own, vector.clone(), items)
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def advance_session_batch(encoder: Encoder, memories: Sequence[SessionState], it
         else:
             x, states = encoder.step(ids, _concat_states([memories[row].states or [] for row in rows]))
         for place, (row, own) in enumerate(zip(rows, _split_states(states, len(rows)), strict=True)):
-            memories[row].go_on(own, x[place : place + 1].clone(), [items[row]])
+            memories[row].update_state(own, x[place : place + 1].clone(), [items[row]])
 
 
 def serialize_state(memory: SessionState, model: SavedModel) -> bytes:
@@ -140,7 +140,7 @@ def deserialize_state(data: bytes, model: SavedModel) -> SessionState:
     if not tensors:
         return SessionState()
     like = SessionState()
-    advance_session(model.ready, [1], like)
+    advance_session(model.inference_encoder, [1], like)
     assert like.states is not None and like.vector is not None
     expected = {_VECTOR_KEY: like.vector, **_flatten_states(like.states)}
     shapes, found = ({k: (t.shape, t.dtype) for k, t in ts.items()} for ts in (expected, tensors))

@@ -131,7 +131,7 @@ class ModelSettings(_Settings):
             )
 
     @property
-    def wants_text(self) -> bool:
+    def uses_text(self) -> bool:
         """Whether any part of the model uses text vectors."""
         return self.text_vectors != "none" and (self.text_in_sequence or self.text_in_table)
 

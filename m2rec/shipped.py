@@ -24,7 +24,7 @@ class InterColumns(NamedTuple):
     item: str
 
     @classmethod
-    def of(cls, config: Any) -> Self:
+    def from_config(cls, config: Any) -> Self:
         """Those of a mapping with RecBole's keys."""
         return cls(config["field_separator"], config["USER_ID_FIELD"], config["ITEM_ID_FIELD"])
 

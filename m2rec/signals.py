@@ -32,7 +32,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _STOP_SIGNALS}
+            self._before = {number: signal.signal(number, self._handle_signal) for number in _STOP_SIGNALS}
         return self
 
     def __exit__(
@@ -41,7 +41,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         """Note the first one; raise KeyboardInterrupt at the second.
 
         Raises:

@@ -69,7 +69,7 @@ class Sweep:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def cells(self) -> Iterator[PlannedRun]:
+    def planned_runs(self) -> Iterator[PlannedRun]:
         """All runs, seed by seed, so that an early stop leaves every variant with as many seeds."""
         for dataset in self.datasets:
             for seed in self.seeds:

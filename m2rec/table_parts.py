@@ -25,7 +25,7 @@ def format_mean(found: SeedStatistics) -> str:
 
 def format_mean_std(found: SeedStatistics) -> str:
     """The mean and its deviation over seeds, if there are several."""
-    return format_mean(found) if found.deviation is None else f"{found.mean:.4f} ± {found.deviation:.4f}"
+    return format_mean(found) if found.std is None else f"{found.mean:.4f} ± {found.std:.4f}"
 
 
 def format_seed_count(done: int, asked: int) -> str:

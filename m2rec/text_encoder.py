@@ -77,8 +77,8 @@ class TextEncoder:
         self.batch_tokens = options.batch_tokens or DEFAULT_BATCH_TOKENS[self.device]
         self.dtype = _choose_dtype(options.dtype, self.device)
         self.is_folder = Path(options.encoder).is_dir()
-        self.revision = options.revision if self.is_folder else self._find_commit()
-        self.decisive = {
+        self.revision = options.revision if self.is_folder else self._resolve_commit()
+        self.fingerprint_fields = {
             "encoder": "sentence-transformers",
             "model": options.name or options.encoder,
             "revision": self.revision,
@@ -109,7 +109,7 @@ class TextEncoder:
             ValueError: see `model`; the model gives no finite numbers.
         """
         vectors = np.zeros((len(texts), self.model.get_embedding_dimension()), dtype=np.float32)
-        kept = partial.kept if partial else []
+        kept = partial.finished_batches if partial else []
         for rows, finished in kept:
             vectors[rows] = finished
         done = {int(row) for rows, _ in kept for row in rows}
@@ -156,8 +156,8 @@ class TextEncoder:
             ) from None
         if not torch.isfinite(found).all():
             raise ValueError(
-                f"dtype: {self.decisive['model']} gives numbers that are not finite in "
-                f"{self.decisive['dtype']}; try float32"
+                f"dtype: {self.fingerprint_fields['model']} gives numbers that are not finite in "
+                f"{self.fingerprint_fields['dtype']}; try float32"
             )
         return torch.nn.functional.normalize(found.float(), dim=1).cpu().numpy()
 
@@ -178,7 +178,7 @@ class TextEncoder:
         at = {"revision": self.revision or None, "local_files_only": self.is_folder}
         given = {**at, "trust_remote_code": False}
         weights = {"use_safetensors": True, "dtype": self.dtype}
-        with self._loading(), _require_complete_safetensors():
+        with self._wrap_load_errors(), _require_complete_safetensors():
             from sentence_transformers import SentenceTransformer
             from sentence_transformers.util import is_sentence_transformer_model
 
@@ -194,21 +194,21 @@ class TextEncoder:
             _set_max_tokens(model, options)
         logger.info(
             "%s: pooling %s, at most %s tokens, %s on %s",
-            self.decisive["model"], _describe_pooling(model), model.max_seq_length, self.decisive["dtype"],
-            self.device,
+            self.fingerprint_fields["model"], _describe_pooling(model), model.max_seq_length,
+            self.fingerprint_fields["dtype"], self.device,
         )  # fmt: skip
         return model
 
-    def _find_commit(self) -> str:
+    def _resolve_commit(self) -> str:
         """The commit that the hub's name and revision stand for, from the cache where there is no network."""
-        with self._loading():
+        with self._wrap_load_errors():
             from huggingface_hub import resolve_revision
 
             found = resolve_revision(self.options.encoder, revision=self.options.revision or None)
             return str(found.resolved)
 
     @contextmanager
-    def _loading(self) -> Iterator[None]:
+    def _wrap_load_errors(self) -> Iterator[None]:
         """Load without chatter; whatever goes wrong in a foreign model becomes one line."""
         if find_spec("sentence_transformers") is None:
             raise ValueError(

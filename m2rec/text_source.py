@@ -32,7 +32,7 @@ def find_vector_file(config: Config) -> Path | None:
     name, dataset = ModelSettings.read(config).text_vectors, config["dataset"]
     found = text_vectors.resolve_vector_file(name, dataset, *get_dataset_folders(config))
     if found is None and name == "auto" and (own := shipped.find_shipped_vectors(dataset)) is not None:
-        columns = shipped.InterColumns.of(config)
+        columns = shipped.InterColumns.from_config(config)
         return own if shipped.has_same_titles(dataset, _get_item_file(config), columns) else None
     return found
 
@@ -59,7 +59,7 @@ def ensure_text_vectors(config: Config, tokens: Sequence[str]) -> None:
         OSError: the file can't be written.
     """
     settings = ModelSettings.read(config)
-    encoder, wanted = settings.text_encoder, settings.wants_text
+    encoder, wanted = settings.text_encoder, settings.uses_text
     if not wanted or (encoder == "none" and settings.text_vectors == "auto"):
         return
     if (there := find_vector_file(config)) is not None:

@@ -41,7 +41,7 @@ class TextVectors:
 
     vectors: Tensor
     missing: tuple[str, ...]
-    cosines: tuple[float, float]
+    mean_cosines: tuple[float, float]
     mean: Tensor
     basis: Tensor
     provenance: dict[str, str]

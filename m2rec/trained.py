@@ -54,9 +54,9 @@ class SavedModel:
     """Internal ids by item token, without padding's."""
     titles: Mapping[str, str]
     """By item token, of those that have one."""
-    counts: tuple[int, ...]
+    item_counts: tuple[int, ...]
     """How often training meets each item, by internal id; empty where that is unknown."""
-    popular: Tensor
+    popularity_order: Tensor
     """Ids by how often training meets them, most often first; as many as `counts` without padding."""
     config: Mapping[str, Any]
     """The keys of the run."""
@@ -70,12 +70,12 @@ class SavedModel:
     """What made the run's text vectors."""
 
     @cached_property
-    def ready(self) -> Encoder:
+    def inference_encoder(self) -> Encoder:
         """The network for use, with each item's text projected once; made when it is first asked for."""
-        return self.encoder.projected(self.table)
+        return self.encoder.make_inference_copy(self.table)
 
     @cached_property
-    def layer_parameters(self) -> int:
+    def n_layer_parameters(self) -> int:
         """Parameters of the layers, each of which meets each position of a history."""
         return sum(p.numel() for p in self.encoder.layers.parameters())
 
@@ -108,7 +108,8 @@ def read_saved_model(folder: Path, device: torch.device) -> SavedModel:
     except RuntimeError as error:
         said = " ".join(str(error).split())
         raise ValueError(
-            f"{folder}: the weights don't fit config.yaml and items.json ({said}){_describe_version_mismatch(folder)}"
+            f"{folder}: the weights don't fit config.yaml and items.json ({said})"
+            f"{_describe_version_mismatch(folder)}"
         ) from None
     return build_saved_model(
         encoder,
@@ -142,8 +143,8 @@ def build_saved_model(
         tokens=tuple(tokens),
         ids={token: i for i, token in enumerate(tokens) if i > 0},
         titles=dict(titles),
-        counts=tuple(counts),
-        popular=1 + torch.tensor(counts[1:]).argsort(descending=True, stable=True),
+        item_counts=tuple(counts),
+        popularity_order=1 + torch.tensor(counts[1:]).argsort(descending=True, stable=True),
         config=config,
         max_length=RunSettings.read(config).MAX_ITEM_LIST_LENGTH,
         text_mean=text_mean,
@@ -168,7 +169,7 @@ def write_saved_model(trained: SavedModel, folder: Path) -> None:
         ITEMS_FILE: trained.tokens,
         TITLES_FILE: trained.titles,
         TEXT_FILE: trained.text_source,
-        COUNTS_FILE: trained.counts,
+        COUNTS_FILE: trained.item_counts,
     }
     for name, content in parts.items():
         write_text(folder / name, json.dumps(content, ensure_ascii=False) + "\n")
@@ -235,7 +236,7 @@ def extend_catalogue(
         encoder,
         tokens,
         titles={**trained.titles, **named},
-        counts=[*trained.counts, *[0] * len(new)] if trained.counts else [],
+        counts=[*trained.item_counts, *[0] * len(new)] if trained.item_counts else [],
         config=trained.config,
         text_mean=mean,
         text_basis=basis,

@@ -119,33 +119,33 @@ class RunTrainer(Trainer):
         self._kept_at = perf_counter()
 
         def after_validation(epoch: int, score: float) -> None:
-            self._keep(epoch)
+            self._checkpoint_epoch(epoch)
             if callback_fn:
                 callback_fn(epoch, score)
 
         kwargs = {"verbose": False, "callback_fn": after_validation, **kwargs}
         with self._request:
             outcome = super().fit(train_data, valid_data, **kwargs)
-            if request := self._stop_request():
+            if request := self._global_stop_signal():
                 raise RunInterrupted(request)
         return outcome
 
     @property
-    def stopped_by(self) -> int | None:
+    def stop_signal(self) -> int | None:
         """The signal that asked the training to stop, None if none did."""
         return self._request.signal
 
-    def _keep(self, epoch: int) -> None:
+    def _checkpoint_epoch(self, epoch: int) -> None:
         """Write what it takes to go on after this epoch.
 
         Raises:
             Interrupted: the run was asked to stop.
         """
-        self._write(epoch, _EpochProgress())
-        if request := self._stop_request():
+        self._write_checkpoint(epoch, _EpochProgress())
+        if request := self._global_stop_signal():
             raise RunInterrupted(request)
 
-    def _write(self, epoch: int, so_far: _EpochProgress) -> None:
+    def _write_checkpoint(self, epoch: int, so_far: _EpochProgress) -> None:
         """Write the checkpoint after this epoch and a part of the next one, which has come so far."""
         self.seconds = perf_counter() - self._started
         self._kept_at = perf_counter()
@@ -164,9 +164,9 @@ class RunTrainer(Trainer):
                 "notes": self.notes,
                 "partial": asdict(so_far),
             }
-            checkpoint.save_checkpoint(self.folder / CHECKPOINT_FILE, self._training(loader), numbers)
+            checkpoint.save_checkpoint(self.folder / CHECKPOINT_FILE, self._training_state(loader), numbers)
 
-    def _training(self, loader: torch.Generator) -> checkpoint.TrainingState:
+    def _training_state(self, loader: torch.Generator) -> checkpoint.TrainingState:
         """What a checkpoint keeps beside numbers."""
         return checkpoint.TrainingState(self.model, self.optimizer, loader, self.average, self.device)
 
@@ -177,14 +177,14 @@ class RunTrainer(Trainer):
             CannotGoOn: the checkpoint can't be used, or is of other data.
         """
         try:
-            self._go_on()
+            self._restore_state()
         except ValueError as error:
             raise resuming.CannotResume(str(error)) from error
 
-    def _go_on(self) -> None:
+    def _restore_state(self) -> None:
         numbers = checkpoint.load_checkpoint(
             self.folder / CHECKPOINT_FILE,
-            self._training(self._loader),
+            self._training_state(self._loader),
             lambda found: resuming.check_unchanged_inputs(found["notes"], self.notes, self.folder),
         )
         self._so_far = _EpochProgress(**numbers["partial"])
@@ -194,7 +194,7 @@ class RunTrainer(Trainer):
         self.best_valid_score = numbers["best_valid_score"]
         self.train_loss_dict = {int(epoch): loss for epoch, loss in numbers["losses"].items()}
         self.seconds = numbers["seconds"]
-        self._take_notes(numbers["notes"])
+        self._merge_notes(numbers["notes"])
         if distributed.is_main_process():
             if newer := resuming.check_best_weights(self.folder, numbers["epoch"], self.best_epoch):
                 self.best_epoch, self.best_valid_score = newer
@@ -208,7 +208,7 @@ class RunTrainer(Trainer):
         steps = f" and {self._so_far.steps} steps" if self._so_far.steps else ""
         logger.info("goes on after epoch %s%s, best %s so far", numbers["epoch"], steps, best[1])
 
-    def _take_notes(self, began: dict[str, Any]) -> None:
+    def _merge_notes(self, began: dict[str, Any]) -> None:
         """Those of the checkpoint, with this code beside what trained before."""
         code, before = self.notes.get("commit"), began.get("commit")
         threads, earlier = self.notes.get("threads"), began.get("threads", self.notes.get("threads"))
@@ -232,31 +232,33 @@ class RunTrainer(Trainer):
         self.model.train()
         self._epoch_began = self._loader.get_state()
         total, steps = torch.tensor(done.loss, device=self.device), done.steps
-        batches = self._after(done.steps, train_data)
+        batches = self._remaining_batches(done.steps, train_data)
         what, left = f"train {epoch_idx:>4}", len(train_data) - done.steps
-        for batch in self._progress(batches, what, show_progress, left):
+        for batch in self._progress_bar(batches, what, show_progress, left):
             steps += 1
             self._place = epoch_idx, steps
-            total += self._step(batch.to(self.device), train_data.dataset.rows == "dense")
-            request = self._stop_request()
-            if steps < len(train_data) and (request or self._is_due()):
-                self._write(epoch_idx - 1, _EpochProgress(steps, total.item(), perf_counter() - start))
+            total += self._train_step(batch.to(self.device), train_data.dataset.rows == "dense")
+            request = self._global_stop_signal()
+            if steps < len(train_data) and (request or self._checkpoint_is_due()):
+                self._write_checkpoint(
+                    epoch_idx - 1, _EpochProgress(steps, total.item(), perf_counter() - start)
+                )
                 if request:
                     raise RunInterrupted(request)
         if steps < len(train_data):  # data-loader workers got the signal too, and are gone
-            self._write(epoch_idx - 1, _EpochProgress(steps, total.item(), perf_counter() - start))
-            raise RunInterrupted(self._stop_request())
+            self._write_checkpoint(epoch_idx - 1, _EpochProgress(steps, total.item(), perf_counter() - start))
+            raise RunInterrupted(self._global_stop_signal())
         loss = total.item()
         seconds = round(perf_counter() - start, 3)
         self._epoch = {"epoch": epoch_idx, "loss": loss / len(train_data), "seconds": seconds}
         if not self.validates or (epoch_idx + 1) % self.eval_step:
-            self._report({})
+            self._log_epoch({})
             if self.validates:  # else it is kept with the weights
                 self.train_loss_dict[epoch_idx] = loss
-                self._keep(epoch_idx)
+                self._checkpoint_epoch(epoch_idx)
         return loss
 
-    def _after(self, steps: int, train_data: Any) -> Iterator[Interaction]:
+    def _remaining_batches(self, steps: int, train_data: Any) -> Iterator[Interaction]:
         """An epoch's batches without the first ones, which were trained before the run was stopped.
 
         Those are drawn all the same, since later ones depend on it; what they drew from other generators
@@ -268,10 +270,10 @@ class RunTrainer(Trainer):
             next(batches)
         if steps:
             checkpoint.set_random_state(self.device, *state)
-        while (batch := self._next(batches)) is not None:
+        while (batch := self._next_batch(batches)) is not None:
             yield batch
 
-    def _next(self, batches: Iterator[Interaction]) -> Interaction | None:
+    def _next_batch(self, batches: Iterator[Interaction]) -> Interaction | None:
         """The next batch; None at the end, or where the signal that asks to stop has killed the workers."""
         try:
             return next(batches, None)
@@ -280,18 +282,18 @@ class RunTrainer(Trainer):
                 raise
             return None
 
-    def _is_due(self) -> bool:
+    def _checkpoint_is_due(self) -> bool:
         minutes: float = self.config["checkpoint_minutes"]
         return perf_counter() - self._kept_at > 60 * minutes
 
-    def _stop_request(self) -> int:
+    def _global_stop_signal(self) -> int:
         """The signal that asks the run to stop, 0 if none does, whichever process it came to."""
         return distributed.reduce_max(self._request.signal or 0, self.device)
 
-    def _step(self, batch: Interaction, dense: bool) -> Tensor:
+    def _train_step(self, batch: Interaction, dense: bool) -> Tensor:
         """One step of the optimiser on a batch, this process's rows of it; returns the loss of all."""
         self.optimizer.zero_grad()
-        own, share = self._own_rows(batch, dense)
+        own, share = self._shard_batch(batch, dense)
         loss = torch.zeros((), device=self.device)
         if len(own):
             with torch.autocast(self.device.type) if self.enable_amp else nullcontext():
@@ -309,11 +311,11 @@ class RunTrainer(Trainer):
             self.average.update()
         return loss
 
-    def _averaged(self) -> AbstractContextManager[None]:
+    def _averaged_weights(self) -> AbstractContextManager[None]:
         """The weights that are judged: their average, if the run takes one."""
-        return nullcontext() if self.average is None else self.average.in_place()
+        return nullcontext() if self.average is None else self.average.average_parameters()
 
-    def _own_rows(self, batch: Interaction, dense: bool) -> tuple[Interaction, float]:
+    def _shard_batch(self, batch: Interaction, dense: bool) -> tuple[Interaction, float]:
         """This process's rows of a batch, and their share of its targets, which weighs their mean loss."""
         if distributed.world_size() == 1:
             return batch, 1.0
@@ -323,19 +325,19 @@ class RunTrainer(Trainer):
         lengths = self.config["ITEM_LIST_LENGTH_FIELD"]
         return own, float(own[lengths].sum() / batch[lengths].sum())
 
-    def _progress(
+    def _progress_bar(
         self, steps: Iterable[Any], what: str, shown: bool, total: int | None = None
     ) -> Iterable[Any]:
         shown = shown and distributed.is_main_process()
         return tqdm(steps, desc=what, total=total, leave=False, ncols=100) if shown else steps
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
-        with self._averaged():
+        with self._averaged_weights():
             score, result = super()._valid_epoch(valid_data, show_progress)
-        self._report(result)
+        self._log_epoch(result)
         return score, result
 
-    def _report(self, result: dict[str, float]) -> None:
+    def _log_epoch(self, result: dict[str, float]) -> None:
         """One line of log and one of history.csv for the epoch that has just ended."""
         row = {**self._epoch, **{f"valid.{k}": v for k, v in result.items()}}
         words = f"epoch {row['epoch']:>3}  loss {row['loss']:.4f}  {row['seconds']:.1f} s"
@@ -357,14 +359,14 @@ class RunTrainer(Trainer):
         if epoch < 0:  # RecBole's, when there is no epoch left to train
             return
         if distributed.is_main_process():
-            with self._averaged():
+            with self._averaged_weights():
                 about = {"epoch": str(epoch), "score": str(float(self.best_valid_score))}
                 write_tensors(Path(self.saved_model_file), self.model.state_dict(), about)
         self.best_epoch = epoch
         if not self.validates:
-            self._keep(epoch)
+            self._checkpoint_epoch(epoch)
 
-    def finish(self) -> None:
+    def remove_checkpoint(self) -> None:
         """Take away what is only needed to go on."""
         if distributed.is_main_process():
             (self.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
@@ -377,7 +379,7 @@ class RunTrainer(Trainer):
                 f"learning_rate (now {self.learning_rate}) or set clip_grad_norm: {{max_norm: 5}}{kept}"
             )
 
-    def load_best(self) -> None:
+    def load_best_weights(self) -> None:
         """Put the best weights back into the model."""
         if distributed.is_main_process():
             weights, _ = read_tensors(Path(self.saved_model_file), str(self.device))
@@ -403,10 +405,10 @@ class RunTrainer(Trainer):
         if model_file not in (None, self.saved_model_file):
             raise ValueError(f"model_file: {model_file!r} is not of this run; it has {self.saved_model_file}")
         if load_best_model:
-            self.load_best()
-        return self._metrics(self._rank(eval_data, (ALL,), show_progress), ALL)
+            self.load_best_weights()
+        return self._protocol_metrics(self._rank_rows(eval_data, (ALL,), show_progress), ALL)
 
-    def evaluate_all(self, data: Any) -> EvaluationResult:
+    def evaluate_protocols(self, data: Any) -> EvaluationResult:
         """Metrics under every protocol, from one scoring.
 
         With the user's history in the ranking (`all`), without it (`unseen`, where a target that
@@ -416,17 +418,17 @@ class RunTrainer(Trainer):
         Args:
             data: the loader of the rows to evaluate, from a `HistoryDataset`.
         """
-        ranking = self._rank(data, (ALL, UNSEEN), False)
-        metrics = {name: self._metrics(ranking, name) for name in ranking.items}
+        ranking = self._rank_rows(data, (ALL, UNSEEN), False)
+        metrics = {name: self._protocol_metrics(ranking, name) for name in ranking.items}
         new = ranking.with_new_targets()
-        metrics[NEW] = self._metrics(new, NEW) if len(new.targets) else {}
-        return EvaluationResult(metrics, Breakdown.of(ranking, data.dataset))
+        metrics[NEW] = self._protocol_metrics(new, NEW) if len(new.targets) else {}
+        return EvaluationResult(metrics, Breakdown.from_ranking(ranking, data.dataset))
 
-    def _rank(self, data: Any, protocols: Collection[str], show_progress: bool) -> Ranking:
+    def _rank_rows(self, data: Any, protocols: Collection[str], show_progress: bool) -> Ranking:
         self.model.eval()
         self.tot_item_num = data.dataset.item_num
         self.item_tensor = data.dataset.get_item_feature().to(self.device)
-        progress = partial(self._progress, what="evaluate  ", shown=show_progress)
+        progress = partial(self._progress_bar, what="evaluate  ", shown=show_progress)
         return rank_items(self.score, data, progress, protocols)
 
     def score(self, interaction: Interaction) -> Tensor:
@@ -434,7 +436,7 @@ class RunTrainer(Trainer):
         scores: Tensor = self._full_sort_batch_eval((interaction, None, None, None))[1]
         return scores
 
-    def _metrics(self, ranking: Ranking, protocol: str) -> dict[str, float]:
+    def _protocol_metrics(self, ranking: Ranking, protocol: str) -> dict[str, float]:
         """The metrics of a ranking: RecBole's, some of them by the textbook (`metric_definitions`).
 
         RecBole wants places as a 0/1 matrix with the number of targets last.
@@ -447,10 +449,10 @@ class RunTrainer(Trainer):
         data.set("rec.topk", torch.cat([hits, torch.ones(len(hits), 1, dtype=hits.dtype)], dim=1))
         metrics = {name: float(value) for name, value in self.evaluator.evaluate(data).items()}
         if self.config["metric_definitions"] == "textbook":
-            metrics |= self._textbook(ranking.items[protocol].numpy(), metrics)
+            metrics |= self._textbook_metrics(ranking.items[protocol].numpy(), metrics)
         return metrics
 
-    def _textbook(self, items: np.ndarray, names: Iterable[str]) -> dict[str, float]:
+    def _textbook_metrics(self, items: np.ndarray, names: Iterable[str]) -> dict[str, float]:
         """Of metrics such as giniindex@10 those that RecBole defines otherwise than the textbook."""
         metrics = {}
         for name in names:

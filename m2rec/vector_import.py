@@ -41,7 +41,7 @@ class ImportedVectors:
             raise ValueError(f"--ids: {path} has no tokens; give a file with one per line, in its order")
         if self.suffix != ".npy" and ids is not None:
             raise ValueError(f"--ids: {ids} is only for .npy, {path} has tokens of its own; leave it out")
-        self.decisive = {
+        self.fingerprint_fields = {
             "model": name or path.name,
             "vectors_sha256": _hash_vector_file(path),
             "ids_sha256": _hash_vector_file(ids) if ids else "",

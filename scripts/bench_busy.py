@@ -82,7 +82,7 @@ def build_query_call(
     encoder.eval()
     with torch.no_grad():
         table = encoder.item_table()
-        ready = encoder.projected(table)
+        ready = encoder.make_inference_copy(table)
 
     @torch.no_grad()
     def call() -> None:

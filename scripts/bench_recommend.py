@@ -58,7 +58,7 @@ class RecBoleBaseline:
         self.histories = [[tokens[item] for item in items[:length]] for items, length in pairs]
 
     @torch.no_grad()
-    def top(self, start: int, stop: int) -> torch.Tensor:
+    def top_items(self, start: int, stop: int) -> torch.Tensor:
         """Internal ids of the best items of some users, (B, K)."""
         from recbole.utils.case_study import full_sort_topk  # once compat has mended what it needs
 
@@ -68,7 +68,7 @@ class RecBoleBaseline:
 
 def compare_top_items(recommender: Recommender, rival: RecBoleBaseline, n: int) -> None:
     """Both must find the same items, but for ties."""
-    expected = rival.top(0, n).tolist()
+    expected = rival.top_items(0, n).tolist()
     for row, found in zip(
         expected, recommender.recommend_batch(rival.histories[:n], K, exclude_seen=False), strict=True
     ):
@@ -96,7 +96,7 @@ def build_million_item_recommender(model: trained.SavedModel) -> Recommender:
     noise = torch.randn(len(copied), model.table.shape[1], generator=generator)
     table = model.table[source]
     table[n_items:] += noise.to(table) * model.table[1:].std() / 2
-    encoder = model.encoder.projected(table)
+    encoder = model.encoder.make_inference_copy(table)
     encoder.available = None if encoder.available is None else encoder.available[source]
     for layer in encoder.layers:
         if isinstance(layer.text, ProjectedText):
@@ -154,11 +154,11 @@ def main() -> None:
         f"recommend, {args.length:,} items": lambda: recommender.recommend(history, K),
         f"live event and ranking, {args.length:,} items": build_live_event(recommender, history),
         f"live event and ranking, {50 * args.length:,} items": build_live_event(recommender, 50 * history),
-        "RecBole, one user": lambda: rival.top(0, 1),
+        "RecBole, one user": lambda: rival.top_items(0, 1),
     }
     many = {
         "recommend_batch": lambda: list(recommender.recommend_batch(rival.histories, K)),
-        "RecBole, batches": lambda: [rival.top(i, i + args.batch) for i in range(0, n, args.batch)],
+        "RecBole, batches": lambda: [rival.top_items(i, i + args.batch) for i in range(0, n, args.batch)],
     }
     rows: list[Row] = [
         {"what": name, "ms": seconds * 1e3, "per second": 1 / seconds}

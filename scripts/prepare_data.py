@@ -240,13 +240,13 @@ class DatasetPreparation:
         found = DatasetStatistics(self.options.dataset)
         self.inter.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write_atomically(self.inter, lambda temporary: self._write_all(temporary, found))
+            write_atomically(self.inter, lambda temporary: self._write_files(temporary, found))
         finally:
             with suppress(OSError):  # it stays unless it is empty
                 self.inter.parent.rmdir()
         return found
 
-    def _write_all(self, inter: Path, found: DatasetStatistics) -> None:
+    def _write_files(self, inter: Path, found: DatasetStatistics) -> None:
         """Both files: the interactions take their place last, when the items have theirs."""
         with inter.open("w", encoding="utf-8", newline="\n") as file:
             self._write_interactions(file, found)
@@ -259,7 +259,7 @@ class DatasetPreparation:
         file.write("\t".join(columns) + "\n")
         tally = Tally(self.interactions, self.options.max_bad)
         records = self.format.interactions(tally, self.options.time_unit)
-        for record in self._wanted(iterate_with_progress(records, tally)):
+        for record in self._filter_interactions(iterate_with_progress(records, tally)):
             user, item, time, rating = record
             cells = [user, item, format_decimal(time)]
             if rated:
@@ -279,7 +279,7 @@ class DatasetPreparation:
             left = f" with {' '.join(limits)}" if limits else ""
             raise ValueError(f"{self.interactions}: no interactions in it{left}; is it the right file?")
 
-    def _wanted(self, records: Iterator[RawInteraction]) -> Iterator[RawInteraction]:
+    def _filter_interactions(self, records: Iterator[RawInteraction]) -> Iterator[RawInteraction]:
         """Those with enough rating, and each once with --drop-repeats."""
         least, seen, repeats = self.options.min_rating, set[bytes](), 0
         for record in records:

@@ -130,17 +130,17 @@ class SweepRunner:
 
     def run(self) -> int:
         """Run what is missing; returns 1 if anything failed or was left to another sweep."""
-        cells = self._missing()
+        cells = self._select_pending_runs()
         self.folder.mkdir(parents=True, exist_ok=True)
         failures: list[str] = []
         with ThreadPoolExecutor(self.jobs) as pool, tqdm(total=len(cells), unit="run") as bar:
             try:
-                under_way = {pool.submit(self._guarded, cell): cell for cell in cells}
+                under_way = {pool.submit(self._run_with_lock, cell): cell for cell in cells}
                 for done in as_completed(under_way):
                     cell, problem = under_way[done], done.result()
                     bar.update()
                     name = f"{cell.dataset}, {cell.variant}, seed {cell.seed}"
-                    bar.write(f"{name}: {problem or self._found(cell)}", file=sys.stderr)
+                    bar.write(f"{name}: {problem or self._describe_result(cell)}", file=sys.stderr)
                     failures += [name] if problem else []
             except KeyboardInterrupt:
                 self.stop.set()
@@ -154,15 +154,19 @@ class SweepRunner:
         print(self.csv)
         return int(bool(failures))
 
-    def _missing(self) -> list[PlannedRun]:
+    def _select_pending_runs(self) -> list[PlannedRun]:
         """The chosen cells without a row of their settings, or with --again those with one."""
         known = {read_run_key(row) for row in read_result_rows(self.known)}
-        cells = [cell for cell in self._chosen() if (make_run_key(cell) in known) == self.options.again]
+        cells = [
+            cell
+            for cell in self._select_planned_runs()
+            if (make_run_key(cell) in known) == self.options.again
+        ]
         if self.options.again and not cells:
             raise ValueError(f"--again: {self.known} has no row of these runs with today's settings")
         return cells
 
-    def _chosen(self) -> list[PlannedRun]:
+    def _select_planned_runs(self) -> list[PlannedRun]:
         """The cells of the variants, data sets and seeds that the command line names, all by default.
 
         Raises:
@@ -183,11 +187,11 @@ class SweepRunner:
         variants, datasets, seeds = (names or known for _, _, names, known in choices)
         return [
             cell
-            for cell in sweep.cells()
+            for cell in sweep.planned_runs()
             if cell.variant in variants and cell.dataset in datasets and cell.seed in seeds
         ]
 
-    def _found(self, cell: PlannedRun) -> str:
+    def _describe_result(self, cell: PlannedRun) -> str:
         """What a finished run came to, for the screen; with --again, what the first one did."""
         found = f"done, {_format_row_metrics(self.csv, cell)}"
         return (
@@ -196,7 +200,7 @@ class SweepRunner:
             else found
         )
 
-    def _guarded(self, cell: PlannedRun) -> str | None:
+    def _run_with_lock(self, cell: PlannedRun) -> str | None:
         """Run a cell unless another sweep is at it; what went wrong, or None."""
         if self.stop.is_set():
             return "stopped"
@@ -209,29 +213,29 @@ class SweepRunner:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     return "another process is at it"
-                return self._run(cell, folder, lock.fileno(), slot)
+                return self._run_planned(cell, folder, lock.fileno(), slot)
         except (ValueError, OSError) as error:
             return str(error)
         finally:
             self.slots.put(slot)
 
-    def _run(self, cell: PlannedRun, folder: Path, lock: int, gpu: str | None) -> str | None:
+    def _run_planned(self, cell: PlannedRun, folder: Path, lock: int, gpu: str | None) -> str | None:
         """Run a cell and keep its row; a finished run that is only missing in the CSV is taken as it is."""
-        if cell not in Sweep.read(self.sweep.path).cells():
+        if cell not in Sweep.read(self.sweep.path).planned_runs():
             return f"{self.sweep.path} has changed; start the sweep again"
         settings = format_settings(cell.keys)
         known = folder / RUN_SETTINGS_FILE
         current = known.is_file() and known.read_text(encoding="utf-8") == settings
-        row = self._row(cell, folder) if current else None
+        row = self._reuse_finished_run(cell, folder) if current else None
         if row is None:
             if not self.options.allow_dirty:
                 check_committed_code()  # somebody may have gone on working
             stopped = find_resumable_run(folder) if current else None
-            status = self._call(cell, folder, gpu, stopped, lock) if stopped else None
+            status = self._run_training_process(cell, folder, gpu, stopped, lock) if stopped else None
             if status in (None, CannotResume.exit_status) and not self.stop.is_set():
                 _remove_earlier_runs(folder)
                 write_text(known, settings)
-                status = self._call(cell, folder, gpu, None, lock)
+                status = self._run_training_process(cell, folder, gpu, None, lock)
             if status:
                 last = (folder / RUN_LOG_FILE).read_text(encoding="utf-8").strip().splitlines()[-1]
                 return f"failed: {last} ({folder / RUN_LOG_FILE})"
@@ -239,10 +243,10 @@ class SweepRunner:
             if finished is None:
                 return f"failed: no run in {folder}"
             row = build_result_row(cell, finished)
-        self._keep(cell, row)
+        self._save_result_row(cell, row)
         return None
 
-    def _row(self, cell: PlannedRun, folder: Path) -> dict[str, Any] | None:
+    def _reuse_finished_run(self, cell: PlannedRun, folder: Path) -> dict[str, Any] | None:
         """The row of a run that is finished, if there is one that today's code can read.
 
         What is run again must be of today's code, too.
@@ -258,15 +262,21 @@ class SweepRunner:
         logger.info("%s is taken as it is, of commit %s", finished, row["commit"])
         return row
 
-    def _call(self, cell: PlannedRun, folder: Path, gpu: str | None, resumes: Path | None, lock: int) -> int:
+    def _run_training_process(
+        self, cell: PlannedRun, folder: Path, gpu: str | None, resumes: Path | None, lock: int
+    ) -> int:
         """run_mm.py in a process of its own; its exit status."""
-        command = [sys.executable, str(ROOT / "run_mm.py"), *self._arguments(cell, folder, gpu, resumes)]
+        command = [
+            sys.executable,
+            str(ROOT / "run_mm.py"),
+            *self._build_arguments(cell, folder, gpu, resumes),
+        ]
         with (folder / RUN_LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(f"{shlex.join(command)}\n")
             file.flush()
             # the lock lives as long as the run does, whatever becomes of this process
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=file, stderr=file, env=self._environment(), pass_fds=(lock,)
+                command, cwd=ROOT, stdout=file, stderr=file, env=self._build_environment(), pass_fds=(lock,)
             )
             self.running.add(process)
             if self.stop.is_set():  # between the look at it and now
@@ -276,7 +286,9 @@ class SweepRunner:
             finally:
                 self.running.discard(process)
 
-    def _arguments(self, cell: PlannedRun, folder: Path, gpu: str | None, resumes: Path | None) -> list[str]:
+    def _build_arguments(
+        self, cell: PlannedRun, folder: Path, gpu: str | None, resumes: Path | None
+    ) -> list[str]:
         path = self.options.data_path
         values = {"dataset": cell.dataset, **cell.keys, "seed": cell.seed, "runs_dir": str(folder.resolve())}
         values |= {"data_path": str(Path(path).resolve())} if path else {}
@@ -285,15 +297,15 @@ class SweepRunner:
         values |= {"show_progress": False, **({"gpu_id": gpu} if gpu else {})}
         return [format_argument(key, value) for key, value in values.items()]
 
-    def _environment(self) -> dict[str, str]:
+    def _build_environment(self) -> dict[str, str]:
         return {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.jobs))}
 
-    def _keep(self, cell: PlannedRun, row: dict[str, Any]) -> None:
+    def _save_result_row(self, cell: PlannedRun, row: dict[str, Any]) -> None:
         """Put a row into the CSV, in the sweep's order, in the place of an earlier one of its cell."""
         with lock_path(self.sweep.path):
             rows = {read_run_key(row)[:3]: row for row in read_result_rows(self.csv)}
             rows[make_run_key(cell)[:3]] = row
-            order = [key for one in self.sweep.cells() if (key := make_run_key(one)[:3]) in rows]
+            order = [key for one in self.sweep.planned_runs() if (key := make_run_key(one)[:3]) in rows]
             order += [key for key in rows if key not in order]
             write_result_rows(self.csv, [rows[key] for key in order])
 

@@ -52,7 +52,7 @@ def write_inter(
 
 
 def random_rows(n_users: int = 30, n_items: int = 20, longest: int = 25, seed: int = 0) -> Rows:
-    """Histories of 1 to `longest` items with tied times, in shuffled file order."""
+    """Histories of 1 to `longest_record` items with tied times, in shuffled file order."""
     rng = np.random.default_rng(seed)
     rows = []
     for user in range(n_users):

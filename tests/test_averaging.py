@@ -33,7 +33,7 @@ def test_in_place_and_back():
     average = WeightEMA(model, 100)
     filled(model, 2.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with pytest.raises(RuntimeError, match="on purpose"), average.in_place():
+    with pytest.raises(RuntimeError, match="on purpose"), average.average_parameters():
         assert model.weight.unique().item() == 1.0
         raise RuntimeError("on purpose")
     assert model.weight.unique().item() == 2.0 and average.averages["weight"].unique().item() == 1.0

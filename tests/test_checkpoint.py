@@ -111,7 +111,7 @@ def test_another_number_of_threads_is_said(
 
 def stopped_in_an_epoch(values: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run to which SIGTERM came in that step of all; its folder."""
-    left, step = [steps], RunTrainer._step
+    left, step = [steps], RunTrainer._train_step
 
     def counted(self: RunTrainer, *batch: Any) -> torch.Tensor:
         left[0] -= 1
@@ -119,7 +119,7 @@ def stopped_in_an_epoch(values: dict[str, Any], steps: int, monkeypatch: pytest.
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *batch)
 
-    monkeypatch.setattr(RunTrainer, "_step", counted)
+    monkeypatch.setattr(RunTrainer, "_train_step", counted)
     with pytest.raises(RunInterrupted) as stop:
         run_experiment(build_config(values))
     monkeypatch.undo()
@@ -172,13 +172,13 @@ def test_a_checkpoint_every_few_minutes_within_an_epoch(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     kept: list[int] = []
-    write = RunTrainer._write
+    write = RunTrainer._write_checkpoint
 
     def counted(self: RunTrainer, epoch: int, partial: Any) -> None:
         kept.append(partial.steps)
         write(self, epoch, partial)
 
-    monkeypatch.setattr(RunTrainer, "_write", counted)
+    monkeypatch.setattr(RunTrainer, "_write_checkpoint", counted)
     values = small(toy, epochs=1, text_vectors="none", train_batch_size=7, runs_dir=str(tmp_path / "runs"))
     run_experiment(build_config({**values, "checkpoint_minutes": 1e-9}))
     assert kept == [1, 2, 3, 4, 5, 0]

@@ -99,7 +99,7 @@ def test_mamba4rec_is_m2rec_with_settings():
         "mamba",
         "mamba4rec",
     )
-    assert not settings.wants_text
+    assert not settings.uses_text
     assert config["rows"] == "prefix"
 
 

@@ -100,7 +100,7 @@ def test_autocast_does_not_reach_the_filter_of_the_last_position():
 def test_text_projected_once_changes_nothing(settings: dict[str, Any]):
     made, (items, lengths) = encoder(**settings).double(), histories(3, L, 7)
     before = {name: value.clone() for name, value in made.state_dict().items()}
-    twin = made.projected(made.item_table())
+    twin = made.make_inference_copy(made.item_table())
     torch.testing.assert_close(twin(items, lengths), made(items, lengths))
     torch.testing.assert_close(twin.item_table(), made.item_table())
     assert twin.layers[0].norm.weight is made.layers[0].norm.weight

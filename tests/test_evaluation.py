@@ -20,9 +20,9 @@ def test_places():
     items = torch.tensor([[4, 7, 2], [7, 4, 2], [5, 6, 3]])
     returning = torch.tensor([False, True, False])
     ranking = Ranking(torch.tensor([4, 2, 9]), returning, {"all": items, "unseen": items.flip(1)})
-    assert ranking.places("all").tolist() == [1, 3, 0]
-    assert ranking.places("unseen").tolist() == [3, 1, 0]
-    assert ranking.with_new_targets().places("new").tolist() == [3, 0]
+    assert ranking.target_ranks("all").tolist() == [1, 3, 0]
+    assert ranking.target_ranks("unseen").tolist() == [3, 1, 0]
+    assert ranking.with_new_targets().target_ranks("new").tolist() == [3, 0]
 
 
 def test_a_target_that_was_taken_out_has_no_place():
@@ -42,12 +42,12 @@ def made() -> Breakdown:
         popularity=np.array([0, 5, 101]),
         history=np.array([5, 6, 6]),
         returning=np.array([False, False, True]),
-        places={"test": np.array([1, 2, 3]), "test_unseen": np.array([1, 2, 0])},
+        target_ranks={"test": np.array([1, 2, 3]), "test_unseen": np.array([1, 2, 0])},
     )
 
 
 def test_breakdown_by_bucket():
-    table = made().table([10], 4)
+    table = made().metrics_by_bucket([10], 4)
     assert list(table["popularity"]) == ["0", "1-5", "101+"]
     assert list(table["history"]) == ["1-5", "6-20"]
     assert table["popularity"]["101+"] == {
@@ -66,7 +66,7 @@ def test_breakdown_by_bucket():
 
 
 def test_ranks_are_written_a_line_per_user(tmp_path: Path):
-    made().write(tmp_path / "ranks.csv")
+    made().write_csv(tmp_path / "ranks.csv")
     with (tmp_path / "ranks.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert lines[1] == {

@@ -31,13 +31,13 @@ def made() -> Histories:
 
 def test_before():
     histories = made()
-    owner, items = histories.before(np.array([7, 3]), "test")
+    owner, items = histories.items_before_target(np.array([7, 3]), "test")
     assert list(zip(owner, items, strict=True)) == [(0, 10), (0, 31), (1, 10), (1, 11), (1, 12)]
-    assert histories.before(np.array([3]), "valid")[1].tolist() == [10, 11]
-    assert histories.lengths(np.array([7, 3]), "test").tolist() == [2, 3]
-    assert histories.before(np.array([], dtype=int), "test")[1].tolist() == []
+    assert histories.items_before_target(np.array([3]), "valid")[1].tolist() == [10, 11]
+    assert histories.lengths_before_target(np.array([7, 3]), "test").tolist() == [2, 3]
+    assert histories.items_before_target(np.array([], dtype=int), "test")[1].tolist() == []
 
 
 def test_trained_counts_inputs_and_targets_but_no_lone_item():
-    counts = made().trained(33)
+    counts = made().training_counts(33)
     assert {item: int(counts[item]) for item in counts.nonzero()[0]} == {10: 2, 11: 1, 31: 1}

@@ -56,7 +56,7 @@ def test_the_gate(prepared: tuple):
     for bucket, (low, high) in {"3-5": (3, 5), "6-10": (6, 10)}.items():
         inside = there & (place >= low) & (place <= high)
         assert gate["by_position"][bucket] == pytest.approx(mean[inside].mean(0).tolist(), abs=1e-4)
-    counts = torch.from_numpy(test.histories.trained(test.item_num))[items]
+    counts = torch.from_numpy(test.histories.training_counts(test.item_num))[items]
     inside = there & (counts >= 6) & (counts <= 20)
     assert gate["by_popularity"]["6-20"] == pytest.approx(mean[inside].mean(0).tolist(), abs=1e-4)
 
@@ -108,7 +108,7 @@ def test_gaps_are_in_the_files_unit(tmp_path: Path):
     write_inter(tmp_path, "gaps", [*rows, ("b", "i3", 85), ("b", "i1", 245), ("b", "i2", 565)])
     config = build_config(small(tmp_path, dataset="gaps", text_vectors="none"))
     dataset, _ = load_data(config)
-    assert dataset.gaps == tuple(np.quantile([10, 20, 40, 80, 160, 320], [0.25, 0.5, 0.75]))
+    assert dataset.gap_quartiles == tuple(np.quantile([10, 20, 40, 80, 160, 320], [0.25, 0.5, 0.75]))
 
 
 def test_a_baseline_has_examples_only(toy: Path):

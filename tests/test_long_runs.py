@@ -16,13 +16,13 @@ STEPS = int(os.environ.get("M2REC_STEPS", "200"))
 
 
 def test_memory_files_and_threads_stay_flat(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    process, seen, step = psutil.Process(), [], RunTrainer._step
+    process, seen, step = psutil.Process(), [], RunTrainer._train_step
 
     def watched(self: RunTrainer, *batch: Any) -> Any:
         seen.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
         return step(self, *batch)
 
-    monkeypatch.setattr(RunTrainer, "_step", watched)
+    monkeypatch.setattr(RunTrainer, "_train_step", watched)
     epochs = -(-STEPS // 6)
     values = small(toy, epochs=epochs, stopping_step=epochs, text_vectors="none", train_batch_size=7)
     train_model(prepare_run(build_config({**values, "average_epochs": 0.5, "runs_dir": str(tmp_path)})))

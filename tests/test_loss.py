@@ -137,7 +137,7 @@ def test_gbce_by_hand(bias: float):
     x, targets, table = made()
     repeats = seen(S, torch.tensor(bias))
     raised = torch.zeros(S, V)
-    raised[repeats.pairs(0, S)] = bias
+    raised[repeats.find_seen_pairs(0, S)] = bias
     negatives = torch.tensor([[1, 2, 3], [4, 5, 6]])
     t, alpha = 0.5, 3 / (V - 1)
     beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)  # equation 13
@@ -161,7 +161,7 @@ def test_bpr_by_hand():
 
     repeats = seen(S, torch.tensor(3.0))
     raised = torch.zeros(S, V)
-    raised[repeats.pairs(0, S)] = 3.0
+    raised[repeats.find_seen_pairs(0, S)] = 3.0
     difference += raised[torch.arange(S), targets] - raised[torch.arange(S), negatives]
     expected = torch.log(1 + torch.exp(-difference)).mean()
     assert torch.allclose(bpr(x, targets, lambda ids: table[ids], negatives, repeats), expected, atol=1e-5)

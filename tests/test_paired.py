@@ -169,4 +169,4 @@ def test_tokens_stay_text(tmp_path: Path):
     (tmp_path / "test_ranks.csv").write_text("user,item,test,test_unseen\n01,NA,1,0\n1,x,2,3\n")
     ranks = paired.read_target_ranks(tmp_path)
     assert list(ranks.targets.index) == ["01", "1"] and list(ranks.targets) == ["NA", "x"]
-    assert ranks.places.tolist() == [[1, 0], [2, 3]]
+    assert ranks.values.tolist() == [[1, 0], [2, 3]]

@@ -76,7 +76,7 @@ def test_rows_are_those_of_whole_histories(data: Path):
     assert given.counts["interactions"] == sum(map(len, by_hand.values()))
     assert given.histories and whole.histories
     counts = [
-        dict(zip(d.field2id_token["item_id"], d.histories.trained(d.item_num), strict=True))
+        dict(zip(d.field2id_token["item_id"], d.histories.training_counts(d.item_num), strict=True))
         for d in (whole, given)
     ]
     assert counts[0] == counts[1]

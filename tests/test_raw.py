@@ -301,7 +301,7 @@ def test_a_malformed_line_does_not_settle_the_unit(tmp_path: Path):
     path = written(tmp_path, "\n".join(json.dumps(line) for line in [*odd, good, *odd]), "r.json")
     tally = Tally(path, max_bad=1)
     assert list(FORMATS["amazon-2018"].interactions(tally)) == [event("u", "i", "1000000000", "5")]
-    assert tally.bad == 6 and tally.notes == ["timestamps read as milliseconds"]
+    assert tally.malformed_count == 6 and tally.notes == ["timestamps read as milliseconds"]
 
 
 @pytest.mark.parametrize("kind", raw.TABLE_KINDS)
@@ -322,7 +322,7 @@ def test_blanks_around_ids(tmp_path: Path, kind: str):
     assert [(user, item) for user, item, *_ in read] == [
         ("u1", "i"), ("u1", "i"), ("u1", "i"), ("u 1", "i"), ("u1", "i"),
     ]  # fmt: skip
-    assert tally.bad == 1  # no user but blanks
+    assert tally.malformed_count == 1  # no user but blanks
     first = "' i ' in line 2" if kind == "csv" else "'i ' in line 1"
     assert tally.notes[1:] == [f"blanks around ids were removed: 8, the first from {first}"]
     items = Tally(path, max_bad=1)

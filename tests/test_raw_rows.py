@@ -57,7 +57,7 @@ def test_paths():
 )  # fmt: skip
 def test_what_is_no_list(value: object, reason: str):
     found, tally = apart([{"items": value}, {"items": [3]}], "items[]")
-    assert found == [(3,)] and tally.bad == 1 and reason in tally.examples[0]
+    assert found == [(3,)] and tally.malformed_count == 1 and reason in tally.examples[0]
 
 
 elements = st.lists(st.fixed_dictionaries({"i": st.sampled_from(["a", "b", "", "x\ty"])}), max_size=4)
@@ -79,7 +79,7 @@ def test_every_element_is_an_interaction_or_is_said(
     assert [int(record.time) for record in found] == list(range(1, len(found) + 1))
     empty = sum(value == [] for value in lists)
     assert tally.rows == sum(len(value or "x") for value in lists)
-    assert tally.rows == len(found) + tally.bad + empty
+    assert tally.rows == len(found) + tally.malformed_count + empty
     said = [f"empty lists, of which nothing comes: {empty}"] if empty else []
     assert tally.notes[: len(said)] == said
 
@@ -144,7 +144,7 @@ def test_what_can_not_be_compared_is_malformed():
     tally = Tally(Path("x"), max_bad=1)
     rows: list[RawRow] = [{"a": "good"}, {"a": [1]}, {"a": 5}, {"a": None}]
     found = list(filter_rows(rows_of(rows, tally), [RowCondition.parse("a>=4")], tally))
-    assert found == [(3, {"a": 5})] and tally.bad == 2
+    assert found == [(3, {"a": 5})] and tally.malformed_count == 2
     assert tally.examples == ["line 1: --keep: 'good' is no number", "line 2: --keep: [1] can't be compared"]
     assert tally.notes == ["left out by --keep 'a>=4': 1 rows"]
 

@@ -126,7 +126,7 @@ def test_only_some_may_be_recommended(folder: Path):
 def test_after_nothing_the_popular_items(folder: Path, toy: Path, caplog: pytest.LogCaptureFixture):
     recommender = Recommender.load(folder)
     dataset, _ = experiment.load_data(build_config(small(toy)))
-    counts = dataset.histories.trained(dataset.item_num)
+    counts = dataset.histories.training_counts(dataset.item_num)
     found = recommender.recommend([], k=30)
     assert [r.score for r in found] == sorted(counts[1:], reverse=True) and len(found) == 20
     assert all(counts[recommender.to_ids([r.item])[0]] == r.score for r in found)
@@ -251,9 +251,9 @@ def test_a_runs_own_folder_is_left_alone(folder: Path, tmp_path: Path, name: str
 def test_saving_leaves_nothing_of_another_model(folder: Path, tmp_path: Path):
     recommender = Recommender.load(folder)
     recommender.save(tmp_path / "saved")
-    Recommender(replace(recommender._model, counts=(), titles={})).save(tmp_path / "saved")
+    Recommender(replace(recommender._model, item_counts=(), titles={})).save(tmp_path / "saved")
     loaded = Recommender.load(tmp_path / "saved")
-    assert loaded.titles == {} and loaded._model.counts == ()
+    assert loaded.titles == {} and loaded._model.item_counts == ()
 
 
 def test_added_items_are_saved(folder: Path, tmp_path: Path, vectors: Path):

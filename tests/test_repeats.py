@@ -28,7 +28,7 @@ def test_first_occurrences():
 
 def test_pairs_are_the_items_seen_each_once():
     for start, stop in ((0, 6), (2, 4), (4, 100)):
-        position, item = made().pairs(start, stop)
+        position, item = made().find_seen_pairs(start, stop)
         expected = {(i, j) for i, items in enumerate(SEEN[start:stop]) for j in items}
         assert sorted(expected) == sorted(zip(position.tolist(), item.tolist(), strict=True))
 
@@ -43,7 +43,7 @@ def test_bias_of_shared_items(size: int):
     """Items out of order, some drawn twice, some that nobody has seen; the last group may have fewer."""
     groups = -(-len(SEEN) // size)
     items = torch.tensor([[5, 2, 5, 9, 1], [4, 3, 1, 1, 2], [2, 2, 2, 2, 2]])[:groups]
-    found = made().of_shared(items, size)
+    found = made().bias_for_shared_items(items, size)
     assert found.shape == (groups, size, 5)
     for position, seen in enumerate(SEEN):
         group = position // size

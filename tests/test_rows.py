@@ -35,7 +35,7 @@ def test_json_lines_with_what_is_wrong_in_them(tmp_path: Path):
     content = b'\xef\xbb\xbf{"a": 1}\r\n\n[1]\n{"a": \n{"a": "\xe9"}\n"x"\n' + b"[" * 100_000 + b'\n{"a": 2}'
     tally = Tally(written(tmp_path, content), max_bad=1)
     assert list(rows.read_json_rows(tally)) == [(1, {"a": 1}), (8, {"a": 2})]
-    assert (tally.lines, tally.bad, len(tally.examples)) == (8, 5, 3)
+    assert (tally.lines, tally.malformed_count, len(tally.examples)) == (8, 5, 3)
     assert tally.examples[0] == "line 3: not an object with names and values"
     assert tally.examples[1].startswith("line 4: not JSON (")
     assert tally.examples[2] == "line 5: not UTF-8"
@@ -61,7 +61,7 @@ def test_python_dicts_are_read_and_never_run(tmp_path: Path):
         {"id": "7", "name": "café", "free": False, "path": r"C:\data", "none": None},
         {"id": "8", "free": False},
     ]
-    assert tally.bad == 7 and not (tmp_path / "ran").exists()
+    assert tally.malformed_count == 7 and not (tmp_path / "ran").exists()
 
 
 def test_a_line_that_is_too_long_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -145,11 +145,11 @@ def test_every_line_is_a_row_or_is_said(
     content = end.join([f"x{separator}y", *lines]) + (end if closed else "")
     tally = Tally(written(tmp_path, content), max_bad=1)
     found = list(rows.read_csv_records(tally, ["x", "y"]))
-    assert tally.lines == len(lines) + 1 == 1 + len(found) + tally.continued + tally.bad
+    assert tally.lines == len(lines) + 1 == 1 + len(found) + tally.continuation_lines + tally.malformed_count
     if separator in "\t|":
         whole = [tuple(line.split(separator)) for line in lines if line.count(separator) == 1]
         assert [(row["x"], row["y"]) for _, row in found] == whole
-        assert not tally.continued
+        assert not tally.continuation_lines
 
 
 @random_files
@@ -164,8 +164,12 @@ def test_what_csv_writes_comes_back(tmp_path: Path, table: list[tuple[str, str]]
     found = list(rows.read_csv_records(tally, ["x", "y"]))
     assert [(row["x"], row["y"]) for _, row in found] == table
     breaks = ["".join(cells).count("\n") for cells in table]
-    assert (tally.bad, tally.continued, tally.records) == (0, sum(breaks), sum(n > 0 for n in breaks))
-    assert tally.longest[0] == (max(breaks) + 1 if any(breaks) else 0)
+    assert (tally.malformed_count, tally.continuation_lines, tally.records) == (
+        0,
+        sum(breaks),
+        sum(n > 0 for n in breaks),
+    )
+    assert tally.longest_record[0] == (max(breaks) + 1 if any(breaks) else 0)
 
 
 def test_a_long_text_passes_and_an_open_quote_stops(tmp_path: Path):
@@ -173,7 +177,7 @@ def test_a_long_text_passes_and_an_open_quote_stops(tmp_path: Path):
     content = f'a,b\n1,"{review}\n"\n2,y\n'  # a record of 1,000 lines
     tally = Tally(written(tmp_path, content))
     assert [number for number, _ in rows.read_csv_records(tally, ["a"])] == [2, 1002]
-    assert tally.longest == (1000, 2)
+    assert tally.longest_record == (1000, 2)
     rest = "".join(f"{n},z\n" for n in range(3000))
     for start, line in (('1,"Heroes\n', 2), ('1,"two\nlines","Heroes\n', 3), ('1,y\n\n2,"two\n""lines\n', 4)):
         path = written(tmp_path, f"a,b\n{start}{rest}")
@@ -207,7 +211,10 @@ def test_columns_by_position(
     found = list(rows.read_csv_records(tally, names[:1], rows.CsvLayout(names, separator)))
     expected = [dict(zip(names, row, strict=True)) for row in cells]
     assert [row for _, row in found] == expected
-    assert tally.lines == len(found) + tally.continued + ("" in lines[:-1]) and tally.bad == 0
+    assert (
+        tally.lines == len(found) + tally.continuation_lines + ("" in lines[:-1])
+        and tally.malformed_count == 0
+    )
 
 
 def test_a_separator_with_a_header(tmp_path: Path):
@@ -276,7 +283,7 @@ def test_a_json_array(
         patch.setattr(rows, "CHUNK_BYTES", chunk)
         found = list(rows.read_json_rows(tally))
     assert found == [(n, row) for n, row in enumerate(objects, 1) if isinstance(row, dict)]
-    assert tally.lines == len(objects) == len(found) + tally.bad
+    assert tally.lines == len(objects) == len(found) + tally.malformed_count
     assert tally.position == len(content.encode()) + 1
 
 
@@ -340,8 +347,10 @@ def test_what_an_open_quote_swallows_is_counted(tmp_path: Path):
         ):
             tally = Tally(written(tmp_path, "\n".join(["a,b", "1,2", *lines])), max_bad=1)
             found = list(rows.read_csv_records(tally, ["a"]))
-            assert len(found) + tally.bad == 4 and tally.examples[0].startswith(first), tally.examples
-            assert [row["a"] for _, row in found] == ["1", "7"][: 4 - tally.bad]
+            assert len(found) + tally.malformed_count == 4 and tally.examples[0].startswith(first), (
+                tally.examples
+            )
+            assert [row["a"] for _, row in found] == ["1", "7"][: 4 - tally.malformed_count]
     finally:
         csv.field_size_limit(limit)
 
@@ -349,7 +358,7 @@ def test_what_an_open_quote_swallows_is_counted(tmp_path: Path):
 def test_blank_lines_are_no_rows(tmp_path: Path):
     tally = Tally(written(tmp_path, 'a,b\n\n1,"2\n\n3"\n\r\n4,5\n\n'))
     assert [number for number, _ in rows.read_csv_records(tally, ["a"])] == [3, 7]
-    assert (tally.lines, tally.continued, tally.bad) == (8, 2, 0)
+    assert (tally.lines, tally.continuation_lines, tally.malformed_count) == (8, 2, 0)
 
 
 def test_a_column_that_comes_twice(tmp_path: Path):
@@ -365,7 +374,7 @@ def test_csv_goes_on_after_what_is_wrong(tmp_path: Path):
     assert list(rows.read_csv_records(tally, ["a"])) == [(2, {"a": "1", "b": "2"})]
     assert tally.examples[:2] == ["line 3: 1 columns, the header has 2", "line 5: not UTF-8"]
     assert tally.remarks()[0].startswith("6 of 9 lines are malformed and left out: line 3: 1 columns")
-    assert tally.bad == 6  # the quote that is left open takes two lines with it
+    assert tally.malformed_count == 6  # the quote that is left open takes two lines with it
 
 
 @pytest.mark.parametrize(
@@ -477,7 +486,11 @@ def test_a_name_that_comes_twice_in_an_object(tmp_path: Path, read: Callable[[Ta
     path.write_text('{"user": "a", "item": "i"}\n{"user": "a", "item": "i", "item": "j"}\n')
     tally = Tally(path, max_bad=1.0)
     assert [row for _, row in read(tally)] == [{"user": "a", "item": "i"}]
-    assert tally.bad == 1 and "line 2: " in tally.examples[0] and "'item' comes twice" in tally.examples[0]
+    assert (
+        tally.malformed_count == 1
+        and "line 2: " in tally.examples[0]
+        and "'item' comes twice" in tally.examples[0]
+    )
 
 
 def test_a_name_that_comes_twice_in_an_array(tmp_path: Path):

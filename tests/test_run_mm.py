@@ -228,7 +228,7 @@ def test_memory_that_ends_in_the_test_costs_no_training(
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("m2rec.trainer.RunTrainer.evaluate_all", greedy)
+        patch.setattr("m2rec.trainer.RunTrainer.evaluate_protocols", greedy)
         status, _, err = command(*as_arguments(small(toy, epochs=2, eval_batch_size=8)))
     last = err.splitlines()[-1]
     assert status == 2 and "M2Rec can't be tested: out of memory; python run_mm.py --resume=" in last

@@ -93,8 +93,8 @@ def test_one_users_state_does_not_hold_that_of_others():
     users = [model.session(["i1"]) for _ in range(50)]
     model.add_events(users, ["i2"] * 50)
     for user in (users[0], model.session(events(300))):
-        tensors = [t for state in user._memory.states for t in (*state.mixer, state.filter)]
-        assert all(t.untyped_storage().nbytes() == t.nbytes for t in (*tensors, user._memory.vector))
+        tensors = [t for state in user._state.states for t in (*state.mixer, state.filter)]
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in (*tensors, user._state.vector))
 
 
 def test_a_user_without_a_history_gets_what_is_popular(caplog: pytest.LogCaptureFixture):
@@ -137,7 +137,7 @@ def test_what_can_t_be_restored():
     signed = b"signed by anybody"
     with pytest.raises(ValueError, match="session: the data is no saved session"):
         model.restore_session(hashlib.sha256(signed).digest() + signed)
-    memory = model.session(["i1"])._memory
+    memory = model.session(["i1"])._state
     memory.vector = memory.vector[:, :3]
     with pytest.raises(ValueError, match="no saved session of this model"):
         model.restore_session(session.serialize_state(memory, model._model))

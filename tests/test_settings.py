@@ -117,6 +117,6 @@ def test_low_pass_is_refused_with_dense_rows():
 
 
 def test_text_is_wanted_only_where_it_is_used():
-    assert ModelSettings().wants_text
-    assert not ModelSettings(text_vectors="none").wants_text
-    assert not ModelSettings(text_in_sequence=False, text_in_table=False).wants_text
+    assert ModelSettings().uses_text
+    assert not ModelSettings(text_vectors="none").uses_text
+    assert not ModelSettings(text_in_sequence=False, text_in_table=False).uses_text

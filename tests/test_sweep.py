@@ -178,7 +178,7 @@ def test_only_a_run_that_can_not_go_on_is_started_anew(
 ):
     """Whatever else stops it, such as a full disk, may be gone next time."""
     path = asked(tmp_path, toy, seeds=[1], variants={"M2Rec": {}})
-    (cell,) = Sweep.read(path).cells()
+    (cell,) = Sweep.read(path).planned_runs()
     folder = get_planned_run_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
     left = folder / "M2Rec-toy-1"
     left.mkdir(parents=True)
@@ -193,7 +193,7 @@ def test_only_a_run_that_can_not_go_on_is_started_anew(
         return status if resumes else 1
 
     monkeypatch.setattr("scripts.sweep.find_resumable_run", lambda folder: left)
-    monkeypatch.setattr(SweepRunner, "_call", call)
+    monkeypatch.setattr(SweepRunner, "_run_training_process", call)
     assert main(given(path, toy)) == 1
     anew = status == CannotResume.exit_status
     assert tried == ([left, None] if anew else [left]) and left.exists() != anew

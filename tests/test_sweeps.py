@@ -42,7 +42,7 @@ def test_reads_every_key(tmp_path: Path):
 
 
 def test_a_cells_keys_are_merged_weakest_first(tmp_path: Path):
-    cells = list(Sweep.read(write(tmp_path, WHOLE)).cells())
+    cells = list(Sweep.read(write(tmp_path, WHOLE)).planned_runs())
     assert [cell[:3] for cell in cells] == [
         (d, v, s) for d in ("ml-100k", "toy") for s in (2, 1) for v in ("M2Rec", "SASRec")
     ]

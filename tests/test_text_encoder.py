@@ -43,7 +43,7 @@ def test_vectors_are_those_of_a_plain_loop(tmp_path: Path, kind: str, dtype: str
     folder = save_model(tmp_path, kind)
     made = encoder(folder, dtype=dtype)
     assert made.describe()["pooling"] == f"{KINDS[kind]}, unit length"
-    assert made.decisive["dtype"] == dtype
+    assert made.fingerprint_fields["dtype"] == dtype
     assert made.model.dtype == getattr(torch, dtype)
     found = torch.from_numpy(made.encode(TEXTS))
     for text, vector in zip(TEXTS, found, strict=True):
@@ -82,7 +82,7 @@ def test_the_instruction_stands_before_every_text(tmp_path: Path):
     asked = encoder(folder, instruction="the film . ")
     assert np.allclose(asked.encode(["heat"]), encoder(folder).encode(["the film . heat"]))
     assert not np.allclose(asked.encode(["heat"]), encoder(folder).encode(["heat"]), atol=1e-2)
-    assert asked.decisive["instruction"] == "the film . "
+    assert asked.fingerprint_fields["instruction"] == "the film . "
 
 
 def test_long_texts_are_cut_from_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -194,27 +194,29 @@ def test_a_layer_of_its_own_code_is_not_run(tmp_path: Path):
 
 def test_other_weights_and_other_settings_are_another_model(tmp_path: Path):
     folder = save_model(tmp_path, "bert")
-    before = encoder(folder).decisive
-    assert encoder(folder).decisive == before
-    assert encoder(folder, dtype="bfloat16").decisive != before
-    assert encoder(folder, batch_tokens=7).decisive == before  # decides the speed alone
+    before = encoder(folder).fingerprint_fields
+    assert encoder(folder).fingerprint_fields == before
+    assert encoder(folder, dtype="bfloat16").fingerprint_fields != before
+    assert encoder(folder, batch_tokens=7).fingerprint_fields == before  # decides the speed alone
     weights = load_file(tmp_path / "model.safetensors")
     weights["embeddings.word_embeddings.weight"][4, 4] += 1
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    assert encoder(folder).decisive["model_sha256"] != before["model_sha256"]
+    assert encoder(folder).fingerprint_fields["model_sha256"] != before["model_sha256"]
 
 
 def test_other_weights_of_a_layer_are_another_model(tmp_path: Path):
     folder = save_sentence_encoder(tmp_path)
-    before = encoder(folder).decisive
+    before = encoder(folder).fingerprint_fields
     path = Path(folder) / "2_Dense" / "model.safetensors"
     save_file({name: 2 * weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
-    after = encoder(folder).decisive
+    after = encoder(folder).fingerprint_fields
     assert after["model_sha256"] != before["model_sha256"]
     pooling = Path(folder) / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"pooling_mode": "cls"}))
-    assert encoder(folder).decisive == after | {"layers_sha256": encoder(folder).decisive["layers_sha256"]}
-    assert encoder(folder).decisive != after
+    assert encoder(folder).fingerprint_fields == after | {
+        "layers_sha256": encoder(folder).fingerprint_fields["layers_sha256"]
+    }
+    assert encoder(folder).fingerprint_fields != after
 
 
 def test_finished_batches_are_not_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -234,11 +236,11 @@ def test_finished_batches_are_not_encoded_again(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt), PartialVectors(path, "f") as partial:
         made.encode(TEXTS, partial)
     with PartialVectors(path, "f") as partial:
-        assert len(partial.kept) == 2
+        assert len(partial.finished_batches) == 2
         assert np.allclose(made.encode(TEXTS, partial), whole, atol=1e-6)
     assert sum(calls[:2]) + sum(calls[3:]) == len(TEXTS)
     with PartialVectors(path, "other") as partial:
-        assert partial.kept == []
+        assert partial.finished_batches == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
@@ -251,11 +253,11 @@ def test_a_damaged_record_is_cut_off(tmp_path: Path, damage: str):
     data = path.read_bytes()
     path.write_bytes(data[:-1] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
     with PartialVectors(path, "f") as partial:
-        assert [rows.tolist() for rows, _ in partial.kept] == [[4, 2]]
-        assert (partial.kept[0][1] == first).all()
+        assert [rows.tolist() for rows, _ in partial.finished_batches] == [[4, 2]]
+        assert (partial.finished_batches[0][1] == first).all()
         partial.append(np.array([7]), second)
     with PartialVectors(path, "f") as partial:
-        assert [rows.tolist() for rows, _ in partial.kept] == [[4, 2], [7]]
+        assert [rows.tolist() for rows, _ in partial.finished_batches] == [[4, 2], [7]]
 
 
 def test_one_process_at_a_time(tmp_path: Path):
@@ -310,7 +312,7 @@ def test_a_name_on_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: p
     refs.mkdir()
     (refs / "main").write_text("3" * 40)
     old, new = encoder("a/one", revision="1" * 40), encoder("a/one")
-    assert (old.decisive["revision"], new.decisive["revision"]) == ("1" * 40, "3" * 40)
+    assert (old.fingerprint_fields["revision"], new.fingerprint_fields["revision"]) == ("1" * 40, "3" * 40)
     assert not np.allclose(old.encode(TEXTS), new.encode(TEXTS), atol=0.1)
 
 

@@ -69,7 +69,7 @@ def test_both_protocols_by_hand(toy: Path, tmp_path: Path, part: int, n_last: in
                     sums[name][k] += value
     assert 0 < counts["new"] < len(users)
     assert dataset.n_returning == len(users) - counts["new"]
-    result = trainer.evaluate_all(loaders[part]).metrics
+    result = trainer.evaluate_protocols(loaders[part]).metrics
     for name, values in sums.items():
         actual = [result[name][f"{metric}@5"] for metric in ("hit", "ndcg", "mrr")]
         assert actual == pytest.approx([value / counts[name] for value in values], abs=1e-5)
@@ -83,13 +83,17 @@ def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):
     stock = Trainer(trainer.config, trainer.model)
     stock.eval_collector.data_collect(loaders[0])
     expected = stock.evaluate(loaders[2], load_best_model=False)
-    assert trainer.evaluate_all(loaders[2]).metrics["all"] == dict(expected) == trainer.evaluate(loaders[2])
+    assert (
+        trainer.evaluate_protocols(loaders[2]).metrics["all"]
+        == dict(expected)
+        == trainer.evaluate(loaders[2])
+    )
 
 
 def test_histories_are_taken_out_last(toy: Path, tmp_path: Path):
     trainer, loaders = made(toy, tmp_path / "run")
     orders = (("all", "unseen"), ("unseen", "all"))
-    found, asked_otherwise = (trainer._rank(loaders[2], order, False).items for order in orders)
+    found, asked_otherwise = (trainer._rank_rows(loaders[2], order, False).items for order in orders)
     assert not torch.equal(found["all"], found["unseen"])
     for protocol in ("all", "unseen"):
         assert torch.equal(found[protocol], asked_otherwise[protocol])
@@ -131,7 +135,7 @@ def test_best_weights_and_history(toy: Path, tmp_path: Path):
     scores = [float(line["valid.ndcg@10"]) for line in lines]
     assert scores[trainer.best_epoch] == max(scores)
     trainer.model.encoder.norm.weight.data.fill_(0)
-    trainer.load_best()
+    trainer.load_best_weights()
     for name, value in load_file(folder / "model.safetensors").items():
         assert torch.equal(value, trainer.model.state_dict()[name])
     assert trainer.evaluate(loaders[1])["ndcg@10"] == pytest.approx(max(scores))
@@ -152,7 +156,7 @@ def test_the_average_is_what_is_validated_and_kept(toy: Path, tmp_path: Path):
     with (tmp_path / "run" / "history.csv").open() as file:
         (line,) = csv.DictReader(file)
     of_raw = trainer.evaluate(loaders[1])["ndcg@10"]
-    trainer.load_best()
+    trainer.load_best_weights()
     assert trainer.evaluate(loaders[1])["ndcg@10"] == float(line["valid.ndcg@10"]) != of_raw
 
 
@@ -161,7 +165,7 @@ def test_without_validation_rows_the_last_epoch_is_kept(toy: Path, tmp_path: Pat
     trainer.fit(loaders[0], None, show_progress=False)
     last = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     assert trainer.best_epoch == 1
-    trainer.load_best()
+    trainer.load_best_weights()
     assert all(torch.equal(value, last[name]) for name, value in trainer.model.state_dict().items())
 
 

@@ -68,10 +68,10 @@ def test_parquet(tmp_path: Path):
 
 
 def test_the_fingerprint_knows_both_files(tmp_path: Path):
-    before = npy(tmp_path).decisive
-    assert npy(tmp_path).decisive == before and before["model"] == "v.npy"
-    assert npy(tmp_path, ids="a\nb b\nc\n").decisive != before
-    assert npy(tmp_path, VECTORS + 1).decisive != before
+    before = npy(tmp_path).fingerprint_fields
+    assert npy(tmp_path).fingerprint_fields == before and before["model"] == "v.npy"
+    assert npy(tmp_path, ids="a\nb b\nc\n").fingerprint_fields != before
+    assert npy(tmp_path, VECTORS + 1).fingerprint_fields != before
 
 
 NAN = [[1.0, 2], [3, float("nan")], [5, 6]]

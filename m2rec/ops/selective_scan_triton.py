@@ -87,7 +87,8 @@ class _Scan(torch.autograd.Function):
         block_n = triton.next_power_of_2(states)
         _forward_kernel[(batch, triton.cdiv(channels, _FORWARD_BLOCK))](
             u, delta, A2, B, C, D, z, bias, h, y, last, saved,
-            length, chunks, *_get_strides(u), *_get_strides(delta), *_get_strides(B), *_get_strides(C), *_get_strides(z),
+            length, chunks, *_get_strides(u), *_get_strides(delta), *_get_strides(B),
+            *_get_strides(C), *_get_strides(z),
             E=channels, N=states, SOFTPLUS=softplus, CHUNK=_CHUNK, BLOCK_N=block_n, BLOCK_E=_FORWARD_BLOCK,
             num_warps=max(1, block_n // 64),
         )  # fmt: skip
@@ -117,7 +118,8 @@ class _Scan(torch.autograd.Function):
             u, delta, A2, B, C, D, z, bias, saved, dy, dstate,
             du, ddelta, dA, dB, dC, dD, dz, dbias,
             batch, length, saved.shape[1],
-            *_get_strides(u), *_get_strides(delta), *_get_strides(B), *_get_strides(C), *_get_strides(z), *_get_strides(dy),
+            *_get_strides(u), *_get_strides(delta), *_get_strides(B), *_get_strides(C),
+            *_get_strides(z), *_get_strides(dy),
             E=channels, N=states, SOFTPLUS=ctx.softplus, CHUNK=_CHUNK, BLOCK_E=_BACKWARD_BLOCK, num_warps=1,
         )  # fmt: skip
         return (
