@@ -179,8 +179,8 @@ class HistoryDataset(SequentialDataset):
         if not self.counts["interactions"]:
             raise ValueError(
                 f"dataset: nothing of {self.dataset_name!r} is left after filtering "
-                f"({_format_counts(before)} before, {_format_counts(self.counts)} after); loosen user_inter_num_interval, "
-                f"item_inter_num_interval or val_interval"
+                f"({_format_counts(before)} before, {_format_counts(self.counts)} after); "
+                f"loosen user_inter_num_interval, item_inter_num_interval or val_interval"
             )
         longest = int(self.inter_feat[self.uid_field].value_counts().max())
         if longest < 3 and self.split == "leave_one_out":

@@ -294,7 +294,7 @@ def _evaluate_best_weights(prepared: PreparedRun) -> RunResult:
         "test": tested.metrics[ALL],
         "test_unseen": tested.metrics[UNSEEN],
         "test_new": tested.metrics[NEW],
-        "test_by": tested.rows.table(config["topk"], config["metric_decimal_place"]),
+        "test_by": tested.rows.metrics_by_bucket(config["topk"], config["metric_decimal_place"]),
     }
     prepared.clock.lap("evaluation")
     seconds = prepared.clock.seconds
@@ -317,7 +317,7 @@ def _evaluate_best_weights(prepared: PreparedRun) -> RunResult:
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
     }
     if distributed.is_main_process():
-        tested.rows.write(trainer.folder / RANKS_FILE)
+        tested.rows.write_csv(trainer.folder / RANKS_FILE)
         write_text(trainer.folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
         trainer.finish()
         _write_insights_and_report(prepared)

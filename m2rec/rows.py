@@ -550,7 +550,8 @@ class _CsvRecordLines:
         if number >= self.first + MAX_RECORD_LINES:
             raise ValueError(
                 f"{self.lines.tally.path}: a quotation mark opens in line {self.opened} and its "
-                f"record has more than {MAX_RECORD_LINES:,} lines; remove it, or quote the whole cell and double it there"
+                f"record has more than {MAX_RECORD_LINES:,} lines; remove it, or quote the "
+                f"whole cell and double it there"
             )
         line = next(self.lines)
         if number > self.first and self._closes_quote(line):
