@@ -27,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     others = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun starts, one speaks
     _start_logging(logging.ERROR if others else logging.INFO)
     try:
-        import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
-        from m2rec.configuration import build_config, parse_arguments
-        from m2rec.experiment import build_resumed_config, run_experiment
-        from m2rec.signals import RunInterrupted
+        import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
+        from m2rec.training.configuration import build_config
+        from m2rec.training.run import build_resumed_config, run_experiment
+        from m2rec.training.signals import RunInterrupted
+        from m2rec.yaml_values import parse_arguments
 
         given = parse_arguments(arguments)
         if given.get("state") == "DEBUG":  # before anything can go wrong

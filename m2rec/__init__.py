@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m2rec.recommender import Recommender
+    from m2rec.serving.recommender import Recommender
 
 __version__ = "0.1.0"
 __all__ = ["Recommender", "__version__"]
@@ -12,7 +12,7 @@ __all__ = ["Recommender", "__version__"]
 def __getattr__(name: str) -> Any:
     """Recommender, imported when it is asked for: torch takes a second."""
     if name == "Recommender":
-        from m2rec.recommender import Recommender
+        from m2rec.serving.recommender import Recommender
 
         return Recommender
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from m2rec.nested_state import load_state, save_state
+from m2rec.tensor_files import load_state, save_state
 
 INSTALL_RECBOLE = (
     "recbole is not installed; run: pip install --no-deps recbole==1.2.1 "
@@ -230,7 +230,7 @@ def _build_grouped_optimizer(self: Trainer, **kwargs: Any) -> torch.optim.Optimi
 
 
 def _group_parameters(trainer: Trainer) -> list[dict[str, Any]]:
-    """A group for each way in which parameters are marked (`m2rec.mamba.MarkedParameters`).
+    """A group for each way in which parameters are marked (`m2rec.nn.mamba.MarkedParameters`).
 
     `_no_weight_decay`: weight decay leaves them alone. `_pace`: an optimiser whose steps are of the
     size of the learning rate, whatever the gradient's, takes so many times larger ones.

@@ -7,7 +7,16 @@ model. Both are read from a mapping, a RecBole `Config` among them; every wrong 
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Protocol, Self
+
+PROPERTIES_FOLDER = Path(__file__).parent / "properties"
+
+# keys that change how and where a run is made, not what comes out
+MACHINE_KEYS = {
+    "checkpoint_minutes", "data_path", "eval_batch_size", "gpu_id", "log_wandb", "report", "runs_dir",
+    "scan_backend", "show_progress", "state", "tensorboard", "use_gpu", "worker",
+}  # fmt: skip
 
 
 class _KeyValues(Protocol):

@@ -19,8 +19,8 @@ from time import perf_counter
 import torch
 from benchmarking import ROOT, Row, build_benchmark_parser, write_benchmark_results
 
-from m2rec.encoder import Encoder
-from m2rec.loss import cross_entropy
+from m2rec.nn.encoder import Encoder
+from m2rec.nn.losses import cross_entropy
 from m2rec.settings import ModelSettings
 from m2rec.threads import SPIN_COUNT, use_one_thread
 

@@ -25,8 +25,8 @@ from benchmarking import (
     write_benchmark_results,
 )
 
-from m2rec.item_text import read_item_texts
-from m2rec.text_encoder import TextEncoder, TextEncoderOptions
+from m2rec.text.item_text import read_item_texts
+from m2rec.text.language_model import TextEncoder, TextEncoderOptions
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 UNSORTED_BATCH_SIZE = 64  # texts of a batch in the file's order

@@ -25,8 +25,8 @@ from benchmarking import (
 )
 from torch import Tensor
 
-from m2rec.encoder import Encoder
-from m2rec.loss import NegativeSampler, cross_entropy, cross_entropy_ref, gbce, sampled_cross_entropy
+from m2rec.nn.encoder import Encoder
+from m2rec.nn.losses import NegativeSampler, cross_entropy, cross_entropy_ref, gbce, sampled_cross_entropy
 from m2rec.settings import ModelSettings
 
 TOLERANCE = 1e-5

@@ -30,10 +30,11 @@ from benchmarking import (
 )
 from torch import nn
 
-from m2rec import text_vectors
 from m2rec.compat import Interaction, data_preparation, init_seed
-from m2rec.configuration import build_config, find_model_class
-from m2rec.dataset import HistoryDataset
+from m2rec.data.dataset import HistoryDataset
+from m2rec.models.registry import find_model_class
+from m2rec.text import vector_file
+from m2rec.training.configuration import build_config
 
 POSITIONS = {"cpu": 64 * 200, "cuda": 2048 * 200}
 TEXT_WIDTH = 384
@@ -96,8 +97,8 @@ def write_random_dataset(folder: Path, length: int, n_items: int) -> None:
     header = "user_id:token\titem_id:token\ttimestamp:float"
     (folder / "bench" / "bench.inter").write_text("\n".join([header, *lines]) + "\n")
     vectors = torch.randn(n_items, TEXT_WIDTH, generator=generator)
-    path = folder / "bench" / f"bench{text_vectors.VECTOR_FILE_SUFFIX}"
-    text_vectors.write_text_vectors(path, [f"i{k}" for k in range(n_items)], vectors, {"model": "random"})
+    path = folder / "bench" / f"bench{vector_file.VECTOR_FILE_SUFFIX}"
+    vector_file.write_text_vectors(path, [f"i{k}" for k in range(n_items)], vectors, {"model": "random"})
 
 
 def build_timed_model(name: str, folder: Path, length: int, batch: int, device: str) -> TimedModel:

@@ -26,12 +26,12 @@ from benchmarking import (
     write_benchmark_results,
 )
 
-from m2rec import trained
-from m2rec.experiment import load_run_data
-from m2rec.model import M2Rec
-from m2rec.provenance import list_item_tokens
-from m2rec.recommender import Recommender
-from m2rec.text import ProjectedText
+from m2rec.models.m2rec import M2Rec
+from m2rec.nn.text_projection import ProjectedText
+from m2rec.serving import saved_model
+from m2rec.serving.recommender import Recommender
+from m2rec.training.provenance import list_item_tokens
+from m2rec.training.run import load_run_data
 
 K = 10
 MILLION = 1_000_000
@@ -48,7 +48,7 @@ class RecBoleBaseline:
 
     def __init__(self, run: Path, users: int, device: str) -> None:
         config, dataset, (train, _, self.test) = load_run_data(run, use_gpu=device != "cpu")
-        model = trained.read_saved_model(run, torch.device(device))
+        model = saved_model.read_saved_model(run, torch.device(device))
         self.model = M2Rec(config, train.dataset).to(device).eval()
         self.model.encoder.load_state_dict(model.encoder.state_dict())
         rows = self.test.dataset.inter_feat[:users]
@@ -88,7 +88,7 @@ def build_live_event(recommender: Recommender, history: list[str]) -> Callable[[
     return event
 
 
-def build_million_item_recommender(model: trained.SavedModel) -> Recommender:
+def build_million_item_recommender(model: saved_model.SavedModel) -> Recommender:
     """The model with a million items: its own, then each of them many times with noise."""
     generator, n_items = torch.Generator().manual_seed(0), len(model.table)
     copied = torch.randint(1, n_items, (MILLION + 1 - n_items,), generator=generator)
@@ -103,7 +103,9 @@ def build_million_item_recommender(model: trained.SavedModel) -> Recommender:
             layer.text.rows = layer.text.rows[source]
     tokens = [*model.tokens, *(f"copy {number}" for number in range(len(copied)))]
     nothing: dict[str, Any] = {"titles": {}, "text_mean": None, "text_basis": None, "text_source": {}}
-    return Recommender(trained.build_saved_model(encoder, tokens, counts=[], config=model.config, **nothing))
+    return Recommender(
+        saved_model.build_saved_model(encoder, tokens, counts=[], config=model.config, **nothing)
+    )
 
 
 def measure_million_items(
@@ -167,7 +169,7 @@ def main() -> None:
     for name, seconds in measure_median_seconds(many, args.repeats, args.device).items():
         rows.append({"what": f"{name}, {n:,} users", "ms": seconds * 1e3, "per second": n / seconds})
     if not args.no_million:
-        model = trained.read_saved_model(args.run, torch.device(args.device))
+        model = saved_model.read_saved_model(args.run, torch.device(args.device))
         rows += measure_million_items(build_million_item_recommender(model), rival.histories, args)
     mean = sum(map(len, rival.histories)) / n
     write_benchmark_results(

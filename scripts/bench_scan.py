@@ -29,7 +29,7 @@ from benchmarking import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from m2rec.mamba import Mamba
+from m2rec.nn.mamba import Mamba
 from m2rec.ops import BACKENDS, resolve_backend, selective_scan, ssd
 
 # Positions in a batch: enough to fill the machine, whatever the length of a sequence.

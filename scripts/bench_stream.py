@@ -22,8 +22,8 @@ from benchmarking import (
 )
 from torch import Tensor
 
-from m2rec.encoder import Encoder
-from m2rec.layer import LayerState
+from m2rec.nn.encoder import Encoder
+from m2rec.nn.layer import LayerState
 from m2rec.settings import ModelSettings
 
 TEXT_WIDTH = 384

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from m2rec.provenance import read_commit
+from m2rec.git import read_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from m2rec.configuration import build_config, resolve_settings
-from m2rec.files import write_text
 from m2rec.settings import ModelSettings, RunSettings, describe_allowed_values
+from m2rec.storage import write_text
+from m2rec.training.configuration import build_config, resolve_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE_PATH = ROOT / "docs" / "settings.md"

@@ -9,7 +9,7 @@ A run that was killed goes on when it is started again. When the file is there a
 decides its vectors has changed, nothing is done.
 """
 
-import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
+import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
 
 # isort: split
 import argparse
@@ -18,13 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2rec import lsa, make_vectors, text_vectors
-from m2rec.command_line import Parser
+from m2rec.cli import Parser
 from m2rec.compat import find_data_folder
-from m2rec.files import lock_path
-from m2rec.item_text import read_item_texts, read_item_tokens
-from m2rec.text_encoder import DEVICES, DTYPES, POOLINGS, TextEncoder, TextEncoderOptions
-from m2rec.vector_import import ImportedVectors
+from m2rec.storage import lock_path
+from m2rec.text import build, lsa, vector_file
+from m2rec.text.imported import ImportedVectors
+from m2rec.text.item_text import read_item_texts, read_item_tokens
+from m2rec.text.language_model import DEVICES, DTYPES, POOLINGS, TextEncoder, TextEncoderOptions
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def make_vector_file(options: argparse.Namespace) -> Path:
     name = options.dataset
     folder = find_data_folder(Path(options.data_path), name)
     output = Path(
-        options.output or Path(options.data_path) / name / f"{name}{text_vectors.VECTOR_FILE_SUFFIX}"
+        options.output or Path(options.data_path) / name / f"{name}{vector_file.VECTOR_FILE_SUFFIX}"
     )
     if not options.separator:
         raise ValueError("--separator: empty; give what stands between columns")
@@ -112,13 +112,11 @@ def make_vector_file(options: argparse.Namespace) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     with lock_path(output.parent):  # a run that finds none would make its own
         if options.vectors or options.ids:
-            make_vectors.import_text_vectors(output, open_imported_vectors(options), known, options.force)
+            build.import_text_vectors(output, open_imported_vectors(options), known, options.force)
             return output
         file, columns = folder / f"{name}.item", options.columns
         items = read_item_texts(file, options.id_column, columns, options.template, separator)
-        make_vectors.build_text_vectors(
-            output, items, choose_text_encoder(options, output), known, options.force
-        )
+        build.build_text_vectors(output, items, choose_text_encoder(options, output), known, options.force)
     return output
 
 
@@ -148,7 +146,7 @@ def choose_text_encoder(options: argparse.Namespace, output: Path) -> TextEncode
             "--text-encoder=sentence-transformers/all-MiniLM-L6-v2"
         )
         if output.exists() and not options.force:
-            model = text_vectors.read_text_vectors(output)[2].get("model", "another source")
+            model = vector_file.read_text_vectors(output)[2].get("model", "another source")
             if model != lsa.LSA_NAME:
                 raise ValueError(
                     f"--text-encoder: {output} has vectors of {model}; name an encoder to replace them, "

@@ -6,7 +6,7 @@ the histories, and a target that is one is a miss. On the run's own data the num
 metrics.json.
 """
 
-import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
+import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
 
 # isort: split
 import argparse
@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from m2rec.command_line import Parser
-from m2rec.configuration import parse_arguments
-from m2rec.evaluate_run import evaluate_run
-from m2rec.files import write_text
+from m2rec.cli import Parser
+from m2rec.commands.evaluate_run import evaluate_run
+from m2rec.storage import write_text
+from m2rec.yaml_values import parse_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

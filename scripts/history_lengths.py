@@ -6,7 +6,7 @@ target that is among it is a miss.
 Users are shown together and by the length of their history; a row of CSV per number of items.
 """
 
-import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
+import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
 
 # isort: split
 import argparse
@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m2rec.command_line import Parser
-from m2rec.evaluation import HISTORY_BUCKETS, compute_target_ranks, format_bucket_names
-from m2rec.experiment import load_run_data
-from m2rec.provenance import list_item_tokens
-from m2rec.recommender import Recommender
-from m2rec.statistics import compute_rank_metric
+from m2rec.cli import Parser
+from m2rec.evaluation.metrics import compute_rank_metric
+from m2rec.evaluation.ranking import HISTORY_BUCKETS, compute_target_ranks, format_bucket_names
+from m2rec.serving.recommender import Recommender
+from m2rec.training.provenance import list_item_tokens
+from m2rec.training.run import load_run_data
 
 INPUT_LENGTHS = (10, 20, 50, 100, 200, 500, 1000)
 BATCH_SIZE = 32

@@ -8,7 +8,7 @@ the user had before is a miss. Any key of run_mm.py can be given. One line per s
 output file.
 """
 
-import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
+import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
 
 # isort: split
 import argparse
@@ -23,17 +23,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from m2rec import text_vectors
-from m2rec.command_line import Parser
+from m2rec.cli import Parser
 from m2rec.compat import Config
-from m2rec.configuration import build_config, parse_arguments, resolve_settings
-from m2rec.experiment import load_data, run_experiment
-from m2rec.histories import NO_TARGET, Histories
-from m2rec.provenance import list_item_tokens, read_commit
-from m2rec.recommender import Recommender
+from m2rec.data.histories import NO_TARGET, Histories
+from m2rec.evaluation.metrics import compute_rank_metric
+from m2rec.git import read_commit
+from m2rec.serving.recommender import Recommender
 from m2rec.settings import ModelSettings
-from m2rec.statistics import compute_rank_metric
-from m2rec.text_source import ensure_text_vectors, find_vector_file
+from m2rec.text import vector_file
+from m2rec.text.source import ensure_text_vectors, find_vector_file
+from m2rec.training.configuration import build_config, resolve_settings
+from m2rec.training.provenance import list_item_tokens
+from m2rec.training.run import load_data, run_experiment
+from m2rec.yaml_values import parse_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ def measure_new_items(given: dict[str, Any], share: float) -> dict[str, Any]:
     file = find_vector_file(config)
     if file is None:
         raise ValueError(f"text_vectors: {config['dataset']} has none; make them with scripts/embed_items.py")
-    names, raw, _ = text_vectors.read_text_vectors(file)
+    names, raw, _ = vector_file.read_text_vectors(file)
     row_of = {name: i for i, name in enumerate(names) if raw[i].any()}
     taken = choose_new_items(np.isin(tokens, list(row_of)), share, config["seed"])
     data = Path(config["runs_dir"]) / "new-items" / f"{config['dataset']}-{share}-{config['seed']}"

@@ -55,10 +55,10 @@ from typing import IO, TypeVar
 
 from tqdm import tqdm
 
-from m2rec.command_line import Parser
-from m2rec.dominant import describe_dominant_entity
-from m2rec.files import write_atomically
-from m2rec.raw import (
+from m2rec.cli import Parser
+from m2rec.data.dominant import describe_dominant_entity
+from m2rec.data.raw.filters import RowCondition
+from m2rec.data.raw.formats import (
     FORMATS,
     TABLE_KINDS,
     RawFormat,
@@ -66,10 +66,10 @@ from m2rec.raw import (
     build_table_format,
     find_movielens_files,
 )
-from m2rec.raw_rows import RowCondition
-from m2rec.raw_times import TIME_UNITS, check_time_format
-from m2rec.raw_values import format_decimal
-from m2rec.rows import CsvLayout, Tally
+from m2rec.data.raw.readers import CsvLayout, Tally
+from m2rec.data.raw.times import TIME_UNITS, check_time_format
+from m2rec.data.raw.values import format_decimal
+from m2rec.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ every history of a CSV or Parquet file with the columns user and history, into t
 without the items that the run does not know.
 """
 
-import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
+import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
 
 # isort: split
 import argparse
@@ -17,9 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2rec.command_line import Parser, write_escaped
-from m2rec.dialogue import Dialogue
-from m2rec.recommender import Recommendation, Recommender
+from m2rec.cli import Parser, write_escaped
+from m2rec.serving.dialogue import Dialogue
+from m2rec.serving.recommender import Recommendation, Recommender
 
 MAX_TOKEN_WIDTH = 40  # characters of a token in the table
 
@@ -52,7 +52,7 @@ def run_request(options: argparse.Namespace, recommender: Recommender) -> str:
         )
         return f"{rows:,} users: {options.output}\n"
     if options.all_users:
-        from m2rec.evaluate_run import read_user_histories  # RecBole, which --history needs not
+        from m2rec.commands.evaluate_run import read_user_histories  # RecBole, which --history needs not
 
         histories = read_user_histories(options.run, dataset=options.dataset, data_path=options.data_path)
         rows = recommender.recommend_users(
@@ -140,11 +140,11 @@ def read_user_history(run: Path, user: str, data_path: str | None) -> list[str]:
     Raises:
         ValueError: the data set can't be loaded, or has no such user.
     """
-    from m2rec.evaluate_run import (  # RecBole, which --history needs not
+    from m2rec.commands.evaluate_run import (  # RecBole, which --history needs not
         list_user_histories,
         read_user_histories,
     )
-    from m2rec.experiment import load_run_data
+    from m2rec.training.run import load_run_data
 
     config, dataset, _ = load_run_data(run, data_path=data_path)
     histories = dict(list_user_histories(dataset))

@@ -20,13 +20,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2rec import paired
-from m2rec import report as html
-from m2rec.command_line import Parser
-from m2rec.files import write_text
-from m2rec.overview import make_overview_table
-from m2rec.plots import write_sweep_plots
-from m2rec.results import (
+from m2rec.cli import Parser
+from m2rec.experiments import paired
+from m2rec.experiments.ledger import (
     FinishedRuns,
     get_paired_tests_path,
     read_finished_runs,
@@ -34,8 +30,12 @@ from m2rec.results import (
     read_published_results,
     select_current_tests,
 )
-from m2rec.sweeps import OVERVIEW_TABLE, RESERVED_TABLES, Sweep
-from m2rec.tables import make_bucket_tables, make_published_table, make_result_table
+from m2rec.experiments.overview import make_overview_table
+from m2rec.experiments.plots import write_sweep_plots
+from m2rec.experiments.sweep_plan import OVERVIEW_TABLE, RESERVED_TABLES, Sweep
+from m2rec.experiments.tables import make_bucket_tables, make_published_table, make_result_table
+from m2rec.reports import run_page as html
+from m2rec.storage import write_text
 
 logger = logging.getLogger(__name__)
 

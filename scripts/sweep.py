@@ -32,12 +32,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from m2rec import checkpoint
-from m2rec.command_line import Parser, suggest_spelling
-from m2rec.configuration import format_argument
-from m2rec.files import CHECKPOINT_FILE, lock_path, write_text
-from m2rec.provenance import is_same_code, read_commit
-from m2rec.results import (
+from m2rec.cli import Parser
+from m2rec.experiments.ledger import (
     TABLE_METRICS,
     build_result_row,
     format_settings,
@@ -46,8 +42,13 @@ from m2rec.results import (
     read_run_key,
     write_result_rows,
 )
-from m2rec.resuming import CannotResume
-from m2rec.sweeps import PlannedRun, Sweep, find_finished_run, get_planned_run_folder
+from m2rec.experiments.sweep_plan import PlannedRun, Sweep, find_finished_run, get_planned_run_folder
+from m2rec.git import is_same_code, read_commit
+from m2rec.run_folder import CHECKPOINT_FILE
+from m2rec.storage import lock_path, write_text
+from m2rec.training import checkpoint
+from m2rec.training.resuming import CannotResume
+from m2rec.yaml_values import format_argument, suggest_spelling
 
 logger = logging.getLogger(__name__)
 

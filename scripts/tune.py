@@ -34,7 +34,7 @@ stays `running`: it is not counted, and nobody waits for it. Ctrl-C marks the tr
 
 from __future__ import annotations
 
-import m2rec.own_process  # noqa: F401 - before PyTorch is loaded
+import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
 
 # isort: split
 import csv
@@ -51,11 +51,14 @@ from random import Random
 from time import perf_counter
 from typing import Any
 
-from m2rec import experiment, provenance
 from m2rec.compat import Config
-from m2rec.configuration import build_config, format_argument, format_value, parse_arguments, resolve_settings
-from m2rec.files import write_text
-from m2rec.studies import SearchPlan
+from m2rec.experiments.search_plan import SearchPlan
+from m2rec.git import read_commit
+from m2rec.settings import MACHINE_KEYS
+from m2rec.storage import write_text
+from m2rec.training import run
+from m2rec.training.configuration import build_config, collect_known_keys, resolve_settings
+from m2rec.yaml_values import format_argument, format_value, parse_arguments
 
 try:
     import optuna
@@ -104,13 +107,15 @@ def run_study(arguments: Sequence[str]) -> None:
     if len(files) != 1 or not files[0].endswith((".yaml", ".yml")):
         raise ValueError(f"expected one FILE.yaml, got {' '.join(files) or 'none'}; --help shows its format")
     path = Path(files[0])
-    plan = SearchPlan.read(path, parse_arguments(a for a in arguments if a.startswith("--")))
+    plan = SearchPlan.read(
+        path, parse_arguments(a for a in arguments if a.startswith("--")), collect_known_keys()
+    )
     config = check_fixed_settings(plan)
     study = open_study(plan, config)
     ended = tuple(optuna.trial.TrialState[name] for name in TRIAL_STATES)
     if len(study.get_trials(deepcopy=False, states=ended)) < plan.trials:
         enough = optuna.study.MaxTrialsCallback(plan.trials, states=ended)
-        code = provenance.read_commit()  # as it was imported, whatever is committed meanwhile
+        code = read_commit()  # as it was imported, whatever is committed meanwhile
         objective = partial(run_trial, plan, get_study_folder(plan, config), code)
         study.optimize(objective, catch=ValueError, callbacks=[_log_trial, enough], gc_after_trial=True)
     write_text(path.with_suffix(".csv"), format_trials_csv(study.trials, plan.search))
@@ -129,7 +134,7 @@ def check_fixed_settings(plan: SearchPlan) -> Config:
     config = _find_valid_config(plan)
     if "state" in plan.fixed:
         logging.getLogger("m2rec").setLevel(config["state"])
-    _, (_, valid, _) = experiment.load_data(config)
+    _, (_, valid, _) = run.load_data(config)
     if not len(valid.dataset):
         raise ValueError(f"dataset: {config['dataset']!r} has no validation rows, so nothing can be searched")
     return config
@@ -190,7 +195,7 @@ def open_study(plan: SearchPlan, config: Config) -> optuna.Study:
 
 def _check_same_settings(study: optuna.Study, plan: SearchPlan, config: Config) -> None:
     """Values of other settings can't be compared: a study keeps those that it was started with."""
-    varied = {*plan.search, *provenance.MACHINE_KEYS} - {"data_path"}  # elsewhere may be other data
+    varied = {*plan.search, *MACHINE_KEYS} - {"data_path"}  # elsewhere may be other data
     settings = {
         **{k: v for k, v in resolve_settings(config).items() if k not in varied},
         "search": plan.search,
@@ -227,13 +232,13 @@ def run_trial(plan: SearchPlan, runs_dir: Path, code: str | None, trial: optuna.
     start, prepared = perf_counter(), None
     try:
         config = build_config({**plan.fixed, **drawn, "runs_dir": str(runs_dir)}, CONFIG_PATH)
-        prepared = experiment.prepare_run(config)
-        experiment.train_model(prepared, partial(_report_epoch, trial))
+        prepared = run.prepare_run(config)
+        run.train_model(prepared, partial(_report_epoch, trial))
         score = float(prepared.trainer.best_valid_score)
         if not math.isfinite(score):
             raise ValueError(f"valid_metric: {config['valid_metric']} was {score} all along; choose another")
         return score
-    except experiment.TrainingStopped:
+    except run.TrainingStopped:
         raise optuna.TrialPruned from None
     except ValueError as error:
         logger.warning(
@@ -260,7 +265,7 @@ def _suggest_setting(trial: optuna.Trial, key: str, how: dict[str, Any] | list[A
 def _report_epoch(trial: optuna.Trial, epoch: int, score: float) -> None:
     trial.report(score, epoch)
     if trial.should_prune():
-        raise experiment.TrainingStopped
+        raise run.TrainingStopped
 
 
 def _log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:

@@ -86,12 +86,12 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 @pytest.fixture
 def write_vectors() -> Callable[..., Path]:
     """Write random text vectors (n, 8) for the given tokens beside a data set."""
-    from m2rec import text_vectors
+    from m2rec.text import vector_file
 
     def write(data_path: Path, dataset: str, tokens: list[str]) -> Path:
-        path = data_path / dataset / f"{dataset}{text_vectors.VECTOR_FILE_SUFFIX}"
+        path = data_path / dataset / f"{dataset}{vector_file.VECTOR_FILE_SUFFIX}"
         vectors = np.random.default_rng(0).normal(size=(len(tokens), 8))
-        text_vectors.write_text_vectors(path, tokens, vectors, {"model": "random"})
+        vector_file.write_text_vectors(path, tokens, vectors, {"model": "random"})
         return path
 
     return write

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m2rec import atomic
+from m2rec.data import inter_file
 
 HEADER = {"user_id": "token", "item_id": "token", "timestamp": "float"}
 FIRST = "user_id:token\titem_id:token\ttimestamp:float\n"
 
 
 def read(path: Path):
-    return atomic.read_interactions(path, "\t", HEADER, list(HEADER), "timestamp")
+    return inter_file.read_interactions(path, "\t", HEADER, list(HEADER), "timestamp")
 
 
 def written(tmp_path: Path, text: str | bytes) -> Path:
@@ -28,7 +28,7 @@ def written(tmp_path: Path, text: str | bytes) -> Path:
 
 def test_header(tmp_path: Path):
     path = written(tmp_path, "﻿user_id:token\ta:b:float_seq\r\n")
-    assert atomic.read_header(path, "\t") == {"user_id": "token", "a:b": "float_seq"}
+    assert inter_file.read_header(path, "\t") == {"user_id": "token", "a:b": "float_seq"}
 
 
 @pytest.mark.parametrize(
@@ -45,15 +45,15 @@ def test_header(tmp_path: Path):
 )
 def test_a_wrong_header_is_named(tmp_path: Path, text: str | bytes, message: str):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        atomic.read_header(written(tmp_path, text), "\t")
+        inter_file.read_header(written(tmp_path, text), "\t")
     assert str(tmp_path) in str(error.value)
 
 
 def test_columns_are_required_with_their_type(tmp_path: Path):
     with pytest.raises(ValueError, match=r"column 'timestamp' \(TIME_FIELD\) is missing, the file has a, b"):
-        atomic.require_column(tmp_path, {"a": "token", "b": "token"}, "TIME_FIELD", "timestamp", "float")
+        inter_file.require_column(tmp_path, {"a": "token", "b": "token"}, "TIME_FIELD", "timestamp", "float")
     with pytest.raises(ValueError, match=r"column 'a' \(TIME_FIELD\) is 'token'; it must be 'float'"):
-        atomic.require_column(tmp_path, {"a": "token"}, "TIME_FIELD", "a", "float")
+        inter_file.require_column(tmp_path, {"a": "token"}, "TIME_FIELD", "a", "float")
 
 
 def test_tokens_stay_as_they_are(tmp_path: Path):
@@ -136,22 +136,22 @@ def test_an_unknown_data_set_says_where_it_was_looked_for(tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"dataset: 'mine' not found: there is no .*/mine/mine\.inter, and RecBole knows"
     ):
-        atomic.download_dataset("mine", tmp_path / "mine", None)
+        inter_file.download_dataset("mine", tmp_path / "mine", None)
 
 
 def test_a_failed_download_leaves_nothing(tmp_path: Path):
     with pytest.raises(ValueError, match=r"its download from http://127\.0\.0\.1:9/x\.zip failed"):
-        atomic.download_dataset("mine", tmp_path / "data" / "mine", "http://127.0.0.1:9/x.zip")
+        inter_file.download_dataset("mine", tmp_path / "data" / "mine", "http://127.0.0.1:9/x.zip")
     assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_a_silent_server_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(atomic, "DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(inter_file, "DOWNLOAD_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/x.zip"
         start = time.perf_counter()
         with pytest.raises(ValueError, match="failed"):
-            atomic.download_dataset("mine", tmp_path / "mine", url)
+            inter_file.download_dataset("mine", tmp_path / "mine", url)
     assert time.perf_counter() - start < 10
 
 
@@ -169,7 +169,7 @@ def test_a_download_arrives_whole(tmp_path: Path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/thing.zip"
-        atomic.download_dataset("mine", tmp_path / "data" / "mine", url)
+        inter_file.download_dataset("mine", tmp_path / "data" / "mine", url)
         server.shutdown()
     assert [p.name for p in (tmp_path / "data").rglob("*") if p.is_file()] == ["mine.inter"]
 
@@ -179,15 +179,15 @@ def test_any_text_may_separate_columns(tmp_path: Path, separator: str):
     """Several characters are no pattern; a tab that was said to be there is found to be another mark."""
     lines = FIRST + "".join(f"u{k}\ti{k}\t{k}.5\n" for k in range(9))
     path = written(tmp_path, lines.replace("\t", separator))
-    frame = atomic.read_interactions(path, separator, HEADER, list(HEADER), "timestamp")
+    frame = inter_file.read_interactions(path, separator, HEADER, list(HEADER), "timestamp")
     assert frame.to_dict("list") == {
         "user_id": [f"u{k}" for k in range(9)],
         "item_id": [f"i{k}" for k in range(9)],
         "timestamp": [k + 0.5 for k in range(9)],
     }
     if separator != "\t":
-        hint = atomic.suggest_separator(atomic.read_header(path, "\t"))
+        hint = inter_file.suggest_separator(inter_file.read_header(path, "\t"))
         assert hint == f" (field_separator: {separator!r} seems to stand between its columns)"
     path.write_text(path.read_text() + separator.join("abcd") + "\n")
     with pytest.raises(ValueError, match="line 11 has 4 columns, the first line names 3"):
-        atomic.read_interactions(path, separator, HEADER, list(HEADER), "timestamp")
+        inter_file.read_interactions(path, separator, HEADER, list(HEADER), "timestamp")

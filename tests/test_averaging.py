@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from m2rec.averaging import WeightEMA
+from m2rec.training.ema import WeightEMA
 
 
 def filled(model: torch.nn.Module, value: float) -> None:

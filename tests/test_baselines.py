@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.configuration import _list_recbole_models, build_config
-from m2rec.experiment import run_experiment
+from m2rec.models.registry import _list_recbole_models
+from m2rec.training.configuration import build_config
+from m2rec.training.run import run_experiment
 from tests.conftest import write_inter
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,7 @@ def test_a_model_that_ranks_the_best_again_needs_enough_items(chain: Path):
 
 
 def test_dien_gets_other_items_than_the_users_own(chain: Path):
-    from m2rec.experiment import load_data
+    from m2rec.training.run import load_data
 
     values = {"model": "DIEN", "dataset": "chain", "data_path": str(chain), "MAX_ITEM_LIST_LENGTH": 8}
     _, (train_rows, _, _) = load_data(build_config(values))

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2rec import checkpoint, experiment
-from m2rec.configuration import build_config
-from m2rec.experiment import TrainingStopped, build_resumed_config, prepare_run, run_experiment, train_model
-from m2rec.files import lock_path, read_tensors, write_tensors
-from m2rec.signals import RunInterrupted
-from m2rec.trainer import RunTrainer
+from m2rec.storage import lock_path
+from m2rec.tensor_files import read_tensors, write_tensors
+from m2rec.training import checkpoint, run
+from m2rec.training.configuration import build_config
+from m2rec.training.run import TrainingStopped, build_resumed_config, prepare_run, run_experiment, train_model
+from m2rec.training.signals import RunInterrupted
+from m2rec.training.trainer import RunTrainer
 from tests.conftest import as_arguments, small
 
 Command = Callable[..., tuple[int, str, str]]
@@ -84,9 +85,9 @@ def test_a_run_that_stopped_before_there_was_a_key(
     command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """`metric_definitions` decides nothing about the weights."""
-    lasting = experiment.collect_fixed_settings
+    lasting = run.collect_fixed_settings
     monkeypatch.setattr(
-        experiment, "collect_fixed_settings",
+        run, "collect_fixed_settings",
         lambda config: {k: v for k, v in lasting(config).items() if k != "metric_definitions"},
     )  # fmt: skip
     folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
@@ -190,7 +191,7 @@ def test_a_checkpoint_every_few_minutes_within_an_epoch(
 def test_a_run_is_never_trained_twice_at_a_time(
     command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("m2rec.run_folder._LOCK_TIMEOUT", 0.5)
+    monkeypatch.setattr("m2rec.training.new_run._LOCK_TIMEOUT", 0.5)
     folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
     with lock_path(folder):
         status, _, err = command(f"--resume={folder}", runs_dir=False)
@@ -293,9 +294,9 @@ def test_every_code_that_trained_is_named(
     command: Command, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     values = {**small(toy, epochs=3, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}
-    monkeypatch.setattr("m2rec.experiment.read_commit", lambda: "a")
+    monkeypatch.setattr("m2rec.training.run.read_commit", lambda: "a")
     folder = stopped(values, after=0)
-    monkeypatch.setattr("m2rec.experiment.read_commit", lambda: "b")
+    monkeypatch.setattr("m2rec.training.run.read_commit", lambda: "b")
     prepared = prepare_run(build_resumed_config(folder, {}), folder)
 
     def stop(epoch: int, score: float) -> None:
@@ -303,7 +304,7 @@ def test_every_code_that_trained_is_named(
 
     with pytest.raises(TrainingStopped):
         train_model(prepared, stop)
-    monkeypatch.setattr("m2rec.experiment.read_commit", lambda: "a")
+    monkeypatch.setattr("m2rec.training.run.read_commit", lambda: "a")
     assert command(f"--resume={folder}", runs_dir=False)[0] == 0
     assert json.loads((folder / "metrics.json").read_text())["commit"] == "a and b"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from m2rec.compat import data_preparation
-from m2rec.configuration import build_config
-from m2rec.dataset import HistoryDataset
+from m2rec.data.dataset import HistoryDataset
+from m2rec.training.configuration import build_config
 from tests.conftest import small, write_inter
 
 CLASSES = ["a b", '"Heroes', "", 'b "c"', 'Remix 12"', "c"]  # of item i0, i1, and so on
@@ -115,7 +115,7 @@ def test_recboles_own_data_set_knows_each_rows_length(
 ):
     """SequentialDataset on files that come split, whatever the column of items is called."""
     from m2rec.compat import Config, SequentialDataset
-    from m2rec.model import M2Rec
+    from m2rec.models.m2rec import M2Rec
 
     monkeypatch.setattr("sys.argv", ["run.py"])
     (tmp_path / "pre").mkdir()

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2rec.configuration import PROPERTIES_FOLDER, build_config, find_model_class, parse_arguments, read_yaml
-from m2rec.model import M2Rec
+from m2rec.data.shipped import ORIGIN_KEY
+from m2rec.models.m2rec import M2Rec
+from m2rec.models.registry import find_model_class
 from m2rec.settings import ModelSettings, RunSettings
-from m2rec.shipped import ORIGIN_KEY
+from m2rec.training.configuration import PROPERTIES_FOLDER, build_config
+from m2rec.yaml_values import parse_arguments, read_yaml
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(PROPERTIES_FOLDER.rglob("*.yaml"))

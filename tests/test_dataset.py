@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from m2rec.compat import SequentialDataset, data_preparation
-from m2rec.configuration import build_config, parse_arguments
-from m2rec.dataset import HistoryDataset, shift_targets
+from m2rec.data.dataset import HistoryDataset, shift_targets
+from m2rec.training.configuration import build_config
+from m2rec.yaml_values import parse_arguments
 from tests.conftest import Rows, random_rows, small, write_inter
 
 
@@ -370,7 +371,7 @@ def test_eval_args_of_a_plain_config_are_not_ignored(
 ):
     from recbole.config import Config
 
-    from m2rec.model import M2Rec
+    from m2rec.models.m2rec import M2Rec
 
     monkeypatch.setattr("sys.argv", ["run.py"])
     columns = {"inter": ["user_id", "item_id", "timestamp"]}

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from m2rec.dialogue import Dialogue, TitleSearch, format_rank_change
+from m2rec.serving.dialogue import Dialogue, TitleSearch, format_rank_change
 from tests.test_session import TOKENS, V, recommender
 
 TITLES = {

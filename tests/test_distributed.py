@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2rec import checkpoint, distributed
-from m2rec.files import read_tensors, write_tensors
+from m2rec import distributed
+from m2rec.tensor_files import read_tensors, write_tensors
+from m2rec.training import checkpoint
 from tests.conftest import as_arguments, small, write_inter
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.configuration import collect_known_keys, parse_arguments
-from m2rec.statistics import N_RESAMPLES
-from m2rec.studies import SearchPlan
+from m2rec.evaluation.metrics import N_RESAMPLES
+from m2rec.experiments.search_plan import SearchPlan
+from m2rec.training.configuration import collect_known_keys
+from m2rec.yaml_values import parse_arguments
 from scripts import document
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +64,9 @@ def test_a_command_is_understood(page: str, command: str, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # as when it is started
     module = importlib.import_module(f"scripts.{path.stem}")
     if path.name == "tune.py" and arguments != ["--help"]:
-        SearchPlan.read(ROOT / arguments[0], parse_arguments(arguments[1:]))  # it has no parser
+        SearchPlan.read(
+            ROOT / arguments[0], parse_arguments(arguments[1:]), collect_known_keys()
+        )  # it has no parser
         return
     parse = argparse.ArgumentParser.parse_known_args
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from m2rec.dominant import describe_dominant_entity, is_placeholder
+from m2rec.data.dominant import describe_dominant_entity, is_placeholder
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2rec import text_vectors
+from m2rec.text import vector_file
 from scripts import embed_items
 from tests.text_models import save_model
 
@@ -41,7 +41,7 @@ def run(items: Path, *arguments: str) -> int:
 
 
 def made(items: Path) -> tuple[list[str], torch.Tensor, dict[str, str]]:
-    return text_vectors.read_text_vectors(items.parent / "toy.text.safetensors")
+    return vector_file.read_text_vectors(items.parent / "toy.text.safetensors")
 
 
 def test_makes_vectors_beside_the_data(encoder: str, items: Path):
@@ -118,7 +118,7 @@ def test_files_of_before_there_were_fingerprints_load_and_are_made_again(
     caplog.set_level(logging.INFO)
     output = items.parent / "toy.text.safetensors"
     old = {"model": encoder, "columns": "title genre", "date": "2026-01-01", "pooling": "mean, unit length"}
-    text_vectors.write_text_vectors(output, ["1"], np.ones((1, 4)), old)
+    vector_file.write_text_vectors(output, ["1"], np.ones((1, 4)), old)
     assert made(items)[2] == old
     assert run(items, f"--text-encoder={encoder}") == 0
     assert "encoder was not recorded" in caplog.text and "model " not in caplog.text.split("again: ")[1]
@@ -131,7 +131,7 @@ def test_what_is_no_text_vector_file_stays(items: Path, capsys: pytest.CaptureFi
     assert run(items, "--text-encoder=lsa", f"--output={output}") == 2
     assert "is not a text-vector file" in capsys.readouterr().err and output.read_text() == "mine"
     assert run(items, "--text-encoder=lsa", f"--output={output}", "--force") == 0
-    assert text_vectors.read_text_vectors(output)[0] == ["1", "2"]
+    assert vector_file.read_text_vectors(output)[0] == ["1", "2"]
 
 
 def test_without_an_encoder_it_is_lsa(items: Path, caplog: pytest.LogCaptureFixture):
@@ -184,7 +184,7 @@ def test_vectors_made_elsewhere(items: Path, tmp_path: Path, caplog: pytest.LogC
 
 CHILD = """
 import sys
-from m2rec.text_encoder import TextEncoder
+from m2rec.text.language_model import TextEncoder
 from scripts import embed_items
 
 real, calls = TextEncoder._encode_batch, []
@@ -203,7 +203,7 @@ embed_items.main(sys.argv[1:])
 def test_a_killed_run_goes_on_where_it_stopped(
     encoder: str, items: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    from m2rec.text_encoder import TextEncoder
+    from m2rec.text.language_model import TextEncoder
 
     caplog.set_level(logging.INFO)
     rows = [f"{k}\t{'long ' * (k % 5)}toy {'story' if k % 2 else 'film'}\t\n" for k in range(20)]
@@ -234,7 +234,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
     kept = int(found[0].split()[0])
     assert 0 < kept < 20 and sum(encoded) == 20 - kept
     tokens, vectors, _ = made(items)
-    whole_tokens, whole, _ = text_vectors.read_text_vectors(items.parent / "whole")
+    whole_tokens, whole, _ = vector_file.read_text_vectors(items.parent / "whole")
     assert tokens == whole_tokens and torch.allclose(vectors, whole, atol=1e-3)
     assert not partial.exists()
 
@@ -242,7 +242,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
 def test_a_partial_file_of_other_settings_is_not_used(
     encoder: str, items: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    from m2rec.text_encoder import TextEncoder
+    from m2rec.text.language_model import TextEncoder
 
     caplog.set_level(logging.INFO)
     command = [items, f"--text-encoder={encoder}", "--batch-tokens=1", "--device=cpu"]

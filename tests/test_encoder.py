@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from m2rec.encoder import Encoder, group_rows_by_length
-from m2rec.fourier import CausalFilter, LowPassFilter
-from m2rec.mamba import Mamba, Mamba2
+from m2rec.nn.encoder import Encoder, group_rows_by_length
+from m2rec.nn.filters import CausalFilter, LowPassFilter
+from m2rec.nn.mamba import Mamba, Mamba2
+from m2rec.nn.text_projection import TextProjection
 from m2rec.settings import ModelSettings
-from m2rec.text import TextProjection
 
 V, T, L = 30, 6, 12
 SMALL: dict[str, Any] = {

@@ -8,10 +8,10 @@ import numpy as np
 import pandas
 import pytest
 
-from m2rec.configuration import build_config
-from m2rec.evaluate_run import evaluate_run
-from m2rec.experiment import run_experiment
-from m2rec.recommender import Recommender
+from m2rec.commands.evaluate_run import evaluate_run
+from m2rec.serving.recommender import Recommender
+from m2rec.training.configuration import build_config
+from m2rec.training.run import run_experiment
 from scripts import evaluate, recommend
 from tests.conftest import random_rows, small, write_inter
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m2rec.evaluation import (
+from m2rec.evaluation.ranking import (
     HISTORY_BUCKETS,
     POPULARITY_BUCKETS,
     Breakdown,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2rec import export
+from m2rec.serving import export
 from tests.test_session import L, V, events, recommender
 
 CODE = """

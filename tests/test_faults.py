@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from m2rec.configuration import build_config
-from m2rec.experiment import build_resumed_config, run_experiment
+from m2rec.training.configuration import build_config
+from m2rec.training.run import build_resumed_config, run_experiment
 from tests.conftest import as_arguments, small
 from tests.test_checkpoint import outcome
 
@@ -30,7 +30,7 @@ KILLS = int(os.environ.get("M2REC_KILLS", "4"))
 
 # starts a process in a tenth of a second, with everything imported
 context = get_context("forkserver")
-context.set_forkserver_preload(["m2rec.experiment"])
+context.set_forkserver_preload(["m2rec.training.run"])
 
 
 def train(values: dict[str, Any], folder: Path | None) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2rec.fourier import CausalFilter, LowPassFilter
+from m2rec.nn.filters import CausalFilter, LowPassFilter
 
 
 def one_mode(damping: float, period: float, cosine: float, sine: float = 0.0) -> CausalFilter:

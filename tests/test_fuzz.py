@@ -21,16 +21,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m2rec import atomic, text_vectors, trained
-from m2rec.configuration import build_config, collect_known_keys, parse_arguments, read_yaml
-from m2rec.dialogue import Dialogue
-from m2rec.encoder import Encoder
-from m2rec.files import read_tensors, write_tensors
-from m2rec.item_text import parse_template, read_item_texts, read_item_titles, read_item_tokens
-from m2rec.recommender import Recommender
+from m2rec.data import inter_file
+from m2rec.data.item_file import read_item_titles
+from m2rec.experiments.sweep_plan import Sweep
+from m2rec.nn.encoder import Encoder
+from m2rec.serving import saved_model
+from m2rec.serving.dialogue import Dialogue
+from m2rec.serving.recommender import Recommender
 from m2rec.settings import ModelSettings, RunSettings
-from m2rec.sweeps import Sweep
-from m2rec.vector_import import ImportedVectors
+from m2rec.tensor_files import read_tensors, write_tensors
+from m2rec.text import vector_file
+from m2rec.text.imported import ImportedVectors
+from m2rec.text.item_text import parse_template, read_item_texts, read_item_tokens
+from m2rec.training.configuration import build_config, collect_known_keys
+from m2rec.yaml_values import parse_arguments, read_yaml
 from scripts import prepare_data
 
 ROOT = Path(__file__).parent.parent
@@ -88,13 +92,13 @@ def test_interactions(path: Path, content: bytes):
     path.write_bytes(content)
 
     def read() -> None:
-        header = atomic.read_header(path, "\t")
+        header = inter_file.read_header(path, "\t")
         for key, column, kind in (
             ("USER_ID_FIELD", "user_id", "token"),
             ("TIME_FIELD", "timestamp", "float"),
         ):
-            atomic.require_column(path, header, key, column, kind)
-        atomic.read_interactions(path, "\t", header, list(header), "timestamp")
+            inter_file.require_column(path, header, key, column, kind)
+        inter_file.read_interactions(path, "\t", header, list(header), "timestamp")
 
     only_our_errors(read)
 
@@ -113,9 +117,9 @@ def test_item_files(path: Path, content: bytes, template: str):
 @fuzzed
 @given(data=st.data())
 def test_text_vectors_and_checkpoints(path: Path, data: st.DataObject):
-    text_vectors.write_text_vectors(path, ["a", "b", "é"], np.ones((3, 4)), {"model": "m"})
+    vector_file.write_text_vectors(path, ["a", "b", "é"], np.ones((3, 4)), {"model": "m"})
     path.write_bytes(data.draw(broken(path.read_bytes()) | st.binary(max_size=80)))
-    only_our_errors(lambda: text_vectors.load_item_vectors(path, ["[PAD]", "a", "b"]))
+    only_our_errors(lambda: vector_file.load_item_vectors(path, ["[PAD]", "a", "b"]))
     write_tensors(path, {"a": torch.ones(3, 2), "b": torch.zeros(())}, {"numbers": "{}"})
     whole = path.read_bytes()
     path.write_bytes(content := data.draw(broken(whole) | st.binary(max_size=80)))
@@ -202,7 +206,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors[0] = 0
     encoder = Encoder(ModelSettings.read(config), 6, 5, vectors)
     tokens = ["[PAD]", "a", "b", "c", "d", "😀"]
-    model = trained.build_saved_model(
+    model = saved_model.build_saved_model(
         encoder,
         tokens,
         titles={"a": "A"},
@@ -212,7 +216,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_basis=torch.eye(3),
         text_source={"model": "m"},
     )
-    trained.write_saved_model(model, folder)
+    saved_model.write_saved_model(model, folder)
     return folder
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from m2rec.gate import MeanGate, SoftmaxGate
+from m2rec.nn.gate import MeanGate, SoftmaxGate
 
 B, L, K, D = 2, 5, 3, 4
 

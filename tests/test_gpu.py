@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from m2rec import Recommender
-from m2rec.configuration import build_config
-from m2rec.experiment import prepare_run, run_experiment, train_model
+from m2rec.training.configuration import build_config
+from m2rec.training.run import prepare_run, run_experiment, train_model
 from tests.conftest import as_arguments, small
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

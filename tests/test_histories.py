@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from m2rec.histories import Histories, split_by_time, split_leave_one_out
+from m2rec.data.histories import Histories, split_by_time, split_leave_one_out
 
 
 def test_leave_one_out_by_length():

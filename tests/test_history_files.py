@@ -9,8 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from m2rec import history_files, ranker
-from m2rec.history_files import read_history_file
+from m2rec.serving import batch_files, ranker
+from m2rec.serving.batch_files import read_history_file
 from tests.test_session import TOKENS, assert_same, events, recommender
 
 HISTORIES = {"anna": events(3), "bert": [], "01": events(40, seed=1)}
@@ -99,10 +99,10 @@ def test_many_in_bounded_memory(monkeypatch: pytest.MonkeyPatch):
 def test_a_file_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The input is read as far as the output has been written, but for a batch and a group."""
     monkeypatch.setattr(ranker, "_RANKING_BATCH_SIZE", 10)
-    monkeypatch.setattr(history_files, "_ROW_GROUP_SIZE", 20)
+    monkeypatch.setattr(batch_files, "_ROW_GROUP_SIZE", 20)
     lines = ["user,history", *(f"u{n},{TOKENS[1 + n % 30]}" for n in range(200))]
     (tmp_path / "in.csv").write_text("\n".join(lines) + "\n")
-    read, ahead, real, write = 0, [], history_files.read_history_file, parquet.ParquetWriter.write_table
+    read, ahead, real, write = 0, [], batch_files.read_history_file, parquet.ParquetWriter.write_table
 
     def counted(*arguments: Any) -> Iterator[Any]:
         nonlocal read
@@ -114,7 +114,7 @@ def test_a_file_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ahead.append(read - 20 * len(ahead))
         write(writer, table)
 
-    monkeypatch.setattr(history_files, "read_history_file", counted)
+    monkeypatch.setattr(batch_files, "read_history_file", counted)
     monkeypatch.setattr(parquet.ParquetWriter, "write_table", watched)
     model = recommender(whole_history=False)
     assert model.recommend_file(tmp_path / "in.csv", tmp_path / "out.parquet", k=2) == 200

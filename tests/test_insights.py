@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from m2rec import insights
 from m2rec.compat import Interaction
-from m2rec.configuration import build_config, find_model_class
-from m2rec.experiment import load_data, run_experiment
+from m2rec.evaluation import insights
+from m2rec.models.registry import find_model_class
+from m2rec.training.configuration import build_config
+from m2rec.training.run import load_data, run_experiment
 from tests.conftest import random_rows, small, write_inter
 
 

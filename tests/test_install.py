@@ -53,7 +53,7 @@ def test_the_wheel_works_in_another_folder_and_names_the_line_for_recbole(wheel:
         "sys.modules['recbole'] = None\n"
         "import m2rec\n"
         "print(m2rec.__file__, m2rec.Recommender.load.__name__)\n"
-        "import m2rec.experiment\n"
+        "import m2rec.training.run\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == [str(tmp_path / "site" / "m2rec" / "__init__.py"), "load"], done.stderr

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from m2rec import item_text
-from m2rec.item_text import fill_template, parse_template, read_item_texts, read_item_tokens
+from m2rec.data import item_file
+from m2rec.text import item_text
+from m2rec.text.item_text import fill_template, parse_template, read_item_texts, read_item_tokens
 
 ITEMS = (
     "item_id:token\ttitle:token_seq\tgenre:token_seq\n2\tHeat\t\n1\tToy Story\tComedy\n3\t\t\n4\t\tDrama\n"
@@ -30,8 +31,8 @@ def test_titles_come_from_the_column_that_says_so(tmp_path: Path):
         ("sku:token\tbrand:token\ttitle:token_seq", {}),
     ):
         path.write_text(f"{header}\n1\ta\t b \n2\tc\t\n\td\te\n")
-        assert item_text.read_item_titles(path, "item_id") == expected
-    assert item_text.read_item_titles(tmp_path / "none.item", "item_id") == {}
+        assert item_file.read_item_titles(path, "item_id") == expected
+    assert item_file.read_item_titles(tmp_path / "none.item", "item_id") == {}
 
 
 def test_texts_join_the_chosen_columns(items: Path):

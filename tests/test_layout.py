@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,83 +12,24 @@ import yaml
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "m2rec"
 
-# each module may import from its own and from later ranks
-RANKS = [
-    {"plots", "dialogue", "evaluate_run"},
-    {"tables", "overview", "paired"},
-    {"table_parts"},
-    {"results"},
-    {"experiment", "sweeps", "studies", "recommender"},
-    {"ranker"},
-    {"export", "session", "ranking", "item_index", "history_files", "questions"},
-    {"report", "run_folder"},
-    {"provenance"},
-    {"configuration"},
-    {"trainer"},
-    {"insights"},
-    {"evaluation", "model", "popularity", "presplit"},
-    {"dataset", "text_source"},
-    {"compat"},
-    {"trained", "nested_state"},
-    {"encoder"},
-    {"loss"},
-    {"make_vectors", "shipped"},
-    {
-        "layer",
-        "text_vectors",
-        "repeats",
-        "atomic",
-        "checkpoint",
-        "item_text",
-        "text_encoder",
-        "raw",
-        "resuming",
-    },
-    {
-        "settings",
-        "charts",
-        "page",
-        "checks",
-        "text",
-        "files",
-        "averaging",
-        "distributed",
-        "histories",
-        "statistics",
-        "command_line",
-        "diversity",
-        "own_process",
-        "threads",
-        "signals",
-        "partial",
-        "lsa",
-        "vector_import",
-        "rows",
-        "raw_rows",
-        "raw_times",
-        "raw_values",
-        "dominant",
-    },
-    {"mamba", "attention", "fourier", "gate"},
-    {"ops"},
-]
-KNOWS_RECBOLE = {"compat"}
-NEEDS_COMPAT = {
-    "compat",
-    "experiment",
-    "run_folder",
-    "provenance",
-    "configuration",
-    "trainer",
-    "evaluation",
-    "insights",
-    "model",
-    "popularity",
-    "presplit",
-    "dataset",
-    "text_source",
-    "atomic",
+# which rooms a room may import; commands may import all, the ground files of m2rec/ none
+MAY_IMPORT = {
+    "ops": set(),
+    "nn": {"ops"},
+    "data": set(),
+    "text": {"data"},
+    "models": {"nn", "data", "text"},
+    "evaluation": {"nn", "data"},
+    "reports": set(),
+    "training": {"models", "evaluation", "reports", "text", "data", "ops"},
+    "serving": {"nn", "text", "data"},
+    "experiments": {"evaluation", "reports"},
 }
+ROOMS = {*MAY_IMPORT, "commands"}
+GROUND_FILES = {
+    "settings", "yaml_values", "storage", "run_folder", "distributed", "git", "cli", "compat", "threads",
+    "tensor_files",
+}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:
@@ -105,23 +47,53 @@ def modules() -> list[Path]:
     return [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
 
 
-def short(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of the package that a file imports from."""
+    names = {name.split(".")[1] for name in imports(path) if name.startswith("m2rec.")}
+    return names & ROOMS
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_run_one_way(path: Path):
-    rank = {name: k for k, names in enumerate(RANKS) for name in names}
-    own = short(path)
-    assert own in rank, "give the new module a rank"
-    for name in imports(path):
-        if name.startswith("m2rec.") and (other := name.split(".")[1]) in rank and other != "compat":
-            assert rank[other] >= rank[own], f"{own} imports {other}"
-        if name.split(".")[0] == "recbole":
-            assert own in KNOWS_RECBOLE
-            assert "quick_start" not in name
-        if name.startswith("m2rec.compat"):
-            assert own in NEEDS_COMPAT
+def test_imports_follow_the_table(path: Path):
+    room, *below = path.relative_to(PACKAGE).parts
+    if not below:
+        assert path.stem in GROUND_FILES, "a new ground file is named in GROUND_FILES"
+        assert not imported_rooms(path)
+    elif room != "commands":
+        assert imported_rooms(path) <= MAY_IMPORT[room] | {room}
+    recbole = {name for name in imports(path) if name.split(".")[0] == "recbole"}
+    assert not recbole or path == PACKAGE / "compat.py"
+    assert not any("quick_start" in name for name in recbole)
+
+
+def test_the_first_look_shows_few_names():
+    shown = [p for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    assert len(shown) - 1 <= 25
+
+
+def loaded_by(*names: str) -> set[str]:
+    """The packages that a fresh process has loaded after it imported these modules."""
+    code = f"import sys, {', '.join(names)}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def modules_of(*rooms: str) -> list[str]:
+    paths = [path for room in rooms for path in sorted((PACKAGE / room).rglob("*.py"))]
+    return [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in paths]
+
+
+def test_serving_and_reading_results_need_no_recbole():
+    names = modules_of("ops", "nn", "serving", "reports", "experiments", "data/raw")
+    names = [
+        name for name in names if not name.endswith(("triton", "mamba_ssm_backend"))
+    ]  # optional packages
+    assert "m2rec" in (loaded := loaded_by(*names)) and "recbole" not in loaded
+
+
+def test_tables_and_plots_need_no_torch():
+    loaded = loaded_by(*modules_of("experiments", "reports"))
+    assert "matplotlib" in loaded and not {"torch", "recbole"} & loaded
 
 
 def tracked() -> list[Path]:
@@ -132,14 +104,12 @@ def tracked() -> list[Path]:
     return [ROOT / line for line in done.stdout.splitlines()]
 
 
-def test_the_readme_names_every_file_of_the_project():
+def test_the_readme_names_every_room_and_file_at_the_top():
     tree = (ROOT / "README.md").read_text()
-    for path in tracked():
-        relative = path.relative_to(ROOT)
-        if relative.parts[0] in ("m2rec", "scripts") and path.suffix == ".py" and path.name != "__init__.py":
-            assert re.search(rf"\b{re.escape(path.name)}\b", tree), relative
-        if len(relative.parts) == 1 and not path.name.startswith("."):
-            assert path.name in tree, relative
+    shown = {path.relative_to(ROOT).parts[0] for path in tracked()}
+    shown |= {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    for name in shown - {"__init__.py", "__pycache__"}:
+        assert name.startswith(".git") or re.search(rf"^ *{re.escape(name)}", tree, re.M), name
 
 
 def test_every_path_in_the_readme_exists():

@@ -7,9 +7,9 @@ from typing import Any
 import psutil
 import pytest
 
-from m2rec.configuration import build_config
-from m2rec.experiment import prepare_run, train_model
-from m2rec.trainer import RunTrainer
+from m2rec.training.configuration import build_config
+from m2rec.training.run import prepare_run, train_model
+from m2rec.training.trainer import RunTrainer
 from tests.conftest import small
 
 STEPS = int(os.environ.get("M2REC_STEPS", "200"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from m2rec.loss import (
+from m2rec.nn.losses import (
     NegativeSampler,
     bpr,
     cross_entropy,
@@ -15,7 +15,7 @@ from m2rec.loss import (
     gbce,
     sampled_cross_entropy,
 )
-from m2rec.repeats import RepeatBias
+from m2rec.nn.repeat_bias import RepeatBias
 
 S, D, V = 40, 8, 50
 

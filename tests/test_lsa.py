@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from m2rec.lsa import LsaEncoder
+from m2rec.text.lsa import LsaEncoder
 
 DRINKS = ["green tea", "black tea with milk", "cold milk"]
 TOOLS = ["steel hammer", "hammer and nails", "steel nails"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m2rec.mamba import DT_MAX, DT_MIN, GatedRMSNorm, Mamba, Mamba2
+from m2rec.nn.mamba import DT_MAX, DT_MIN, GatedRMSNorm, Mamba, Mamba2
 
 D, N, E, R = 32, 8, 64, 2
 

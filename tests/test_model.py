@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from m2rec.compat import data_preparation, init_seed
-from m2rec.configuration import build_config
-from m2rec.dataset import HistoryDataset, shift_targets
-from m2rec.model import M2Rec
+from m2rec.data.dataset import HistoryDataset, shift_targets
+from m2rec.models.m2rec import M2Rec
+from m2rec.training.configuration import build_config
 from tests.conftest import random_rows, small, write_inter
 
 FORMS = {
@@ -164,10 +164,10 @@ def test_text_is_stored_with_the_model(write_vectors: Callable[..., Path], toy: 
 
 def test_each_item_gets_the_vector_of_its_token(write_vectors: Callable[..., Path], toy: Path):
     """Whatever internal ids RecBole gives: raw vectors compared through the data set's tokens."""
-    from m2rec import text_vectors
+    from m2rec.text import vector_file
 
     path = write_vectors(toy, "toy", [f"i{k}" for k in range(19, -1, -1)])
-    tokens, raw, _ = text_vectors.read_text_vectors(path)
+    tokens, raw, _ = vector_file.read_text_vectors(path)
     model, loaders = made(toy, text_vectors="auto", text_whitening="none")
     names = loaders[0].dataset.field2id_token["item_id"]
     expected = torch.stack([raw[tokens.index(str(name))] for name in names[1:]])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from m2rec import text_vectors
-from m2rec.configuration import read_yaml
-from m2rec.histories import Histories
-from m2rec.recommender import Recommender
-from m2rec.signals import RunInterrupted
+from m2rec.data.histories import Histories
+from m2rec.serving.recommender import Recommender
+from m2rec.text import vector_file
+from m2rec.training.signals import RunInterrupted
+from m2rec.yaml_values import read_yaml
 from scripts import new_items
 from tests.conftest import as_arguments, small, write_inter
 from tests.test_shipped import ship
@@ -29,8 +29,8 @@ def data(tmp_path: Path) -> Path:
     angle = 2 * np.pi * np.arange(N)[:, None] * np.arange(1, 5) / N
     vectors = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     tokens = [f"i{k}" for k in range(N)]
-    text_vectors.write_text_vectors(
-        path.with_name(f"ring{text_vectors.VECTOR_FILE_SUFFIX}"), tokens, vectors, {"model": "ring"}
+    vector_file.write_text_vectors(
+        path.with_name(f"ring{vector_file.VECTOR_FILE_SUFFIX}"), tokens, vectors, {"model": "ring"}
     )
     return tmp_path / "data"
 
@@ -89,8 +89,8 @@ def test_data_of_few_and_of_its_own_columns(tmp_path: Path, caplog: pytest.LogCa
     rows += [(f"v{v}", item, k) for v, history in enumerate(short) for k, item in enumerate(history)]
     path = write_inter(tmp_path / "data", "ring", rows, "who:token\twhat:token\twhen:float")
     vectors = np.random.default_rng(0).normal(size=(N, 8))
-    text_vectors.write_text_vectors(
-        path.with_name(f"ring{text_vectors.VECTOR_FILE_SUFFIX}"),
+    vector_file.write_text_vectors(
+        path.with_name(f"ring{vector_file.VECTOR_FILE_SUFFIX}"),
         [f"i{k}" for k in range(N)],
         vectors,
         {"model": "ring"},

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.overview import make_overview_table
-from m2rec.results import read_finished_runs
-from m2rec.sweeps import Sweep
+from m2rec.experiments.ledger import read_finished_runs
+from m2rec.experiments.overview import make_overview_table
+from m2rec.experiments.sweep_plan import Sweep
 from tests.conftest import SWEEP, answer
 from tests.test_results import PAIRED
 from tests.test_tables import ROWS, published

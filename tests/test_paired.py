@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m2rec import paired
-from m2rec.results import ResultRow
-from m2rec.sweeps import Sweep, get_planned_run_folder
+from m2rec.experiments import paired
+from m2rec.experiments.ledger import ResultRow
+from m2rec.experiments.sweep_plan import Sweep, get_planned_run_folder
 
 USERS = [f"u{k}" for k in range(60)]
 

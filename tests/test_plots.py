@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from m2rec.plots import write_sweep_plots
-from m2rec.results import read_finished_runs
-from m2rec.sweeps import Sweep
+from m2rec.experiments.ledger import read_finished_runs
+from m2rec.experiments.plots import write_sweep_plots
+from m2rec.experiments.sweep_plan import Sweep
 from tests.conftest import SWEEP, answer
 
 pytest.importorskip("matplotlib")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from m2rec.compat import data_preparation
-from m2rec.configuration import build_config
-from m2rec.dataset import HistoryDataset
-from m2rec.popularity import Popularity
+from m2rec.data.dataset import HistoryDataset
+from m2rec.models.popularity import Popularity
+from m2rec.training.configuration import build_config
 from tests.conftest import as_arguments, random_rows, small
 
 

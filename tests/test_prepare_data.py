@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from m2rec import atomic
-from m2rec.item_text import read_item_texts
-from m2rec.raw import RawInteraction
+from m2rec.data import inter_file
+from m2rec.data.raw.formats import RawInteraction
+from m2rec.text.item_text import read_item_texts
 from scripts import prepare_data
 from tests.conftest import as_arguments, random_rows, small
 
@@ -95,8 +95,8 @@ def test_writes_both_files_and_the_statistics(tmp_path: Path, prepare: Prepare, 
 def test_the_project_reads_what_is_written(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
     prepare("amazon-2023", *reviews)
     inter = tmp_path / "data" / "x" / "x.inter"
-    header = atomic.read_header(inter, "\t")
-    frame = atomic.read_interactions(inter, "\t", header, list(header), "timestamp")
+    header = inter_file.read_header(inter, "\t")
+    frame = inter_file.read_interactions(inter, "\t", header, list(header), "timestamp")
     assert frame["timestamp"].tolist() == [1588687728.923, 1588687728.0, 1588687728.924]
     assert frame["item_id"].tolist() == ["B1", "B2", "B3"]
     items = read_item_texts(inter.with_suffix(".item"), "item_id", None)
@@ -117,12 +117,12 @@ def test_any_ids_and_texts_survive(tmp_path: Path, prepare: Prepare):
     columns = ["--user=u", "--item=i", "--time=t", "--item-id=i", "--text", "x", "--max-bad=1"]
     assert prepare("jsonl", f"--interactions={path}", f"--items={path}", *columns)[0] == 0
     inter = tmp_path / "data" / "x" / "x.inter"
-    header = atomic.read_header(inter, "\t")
-    frame = atomic.read_interactions(inter, "\t", header, ["item_id", "timestamp"], "timestamp")
+    header = inter_file.read_header(inter, "\t")
+    frame = inter_file.read_interactions(inter, "\t", header, ["item_id", "timestamp"], "timestamp")
     good = [text.strip() for text in ids if text.strip() and not set(text) & set("\t\n\r\0\x85")]
     assert frame["item_id"].tolist() == good and 50 < len(good) < 250
     item = inter.with_suffix(".item")
-    table = atomic.read_text_columns(item, "\t", atomic.read_header(item, "\t"))
+    table = inter_file.read_text_columns(item, "\t", inter_file.read_header(item, "\t"))
     with_text = dict.fromkeys(text for text in good if text.split())
     assert table["item_id"].tolist() == list(with_text)
     assert table["x"].tolist() == [" ".join(text.split()) for text in with_text]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from m2rec.compat import data_preparation
-from m2rec.configuration import build_config
-from m2rec.dataset import HistoryDataset
-from m2rec.evaluation import mask_history_scores
-from m2rec.experiment import run_experiment
-from m2rec.presplit import PresplitDataset
+from m2rec.data.dataset import HistoryDataset
+from m2rec.data.presplit import PresplitDataset
+from m2rec.evaluation.ranking import mask_history_scores
+from m2rec.training.configuration import build_config
+from m2rec.training.run import run_experiment
 from tests.conftest import random_rows, small, write_inter
 
 HEADER = "user_id:token\titem_id_list:token_seq\titem_id:token"

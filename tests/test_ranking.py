@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2rec import ranking
-from m2rec.ranking import ScoreAdjustments, select_top_k, select_top_k_in_pools
+from m2rec.serving import top_k
+from m2rec.serving.top_k import ScoreAdjustments, select_top_k, select_top_k_in_pools
 
 V, D = 103, 8
 
@@ -47,7 +47,7 @@ def test_as_sorting_everything(
     raise_by: float,
     k: int,
 ):
-    monkeypatch.setattr(ranking, "_MAX_SCORES", budget)
+    monkeypatch.setattr(top_k, "_MAX_SCORES", budget)
     x = torch.randn(3, D)
     raised, hidden = [{1, 2, 50}, set(), {102}], [{2, 7}, {60, 102}, set()]
     adjustments = ScoreAdjustments(raised, hidden, raise_by, table.device)

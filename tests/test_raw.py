@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from m2rec import raw
-from m2rec.raw import FORMATS, RawInteraction, RawItem
-from m2rec.rows import Tally
+from m2rec.data.raw import formats
+from m2rec.data.raw.formats import FORMATS, RawInteraction, RawItem
+from m2rec.data.raw.readers import Tally
 
 
 def written(tmp_path: Path, content: str, name: str, encoding: str = "utf-8") -> Path:
@@ -87,15 +87,15 @@ def test_movielens(
 ):
     for name, content in files.items():
         written(tmp_path, content, name, encoding)
-    found, ratings, films = raw.find_movielens_files(tmp_path)
+    found, ratings, films = formats.find_movielens_files(tmp_path)
     assert films is not None
     assert list(found.interactions(Tally(ratings))) == events
     assert list(found.items(Tally(films))) == items
     films.unlink()
-    assert raw.find_movielens_files(tmp_path)[2] is None
+    assert formats.find_movielens_files(tmp_path)[2] is None
     ratings.unlink()
     with pytest.raises(ValueError, match=r"no u\.data, ratings\.dat, ratings\.csv in it"):
-        raw.find_movielens_files(tmp_path)
+        formats.find_movielens_files(tmp_path)
 
 
 # per format: lines of interactions, what they are, lines of items, what they are
@@ -304,7 +304,7 @@ def test_a_malformed_line_does_not_settle_the_unit(tmp_path: Path):
     assert tally.malformed_count == 6 and tally.notes == ["timestamps read as milliseconds"]
 
 
-@pytest.mark.parametrize("kind", raw.TABLE_KINDS)
+@pytest.mark.parametrize("kind", formats.TABLE_KINDS)
 def test_blanks_around_ids(tmp_path: Path, kind: str):
     path = tmp_path / f"x.{kind}"
     users = ["u1", " u1", "u1 ", "u 1", "\xa0u1", " "]
@@ -316,7 +316,7 @@ def test_blanks_around_ids(tmp_path: Path, kind: str):
         path.write_text("\n".join(json.dumps(line) for line in lines))
     else:
         path.write_text("user, item, time\n" + "\n".join(", ".join(line.values()) for line in lines))
-    found = raw.build_table_format(kind, "user", "item", "time", item_kind=kind, item_id="user")
+    found = formats.build_table_format(kind, "user", "item", "time", item_kind=kind, item_id="user")
     tally = Tally(path, max_bad=1)
     read = list(found.interactions(tally))
     assert [(user, item) for user, item, *_ in read] == [
@@ -336,7 +336,7 @@ def test_the_wrong_format_is_an_error(tmp_path: Path):
         list(FORMATS["amazon-2018"].interactions(Tally(path, max_bad=0.01)))
 
 
-@pytest.mark.parametrize("kind", raw.TABLE_KINDS)
+@pytest.mark.parametrize("kind", formats.TABLE_KINDS)
 def test_tables(tmp_path: Path, kind: str):
     path = tmp_path / f"x.{kind}"
     lines = [
@@ -351,14 +351,14 @@ def test_tables(tmp_path: Path, kind: str):
     else:
         cells = [lines[0].keys(), *(line.values() for line in lines)]
         path.write_text("\n".join(",".join("" if c is None else str(c) for c in row) for row in cells))
-    found = raw.build_table_format(kind, "who", "what", "when", "stars", kind, "what", ["name", "tags"])
+    found = formats.build_table_format(kind, "who", "what", "when", "stars", kind, "what", ["name", "tags"])
     assert list(found.interactions(Tally(path))) == [
         event("u1", "a", "1577836800", "4.5"),
         event("2", "b", "1577836801"),
     ]
     assert list(found.items(Tally(path))) == [RawItem("a", ("A & B", "x")), RawItem("b", ("", "y"))]
-    assert raw.build_table_format(kind, "who", "what", "when").rating == ()
-    ordered, tally = raw.build_table_format(kind, "who", "what"), Tally(path)
+    assert formats.build_table_format(kind, "who", "what", "when").rating == ()
+    ordered, tally = formats.build_table_format(kind, "who", "what"), Tally(path)
     assert list(ordered.interactions(tally)) == [event("u1", "a", "1"), event("2", "b", "2")]
     assert tally.notes == ["no time column: the order of the file is the time, 1, 2, 3, ..."]
 
@@ -375,13 +375,13 @@ def test_parquet_with_types(tmp_path: Path):
             columns = {"u": pyarrow.array([7.0, 8.0]), "i": pyarrow.array(["a", "b"]).dictionary_encode()}
             parquet.write_table(pyarrow.table({**columns, "t": times}), tmp_path / "x.parquet")
             tally = Tally(tmp_path / "x.parquet", max_bad=1)
-            assert list(raw.build_table_format("parquet", "u", "i", "t").interactions(tally)) == [
+            assert list(formats.build_table_format("parquet", "u", "i", "t").interactions(tally)) == [
                 event("7", "a", expected)
             ]
             assert tally.examples == ["line 2: 't' is empty"]
     dates = pyarrow.table({"u": [1], "i": [2], "t": [date(2020, 1, 1)]})
     parquet.write_table(dates, tmp_path / "x.parquet")
-    found = raw.build_table_format("parquet", "u", "i", "t").interactions(Tally(tmp_path / "x.parquet"))
+    found = formats.build_table_format("parquet", "u", "i", "t").interactions(Tally(tmp_path / "x.parquet"))
     assert list(found) == [event("1", "2", "1577836800")]
 
 

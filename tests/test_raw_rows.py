@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2rec import raw
-from m2rec.raw_rows import RowCondition, explode_lists, filter_rows
-from m2rec.rows import RawRow, Tally
+from m2rec.data.raw import formats
+from m2rec.data.raw.filters import RowCondition, explode_lists, filter_rows
+from m2rec.data.raw.readers import RawRow, Tally
 
 
 def rows_of(rows: list[RawRow], tally: Tally) -> Iterator[tuple[int, RawRow]]:
@@ -72,7 +72,7 @@ def test_every_element_is_an_interaction_or_is_said(
     path = tmp_path_factory.mktemp("x") / "x.jsonl"
     path.write_text("\n".join(json.dumps({"u": n, "events": value}) for n, value in enumerate(lists)))
     tally = Tally(path, max_bad=1)
-    found = list(raw.build_table_format("jsonl", "u", "events[].i").interactions(tally))
+    found = list(formats.build_table_format("jsonl", "u", "events[].i").interactions(tally))
     elements = [(str(n), element["i"]) for n, value in enumerate(lists) for element in value or []]
     expected = [(user, item) for user, item in elements if item in ("a", "b")]
     assert [(user, item) for user, item, *_ in found] == expected
@@ -88,14 +88,14 @@ def test_malformed_elements_are_a_share_of_all(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"u": 1, "items": ["a"] * 98 + ["", None]}))
     assert (
-        len(list(raw.build_table_format("jsonl", "u", "items[]").interactions(Tally(path, max_bad=0.02))))
+        len(list(formats.build_table_format("jsonl", "u", "items[]").interactions(Tally(path, max_bad=0.02))))
         == 98
     )
     with pytest.raises(ValueError, match=r"2 of 100 rows are malformed, more than --max-bad=0\.01; "):
-        list(raw.build_table_format("jsonl", "u", "items[]").interactions(Tally(path, max_bad=0.01)))
+        list(formats.build_table_format("jsonl", "u", "items[]").interactions(Tally(path, max_bad=0.01)))
 
 
-@pytest.mark.parametrize("kind", raw.TABLE_KINDS)
+@pytest.mark.parametrize("kind", formats.TABLE_KINDS)
 def test_lists_in_tables(tmp_path: Path, kind: str):
     lines: list[dict[str, Any]] = [
         {"user": "u", "items": ["a", "b"], "times": [5, 6], "label": 0},
@@ -110,7 +110,7 @@ def test_lists_in_tables(tmp_path: Path, kind: str):
     else:  # as JSON has lists, and as pandas writes them
         path.write_text('user;items;times;label\nu;"[""a"", ""b""]";[5, 6];0\nv;[\'c\'];[7];1\n')
     tally = Tally(path)
-    found = raw.build_table_format(kind, "user", "items[]", "times[]").interactions(tally)
+    found = formats.build_table_format(kind, "user", "items[]", "times[]").interactions(tally)
     assert [(user, item, int(time)) for user, item, time, _ in found] == [
         ("u", "a", 5), ("u", "b", 6), ("v", "c", 7),
     ]  # fmt: skip

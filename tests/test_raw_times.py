@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2rec.raw_times import TIME_UNIT_NAMES, TIME_UNITS, TimestampReader, check_time_format, parse_date
-from m2rec.raw_values import format_decimal
-from m2rec.rows import MalformedRowError
+from m2rec.data.raw.readers import MalformedRowError
+from m2rec.data.raw.times import TIME_UNIT_NAMES, TIME_UNITS, TimestampReader, check_time_format, parse_date
+from m2rec.data.raw.values import format_decimal
 
 
 @pytest.mark.parametrize(

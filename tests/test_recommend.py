@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas
 import pytest
 
-from m2rec.configuration import build_config
-from m2rec.experiment import run_experiment
-from m2rec.recommender import Recommender
+from m2rec.serving.recommender import Recommender
+from m2rec.training.configuration import build_config
+from m2rec.training.run import run_experiment
 from scripts import recommend
 from tests.conftest import small, write_inter
 

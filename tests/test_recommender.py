@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import m2rec
-from m2rec import experiment, text_vectors
-from m2rec.configuration import build_config
-from m2rec.encoder import Encoder
-from m2rec.recommender import Recommender
+from m2rec.nn.encoder import Encoder
+from m2rec.serving.recommender import Recommender
+from m2rec.serving.saved_model import build_saved_model
 from m2rec.settings import ModelSettings
-from m2rec.trained import build_saved_model
+from m2rec.text import vector_file
+from m2rec.training import run
+from m2rec.training.configuration import build_config
 from tests.conftest import random_rows, small
 from tests.test_encoder import SMALL
 
@@ -37,21 +38,19 @@ def folder(toy: Path, tmp_path: Path, vectors: Path) -> Path:
 
 
 def trained(toy: Path, tmp_path: Path, **others: object) -> Path:
-    return experiment.run_experiment(
-        build_config(small(toy, runs_dir=str(tmp_path / "runs"), **others))
-    ).folder
+    return run.run_experiment(build_config(small(toy, runs_dir=str(tmp_path / "runs"), **others))).folder
 
 
 def raw(vectors: Path, *tokens: str) -> torch.Tensor:
-    names, all_vectors, _ = text_vectors.read_text_vectors(vectors)
+    names, all_vectors, _ = vector_file.read_text_vectors(vectors)
     return all_vectors[[names.index(token) for token in tokens]]
 
 
 def test_scores_are_those_of_the_model(toy: Path, tmp_path: Path, folder: Path):
     """Each test row's history, as tokens, through the folder alone."""
     config = build_config(small(toy))
-    dataset, (train, _, test) = experiment.load_data(config)
-    model = experiment.find_model_class("M2Rec")(config, train.dataset)
+    dataset, (train, _, test) = run.load_data(config)
+    model = run.find_model_class("M2Rec")(config, train.dataset)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     rows = test.dataset.inter_feat
     expected = model.eval().full_sort_predict(rows)
@@ -125,7 +124,7 @@ def test_only_some_may_be_recommended(folder: Path):
 
 def test_after_nothing_the_popular_items(folder: Path, toy: Path, caplog: pytest.LogCaptureFixture):
     recommender = Recommender.load(folder)
-    dataset, _ = experiment.load_data(build_config(small(toy)))
+    dataset, _ = run.load_data(build_config(small(toy)))
     counts = dataset.histories.training_counts(dataset.item_num)
     found = recommender.recommend([], k=30)
     assert [r.score for r in found] == sorted(counts[1:], reverse=True) and len(found) == 20
@@ -269,9 +268,9 @@ def test_added_items_are_saved(folder: Path, tmp_path: Path, vectors: Path):
 
 def test_new_items_from_a_file(folder: Path, vectors: Path, tmp_path: Path):
     """What is known is left alone, what is silent left out; the titles come along."""
-    tokens, given, about = text_vectors.read_text_vectors(vectors)
+    tokens, given, about = vector_file.read_text_vectors(vectors)
     path = tmp_path / "again.text.safetensors"
-    text_vectors.write_text_vectors(
+    vector_file.write_text_vectors(
         path, [*tokens, "silent"], torch.cat([given, torch.zeros(1, 8)]).numpy(), about
     )
     recommender, other = Recommender.load(folder), Recommender.load(folder)
@@ -312,8 +311,8 @@ def test_new_items_from_a_file(folder: Path, vectors: Path, tmp_path: Path):
 def test_only_vectors_that_were_made_alike(
     folder: Path, vectors: Path, ours: dict[str, str], theirs: dict[str, str], message: str | None
 ):
-    tokens, given, _ = text_vectors.read_text_vectors(vectors)
-    text_vectors.write_text_vectors(vectors, tokens, given.numpy(), theirs)
+    tokens, given, _ = vector_file.read_text_vectors(vectors)
+    vector_file.write_text_vectors(vectors, tokens, given.numpy(), theirs)
     recommender = Recommender.load(folder)
     recommender = Recommender(replace(recommender._model, text_source=ours))
     if message is None:
@@ -428,7 +427,7 @@ def test_mamba4rec_is_made_of_the_same_parts(toy: Path, tmp_path: Path):
     values = small(
         toy, runs_dir=str(tmp_path / "runs"), model="Mamba4Rec", epochs=1, scan_backend="reference"
     )
-    folder = experiment.run_experiment(build_config(values)).folder
+    folder = run.run_experiment(build_config(values)).folder
     assert len(Recommender.load(folder).recommend(["i3"], k=5)) == 5
 
 
@@ -457,7 +456,7 @@ def test_folders_that_can_t_be_used(folder: Path, file: str, content: str | None
 def test_another_model(toy: Path, tmp_path: Path):
     values = small(toy, runs_dir=str(tmp_path / "runs"), model="SASRec", epochs=1)
     values = {k: v for k, v in values.items() if k not in ("head_dim", "d_state")}
-    folder = experiment.run_experiment(build_config(values)).folder
+    folder = run.run_experiment(build_config(values)).folder
     with pytest.raises(ValueError, match="model: 'SASRec' is not made of M2Rec's parts"):
         Recommender.load(folder)
 
@@ -538,9 +537,9 @@ def test_an_index_takes_new_items(folder: Path, vectors: Path, monkeypatch: pyte
     def never(*_: object) -> None:
         raise AssertionError("ranked without the index")
 
-    monkeypatch.setattr("m2rec.item_index._MIN_CATALOGUE_RATIO", 1)
+    monkeypatch.setattr("m2rec.serving.item_index._MIN_CATALOGUE_RATIO", 1)
     best = exact.recommend(["i1"], k=15)
-    monkeypatch.setattr("m2rec.ranker.select_top_k", never)
+    monkeypatch.setattr("m2rec.serving.ranker.select_top_k", never)
     found = recommender.recommend(["i1"], k=15)
     assert [item.item for item in found] == [item.item for item in best]
     assert "new" in {item.item for item in found}
@@ -550,7 +549,7 @@ def test_a_batch_under_way_goes_on_as_it_began(
     folder: Path, vectors: Path, large: Recommender, monkeypatch: pytest.MonkeyPatch
 ):
     """Whatever is changed meanwhile: new items, an index, how much of it is looked at."""
-    monkeypatch.setattr("m2rec.ranker._RANKING_BATCH_SIZE", 1)
+    monkeypatch.setattr("m2rec.serving.ranker._RANKING_BATCH_SIZE", 1)
     recommender = Recommender.load(folder)
     histories = [["i1"], ["i2"], ["i3"]]
     before = list(recommender.recommend_batch(histories, k=20))
@@ -589,7 +588,7 @@ def test_histories_of_all_lengths_in_any_order(large: Recommender, monkeypatch: 
     histories = [[f"i{k}" for k in range(n)] for n in (3, 1, 12, 1, 40, 7, 12, 2)]
     alone = [large.recommend(history) for history in histories]
     for at_once in (1, 12, 24, 1000):
-        monkeypatch.setattr("m2rec.ranker._POSITION_BUDGETS", {"cpu": at_once})
+        monkeypatch.setattr("m2rec.serving.ranker._POSITION_BUDGETS", {"cpu": at_once})
         for found, own in zip(large.recommend_batch(histories, 10), alone, strict=True):
             assert [item.item for item in found] == [item.item for item in own]
             assert [item.score for item in found] == pytest.approx([i.score for i in own], abs=1e-5)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from m2rec import repeats as module
-from m2rec.repeats import RepeatBias, mark_first_occurrences
+from m2rec.nn import repeat_bias as module
+from m2rec.nn.repeat_bias import RepeatBias, mark_first_occurrences
 
 ITEMS = torch.tensor([[3, 1, 3, 0, 0], [2, 2, 2, 5, 2], [4, 0, 0, 0, 0]])
 ROWS, TIMES = torch.tensor([1, 0, 1, 2, 0, 1]), torch.tensor([4, 2, 0, 0, 1, 3])

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from m2rec import experiment, report
-from m2rec.configuration import build_config
+from m2rec.reports import run_page
+from m2rec.training import run
+from m2rec.training.configuration import build_config
 from scripts import report as script
 from tests.conftest import small
 
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     write_inter(root, "toy", random_rows())
     (root / "toy" / "toy.item").write_text("item_id:token\ttitle:token_seq\n" + "\n".join(TITLES) + "\n")
-    return experiment.run_experiment(
+    return run.run_experiment(
         build_config(small(root, runs_dir=str(root / "runs"), epochs=2, report=True))
     ).folder
 
@@ -94,7 +95,7 @@ def test_the_same_run_is_the_same_page(folder: Path):
 def test_a_run_from_before_there_were_insights(folder: Path, tmp_path: Path):
     old = Path(shutil.copytree(folder, tmp_path / "old"))
     (old / "insights.json").unlink()
-    page = Page(report.write_run_page(old).read_text())
+    page = Page(run_page.write_run_page(old).read_text())
     assert "Quality" in page.words and "Examples" not in page.words and len(page.alternatives) == 4
 
 
@@ -121,7 +122,7 @@ def test_pictures_as_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert script.main([str(folder), f"--pictures={tmp_path / 'svg'}"]) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert set(written) == set((tmp_path / "svg").iterdir()) and len(written) == 5
-    page = report.write_run_page(folder).read_text()
+    page = run_page.write_run_page(folder).read_text()
     for path in written:
         assert b64encode(path.read_bytes()).decode() in page, path.name
     assert script.main([str(folder), str(folder), "--pictures=x"]) == 2
@@ -165,9 +166,9 @@ def test_a_report_that_fails_does_not_fail_the_run(
     def fail(*_: object) -> None:
         raise KeyError("anything")
 
-    monkeypatch.setattr(report, "write_run_page", fail)
+    monkeypatch.setattr(run_page, "write_run_page", fail)
     write_inter(tmp_path, "toy", random_rows())
-    result = experiment.run_experiment(
+    result = run.run_experiment(
         build_config(small(tmp_path, runs_dir=str(tmp_path / "runs"), epochs=1, report=True))
     )
     assert (result.folder / "metrics.json").is_file()
@@ -184,7 +185,7 @@ def test_a_run_without_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[st
     *_, use, repeat, last = capsys.readouterr().out.splitlines()
     assert use.startswith("use it: ") and repeat.startswith("repeat it: ")
     assert not (Path(last) / "report.html").exists() and (Path(last) / "insights.json").exists()
-    assert report.write_run_page(Path(last)).exists()
+    assert run_page.write_run_page(Path(last)).exists()
 
 
 def test_a_small_catalogue_has_its_curves(tmp_path: Path):
@@ -195,7 +196,7 @@ def test_a_small_catalogue_has_its_curves(tmp_path: Path):
     keys = small(
         tmp_path, dataset="tiny", runs_dir=str(tmp_path / "runs"), epochs=2, text_vectors="none", report=True
     )
-    text = (experiment.run_experiment(build_config(keys)).folder / "report.html").read_text()
+    text = (run.run_experiment(build_config(keys)).folder / "report.html").read_text()
     page = Page(text)
     assert "Who is served" in page.words and any("on valid by epoch" in said for said in page.alternatives)
 
@@ -221,7 +222,7 @@ def test_in_a_browser(folder: Path, tmp_path: Path, width: int, several: bool):
     page = tmp_path / "page.html"
     if several:
         others = [shutil.copytree(folder, tmp_path / f"M2Rec-toy-20261124-16590{k}") for k in range(4)]
-        report.write_comparison_page(others, page)
+        run_page.write_comparison_page(others, page)
     else:
         page.write_bytes((folder / "report.html").read_bytes())
     # Chromium's window is never narrower than 500, so the page is looked at through a frame
@@ -252,7 +253,7 @@ def test_runs_from_before_returning_targets_were_misses(folder: Path, tmp_path: 
     del metrics["data"]["test_returning"], metrics["test_new"]
     (old / "metrics.json").write_text(json.dumps(metrics))
     page = tmp_path / "page.html"
-    report.write_comparison_page([folder, old], page)
+    run_page.write_comparison_page([folder, old], page)
     assert "old: measured when targets that return were no misses in test_unseen." in page.read_text()
-    report.write_comparison_page([folder], page)
+    run_page.write_comparison_page([folder], page)
     assert "measured when" not in page.read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.results import (
+from m2rec.experiments.ledger import (
     SeedStatistics,
     read_csv_table,
     read_finished_runs,
@@ -14,7 +14,7 @@ from m2rec.results import (
     read_published_results,
     summarize_seeds,
 )
-from m2rec.sweeps import Sweep
+from m2rec.experiments.sweep_plan import Sweep
 from tests.conftest import answer
 
 HEAD = "dataset,variant,seed,settings,test.ndcg@10\n"

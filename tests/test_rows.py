@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m2rec import rows
-from m2rec.rows import Tally
+from m2rec.data.raw import readers
+from m2rec.data.raw.readers import Tally
 
 random_files = settings(
     max_examples=150, deadline=None, database=None, derandomize=True,
@@ -34,7 +34,7 @@ def written(tmp_path: Path, content: str | bytes, name: str = "raw.json") -> Pat
 def test_json_lines_with_what_is_wrong_in_them(tmp_path: Path):
     content = b'\xef\xbb\xbf{"a": 1}\r\n\n[1]\n{"a": \n{"a": "\xe9"}\n"x"\n' + b"[" * 100_000 + b'\n{"a": 2}'
     tally = Tally(written(tmp_path, content), max_bad=1)
-    assert list(rows.read_json_rows(tally)) == [(1, {"a": 1}), (8, {"a": 2})]
+    assert list(readers.read_json_rows(tally)) == [(1, {"a": 1}), (8, {"a": 2})]
     assert (tally.lines, tally.malformed_count, len(tally.examples)) == (8, 5, 3)
     assert tally.examples[0] == "line 3: not an object with names and values"
     assert tally.examples[1].startswith("line 4: not JSON (")
@@ -51,11 +51,11 @@ def test_python_dicts_are_read_and_never_run(tmp_path: Path):
         "-" * 200_000 + "1",
         "(" * 200_000,
         "+".join(["1j"] * 200_000),
-        "{'a': '" + "x" * rows.MAX_LITERAL_CHARACTERS + "'}",
+        "{'a': '" + "x" * readers.MAX_LITERAL_CHARACTERS + "'}",
         "{[]: 1}",
     ]
     tally = Tally(written(tmp_path, "\n".join(lines)), max_bad=1)
-    found = [row for _, row in rows.read_json_or_literal_rows(tally)]
+    found = [row for _, row in readers.read_json_or_literal_rows(tally)]
     assert found == [
         {"asin": "B1", "title": 'Women\'s "best"', "categories": [["A", "B"], ["C é"]]},
         {"id": "7", "name": "café", "free": False, "path": r"C:\data", "none": None},
@@ -65,11 +65,11 @@ def test_python_dicts_are_read_and_never_run(tmp_path: Path):
 
 
 def test_a_line_that_is_too_long_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2**20)
     content = b'{"a": 1}\n{"a": "' + b"x" * 2**24 + b'"}\n{"a": 2}\n'
     tally = Tally(written(tmp_path, gzip.compress(content)), max_bad=1)
     tracemalloc.start()
-    assert [row["a"] for _, row in rows.read_json_rows(tally)] == [1, 2]
+    assert [row["a"] for _, row in readers.read_json_rows(tally)] == [1, 2]
     assert tracemalloc.get_traced_memory()[1] < 2**23
     tracemalloc.stop()
     assert tally.examples == ["line 2: longer than 1 MiB"]
@@ -80,7 +80,7 @@ def test_reading_is_lazy(tmp_path: Path):
     path = written(tmp_path, gzip.compress(b'{"a": "some text that takes room"}\n' * count))
     tally = Tally(path)
     tracemalloc.start()
-    reader = rows.read_json_rows(tally)
+    reader = readers.read_json_rows(tally)
     assert tally.lines == 0
     assert len(list(itertools.islice(reader, 10))) == 10 and tally.lines == 10
     assert sum(1 for _ in reader) == count - 10
@@ -98,7 +98,7 @@ def test_csv_with_quoted_cells(tmp_path: Path, separator: str):
     ]
     content = "\r\n".join(separator.join(cells) for cells in lines)
     tally = Tally(written(tmp_path, content))
-    assert list(rows.read_csv_records(tally, ["the time", "user"])) == [
+    assert list(readers.read_csv_records(tally, ["the time", "user"])) == [
         (2, {"user": "u1", "the time": "1", "text": 'a, b\t; | "c" \nd'}),
         (4, {"user": "u2", "the time": "2", "text": 'plain 5" nail'}),
     ]
@@ -114,15 +114,15 @@ def test_quotation_marks_are_text_between_tabs_and_bars(tmp_path: Path, separato
     lines = [["user", "track"], *([f"u{n}", cell] for n, cell in enumerate(cells))]
     content = "\r\n".join(separator.join(line) for line in lines)
     tally = Tally(written(tmp_path, content))
-    assert [row["track"] for _, row in rows.read_csv_records(tally, ["user"])] == cells
+    assert [row["track"] for _, row in readers.read_csv_records(tally, ["user"])] == cells
     assert tally.remarks() == []
 
 
 def test_quoted_names_between_tabs(tmp_path: Path):
     path = written(tmp_path, '"user"\t"item"\n"u"\t"i"\n')
     with pytest.raises(ValueError, match="its column names are in quotation marks, which are text between"):
-        list(rows.read_csv_records(Tally(path), ["item", "user"]))
-    found = list(rows.read_csv_records(Tally(path), ['"user"']))  # as they are called
+        list(readers.read_csv_records(Tally(path), ["item", "user"]))
+    found = list(readers.read_csv_records(Tally(path), ['"user"']))  # as they are called
     assert found == [(2, {'"user"': '"u"', '"item"': '"i"'})]
 
 
@@ -144,7 +144,7 @@ def test_every_line_is_a_row_or_is_said(
     lines = [line.replace("#", separator) for line in lines]
     content = end.join([f"x{separator}y", *lines]) + (end if closed else "")
     tally = Tally(written(tmp_path, content), max_bad=1)
-    found = list(rows.read_csv_records(tally, ["x", "y"]))
+    found = list(readers.read_csv_records(tally, ["x", "y"]))
     assert tally.lines == len(lines) + 1 == 1 + len(found) + tally.continuation_lines + tally.malformed_count
     if separator in "\t|":
         whole = [tuple(line.split(separator)) for line in lines if line.count(separator) == 1]
@@ -161,7 +161,7 @@ def test_what_csv_writes_comes_back(tmp_path: Path, table: list[tuple[str, str]]
     file = io.StringIO()
     csv.writer(file, delimiter=separator).writerows([("x", "y"), *table])
     tally = Tally(written(tmp_path, file.getvalue()))
-    found = list(rows.read_csv_records(tally, ["x", "y"]))
+    found = list(readers.read_csv_records(tally, ["x", "y"]))
     assert [(row["x"], row["y"]) for _, row in found] == table
     breaks = ["".join(cells).count("\n") for cells in table]
     assert (tally.malformed_count, tally.continuation_lines, tally.records) == (
@@ -176,14 +176,14 @@ def test_a_long_text_passes_and_an_open_quote_stops(tmp_path: Path):
     review = "x\n" * 998 + "x"
     content = f'a,b\n1,"{review}\n"\n2,y\n'  # a record of 1,000 lines
     tally = Tally(written(tmp_path, content))
-    assert [number for number, _ in rows.read_csv_records(tally, ["a"])] == [2, 1002]
+    assert [number for number, _ in readers.read_csv_records(tally, ["a"])] == [2, 1002]
     assert tally.longest_record == (1000, 2)
     rest = "".join(f"{n},z\n" for n in range(3000))
     for start, line in (('1,"Heroes\n', 2), ('1,"two\nlines","Heroes\n', 3), ('1,y\n\n2,"two\n""lines\n', 4)):
         path = written(tmp_path, f"a,b\n{start}{rest}")
         message = f"{path}: a quotation mark opens in line {line} and its record has more than 1,000 lines"
         with pytest.raises(ValueError, match=re.escape(message)):
-            list(rows.read_csv_records(Tally(path, max_bad=1), ["a"]))
+            list(readers.read_csv_records(Tally(path, max_bad=1), ["a"]))
 
 
 LAYOUTS = [  # lines, names of the columns, the separator if it is said, cells
@@ -208,7 +208,7 @@ def test_columns_by_position(
 ):
     path = written(tmp_path, "\n".join(lines))
     tally = Tally(path)
-    found = list(rows.read_csv_records(tally, names[:1], rows.CsvLayout(names, separator)))
+    found = list(readers.read_csv_records(tally, names[:1], readers.CsvLayout(names, separator)))
     expected = [dict(zip(names, row, strict=True)) for row in cells]
     assert [row for _, row in found] == expected
     assert (
@@ -220,11 +220,11 @@ def test_columns_by_position(
 def test_a_separator_with_a_header(tmp_path: Path):
     path = written(tmp_path, "user item\n1 a\n2  b\n")
     tally = Tally(path, max_bad=1)
-    found = rows.read_csv_records(tally, ["user", "item"], rows.CsvLayout(separator=" "))
+    found = readers.read_csv_records(tally, ["user", "item"], readers.CsvLayout(separator=" "))
     assert list(found) == [(2, {"user": "1", "item": "a"})]
     assert tally.examples == ["line 3: 3 columns, the header has 2"]
     path = written(tmp_path, "user::item\n1::a\n")
-    found = rows.read_csv_records(Tally(path), ["item"], rows.CsvLayout(separator="::"))
+    found = readers.read_csv_records(Tally(path), ["item"], readers.CsvLayout(separator="::"))
     assert list(found) == [(2, {"user": "1", "item": "a"})]
 
 
@@ -234,27 +234,27 @@ def test_a_separator_is_found_or_asked_for(tmp_path: Path):
     for line, separator in (("a b,c d", ","), ("a\tb;", "\t;"), ("a|b\tc", "|\t")):
         path = written(tmp_path, f"{line}\n")
         if len(separator) == 1:
-            row = next(rows.read_csv_records(Tally(path), names, rows.CsvLayout(names)))[1]
+            row = next(readers.read_csv_records(Tally(path), names, readers.CsvLayout(names)))[1]
             assert list(row.values()) == line.split(separator)
             continue
         with pytest.raises(ValueError, match=r"2 columns are named, line 1 has .*--separator=' '"):
-            list(rows.read_csv_records(Tally(path), names, rows.CsvLayout(names)))
+            list(readers.read_csv_records(Tally(path), names, readers.CsvLayout(names)))
     with pytest.raises(ValueError, match=r"line 1 has 1 with ',', 1 with '\\t', 1 with ';', 1 with"):
-        list(rows.read_csv_records(Tally(written(tmp_path, "1 2\n")), names, rows.CsvLayout(names)))
+        list(readers.read_csv_records(Tally(written(tmp_path, "1 2\n")), names, readers.CsvLayout(names)))
     with pytest.raises(ValueError, match="column 'time' is missing, the file has user, item; name one"):
-        list(rows.read_csv_records(Tally(path), ["time"], rows.CsvLayout((*names, ""))))
+        list(readers.read_csv_records(Tally(path), ["time"], readers.CsvLayout((*names, ""))))
 
 
 def test_a_header_where_none_is_expected_is_data(tmp_path: Path):
     tally = Tally(written(tmp_path, "user,item\n1,2\n3\n"), max_bad=1)
-    found = [row for _, row in rows.read_csv_records(tally, ["user"], rows.CsvLayout(("user", "item")))]
+    found = [row for _, row in readers.read_csv_records(tally, ["user"], readers.CsvLayout(("user", "item")))]
     assert found == [{"user": "user", "item": "item"}, {"user": "1", "item": "2"}]
     assert tally.examples == ["line 3: 1 columns, 2 are named"]
 
 
 def test_sequences(tmp_path: Path):
     tally = Tally(written(tmp_path, "1 7 8  7\n\n2\t9\t10 \r\n3\n é \xa0 x\n"))
-    assert list(rows.read_sequence_rows(tally)) == [
+    assert list(readers.read_sequence_rows(tally)) == [
         (1, {"user": "1", "items": ["7", "8", "7"]}),
         (3, {"user": "2", "items": ["9", "10"]}),
         (4, {"user": "3", "items": []}),
@@ -280,8 +280,8 @@ def test_a_json_array(
     content = json.dumps(objects, indent=indent, ensure_ascii=ascii_only)
     tally = Tally(written(tmp_path, content + "\n"), max_bad=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "CHUNK_BYTES", chunk)
-        found = list(rows.read_json_rows(tally))
+        patch.setattr(readers, "CHUNK_BYTES", chunk)
+        found = list(readers.read_json_rows(tally))
     assert found == [(n, row) for n, row in enumerate(objects, 1) if isinstance(row, dict)]
     assert tally.lines == len(objects) == len(found) + tally.malformed_count
     assert tally.position == len(content.encode()) + 1
@@ -301,7 +301,7 @@ def test_a_json_array(
 )
 def test_a_broken_json_array(tmp_path: Path, content: bytes, reason: str):
     with pytest.raises(ValueError, match=f"begins as a JSON array, which is broken {reason}.*in each line"):
-        list(rows.read_json_rows(Tally(written(tmp_path, content), max_bad=1)))
+        list(readers.read_json_rows(Tally(written(tmp_path, content), max_bad=1)))
 
 
 def test_a_json_array_is_not_held(tmp_path: Path):
@@ -309,12 +309,12 @@ def test_a_json_array_is_not_held(tmp_path: Path):
     content = "[" + ",".join(['{"a": "some text that takes room"}'] * count) + "]"
     tally = Tally(written(tmp_path, gzip.compress(content.encode())))
     tracemalloc.start()
-    assert sum(1 for _ in rows.read_json_rows(tally)) == count == tally.lines
+    assert sum(1 for _ in readers.read_json_rows(tally)) == count == tally.lines
     assert tracemalloc.get_traced_memory()[1] < 2**21  # the text has 3.6 MB
     tracemalloc.stop()
     cut = written(tmp_path, gzip.compress(content.encode())[:-20])
     with pytest.raises(ValueError, match=r"the gzip file is cut off or damaged after element \d[\d,]+ \("):
-        list(rows.read_json_rows(Tally(cut)))
+        list(readers.read_json_rows(Tally(cut)))
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_spreadsheets_are_told_from_archives(tmp_path: Path, members: list[str],
     with zipfile.ZipFile(path, "w") as archive:
         for member in members:
             archive.writestr(member, "x")
-    for read in (lambda tally: rows.read_csv_records(tally, ["a"]), rows.read_json_rows):
+    for read in (lambda tally: readers.read_csv_records(tally, ["a"]), readers.read_json_rows):
         with pytest.raises(ValueError, match=message):
             list(read(Tally(path)))
 
@@ -346,7 +346,7 @@ def test_what_an_open_quote_swallows_is_counted(tmp_path: Path):
             (['5,"He', '6,x",x', "7,x"], "lines 3 to 4: 3 columns, the header has 2"),
         ):
             tally = Tally(written(tmp_path, "\n".join(["a,b", "1,2", *lines])), max_bad=1)
-            found = list(rows.read_csv_records(tally, ["a"]))
+            found = list(readers.read_csv_records(tally, ["a"]))
             assert len(found) + tally.malformed_count == 4 and tally.examples[0].startswith(first), (
                 tally.examples
             )
@@ -357,21 +357,21 @@ def test_what_an_open_quote_swallows_is_counted(tmp_path: Path):
 
 def test_blank_lines_are_no_rows(tmp_path: Path):
     tally = Tally(written(tmp_path, 'a,b\n\n1,"2\n\n3"\n\r\n4,5\n\n'))
-    assert [number for number, _ in rows.read_csv_records(tally, ["a"])] == [3, 7]
+    assert [number for number, _ in readers.read_csv_records(tally, ["a"])] == [3, 7]
     assert (tally.lines, tally.continuation_lines, tally.malformed_count) == (8, 2, 0)
 
 
 def test_a_column_that_comes_twice(tmp_path: Path):
     path = written(tmp_path, "user,item,note,user ,note\nu,i,1,v,2\n")
     with pytest.raises(ValueError, match="column 'user' comes 2 times; rename all but one"):
-        list(rows.read_csv_records(Tally(path), ["item", "user"]))
-    assert [number for number, _ in rows.read_csv_records(Tally(path), ["item"])] == [2]
+        list(readers.read_csv_records(Tally(path), ["item", "user"]))
+    assert [number for number, _ in readers.read_csv_records(Tally(path), ["item"])] == [2]
 
 
 def test_csv_goes_on_after_what_is_wrong(tmp_path: Path):
     content = b'a,b\n1,2\n3\n\n4,\xff\n"5" x,6\n7,8,9\n10,"11\n12,13\n'
     tally = Tally(written(tmp_path, content), max_bad=1)
-    assert list(rows.read_csv_records(tally, ["a"])) == [(2, {"a": "1", "b": "2"})]
+    assert list(readers.read_csv_records(tally, ["a"])) == [(2, {"a": "1", "b": "2"})]
     assert tally.examples[:2] == ["line 3: 1 columns, the header has 2", "line 5: not UTF-8"]
     assert tally.remarks()[0].startswith("6 of 9 lines are malformed and left out: line 3: 1 columns")
     assert tally.malformed_count == 6  # the quote that is left open takes two lines with it
@@ -393,7 +393,7 @@ def test_csv_goes_on_after_what_is_wrong(tmp_path: Path):
 def test_unusable_csv_files(tmp_path: Path, content: bytes, message: str):
     path = written(tmp_path, content)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        list(rows.read_csv_records(Tally(path), ["when"]))
+        list(readers.read_csv_records(Tally(path), ["when"]))
     assert str(path) in str(error.value)
 
 
@@ -408,20 +408,20 @@ def test_damaged_gzip_files(tmp_path: Path, damage: str):
     tally = Tally(written(tmp_path, broken[damage]), max_bad=1)
     message = r"the gzip file is cut off or damaged after line [\d,]+ \(.*\); download it again"
     with pytest.raises(ValueError, match=message):
-        list(rows.read_json_rows(tally))
+        list(readers.read_json_rows(tally))
 
 
 def test_delimited_files_are_utf8_or_latin1(tmp_path: Path):
     content = "1::Misérables, Les::War\r\n".encode("latin-1") + "2::Amélie::War\n3::x\n".encode()
     tally = Tally(written(tmp_path, content), max_bad=1)
-    found = list(rows.read_delimited_rows(tally, "::", ("id", "title", "genres")))
+    found = list(readers.read_delimited_rows(tally, "::", ("id", "title", "genres")))
     assert [row["title"] for _, row in found] == ["Misérables, Les", "Amélie"]
     assert found[0][1]["genres"] == "War" and tally.examples == ["line 3: 2 columns instead of 3"]
 
 
 def test_a_file_is_given_up_when_too_much_is_malformed(tmp_path: Path):
     tally = Tally(written(tmp_path, '{"a": 1}\n' * 98 + "x\nx\n"), max_bad=0.02)
-    list(rows.read_json_rows(tally))
+    list(readers.read_json_rows(tally))
     tally.finish()
     tally.max_bad = 0.01
     with pytest.raises(
@@ -431,7 +431,7 @@ def test_a_file_is_given_up_when_too_much_is_malformed(tmp_path: Path):
     path = written(tmp_path, "x\n" * 50_000)
     early = Tally(path, max_bad=0.01)
     with pytest.raises(ValueError, match="101 of 101 lines are malformed"):
-        list(rows.read_json_rows(early))
+        list(readers.read_json_rows(early))
     with pytest.raises(ValueError, match="the file is empty"):
         Tally(path).finish()
 
@@ -440,36 +440,38 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    monkeypatch.setattr(rows, "PARQUET_BATCH_ROWS", 3)
+    monkeypatch.setattr(readers, "PARQUET_BATCH_ROWS", 3)
     path = tmp_path / "x.parquet"
     table = {"user": ["a", "b", None, "d"], "tags": [["x"], [], None, ["y", "z"]], "other": [1, 2, 3, 4]}
     parquet.write_table(pyarrow.table(table), path)
     tally = Tally(path)
-    reader = rows.read_parquet_rows(tally, ["tags", "user", "user"])
+    reader = readers.read_parquet_rows(tally, ["tags", "user", "user"])
     assert next(reader) == (1, {"tags": ["x"], "user": "a"})
     assert [row for _, row in reader][-1] == {"tags": ["y", "z"], "user": "d"}
     assert tally.lines == 4 and tally.position == path.stat().st_size
     with pytest.raises(ValueError, match="column 'when' is missing, the file has user, tags, other"):
-        list(rows.read_parquet_rows(Tally(path), ["when"]))
-    optional = rows.read_parquet_rows(Tally(path), ["user"], optional={"other", "tags", "more"})
+        list(readers.read_parquet_rows(Tally(path), ["when"]))
+    optional = readers.read_parquet_rows(Tally(path), ["user"], optional={"other", "tags", "more"})
     assert next(optional) == (1, {"user": "a", "tags": ["x"], "other": 1})
     double = pyarrow.table([["a"], ["b"], ["c"]], names=["user", "item", "user"])
     parquet.write_table(double, tmp_path / "double.parquet")
     with pytest.raises(ValueError, match=r"double\.parquet: column 'user' comes 2 times; rename all but one"):
-        list(rows.read_parquet_rows(Tally(tmp_path / "double.parquet"), ["user"]))
-    assert list(rows.read_parquet_rows(Tally(tmp_path / "double.parquet"), ["item"])) == [(1, {"item": "b"})]
+        list(readers.read_parquet_rows(Tally(tmp_path / "double.parquet"), ["user"]))
+    assert list(readers.read_parquet_rows(Tally(tmp_path / "double.parquet"), ["item"])) == [
+        (1, {"item": "b"})
+    ]
     parquet.write_table(pyarrow.table(table).slice(0, 0), path)
-    assert list(rows.read_parquet_rows(Tally(path), ["user"])) == []
+    assert list(readers.read_parquet_rows(Tally(path), ["user"])) == []
     for content in (b"user,item\n", b"", path.read_bytes()[:-10]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="not a whole Parquet file"):
-            list(rows.read_parquet_rows(Tally(path), ["user"]))
+            list(readers.read_parquet_rows(Tally(path), ["user"]))
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="reading Parquet needs pyarrow; run: pip install pyarrow"):
-        list(rows.read_parquet_rows(Tally(tmp_path / "x.parquet"), ["user"]))
+        list(readers.read_parquet_rows(Tally(tmp_path / "x.parquet"), ["user"]))
 
 
 def test_a_label_column_that_comes_twice(tmp_path: Path):
@@ -477,11 +479,11 @@ def test_a_label_column_that_comes_twice(tmp_path: Path):
     path = tmp_path / "clicks.csv"
     path.write_text("user,item,label,label\na,b,0,1\n")
     with pytest.raises(ValueError, match="column 'label' comes 2 times; rename all but one"):
-        list(rows.read_csv_records(Tally(path), ["user", "item"]))
+        list(readers.read_csv_records(Tally(path), ["user", "item"]))
 
 
-@pytest.mark.parametrize("read", [rows.read_json_rows, rows.read_json_or_literal_rows])
-def test_a_name_that_comes_twice_in_an_object(tmp_path: Path, read: Callable[[Tally], rows.NumberedRows]):
+@pytest.mark.parametrize("read", [readers.read_json_rows, readers.read_json_or_literal_rows])
+def test_a_name_that_comes_twice_in_an_object(tmp_path: Path, read: Callable[[Tally], readers.NumberedRows]):
     path = tmp_path / "x.json"
     path.write_text('{"user": "a", "item": "i"}\n{"user": "a", "item": "i", "item": "j"}\n')
     tally = Tally(path, max_bad=1.0)
@@ -497,4 +499,4 @@ def test_a_name_that_comes_twice_in_an_array(tmp_path: Path):
     path = tmp_path / "x.json"
     path.write_text('[{"user": "a", "item": "i"}, {"user": "a", "item": "i", "item": "j"}]')
     with pytest.raises(ValueError, match=r"x\.json"):
-        list(rows.read_json_rows(Tally(path)))
+        list(readers.read_json_rows(Tally(path)))

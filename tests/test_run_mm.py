@@ -16,11 +16,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from m2rec.configuration import build_config
-from m2rec.dataset import HistoryDataset
-from m2rec.experiment import build_resumed_config
-from m2rec.files import read_tensors
-from m2rec.run_folder import create_run_folder
+from m2rec.data.dataset import HistoryDataset
+from m2rec.tensor_files import read_tensors
+from m2rec.training.configuration import build_config
+from m2rec.training.new_run import create_run_folder
+from m2rec.training.run import build_resumed_config
 from tests.conftest import as_arguments, random_rows, small, write_inter
 from tests.test_vector_import import Trap
 
@@ -98,9 +98,9 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
 def test_the_metrics_are_those_of_the_saved_weights(command: Command, toy: Path):
     """The best epoch is not the last; both test protocols are recomputed from the run folder by hand."""
     from m2rec.compat import data_preparation
-    from m2rec.configuration import build_config
-    from m2rec.dataset import HistoryDataset
-    from m2rec.model import M2Rec
+    from m2rec.data.dataset import HistoryDataset
+    from m2rec.models.m2rec import M2Rec
+    from m2rec.training.configuration import build_config
 
     arguments = small(toy, epochs=30, learning_rate=0.05, stopping_step=3, text_vectors="none")
     folder = Path(command(*as_arguments(arguments))[1].splitlines()[-1])
@@ -134,7 +134,7 @@ def test_the_metrics_are_those_of_the_saved_weights(command: Command, toy: Path)
 
 
 def test_every_metric_that_is_offered_works(command: Command, toy: Path):
-    from m2rec.checks import RECBOLE_METRICS
+    from m2rec.training.recbole_keys import RECBOLE_METRICS
 
     status, out, err = command(*as_arguments(small(toy, metrics=f"[{', '.join(RECBOLE_METRICS)}]", epochs=1)))
     assert status == 0, err
@@ -214,7 +214,7 @@ def test_a_full_disk_is_called_by_its_name(command: Command, toy: Path, monkeypa
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
-    monkeypatch.setattr("m2rec.files.save_file", full)
+    monkeypatch.setattr("m2rec.storage.save_file", full)
     status, _, err = command(*as_arguments(small(toy)))
     last = err.splitlines()[-1]
     assert status == 2 and "Traceback" not in err
@@ -228,7 +228,7 @@ def test_memory_that_ends_in_the_test_costs_no_training(
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("m2rec.trainer.RunTrainer.evaluate_protocols", greedy)
+        patch.setattr("m2rec.training.trainer.RunTrainer.evaluate_protocols", greedy)
         status, _, err = command(*as_arguments(small(toy, epochs=2, eval_batch_size=8)))
     last = err.splitlines()[-1]
     assert status == 2 and "M2Rec can't be tested: out of memory; python run_mm.py --resume=" in last
@@ -320,7 +320,7 @@ def test_memory_that_runs_out_on_a_cpu(
     def fail(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr("m2rec.experiment.data_preparation", fail)
+    monkeypatch.setattr("m2rec.training.run.data_preparation", fail)
     status, _, err = command(*as_arguments(small(toy)))
     assert status == 2 and "out of memory; lower train_batch_size, eval_batch_size or MAX_ITEM" in err
 

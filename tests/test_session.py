@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from m2rec import session, trained
-from m2rec.encoder import Encoder
-from m2rec.recommender import Recommendation, Recommender
+from m2rec.nn.encoder import Encoder
+from m2rec.serving import saved_model, session
+from m2rec.serving.recommender import Recommendation, Recommender
 from m2rec.settings import ModelSettings
 
 V, L = 40, 12
@@ -32,7 +32,7 @@ def recommender(seed: int = 0, whole_history: bool = True, **settings: object) -
     about = {"titles": {"i3": "Tea"}, "text_mean": None, "text_basis": None, "text_source": {}}
     config = {"MAX_ITEM_LIST_LENGTH": L}
     return Recommender(
-        trained.build_saved_model(encoder, TOKENS, counts=range(V), config=config, **about),
+        saved_model.build_saved_model(encoder, TOKENS, counts=range(V), config=config, **about),
         whole_history=whole_history,
     )
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from m2rec import atomic, configuration, shipped
-from m2rec.configuration import build_config
-from m2rec.experiment import load_data
-from m2rec.text_source import find_vector_file
+from m2rec.data import inter_file, shipped
+from m2rec.text.source import find_vector_file
+from m2rec.training import configuration
+from m2rec.training.configuration import build_config
+from m2rec.training.run import load_data
 from run_mm import main
 from tests.conftest import as_arguments, random_rows, small, write_inter
 
@@ -83,7 +84,7 @@ def test_a_download_of_other_data_is_noticed(toy: Path, tmp_path: Path, monkeypa
     ship(tmp_path, monkeypatch, users=31)
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setattr(
-        atomic, "download_dataset", lambda name, folder, url: shutil.copytree(toy / name, folder)
+        inter_file, "download_dataset", lambda name, folder, url: shutil.copytree(toy / name, folder)
     )
     config = build_config(small(elsewhere))
     with pytest.raises(ValueError, match=r"as downloaded, is not what .* \(30 users, not 31\); run the same"):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from m2rec import statistics
-from m2rec.statistics import compute_rank_metric, paired_bootstrap
+from m2rec.evaluation import metrics
+from m2rec.evaluation.metrics import compute_rank_metric, paired_bootstrap
 
 RANKS = np.array([[1, 3], [10, 11], [0, 20]])
 
@@ -81,7 +81,7 @@ def test_p_is_about_uniform_where_nothing_differs():
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
     values = np.random.default_rng(5).normal(size=(20, 2))
     whole = paired_bootstrap(values, resamples=100)
-    monkeypatch.setattr(statistics, "_MAX_COUNTS_IN_MEMORY", 60)
+    monkeypatch.setattr(metrics, "_MAX_COUNTS_IN_MEMORY", 60)
     for left, right in zip(whole, paired_bootstrap(values, resamples=100), strict=True):
         assert left == pytest.approx(right)
 

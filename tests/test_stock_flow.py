@@ -14,10 +14,10 @@ from recbole.trainer import Trainer
 from recbole.utils import init_seed
 from safetensors import safe_open
 
-from m2rec.configuration import build_config
-from m2rec.experiment import prepare_run, train_model
-from m2rec.model import M2Rec
-from m2rec.nested_state import load_state, save_state
+from m2rec.models.m2rec import M2Rec
+from m2rec.tensor_files import load_state, save_state
+from m2rec.training.configuration import build_config
+from m2rec.training.run import prepare_run, train_model
 from tests.conftest import small
 
 Make = Callable[..., Config]

@@ -17,10 +17,10 @@ import psutil
 import pytest
 import yaml
 
-from m2rec.provenance import is_same_code, read_commit
-from m2rec.results import format_settings, read_finished_runs
-from m2rec.resuming import CannotResume
-from m2rec.sweeps import PlannedRun, Sweep, get_planned_run_folder
+from m2rec.experiments.ledger import format_settings, read_finished_runs
+from m2rec.experiments.sweep_plan import PlannedRun, Sweep, get_planned_run_folder
+from m2rec.git import is_same_code, read_commit
+from m2rec.training.resuming import CannotResume
 from scripts.sweep import SweepRunner, check_committed_code, main, parse_options
 from tests.conftest import small
 
@@ -263,14 +263,14 @@ def test_results_and_readme_are_no_code(tmp_path: Path, monkeypatch: pytest.Monk
         return read_commit()
 
     git("init")
-    monkeypatch.setattr("m2rec.provenance._REPOSITORY", tmp_path.resolve())
+    monkeypatch.setattr("m2rec.git._REPOSITORY", tmp_path.resolve())
     first = committed("m2rec/experiment.py", "results/a.csv", "README.md", "config.yaml", "tests/test.py")
     (tmp_path / "results" / "a.csv").write_text("two")
     (tmp_path / "README.md").write_text("two")
     assert read_commit() == first and is_same_code(first, first)
     check_committed_code()
     with monkeypatch.context() as installed:  # into a folder of another project's repository
-        installed.setattr("m2rec.provenance._REPOSITORY", tmp_path.resolve() / "m2rec")
+        installed.setattr("m2rec.git._REPOSITORY", tmp_path.resolve() / "m2rec")
         assert read_commit() is None
     second = committed("results/a.csv", "README.md", "tests/test.py")
     assert second != first and is_same_code(first, second)

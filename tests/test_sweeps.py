@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.sweeps import PlannedRun, Sweep, find_finished_run, get_planned_run_folder, slugify_variant
+from m2rec.experiments.sweep_plan import (
+    PlannedRun,
+    Sweep,
+    find_finished_run,
+    get_planned_run_folder,
+    slugify_variant,
+)
 
 WHOLE = """
 title: Two sets

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.results import read_finished_runs
-from m2rec.sweeps import Sweep
-from m2rec.tables import make_bucket_tables, make_published_table, make_result_table
+from m2rec.experiments.ledger import read_finished_runs
+from m2rec.experiments.sweep_plan import Sweep
+from m2rec.experiments.tables import make_bucket_tables, make_published_table, make_result_table
 from tests.conftest import SWEEP, answer
 from tests.test_results import PAIRED
 

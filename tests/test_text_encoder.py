@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m2rec.partial import PartialVectors
-from m2rec.text_encoder import TextEncoder, TextEncoderOptions, make_token_batches
+from m2rec.text.language_model import TextEncoder, TextEncoderOptions, make_token_batches
+from m2rec.text.partial import PartialVectors
 from tests.text_models import WORDS, save_model, save_tokenizer, token_ids
 
 pytest.importorskip("sentence_transformers")

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from m2rec import text_vectors
-from m2rec.configuration import build_config
-from m2rec.files import lock_path
-from m2rec.text_source import ensure_text_vectors
+from m2rec.storage import lock_path
+from m2rec.text import vector_file
+from m2rec.text.source import ensure_text_vectors
+from m2rec.training.configuration import build_config
 from run_mm import main
 from tests.conftest import as_arguments, small
 from tests.test_distributed import launched
 from tests.text_models import save_model
 
-FILE = Path("toy") / f"toy{text_vectors.VECTOR_FILE_SUFFIX}"
+FILE = Path("toy") / f"toy{vector_file.VECTOR_FILE_SUFFIX}"
 TITLES = [
     f"{colour} {thing}" for colour in ("red", "blue", "green", "white") for thing in "tea cup pot".split()
 ]
@@ -172,7 +172,7 @@ def test_a_data_folder_that_can_t_be_written(
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(text_vectors, "write_text_vectors", full)
+    monkeypatch.setattr(vector_file, "write_text_vectors", full)
     assert trained(toy, tmp_path) == 0
     assert text_of_run(tmp_path) is None
     assert trained(toy, tmp_path, text_encoder="lsa") == 2

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from m2rec import ranker
-from m2rec.encoder import Encoder
+from m2rec.nn.encoder import Encoder
+from m2rec.serving import ranker
 from m2rec.threads import read_cpu_quota, use_one_thread
 from tests.test_recommender import trained
 
@@ -34,7 +34,7 @@ def said(code: str, **variables: str) -> list[str]:
 
 
 def test_a_command_spins_briefly():
-    number, policy, spins = said(f"import m2rec.own_process, os; {SHOW}")
+    number, policy, spins = said(f"import m2rec.commands.own_process, os; {SHOW}")
     assert policy == "None" and 100 <= int(spins) <= 10_000
     assert number == "None" or read_cpu_quota() is not None
 
@@ -43,7 +43,7 @@ def test_a_command_spins_briefly():
     "own", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}, {"OMP_NUM_THREADS": "3"}]
 )
 def test_what_the_user_sets_stays(own: dict[str, str]):
-    found = dict(zip(VARIABLES, said(f"import m2rec.own_process, os; {SHOW}", **own), strict=True))
+    found = dict(zip(VARIABLES, said(f"import m2rec.commands.own_process, os; {SHOW}", **own), strict=True))
     assert found.items() >= own.items()
     assert "OMP_NUM_THREADS" in own or found["GOMP_SPINCOUNT"] == own.get("GOMP_SPINCOUNT", "None")
 
@@ -60,7 +60,7 @@ def test_a_command_prepares_its_threads_before_pytorch_is_loaded(name: str):
     body = ast.parse((ROOT / "scripts" / f"{name}.py").read_text()).body
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     first = next(node for node in imports if getattr(node, "module", "") != "__future__")
-    assert isinstance(first, ast.Import) and first.names[0].name == "m2rec.own_process"
+    assert isinstance(first, ast.Import) and first.names[0].name == "m2rec.commands.own_process"
 
 
 def test_run_mm_prepares_its_threads_before_pytorch_is_loaded():

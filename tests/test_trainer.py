@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2rec.checks import RECBOLE_METRICS
 from m2rec.compat import Trainer, data_preparation, init_seed
-from m2rec.configuration import build_config
-from m2rec.dataset import HistoryDataset
-from m2rec.files import write_atomically, write_tensors, write_text
-from m2rec.model import M2Rec
-from m2rec.trainer import RunTrainer
+from m2rec.data.dataset import HistoryDataset
+from m2rec.models.m2rec import M2Rec
+from m2rec.storage import write_atomically, write_text
+from m2rec.tensor_files import write_tensors
+from m2rec.training.configuration import build_config
+from m2rec.training.recbole_keys import RECBOLE_METRICS
+from m2rec.training.trainer import RunTrainer
 from tests.conftest import random_rows, small
 
 

@@ -21,8 +21,8 @@ pytest.importorskip("optuna")
 import optuna
 
 import run_mm
-from m2rec.configuration import build_config
-from m2rec.studies import SearchPlan
+from m2rec.experiments.search_plan import SearchPlan
+from m2rec.training.configuration import build_config, collect_known_keys
 from scripts import tune
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +177,7 @@ def enqueue(toy: Path, drawn: list[dict[str, Any]], **others: Any) -> None:
     """Let the first trials of that study have these settings."""
     path = toy.parent / "enqueued.yaml"
     path.write_text(yaml.safe_dump(settings(toy, **others)))
-    plan = SearchPlan.read(path, {})
+    plan = SearchPlan.read(path, {}, {"learning_rate"})
     study = tune.open_study(plan, tune._find_valid_config(plan))
     for values in drawn:
         study.enqueue_trial(values)
@@ -410,7 +410,7 @@ def test_data_without_validation_rows(study: Study, toy: Path):
 
 
 def test_the_shipped_example_is_one(tmp_path: Path):
-    plan = SearchPlan.read(ROOT / "results" / "tune" / "ml-100k.yaml", {})
+    plan = SearchPlan.read(ROOT / "results" / "tune" / "ml-100k.yaml", {}, collect_known_keys())
     assert plan.study == "m2rec-ml-100k" and plan.trials == 30
     config = build_config({**plan.fixed, "gpu_id": ""}, tune.CONFIG_PATH)
     assert set(plan.search) <= set(config.final_config_dict)

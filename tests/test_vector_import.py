@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m2rec.vector_import import ImportedVectors
+from m2rec.text.imported import ImportedVectors
 
 TOKENS = ["a", "b b", "é"]
 VECTORS = np.array([[3.0, 4], [0, 1], [1e6, -2]])

@@ -75,7 +75,7 @@ def _select_conv_function(backend: str) -> Callable[..., Tensor]:
 
         return causal_conv1d_triton
     if backend == "mamba_ssm":
-        from m2rec.ops.from_mamba_ssm import causal_conv1d_mamba_ssm
+        from m2rec.ops.mamba_ssm_backend import causal_conv1d_mamba_ssm
 
         return causal_conv1d_mamba_ssm
     return causal_conv1d_ref if backend == "reference" else _causal_conv1d_torch

@@ -142,7 +142,7 @@ def _select_scan_function(backend: str) -> Callable[..., Tensor | tuple[Tensor, 
 
         return selective_scan_triton
     if backend == "mamba_ssm":
-        from m2rec.ops.from_mamba_ssm import selective_scan_mamba_ssm
+        from m2rec.ops.mamba_ssm_backend import selective_scan_mamba_ssm
 
         return selective_scan_mamba_ssm
     return selective_scan_ref if backend == "reference" else _selective_scan_torch

@@ -174,7 +174,7 @@ def _check_ssd_arguments(
 def _select_ssd_function(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """`triton` takes the form of `torch`, which is all products of matrices."""
     if backend == "mamba_ssm":
-        from m2rec.ops.from_mamba_ssm import ssd_mamba_ssm
+        from m2rec.ops.mamba_ssm_backend import ssd_mamba_ssm
 
         return ssd_mamba_ssm
     return ssd_ref if backend == "reference" else _ssd_chunked

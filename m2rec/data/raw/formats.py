@@ -1,0 +1,466 @@
+"""Raw data sets, in the formats in which they are published, as typed records.
+
+`FORMATS` is the table of them, `find_movielens_files` finds out which of three a folder holds, and
+`build_table_format` makes one for any table. To add a format, add an entry.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from reprlib import repr as short
+from typing import NamedTuple, TypeVar
+
+from m2rec.data.dominant import LABEL_COLUMNS
+from m2rec.data.raw.filters import (
+    RowCondition,
+    explode_lists,
+    filter_rows,
+    get_path_column,
+    is_value_path,
+    suggest_value_path,
+)
+from m2rec.data.raw.readers import (
+    HEADER_LAYOUT,
+    CsvLayout,
+    MalformedRowError,
+    NumberedRows,
+    RawRow,
+    Tally,
+    read_csv_records,
+    read_delimited_rows,
+    read_json_or_literal_rows,
+    read_json_rows,
+    read_parquet_rows,
+    read_sequence_rows,
+)
+from m2rec.data.raw.times import TIME_COLUMN_NAMES, FileOrderTimestamps, TimestampReader
+from m2rec.data.raw.values import (
+    IdReader,
+    ZeroLabelCounter,
+    clean_text,
+    is_missing,
+    join_texts,
+    join_unique_texts,
+    parse_rating,
+)
+
+Record = TypeVar("Record")
+
+ColumnNames = tuple[str, ...]
+"""Names of a value in a row; the first that is there counts."""
+
+
+class RawInteraction(NamedTuple):
+    """One event."""
+
+    user: str
+    item: str
+    time: Decimal
+    """Seconds since 1970 where the raw data has dates or unix time, else its own number."""
+    rating: Decimal | None
+
+
+class RawItem(NamedTuple):
+    """One item; its texts are one line each, in the format's order."""
+
+    token: str
+    texts: tuple[str, ...]
+
+
+class TextColumn(NamedTuple):
+    """A text column of NAME.item."""
+
+    column: str
+    keys: ColumnNames
+    kind: str = "token_seq"
+    convert: Callable[[object], str] = join_unique_texts
+
+
+@dataclass(frozen=True)
+class RawFormat:
+    """Where a raw format has what is needed."""
+
+    about: str
+    rows: Callable[[Tally], NumberedRows]
+    user: ColumnNames
+    item: ColumnNames
+    time: ColumnNames
+    """Empty: the order of the file is the time."""
+    rating: ColumnNames = ()
+    item_rows: Callable[[Tally], NumberedRows] | None = None
+    """None: as `rows`."""
+    token: ColumnNames = ()
+    """Names of an item's token in the file of items."""
+    texts: tuple[TextColumn, ...] = ()
+    time_format: str | None = None
+    """Of dates, in strptime's codes, where they don't say themselves which number is what."""
+    keep: tuple[RowCondition, ...] = ()
+    """What rows of interactions must fulfil."""
+
+    def interactions(self, tally: Tally, time_unit: str | None = None) -> Iterator[RawInteraction]:
+        """The interactions of the file that `tally` names, in file order.
+
+        Args:
+            tally: names the file; at the end it is told how times and ids were read.
+            time_unit: one of `UNITS`; by default as `TimestampReader` finds it.
+
+        Raises:
+            ValueError: the file can't be read, too much of it is malformed, or its times are of several
+                units.
+        """
+        times, ids, order = (
+            TimestampReader(tally.path, time_unit, self.time_format),
+            IdReader(),
+            FileOrderTimestamps(),
+        )
+        used = {*self.user, *self.item, *self.time, *self.rating, *(part.column for part in self.keep)}
+        labels = ZeroLabelCounter(used)
+
+        def parse(line: int, row: RawRow) -> RawInteraction:
+            user = ids.read(_require_value(row, self.user), line)
+            item = ids.read(_require_value(row, self.item), line)
+            rating = parse_rating(_get_first_value(row, self.rating)) if self.rating else None
+            # last, so that a line which is malformed elsewhere does not settle the unit
+            time = times.read(_require_value(row, self.time), line) if self.time else order.next(row)
+            labels.count(row)
+            return RawInteraction(user, item, time, rating)
+
+        rows = _expand_used_paths(self.rows(tally), used, tally)
+        if self.keep:
+            rows = filter_rows(rows, self.keep, tally)
+        yield from _parse_records(rows, parse, tally)
+        tally.notes += [*times.remarks(), *order.remarks(), *ids.remarks(), *labels.remarks()]
+
+    def items(self, tally: Tally) -> Iterator[RawItem]:
+        """The items of the file that `tally` names; the same token may come again.
+
+        Raises:
+            ValueError: as for `interactions`.
+        """
+        ids = IdReader()
+
+        def parse(line: int, row: RawRow) -> RawItem:
+            texts = (clean_text(text.convert(_get_first_value(row, text.keys))) for text in self.texts)
+            return RawItem(ids.read(_require_value(row, self.token), line), tuple(texts))
+
+        rows = (self.item_rows or self.rows)(tally)
+        used = {*self.token, *(key for text in self.texts for key in text.keys)}
+        yield from _parse_records(_expand_used_paths(rows, used, tally), parse, tally)
+        tally.notes += ids.remarks()
+
+
+def _expand_used_paths(rows: NumberedRows, used: Collection[str], tally: Tally) -> NumberedRows:
+    """The rows with a value for each of the paths among the names that are used."""
+    return explode_lists(rows, sorted(used), tally) if any(map(is_value_path, used)) else rows
+
+
+def _parse_records(
+    rows: NumberedRows, parse: Callable[[int, RawRow], Record], tally: Tally
+) -> Iterator[Record]:
+    """Parse row by row; what is malformed goes to the tally."""
+    for line, row in rows:
+        try:
+            record = parse(line, row)
+        except MalformedRowError as error:
+            tally.reject(line, error)
+        else:
+            yield record
+    tally.finish()
+
+
+def _get_first_value(row: RawRow, keys: ColumnNames) -> object:
+    """The first value that is not missing, or None."""
+    return next((row[key] for key in keys if not is_missing(row.get(key))), None)
+
+
+def _require_value(row: RawRow, keys: ColumnNames) -> object:
+    value = _get_first_value(row, keys)
+    if value is None:
+        if any(key in row for key in keys):
+            raise MalformedRowError(f"{keys[0]!r} is empty")
+        hint = f"; did you mean {nested!r}?" if (nested := suggest_value_path(row, keys[0])) else ""
+        raise MalformedRowError(f"no {keys[0]!r}, only {short(', '.join(row))}{hint}")
+    return value
+
+
+def _format_genres(value: object) -> str:
+    """MovieLens's Comedy|Drama."""
+    return "" if value == "(no genres listed)" else join_unique_texts(str(value or "").split("|"))
+
+
+def _clean_amazon_title(value: object) -> str:
+    """Some titles of 2018 are pieces of the page's JavaScript."""
+    return "" if "getTime" in str(value) else join_unique_texts(value)
+
+
+# the flags of u.item after its first, "unknown"
+_ML_100K_GENRES = (
+    "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)  # fmt: skip
+
+
+def _read_ml_100k_movies(tally: Tally) -> NumberedRows:
+    """u.item: a film's genres are flags."""
+    columns = ("movieId", "title", "released", "video", "url", "unknown", *_ML_100K_GENRES)
+    for line, row in read_delimited_rows(tally, "|", columns):
+        row["genres"] = "|".join(flag for flag in _ML_100K_GENRES if row[flag] == "1")
+        yield line, row
+
+
+def _read_mind_clicks(tally: Tally) -> NumberedRows:
+    """behaviors.tsv: an impression is a list of news, N1-1 for what was clicked and N2-0 for the rest."""
+    columns, unused = ("impression", "user", "time", "history", "impressions"), 0
+    for line, row in read_delimited_rows(tally, "\t", columns):
+        shown = row["impressions"].split()
+        if not all(news.endswith(("-0", "-1")) for news in shown):
+            tally.reject(line, "impressions without -0 or -1, as in the test set")
+            continue
+        unused += bool(row["history"].strip())
+        yield line, {**row, "clicks": [news[:-2] for news in shown if news.endswith("-1")]}
+    if unused:
+        tally.notes.append(f"the history column, which has no times, is not used: {unused:,} lines have one")
+
+
+_MIND_NEWS_COLUMNS = (
+    "news",
+    "category",
+    "subcategory",
+    "title",
+    "abstract",
+    "url",
+    "entities",
+    "more entities",
+)
+_RATING_COLUMNS = ("userId", "movieId", "rating", "timestamp")
+_MOVIE_COLUMNS = ("movieId", "title", "genres")
+
+
+def _build_movielens_format(
+    about: str, rows: Callable[[Tally], NumberedRows], item_rows: Callable[[Tally], NumberedRows]
+) -> RawFormat:
+    return RawFormat(
+        about=about,
+        rows=rows,
+        user=("userId",),
+        item=("movieId",),
+        time=("timestamp",),
+        rating=("rating",),
+        item_rows=item_rows,
+        token=("movieId",),
+        texts=(TextColumn("title", ("title",)), TextColumn("genres", ("genres",), convert=_format_genres)),
+    )
+
+
+# by the files of the folder
+MOVIELENS_FORMATS = {
+    ("u.data", "u.item"): _build_movielens_format(
+        "ml-100k", partial(read_delimited_rows, separator="\t", columns=_RATING_COLUMNS), _read_ml_100k_movies
+    ),
+    ("ratings.dat", "movies.dat"): _build_movielens_format(
+        "ml-1m, ml-10m",
+        partial(read_delimited_rows, separator="::", columns=_RATING_COLUMNS),
+        partial(read_delimited_rows, separator="::", columns=_MOVIE_COLUMNS),
+    ),
+    ("ratings.csv", "movies.csv"): _build_movielens_format(
+        "ml-20m, ml-25m, ml-latest",
+        partial(read_csv_records, columns=_RATING_COLUMNS),
+        partial(read_csv_records, columns=_MOVIE_COLUMNS),
+    ),
+}
+
+
+def _build_amazon_format(
+    about: str,
+    rows: Callable[[Tally], NumberedRows],
+    categories: str,
+    title: Callable[[object], str] = join_unique_texts,
+) -> RawFormat:
+    """Amazon's reviews before 2023."""
+    return RawFormat(
+        about=about,
+        rows=rows,
+        user=("reviewerID",),
+        item=("asin",),
+        time=("unixReviewTime",),
+        rating=("overall",),
+        token=("asin",),
+        texts=(
+            TextColumn("title", ("title",), convert=title),
+            TextColumn("brand", ("brand",), "token"),
+            TextColumn("categories", (categories,)),
+            TextColumn("description", ("description",), convert=join_texts),
+        ),
+    )
+
+
+FORMATS = {
+    "amazon-2014": _build_amazon_format(
+        "reviews_CATEGORY.json.gz and meta_CATEGORY.json.gz (Python dicts)",
+        read_json_or_literal_rows,
+        "categories",
+    ),
+    "amazon-2018": _build_amazon_format(
+        "CATEGORY.json.gz or CATEGORY_5.json.gz, and meta_CATEGORY.json.gz",
+        read_json_rows,
+        "category",
+        _clean_amazon_title,
+    ),
+    "amazon-2023": RawFormat(
+        about="CATEGORY.jsonl.gz and meta_CATEGORY.jsonl.gz; an item is its parent_asin",
+        rows=read_json_rows,
+        user=("user_id",),
+        item=("parent_asin", "asin"),
+        time=("timestamp",),
+        rating=("rating",),
+        token=("parent_asin",),
+        texts=(
+            TextColumn("title", ("title",)),
+            TextColumn("store", ("store",), "token"),
+            TextColumn("categories", ("categories",)),
+            TextColumn("features", ("features",), convert=join_texts),
+            TextColumn("description", ("description",), convert=join_texts),
+        ),
+    ),
+    "google-local": RawFormat(
+        about="2021: review-STATE.json.gz and meta-STATE.json.gz",
+        rows=read_json_rows,
+        user=("user_id",),
+        item=("gmap_id",),
+        time=("time",),
+        rating=("rating",),
+        token=("gmap_id",),
+        texts=(
+            TextColumn("title", ("name",)),
+            TextColumn("categories", ("category",)),
+            TextColumn("description", ("description",), convert=join_texts),
+            TextColumn("address", ("address",)),
+        ),
+    ),
+    "yelp": RawFormat(
+        about="yelp_academic_dataset_review.json and yelp_academic_dataset_business.json",
+        rows=read_json_rows,
+        user=("user_id",),
+        item=("business_id",),
+        time=("date",),
+        rating=("stars",),
+        token=("business_id",),
+        texts=(
+            TextColumn("title", ("name",)),
+            TextColumn("categories", ("categories",)),
+            TextColumn("city", ("city",), "token"),
+        ),
+    ),
+    "steam": RawFormat(
+        about="steam_reviews.json.gz and steam_games.json.gz; a user is a username, as in SASRec's data",
+        rows=read_json_or_literal_rows,
+        user=("username", "user_id"),
+        item=("product_id",),
+        time=("date",),
+        token=("id",),
+        texts=(
+            TextColumn("title", ("title", "app_name")),
+            TextColumn("genres", ("genres",)),
+            TextColumn("tags", ("tags",)),
+            TextColumn("developer", ("developer",), "token"),
+        ),
+    ),
+    "mind": RawFormat(
+        about="behaviors.tsv and news.tsv; an interaction is a click on what was shown",
+        rows=_read_mind_clicks,
+        user=("user",),
+        item=("clicks[]",),
+        time=("time",),
+        time_format="%m/%d/%Y %I:%M:%S %p",
+        item_rows=partial(read_delimited_rows, separator="\t", columns=_MIND_NEWS_COLUMNS),
+        token=("news",),
+        texts=(
+            TextColumn("title", ("title",)),
+            TextColumn("category", ("category",), "token"),
+            TextColumn("subcategory", ("subcategory",), "token"),
+            TextColumn("abstract", ("abstract",)),
+        ),
+    ),
+    "sequences": RawFormat(
+        about="USER ITEM ITEM ... in each line, oldest first, as of S3-Rec, FMLP-Rec, BSARec and WEARec",
+        rows=read_sequence_rows,
+        user=("user",),
+        item=("items[]",),
+        time=(),
+    ),
+}
+TABLE_KINDS = ("csv", "parquet", "jsonl")
+
+
+def find_movielens_files(folder: Path) -> tuple[RawFormat, Path, Path | None]:
+    """The format of an unpacked MovieLens folder, its ratings, and its films if they are there.
+
+    Raises:
+        ValueError: there are no ratings in it.
+    """
+    for (ratings, films), found in MOVIELENS_FORMATS.items():
+        if (folder / ratings).is_file():
+            items = folder / films
+            return found, folder / ratings, items if items.is_file() else None
+    raise ValueError(
+        f"{folder}: no {', '.join(ratings for ratings, _ in MOVIELENS_FORMATS)} in it; "
+        f"give the folder that MovieLens's zip file unpacks to"
+    )
+
+
+def build_table_format(
+    kind: str,
+    user: str,
+    item: str,
+    time: str | None = None,
+    rating: str | None = None,
+    item_kind: str = "csv",
+    item_id: str = "",
+    texts: Sequence[str] = (),
+    layout: CsvLayout = HEADER_LAYOUT,
+    item_layout: CsvLayout = HEADER_LAYOUT,
+    time_format: str | None = None,
+    keep: Sequence[RowCondition] = (),
+) -> RawFormat:
+    """The format of tables with named columns.
+
+    Args:
+        kind: of the interactions, one of `TABLE_KINDS`.
+        user, item, time, rating: columns of the interactions, or paths into them (see raw_rows.py);
+            without a time the order of the file is it.
+        item_kind: of the file of items.
+        item_id, texts: columns of the items.
+        layout, item_layout: of the two files, where they are CSV.
+        time_format: of dates, in strptime's codes.
+        keep: what rows of interactions must fulfil.
+    """
+    paths = [user, item, *filter(None, (time, rating)), *(part.column for part in keep)]
+    return RawFormat(
+        about="",
+        rows=_build_table_reader(
+            kind, paths, layout, "--columns", LABEL_COLUMNS if time else LABEL_COLUMNS | TIME_COLUMN_NAMES
+        ),
+        user=(user,),
+        item=(item,),
+        time=(time,) if time else (),
+        rating=(rating,) if rating else (),
+        item_rows=_build_table_reader(item_kind, [item_id, *texts], item_layout, "--item-columns"),
+        token=(item_id,),
+        texts=tuple(TextColumn("_".join(text.split()), (text,)) for text in texts),
+        time_format=time_format,
+        keep=tuple(keep),
+    )
+
+
+def _build_table_reader(
+    kind: str, paths: Sequence[str], layout: CsvLayout, option: str, optional: Collection[str] = ()
+) -> Callable[[Tally], NumberedRows]:
+    columns = list(dict.fromkeys(map(get_path_column, paths)))
+    if kind == "jsonl":
+        return read_json_rows
+    if kind == "parquet":
+        return partial(read_parquet_rows, columns=columns, optional=optional)
+    cure = f"name one of them, or all with {option} if line 1 is no header"
+    return partial(read_csv_records, columns=columns, layout=layout, cure=cure)

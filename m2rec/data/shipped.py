@@ -1,0 +1,89 @@
+"""Settings and text vectors that come with the project for some data sets, and which data these are.
+
+A name alone says little: who calls their own data `ml-100k` must not get the text vectors of its films.
+The key `belongs_to` of `properties/dataset/NAME.yaml` says what the data set is.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import yaml
+
+from m2rec.data import inter_file, item_file
+from m2rec.settings import PROPERTIES_FOLDER
+
+SHIPPED_FOLDER = PROPERTIES_FOLDER / "dataset"
+ORIGIN_KEY = "belongs_to"
+
+
+class InterColumns(NamedTuple):
+    """How a data set's files are read."""
+
+    separator: str
+    user: str
+    item: str
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """Those of a mapping with RecBole's keys."""
+        return cls(config["field_separator"], config["USER_ID_FIELD"], config["ITEM_ID_FIELD"])
+
+
+def read_origin(name: str) -> dict[str, Any]:
+    """What the data set is that properties and vectors of this name are of; empty if there are none.
+
+    Returns:
+        `users`, `items` and `interactions` of NAME.inter, unfiltered, and where vectors are shipped
+        `titles_sha256` (see `hash_titles`).
+    """
+    path = SHIPPED_FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        return {}
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))[ORIGIN_KEY])
+
+
+def describe_difference(name: str, path: Path, columns: InterColumns) -> str:
+    """How the interactions of a file differ from those that the properties of this name are of.
+
+    Args:
+        name: the data set's.
+        path: its NAME.inter.
+        columns: how it is read.
+
+    Returns:
+        Such as `610 users, not 943`; empty where nothing differs, nothing is shipped, or a column is missing.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    if not (origin := read_origin(name)):
+        return ""
+    header = inter_file.read_header(path, columns.separator)
+    if columns.user not in header or columns.item not in header:
+        return ""  # which is an error when it is loaded
+    frame = inter_file.read_text_columns(path, columns.separator, header, [columns.user, columns.item])
+    found = {
+        "users": frame[columns.user].nunique(),
+        "items": frame[columns.item].nunique(),
+        "interactions": len(frame),
+    }
+    return ", ".join(f"{n:,} {what}, not {origin[what]:,}" for what, n in found.items() if n != origin[what])
+
+
+def hash_titles(titles: Mapping[str, str]) -> str:
+    """A hash of every item token with its title, whatever the order of the file."""
+    tokens = sorted(titles)
+    return item_file.ItemTexts(tokens, [titles[token] for token in tokens], columns=[]).sha256()
+
+
+def find_shipped_vectors(name: str) -> Path | None:
+    """The text-vector file that is shipped under this name, whatever data has that name here."""
+    path = SHIPPED_FOLDER / f"{name}.text.safetensors"
+    return path if path.is_file() else None
+
+
+def has_same_titles(name: str, items: Path, columns: InterColumns) -> bool:
+    """Whether a file of items has the tokens and titles that the shipped vectors of this name are of."""
+    titles = item_file.read_item_titles(items, columns.item, columns.separator)
+    return hash_titles(titles) == read_origin(name).get("titles_sha256")

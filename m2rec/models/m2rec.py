@@ -1,0 +1,177 @@
+"""M2Rec as a RecBole model: the encoder of `encoder.py` with RecBole's four methods.
+
+    e = item_table[s]                                item_table = id embedding + text part
+    x = dropout(layer_norm(e))
+    each layer:  m, f, t = mamba(x), filter(x), text_projection(text[s])
+                 x = layer_norm(x + dropout(sum_k g_k * branch_k)),  g = gate(m, f, t)
+                 x = layer_norm(x + feed_forward(x))
+    scores = x[last] @ item_table.T + repeat_bias * (the history holds the item)
+
+Paper: M2Rec, arXiv 2505.04445. Deviations: the filter is causal (`fourier.py`), so that all
+positions of a history can be trained at once; see docs/model.md, "What differs from the paper".
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from m2rec.compat import Config, InputType, Interaction, SequentialDataset, SequentialRecommender
+from m2rec.data.dataset import HistoryDataset, shift_targets
+from m2rec.nn.encoder import Encoder
+from m2rec.nn.filters import without_autocast
+from m2rec.nn.losses import NegativeSampler, bpr, cross_entropy, draw_other_items, gbce, sampled_cross_entropy
+from m2rec.nn.repeat_bias import RepeatBias
+from m2rec.settings import ModelSettings
+from m2rec.text import vector_file
+from m2rec.text.source import find_vector_file, get_dataset_folders
+from m2rec.text.vector_file import TextVectors
+
+logger = logging.getLogger(__name__)
+
+
+class M2Rec(SequentialRecommender):
+    """Multi-scale Mamba for sequential recommendation.
+
+    Args:
+        config: a RecBole Config; the keys are those of `ModelSettings`.
+        dataset: the training data. On `m2rec.data.dataset.HistoryDataset` with dense rows the
+            loss uses every position; on any other, the last one, as stock RecBole does.
+    """
+
+    input_type = InputType.POINTWISE  # a row is a history and the item after it
+    draws_negatives = True  # for each loss that needs some, see `compat`
+
+    def __init__(self, config: Config, dataset: SequentialDataset) -> None:
+        super().__init__(config, dataset)
+        if not isinstance(dataset, HistoryDataset):
+            _warn_about_ignored_keys(config)
+        self.settings = ModelSettings.read(config)
+        self.text_source: dict[str, str | int | float] | None = None
+        self.dense = getattr(dataset, "rows", "prefix") == "dense"
+        text = self._load_text(config, dataset)
+        self.encoder = Encoder(
+            self.settings, self.n_items, self.max_seq_length, None if text is None else text.vectors
+        )
+        # kept with the weights, so that a later item's text can get the same treatment
+        by_popularity = self.settings.negative_sampling == "popularity"
+        self.negatives = NegativeSampler(
+            self.n_items, self._count_item_targets(dataset) if by_popularity else None
+        )
+        self.register_buffer("text_mean", None if text is None else text.mean)
+        self.register_buffer("text_basis", None if text is None else text.basis)
+
+    def _load_text(self, config: Config, dataset: SequentialDataset) -> TextVectors | None:
+        """The text vectors in internal ids, or None; the log says which and how many match."""
+        if not self.settings.uses_text:
+            return None
+        path = find_vector_file(config)
+        if path is None:
+            name = config["dataset"]
+            logger.warning(
+                "no text vectors for %s (looked for %s%s in %s and among the shipped ones): "
+                "the model runs without text",
+                name,
+                name,
+                vector_file.VECTOR_FILE_SUFFIX,
+                get_dataset_folders(config)[0],
+            )
+            return None
+        tokens = dataset.field2id_token[self.ITEM_ID]
+        text = vector_file.load_item_vectors(
+            path, tokens, self.settings.text_whitening, self.settings.text_width
+        )
+        items, width = self.n_items - 1, text.vectors.shape[1]
+        matched = items - len(text.missing)
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        raw, whitened = (round(cosine, 4) for cosine in text.mean_cosines)
+        logger.info(
+            "text for %s of %s items, %s, %s wide, mean cosine in the file %.2f%s",
+            f"{matched:,}", f"{items:,}", shown, width, raw,
+            vector_file.format_missing_items(text.missing),
+        )  # fmt: skip
+        self.text_source = {
+            "file": str(path), **text.provenance, "matched": matched, "items": items,
+            "mean_cosine": raw, "mean_cosine_whitened": whitened,
+        }  # fmt: skip
+        return text
+
+    def _count_item_targets(self, dataset: SequentialDataset) -> Tensor:
+        """How often each item is a training target, (V,)."""
+        counts = torch.zeros(self.n_items)
+        for item, count in dataset.counter(self.ITEM_ID).items():
+            counts[item] = count
+        return counts
+
+    def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """items: (B, L), lengths: (B,) -> the vector of each last position, (B, D)."""
+        return self.encoder.last(items, lengths)
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """Mean loss over the targets of a batch: all positions of dense rows, else the last."""
+        items, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        targets = interaction[self.ITEM_ID]
+        if self.dense:
+            targets = shift_targets(items, lengths, targets)
+            x, rows, times = self.encoder.positions(items, lengths, targets)
+            targets = targets[rows, times]
+        else:
+            x, rows, times = self(items, lengths), torch.arange(len(items), device=items.device), lengths - 1
+        bias = self.encoder.repeat_bias
+        repeats = None if bias is None else RepeatBias(items, rows, times, bias)
+        with without_autocast(x.device):
+            return self._compute_loss(
+                x.to(self.encoder.id_embedding.weight.dtype), targets, repeats, interaction
+            )
+
+    def _compute_loss(
+        self, x: Tensor, targets: Tensor, repeats: RepeatBias | None, interaction: Interaction
+    ) -> Tensor:
+        """x: (S, D), targets: (S,) -> the loss that `loss_type` names."""
+        settings, rows = self.settings, self.encoder.items
+        if settings.loss_type == "CE":
+            return cross_entropy(x, targets, self.encoder.item_table(), repeats, settings.loss_memory)
+        if settings.loss_type in ("sampled", "gBCE"):
+            groups = -(-len(x) // settings.negatives_shared)
+            ids, log_probability = self.negatives(groups, settings.n_negatives)
+            if settings.loss_type == "gBCE":
+                return gbce(x, targets, rows, ids, self.n_items, settings.gbce_t, repeats)
+            return sampled_cross_entropy(x, targets, rows, ids, log_probability, repeats)
+        drawn_by_recbole = not self.dense and self.NEG_ITEM_ID in interaction
+        negatives = (
+            interaction[self.NEG_ITEM_ID] if drawn_by_recbole else draw_other_items(targets, self.n_items)
+        )
+        return bpr(x, targets, rows, negatives, repeats)
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """The score of each row's ITEM_ID, (B,)."""
+        history, items = interaction[self.ITEM_SEQ], interaction[self.ITEM_ID]
+        x: Tensor = self(history, interaction[self.ITEM_SEQ_LEN])
+        scores: Tensor = (x * self.encoder.items(items)).sum(-1)
+        bias = self.encoder.repeat_bias
+        return scores if bias is None else scores + bias * (history == items[:, None]).any(1)
+
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """The score of every item for each row, (B, V).
+
+        Raises:
+            ValueError: a score is not finite; RecBole would rank such rows as if they were good.
+        """
+        history = interaction[self.ITEM_SEQ]
+        scores = self.encoder.scores(self(history, interaction[self.ITEM_SEQ_LEN]), history)
+        if not torch.isfinite(scores).all():
+            raise ValueError("scores are NaN or infinite: training diverged; lower learning_rate")
+        return scores
+
+
+def _warn_about_ignored_keys(config: Config) -> None:
+    """Say which keys have no effect on a data set of RecBole's own."""
+    stock = {"rows": "prefix", "time_order": "recbole", "split": "leave_one_out"}
+    given = [f"{key}: {config[key]}" for key, own in stock.items() if key in config and config[key] != own]
+    if given:
+        logger.warning(
+            "%s has no effect on RecBole's own data set; HistoryDataset(config) in place of "
+            "create_dataset(config) follows it",
+            ", ".join(given),
+        )

@@ -1,0 +1,35 @@
+"""The baseline that ranks items by how often training meets them."""
+
+import torch
+from torch import Tensor, nn
+
+from m2rec.compat import Config, Interaction, SequentialRecommender
+from m2rec.data.dataset import HistoryDataset
+
+
+class Popularity(SequentialRecommender):
+    """Gives everybody the same ranking; of items that are met equally often the lower id is first.
+
+    RecBole's Pop is no sequential model: it is evaluated without each user's history and on
+    RecBole's own split. This one stands in the same harness as all others.
+
+    Args:
+        config: a RecBole Config.
+        dataset: the training data.
+    """
+
+    def __init__(self, config: Config, dataset: HistoryDataset) -> None:
+        super().__init__(config, dataset)
+        assert dataset.histories is not None
+        counts = torch.from_numpy(dataset.histories.training_counts(self.n_items)).double()
+        self.register_buffer("ranked", counts - torch.arange(self.n_items) / self.n_items)
+        self.nothing = nn.Parameter(torch.zeros(1))  # an optimiser must have something
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """Zero: there is nothing to learn."""
+        return 0 * self.nothing.sum()
+
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """The same scores for each row, (B, V)."""
+        scores: Tensor = self.ranked.repeat(len(interaction), 1)
+        return scores
