@@ -249,7 +249,7 @@ def run_trial(plan: SearchPlan, runs_dir: Path, code: str | None, trial: optuna.
         trial.set_user_attr("seconds", round(perf_counter() - start, 1))
         trial.set_user_attr("commit", code)
         if prepared:
-            prepared.trainer.finish()
+            prepared.trainer.remove_checkpoint()
             trial.set_user_attr("trained_epochs", len(prepared.trainer.train_loss_dict))
             trial.set_user_attr("best_epoch", prepared.trainer.best_epoch)
             trial.set_user_attr("parameters", prepared.parameters)

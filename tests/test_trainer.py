@@ -143,7 +143,7 @@ def test_best_weights_and_history(toy: Path, tmp_path: Path):
     assert {p.name for p in folder.iterdir()} == {
         "checkpoint.safetensors", "history.csv", "model.safetensors",
     }  # fmt: skip
-    trainer.finish()
+    trainer.remove_checkpoint()
     assert {p.name for p in folder.iterdir()} == {"history.csv", "model.safetensors"}
 
 

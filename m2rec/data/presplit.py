@@ -89,10 +89,10 @@ class PresplitDataset(HistoryDataset):
         frame, sizes = self.inter_feat, self.file_size_list
         lists, targets = list(frame[self.history_field]), frame[self.iid_field].to_numpy()
         lengths = np.array([len(own) for own in lists])
-        self._stops = np.cumsum(sizes if len(sizes) == 3 else [sizes[0], 0, sizes[1]])
+        self._part_ends = np.cumsum(sizes if len(sizes) == 3 else [sizes[0], 0, sizes[1]])
         items = np.concatenate([np.append(own, target) for own, target in zip(lists, targets, strict=True)])
         rows = np.arange(1, len(frame) + 1)
-        self.histories = _build_row_histories(rows, lengths, items, self._stops)
+        self.histories = _build_row_histories(rows, lengths, items, self._part_ends)
         users = int(frame[self.uid_field].nunique())
         self.counts = {"users": users, "items": len(np.unique(items)), "interactions": len(frame)}
         cut = {

@@ -322,7 +322,7 @@ def _evaluate_best_weights(prepared: PreparedRun) -> RunResult:
     if distributed.is_main_process():
         tested.rows.write_csv(trainer.folder / RANKS_FILE)
         write_text(trainer.folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
-        trainer.finish()
+        trainer.remove_checkpoint()
         _write_insights_and_report(prepared)
     return RunResult(trainer.folder, metrics)
 
