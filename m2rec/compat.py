@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from m2rec.errors import UserError
 from m2rec.tensor_files import load_state, save_state
 
 INSTALL_RECBOLE = (
@@ -34,7 +35,7 @@ for _old, _new in (("float_", np.float64), ("complex_", np.complex128), ("unicod
 try:
     import recbole
 except ModuleNotFoundError as error:
-    raise ValueError(INSTALL_RECBOLE) from error
+    raise UserError(INSTALL_RECBOLE) from error
 
 import recbole.data.dataset.dataset as _dataset
 import recbole.data.utils as _data
@@ -284,7 +285,7 @@ def _set_train_neg_sample_args(self: Config) -> None:
         elif loss == "BPR":
             self.final_config_dict["MODEL_INPUT_TYPE"] = InputType.PAIRWISE
         else:
-            raise ValueError(
+            raise UserError(
                 f"train_neg_sample_args: {self.model} draws the negatives of loss_type: {loss or 'CE'} "
                 f"itself; leave it out, or set loss_type: BPR"
             )
@@ -301,7 +302,7 @@ def _refuse_pickle(*args: Any) -> None:
         ValueError: always.
     """
     file = next((str(a.name) for a in args if hasattr(a, "name")), "the data set's file")
-    raise ValueError(f"{file}: pickles are neither loaded nor made; move it away, and leave save_dataset out")
+    raise UserError(f"{file}: pickles are neither loaded nor made; move it away, and leave save_dataset out")
 
 
 # create_dataset unpickles checkpoint_dir/NAME-CLASS.pth if there is one, whatever save_dataset says.

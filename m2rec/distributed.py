@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m2rec.errors import UserError
+
 
 @contextmanager
 def join_process_group(device: torch.device) -> Iterator[None]:
@@ -58,7 +60,7 @@ def local_rank() -> int | None:
     if "RANK" not in os.environ:
         return None
     if not os.environ.get("LOCAL_RANK", "").isdigit():
-        raise ValueError(
+        raise UserError(
             "RANK is set, but not LOCAL_RANK: start several processes with torchrun, or unset RANK"
         )
     return int(os.environ["LOCAL_RANK"])
@@ -72,7 +74,7 @@ def check_gpus() -> None:
     """
     number, count = local_rank(), torch.cuda.device_count()
     if number is not None and number >= count:
-        raise ValueError(
+        raise UserError(
             f"torchrun: more processes than GPUs ({count}); lower --nproc_per_node, or set use_gpu: false"
         )
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from m2rec.errors import UserError, format_one_line
+
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"  # with it a run is finished; only pictures of it come after
 HISTORY_FILE = "history.csv"
@@ -29,7 +31,7 @@ def read_stored_titles(folder: Path) -> dict[str, str]:
     path = folder / TITLES_FILE
     titles: dict[str, str] = _parse_file(path, json.loads, dict) if path.exists() else {}
     if not all(isinstance(title, str) for title in titles.values()):
-        raise ValueError(f"{path} holds titles that are no text")
+        raise UserError(f"{path} holds titles that are no text")
     return titles
 
 
@@ -42,7 +44,7 @@ def _parse_file(path: Path, parse: Any, kind: type) -> Any:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} can't be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path} can't be read ({format_one_line(error)})") from None
     if not isinstance(content, kind):
-        raise ValueError(f"{path} holds no {kind.__name__}")
+        raise UserError(f"{path} holds no {kind.__name__}")
     return content

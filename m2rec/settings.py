@@ -10,6 +10,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from m2rec.errors import UserError
+
 PROPERTIES_FOLDER = Path(__file__).parent / "properties"
 
 # keys that change how and where a run is made, not what comes out
@@ -115,26 +117,26 @@ class ModelSettings(_Settings):
 
     def __post_init__(self) -> None:
         if self.text_width and self.text_whitening == "none":
-            raise ValueError(
+            raise UserError(
                 f"text_width: {self.text_width} needs principal components; set text_whitening: pca, or 0"
             )
         if self.id_dropout and not self.text_in_table:
-            raise ValueError(
+            raise UserError(
                 f"id_dropout: {self.id_dropout} would leave items nothing without text in the item table; "
                 f"set 0, or text_in_table: true"
             )
         if self.loss_type == "gBCE" and self.negative_sampling != "uniform":
-            raise ValueError(
+            raise UserError(
                 f"negative_sampling: {self.negative_sampling!r} does not fit loss_type: gBCE, which is "
                 f"calibrated for uniform negatives; set negative_sampling: uniform, or loss_type: sampled"
             )
         if self.mixer == "attention" and self.hidden_size % self.n_heads:
-            raise ValueError(
+            raise UserError(
                 f"n_heads: {self.n_heads} does not divide hidden_size: {self.hidden_size}; choose a divisor"
             )
         inner = self.expand * self.hidden_size
         if self.mixer == "mamba2" and inner % self.head_dim:
-            raise ValueError(
+            raise UserError(
                 f"head_dim: {self.head_dim} does not divide expand * hidden_size = {inner}; "
                 f"choose a divisor, or mixer: mamba"
             )
@@ -188,7 +190,7 @@ class RunSettings(_Settings):
 
     def __post_init__(self) -> None:
         if self.valid_from >= self.test_from:
-            raise ValueError(
+            raise UserError(
                 f"valid_from: {self.valid_from} must be less than test_from: {self.test_from}; both are "
                 f"shares of the interactions, by time"
             )
@@ -200,12 +202,12 @@ _MAX_LOW_PASS_LENGTH = 10_000
 def check_key_combination(model: ModelSettings, run: RunSettings) -> None:
     """Refuse combinations of keys that would train on what they must not see."""
     if model.filter == "low_pass" and run.rows == "dense":
-        raise ValueError(
+        raise UserError(
             "filter: 'low_pass' sees the future and can't be trained with rows: 'dense'; "
             "set rows: prefix, or filter: causal"
         )
     if model.filter == "low_pass" and run.MAX_ITEM_LIST_LENGTH > _MAX_LOW_PASS_LENGTH:
-        raise ValueError(
+        raise UserError(
             f"MAX_ITEM_LIST_LENGTH: {run.MAX_ITEM_LIST_LENGTH} is too long for filter: 'low_pass', whose "
             f"memory grows with its square; set at most {_MAX_LOW_PASS_LENGTH}, or filter: causal"
         )
@@ -219,7 +221,7 @@ def _check_value(f: Field[Any], value: Any) -> Any:
         value = float(value)
     right_type = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not right_type or not _is_in_range(spec, value):
-        raise ValueError(f"{f.name}: expected {_describe_range(spec)}, got {value!r}")
+        raise UserError(f"{f.name}: expected {_describe_range(spec)}, got {value!r}")
     return value
 
 

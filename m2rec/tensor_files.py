@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from m2rec.errors import UserError, format_one_line
 from m2rec.storage import write_atomically
 
 _CHECKSUM_KEY = "checksum_sha256"
@@ -50,7 +51,7 @@ def read_tensors(
         metadata = dict(file.metadata() or {})
     found = metadata.pop(_CHECKSUM_KEY, None)
     if (found is not None or ours) and found != _hash_tensors(tensors, metadata):
-        raise ValueError(f"{path} is damaged: its content is not what was written")
+        raise UserError(f"{path} is damaged: its content is not what was written")
     return tensors, metadata
 
 
@@ -70,7 +71,7 @@ def _open_tensors(path: Path, device: str) -> Iterator[Any]:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
     except (OSError, SafetensorError, struct.error, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} can't be read: {format_one_line(error)}") from None
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -106,9 +107,9 @@ def load_state(path: Path, device: str) -> Any:
         tensors, metadata = read_tensors(path, device)
         tree = json.loads(metadata[_STATE_KEY])
     except (LookupError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no checkpoint of M2Rec's kind, and pickles are never loaded; train the model again "
-            f"({' '.join(str(error).split())})"
+            f"({format_one_line(error)})"
         ) from error
     return _decode_value(tree, tensors)
 
@@ -130,7 +131,7 @@ def _encode_value(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
         return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ValueError(f"{place.lstrip('.')}: {type(value).__name__} can only be pickled, which is never done")
+    raise UserError(f"{place.lstrip('.')}: {type(value).__name__} can only be pickled, which is never done")
 
 
 def _decode_value(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from m2rec.errors import UserError, format_one_line
+
 
 class _YamlLoader(yaml.SafeLoader):
     """YAML's safe loader, with 1e-3 read as a number (YAML 1.1 wants 1.0e-3)."""
@@ -40,7 +42,7 @@ def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
     for argument in arguments:
         key, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals or not key:
-            raise ValueError(f"argument {argument!r}: expected --key=value")
+            raise UserError(f"argument {argument!r}: expected --key=value")
         values[key] = _parse_value(value)
     return values
 
@@ -77,14 +79,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = _parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"config file {str(path)!r} can't be read: {error.strerror}") from None
+        raise UserError(f"config file {str(path)!r} can't be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"config file {str(path)!r} is not valid YAML: {reason}") from None
+        reason = format_one_line(error)
+        raise UserError(f"config file {str(path)!r} is not valid YAML: {reason}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ValueError(f"config file {str(path)!r}: expected lines of 'key: value'")
+        raise UserError(f"config file {str(path)!r}: expected lines of 'key: value'")
     return content
 
 

@@ -31,9 +31,10 @@ EXPECTED = {
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_leaves_its_results(name: str, tmp_path: Path):
+    script = f"scripts/bench/{name.removeprefix('bench_')}.py"
     command = [
         sys.executable,
-        f"scripts/{name}.py",
+        script,
         *SMALL[name],
         "--device=cpu",
         "--repeats=1",
@@ -45,7 +46,10 @@ def test_a_benchmark_leaves_its_results(name: str, tmp_path: Path):
     column, rows, number = EXPECTED[name]
     assert rows <= {row[column] for row in record["rows"]}
     assert all(row[number] >= 0 if "MiB" in number else row[number] > 0 for row in record["rows"])
-    assert record["command"].startswith(f"python scripts/{name}.py") and record["threads"] == 1
+    assert (
+        record["command"].startswith(f"python scripts/bench/{name.removeprefix('bench_')}.py")
+        and record["threads"] == 1
+    )
     assert "<svg" in (tmp_path / f"{name}-cpu.svg").read_text()
     assert f"| {column} |" in done.stdout
 
@@ -53,7 +57,7 @@ def test_a_benchmark_leaves_its_results(name: str, tmp_path: Path):
 def test_busy_cores(tmp_path: Path):
     command = [
         sys.executable,
-        "scripts/bench_busy.py",
+        "scripts/bench/busy.py",
         "--loops",
         "0",
         "--calls=2",
@@ -77,7 +81,7 @@ def test_encoding_compares_its_rivals(tmp_path: Path):
     items.parent.mkdir()
     rows = [f"{k}\ttoy {'long ' * (k % 9)}film\n" for k in range(30)]
     items.write_text("item_id:token\ttitle:token\n" + "".join(rows))
-    command = [sys.executable, "scripts/bench_encode.py", "--dataset=toy", f"--data-path={tmp_path}",
+    command = [sys.executable, "scripts/bench/encode.py", "--dataset=toy", f"--data-path={tmp_path}",
                f"--text-encoder={folder}", "--items=20", "--batch-tokens", "16", "64", "--repeats=1",
                "--threads=1", "--device=cpu", f"--out={tmp_path}"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -95,7 +99,7 @@ def test_a_rival_without_room_is_left_out(
     def no_room() -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
     from benchmarking import measure_median_seconds
 
     assert list(measure_median_seconds({"small": lambda: None, "large": no_room}, 1, "cpu")) == ["small"]

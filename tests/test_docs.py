@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from m2rec.commands import document
 from m2rec.evaluation.metrics import N_RESAMPLES
 from m2rec.experiments.search_plan import SearchPlan
 from m2rec.training.configuration import collect_known_keys
 from m2rec.yaml_values import parse_arguments
-from scripts import document
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,8 +61,9 @@ def test_a_command_is_understood(page: str, command: str, monkeypatch: pytest.Mo
         return
     if any(word[0] in "[<" for word in arguments):
         return  # a form, not a command
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # as when it is started
-    module = importlib.import_module(f"scripts.{path.stem}")
+    monkeypatch.syspath_prepend(str(path.parent))  # as when it is started
+    package = "scripts.bench" if path.parent.name == "bench" else "m2rec.commands"
+    module = importlib.import_module(f"{package}.{path.stem}")
     if path.name == "tune.py" and arguments != ["--help"]:
         SearchPlan.read(
             ROOT / arguments[0], parse_arguments(arguments[1:]), collect_known_keys()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from m2rec.commands import embed_items
 from m2rec.text import vector_file
-from scripts import embed_items
 from tests.text_models import save_model
 
 ROOT = Path(__file__).parent.parent
@@ -185,7 +185,7 @@ def test_vectors_made_elsewhere(items: Path, tmp_path: Path, caplog: pytest.LogC
 CHILD = """
 import sys
 from m2rec.text.language_model import TextEncoder
-from scripts import embed_items
+from m2rec.commands import embed_items
 
 real, calls = TextEncoder._encode_batch, []
 def slow(self, texts):

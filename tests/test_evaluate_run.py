@@ -8,11 +8,11 @@ import numpy as np
 import pandas
 import pytest
 
+from m2rec.commands import evaluate, recommend
 from m2rec.commands.evaluate_run import evaluate_run
 from m2rec.serving.recommender import Recommender
 from m2rec.training.configuration import build_config
 from m2rec.training.run import run_experiment
-from scripts import evaluate, recommend
 from tests.conftest import random_rows, small, write_inter
 
 

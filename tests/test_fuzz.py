@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from m2rec.commands import prepare_data
 from m2rec.data import inter_file
 from m2rec.data.item_file import read_item_titles
 from m2rec.experiments.sweep_plan import Sweep
@@ -35,7 +36,6 @@ from m2rec.text.imported import ImportedVectors
 from m2rec.text.item_text import parse_template, read_item_texts, read_item_tokens
 from m2rec.training.configuration import build_config, collect_known_keys
 from m2rec.yaml_values import parse_arguments, read_yaml
-from scripts import prepare_data
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = int(os.environ.get("M2REC_FUZZ", "25"))

@@ -28,7 +28,7 @@ MAY_IMPORT = {
 ROOMS = {*MAY_IMPORT, "commands"}
 GROUND_FILES = {
     "settings", "yaml_values", "storage", "run_folder", "distributed", "git", "cli", "compat", "threads",
-    "tensor_files",
+    "tensor_files", "errors",
 }  # fmt: skip
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from m2rec.commands import new_items
 from m2rec.data.histories import Histories
 from m2rec.serving.recommender import Recommender
 from m2rec.text import vector_file
 from m2rec.training.signals import RunInterrupted
 from m2rec.yaml_values import read_yaml
-from scripts import new_items
 from tests.conftest import as_arguments, small, write_inter
 from tests.test_shipped import ship
 

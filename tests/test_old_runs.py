@@ -9,7 +9,7 @@ import pytest
 
 import run_mm
 from m2rec import Recommender
-from scripts import report
+from m2rec.commands import report
 
 OLD_RUNS = Path(__file__).parent / "old_runs"
 EXPECTED = json.loads((OLD_RUNS / "expected.json").read_text())  # made with that version, too

@@ -45,7 +45,7 @@ def test_from_two_csv_files_to_recommendations(
             arguments += as_arguments(keys)
         if name == "recommend":
             arguments[0] = said["run_mm"].splitlines()[-1]
-        main = importlib.import_module("run_mm" if name == "run_mm" else f"scripts.{name}").main
+        main = importlib.import_module("run_mm" if name == "run_mm" else f"m2rec.commands.{name}").main
         assert main(arguments) == 0, (script, capsys.readouterr().err)
         said[name] = capsys.readouterr().out
     assert list(said) == ["prepare_data", "embed_items", "run_mm", "recommend"]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from m2rec.commands import prepare_data
 from m2rec.data import inter_file
 from m2rec.data.raw.formats import RawInteraction
 from m2rec.text.item_text import read_item_texts
-from scripts import prepare_data
 from tests.conftest import as_arguments, random_rows, small
 
 CSV = ["csv", "--user=user", "--item=item", "--time=time"]

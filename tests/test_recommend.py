@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas
 import pytest
 
+from m2rec.commands import recommend
 from m2rec.serving.recommender import Recommender
 from m2rec.training.configuration import build_config
 from m2rec.training.run import run_experiment
-from scripts import recommend
 from tests.conftest import small, write_inter
 
 ROOT = Path(__file__).parent.parent

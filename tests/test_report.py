@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import report
+from m2rec.commands import report
 from tests.conftest import answer
 from tests.test_paired import write_run
 

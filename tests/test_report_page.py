@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from m2rec.commands import report as script
 from m2rec.reports import run_page
 from m2rec.training import run
 from m2rec.training.configuration import build_config
-from scripts import report as script
 from tests.conftest import small
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

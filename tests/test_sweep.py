@@ -17,11 +17,11 @@ import psutil
 import pytest
 import yaml
 
+from m2rec.commands.sweep import SweepRunner, check_committed_code, main, parse_options
 from m2rec.experiments.ledger import format_settings, read_finished_runs
 from m2rec.experiments.sweep_plan import PlannedRun, Sweep, get_planned_run_folder
 from m2rec.git import is_same_code, read_commit
 from m2rec.training.resuming import CannotResume
-from scripts.sweep import SweepRunner, check_committed_code, main, parse_options
 from tests.conftest import small
 
 ROOT = Path(__file__).parent.parent
@@ -192,7 +192,7 @@ def test_only_a_run_that_can_not_go_on_is_started_anew(
         tried.append(resumes)
         return status if resumes else 1
 
-    monkeypatch.setattr("scripts.sweep.find_resumable_run", lambda folder: left)
+    monkeypatch.setattr("m2rec.commands.sweep.find_resumable_run", lambda folder: left)
     monkeypatch.setattr(SweepRunner, "_run_training_process", call)
     assert main(given(path, toy)) == 1
     anew = status == CannotResume.exit_status
@@ -338,7 +338,7 @@ def test_uncommitted_code_is_refused(
     path = asked(tmp_path, toy)
     arguments = [a for a in given(path, toy) if a != "--allow-dirty"]
     for found in (None, "0123abc+dirty"):
-        monkeypatch.setattr("scripts.sweep.read_commit", lambda found=found: found)
+        monkeypatch.setattr("m2rec.commands.sweep.read_commit", lambda found=found: found)
         assert main(arguments) == 2
         assert "commit it, or say --allow-dirty" in capsys.readouterr().err
     assert not path.with_suffix(".csv").exists()

@@ -21,9 +21,9 @@ pytest.importorskip("optuna")
 import optuna
 
 import run_mm
+from m2rec.commands import tune
 from m2rec.experiments.search_plan import SearchPlan
 from m2rec.training.configuration import build_config, collect_known_keys
-from scripts import tune
 
 ROOT = Path(__file__).parent.parent
 ATTRIBUTES = {"trained_epochs", "best_epoch", "seconds", "commit", "parameters"}

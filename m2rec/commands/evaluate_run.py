@@ -15,6 +15,7 @@ import torch
 
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.histories import NO_TARGET, Histories
+from m2rec.errors import UserError
 from m2rec.evaluation.diversity import TEXTBOOK_METRICS
 from m2rec.evaluation.metrics import compute_rank_metric
 from m2rec.evaluation.ranking import ALL, NEW, NO_ITEM, UNSEEN, Ranking
@@ -95,7 +96,7 @@ def list_user_histories(dataset: HistoryDataset) -> list[tuple[str, list[str]]]:
 
 def _require_user_histories(dataset: HistoryDataset) -> Histories:
     if dataset.owner_field != dataset.uid_field:
-        raise ValueError(
+        raise UserError(
             "dataset: its rows bring a history each (benchmark_filename), not whole users; give another one"
         )
     assert dataset.histories is not None
@@ -167,7 +168,7 @@ def evaluate_run(run: Path, part: str = "test", device: str = "cpu", **keys: Any
     recommender = Recommender.load(run, device)
     tests = read_evaluation_cases(run, part, **keys)
     if not tests.users:
-        raise ValueError(f"dataset: nobody has a {part} target; give other data, or --part")
+        raise UserError(f"dataset: nobody has a {part} target; give other data, or --part")
     topk = [int(k) for k in recommender.config["topk"]]
     ranking = rank_evaluation_cases(recommender, tests, max(topk))
     known = set(recommender.tokens[1:])

@@ -27,6 +27,7 @@ from m2rec.compat import (
 from m2rec.data import inter_file, shipped
 from m2rec.data.dominant import describe_dominant_entity
 from m2rec.data.histories import NO_TARGET, Histories, split_by_time
+from m2rec.errors import UserError
 from m2rec.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class HistoryDataset(SequentialDataset):
         self.rows, self.time_order, self.split = settings.rows, settings.time_order, settings.split
         _check_eval_args(config)
         if config["benchmark_filename"] and type(self) is HistoryDataset:
-            raise ValueError(
+            raise UserError(
                 "benchmark_filename: HistoryDataset reads NAME.inter; take presplit.PresplitDataset"
             )
         self._split_shares = settings.valid_from, settings.test_from
@@ -81,7 +82,7 @@ class HistoryDataset(SequentialDataset):
         name, columns = self.dataset_name, shipped.InterColumns.from_config(self.config)
         path = Path(self.dataset_path) / f"{name}.inter"
         if difference := shipped.describe_difference(name, path, columns):
-            raise ValueError(
+            raise UserError(
                 f"dataset: {path}, as downloaded, is not what the shipped settings of this name are for "
                 f"({difference}); run the same command again: with the file there, it leaves them out"
             )
@@ -89,7 +90,7 @@ class HistoryDataset(SequentialDataset):
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
         path = Path(dataset_path) / f"{token}.inter"
         if not path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"dataset: {token!r} has no file {path}; put it there, or set data_path to the "
                 f"folder that holds {token}/{token}.inter"
             )
@@ -117,9 +118,9 @@ class HistoryDataset(SequentialDataset):
         for key, kind in required.items():
             inter_file.require_column(path, header, key, self.config[key], kind)
             if self.config[key] not in wanted:
-                raise ValueError(f"load_col: {self.config[key]!r} ({key}) is left out; add it to inter")
+                raise UserError(f"load_col: {self.config[key]!r} ({key}) is left out; add it to inter")
         if load is not None and (unknown := sorted(set(load) - set(header))):
-            raise ValueError(f"load_col: {path} has no column {unknown[0]!r}, only {', '.join(header)}")
+            raise UserError(f"load_col: {path} has no column {unknown[0]!r}, only {', '.join(header)}")
         self._warn_zero_labels(path, header, wanted)
         if any(header[c].endswith("_seq") for c in wanted):
             frame = super()._load_feat(filepath, source)
@@ -168,7 +169,7 @@ class HistoryDataset(SequentialDataset):
     def _data_filtering(self) -> None:
         before = self._count_sizes()
         if not before["interactions"]:
-            raise ValueError(f"dataset: {self.dataset_name!r} holds no interactions, only a header")
+            raise UserError(f"dataset: {self.dataset_name!r} holds no interactions, only a header")
         try:
             super()._data_filtering()
         except ValueError:
@@ -183,14 +184,14 @@ class HistoryDataset(SequentialDataset):
             self.inter_feat[self.uid_field], self.inter_feat[self.time_field]
         )
         if not self.counts["interactions"]:
-            raise ValueError(
+            raise UserError(
                 f"dataset: nothing of {self.dataset_name!r} is left after filtering "
                 f"({_format_counts(before)} before, {_format_counts(self.counts)} after); "
                 f"loosen user_inter_num_interval, item_inter_num_interval or val_interval"
             )
         longest = int(self.inter_feat[self.uid_field].value_counts().max())
         if longest < 3 and self.split == "leave_one_out":
-            raise ValueError(
+            raise UserError(
                 f"dataset: nobody in {self.dataset_name!r} has three interactions (the most is {longest}; "
                 f"{_format_counts(self.counts)}); one is needed to start from, one to train and one to test"
             )
@@ -326,12 +327,12 @@ class HistoryDataset(SequentialDataset):
             parts.append(self.copy(self.inter_feat[start:stop]))
             parts[-1].part = part
         if not len(parts[0]):
-            raise ValueError(
+            raise UserError(
                 f"split: {self.split!r} leaves no training target in {self.dataset_name!r}; "
                 f"raise valid_from, or set split: leave_one_out"
             )
         if not len(parts[2]):
-            raise ValueError(
+            raise UserError(
                 f"split: {self.split!r} leaves no test target in {self.dataset_name!r}: nobody has a history "
                 f"and an item after test_from; lower it, or set split: leave_one_out"
             )
@@ -358,7 +359,7 @@ def _check_eval_args(config: Config) -> None:
     """
     asked = {key: config["eval_args"][key] for key in ("split", "order", "group_by")}
     if asked != {key: EVAL_ARGS[key] for key in asked}:
-        raise ValueError(
+        raise UserError(
             f"eval_args: HistoryDataset does not follow {asked}; leave them out and set split, or take "
             f"RecBole's create_dataset(config)"
         )

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from m2rec.data.dominant import LABEL_COLUMNS
+from m2rec.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +37,21 @@ def read_header(path: Path, separator: str) -> dict[str, str]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             line = file.readline().rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+        raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     if not line:
-        raise ValueError(f"{path}: the file is empty; its first line must name the columns")
+        raise UserError(f"{path}: the file is empty; its first line must name the columns")
     columns = {}
     for cell in line.split(separator):
         name, colon, kind = cell.rpartition(":")
         if not colon or kind not in COLUMN_TYPES:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {cell!r} in the first line is no column; write NAME:TYPE with a type of "
                 f"{', '.join(COLUMN_TYPES)}, columns separated by {separator!r}"
             )
         if name != name.strip():
-            raise ValueError(f"{path}: column {name!r} in the first line has blanks around it; remove them")
+            raise UserError(f"{path}: column {name!r} in the first line has blanks around it; remove them")
         if name in columns:
-            raise ValueError(f"{path}: column {name!r} comes twice in the first line; rename one")
+            raise UserError(f"{path}: column {name!r} comes twice in the first line; rename one")
         columns[name] = kind
     return columns
 
@@ -58,12 +59,12 @@ def read_header(path: Path, separator: str) -> dict[str, str]:
 def require_column(path: Path, header: dict[str, str], key: str, name: str, kind: str) -> None:
     """Check that the column which the setting `key` names is there and has the right type."""
     if name not in header:
-        raise ValueError(
+        raise UserError(
             f"{path}: column {name!r} ({key}) is missing, the file has {', '.join(header)}"
             f"{suggest_separator(header)}; add it or set {key}"
         )
     if header[name] != kind:
-        raise ValueError(f"{path}: column {name!r} ({key}) is {header[name]!r}; it must be {kind!r}")
+        raise UserError(f"{path}: column {name!r} ({key}) is {header[name]!r}; it must be {kind!r}")
 
 
 def suggest_separator(header: dict[str, str]) -> str:
@@ -99,14 +100,14 @@ def read_text_columns(
             usecols=None if columns is None else [list(header).index(column) for column in columns],
         )
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+        raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     except pd.errors.ParserError as error:
         reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
         if found := re.fullmatch(r"Expected \d+ fields in line (\d+), saw (\d+)", reason):
             reason = f"line {found[1]} has {found[2]} columns, the first line names {len(header)}"
-        raise ValueError(f"{path}: {reason}; repair or remove that line, or name the columns") from None
+        raise UserError(f"{path}: {reason}; repair or remove that line, or name the columns") from None
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes a surplus first column for an index
-        raise ValueError(f"{path}: line 2 has more than the {len(header)} columns of the first line")
+        raise UserError(f"{path}: line 2 has more than the {len(header)} columns of the first line")
     frame.columns = [column for column in header if columns is None or column in columns]
     return frame.dropna(how="all")  # blank lines
 
@@ -175,7 +176,7 @@ def _parse_float_column(path: Path, texts: pd.Series, complete: bool) -> pd.Seri
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
         shown = texts.iloc[first] if isinstance(texts.iloc[first], str) else "nothing"
-        raise ValueError(
+        raise UserError(
             f"{path}: column {texts.name!r} has {shown!r} in line {texts.index[first] + 2}, not a number "
             f"({int(bad.sum()):,} such lines); repair or remove them"
         )
@@ -193,7 +194,7 @@ def download_dataset(name: str, folder: Path, url: str | None) -> None:
 
     wanted = folder / f"{name}.inter"
     if url is None:
-        raise ValueError(
+        raise UserError(
             f"dataset: {name!r} not found: there is no {wanted}, and RecBole knows no download of that "
             f"name; put the file there or set data_path"
         )
@@ -215,7 +216,7 @@ def download_dataset(name: str, folder: Path, url: str | None) -> None:
             except OSError:  # another process was faster
                 wanted.stat()
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"dataset: {name!r} not found: there is no {wanted}, and its download from {url} failed "
             f"({error}); put the file there or set data_path"
         ) from error

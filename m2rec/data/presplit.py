@@ -14,6 +14,7 @@ from m2rec.compat import Config, FeatureSource, FeatureType, SequentialDataset
 from m2rec.data import inter_file
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.histories import NO_TARGET, Histories, Split
+from m2rec.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class PresplitDataset(HistoryDataset):
         for name in self.benchmark_filename_list:
             path = Path(dataset_path) / f"{token}.{name}.inter"
             if not path.is_file():
-                raise ValueError(
+                raise UserError(
                     f"benchmark_filename: there is no file {path}; put it there, or leave {name} out"
                 )
         SequentialDataset._load_inter_feat(self, token, dataset_path)
@@ -61,17 +62,17 @@ class PresplitDataset(HistoryDataset):
         path, lists = Path(filepath), _name_history_column(self.config)
         header = inter_file.read_header(path, self.config["field_separator"])
         if header.get(lists) != "token_seq":
-            raise ValueError(
+            raise UserError(
                 f"benchmark_filename: {path} has no column {lists}:token_seq, each row's history; add it, or "
                 f"join the files to {self.dataset_name}.inter and leave benchmark_filename out"
             )
         for key in ("USER_ID_FIELD", "ITEM_ID_FIELD"):
             inter_file.require_column(path, header, key, self.config[key], "token")
         if missing := [c for c in (self.uid_field, self.iid_field, lists) if c not in frame]:
-            raise ValueError(f"load_col: {missing[0]!r} is left out; add it to inter")
+            raise UserError(f"load_col: {missing[0]!r} is left out; add it to inter")
         whole = frame[[self.uid_field, self.iid_field]].notna().all(axis=1) & (frame[lists].map(len) > 0)
         if not whole.any():
-            raise ValueError(
+            raise UserError(
                 f"benchmark_filename: {path} has no row with user, item and history; leave it out"
             )
         if not whole.all():
@@ -138,21 +139,21 @@ def _check_presplit_keys(config: Config) -> None:
     """Refuse the keys that have no effect on rows that are there already."""
     names = config["benchmark_filename"]
     if not isinstance(names, list) or len(names) not in (2, 3):
-        raise ValueError(f"benchmark_filename: expected [train, valid, test] or [train, test], got {names!r}")
+        raise UserError(f"benchmark_filename: expected [train, valid, test] or [train, test], got {names!r}")
     if "rows" not in config or config["rows"] == "dense":
-        raise ValueError("rows: 'dense' needs whole histories, benchmark_filename has rows; set rows: prefix")
+        raise UserError("rows: 'dense' needs whole histories, benchmark_filename has rows; set rows: prefix")
     if config["split"] not in (None, "leave_one_out"):
-        raise ValueError(
+        raise UserError(
             f"split: {config['split']!r} does not go with benchmark_filename, which is split already"
         )
     for key in ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter"):
         if config[key] not in (None, _NO_FILTER):
-            raise ValueError(
+            raise UserError(
                 f"{key}: {config[key]!r} has no effect on the files of benchmark_filename; filter them "
                 f"beforehand and leave it out"
             )
     if _name_history_column(config) not in (config["alias_of_item_id"] or ()):
-        raise ValueError(
+        raise UserError(
             f"alias_of_item_id: add {_name_history_column(config)}, or its items "
             f"would be others than the targets"
         )

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from m2rec.errors import UserError
+
 FloatArray = NDArray[np.float64]
 
 N_RESAMPLES = 10_000
@@ -37,7 +39,7 @@ def compute_rank_metric(metric: str, ranks: NDArray[np.integer]) -> FloatArray:
     """
     name, _, cut = metric.partition("@")
     if name not in ("hit", "ndcg", "mrr") or not cut.isdecimal():
-        raise ValueError(f"metric {metric!r}: expected hit@k, ndcg@k or mrr@k")
+        raise UserError(f"metric {metric!r}: expected hit@k, ndcg@k or mrr@k")
     places = np.maximum(ranks, 1).astype(np.float64)
     gains = {"hit": np.ones_like(places), "ndcg": 1 / np.log2(places + 1), "mrr": 1 / places}
     return np.where((ranks >= 1) & (ranks <= int(cut)), gains[name], 0.0)
@@ -60,9 +62,9 @@ def paired_bootstrap(differences: FloatArray, resamples: int = N_RESAMPLES, seed
     """
     users = len(differences)
     if users < 2:
-        raise ValueError(f"the paired test needs at least two users, got {users}")
+        raise UserError(f"the paired test needs at least two users, got {users}")
     if not np.isfinite(differences).all():
-        raise ValueError("the paired test needs a finite number for each user")
+        raise UserError("the paired test needs a finite number for each user")
     mean = differences.mean(axis=0)
     means = _resample_means(differences - mean, resamples, seed) + mean
     low, high = np.quantile(means, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2], axis=0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from m2rec.errors import UserError
 from m2rec.experiments.sweep_plan import PlannedRun, Sweep
 from m2rec.run_folder import HISTORY_FILE, METRICS_FILE
 from m2rec.storage import write_text
@@ -68,7 +69,7 @@ def build_result_row(cell: PlannedRun, folder: Path) -> ResultRow:
         metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
         seconds = [float(line["seconds"]) for line in read_csv_table(folder / HISTORY_FILE, ("seconds",))]
         if missing := [metric for metric in TABLE_METRICS if metric not in metrics["test"]]:
-            raise ValueError(f"{missing[0]} was not measured, which tables and tests are made of; set topk")
+            raise UserError(f"{missing[0]} was not measured, which tables and tests are made of; set topk")
         row = {
             "dataset": cell.dataset,
             "model": metrics["model"],
@@ -91,7 +92,7 @@ def build_result_row(cell: PlannedRun, folder: Path) -> ResultRow:
             **_flatten_bucket_metrics(metrics["test_by"]),
         }
     except (OSError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder}: no finished run ({type(error).__name__}: {error}); run it again"
         ) from error
     return {key: "" if found is None else str(found) for key, found in row.items()}
@@ -191,7 +192,7 @@ def read_headline_tests(sweep: Sweep, answers: FinishedRuns) -> dict[tuple[str, 
         if not _is_headline_test(row) or row["variant"] != sweep.reference:
             continue
         if side := _find_outdated_side(row, answers):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {row[side]!r} on {row['dataset']} is not of the runs in the sweep's CSV; "
                 "make it again with scripts/report.py --paired"
             )
@@ -243,7 +244,7 @@ def read_published_results(path: Path) -> list[ResultRow]:
     for number, row in enumerate(rows, start=1):
         if row["protocol"] not in TEST_PROTOCOLS:
             expected = " or ".join(TEST_PROTOCOLS)
-            raise ValueError(f"{path}: row {number}: protocol is {row['protocol']!r}, expected {expected}")
+            raise UserError(f"{path}: row {number}: protocol is {row['protocol']!r}, expected {expected}")
         _check_finite_values(path, row, TABLE_METRICS)
     return rows
 
@@ -259,15 +260,15 @@ def read_csv_table(path: Path, columns: Sequence[str]) -> list[ResultRow]:
             reader = csv.DictReader(file)
             header, rows = reader.fieldnames or [], list(reader)
     except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV in UTF-8: {error}") from None
+        raise UserError(f"{path} is no CSV in UTF-8: {error}") from None
     missing = [column for column in columns if column not in header]
     if missing:
-        raise ValueError(f"{path}: column {missing[0]!r} is missing; expected {', '.join(columns)}")
+        raise UserError(f"{path}: column {missing[0]!r} is missing; expected {', '.join(columns)}")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
-            raise ValueError(f"{path}: row {number} has more or fewer values than the header")
+            raise UserError(f"{path}: row {number} has more or fewer values than the header")
     return rows
 
 
@@ -344,7 +345,7 @@ def _check_finite_values(path: Path, row: ResultRow, columns: Sequence[str], emp
             where = ", ".join(
                 f"{key} {row[key]!r}" for key in (*_RUN_KEY_COLUMNS, "baseline", "model") if key in row
             )
-            raise ValueError(f"{path}: {where}: {column} is {row[column]!r}, expected a number")
+            raise UserError(f"{path}: {where}: {column} is {row[column]!r}, expected a number")
 
 
 def _check_same_data(path: Path, answers: FinishedRuns) -> None:
@@ -353,14 +354,14 @@ def _check_same_data(path: Path, answers: FinishedRuns) -> None:
         rows = collect_dataset_rows(answers, dataset)
         if any(row.get("test_returning", "") not in ("", "0") for row in rows):
             if old := next((row for row in rows if not row.get("test_returning")), None):
-                raise ValueError(
+                raise UserError(
                     f"{path}: {old['variant']!r} on {dataset}, seed {old['seed']}, was measured when targets "
                     f"that return were no misses in test_unseen; take the row out and run the sweep again"
                 )
         for column in DATASET_COUNTS:
             counts = list_unique_values(collect_dataset_rows(answers, dataset), column)
             if len(counts) > 1:
-                raise ValueError(f"{path}: rows on {dataset} differ in {column}: {' and '.join(counts)}")
+                raise UserError(f"{path}: rows on {dataset} differ in {column}: {' and '.join(counts)}")
 
 
 def _is_headline_test(row: ResultRow) -> bool:

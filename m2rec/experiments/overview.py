@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from m2rec.errors import UserError
 from m2rec.experiments.ledger import (
     HEADLINE_METRIC,
     TABLE_METRICS,
@@ -39,7 +40,7 @@ def make_overview_table(
     """
     if len({sweep.reference for sweep in sweeps}) > 1 or sweeps[0].reference is None:
         found = ", ".join(f"{sweep.name}: {sweep.reference}" for sweep in sweeps)
-        raise ValueError(f"an overview needs sweeps with the same reference, got {found}")
+        raise UserError(f"an overview needs sweeps with the same reference, got {found}")
     heads = ["data set", "n", "HR@10", "NDCG@10", "NDCG@10 without text", "published HR@10"]
     heads += ["published NDCG@10", "NDCG@10 of the strongest baseline here"]
     lines = [[*heads, make_versus_title(sweeps[0]), P_VALUE_TITLE]]

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from m2rec.errors import UserError
 from m2rec.evaluation.metrics import FloatArray, compute_rank_metric, paired_bootstrap
 from m2rec.experiments.ledger import (
     HEADLINE_METRIC,
@@ -56,10 +57,10 @@ def compare_with_baselines(sweep: Sweep, answers: FinishedRuns, runs: Path) -> l
         ValueError: there is no reference or no run of it, or runs saw different data.
     """
     if sweep.reference is None:
-        raise ValueError(f"{sweep.path}: reference: name the variant that others are compared with")
+        raise UserError(f"{sweep.path}: reference: name the variant that others are compared with")
     rows = [row for dataset in sweep.datasets for row in _compare_on_dataset(dataset, sweep, answers, runs)]
     if not rows:
-        raise ValueError(
+        raise UserError(
             f"{runs}: no seed of {sweep.reference!r} and another variant has a finished run of the CSV; "
             f"run {sweep.command}, or name the folder with --runs"
         )
@@ -101,21 +102,21 @@ def read_target_ranks(folder: Path) -> TargetRanks:
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}; run it again") from None
+        raise UserError(f"{path} can't be read: {error.strerror}; run it again") from None
     except (ValueError, pd.errors.ParserError) as error:
-        raise ValueError(f"{path} is no CSV of ranks: {error}") from None
+        raise UserError(f"{path} is no CSV of ranks: {error}") from None
     for column in columns:
         if column not in frame:
-            raise ValueError(f"{path}: column {column!r} is missing; expected {', '.join(columns)}")
+            raise UserError(f"{path}: column {column!r} is missing; expected {', '.join(columns)}")
     for column in TEST_PROTOCOLS:
         wrong = frame[column][~frame[column].str.fullmatch(r"\d{1,9}").astype(bool)]
         if len(wrong):
             place = f"{wrong.iloc[0]!r} in row {wrong.index[0] + 1}"
-            raise ValueError(f"{path}: {column} is {place}, expected a whole number from 0")
+            raise UserError(f"{path}: {column} is {place}, expected a whole number from 0")
     frame = frame.set_index("user").sort_index()
     twice = frame.index[frame.index.duplicated()]
     if len(twice):
-        raise ValueError(f"{path}: user {twice[0]!r} comes twice")
+        raise UserError(f"{path}: user {twice[0]!r} comes twice")
     return TargetRanks(folder, frame["item"], frame[list(TEST_PROTOCOLS)].to_numpy().astype(np.int32))
 
 
@@ -142,7 +143,7 @@ def _compare_on_dataset(
     try:
         found = paired_bootstrap(np.concatenate([left - right for _, left, right in pairs.values()], axis=1))
     except ValueError as error:
-        raise ValueError(f"{dataset}: {error}") from None
+        raise UserError(f"{dataset}: {error}") from None
     for k, (other, (seeds, left, right)) in enumerate(pairs.items()):
         for m, (protocol, metric) in enumerate(PAIRED_MEASURES):
             column = k * len(PAIRED_MEASURES) + m
@@ -193,13 +194,13 @@ def _average_user_metrics(runs: Mapping[int, TargetRanks], seeds: Sequence[int])
 def _check_same_users(one: TargetRanks, other: TargetRanks) -> None:
     odd = one.targets.index.symmetric_difference(other.targets.index)
     if len(odd):
-        raise ValueError(
+        raise UserError(
             f"user {odd[0]!r} is in only one of {one.folder} and {other.folder}: "
             "they saw different data; run one again"
         )
     differs = one.targets.index[one.targets.to_numpy() != other.targets.to_numpy()]
     if len(differs):
-        raise ValueError(
+        raise UserError(
             f"user {differs[0]!r} has another test item in {one.folder} than in {other.folder}: "
             "they saw different data or another time order; run one again"
         )

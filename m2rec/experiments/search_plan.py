@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from m2rec.errors import UserError
 from m2rec.settings import MACHINE_KEYS
 from m2rec.yaml_values import read_yaml, suggest_spelling
 
@@ -53,7 +54,7 @@ class SearchPlan:
         try:
             return cls(**_parse_plan(content, given, known_keys))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}") from None
 
 
 def _parse_plan(
@@ -64,15 +65,15 @@ def _parse_plan(
     _check_plan_keys(values)
     name, trials = values["study"], given.get("trials", values["trials"])
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
-        raise ValueError(f"study: expected a name of letters, digits and any of ._+-, got {name!r}")
+        raise UserError(f"study: expected a name of letters, digits and any of ._+-, got {name!r}")
     _check_integer("trials", trials, 1)
     _check_integer("seed", values["seed"], 0)
     fixed = {**values["fixed"], **{key: value for key, value in given.items() if key != "trials"}}
     if not values["search"]:
-        raise ValueError("search: no key to search; --help shows the format")
+        raise UserError("search: no key to search; --help shows the format")
     for key, drawn in values["search"].items():
         if key not in known_keys:
-            raise ValueError(f"search: unknown key {key!r}{suggest_spelling(str(key), known_keys)}")
+            raise UserError(f"search: unknown key {key!r}{suggest_spelling(str(key), known_keys)}")
         _check_search_space(key, drawn, fixed)
     return {**values, "trials": trials, "fixed": fixed, "pruner": _parse_pruner(values["pruner"])}
 
@@ -80,20 +81,20 @@ def _parse_plan(
 def _check_plan_keys(values: Mapping[str, Any]) -> None:
     for key in values:
         if key not in _PLAN_KEYS:
-            raise ValueError(f"unknown key {key!r}{suggest_spelling(str(key), _PLAN_KEYS)}")
+            raise UserError(f"unknown key {key!r}{suggest_spelling(str(key), _PLAN_KEYS)}")
     for key in _PLAN_KEYS:
         if key not in values:
-            raise ValueError(f"{key} is missing; --help shows the format")
+            raise UserError(f"{key} is missing; --help shows the format")
     for key in ("fixed", "search"):
         if not isinstance(values[key], dict):
-            raise ValueError(f"{key}: expected lines of 'key: value', got {values[key]!r}")
+            raise UserError(f"{key}: expected lines of 'key: value', got {values[key]!r}")
 
 
 def _parse_pruner(value: Any) -> dict[str, int] | None:
     if value is None:
         return None
     if not isinstance(value, dict) or not set(value) <= set(_PRUNER_DEFAULTS):
-        raise ValueError(f"pruner: expected some of {', '.join(_PRUNER_DEFAULTS)}, got {value!r}")
+        raise UserError(f"pruner: expected some of {', '.join(_PRUNER_DEFAULTS)}, got {value!r}")
     for key, number in value.items():
         _check_integer(f"pruner: {key}", number, 0)
     return {**_PRUNER_DEFAULTS, **value}
@@ -101,39 +102,39 @@ def _parse_pruner(value: Any) -> dict[str, int] | None:
 
 def _check_integer(key: str, value: Any, low: int) -> None:
     if type(value) is not int or not low <= value < 2**31:
-        raise ValueError(f"{key}: expected a whole number from {low}, got {value!r}")
+        raise UserError(f"{key}: expected a whole number from {low}, got {value!r}")
 
 
 def _check_search_space(key: Any, drawn: Any, fixed: Mapping[str, Any]) -> None:
     if key in fixed:
-        raise ValueError(f"search: {key} is fixed too, to {fixed[key]!r}; take it out of one")
+        raise UserError(f"search: {key} is fixed too, to {fixed[key]!r}; take it out of one")
     if key in _NOT_SEARCHABLE:
-        raise ValueError(f"search: {key} changes what is measured; fix it, and make a study for each value")
+        raise UserError(f"search: {key} changes what is measured; fix it, and make a study for each value")
     if key in MACHINE_KEYS:
-        raise ValueError(f"search: {key} changes no result; fix it, or leave it out")
+        raise UserError(f"search: {key} changes no result; fix it, or leave it out")
     if isinstance(drawn, dict):
         _check_search_range(key, drawn)
     elif not isinstance(drawn, list) or not drawn:
-        raise ValueError(f"search: {key}: expected {{low: ..., high: ...}} or a list, got {drawn!r}")
+        raise UserError(f"search: {key}: expected {{low: ..., high: ...}} or a list, got {drawn!r}")
     elif not all(value is None or type(value) in (bool, int, float, str) for value in drawn):
-        raise ValueError(f"search: {key}: expected a list of numbers, words, true, false or ~, got {drawn!r}")
+        raise UserError(f"search: {key}: expected a list of numbers, words, true, false or ~, got {drawn!r}")
 
 
 def _check_search_range(key: str, drawn: Mapping[str, Any]) -> None:
     for name in drawn:
         if name not in _RANGE_KEYS:
-            raise ValueError(f"search: {key}: unknown {name!r}; a range has {', '.join(_RANGE_KEYS)}")
+            raise UserError(f"search: {key}: unknown {name!r}; a range has {', '.join(_RANGE_KEYS)}")
     for name in ("low", "high", "step"):
         value: Any = drawn.get(name)
         wrong = type(value) not in (int, float) or not math.isfinite(value)
         if wrong and (name in drawn or name != "step"):
-            raise ValueError(f"search: {key}: {name}: expected a number, got {value!r}")
+            raise UserError(f"search: {key}: {name}: expected a number, got {value!r}")
     low, high, log = drawn["low"], drawn["high"], drawn.get("log", False)
     if low > high:
-        raise ValueError(f"search: {key}: low {low} is above high {high}; swap them")
+        raise UserError(f"search: {key}: low {low} is above high {high}; swap them")
     if type(log) is not bool or (log and "step" in drawn):
-        raise ValueError(f"search: {key}: log: expected true or false, and no step beside true; got {log!r}")
+        raise UserError(f"search: {key}: log: expected true or false, and no step beside true; got {log!r}")
     if log and low <= 0:
-        raise ValueError(f"search: {key}: log needs low above 0, got {low}; raise low, or leave log out")
+        raise UserError(f"search: {key}: log needs low above 0, got {low}; raise low, or leave log out")
     if drawn.get("step", 1) <= 0:
-        raise ValueError(f"search: {key}: step: expected a number above 0, got {drawn['step']}")
+        raise UserError(f"search: {key}: step: expected a number above 0, got {drawn['step']}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from m2rec.errors import UserError
 from m2rec.run_folder import METRICS_FILE
 from m2rec.yaml_values import read_yaml, suggest_spelling
 
@@ -66,7 +67,7 @@ class Sweep:
         try:
             return cls(name=path.stem, path=path, **_parse_sweep(content, path.stem))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}") from None
 
     def planned_runs(self) -> Iterator[PlannedRun]:
         """All runs, seed by seed, so that an early stop leaves every variant with as many seeds."""
@@ -104,7 +105,7 @@ def _parse_sweep(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     datasets = _parse_names("datasets", content["datasets"])
     variants = _parse_settings_by_name("variants", content["variants"])
     if not variants:
-        raise ValueError("variants: there are none; give at least one, such as M2Rec: {}")
+        raise UserError("variants: there are none; give at least one, such as M2Rec: {}")
     _check_variant_slugs(variants)
     dataset_keys = _parse_settings_by_name("dataset_keys", content.get("dataset_keys"))
     _check_known_names("dataset_keys", dataset_keys, datasets)
@@ -114,7 +115,7 @@ def _parse_sweep(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key, names in named.items():
         _check_known_names(key, [name for name in names if name is not None], variants)
     if baselines and reference is None:
-        raise ValueError("baselines: there is nothing to compare them with; name a reference")
+        raise UserError("baselines: there is nothing to compare them with; name a reference")
     return {
         "title": str(content["title"]),
         "command": str(content.get("command", f"python scripts/sweep.py results/{name}.yaml")),
@@ -134,17 +135,17 @@ def _check_sweep_keys(content: Mapping[str, Any]) -> None:
     known = [field.name for field in fields(Sweep) if field.name not in ("name", "path")]
     for key in content:
         if key not in known:
-            raise ValueError(
+            raise UserError(
                 f"unknown key {key!r}{suggest_spelling(str(key), known)}; known: {', '.join(known)}"
             )
     for key in _REQUIRED_SWEEP_KEYS:
         if content.get(key) is None:
-            raise ValueError(f"{key} is missing")
+            raise UserError(f"{key} is missing")
 
 
 def _parse_name(key: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{key}: expected a name, got {value!r}")
+        raise UserError(f"{key}: expected a name, got {value!r}")
     return value
 
 
@@ -152,17 +153,17 @@ def _parse_names(key: str, value: Any, empty: bool = False) -> tuple[str, ...]:
     """Distinct names."""
     names = [str(name) if type(name) is int else name for name in value] if isinstance(value, list) else []
     if not (names or (empty and value == [])) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{key}: expected a list of names, got {value!r}")
+        raise UserError(f"{key}: expected a list of names, got {value!r}")
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{key}: {name!r} comes twice")
+            raise UserError(f"{key}: {name!r} comes twice")
     return tuple(names)
 
 
 def _parse_seeds(value: Any) -> tuple[int, ...]:
     whole = isinstance(value, list) and all(type(seed) is int and seed >= 0 for seed in value)
     if not whole or not value or len(set(value)) < len(value):
-        raise ValueError(f"seeds: expected distinct whole numbers from 0, got {value!r}")
+        raise UserError(f"seeds: expected distinct whole numbers from 0, got {value!r}")
     return tuple(value)
 
 
@@ -171,17 +172,17 @@ def _parse_run_settings(key: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"{key}: expected {{key: value}}, got {value!r}")
+        raise UserError(f"{key}: expected {{key: value}}, got {value!r}")
     for own in _LISTED_KEYS:
         if own in value:
-            raise ValueError(f"{key}: {own} belongs to the list {own}s")
+            raise UserError(f"{key}: {own} belongs to the list {own}s")
     for name, given in value.items():
         if not isinstance(name, str):
-            raise ValueError(f"{key}: {name!r} is no key of a run")
+            raise UserError(f"{key}: {name!r} is no key of a run")
         try:
             json.dumps(given)
         except TypeError:
-            raise ValueError(f"{key}: {name}: {given!r} is no value of a key; put it into quotes") from None
+            raise UserError(f"{key}: {name}: {given!r} is no value of a key; put it into quotes") from None
     return value
 
 
@@ -190,10 +191,10 @@ def _parse_settings_by_name(key: str, value: Any) -> dict[str, dict[str, Any]]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"{key}: expected {{name: {{key: value}}}}, got {value!r}")
+        raise UserError(f"{key}: expected {{name: {{key: value}}}}, got {value!r}")
     for name in value:
         if not isinstance(name, str):
-            raise ValueError(f"{key}: {name!r} is no text; put the name into quotes")
+            raise UserError(f"{key}: {name!r} is no text; put the name into quotes")
     return {name: _parse_run_settings(f"{key}, {name}", own) for name, own in value.items()}
 
 
@@ -201,10 +202,10 @@ def _check_variant_slugs(variants: Mapping[str, Any]) -> None:
     seen: dict[str, str] = {}
     for variant in variants:
         if not re.search("[a-z0-9]", slugify_variant(variant)):
-            raise ValueError(f"variants: {variant!r} has no letter or digit that can name a folder")
+            raise UserError(f"variants: {variant!r} has no letter or digit that can name a folder")
         other = seen.setdefault(slugify_variant(variant), variant)
         if other != variant:
-            raise ValueError(
+            raise UserError(
                 f"variants: {other!r} and {variant!r} share the folder {slugify_variant(variant)!r}"
             )
 
@@ -215,19 +216,19 @@ def _check_known_names(
     for name in names:
         if name not in known:
             what = "data set" if key == "dataset_keys" else "variant"
-            raise ValueError(f"{key}: unknown {what} {name!r}{suggest_spelling(str(name), known)}")
+            raise UserError(f"{key}: unknown {what} {name!r}{suggest_spelling(str(name), known)}")
 
 
 def _parse_tables(value: Any, variants: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     if value is None:
         return {MAIN_TABLE: tuple(variants)}
     if not isinstance(value, dict) or not value:
-        raise ValueError(f"tables: expected {{table: [variant, ...]}}, got {value!r}")
+        raise UserError(f"tables: expected {{table: [variant, ...]}}, got {value!r}")
     tables = {}
     for table, names in value.items():
         if not isinstance(table, str) or not re.fullmatch(r"[\w.-]+", table) or table in RESERVED_TABLES:
             reserved = ", ".join(RESERVED_TABLES)
-            raise ValueError(f"tables: {table!r} can't name a table; one word, {reserved} are taken")
+            raise UserError(f"tables: {table!r} can't name a table; one word, {reserved} are taken")
         tables[table] = _parse_names(f"tables, {table}", names)
         _check_known_names(f"tables, {table}", tables[table], variants)
     return tables

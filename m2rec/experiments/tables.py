@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from m2rec.errors import UserError
 from m2rec.experiments.ledger import (
     DATASET_COUNTS,
     HEADLINE_METRIC,
@@ -137,7 +138,7 @@ def make_published_table(sweep: Sweep, answers: FinishedRuns, reported: Sequence
     for dataset in sweep.datasets:
         published = [row for row in reported if row["dataset"] == dataset]
         if not published:
-            raise ValueError(f"reported.csv has no row of {dataset}; add one or take the marker away")
+            raise UserError(f"reported.csv has no row of {dataset}; add one or take the marker away")
         lines = _make_published_lines(sweep, dataset, answers, published)
         words = ["Published numbers are of their authors' data, tuning and often one seed"]
         blocks.append(_format_dataset_block(sweep, dataset, [lines], words))
@@ -217,7 +218,7 @@ def _make_bucket_lines(
     names = list_buckets(rows, kind)
     if not names:
         path = sweep.path.with_suffix(".csv")
-        raise ValueError(f"{path}: no column {HEADLINE_METRIC}|{kind}=... on {dataset}; run the sweep again")
+        raise UserError(f"{path}: no column {HEADLINE_METRIC}|{kind}=... on {dataset}; run the sweep again")
     columns = [MetricColumn(name, f"{HEADLINE_METRIC}|{kind}={name}", format_mean_std) for name in names]
     cells = [_format_metric_column(column, runs) for column in columns]
     lines = [[kind, *names], ["users", *(format_bucket_users(rows, kind, name) for name in names)]]

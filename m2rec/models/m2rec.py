@@ -19,6 +19,7 @@ from torch import Tensor
 
 from m2rec.compat import Config, InputType, Interaction, SequentialDataset, SequentialRecommender
 from m2rec.data.dataset import HistoryDataset, shift_targets
+from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.filters import without_autocast
 from m2rec.nn.losses import NegativeSampler, bpr, cross_entropy, draw_other_items, gbce, sampled_cross_entropy
@@ -161,7 +162,7 @@ class M2Rec(SequentialRecommender):
         history = interaction[self.ITEM_SEQ]
         scores = self.encoder.scores(self(history, interaction[self.ITEM_SEQ_LEN]), history)
         if not torch.isfinite(scores).all():
-            raise ValueError("scores are NaN or infinite: training diverged; lower learning_rate")
+            raise UserError("scores are NaN or infinite: training diverged; lower learning_rate")
         return scores
 
 

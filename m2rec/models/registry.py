@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 from m2rec.compat import SequentialRecommender, sequential_recommender
+from m2rec.errors import UserError
 from m2rec.models.m2rec import M2Rec
 from m2rec.models.popularity import Popularity
 from m2rec.settings import PROPERTIES_FOLDER
@@ -24,7 +25,7 @@ def find_model_class(name: str) -> type[SequentialRecommender]:
     if name in models:
         return models[name]
     names = {*models, *(path.stem for path in (PROPERTIES_FOLDER / "model").glob("*.yaml"))}
-    raise ValueError(
+    raise UserError(
         f"model: unknown model {name!r}{suggest_spelling(name, names)}; known: {', '.join(sorted(names))}"
     )
 

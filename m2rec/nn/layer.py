@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from m2rec.errors import UserError
 from m2rec.nn.attention import Attention
 from m2rec.nn.filters import CausalFilter, IdentityFilter, LowPassFilter
 from m2rec.nn.gate import MeanGate, SoftmaxGate
@@ -139,7 +140,7 @@ class Layer(nn.Module):
         """
         for key, value, rival in (("mixer", "attention", Attention), ("filter", "low_pass", LowPassFilter)):
             if isinstance(self.mixer, rival) or isinstance(self.filter, rival):
-                raise ValueError(
+                raise UserError(
                     f"{key}: {value!r} needs the whole history at once and can't go on from a state; "
                     f"train with another {key}"
                 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from m2rec.errors import UserError
 from m2rec.nn.repeat_bias import RepeatBias
 from m2rec.ops.contracts import first_derivative_only
 
@@ -262,6 +263,6 @@ def bpr(
 def draw_other_items(targets: Tensor, n_items: int) -> Tensor:
     """One item for each target, uniform over all items but padding and the target itself."""
     if n_items < 3:
-        raise ValueError("loss_type: BPR needs two items to tell apart; set loss_type: CE")
+        raise UserError("loss_type: BPR needs two items to tell apart; set loss_type: CE")
     draw = torch.randint_like(targets, 1, n_items - 1)
     return draw + (draw >= targets)

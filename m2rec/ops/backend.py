@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from m2rec.errors import UserError
+
 BACKENDS = ("reference", "torch", "triton", "mamba_ssm")
 
 
@@ -40,11 +42,11 @@ def resolve_backend(requested: str, device: torch.device | str) -> Backend:
     if requested == "auto":
         return _choose_backend(kind)
     if requested not in BACKENDS:
-        raise ValueError(
+        raise UserError(
             f"scan_backend: {requested!r} is no backend; choose one of auto, {', '.join(BACKENDS)}"
         )
     if obstacle := _find_missing_requirement(requested, kind):
-        raise ValueError(f"scan_backend: {requested!r} needs {obstacle}, or set scan_backend: auto")
+        raise UserError(f"scan_backend: {requested!r} needs {obstacle}, or set scan_backend: auto")
     return Backend(requested, "named by scan_backend")
 
 

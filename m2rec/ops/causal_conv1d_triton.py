@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m2rec.errors import UserError
 from m2rec.ops.contracts import first_derivative_only
 
 _BLOCK_L = 16
@@ -24,7 +25,7 @@ def causal_conv1d_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, 
         ValueError: x is float64, for which the kernels are not made.
     """
     if x.dtype == torch.float64:
-        raise ValueError("scan_backend: 'triton' computes in float32, got float64; use torch or reference")
+        raise UserError("scan_backend: 'triton' computes in float32, got float64; use torch or reference")
     with torch.cuda.device_of(x):  # Triton launches on the current device; backward runs on that of forward
         return _Conv.apply(x, weight, bias, silu)  # type: ignore[no-any-return]
 

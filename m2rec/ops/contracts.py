@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from m2rec.errors import UserError
+
 Backward = Callable[..., Any]
 
 
@@ -30,7 +32,7 @@ def first_derivative_only(name: str, cure: str) -> Callable[[Backward], Backward
 
         def checked(ctx: Any, *grads: Any) -> Any:
             if torch.is_grad_enabled():  # only under create_graph
-                raise ValueError(f"{name} has no second derivative (create_graph=True); use {cure}")
+                raise UserError(f"{name} has no second derivative (create_graph=True); use {cure}")
             return once(ctx, *grads)
 
         return checked
@@ -54,16 +56,16 @@ def check_arguments(operator: str, **arguments: tuple[str, Tensor | None]) -> No
         if tensor is None:
             continue
         if not tensor.is_floating_point():
-            raise ValueError(f"{operator}: {name} is {tensor.dtype}, expected real floating-point numbers")
+            raise UserError(f"{operator}: {name} is {tensor.dtype}, expected real floating-point numbers")
         shape = tensor.shape
         fits = len(shape) == len(letters)
         for letter, size in zip(letters, shape, strict=False):
             fits = sizes.setdefault(letter, size) == size and fits
         if not fits:
             expected = ", ".join(f"{letter} = {sizes.get(letter, 'any')}" for letter in letters)
-            raise ValueError(f"{operator}: {name} has shape {tuple(shape)}, expected ({expected})")
+            raise UserError(f"{operator}: {name} has shape {tuple(shape)}, expected ({expected})")
     if sizes.get("L") == 0:
-        raise ValueError(f"{operator}: there is no position, L = 0; expected at least one")
+        raise UserError(f"{operator}: there is no position, L = 0; expected at least one")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -8,6 +8,8 @@ from causal_conv1d import causal_conv1d_fn
 from torch import Tensor
 from torch.nn import functional as F
 
+from m2rec.errors import UserError
+
 # the sizes that mamba-ssm's chunks and causal-conv1d's taps may have
 _CHUNK = 64
 _SUPPORTED_TAPS = (2, 3, 4)
@@ -35,7 +37,7 @@ def selective_scan_mamba_ssm(
         import selective_scan_cuda  # noqa: F401
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"scan_backend: 'mamba_ssm' lacks the selective scan ({error}); build it with "
             f"MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-binary mamba-ssm mamba-ssm, "
             f"or set scan_backend: auto"
@@ -106,7 +108,7 @@ def causal_conv1d_mamba_ssm(
         ValueError: the kernel is not made for this number of taps.
     """
     if weight.shape[1] not in _SUPPORTED_TAPS:
-        raise ValueError(
+        raise UserError(
             f"d_conv: {weight.shape[1]} is not among {_SUPPORTED_TAPS}, which causal-conv1d takes; "
             f"change it, or set scan_backend: auto"
         )

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m2rec.errors import UserError
 from m2rec.ops.contracts import first_derivative_only
 
 # Steps between saved states, which are also the steps of a backward tile: such a tile of 8 x 64
@@ -48,7 +49,7 @@ def selective_scan_triton(
         ValueError: u is float64, for which the kernels are not made.
     """
     if u.dtype == torch.float64:
-        raise ValueError("scan_backend: 'triton' computes in float32, got float64; use torch or reference")
+        raise UserError("scan_backend: 'triton' computes in float32, got float64; use torch or reference")
     save = torch.is_grad_enabled()
     with torch.cuda.device_of(u):  # Triton launches on the current device; backward runs on that of forward
         y, last = _Scan.apply(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from m2rec.errors import UserError
 from m2rec.ops.backend import resolve_backend
 from m2rec.ops.contracts import check_arguments, without_autocast
 
@@ -127,7 +128,7 @@ def ssd_last(
     """
     _check_ssd_arguments("ssd_last", "BLHP", x, dt, A, B, C, D, dt_bias, None)
     if lengths.shape != x.shape[:1]:
-        raise ValueError(f"ssd_last: lengths has shape {tuple(lengths.shape)}, expected (B = {len(x)})")
+        raise UserError(f"ssd_last: lengths has shape {tuple(lengths.shape)}, expected (B = {len(x)})")
     with without_autocast(x.device):
         u, dt, A, B, C = _prepare_ssd_inputs(x, dt, A, B, C, dt_bias, dt_softplus)
         rows = torch.arange(len(x), device=x.device)

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import yaml
 
+from m2rec.errors import UserError, format_one_line
 from m2rec.reports import charts, page
 from m2rec.reports.page import PageFigure
 from m2rec.run_folder import (
@@ -49,7 +50,7 @@ class RunRecord:
             ValueError: a file is missing or damaged.
         """
         if not (folder / METRICS_FILE).is_file():
-            raise ValueError(f"{folder} is no finished run: it has no {METRICS_FILE}")
+            raise UserError(f"{folder} is no finished run: it has no {METRICS_FILE}")
         try:
             history = (folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
             return cls(
@@ -61,7 +62,7 @@ class RunRecord:
                 _read_json_object(folder / INSIGHTS_FILE, {}),
             )
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise ValueError(f"{folder}: a file can't be read ({' '.join(str(error).split())})") from None
+            raise UserError(f"{folder}: a file can't be read ({format_one_line(error)})") from None
 
     @property
     def metric(self) -> str:
@@ -91,7 +92,7 @@ def write_comparison_page(folders: Sequence[Path], path: Path) -> Path:
         ValueError: one is none, or is given twice; or a file is not as a run leaves it.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ValueError("a run is given twice; name each once")
+        raise UserError("a run is given twice; name each once")
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
@@ -123,7 +124,7 @@ def write_insight_charts(folder: Path, into: Path) -> list[Path]:
         run = RunRecord.read(folder)
         figures = {**_make_gate_figures(run), **_make_filter_figures(run)}
     if not figures:
-        raise ValueError(
+        raise UserError(
             f"{folder}: its model has neither a gate nor a filter that learns, or it has no insights"
         )
     into.mkdir(parents=True, exist_ok=True)
@@ -141,7 +142,7 @@ def _report_damaged_files(*folders: Path) -> Iterator[None]:
         if any(str(folder) in str(error) for folder in folders):  # it names one
             raise
         said, named = f"{type(error).__name__}: {error}", ", ".join(map(str, folders))
-        raise ValueError(f"{named}: a file is not as a run leaves it ({said})") from None
+        raise UserError(f"{named}: a file is not as a run leaves it ({said})") from None
 
 
 def _render_run_page(run: RunRecord) -> str:
@@ -435,5 +436,5 @@ def _read_json_object(path: Path, otherwise: Any = None) -> Any:
         return otherwise
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no object")
+        raise UserError(f"{path.name} holds no object")
     return content

@@ -7,6 +7,8 @@ from operator import index
 
 import torch
 
+from m2rec.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,7 +37,7 @@ def to_token_list(tokens: Iterable[str]) -> list[str]:
         ValueError: they are a single text, which would fall into its letters.
     """
     if isinstance(tokens, str):
-        raise ValueError(f"expected a list of item tokens, got one text, {tokens!r}; write [{tokens!r}]")
+        raise UserError(f"expected a list of item tokens, got one text, {tokens!r}; write [{tokens!r}]")
     return list(tokens)
 
 
@@ -65,7 +67,7 @@ def tokens_to_ids(
     first = tokens[known.index(False)]
     if skipped is None:
         text = "" if isinstance(first, str) else "; tokens are texts"
-        raise ValueError(f"{what}: the model knows no item {first!r}{text}")
+        raise UserError(f"{what}: the model knows no item {first!r}{text}")
     skipped.n_unknown += known.count(False)
     skipped.first_unknown = skipped.first_unknown or repr(first)
     return [ids[token] for token, there in zip(tokens, known, strict=True) if there]
@@ -82,7 +84,7 @@ def parse_k(k: int) -> int:
     except TypeError:
         number = 0
     if number < 1 or isinstance(k, bool):
-        raise ValueError(f"k: expected a whole number from 1, got {k!r}")
+        raise UserError(f"k: expected a whole number from 1, got {k!r}")
     return number
 
 
@@ -95,9 +97,9 @@ def parse_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device: {device!r} is none; cpu, cuda or cuda:0") from error
+        raise UserError(f"device: {device!r} is none; cpu, cuda or cuda:0") from error
     if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: {device!r} is not supported; cpu or cuda")
+        raise UserError(f"device: {device!r} is not supported; cpu or cuda")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: there is no {found} here; take cpu")
+        raise UserError(f"device: there is no {found} here; take cpu")
     return found

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from m2rec.data.raw.readers import MAX_LINE_BYTES, RawRow, Tally, read_csv_records, read_parquet_rows
+from m2rec.errors import UserError
 from m2rec.storage import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def read_history_file(path: Path, progress: bool = False) -> Iterator[tuple[str,
         ValueError: the file can't be read, or a row has no user or no list of tokens.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; give a CSV or Parquet file")
+        raise UserError(f"{path}: there is no such file; give a CSV or Parquet file")
     tally = Tally(path)
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # a history may be long
     is_parquet = path.suffix == ".parquet"
@@ -71,7 +72,7 @@ def write_recommendations(path: Path, ranked: Iterable[UserRecommendations]) -> 
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
-        raise ValueError(f"{path}: writing Parquet needs pyarrow; run: pip install pyarrow") from None
+        raise UserError(f"{path}: writing Parquet needs pyarrow; run: pip install pyarrow") from None
     text, numbers = pyarrow.list_(pyarrow.string()), pyarrow.list_(pyarrow.float32())
     schema = pyarrow.schema([(USER_COLUMN, pyarrow.string()), ("items", text), ("scores", numbers)])
     rest, rows = iter(ranked), 0
@@ -91,7 +92,7 @@ def write_recommendations(path: Path, ranked: Iterable[UserRecommendations]) -> 
 def _parse_user(path: Path, line: int, row: RawRow) -> str:
     user = row[USER_COLUMN]
     if user is None or user == "":
-        raise ValueError(f"{path}, line {line}: {USER_COLUMN} is empty")
+        raise UserError(f"{path}, line {line}: {USER_COLUMN} is empty")
     return str(user)
 
 
@@ -100,14 +101,12 @@ def _parse_history(path: Path, line: int, cell: Any) -> list[str]:
         try:
             cell = json.loads(cell)
         except (ValueError, RecursionError):
-            raise ValueError(
-                f"{path}, line {line}: {HISTORY_COLUMN} is no JSON list: {cell[:60]!r}"
-            ) from None
+            raise UserError(f"{path}, line {line}: {HISTORY_COLUMN} is no JSON list: {cell[:60]!r}") from None
     if isinstance(cell, str):
         return cell.split()
     tokens = [] if cell is None else cell
     if not isinstance(tokens, list) or not all(isinstance(token, str | int) for token in tokens):
-        raise ValueError(
+        raise UserError(
             f"{path}, line {line}: {HISTORY_COLUMN} is {str(cell)[:60]!r}, expected a list of tokens"
         )
     return [str(token) for token in tokens]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
 from m2rec.run_folder import ITEMS_FILE
 from m2rec.serving.saved_model import SavedModel
@@ -70,7 +71,7 @@ def export_program(trained: SavedModel, path: Path, batch_size: int | None = 1) 
         ValueError: batch_size is less than 1, or the program does not do what the model does.
     """
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise ValueError(f"batch_size: expected a whole number from 1, or None for any, got {batch_size!r}")
+        raise UserError(f"batch_size: expected a whole number from 1, or None for any, got {batch_size!r}")
     examples = [
         _sample_histories(trained, batch_size or size, seed) for seed, size in enumerate(_CHECK_BATCH_SIZES)
     ]
@@ -91,7 +92,7 @@ def export_program(trained: SavedModel, path: Path, batch_size: int | None = 1) 
             )
             if not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
                 worst = (found - expected).abs().max()
-                raise ValueError(f"export: the program differs from the model by {worst:.1e}")
+                raise UserError(f"export: the program differs from the model by {worst:.1e}")
 
     write_atomically(path, write)
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m2rec.errors import UserError
+
 # centres per square root of the items, and items per centre at least, after faiss's guidelines
 _CENTROIDS_PER_ROOT, _MIN_ITEMS_PER_CENTROID = 4, 39
 
@@ -44,7 +46,7 @@ class ItemIndex:
         faiss = _import_faiss()
         n_items, width = len(table) - 1, table.shape[1]
         if n_items < 1:
-            raise ValueError("index: there are no items")
+            raise UserError("index: there are no items")
         lists = max(
             1, min(round(_CENTROIDS_PER_ROOT * math.sqrt(n_items)), n_items // _MIN_ITEMS_PER_CENTROID)
         )
@@ -104,5 +106,5 @@ def _import_faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise ValueError("index: faiss is not installed; pip install faiss-cpu") from None
+        raise UserError("index: faiss is not installed; pip install faiss-cpu") from None
     return faiss

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from m2rec.errors import UserError
 from m2rec.serving import session
 from m2rec.serving.arguments import InputWarnings
 from m2rec.serving.item_index import ItemIndex
@@ -204,7 +205,7 @@ class Ranker:
         """What training met most often, the lower id first where two were met as often."""
         model = self.model
         if not model.item_counts:
-            raise ValueError("history: empty, and this run does not say what is popular; give an item")
+            raise UserError("history: empty, and this run does not say what is popular; give an item")
         order = model.popularity_order
         if choice.candidate_ids is not None:
             order = order[torch.isin(order, choice.candidate_ids.cpu())]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from m2rec.errors import UserError
 from m2rec.serving import arguments, batch_files, export, saved_model, session
 from m2rec.serving.arguments import InputWarnings
 from m2rec.serving.batch_files import UserRecommendations
@@ -219,7 +220,7 @@ class Recommender:
                         arguments.tokens_to_ids(ranker.model.ids, arguments.to_token_list(tokens), skipped),
                     )
                 except ValueError as error:
-                    raise ValueError(f"{source}, user {user!r}: {error}") from None
+                    raise UserError(f"{source}, user {user!r}: {error}") from None
 
         users, rows = tee(read())
         ids = (own for _, own in rows)
@@ -240,7 +241,7 @@ class Recommender:
         model = self._model
         ids = [arguments.tokens_to_ids(model.ids, arguments.to_token_list(history)) for history in histories]
         if not all(ids):
-            raise ValueError("history: empty; give at least one item")
+            raise UserError("history: empty; give at least one item")
         if not ids:
             return torch.empty(0, len(model.table), device=model.table.device)
         with self._ranker.limit_threads(sum(map(len, ids)), len(ids)):
@@ -287,7 +288,7 @@ class Recommender:
             arguments.tokens_to_ids(model.ids, arguments.to_token_list(history))
         )
         if not ids:
-            raise ValueError("history: empty; give at least one item")
+            raise UserError("history: empty; give at least one item")
         items = torch.tensor([ids], device=model.table.device)
         with self._ranker.limit_threads(len(ids), 0):
             _, weights = model.inference_encoder.encode(items, torch.tensor([len(ids)], device=items.device))
@@ -340,7 +341,7 @@ class Recommender:
         """
         items = arguments.tokens_to_ids(self._model.ids, arguments.to_token_list(tokens))
         if len(items) != len(sessions):
-            raise ValueError(f"add_events: {len(sessions)} sessions, but {len(items)} tokens")
+            raise UserError(f"add_events: {len(sessions)} sessions, but {len(items)} tokens")
         memories = self._unwrap_sessions(sessions)
         with self._ranker.limit_threads(len(items), 0):
             session.advance_session_batch(self._model.inference_encoder, memories, items)
@@ -431,7 +432,7 @@ class Recommender:
             ValueError: faiss is not installed, or probes is not a whole number from 0.
         """
         if type(probes) is not int or probes < 0:
-            raise ValueError(f"probes: {probes!r} is not a whole number from 0")
+            raise UserError(f"probes: {probes!r} is not a whole number from 0")
         table, index = self._model.table, self._ranker.index
         index = ItemIndex(table) if index is None else index.extended(table)
         index.set_probes(probes)
@@ -446,13 +447,13 @@ class Recommender:
             ValueError: there is no index (`use_index`), or no history; see also `recommend`.
         """
         if self._ranker.index is None:
-            raise ValueError("recall: there is no index; call use_index first")
+            raise UserError("recall: there is no index; call use_index first")
         exact = Recommender(self._model, self.whole_history)
         asked = [history for history in map(arguments.to_token_list, histories) if history]
         pairs = zip(self.recommend_batch(asked, k), exact.recommend_batch(asked, k), strict=True)
         found = [({i.item for i in ours}, {i.item for i in best}) for ours, best in pairs if best]
         if not found:
-            raise ValueError("recall: no history that anything can be recommended after; give one at least")
+            raise UserError("recall: no history that anything can be recommended after; give one at least")
         return sum(len(ours & best) / len(best) for ours, best in found) / len(found)
 
     def export(self, path: str | Path, batch_size: int | None = 1) -> None:
@@ -497,9 +498,9 @@ class Recommender:
 
     def _unwrap_sessions(self, sessions: Sequence["Session"]) -> list[SessionState]:
         if len({id(one) for one in sessions}) < len(sessions):
-            raise ValueError("sessions: one comes twice")
+            raise UserError("sessions: one comes twice")
         if any(one.recommender is not self for one in sessions):
-            raise ValueError("sessions: one is of another recommender")
+            raise UserError("sessions: one is of another recommender")
         return [one._state for one in sessions]
 
 

@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor
 
 from m2rec import __version__
+from m2rec.errors import UserError, format_one_line
 from m2rec.nn.encoder import Encoder
 from m2rec.run_folder import (
     CHECKPOINT_FILE,
@@ -100,15 +101,15 @@ def read_saved_model(folder: Path, device: torch.device) -> SavedModel:
     weights, _ = read_tensors(folder / WEIGHTS_FILE, str(device))
     state = {k.removeprefix(_ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(_ENCODER_PREFIX)}
     if "id_embedding.weight" not in state:
-        raise ValueError(f"{folder}: model: {config.get('model')!r} is not made of M2Rec's parts")
+        raise UserError(f"{folder}: model: {config.get('model')!r} is not made of M2Rec's parts")
     settings = replace(ModelSettings.read(config), scan_backend="auto")  # that of this machine
     length = RunSettings.read(config).MAX_ITEM_LIST_LENGTH
     encoder = Encoder(settings, len(tokens), length, state.get("vectors")).to(device)
     try:
         encoder.load_state_dict(state)
     except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise ValueError(
+        said = format_one_line(error)
+        raise UserError(
             f"{folder}: the weights don't fit config.yaml and items.json ({said})"
             f"{_describe_version_mismatch(folder)}"
         ) from None
@@ -161,7 +162,7 @@ def write_saved_model(trained: SavedModel, folder: Path) -> None:
         ValueError: it is the folder of a run, finished or not, which is of other weights.
     """
     if any((folder / name).exists() for name in (METRICS_FILE, CHECKPOINT_FILE, HISTORY_FILE)):
-        raise ValueError(f"save: {folder} is a run's own folder; give another")
+        raise UserError(f"save: {folder} is a run's own folder; give another")
     text = {"text_mean": trained.text_mean, "text_basis": trained.text_basis}
     state = {_ENCODER_PREFIX + name: value for name, value in trained.encoder.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,9 +185,9 @@ def check_accepts_new_items(trained: SavedModel) -> None:
         ValueError: this run has none.
     """
     if trained.encoder.vectors is None or trained.text_mean is None or trained.text_basis is None:
-        raise ValueError("add_items: this run has no text; train with text_vectors")
+        raise UserError("add_items: this run has no text; train with text_vectors")
     if trained.encoder.table_text is None:
-        raise ValueError("add_items: this run has no text in its item table; train with text_in_table: true")
+        raise UserError("add_items: this run has no text in its item table; train with text_in_table: true")
 
 
 @torch.no_grad()
@@ -212,16 +213,16 @@ def extend_catalogue(
     named = {token: titles[token] for token in new if token in titles}
     for token, title in named.items():
         if not isinstance(title, str):
-            raise ValueError(f"add_items: the title of {token!r} is {title!r}, which is no text")
+            raise UserError(f"add_items: the title of {token!r} is {title!r}, which is no text")
     raw = torch.as_tensor(vectors).to(old)
     if raw.shape != (len(new), len(mean)):
-        raise ValueError(
+        raise UserError(
             f"add_items: vectors of shape {tuple(raw.shape)} for {len(new)} items; expected "
             f"({len(new)}, {len(mean)}), made as those of the run"
         )
     useless = ~(raw.isfinite().all(1) & raw.any(1))
     if useless.any():
-        raise ValueError(
+        raise UserError(
             f"add_items: {new[int(useless.int().argmax())]!r} has no text vector: all zero, or not finite"
         )
     state = trained.encoder.state_dict()
@@ -250,7 +251,7 @@ def _check_new_tokens(trained: SavedModel, new: Sequence[str]) -> None:
     for token in new:
         if not isinstance(token, str) or token in there:
             why = "is there already" if isinstance(token, str) else "is no text"
-            raise ValueError(f"add_items: {token!r} {why}")
+            raise UserError(f"add_items: {token!r} {why}")
         there.add(token)
 
 
@@ -267,7 +268,7 @@ def _read_item_tokens(path: Path) -> list[str]:
     tokens = _parse_file(path, json.loads, list)
     own = tokens[1:]  # an item may be called as padding is
     if not own or not all(isinstance(token, str) for token in tokens) or len(set(own)) < len(own):
-        raise ValueError(f"{path} is no list of different texts")
+        raise UserError(f"{path} is no list of different texts")
     return tokens  # type: ignore[no-any-return]
 
 
@@ -275,5 +276,5 @@ def _read_item_counts(path: Path, n_items: int) -> list[int]:
     counts = _parse_file(path, json.loads, list) if path.exists() else []  # older runs have none
     whole = all(type(count) is int and count >= 0 for count in counts)
     if not whole or (counts and len(counts) != n_items):
-        raise ValueError(f"{path} is no list of {n_items} whole numbers from 0")
+        raise UserError(f"{path} is no list of {n_items} whole numbers from 0")
     return counts

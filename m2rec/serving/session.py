@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.layer import Layer, LayerState
 from m2rec.serving.saved_model import SavedModel
@@ -123,20 +124,20 @@ def deserialize_state(data: bytes, model: SavedModel) -> SessionState:
     """
     data = bytes(data)
     if hashlib.sha256(data[_DIGEST_BYTES:]).digest() != data[:_DIGEST_BYTES]:
-        raise ValueError("session: the data is damaged, or is no saved session")
+        raise UserError("session: the data is damaged, or is no saved session")
     try:
         tensors = load(data[_DIGEST_BYTES:])
         made_by, names, seen = (tensors.pop(name) for name in (_MODEL_KEY, _TOKENS_KEY, _SEEN_KEY))
         if (seen.dtype, seen.dim()) != (torch.int32, 1) or {made_by.dtype, names.dtype} != {torch.uint8}:
             raise KeyError(_SEEN_KEY)
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"session: the data is no saved session ({error})") from None
+        raise UserError(f"session: the data is no saved session ({error})") from None
     items = seen.tolist()
     if made_by.numpy().tobytes() != model.fingerprint:
-        raise ValueError("session: it was saved with another model; start it again from the history")
+        raise UserError("session: it was saved with another model; start it again from the history")
     known = all(0 < item < len(model.tokens) for item in items)
     if not known or names.numpy().tobytes() != _hash_tokens(items, model.tokens):
-        raise ValueError("session: it has items that this model does not have; add them first")
+        raise UserError("session: it has items that this model does not have; add them first")
     if not tensors:
         return SessionState()
     like = SessionState()
@@ -145,7 +146,7 @@ def deserialize_state(data: bytes, model: SavedModel) -> SessionState:
     expected = {_VECTOR_KEY: like.vector, **_flatten_states(like.states)}
     shapes, found = ({k: (t.shape, t.dtype) for k, t in ts.items()} for ts in (expected, tensors))
     if shapes != found:
-        raise ValueError("session: the data is no saved session of this model")
+        raise UserError("session: the data is no saved session of this model")
     tensors = {name: tensor.to(model.table.device) for name, tensor in tensors.items()}
     return SessionState(_unflatten_states(tensors, like.states), tensors[_VECTOR_KEY], items)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from m2rec.data.item_file import ItemTexts
+from m2rec.errors import UserError
 from m2rec.text import vector_file
 from m2rec.text.imported import ImportedVectors
 from m2rec.text.language_model import TextEncoder
@@ -99,7 +100,7 @@ def is_up_to_date(output: Path, decisive: Mapping[str, str]) -> bool:
     try:
         _, _, recorded = vector_file.read_text_vectors(output)
     except ValueError as error:
-        raise ValueError(f"{error}; --force overwrites it") from None
+        raise UserError(f"{error}; --force overwrites it") from None
     if recorded.get("fingerprint") == compute_text_fingerprint(decisive):
         logger.info("%s is up to date, nothing to do; --force makes it again", output)
         return True
@@ -130,7 +131,7 @@ def _check_text_coverage(known: Sequence[str] | None, tokens: Sequence[str], wha
     there = set(tokens)
     without = [item for item in known if item not in there]
     if len(without) == len(known):
-        raise ValueError(
+        raise UserError(
             f"none of the {len(known):,} items of the interactions {what} (theirs: {list(known[:3])}, here: "
             f"{list(tokens[:3])}); use the same tokens in both files"
         )

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from m2rec.errors import UserError
+
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".ckpt")
 MIN_MEAN_NORM, MAX_MEAN_NORM = 1e-9, 1e15  # mean length, with which single precision can still work
 SUPPORTED_FORMATS = ".npy with --ids, .parquet or .csv"
@@ -29,18 +31,18 @@ class ImportedVectors:
         self.path, self.ids, self.id_column = path, ids, id_column
         self.suffix = path.suffix.lower()
         if self.suffix in PICKLE_SUFFIXES:
-            raise ValueError(
+            raise UserError(
                 f"--vectors: {path} can hold a pickle, which is never read; give {SUPPORTED_FORMATS}"
             )
         if self.suffix not in (".npy", ".parquet", ".csv"):
-            raise ValueError(f"--vectors: {path} is of a kind that is not read; give {SUPPORTED_FORMATS}")
+            raise UserError(f"--vectors: {path} is of a kind that is not read; give {SUPPORTED_FORMATS}")
         for option, file in (("--vectors", path), ("--ids", ids)):
             if file is not None and not file.is_file():
-                raise ValueError(f"{option}: no file {file}; give one that exists")
+                raise UserError(f"{option}: no file {file}; give one that exists")
         if self.suffix == ".npy" and ids is None:
-            raise ValueError(f"--ids: {path} has no tokens; give a file with one per line, in its order")
+            raise UserError(f"--ids: {path} has no tokens; give a file with one per line, in its order")
         if self.suffix != ".npy" and ids is not None:
-            raise ValueError(f"--ids: {ids} is only for .npy, {path} has tokens of its own; leave it out")
+            raise UserError(f"--ids: {ids} is only for .npy, {path} has tokens of its own; leave it out")
         self.fingerprint_fields = {
             "model": name or path.name,
             "vectors_sha256": _hash_vector_file(path),
@@ -63,28 +65,28 @@ class ImportedVectors:
         _check_imported_vectors(self.path, self.ids or self.path, tokens, vectors)
         length = float(np.linalg.norm(vectors, axis=1).mean())
         if not MIN_MEAN_NORM < length < MAX_MEAN_NORM:
-            raise ValueError(f"{self.path}: its vectors have a mean length of {length}; scale them")
+            raise UserError(f"{self.path}: its vectors have a mean length of {length}; scale them")
         return tokens, vectors.astype(np.float32)
 
 
 def _check_imported_vectors(path: Path, ids: Path, tokens: Sequence[str], vectors: np.ndarray) -> None:
     """Everything that must hold whatever the kind of file."""
     if vectors.ndim != 2 or not vectors.shape[1]:
-        raise ValueError(f"{path}: has shape {vectors.shape}; it must be (items, width)")
+        raise UserError(f"{path}: has shape {vectors.shape}; it must be (items, width)")
     if len(tokens) != len(vectors):
-        raise ValueError(
+        raise UserError(
             f"{ids}: {len(tokens):,} tokens for the {len(vectors):,} vectors of {path}; give one per vector"
         )
     if not tokens:
-        raise ValueError(f"{path}: has no vector; it needs one per item")
+        raise UserError(f"{path}: has no vector; it needs one per item")
     if "" in tokens:
-        raise ValueError(f"{ids}: the token of vector {list(tokens).index('') + 1} is empty; name the item")
+        raise UserError(f"{ids}: the token of vector {list(tokens).index('') + 1} is empty; name the item")
     twice, times = Counter(tokens).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{ids}: token {twice!r} comes {times} times; keep one")
+        raise UserError(f"{ids}: token {twice!r} comes {times} times; keep one")
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
-        raise ValueError(
+        raise UserError(
             f"{path}: the vector of {tokens[bad[0]]!r} holds NaN or infinite values "
             f"({len(bad):,} such vectors); repair or remove them"
         )
@@ -96,7 +98,7 @@ def _read_ids(path: Path | None) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+        raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
@@ -105,11 +107,11 @@ def _read_npy(path: Path) -> np.ndarray:
     try:
         found = np.load(path, allow_pickle=False)
     except Exception as error:  # NumPy reads the header as Python source, with all that can go wrong there
-        raise ValueError(
+        raise UserError(
             f"{path}: is no array of numbers ({error}); save it with numpy.save from a float array"
         ) from None
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: is no array of real numbers; save it with numpy.save from a float array")
+        raise UserError(f"{path}: is no array of real numbers; save it with numpy.save from a float array")
     return found.astype(np.float64)
 
 
@@ -125,12 +127,12 @@ def _read_csv(path: Path, id_column: str) -> tuple[list[str], np.ndarray]:
                 tokens.append(cells[0])
                 rows.append(_parse_numbers(path, line, cells[1:]))
                 if len(rows[-1]) != len(rows[0]):
-                    raise ValueError(
+                    raise UserError(
                         f"{path}: line {line} has {len(rows[-1])} numbers, the first has {len(rows[0])}; "
                         "every line needs as many"
                     )
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no CSV in UTF-8 ({error}); save it as such") from None
+        raise UserError(f"{path}: is no CSV in UTF-8 ({error}); save it as such") from None
     return tokens, np.array(rows, dtype=np.float64).reshape(len(rows), -1 if rows else 0)
 
 
@@ -145,14 +147,14 @@ def _iterate_csv_lines(path: Path, file: TextIO) -> Iterator[tuple[int, list[str
     try:
         for cells in reader:
             if reader.line_num > line:
-                raise ValueError(
+                raise UserError(
                     f"{path}: a quotation mark in line {line} joins the lines up to {reader.line_num}; "
                     "remove it, or quote the whole cell and double it there"
                 )
             yield line, cells
             line += 1
     except csv.Error as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: is no CSV in UTF-8 from line {line} on ({error}); repair that line"
         ) from None
 
@@ -178,7 +180,7 @@ def _parse_numbers(path: Path, line: int, cells: Sequence[str]) -> np.ndarray:
     """(T,) numbers of one line."""
     wrong = next((cell for cell in cells if not _is_number(cell)), None)
     if wrong is not None:
-        raise ValueError(f"{path}: line {line} has {wrong!r}, not a number; repair or remove the line")
+        raise UserError(f"{path}: line {line} has {wrong!r}, not a number; repair or remove the line")
     return np.array([float(cell) for cell in cells], dtype=np.float64)
 
 
@@ -187,13 +189,13 @@ def _read_parquet(path: Path, id_column: str) -> tuple[list[str], np.ndarray]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise ValueError(f"--vectors: {path} needs pyarrow; pip install pyarrow, or give .csv") from None
+        raise UserError(f"--vectors: {path} needs pyarrow; pip install pyarrow, or give .csv") from None
     try:
         table = parquet.read_table(path)
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{path}: is no Parquet file ({error}); write it again") from None
+        raise UserError(f"{path}: is no Parquet file ({error}); write it again") from None
     if id_column not in table.column_names:
-        raise ValueError(
+        raise UserError(
             f"{path}: column {id_column!r} is missing, the file has {', '.join(table.column_names)}; "
             "set --id-column"
         )
@@ -203,7 +205,7 @@ def _read_parquet(path: Path, id_column: str) -> tuple[list[str], np.ndarray]:
         return tokens, _convert_list_column(path, tokens, table.column(others[0]))
     wrong = next((name for name in others if not _is_vector_column(table, name)), None)
     if wrong is not None or not others:
-        raise ValueError(
+        raise UserError(
             f"{path}: column {wrong!r} is no part of a vector; leave the id, and either one column of "
             "lists or columns of numbers whose names end in one, such as v0, v1"
         )
@@ -224,7 +226,7 @@ def _convert_token_column(path: Path, name: str, column: Any) -> list[str]:
     text = (types.is_string, types.is_large_string, types.is_integer)
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
     if not any(is_kind(kind) for is_kind in text):
-        raise ValueError(f"{path}: column {name!r} is {column.type}; tokens must be text or whole numbers")
+        raise UserError(f"{path}: column {name!r} is {column.type}; tokens must be text or whole numbers")
     return ["" if token is None else str(token) for token in column.to_pylist()]
 
 
@@ -238,11 +240,11 @@ def _convert_list_column(path: Path, tokens: Sequence[str], column: Any) -> np.n
         types.is_floating(kind.value_type) or types.is_integer(kind.value_type)
     )
     if not numbers:
-        raise ValueError(f"{path}: its only other column is {kind}; it must hold lists of numbers")
+        raise UserError(f"{path}: its only other column is {kind}; it must hold lists of numbers")
     lengths = [length or 0 for length in compute.list_value_length(column).to_pylist()]
     odd = next((place for place, length in enumerate(lengths) if length != lengths[0]), None)
     if odd is not None:
-        raise ValueError(
+        raise UserError(
             f"{path}: the vector of {tokens[odd]!r} has {lengths[odd]} numbers, the first has {lengths[0]}; "
             "every vector needs as many"
         )

@@ -10,6 +10,7 @@ import pandas as pd
 
 from m2rec.data import inter_file
 from m2rec.data.item_file import ItemTexts
+from m2rec.errors import UserError
 
 INTER_CHUNK_ROWS = 500_000  # lines of NAME.inter that are held at a time
 
@@ -44,28 +45,28 @@ def read_item_texts(
             has text.
     """
     if not path.is_file():
-        raise ValueError(f"no item file {path}; its first line must name columns, such as item_id:token")
+        raise UserError(f"no item file {path}; its first line must name columns, such as item_id:token")
     if template and columns:
-        raise ValueError("columns: not together with template, which names its own; leave one out")
+        raise UserError("columns: not together with template, which names its own; leave one out")
     header = inter_file.read_header(path, separator)
     parts = parse_template(template) if template else []
     wanted = [part.column for part in parts] or list(columns or [])
     for column in (id_column, *wanted):
         if column not in header:
             hint = inter_file.suggest_separator(header)
-            raise ValueError(f"{path}: column {column!r} is missing, the file has {', '.join(header)}{hint}")
+            raise UserError(f"{path}: column {column!r} is missing, the file has {', '.join(header)}{hint}")
     used = list(dict.fromkeys(wanted)) or [column for column in header if column != id_column]
     frame = inter_file.read_text_columns(path, separator, header).dropna(subset=[id_column]).fillna("")
     twice = frame[id_column][frame[id_column].duplicated()]
     if len(twice):
-        raise ValueError(f"{path}: item {twice.iloc[0]!r} comes twice, again in line {twice.index[0] + 2}")
+        raise UserError(f"{path}: item {twice.iloc[0]!r} comes twice, again in line {twice.index[0] + 2}")
     parts = parts or [TemplatePart(". ", "", column, "") for column in used]
     rows = ({column: value.strip() for column, value in zip(used, row, strict=True)} for row in
             frame[used].to_numpy())  # fmt: skip
     texts = dict(zip(frame[id_column], (fill_template(parts, row) for row in rows), strict=True))
     tokens = sorted(token for token, text in texts.items() if text)
     if not tokens:
-        raise ValueError(f"{path}: no item has text in {', '.join(used)}")
+        raise UserError(f"{path}: no item has text in {', '.join(used)}")
     return ItemTexts(tokens, [texts[token] for token in tokens], used, template)
 
 
@@ -82,15 +83,15 @@ def parse_template(template: str) -> list[TemplatePart]:
             if column is None:
                 continue
             if form or conversion or not column:
-                raise ValueError("a column stands alone in its braces")
+                raise UserError("a column stands alone in its braces")
             columns.append(column)
             literals.append("")
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"template: {template!r} can't be read ({error}); write '{{title}}; genre: {{genre}}'"
         ) from None
     if not columns:
-        raise ValueError(f"template: {template!r} has no column; write '{{title}}; genre: {{genre}}'")
+        raise UserError(f"template: {template!r} has no column; write '{{title}}; genre: {{genre}}'")
     between = [LITERAL_BETWEEN_COLUMNS.fullmatch(literal) for literal in literals[1:-1]]
     groups = [match.groups() for match in between if match]  # the pattern matches anything
     after = [closing for closing, _, _ in groups] + [literals[-1]]
@@ -127,5 +128,5 @@ def read_item_tokens(path: Path, id_column: str, separator: str = "\t") -> list[
         for chunk in chunks:
             found |= dict.fromkeys(chunk.iloc[:, 0].dropna().unique())
     except (UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise ValueError(f"{path}: can't be read ({error}); repair it") from None
+        raise UserError(f"{path}: can't be read ({error}); repair it") from None
     return list(found)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from m2rec.errors import UserError
 from m2rec.text.partial import PartialVectors
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class TextEncoder:
     def __init__(self, options: TextEncoderOptions) -> None:
         self.options = options
         if options.batch_tokens < 0:
-            raise ValueError(f"batch_tokens: {options.batch_tokens} is no limit; give a number from 1 on")
+            raise UserError(f"batch_tokens: {options.batch_tokens} is no limit; give a number from 1 on")
         self.device = _choose_device(options.device)
         self.batch_tokens = options.batch_tokens or DEFAULT_BATCH_TOKENS[self.device]
         self.dtype = _choose_dtype(options.dtype, self.device)
@@ -150,12 +151,12 @@ class TextEncoder:
                 show_progress_bar=False,
             )
         except torch.OutOfMemoryError:
-            raise ValueError(
+            raise UserError(
                 f"batch_tokens: {self.batch_tokens} are too many for this GPU; "
                 f"give scripts/embed_items.py half"
             ) from None
         if not torch.isfinite(found).all():
-            raise ValueError(
+            raise UserError(
                 f"dtype: {self.fingerprint_fields['model']} gives numbers that are not finite in "
                 f"{self.fingerprint_fields['dtype']}; try float32"
             )
@@ -211,7 +212,7 @@ class TextEncoder:
     def _wrap_load_errors(self) -> Iterator[None]:
         """Load without chatter; whatever goes wrong in a foreign model becomes one line."""
         if find_spec("sentence_transformers") is None:
-            raise ValueError(
+            raise UserError(
                 'text_encoder: needs sentence-transformers; pip install -e ".[text]", or give lsa'
             )
         from transformers import logging as chatter
@@ -223,7 +224,7 @@ class TextEncoder:
             yield
         except Exception as error:  # a model's own code can raise anything
             at = f" at revision {self.options.revision!r}" if self.options.revision else ""
-            raise ValueError(
+            raise UserError(
                 f"text_encoder: can't load {self.options.encoder!r}{at}; give lsa, a name on the hub, or "
                 f"a folder with config.json, the tokenizer's files and model.safetensors ({error})"
             ) from error
@@ -256,7 +257,7 @@ def _set_pooling(model: Any, options: TextEncoderOptions) -> None:
     """Pool tokens as asked; what stands behind stays."""
     modules = [module for module in model if isinstance(getattr(module, "pooling_mode", None), str)]
     if len(modules) != 1:
-        raise ValueError(
+        raise UserError(
             f"pooling: {options.pooling!r}, but {options.encoder!r} has layers that need its own; give auto"
         )
     modules[0].pooling_mode = {"last": "lasttoken"}.get(options.pooling, options.pooling)
@@ -265,14 +266,14 @@ def _set_pooling(model: Any, options: TextEncoderOptions) -> None:
 def _set_max_tokens(model: Any, options: TextEncoderOptions) -> None:
     """Cut texts as asked, never at more than the model has positions for; else at 256 or its own limit."""
     if model.transformers_model is None:
-        raise ValueError(f"max_tokens: {options.encoder!r} has no limit on tokens; leave it out")
+        raise UserError(f"max_tokens: {options.encoder!r} has no limit on tokens; leave it out")
     most = getattr(model.config, "max_position_embeddings", None) or model.max_seq_length
     if model.config.model_type in OFFSET_POSITION_MODELS:
         most -= model.config.pad_token_id + 1
     asked = options.max_tokens or min(DEFAULT_MAX_TOKENS, most, model.max_seq_length)
     least = model.tokenizer.num_special_tokens_to_add() + 1
     if not least <= asked <= most:
-        raise ValueError(
+        raise UserError(
             f"max_tokens: {asked} is not from {least} to {most}, which is what {options.encoder!r} takes"
         )
     model.max_seq_length = asked
@@ -303,11 +304,11 @@ def _require_complete_safetensors() -> Iterator[None]:
         model, report = load(kind, *args, output_loading_info=True, **others)
         missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
         if missing:
-            raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
+            raise UserError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
         return model
 
     def refuse(file: object, *_: Any, **__: Any) -> NoReturn:
-        raise ValueError(f"{file} can hold a pickle; weights are read from safetensors only")
+        raise UserError(f"{file} can hold a pickle; weights are read from safetensors only")
 
     whole = patch.object(PreTrainedModel, "from_pretrained", classmethod(load_whole))
     with whole, patch.object(torch, "load", refuse):
@@ -345,7 +346,7 @@ def _choose_device(asked: str) -> str:
     """cpu or cuda."""
     there = torch.cuda.is_available()
     if asked == "cuda" and not there:
-        raise ValueError("device: cuda, but PyTorch finds no GPU here; give cpu")
+        raise UserError("device: cuda, but PyTorch finds no GPU here; give cpu")
     return ("cuda" if there else "cpu") if asked == "auto" else asked
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from m2rec.errors import UserError
+
 RARE_WORD_MIN_TEXTS = 100  # from so many texts on, a word that only one of them has is left out
 MAX_FEATURES = 100_000  # most frequent words and pairs that are kept, for memory's sake
 LSA_NAME = "lsa"
@@ -18,7 +20,7 @@ class LsaEncoder:
 
     def __init__(self, width: int = 256) -> None:
         if width < 1:
-            raise ValueError(f"width: {width} is no width; give a whole number from 1 on, such as 256")
+            raise UserError(f"width: {width} is no width; give a whole number from 1 on, such as 256")
         self.width = width
         self.fingerprint_fields = {
             "model": LSA_NAME,
@@ -65,4 +67,4 @@ def _fit_tf_idf(texts: Sequence[str]) -> Any:
             return tf_idf.fit_transform(texts)
         except ValueError:  # no word is left
             continue
-    raise ValueError("text_encoder: lsa finds no word in any text; name other columns")
+    raise UserError("text_encoder: lsa finds no word in any text; name other columns")

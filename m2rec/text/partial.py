@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from m2rec.errors import UserError
 from m2rec.storage import lock_path
 
 MAGIC = b"m2rec vectors 1 "
@@ -44,7 +45,7 @@ class PartialVectors:
             try:
                 held.enter_context(lock_path(self.path, patience=0))
             except BlockingIOError:
-                raise ValueError(f"{self.path}: another process is at it; wait for it or stop it") from None
+                raise UserError(f"{self.path}: another process is at it; wait for it or stop it") from None
             self._read()
             self._held = held.pop_all()
         return self

@@ -11,6 +11,7 @@ import torch
 
 from m2rec.compat import Config
 from m2rec.data import shipped
+from m2rec.errors import UserError
 from m2rec.settings import ModelSettings
 from m2rec.storage import lock_path
 from m2rec.tensor_files import read_metadata
@@ -117,7 +118,7 @@ def _explain_option_error(encoder: str) -> Iterator[None]:
     except ValueError as error:
         option = str(error).partition(":")[0]
         if option in {field.name for field in fields(TextEncoderOptions)}:
-            raise ValueError(
+            raise UserError(
                 f"text_encoder: {encoder!r} can't be used as it is ({error}); make its vectors with "
                 f"scripts/embed_items.py, which takes {option}"
             ) from error
@@ -138,7 +139,7 @@ def _check_encoder_name(file: Path, encoder: str, config: Config) -> None:
         return
     model = read_metadata(file).get("model", "another source")
     if model != encoder:
-        raise ValueError(
+        raise UserError(
             f"text_encoder: {encoder!r}, but {file} has vectors of {model}; run scripts/embed_items.py "
             f"--dataset={config['dataset']} --data-path={get_dataset_folders(config)[0].parent} "
             f"--text-encoder={encoder}, or leave text_encoder out"

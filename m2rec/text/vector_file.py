@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m2rec.errors import UserError
 from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.text import lsa
 
@@ -59,7 +60,7 @@ def resolve_vector_file(name: str, dataset: str, *folders: Path) -> Path | None:
         return None
     if name != "auto":
         if not Path(name).is_file():
-            raise ValueError(
+            raise UserError(
                 f"text_vectors: no file {name!r}; make it with scripts/embed_items.py, "
                 "or set text_vectors: none"
             )
@@ -94,24 +95,24 @@ def read_text_vectors(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
         tensors, provenance = read_tensors(path, ours=False)  # files before the checksum have none
         missing = {"vectors", "tokens", "token_ends"} - set(tensors)
         if missing:
-            raise ValueError(f"{path} has no {', '.join(sorted(missing))}")
+            raise UserError(f"{path} has no {', '.join(sorted(missing))}")
     except ValueError as error:
         reason = str(error).removeprefix(f"{path} ")
-        raise ValueError(
+        raise UserError(
             f"text_vectors: {path} is not a text-vector file ({reason}); make it with scripts/embed_items.py"
         ) from None
     vectors, tokens = tensors["vectors"], _decode_tokens(path, tensors["tokens"], tensors["token_ends"])
     if vectors.dim() != 2 or len(vectors) != len(tokens) or vectors.shape[1] == 0:
-        raise ValueError(
+        raise UserError(
             f"text_vectors: {path} has vectors of the wrong width, shape {tuple(vectors.shape)} "
             f"for {len(tokens)} tokens; expected ({len(tokens)}, T)"
         )
     twice, times = Counter(tokens).most_common(1)[0] if tokens else ("", 1)
     if times > 1:
-        raise ValueError(f"text_vectors: {path} has token {twice!r} more than once; keep one of them")
+        raise UserError(f"text_vectors: {path} has token {twice!r} more than once; keep one of them")
     vectors = vectors.float() * _parse_scale(path, provenance.pop("scale", "1"))
     if not torch.isfinite(vectors).all():
-        raise ValueError(f"text_vectors: {path} holds NaN or infinite values; make it again")
+        raise UserError(f"text_vectors: {path} holds NaN or infinite values; make it again")
     return tokens, vectors, provenance
 
 
@@ -121,7 +122,7 @@ def _parse_scale(path: Path, text: str) -> float:
     except ValueError:
         scale = 0.0
     if not 0 < scale < float("inf"):
-        raise ValueError(f"text_vectors: {path} has a damaged scale, {text!r}; make it again")
+        raise UserError(f"text_vectors: {path} has a damaged scale, {text!r}; make it again")
     return scale
 
 
@@ -138,9 +139,9 @@ def check_same_text_encoder(path: Path, made_by: Mapping[str, str], wanted: Mapp
     """
     if not made_by.get("model") or not wanted.get("model"):
         lacks = path if not made_by.get("model") else "the run"
-        raise ValueError(f"add_items: {lacks} does not say which model made its vectors; use add_items")
+        raise UserError(f"add_items: {lacks} does not say which model made its vectors; use add_items")
     if wanted["model"] == lsa.LSA_NAME:
-        raise ValueError(
+        raise UserError(
             "add_items: vectors of lsa mean something only beside those that were made with them; train "
             "with those of a language model"
         )
@@ -152,7 +153,7 @@ def check_same_text_encoder(path: Path, made_by: Mapping[str, str], wanted: Mapp
         ours, theirs = wanted.get(key) or "", made_by.get(key) or ""
         if ours != theirs:
             models = f"{made_by['model']}, the run of {wanted['model']}"
-            raise ValueError(
+            raise UserError(
                 f"add_items: {path} has vectors of {models}, and {key} is {theirs!r}, not {ours!r}; "
                 f"encode the items as those of the run"
             )
@@ -163,14 +164,12 @@ def _decode_tokens(path: Path, data: Tensor, ends: Tensor) -> list[str]:
     whole = data.dtype == torch.uint8 and ends.dtype == torch.int64 and data.dim() == ends.dim() == 1
     bounds = [0, *ends.tolist()] if whole else []
     if not whole or bounds != sorted(bounds) or bounds[-1] != len(data):
-        raise ValueError(
-            f"text_vectors: {path} has damaged tokens; make it again with scripts/embed_items.py"
-        )
+        raise UserError(f"text_vectors: {path} has damaged tokens; make it again with scripts/embed_items.py")
     text = data.numpy().tobytes()
     try:
         return [text[start:end].decode() for start, end in pairwise(bounds)]
     except UnicodeDecodeError:
-        raise ValueError(f"text_vectors: {path} has a token that is not UTF-8; make it again") from None
+        raise UserError(f"text_vectors: {path} has a token that is not UTF-8; make it again") from None
 
 
 def load_item_vectors(
@@ -192,7 +191,7 @@ def load_item_vectors(
     row = {token: i for i, token in enumerate(tokens) if says_something[i]}
     found = [(i, row[str(t)]) for i, t in enumerate(id_tokens) if i > 0 and str(t) in row]
     if not found:
-        raise ValueError(
+        raise UserError(
             f"text_vectors: {path} has no token of this data set (its first: {tokens[:3]}, the data "
             f"set's: {[str(t) for t in id_tokens[1:4]]}); make it from this data set's items"
         )
@@ -245,7 +244,7 @@ def fit_whitening(raw: Tensor, whitening: str, width: int) -> tuple[Tensor, Tens
         _, singular, components = torch.linalg.svd(centred, full_matrices=False)
         rank = max(min(int((singular > 1e-6 * singular[0]).sum()), len(raw) // 4), 1)
         if width > rank:
-            raise ValueError(
+            raise UserError(
                 f"text_width: {width} is more than the {rank} components that {len(raw)} vectors of "
                 f"width {raw.shape[1]} allow; lower it, or set 0"
             )

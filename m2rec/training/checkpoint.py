@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from m2rec.errors import UserError, format_one_line
 from m2rec.tensor_files import read_metadata, read_tensors, write_tensors
 from m2rec.training.ema import WeightEMA
 
@@ -90,7 +91,7 @@ def load_checkpoint(
 
 
 def _invalid_checkpoint_error(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())
+    reason = format_one_line(error)
     return ValueError(
         f"{path} is no checkpoint of this run ({type(error).__name__}: {reason}); start a new run"
     )
@@ -115,7 +116,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
         if tensor.dim() and tensor.shape != parameters[int(number)].shape:
-            raise ValueError(f"{key} of parameter {number} has shape {tuple(tensor.shape)}")
+            raise UserError(f"{key} of parameter {number} has shape {tuple(tensor.shape)}")
         state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

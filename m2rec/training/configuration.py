@@ -23,6 +23,7 @@ from m2rec.compat import (
     find_data_folder,
 )
 from m2rec.data import shipped
+from m2rec.errors import UserError
 from m2rec.models.m2rec import M2Rec
 from m2rec.models.popularity import Popularity
 from m2rec.models.registry import _PROJECT_MODELS, find_model_class
@@ -137,7 +138,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
         settings = ModelSettings.read(values)
         check_key_combination(settings, run)
     elif run.rows == "dense" and model not in _PROJECT_MODELS:
-        raise ValueError(
+        raise UserError(
             f"rows: 'dense' is for M2Rec; {name} trains on its last position only, set rows: prefix"
         )
     else:
@@ -174,7 +175,7 @@ def _list_config_files(named: Any, default_file: Path | None) -> list[Path]:
     if isinstance(named, str):
         files = [named] if Path(named).is_file() else named.split()
     if not isinstance(files, list) or not files or not all(isinstance(f, str) for f in files):
-        raise ValueError(f"config_files: expected the names of files, got {named!r}")
+        raise UserError(f"config_files: expected the names of files, got {named!r}")
     return [Path(f) for f in files]
 
 
@@ -246,9 +247,9 @@ def _check_known_keys(values: Mapping[str, Any]) -> None:
                 if _OBSOLETE_KEYS[key]
                 else "leave it out, nothing replaces it"
             )
-            raise ValueError(f"unknown key {key!r}: RecBole has renamed or dropped it; {cure}")
+            raise UserError(f"unknown key {key!r}: RecBole has renamed or dropped it; {cure}")
         if key not in collect_known_keys():
-            raise ValueError(f"unknown key {key!r}{suggest_spelling(str(key), collect_known_keys())}")
+            raise UserError(f"unknown key {key!r}{suggest_spelling(str(key), collect_known_keys())}")
 
 
 def _add_derived_defaults(values: dict[str, Any], model: type[SequentialRecommender]) -> None:

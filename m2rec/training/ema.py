@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from m2rec.errors import UserError
+
 
 class WeightEMA:
     """The average of the weights over about the last `steps` steps of the optimizer.
@@ -52,7 +54,7 @@ class WeightEMA:
         """
         shapes = {name: t.shape for name, t in averages.items()}
         if shapes != {name: t.shape for name, t in self.averages.items()}:
-            raise ValueError("the averages are of another model")
+            raise UserError("the averages are of another model")
         for name, value in averages.items():
             self.averages[name].copy_(value)
         self.taken = taken

@@ -16,6 +16,7 @@ from m2rec import distributed
 from m2rec.compat import Config
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.item_file import read_item_titles
+from m2rec.errors import UserError
 from m2rec.run_folder import CONFIG_FILE, COUNTS_FILE, ITEMS_FILE, TEXT_FILE, TITLES_FILE
 from m2rec.storage import lock_path, write_text
 from m2rec.training.configuration import resolve_settings
@@ -39,7 +40,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
             if distributed.is_main_process():
                 stack.enter_context(lock_path(folder, _LOCK_TIMEOUT))
         except BlockingIOError:
-            raise ValueError(
+            raise UserError(
                 f"resume: another process is training in {folder}; wait for it or stop it"
             ) from None
         yield
@@ -60,8 +61,8 @@ def create_run_folder(config: Config, dataset: HistoryDataset, text: dict[str, A
             continue
         except OSError as error:
             reason = error.strerror
-            raise ValueError(f"runs_dir: can't create {folder} ({reason}); set another") from error
-    raise ValueError(f"runs_dir: no free name like {base}; clean up {base.parent}")
+            raise UserError(f"runs_dir: can't create {folder} ({reason}); set another") from error
+    raise UserError(f"runs_dir: no free name like {base}; clean up {base.parent}")
 
 
 def _write_run_config(folder: Path, settings: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from m2rec.data.dataset import EVAL_ARGS
+from m2rec.errors import UserError
 
 # RecBole's metrics of a ranking with a cut, the only kind that full ranking by top-k measures
 RECBOLE_METRICS = (
@@ -26,20 +27,20 @@ def check_evaluation(values: dict[str, Any]) -> None:
     """Full ranking over all items, and a stopping metric that is measured."""
     args = values.get("eval_args")
     if args is not None and (not isinstance(args, dict) or {**EVAL_ARGS, **args} != EVAL_ARGS):
-        raise ValueError(
+        raise UserError(
             f"eval_args: {args} is not supported; leave it out and set split (the ranking is always full)"
         )
     values["eval_args"] = dict(EVAL_ARGS)
     topk = values["topk"] if isinstance(values["topk"], list) else [values["topk"]]
     if not topk or not all(type(k) is int and k > 0 for k in topk):
-        raise ValueError(f"topk: expected whole numbers from 1, got {values['topk']!r}")
+        raise UserError(f"topk: expected whole numbers from 1, got {values['topk']!r}")
     metrics = values["metrics"] if isinstance(values["metrics"], list) else [values["metrics"]]
     known = {metric.lower() for metric in RECBOLE_METRICS}
     if not metrics or not all(isinstance(m, str) and m.lower() in known for m in metrics):
-        raise ValueError(f"metrics: expected some of {', '.join(RECBOLE_METRICS)}, got {values['metrics']!r}")
+        raise UserError(f"metrics: expected some of {', '.join(RECBOLE_METRICS)}, got {values['metrics']!r}")
     measured = [f"{metric}@{k}" for metric in metrics for k in topk]
     if str(values["valid_metric"]).lower() not in [m.lower() for m in measured]:
-        raise ValueError(
+        raise UserError(
             f"valid_metric: {values['valid_metric']!r} is not measured; choose one of {', '.join(measured)}"
         )
 
@@ -50,30 +51,30 @@ def check_recbole_keys(values: Mapping[str, Any]) -> None:
         _check_interval(key, values.get(key))
     _check_column_filters(values)
     if (keep := values.get("rm_dup_inter")) not in (None, "first", "last"):
-        raise ValueError(f"rm_dup_inter: expected first, last or ~ (keeps all), got {keep!r}")
+        raise UserError(f"rm_dup_inter: expected first, last or ~ (keeps all), got {keep!r}")
     clip = values.get("clip_grad_norm")
     right = isinstance(clip, dict) and set(clip) <= {"max_norm", "norm_type"} and "max_norm" in clip
     if clip is not None and not (right and all(type(v) in (int, float) and v > 0 for v in clip.values())):
-        raise ValueError(f"clip_grad_norm: expected {{max_norm: 5}} or ~, got {clip!r}")
+        raise UserError(f"clip_grad_norm: expected {{max_norm: 5}} or ~, got {clip!r}")
     for key in ("field_separator", "seq_separator", "LIST_SUFFIX"):
         if key in values and not (isinstance(values[key], str) and values[key]):
-            raise ValueError(f"{key}: expected some text, got {values[key]!r}")
+            raise UserError(f"{key}: expected some text, got {values[key]!r}")
 
 
 def _check_column_filters(values: Mapping[str, Any]) -> None:
     """val_interval, and load_col, which must have its columns."""
     ranges = values.get("val_interval") or {}
     if not isinstance(ranges, dict):
-        raise ValueError(f"val_interval: expected {{column: '[low,high]'}}, got {ranges!r}")
+        raise UserError(f"val_interval: expected {{column: '[low,high]'}}, got {ranges!r}")
     for column, wanted in ranges.items():
         if not isinstance(wanted, list):  # a list names the tokens to keep
             _check_interval(f"val_interval of {column}", wanted)
     load = values.get("load_col")
     if not isinstance(load, dict) or not isinstance(load.get("inter"), list | str):
-        raise ValueError(f"load_col: expected {{inter: [column, ...]}}, got {load!r}")
+        raise UserError(f"load_col: expected {{inter: [column, ...]}}, got {load!r}")
     loaded = {column for columns in load.values() if isinstance(columns, list) for column in columns}
     if (missing := [column for column in ranges if column not in loaded]) and "*" not in load.values():
-        raise ValueError(
+        raise UserError(
             f"val_interval: column {missing[0]!r} is not loaded; add it to load_col, such as "
             f'--load_col="{{inter: [{", ".join([*load["inter"], missing[0]])}]}}"'
         )
@@ -84,7 +85,7 @@ def _check_interval(key: str, interval: Any) -> None:
     number = r"[-+]?(?:\d+\.?\d*|inf)"
     match = re.fullmatch(rf"[\[(]\s*({number})\s*,\s*({number})\s*[\])]", str(interval))
     if interval is not None and (not match or float(match[1]) > float(match[2])):
-        raise ValueError(f"{key}: {interval!r} is no interval from low to high; write it as '[5,inf)'")
+        raise UserError(f"{key}: {interval!r} is no interval from low to high; write it as '[5,inf)'")
 
 
 def check_model_inputs(name: str, values: Mapping[str, Any]) -> None:
@@ -102,19 +103,19 @@ def check_model_inputs(name: str, values: Mapping[str, Any]) -> None:
         wanted, there = values["selected_features"], load.get("item", ())
         if missing := [column for column in wanted if there != "*" and column not in there]:
             columns = ", ".join([str(values["ITEM_ID_FIELD"]), *wanted])
-            raise ValueError(
+            raise UserError(
                 f"model: {name} needs item features (selected_features: {wanted}), and {missing[0]!r} is not "
                 f"loaded; add item: [{columns}] to load_col, for columns of the .item file"
             )
     elif name == "GRU4RecKG":
         loaded = "ent" in load and "ent_id" in (values.get("preload_weight") or ())
         if not (loaded and "ent_id" in (values.get("alias_of_item_id") or ())):
-            raise ValueError(
+            raise UserError(
                 "model: GRU4RecKG needs vectors of the items in a file .ent; add ent: [ent_id, ent_emb] to "
                 "load_col, and set preload_weight: {ent_id: ent_emb} and alias_of_item_id: [ent_id]"
             )
     elif name in _UNSUPPORTED_MODELS:
-        raise ValueError(
+        raise UserError(
             f"model: {name} {_UNSUPPORTED_MODELS[name]}, which is not supported; choose another, "
             f"or train it with RecBole itself"
         )
@@ -128,7 +129,7 @@ def check_reranker_size(values: Mapping[str, Any], n_items: int) -> None:
     """
     wanted = [int(n) for n in str(values["reranker_CAN_NUM"] or "0").split(",")]
     if max(wanted) > n_items:
-        raise ValueError(
+        raise UserError(
             f"reranker_CAN_NUM: {max(wanted)} is more than the {n_items:,} items of the data set; lower it"
         )
 
@@ -136,7 +137,7 @@ def check_reranker_size(values: Mapping[str, Any], n_items: int) -> None:
 def check_no_pickles(values: Mapping[str, Any]) -> None:
     """No key of RecBole's that loads a pickle."""
     if values.get("pre_model_path"):
-        raise ValueError(
+        raise UserError(
             f"pre_model_path: {values['pre_model_path']!r} would be unpickled, which is never done here; "
             f"leave it out"
         )
@@ -145,7 +146,7 @@ def check_no_pickles(values: Mapping[str, Any]) -> None:
 def check_optional_packages(values: Mapping[str, Any]) -> None:
     """A package that a key needs must be there."""
     if values.get("log_wandb") and find_spec("wandb") is None:
-        raise ValueError("log_wandb: True needs the package wandb; pip install wandb, or leave log_wandb out")
+        raise UserError("log_wandb: True needs the package wandb; pip install wandb, or leave log_wandb out")
 
 
 def check_device(values: dict[str, Any]) -> None:
@@ -155,6 +156,6 @@ def check_device(values: dict[str, Any]) -> None:
     gpu = str(values.get("gpu_id", "")).strip()
     count = torch.cuda.device_count()
     if gpu and not (gpu.isdigit() and int(gpu) < count):
-        raise ValueError(
+        raise UserError(
             f"gpu_id: there is no GPU {gpu!r}, PyTorch sees {count}; choose another, or leave gpu_id out"
         )

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from m2rec.errors import UserError
 from m2rec.run_folder import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
 from m2rec.storage import write_text
 from m2rec.tensor_files import read_tensors
 
 
-class CannotResume(ValueError):
+class CannotResume(UserError):
     """A run that was stopped can't go on from what is left of it or beside it; only a new one helps."""
 
     exit_status = 3
@@ -30,10 +31,10 @@ def check_unchanged_inputs(began: Mapping[str, Any], now: Mapping[str, Any], fol
     cure = "put it back, or start a new run"
     for key, what in (("data", "data"), ("text", "text vectors")):
         if began.get(key) != now.get(key):
-            raise ValueError(f"resume: the {what} of {folder} have changed since it stopped; {cure}")
+            raise UserError(f"resume: the {what} of {folder} have changed since it stopped; {cure}")
     before, after = began.get("settings", {}), now.get("settings", {})
     if other := [key for key in {**before, **after} if before.get(key) != after.get(key)]:
-        raise ValueError(
+        raise UserError(
             f"resume: {other[0]} was {before.get(other[0])} and is {after.get(other[0])} in "
             f"{folder / CONFIG_FILE}; {cure}"
         )
@@ -62,7 +63,7 @@ def check_best_weights(folder: Path, epoch: int, best_epoch: int | None) -> tupl
     if found > epoch:
         return found, float(about["score"])
     if found != best_epoch:
-        raise ValueError(f"resume: {path} is of epoch {found}, not of {best_epoch}; start a new run")
+        raise UserError(f"resume: {path} is of epoch {found}, not of {best_epoch}; start a new run")
     return None
 
 
@@ -76,5 +77,5 @@ def truncate_history_file(folder: Path, epoch: int) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[: 2 + epoch]
     numbers = [line.partition(",")[0] for line in lines]
     if numbers != ["epoch", *map(str, range(epoch + 1))]:
-        raise ValueError(f"resume: {path} has lost lines before epoch {epoch}; start a new run")
+        raise UserError(f"resume: {path} has lost lines before epoch {epoch}; start a new run")
     write_text(path, "\n".join(lines) + "\n")

@@ -4,7 +4,6 @@ import json
 import logging
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from m2rec import distributed
 from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.presplit import PresplitDataset
+from m2rec.errors import UserError
 from m2rec.evaluation.insights import collect_insights
 from m2rec.evaluation.ranking import ALL, NEW, UNSEEN
 from m2rec.git import read_commit
@@ -361,17 +361,14 @@ def _explain_errors(
     """
     try:
         yield
-    except (OSError, TrainingStopped):  # a full disk, an unreadable file or a stop is no fault of a key
+    except (UserError, OSError, TrainingStopped):  # ours, which name their key; a full disk; a stop
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ValueError(f"{what}: out of memory; {memory}") from error
+        raise UserError(f"{what}: out of memory; {memory}") from error
     except Exception as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # PyTorch's on a CPU
-            raise ValueError(f"{what}: out of memory; {memory}") from error
-        place = traceback.extract_tb(error.__traceback__)[-1].filename
-        if isinstance(error, ValueError) and Path(place).is_relative_to(Path(__file__).parents[1]):
-            raise  # ours, which names its key
-        raise ValueError(f"{what} ({type(error).__name__}: {error}); --state=DEBUG shows where") from error
+            raise UserError(f"{what}: out of memory; {memory}") from error
+        raise UserError(f"{what} ({type(error).__name__}: {error}); --state=DEBUG shows where") from error
 
 
 def _clip_topk(config: Config, n_items: int) -> None:

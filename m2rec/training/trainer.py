@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from m2rec import distributed
 from m2rec.compat import Config, DataStruct, Interaction, Trainer
+from m2rec.errors import UserError
 from m2rec.evaluation.diversity import TEXTBOOK_METRICS
 from m2rec.evaluation.ranking import ALL, NEW, UNSEEN, Breakdown, Ranking, rank_items
 from m2rec.git import COMMIT_SEPARATOR
@@ -371,7 +372,7 @@ class RunTrainer(Trainer):
     def _check_nan(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
             kept = "" if self.best_epoch is None else f"; the weights of epoch {self.best_epoch} are kept"
-            raise ValueError(
+            raise UserError(
                 f"training loss became {loss.item()} in epoch {self._place[0]}, step {self._place[1]}; lower "
                 f"learning_rate (now {self.learning_rate}) or set clip_grad_norm: {{max_norm: 5}}{kept}"
             )
@@ -400,7 +401,7 @@ class RunTrainer(Trainer):
             ValueError: another file of weights is named.
         """
         if model_file not in (None, self.saved_model_file):
-            raise ValueError(f"model_file: {model_file!r} is not of this run; it has {self.saved_model_file}")
+            raise UserError(f"model_file: {model_file!r} is not of this run; it has {self.saved_model_file}")
         if load_best_model:
             self.load_best_weights()
         return self._protocol_metrics(self._rank_rows(eval_data, (ALL,), show_progress), ALL)

@@ -14,6 +14,7 @@ from typing import Any
 
 from m2rec.data.raw.readers import MalformedRowError, NumberedRows, RawRow, Tally, parse_json_or_literal
 from m2rec.data.raw.values import is_missing, parse_number
+from m2rec.errors import UserError
 from m2rec.yaml_values import suggest_spelling
 
 LIST_MARK = "[]"
@@ -141,7 +142,7 @@ class RowCondition:
         """
         match = _COMPARISON_PATTERN.fullmatch(text.strip()) or _MEMBERSHIP_PATTERN.fullmatch(text.strip())
         if not match:
-            raise ValueError(
+            raise UserError(
                 f"--keep: {text!r} is no condition; "
                 "write COLUMN=VALUE, != for unequal, >, >=, < or <= for numbers, or 'COLUMN in A,B'"
             )
@@ -156,7 +157,7 @@ class RowCondition:
                 text, column, _build_comparison_test(_COMPARISON_OPERATORS[sign], parse_number(wanted))
             )
         except MalformedRowError:
-            raise ValueError(f"--keep: {text!r}: {sign} compares numbers, and {wanted!r} is none") from None
+            raise UserError(f"--keep: {text!r}: {sign} compares numbers, and {wanted!r} is none") from None
 
 
 _COMPARISON_PATTERN = re.compile(r"(.+?)\s*(==?|!=|>=?|<=?)\s*(.*)", re.DOTALL)
@@ -226,7 +227,7 @@ def filter_rows(rows: NumberedRows, conditions: Sequence[RowCondition], tally: T
             yield line, row
     if names and missing:
         column = min(missing)
-        raise ValueError(
+        raise UserError(
             f"{tally.path}: --keep: no row has the column {column!r}, the first has "
             f"{short(', '.join(names))}{suggest_spelling(column, names)}"
         )

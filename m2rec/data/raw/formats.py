@@ -45,6 +45,7 @@ from m2rec.data.raw.values import (
     join_unique_texts,
     parse_rating,
 )
+from m2rec.errors import UserError
 
 Record = TypeVar("Record")
 
@@ -404,7 +405,7 @@ def find_movielens_files(folder: Path) -> tuple[RawFormat, Path, Path | None]:
         if (folder / ratings).is_file():
             items = folder / films
             return found, folder / ratings, items if items.is_file() else None
-    raise ValueError(
+    raise UserError(
         f"{folder}: no {', '.join(ratings for ratings, _ in MOVIELENS_FORMATS)} in it; "
         f"give the folder that MovieLens's zip file unpacks to"
     )

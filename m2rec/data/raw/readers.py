@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from m2rec.data.dominant import LABEL_COLUMNS
+from m2rec.errors import UserError
 from m2rec.yaml_values import suggest_spelling
 
 RawRow = dict[str, Any]
@@ -102,7 +103,7 @@ class Tally:
             ValueError: it is empty, or too much of it is malformed.
         """
         if not self.lines:
-            raise ValueError(f"{self.path}: the file is empty; give the file as it was published")
+            raise UserError(f"{self.path}: the file is empty; give the file as it was published")
         self._check_malformed_share(self.rows)
 
     def remarks(self) -> list[str]:
@@ -125,7 +126,7 @@ class Tally:
     def _check_malformed_share(self, rows: int) -> None:
         if self.malformed_count > self.max_bad * rows:
             limit = f", more than --max-bad={self.max_bad:g}" if self.max_bad else ""
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {self._describe_malformed()}{limit}; "
                 f"is it a file of this format? {'; '.join(self.examples)}"
             )
@@ -142,7 +143,7 @@ def open_bytes(path: Path) -> tuple[BufferedReader, BufferedReader | gzip.GzipFi
     for magic, describe in _BINARY_SIGNATURES.items():
         if start.startswith(magic):
             raw.close()
-            raise ValueError(f"{path}: the file is {describe(path)} first")
+            raise UserError(f"{path}: the file is {describe(path)} first")
     return raw, gzip.GzipFile(fileobj=raw) if start.startswith(b"\x1f\x8b") else raw
 
 
@@ -249,7 +250,7 @@ def read_parsed_lines(
                 yield tally.lines, row
 
 
-class _DuplicateNameError(ValueError):
+class _DuplicateNameError(UserError):
     """A JSON object has a name twice."""
 
 
@@ -517,7 +518,7 @@ def _detect_separator(path: Path, names: Sequence[str]) -> str:
     if len(found) == 1:
         return found[0]
     seen = ", ".join(f"{count} with {separator!r}" for separator, count in counts.items())
-    raise ValueError(
+    raise UserError(
         f"{path}: {len(names)} columns are named, line 1 has {seen}; "
         f"say what separates them with --separator=' ' or the like, of items with --item-separator"
     )
@@ -548,7 +549,7 @@ class _CsvRecordLines:
     def __next__(self) -> str:
         number = self.lines.tally.lines + 1
         if number >= self.first + MAX_RECORD_LINES:
-            raise ValueError(
+            raise UserError(
                 f"{self.lines.tally.path}: a quotation mark opens in line {self.opened} and its "
                 f"record has more than {MAX_RECORD_LINES:,} lines; remove it, or quote the "
                 f"whole cell and double it there"
@@ -572,9 +573,9 @@ def _read_first_line(lines: LineReader, must: str) -> str:
     try:
         line = next(lines, "")
     except MalformedRowError as error:
-        raise ValueError(f"{path}: line 1: {error}; save it as UTF-8") from None
+        raise UserError(f"{path}: line 1: {error}; save it as UTF-8") from None
     if not line.strip():
-        raise ValueError(f"{path}: the file is empty; {must}")
+        raise UserError(f"{path}: the file is empty; {must}")
     return line
 
 
@@ -589,14 +590,14 @@ def _read_header(
         try:
             cells = next(_read_cells([line], mark, strict=False))
         except csv.Error as error:
-            raise ValueError(f"{path}: line 1 names no columns ({error}); repair it") from None
+            raise UserError(f"{path}: line 1 names no columns ({error}); repair it") from None
         found.append([name.strip() for name in cells])
         if set(columns) <= set(found[-1]):
             labels = [name for name in found[-1] if name.lower() in LABEL_COLUMNS]
             require_columns(path, found[-1], [*columns, *labels])
             return tuple(found[-1]), mark
         if mark not in QUOTING_SEPARATORS and {f'"{column}"' for column in columns} <= set(found[-1]):
-            raise ValueError(
+            raise UserError(
                 f"{path}: its column names are in quotation marks, which are text between tabs and |; "
                 "save it with commas, or without these marks"
             )
@@ -615,12 +616,12 @@ def require_columns(
     for column in columns:
         if column not in names:
             has = ", ".join(filter(None, names))
-            raise ValueError(
+            raise UserError(
                 f"{path}: column {column!r} is missing, the file has {has}; {cure}"
                 f"{suggest_spelling(column, names)}"
             )
         if (times := names.count(column)) > 1:
-            raise ValueError(f"{path}: column {column!r} comes {times} times; rename all but one")
+            raise UserError(f"{path}: column {column!r} comes {times} times; rename all but one")
 
 
 def read_parquet_rows(tally: Tally, columns: Sequence[str], optional: Collection[str] = ()) -> NumberedRows:
@@ -638,7 +639,7 @@ def read_parquet_rows(tally: Tally, columns: Sequence[str], optional: Collection
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
-        raise ValueError(f"{tally.path}: reading Parquet needs pyarrow; run: pip install pyarrow") from None
+        raise UserError(f"{tally.path}: reading Parquet needs pyarrow; run: pip install pyarrow") from None
     try:
         with parquet.ParquetFile(tally.path) as file:
             there = file.schema_arrow.names
@@ -652,4 +653,4 @@ def read_parquet_rows(tally: Tally, columns: Sequence[str], optional: Collection
                 share = tally.lines / file.metadata.num_rows
                 tally.position = int(share * tally.path.stat().st_size)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{tally.path}: not a whole Parquet file ({error}); make it again") from None
+        raise UserError(f"{tally.path}: not a whole Parquet file ({error}); make it again") from None

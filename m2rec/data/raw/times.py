@@ -8,6 +8,7 @@ from reprlib import repr as short
 
 from m2rec.data.raw.readers import MalformedRowError, RawRow
 from m2rec.data.raw.values import parse_number
+from m2rec.errors import UserError
 
 UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 TIME_UNITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # of unix time, with the places by which its point moves
@@ -51,14 +52,14 @@ class TimestampReader:
                 whose day and month can't be told apart.
         """
         if self.first is None and self.form is None and (forms := suggest_time_formats(str(value))):
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: line {line} has the time {short(str(value))}, which may begin with the day or "
                 f"the month; say it with {' or '.join(f'--time-format={form!r}' for form in forms)}"
             )
         time, unit = self._parse(value)
         self.first = self.first or (unit, line, value)
         if self.given is None and unit != self.first[0]:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {_describe_time(*self.first)}, and {_describe_time(unit, line, value)}; say "
                 f"which unit all numbers have with --time-unit ({', '.join(TIME_UNITS)}), or repair the line"
             )
@@ -139,12 +140,12 @@ def check_time_format(form: str) -> None:
         datetime.strptime("", form)
     except ValueError as error:
         if "does not match" not in str(error):
-            raise ValueError(f"--time-format: {form!r}: {error}; see Python's strptime") from None
+            raise UserError(f"--time-format: {form!r}: {error}; see Python's strptime") from None
     codes = set(re.findall("%.", form.replace("%%", "")))
     if not codes & {"%Y", "%y", "%G"}:
-        raise ValueError(f"--time-format: {form!r} has no year; write %Y, or %y for two digits")
+        raise UserError(f"--time-format: {form!r} has no year; write %Y, or %y for two digits")
     if "%Z" in codes:  # which strptime reads and forgets
-        raise ValueError(
+        raise UserError(
             f"--time-format: {form!r}: names of zones are not read; write UTC as it stands, or %z for +0100"
         )
 
@@ -214,7 +215,7 @@ def _build_datetime(parts: dict[str, str | None]) -> datetime:
     hour = int(parts["hour"] or 0)
     if parts["half"]:
         if not 1 <= hour <= 12:
-            raise ValueError("no hour of a half day")
+            raise UserError("no hour of a half day")
         hour = hour % 12 + 12 * (parts["half"].upper() == "PM")
     fraction = (parts["fraction"] or "").ljust(6, "0")[:6]
     moment = datetime(
@@ -230,7 +231,7 @@ def _parse_utc_offset(zone: str | None) -> timedelta:
         return timedelta()
     ahead = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:]))
     if ahead >= timedelta(days=1):
-        raise ValueError("no zone")
+        raise UserError("no zone")
     return ahead if zone[0] == "+" else -ahead
 
 

@@ -1,6 +1,6 @@
 """The losses: whole and in chunks, sampled; and a training step on a catalogue of a million items.
 
-    python scripts/bench_loss.py
+    python scripts/bench/loss.py
 
 Time and peak memory of forward and backward over the scores alone, at ml-1m's sizes and at larger
 catalogues; then one whole training step of M2Rec (64 windows of 200, Adam) with a million items.

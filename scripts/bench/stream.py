@@ -1,6 +1,6 @@
 """Live users: time per event by `step()`, against encoding the whole history again.
 
-    python scripts/bench_stream.py
+    python scripts/bench/stream.py
 
 One event is one item of each live user: the vectors that recommendations are made from are new
 after it. The model is untrained, at its default sizes, with text; what is timed does not depend

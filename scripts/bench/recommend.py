@@ -1,6 +1,6 @@
 """Recommending by a trained run: one history, a live event, many histories, against RecBole's own way.
 
-    python scripts/bench_recommend.py runs/NAME
+    python scripts/bench/recommend.py runs/NAME
 
 The rival is RecBole's full_sort_topk with the same model, which makes a test row of each user,
 padded to the longest history, and ranks all items, those of the history too. Before anything is

@@ -1,6 +1,6 @@
 """What other processes on the same cores cost: the best items after one history, and a training step.
 
-    python scripts/bench_busy.py
+    python scripts/bench/busy.py
 
 Beside none, one and two busy loops, each in a fresh process, as PyTorch comes (`plain`) and as the
 project has it (`ours`): one thread for a question, threads that spin briefly in training (m2rec/threads.py).

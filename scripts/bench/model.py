@@ -1,7 +1,7 @@
 """Whole models: a training step and inference per sequence, and what an epoch of ml-1m costs.
 
-    python scripts/bench_model.py               # CPU or GPU, whichever is there
-    python scripts/bench_model.py --lengths 200 --models "M2Rec" SASRec
+    python scripts/bench/model.py               # CPU or GPU, whichever is there
+    python scripts/bench/model.py --lengths 200 --models "M2Rec" SASRec
 
 All models run through RecBole on the same random histories, padded to L items where they are
 shorter, at their default sizes (D = 64, two layers). A dense row trains L targets, a prefix row

@@ -16,7 +16,7 @@ import torch
 
 from m2rec.git import read_commit
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 
 

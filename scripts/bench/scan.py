@@ -1,7 +1,7 @@
 """The operators against their rivals: forward, forward and backward, peak memory.
 
-    python scripts/bench_scan.py                # CPU or GPU, whichever is there
-    python scripts/bench_scan.py --threads=2 --lengths 200
+    python scripts/bench/scan.py                # CPU or GPU, whichever is there
+    python scripts/bench/scan.py --threads=2 --lengths 200
 
 Every rival computes the same function, which is checked before anything is timed: outputs and
 gradients against the reference. SSD computes another one (a decay per head, not per channel and

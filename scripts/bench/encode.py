@@ -1,6 +1,6 @@
 """Texts per second of scripts/embed_items.py against encoding them one at a time, in the file's order.
 
-    python scripts/bench_encode.py --dataset=NAME --text-encoder=MODEL
+    python scripts/bench/encode.py --dataset=NAME --text-encoder=MODEL
 
 Same model, same texts, same limits; other rivals are batches of 64 in the file's order, and
 bfloat16. Before anything is timed, all vectors are compared. Loading is not timed, tokenizing is.
