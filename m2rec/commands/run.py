@@ -77,7 +77,7 @@ def parse_resume_folder(given: Mapping[str, Any]) -> Path | None:
     return Path(given["resume"])
 
 
-def format_metrics_table(metrics: dict) -> str:
+def format_metrics_table(metrics: dict[str, Any]) -> str:
     """The metrics as a table: a line per metric, a column per protocol."""
     returning = metrics["protocol"].get("returning")
     shown = ("valid", "test", "test_unseen", *(("test_new",) if returning else ()))
