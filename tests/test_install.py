@@ -57,7 +57,7 @@ def test_the_wheel_works_in_another_folder_and_names_the_line_for_recbole(wheel:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == [str(tmp_path / "site" / "m2rec" / "__init__.py"), "load"], done.stderr
-    assert done.stderr.splitlines()[-1].startswith("ValueError: recbole is not installed;")
+    assert done.stderr.splitlines()[-1].startswith("m2rec.errors.UserError: recbole is not installed;")
     assert INSTALL in done.stderr
 
 
