@@ -35,6 +35,7 @@ def main() -> int:
     options = parse_options()
     if options.dataset == SMALL:
         write_small_data(options.folder / "data" / SMALL)
+        options.keys += " --text_encoder=lsa"
     differences = 0
     for run in options.runs:
         before = make_run(options, run, options.commit)
