@@ -104,7 +104,6 @@ def train_model(tree: Path, options: argparse.Namespace, run: str, runs: Path) -
         f"--epochs={options.epochs}",
         f"--runs_dir={runs}",
         "--show_progress=false",
-        "--text_encoder=lsa",
     ]
     command += [*RUNS[run], *options.keys.split()]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
