@@ -108,8 +108,8 @@ def test_the_settings_are_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(f"| `{key}` |" in page for key in ("gate", "rows", "topk", "text_encoder", "tensorboard"))
 
 
-def test_readme_says_how_p_was_made():
-    assert f"({N_RESAMPLES:,} resamples," in (ROOT / "README.md").read_text()
+def test_the_results_say_how_p_was_made():
+    assert f"({N_RESAMPLES:,} resamples," in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_every_message_in_troubleshooting_exists():
