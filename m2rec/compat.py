@@ -233,13 +233,13 @@ def _build_grouped_optimizer(self: Trainer, **kwargs: Any) -> torch.optim.Optimi
 def _group_parameters(trainer: Trainer) -> list[dict[str, Any]]:
     """A group for each way in which parameters are marked (`m2rec.nn.mamba.MarkedParameters`).
 
-    `_no_weight_decay`: weight decay leaves them alone. `_pace`: an optimiser whose steps are of the
+    `_no_weight_decay`: weight decay leaves them alone. `_lr_multiplier`: an optimiser whose steps are of the
     size of the learning rate, whatever the gradient's, takes so many times larger ones.
     """
     marked: dict[tuple[bool, float], list[torch.nn.Parameter]] = {(False, 1.0): []}
     for p in trainer.model.parameters():
         if p.requires_grad:
-            pace = 1.0 if trainer.learner.lower() == "sgd" else getattr(p, "_pace", 1.0)
+            pace = 1.0 if trainer.learner.lower() == "sgd" else getattr(p, "_lr_multiplier", 1.0)
             marked.setdefault((getattr(p, "_no_weight_decay", False), pace), []).append(p)
     groups: list[dict[str, Any]] = []
     for (spared, pace), parameters in marked.items():

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from m2rec.nn.encoder import Encoder, group_rows_by_length
+from m2rec.nn.batching import group_rows_by_length
+from m2rec.nn.branch import ItemBatch
+from m2rec.nn.encoder import Encoder
 from m2rec.nn.filters import CausalFilter, LowPassFilter
 from m2rec.nn.mamba import Mamba, Mamba2
+from m2rec.nn.states import name_tensors
 from m2rec.nn.text_projection import TextProjection
 from m2rec.settings import ModelSettings
 
@@ -92,7 +95,8 @@ def test_the_last_positions_alone_equal_those_of_the_whole_pass(settings: dict[s
 def test_autocast_does_not_reach_the_filter_of_the_last_position():
     made, x, lengths = CausalFilter(16, 3, L), torch.randn(3, L, 16), torch.tensor([1, L, 7])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        last, whole = made.last(x, lengths), made(x)[torch.arange(3), lengths - 1]
+        last = made.last(x, ItemBatch(torch.zeros(3, L), lengths))
+        whole = made(x)[torch.arange(3), lengths - 1]
     torch.testing.assert_close(last, whole)
 
 
@@ -121,7 +125,7 @@ def test_the_future_does_not_reach_the_past(mixer: str):
 @every_form
 def test_every_parameter_gets_a_gradient(settings: dict[str, Any]):
     made, (items, lengths) = encoder(**settings), histories(L, 9)
-    (made.scores(made.last(items, lengths), items) * torch.randn(2, V)).sum().backward()
+    (made.score_all_items(made.last(items, lengths), items) * torch.randn(2, V)).sum().backward()
     for name, parameter in made.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -130,11 +134,11 @@ def test_every_parameter_gets_a_gradient(settings: dict[str, Any]):
 @pytest.mark.parametrize("branch", ["mixer", "filter", "text"])
 def test_each_branch_changes_the_scores(branch: str):
     made, (items, lengths) = encoder(), histories(L, 9)
-    before = made.scores(made.last(items, lengths), items)
+    before = made.score_all_items(made.last(items, lengths), items)
     for layer in made.layers:
         for parameter in getattr(layer, branch).parameters():
             parameter.data *= 1.5
-    assert not torch.allclose(before, made.scores(made.last(items, lengths), items), atol=1e-4)
+    assert not torch.allclose(before, made.score_all_items(made.last(items, lengths), items), atol=1e-4)
 
 
 @pytest.mark.parametrize("position", range(L))
@@ -185,7 +189,7 @@ def test_the_state_does_not_grow():
     sizes = []
     for n in (1, 2, L):
         _, states = made.advance(items[:, :n])
-        sizes.append([t.shape for state in states for t in (*state.mixer, state.filter)])
+        sizes.append([tensor.shape for tensor in name_tensors(states).values()])
     assert sizes[0] == sizes[1] == sizes[2]
 
 
@@ -199,16 +203,16 @@ def test_text_switches():
     assert encoder(text=False).table_text is None
     only_table = encoder(text_in_sequence=False)
     assert only_table.table_text is not None and only_table.layers[0].text is None
-    assert only_table.layers[0].branches == ["temporal", "frequency"]
+    assert only_table.branches == ["temporal", "frequency"]
     only_sequence = encoder(text_in_table=False)
     assert only_sequence.table_text is None and only_sequence.layers[0].text is not None
-    assert encoder().layers[0].branches == ["temporal", "frequency", "semantic"]
+    assert encoder().branches == ["temporal", "frequency", "semantic"]
 
 
 def test_an_item_without_text_gets_no_semantic_weight():
     made = encoder()
     items = torch.tensor([[3, 5, 4]])
-    _, weights = made.encode(items, torch.tensor([3]))
+    _, weights = made.encode_with_gate_weights(items, torch.tensor([3]))
     for w in weights:  # (B, L, K, D), semantic last
         assert (w[0, 1, 2] == 0).all() and (w[0, [0, 2], 2] > 0).all()
         assert torch.allclose(w.sum(2), torch.ones(()))
@@ -226,11 +230,13 @@ def test_loaded_text_vectors_say_which_items_have_text():
 def test_item_rows_and_table_agree_and_padding_is_zero():
     made = encoder()
     ids = torch.tensor([[0, 5], [29, 3]])
-    assert torch.allclose(made.items(ids), made.item_table()[ids], atol=1e-7)
+    assert torch.allclose(made.embed_items(ids), made.item_table()[ids], atol=1e-7)
     assert (made.item_table()[0] == 0).all()
     projection = TextProjection(T, 16, 1.0)
     many = torch.randint(0, V, (4, V))  # more lookups than items: the other way round inside
-    assert torch.allclose(projection(many, vectors()), projection.table(vectors())[many], atol=1e-6)
+    assert torch.allclose(
+        projection.project_items(many, vectors()), projection.project_all_items(vectors())[many], atol=1e-6
+    )
 
 
 def test_initial_step_sizes_survive_unless_asked_otherwise():
@@ -252,7 +258,7 @@ def test_mamba4rec_written_out():
         forward = layer.feed_forward
         x = forward.norm(forward.down(torch.nn.functional.gelu(forward.up(x))) + x)
     expected = x[torch.arange(2), lengths - 1] @ made.id_embedding.weight.T
-    assert torch.allclose(made.scores(made.last(items, lengths), items), expected, atol=1e-5)
+    assert torch.allclose(made.score_all_items(made.last(items, lengths), items), expected, atol=1e-5)
     names = {name.split(".")[2] for name in made.state_dict() if name.startswith("layers.")}
     assert names == {"mixer", "norm", "feed_forward"}
 
@@ -281,7 +287,7 @@ def test_grouping_by_length_changes_nothing(settings: dict[str, Any]):
     torch.testing.assert_close(made.last(items, lengths), whole[torch.arange(6), lengths - 1])
 
     weight = torch.randn(V, whole.shape[-1], dtype=whole.dtype)
-    x, rows, times = made.positions(items, lengths, targets)
+    x, rows, times = made.encode_target_positions(items, lengths, targets)
     wanted, at = targets[rows, times], targets > 0
     parameters = [p for name, p in made.named_parameters() if name != "repeat_bias"]
     padded = torch.autograd.grad((whole[at] * weight[targets[at]]).sum(), parameters)
@@ -295,9 +301,9 @@ def test_id_dropout_leaves_items_their_text():
     vectors[[0, 3]] = 0
     made = Encoder(ModelSettings(**SMALL, id_dropout=0.5), V, L, vectors)
     ids = torch.arange(1, V).repeat(400, 1)
-    whole, text = made.eval().items(ids), made.table_text(ids, vectors)
-    assert torch.equal(made.item_table()[1:], made.items(ids[0]))
-    for rows in (made.train().items(ids), torch.stack([made.item_table()[1:] for _ in range(400)])):
+    whole, text = made.eval().embed_items(ids), made.table_text.project_items(ids, vectors)
+    assert torch.equal(made.item_table()[1:], made.embed_items(ids[0]))
+    for rows in (made.train().embed_items(ids), torch.stack([made.item_table()[1:] for _ in range(400)])):
         alone = torch.isclose(rows, text, atol=1e-6).all(-1)
         assert torch.allclose(rows[~alone], whole[~alone], atol=1e-6)
         share = alone.float().mean(0)
@@ -330,7 +336,7 @@ def test_shapes_on_the_meta_device(mixer: str):
     made = encoder(mixer=mixer).to("meta")
     items, lengths = torch.ones(2, 7, dtype=torch.int64, device="meta"), torch.ones(2, device="meta").long()
     assert made(items, lengths).shape == (2, 7, 16)
-    assert made._last(items, lengths).shape == (2, 16)
+    assert made._encode_last_positions(items, lengths).shape == (2, 16)
     _, states = made.advance(items)
     assert made.step(items[:, 0], states)[0].shape == (2, 16)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from m2rec.nn.branch import ItemBatch
 from m2rec.nn.filters import CausalFilter, LowPassFilter
 
 
@@ -23,6 +24,11 @@ def one_mode(damping: float, period: float, cosine: float, sine: float = 0.0) ->
 def wave(period: float, length: int = 400) -> Tensor:
     """(1, length, 1), a sinusoid."""
     return torch.sin(2 * math.pi / period * torch.arange(length).double())[None, :, None]
+
+
+def of_lengths(lengths: Tensor) -> ItemBatch:
+    """Histories of these lengths, whatever their items."""
+    return ItemBatch(torch.zeros(len(lengths), 0), lengths)
 
 
 def test_initial_periods_are_log_spaced_from_2_to_the_longest():
@@ -87,7 +93,7 @@ def test_the_future_does_not_reach_the_past():
 def test_low_pass_equals_the_fft_of_each_history():
     lengths = torch.tensor([1, 2, 7, 30])
     x = torch.randn(4, 30, 3)
-    y = LowPassFilter(0.4, 30)(x, lengths)
+    y = LowPassFilter(0.4, 30)(x, of_lengths(lengths))
     for row, n in enumerate(lengths.tolist()):
         spectrum = torch.fft.rfft(x[row, :n], dim=0)
         keep = math.ceil(0.4 * (n // 2 + 1))
@@ -99,20 +105,20 @@ def test_low_pass_equals_the_fft_of_each_history():
 def test_low_pass_passes_slow_and_stops_fast_waves():
     slow, fast, lengths = wave(50, 100).float(), wave(4, 100).float(), torch.tensor([100])
     made = LowPassFilter(0.3, 100)
-    assert torch.allclose(made(slow, lengths), slow, atol=1e-5)
-    assert made(fast, lengths).abs().max() < 1e-4
+    assert torch.allclose(made(slow, of_lengths(lengths)), slow, atol=1e-5)
+    assert made(fast, of_lengths(lengths)).abs().max() < 1e-4
 
 
 def test_low_pass_with_full_cutoff_is_the_identity():
     x, lengths = torch.randn(3, 20, 2), torch.tensor([20, 11, 4])
-    y = LowPassFilter(1.0, 20)(x, lengths)
+    y = LowPassFilter(1.0, 20)(x, of_lengths(lengths))
     for row, n in enumerate(lengths.tolist()):
         assert torch.allclose(y[row, :n], x[row, :n], atol=1e-5)
 
 
 def test_low_pass_is_not_causal():
     """The reason why it is refused with dense rows."""
-    made, x, lengths = LowPassFilter(0.5, 20), torch.randn(1, 20, 2), torch.tensor([20])
+    made, x, batch = LowPassFilter(0.5, 20), torch.randn(1, 20, 2), of_lengths(torch.tensor([20]))
     changed = x.clone()
     changed[:, -1] += 1
-    assert not torch.allclose(made(x, lengths)[:, 0], made(changed, lengths)[:, 0], atol=1e-4)
+    assert not torch.allclose(made(x, batch)[:, 0], made(changed, batch)[:, 0], atol=1e-4)

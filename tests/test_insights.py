@@ -46,7 +46,7 @@ def test_the_gate(prepared: tuple):
     rows = test.inter_feat
     items, lengths = rows["item_id_list"], rows["item_length"]
     with torch.no_grad():
-        _, weights = model.encoder.encode(items, lengths)
+        _, weights = model.encoder.encode_with_gate_weights(items, lengths)
     means = torch.stack([layer.mean(-1) for layer in weights])  # (layers, B, L, K)
     there = torch.arange(items.shape[1]) < lengths[:, None]
     for number, layer in enumerate(means, 1):

@@ -172,7 +172,7 @@ def test_other_items_are_uniform_and_need_two_items():
     counts = torch.bincount(draws, minlength=5)
     assert counts[0] == counts[2] == 0
     assert all(abs(int(counts[i]) - 20_000) < 5 * math.sqrt(20_000) for i in (1, 3, 4))
-    with pytest.raises(ValueError, match="loss_type: BPR needs two items"):
+    with pytest.raises(ValueError, match="loss_type: BPR needs at least two items"):
         draw_other_items(torch.tensor([1]), 2)
 
 

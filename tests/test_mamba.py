@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from m2rec.nn.branch import ItemBatch
 from m2rec.nn.mamba import DT_MAX, DT_MIN, GatedRMSNorm, Mamba, Mamba2
 
 D, N, E, R = 32, 8, 64, 2
@@ -148,14 +149,13 @@ def test_parity_with_mamba_ssm(mixer: type[Mamba] | type[Mamba2]):
 def test_one_graph_in_training_and_in_use(make: Callable[[str], nn.Module], entry: str):
     """torch.compile without a break, of any batch size, and of any length but for S6, which unrolls it."""
     mixer = make("torch")
-    if not hasattr(mixer, entry):
-        pytest.skip("S6 needs all positions to answer for the last")
     plain = getattr(mixer, entry)
     torch.compiler.reset()
     compiled = torch.compile(plain, backend="eager", fullgraph=True, dynamic=True)
     for batch, length in ((2, 3), (3, 3 if isinstance(mixer, Mamba) else 5)):
         x = torch.randn(batch, length, D, requires_grad=True)
-        inputs = (x, torch.randint(1, length + 1, (batch,))) if entry == "last" else (x,)
+        lengths = torch.randint(1, length + 1, (batch,))
+        inputs = (x, ItemBatch(torch.zeros(batch, length), lengths))
         results = [(y, *torch.autograd.grad(y.sum(), x)) for y in (plain(*inputs), compiled(*inputs))]
         for expected, found in zip(*results, strict=True):
             assert torch.allclose(found, expected, atol=1e-6)
@@ -168,9 +168,8 @@ def entries(mixer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     y, _ = mixer.advance(x)
     _, state = mixer.advance(x[:, :-1])
     answers = {"forward": y[:, -1], "step": mixer.step(x[:, -1], state)[0]}
-    if isinstance(mixer, Mamba2):
-        answers["last"] = mixer.last(x, torch.full((len(x),), x.shape[1]))
-    return answers
+    lengths = torch.full((len(x),), x.shape[1])
+    return answers | {"last": mixer.last(x, ItemBatch(torch.zeros(x.shape[:2]), lengths))}
 
 
 @pytest.mark.parametrize("make", mixers())

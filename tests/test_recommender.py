@@ -183,7 +183,7 @@ def test_explain(folder: Path):
     history = ["i3", "i5", "i3"]
     explained = recommender.explain(history)
     assert [event.item for event in explained] == history
-    _, weights = recommender._model.encoder.encode(
+    _, weights = recommender._model.encoder.encode_with_gate_weights(
         torch.tensor([recommender.to_ids(history)]), torch.tensor([3])
     )
     for place, event in enumerate(explained):

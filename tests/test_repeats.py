@@ -35,7 +35,7 @@ def test_pairs_are_the_items_seen_each_once():
 
 def test_bias_of_one_item_per_position():
     items = torch.tensor([5, 2, 2, 4, 9, 1])
-    assert made().of(items).tolist() == [-1.5, 0, -1.5, -1.5, 0, 0]
+    assert made().bias_for_items(items).tolist() == [-1.5, 0, -1.5, -1.5, 0, 0]
 
 
 @pytest.mark.parametrize("size", [2, 4, 6])

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load, save
 
 from m2rec.nn.encoder import Encoder
+from m2rec.nn.states import name_tensors
 from m2rec.serving import saved_model, session
 from m2rec.serving.recommender import Recommendation, Recommender
 from m2rec.settings import ModelSettings
@@ -93,8 +94,8 @@ def test_one_users_state_does_not_hold_that_of_others():
     users = [model.session(["i1"]) for _ in range(50)]
     model.add_events(users, ["i2"] * 50)
     for user in (users[0], model.session(events(300))):
-        tensors = [t for state in user._state.states for t in (*state.mixer, state.filter)]
-        assert all(t.untyped_storage().nbytes() == t.nbytes for t in (*tensors, user._state.vector))
+        tensors = [*name_tensors(user._state.states).values(), user._state.vector]
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
 
 
 def test_a_user_without_a_history_gets_what_is_popular(caplog: pytest.LogCaptureFixture):
@@ -130,16 +131,16 @@ def test_what_can_t_be_restored():
     model = recommender()
     data = model.session(["i1"]).to_bytes()
     for broken in (b"", b"no session", data[:-1], data[:40] + b"?" + data[41:]):
-        with pytest.raises(ValueError, match="session: the data is damaged, or is no saved session"):
+        with pytest.raises(ValueError, match="session: the data is damaged, or is not a saved session"):
             model.restore_session(broken)
     with pytest.raises(ValueError, match="saved with another model"):
         recommender(seed=1).restore_session(data)
     signed = b"signed by anybody"
-    with pytest.raises(ValueError, match="session: the data is no saved session"):
+    with pytest.raises(ValueError, match="session: the data is not a saved session"):
         model.restore_session(hashlib.sha256(signed).digest() + signed)
     memory = model.session(["i1"])._state
     memory.vector = memory.vector[:, :3]
-    with pytest.raises(ValueError, match="no saved session of this model"):
+    with pytest.raises(ValueError, match="not a saved session of this model"):
         model.restore_session(session.serialize_state(memory, model._model))
     memory = session.SessionState(seen=[V])
     with pytest.raises(ValueError, match="items that this model does not have"):
@@ -162,7 +163,7 @@ def test_tensors_of_another_kind(name: str, value: torch.Tensor):
     model = recommender()
     tensors = load(model.session(["i1"]).to_bytes()[32:])
     content = save({**tensors, name: value})
-    with pytest.raises(ValueError, match="session: the data is no saved session"):
+    with pytest.raises(ValueError, match="session: the data is not a saved session"):
         model.restore_session(hashlib.sha256(content).digest() + content)
 
 

@@ -191,13 +191,13 @@ def test_weight_decay_spares_what_is_marked(toy: Path, tmp_path: Path):
     assert sum(len(g["params"]) for g in groups) == len(list(trainer.model.parameters()))
 
 
-@pytest.mark.parametrize(("learner", "pace"), [("adam", 100), ("rmsprop", 100), ("sgd", 1)])
-def test_the_repeat_bias_moves_at_its_own_pace(toy: Path, tmp_path: Path, learner: str, pace: int):
+@pytest.mark.parametrize(("learner", "multiplier"), [("adam", 100), ("rmsprop", 100), ("sgd", 1)])
+def test_the_repeat_bias_moves_at_its_own_rate(toy: Path, tmp_path: Path, learner: str, multiplier: int):
     """A step of plain gradient descent is as large as the gradient says."""
     trainer, _ = made(toy, tmp_path / "run", learner=learner, learning_rate=0.01)
     bias = trainer.model.encoder.repeat_bias
     (group,) = (g for g in trainer.optimizer.param_groups if any(p is bias for p in g["params"]))
-    assert group["lr"] == pytest.approx(0.01 * pace)
+    assert group["lr"] == pytest.approx(0.01 * multiplier)
     assert {g["lr"] for g in trainer.optimizer.param_groups} == {0.01, group["lr"]}
 
 

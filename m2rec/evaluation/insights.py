@@ -79,7 +79,7 @@ def _summarize_gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
         batch = test.inter_feat[rows]
         lengths = batch[test.item_list_length_field]
         items = batch[test.history_field][:, : int(lengths.max())]
-        _, weights = encoder.encode(items.to(device), lengths.to(device))
+        _, weights = encoder.encode_with_gate_weights(items.to(device), lengths.to(device))
         there = torch.arange(items.shape[1]) < lengths[:, None]
         by_layer = [layer.mean(-1).cpu()[there] for layer in weights]  # (n, K) each
         for means, own in zip(layers, by_layer, strict=True):

@@ -21,9 +21,8 @@ from m2rec.compat import Config, InputType, Interaction, SequentialDataset, Sequ
 from m2rec.data.dataset import HistoryDataset, shift_targets
 from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
-from m2rec.nn.filters import without_autocast
-from m2rec.nn.losses import NegativeSampler, bpr, cross_entropy, draw_other_items, gbce, sampled_cross_entropy
-from m2rec.nn.repeat_bias import RepeatBias
+from m2rec.nn.losses import LossInput, NegativeSampler, compute_loss
+from m2rec.nn.repeat_bias import RepeatBias, add_to_item_scores
 from m2rec.settings import ModelSettings
 from m2rec.text import vector_file
 from m2rec.text.source import find_vector_file, get_dataset_folders
@@ -115,43 +114,22 @@ class M2Rec(SequentialRecommender):
         targets = interaction[self.ITEM_ID]
         if self.dense:
             targets = shift_targets(items, lengths, targets)
-            x, rows, times = self.encoder.positions(items, lengths, targets)
-            targets = targets[rows, times]
+            x, rows, times = self.encoder.encode_target_positions(items, lengths, targets)
+            targets, negatives = targets[rows, times], None
         else:
-            x, rows, times = self(items, lengths), torch.arange(len(items), device=items.device), lengths - 1
+            x, times = self(items, lengths), lengths - 1
+            rows = torch.arange(len(items), device=items.device)
+            negatives = interaction[self.NEG_ITEM_ID] if self.NEG_ITEM_ID in interaction else None
         bias = self.encoder.repeat_bias
         repeats = None if bias is None else RepeatBias(items, rows, times, bias)
-        with without_autocast(x.device):
-            return self._compute_loss(
-                x.to(self.encoder.id_embedding.weight.dtype), targets, repeats, interaction
-            )
-
-    def _compute_loss(
-        self, x: Tensor, targets: Tensor, repeats: RepeatBias | None, interaction: Interaction
-    ) -> Tensor:
-        """x: (S, D), targets: (S,) -> the loss that `loss_type` names."""
-        settings, rows = self.settings, self.encoder.items
-        if settings.loss_type == "CE":
-            return cross_entropy(x, targets, self.encoder.item_table(), repeats, settings.loss_memory)
-        if settings.loss_type in ("sampled", "gBCE"):
-            groups = -(-len(x) // settings.negatives_shared)
-            ids, log_probability = self.negatives(groups, settings.n_negatives)
-            if settings.loss_type == "gBCE":
-                return gbce(x, targets, rows, ids, self.n_items, settings.gbce_t, repeats)
-            return sampled_cross_entropy(x, targets, rows, ids, log_probability, repeats)
-        drawn_by_recbole = not self.dense and self.NEG_ITEM_ID in interaction
-        negatives = (
-            interaction[self.NEG_ITEM_ID] if drawn_by_recbole else draw_other_items(targets, self.n_items)
-        )
-        return bpr(x, targets, rows, negatives, repeats)
+        return compute_loss(LossInput(self.encoder, x, targets, repeats, self.negatives, negatives))
 
     def predict(self, interaction: Interaction) -> Tensor:
         """The score of each row's ITEM_ID, (B,)."""
         history, items = interaction[self.ITEM_SEQ], interaction[self.ITEM_ID]
         x: Tensor = self(history, interaction[self.ITEM_SEQ_LEN])
-        scores: Tensor = (x * self.encoder.items(items)).sum(-1)
-        bias = self.encoder.repeat_bias
-        return scores if bias is None else scores + bias * (history == items[:, None]).any(1)
+        scores = (x * self.encoder.embed_items(items)).sum(-1)
+        return add_to_item_scores(scores, items, history, self.encoder.repeat_bias)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """The score of every item for each row, (B, V).
@@ -160,7 +138,7 @@ class M2Rec(SequentialRecommender):
             ValueError: a score is not finite; RecBole would rank such rows as if they were good.
         """
         history = interaction[self.ITEM_SEQ]
-        scores = self.encoder.scores(self(history, interaction[self.ITEM_SEQ_LEN]), history)
+        scores = self.encoder.score_all_items(self(history, interaction[self.ITEM_SEQ_LEN]), history)
         if not torch.isfinite(scores).all():
             raise UserError("scores are NaN or infinite: training diverged; lower learning_rate")
         return scores

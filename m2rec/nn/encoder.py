@@ -5,30 +5,29 @@ B, L    batch, sequence length (right-padded with item 0)
 D       model width (hidden_size)
 V, T    items including padding, width of the text vectors
 K       branches of a layer
+S       positions that have a target
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from m2rec.nn.batching import group_rows_by_length
+from m2rec.nn.branch import Branch, ItemBatch
 from m2rec.nn.layer import Layer, LayerState
 from m2rec.nn.mamba import MarkedParameters, ParameterMarks
-from m2rec.nn.repeat_bias import mark_first_occurrences
-from m2rec.nn.text_projection import ProjectedText, TextProjection, has_text
+from m2rec.nn.repeat_bias import BIAS_MARKS, add_to_all_scores, create_repeat_bias
+from m2rec.nn.text_projection import TextProjection, mask_items_with_text
 from m2rec.settings import ModelSettings
 
 _INITIAL_STD = 0.02
 
-# adaptive optimisers move a weight by about learning_rate per step; this one must move by several in an epoch
-_BIAS_LR_MULTIPLIER = 100.0
-
-# lengths at which a batch is cut into groups on a CPU; finer steps cost more in calls than they save
-_LENGTH_BOUNDARIES = (8, 16, 32, 64, 128, 256, 512, 1024)
+ContinueLayer = Callable[[Layer, Tensor, Any, ItemBatch], tuple[Tensor, LayerState]]
 
 
 class Encoder(MarkedParameters):
@@ -42,36 +41,31 @@ class Encoder(MarkedParameters):
             text; None without text. They are stored with the weights.
     """
 
-    marks: ClassVar[ParameterMarks] = {
-        "repeat_bias": {"_no_weight_decay": True, "_pace": _BIAS_LR_MULTIPLIER}
-    }
+    marks: ClassVar[ParameterMarks] = {"repeat_bias": BIAS_MARKS}
 
     vectors: Tensor | None
     has_text: Tensor | None
     available: Tensor | None
+    """(V, K), which branches have an input for each item; None if all have one for every item."""
 
     def __init__(
         self, settings: ModelSettings, n_items: int, max_length: int, vectors: Tensor | None = None
     ) -> None:
         super().__init__()
-        size = settings.hidden_size
+        width = settings.hidden_size
         text_dim = 0 if vectors is None else vectors.shape[1]
         self.settings = settings
-        self.register_buffer("vectors", vectors)
-        self.register_buffer("has_text", None if vectors is None else has_text(vectors), persistent=False)
-
-        self.id_embedding = nn.Embedding(n_items, size, padding_idx=0)
+        self.register_buffer("vectors", None)
+        self.register_buffer("has_text", None, persistent=False)
+        self.id_embedding = nn.Embedding(n_items, width, padding_idx=0)
         in_table = text_dim > 0 and settings.text_in_table
-        self.table_text = TextProjection(text_dim, size, _INITIAL_STD) if in_table else None
-        self.repeat_bias = nn.Parameter(torch.zeros(())) if settings.repeat_bias else None
-        self.norm = nn.LayerNorm(size)
+        self.table_text = TextProjection(text_dim, width, _INITIAL_STD) if in_table else None
+        self.repeat_bias = create_repeat_bias(settings.repeat_bias)
+        self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(settings.dropout_prob)
-        in_sequence = text_dim if settings.text_in_sequence else 0
-        self.layers = nn.ModuleList(
-            Layer(settings, max_length, in_sequence) for _ in range(settings.n_layers)
-        )
-        available = None if not in_sequence else self._build_branch_mask(len(self.branches))
-        self.register_buffer("available", available, persistent=False)
+        self.layers = nn.ModuleList(Layer(settings, max_length, text_dim) for _ in range(settings.n_layers))
+        self.register_buffer("available", None, persistent=False)
+        self.set_text_vectors(vectors)
         self.register_load_state_dict_post_hook(_refresh_text_buffers)  # type: ignore[no-untyped-call]
         self.mark_parameters()
         self._initialize_weights()
@@ -79,40 +73,56 @@ class Encoder(MarkedParameters):
     @property
     def branches(self) -> list[str]:
         """Names of a layer's branches, in the order of the gate's weights."""
-        return cast(Layer, self.layers[0]).branches
+        first = cast(Layer, self.layers[0])
+        return [branch.name for branch in first.branches.values()]
 
-    def _build_branch_mask(self, n_branches: int) -> Tensor:
-        """(V, K), which branches have something to say at an item: the last one, text, only of some."""
-        assert self.has_text is not None
-        available = torch.ones(len(self.has_text), n_branches, dtype=torch.bool, device=self.has_text.device)
-        available[:, -1] = self.has_text
-        return available
+    def iterate_branches(self) -> Iterator[Branch]:
+        """The branches of all layers."""
+        for layer in self.layers:
+            yield from cast(Layer, layer).branches.values()
+
+    def require_recurrence(self) -> None:
+        """Check that live users can be updated event by event.
+
+        Raises:
+            ValueError: a branch needs the whole history at once.
+        """
+        for branch in self.iterate_branches():
+            branch.require_recurrence()
 
     def set_text_vectors(self, vectors: Tensor | None) -> None:
-        """Take these text vectors (V, T) in place of the old ones."""
+        """Replace the text vectors by (V, T)."""
         self.vectors = vectors
-        self.has_text = None if vectors is None else has_text(vectors)
-        if self.available is not None:
-            self.available = self._build_branch_mask(self.available.shape[1])
+        self.has_text = None if vectors is None else mask_items_with_text(vectors)
+        self.available = self._build_branch_mask(vectors)
+
+    def _build_branch_mask(self, vectors: Tensor | None) -> Tensor | None:
+        """(V, K), which branches have an input for each item; None if all have one for every item."""
+        first = cast(Layer, self.layers[0])
+        masks = [branch.mask_items(vectors) for branch in first.branches.values()]
+        partial = [mask for mask in masks if mask is not None]
+        if not partial:
+            return None
+        every_item = torch.ones_like(partial[0])
+        return torch.stack([every_item if mask is None else mask for mask in masks], dim=-1)
 
     @torch.no_grad()
     def make_inference_copy(self, table: Tensor) -> "Encoder":
-        """The same network for use only, which looks up each item's projected text.
+        """A copy for inference with every item's text projected once; other weights are shared.
 
-        Where histories are many, most of what a position's text costs is saved. The rest of the
-        weights is shared.
+        Where histories are many, most of what a position's text costs is saved.
 
         Args:
             table: (V, D), the item table.
         """
+        # deepcopy takes what its memo already holds, so tensors are shared, not copied
         shared = {id(tensor): tensor for tensor in chain(self.parameters(), self.buffers())}
-        twin = copy.deepcopy(self, shared)
-        twin.id_embedding, twin.table_text = nn.Embedding.from_pretrained(table), None
-        for layer in cast(Iterable[Layer], twin.layers):
-            if isinstance(layer.text, TextProjection):
-                assert self.vectors is not None
-                layer.text = ProjectedText(layer.text.table(self.vectors))
-        return twin
+        inference_encoder = copy.deepcopy(self, shared)
+        inference_encoder.id_embedding = nn.Embedding.from_pretrained(table)
+        inference_encoder.table_text = None
+        for branch in inference_encoder.iterate_branches():
+            branch.prepare_for_inference(self.vectors)
+        return inference_encoder
 
     def _initialize_weights(self) -> None:
         """Small embeddings; Mamba's own values stay, unless `init: mamba4rec` asks otherwise.
@@ -130,12 +140,12 @@ class Encoder(MarkedParameters):
         with torch.no_grad():
             self.id_embedding.weight[0] = 0
 
-    def items(self, ids: Tensor) -> Tensor:
+    def embed_items(self, ids: Tensor) -> Tensor:
         """ids of any shape (...) -> their rows of the item table (..., D)."""
         rows: Tensor = self.id_embedding(ids)
         if self.table_text is not None:
             assert self.vectors is not None
-            rows = self._drop_ids(rows, ids) + self.table_text(ids, self.vectors)
+            rows = self._drop_ids(rows, ids) + self.table_text.project_items(ids, self.vectors)
         return rows
 
     def item_table(self) -> Tensor:
@@ -144,11 +154,11 @@ class Encoder(MarkedParameters):
         if self.table_text is not None:
             assert self.vectors is not None
             table = self._drop_ids(table, torch.arange(len(table), device=table.device))
-            table = table + self.table_text.table(self.vectors)
+            table = table + self.table_text.project_all_items(self.vectors)
         return table
 
     def _drop_ids(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """In training, let some items with text stand by that alone, as items do that were added later."""
+        """In training, drop the ID embedding of some items with text, as for cold-start items."""
         share = self.settings.id_dropout
         if not (self.training and share):
             return rows
@@ -156,17 +166,25 @@ class Encoder(MarkedParameters):
         dropped = (torch.rand(ids.shape, device=ids.device) < share) & self.has_text[ids]
         return rows.masked_fill(dropped[..., None], 0)
 
+    def _embed_inputs(self, items: Tensor) -> Tensor:
+        """items (...) -> the first layer's input (..., D)."""
+        return self.dropout(self.norm(self.embed_items(items)))  # type: ignore[no-any-return]
+
+    def _make_batch(self, items: Tensor, lengths: Tensor | None = None) -> ItemBatch:
+        return ItemBatch(items, lengths, self.vectors, self.available)
+
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         """items: (B, L), lengths: (B,) -> (B, L, D). Padding never reaches a valid position."""
-        x, _ = self.encode(items, lengths)
+        x, _ = self.encode_with_gate_weights(items, lengths)
         return x
 
-    def encode(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def encode_with_gate_weights(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
         """As `forward`, with the gate's weights (B, L, K, D) of every layer."""
-        x = self.dropout(self.norm(self.items(items)))
+        batch = self._make_batch(items, lengths)
+        x = self._embed_inputs(items)
         weights = []
         for layer in self.layers:
-            x, w = layer(x, items, lengths, self.vectors, self.available)
+            x, w = layer(x, batch)
             weights.append(w)
         return x, weights
 
@@ -181,20 +199,21 @@ class Encoder(MarkedParameters):
             The vectors (B, L, D), equal to those of `forward` over the whole histories, and
             the states after them.
         """
-        x = self.dropout(self.norm(self.items(items)))
         before: Sequence[LayerState | None] = states or [None] * len(self.layers)
-        after = []
-        for layer, state in zip(cast(Iterable[Layer], self.layers), before, strict=True):
-            x, new = layer.advance(x, items, self.vectors, self.available, state)
-            after.append(new)
-        return x, after
+        return self._continue_histories(Layer.advance, items, before)
 
     def step(self, items: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
         """As `advance` for one item per row, and fastest: items (B,) -> vectors (B, D), new states."""
-        x = self.dropout(self.norm(self.items(items)))
+        return self._continue_histories(Layer.step, items, states)
+
+    def _continue_histories(
+        self, run: ContinueLayer, items: Tensor, states: Sequence[LayerState | None]
+    ) -> tuple[Tensor, list[LayerState]]:
+        batch = self._make_batch(items)
+        x = self._embed_inputs(items)
         after = []
-        for layer, state in zip(cast(Iterable[Layer], self.layers), states, strict=True):
-            x, new = layer.step(x, items, self.vectors, self.available, state)
+        for layer, state in zip(self.layers, states, strict=True):
+            x, new = run(cast(Layer, layer), x, state, batch)
             after.append(new)
         return x, after
 
@@ -203,19 +222,22 @@ class Encoder(MarkedParameters):
         order, parts = [], []
         for rows, longest in group_rows_by_length(lengths, items.shape[1]):
             order.append(rows)
-            parts.append(self._last(items[rows, :longest], lengths[rows]))
+            parts.append(self._encode_last_positions(items[rows, :longest], lengths[rows]))
         return torch.cat(parts)[torch.cat(order).argsort()]
 
-    def _last(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """`last` for rows of similar length; the last layer leaves out what nobody asks for."""
-        x = self.dropout(self.norm(self.items(items)))
-        *others, last = cast(Iterable[Layer], self.layers)
-        for layer in others:
-            x, _ = layer(x, items, lengths, self.vectors, self.available)
-        return last.last(x, items, lengths, self.vectors, self.available)
+    def _encode_last_positions(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """`last` for rows of similar length; the last layer computes the final position only."""
+        batch = self._make_batch(items, lengths)
+        x = self._embed_inputs(items)
+        *lower, top = self.layers
+        for layer in lower:
+            x, _ = layer(x, batch)
+        return cast(Layer, top).last(x, batch)
 
-    def positions(self, items: Tensor, lengths: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The vectors of all positions that have a target, and where those are.
+    def encode_target_positions(
+        self, items: Tensor, lengths: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The vectors of all positions that have a target.
 
         Args:
             items: (B, L).
@@ -225,57 +247,31 @@ class Encoder(MarkedParameters):
         Returns:
             x (S, D), rows (S,) and times (S,), in no particular order.
         """
-        parts, at, when = [], [], []
+        parts, row_parts, time_parts = [], [], []
         for rows, longest in group_rows_by_length(lengths, items.shape[1]):
             row, time = (targets[rows, :longest] > 0).nonzero(as_tuple=True)
-            parts.append(self(items[rows, :longest], lengths[rows])[row, time])
-            at.append(rows[row])
-            when.append(time)
-        return torch.cat(parts), torch.cat(at), torch.cat(when)
+            x = self(items[rows, :longest], lengths[rows])
+            parts.append(x[row, time])
+            row_parts.append(rows[row])
+            time_parts.append(time)
+        return torch.cat(parts), torch.cat(row_parts), torch.cat(time_parts)
 
-    def scores(self, x: Tensor, items: Tensor, table: Tensor | None = None) -> Tensor:
+    def score_all_items(self, x: Tensor, items: Tensor, table: Tensor | None = None) -> Tensor:
         """The score of every item after a history.
 
         Args:
             x: (B, D), the vector of each history's end.
             items: (B, L), the history, which decides where `repeat_bias` is added.
-            table: (V, D), the item table, where it is at hand.
+            table: (V, D), the item table, if it is at hand.
 
         Returns:
             (B, V); padding's score means nothing.
         """
         scores = F.linear(x, self.item_table() if table is None else table)
-        if self.repeat_bias is None:
-            return scores
-        row, place = mark_first_occurrences(items).nonzero(as_tuple=True)
-        raised = self.repeat_bias.to(scores.dtype).expand(len(row))
-        return scores.index_put_((row, items[row, place]), raised, accumulate=True)
-
-
-def group_rows_by_length(lengths: Tensor, longest: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows of a batch that go through the encoder together, so that little of it is padding.
-
-    Where most histories are short and a few are long, this is most of the work saved. On a GPU,
-    where a few big calls cost less than many small ones, padding is only cut to the longest row.
-
-    Args:
-        lengths: (B,), at least 1 each.
-        longest: L, the padded length.
-
-    Yields:
-        Row numbers (b,) and the padded length that is enough for them.
-    """
-    if lengths.is_cuda:
-        yield torch.arange(len(lengths), device=lengths.device), int(lengths.max())
-        return
-    steps = [step for step in _LENGTH_BOUNDARIES if step < longest] + [longest]
-    group = torch.bucketize(lengths, torch.tensor(steps, device=lengths.device))
-    for number in group.unique().tolist():
-        rows = (group == number).nonzero().squeeze(1)
-        yield rows, int(lengths[rows].max())
+        return add_to_all_scores(scores, items, self.repeat_bias)
 
 
 def _refresh_text_buffers(encoder: nn.Module, _: object) -> None:
-    """Weights bring their text vectors, which may be of other items than those given at the start."""
+    """Refresh the text buffers after loading: the weights may hold vectors of other items."""
     assert isinstance(encoder, Encoder)
     encoder.set_text_vectors(encoder.vectors)

@@ -3,7 +3,7 @@
 `CausalFilter` is ours: a kernel of damped oscillations, one-sided, so that every position
 can be trained. `LowPassFilter` is the paper's global low-pass (arXiv 2505.04445), which lets a
 position see its future and therefore only fits training on the last position. `IdentityFilter`
-filters nothing: with it one sees what the branch's place alone is worth.
+is the identity, the ablation of the filter.
 """
 
 import math
@@ -11,10 +11,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from m2rec.ops.contracts import without_autocast as without_autocast
+from m2rec.nn.branch import Branch, ItemBatch
+from m2rec.ops.contracts import without_autocast
+from m2rec.settings import ModelSettings
 
 
-class CausalFilter(nn.Module):
+class CausalFilter(Branch):
     """Learnable causal filter per channel, made of M damped oscillations.
 
         k[tau] = sum_m exp(-a_m tau) * (b_m cos(w_m tau) + c_m sin(w_m tau)),   tau >= 0
@@ -31,6 +33,8 @@ class CausalFilter(nn.Module):
         max_length: longest period at the start, in steps.
     """
 
+    name = "frequency"
+
     def __init__(self, hidden_size: int, n_modes: int, max_length: int) -> None:
         super().__init__()
         longest = max(max_length, 2)
@@ -41,18 +45,23 @@ class CausalFilter(nn.Module):
         self.cosine = nn.Parameter(torch.randn_like(period) * amplitude)  # (D, M), b
         self.sine = nn.Parameter(torch.randn_like(period) * amplitude)  # (D, M), c
 
+    @classmethod
+    def build(cls, settings: ModelSettings, max_length: int) -> "CausalFilter":
+        """The filter of these settings."""
+        return cls(settings.hidden_size, settings.filter_modes, max_length)
+
     def kernel(self, length: int) -> Tensor:
         """The first `length` values of the impulse response, (D, length), in float32 at least."""
         dtype = torch.promote_types(self.cosine.dtype, torch.float32)
         tau = torch.arange(length, device=self.cosine.device, dtype=dtype)
-        damping, w, b, c = (
-            p.to(dtype)[..., None] for p in (self.log_damping.exp(), self.frequency, self.cosine, self.sine)
-        )
-        modes = torch.exp(-damping * tau) * (b * torch.cos(w * tau) + c * torch.sin(w * tau))
+        parameters = (self.log_damping.exp(), self.frequency, self.cosine, self.sine)
+        damping, w, b, c = (p.to(dtype)[..., None] for p in parameters)
+        oscillation = b * torch.cos(w * tau) + c * torch.sin(w * tau)
+        modes = torch.exp(-damping * tau) * oscillation
         return modes.sum(1)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """x: (B, L, D) -> (B, L, D); `lengths` are not needed, padding comes last."""
+    def forward(self, x: Tensor, batch: ItemBatch | None = None) -> Tensor:
+        """x: (B, L, D) -> (B, L, D)."""
         length = x.shape[1]
         size = 2 * length  # so that nothing wraps around from the end to the start
         kernel = self.kernel(length)
@@ -61,14 +70,17 @@ class CausalFilter(nn.Module):
         y: Tensor = torch.fft.irfft(spectrum * response, n=size, dim=1)
         return y[:, :length].to(x.dtype)
 
-    def last(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """As `forward` for each row's last position alone: x (B, L, D), lengths (B,) -> (B, D)."""
+    def last(self, x: Tensor, batch: ItemBatch) -> Tensor:
+        """As `forward` for each row's last position only: x (B, L, D) -> (B, D)."""
+        assert batch.lengths is not None
         kernel = self.kernel(x.shape[1]).flip(1)
-        heard = _right_align_rows(x, lengths).to(kernel.dtype)
+        aligned = _right_align_rows(x, batch.lengths).to(kernel.dtype)
         with without_autocast(x.device):  # as the FFT, which stays in float32
-            return torch.einsum("bld,dl->bd", heard, kernel).to(x.dtype)
+            return torch.einsum("bld,dl->bd", aligned, kernel).to(x.dtype)
 
-    def advance(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def advance(
+        self, x: Tensor, state: Tensor | None = None, batch: ItemBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Continue histories: each mode is a complex recurrence, so its past is one number.
 
             h_m[t] = p_m h_m[t-1] + x[t],   p_m = exp(-a_m + i w_m),   y = Re sum_m (b_m - i c_m) h_m
@@ -76,6 +88,7 @@ class CausalFilter(nn.Module):
         Args:
             x: (B, L, D), the next positions.
             state: (B, D, M) complex from the positions before; None before the first.
+            batch: not used.
 
         Returns:
             y (B, L, D) and the state after them.
@@ -83,17 +96,19 @@ class CausalFilter(nn.Module):
         length = x.shape[1]
         y = self(x)
         powers = self._compute_mode_powers(torch.arange(length + 1, device=x.device))  # (D, M, L + 1)
-        added = torch.einsum("bld,dml->bdm", x.to(powers.dtype), powers[..., :length].flip(-1))
+        backwards = powers[..., :length].flip(-1)
+        added = torch.einsum("bld,dml->bdm", x.to(powers.dtype), backwards)
         if state is None:
             return y, added
         dtype = state.real.dtype  # there are no complex numbers of bfloat16
-        weighted = torch.complex(self.cosine.to(dtype), -self.sine.to(dtype)) * state
-        echo = torch.einsum("bdm,dml->bld", weighted, powers[..., 1:]).real
-        return y + echo.to(y.dtype), powers[..., length] * state + added
+        coefficients = torch.complex(self.cosine.to(dtype), -self.sine.to(dtype))
+        from_state = torch.einsum("bdm,dml->bld", coefficients * state, powers[..., 1:]).real
+        return y + from_state.to(y.dtype), powers[..., length] * state + added
 
-    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, state: Tensor, batch: ItemBatch | None = None) -> tuple[Tensor, Tensor]:
         """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
-        state = self._compute_mode_powers(torch.ones((), device=x.device)) * state + x[..., None]
+        poles = self._compute_mode_powers(torch.ones((), device=x.device))
+        state = poles * state + x[..., None]
         y = (self.cosine * state.real + self.sine * state.imag).sum(-1)
         return y.to(x.dtype), state
 
@@ -101,18 +116,20 @@ class CausalFilter(nn.Module):
         """p_m to the powers tau (...), (D, M, ...) complex."""
         dtype = torch.promote_types(self.cosine.dtype, torch.float32)
         shape = (..., *(None,) * tau.dim())
-        damping, w = self.log_damping.exp().to(dtype)[shape], self.frequency.to(dtype)[shape]
+        damping = self.log_damping.exp().to(dtype)[shape]
+        w = self.frequency.to(dtype)[shape]
         return torch.polar(torch.exp(-damping * tau), w * tau)
 
 
 def _right_align_rows(x: Tensor, lengths: Tensor) -> Tensor:
     """x (B, L, D): each row's first `lengths` positions moved to its end, zeros before them."""
-    index = torch.arange(x.shape[1], device=x.device) - (x.shape[1] - lengths[:, None])
+    length = x.shape[1]
+    index = torch.arange(length, device=x.device) - (length - lengths[:, None])
     moved = x.gather(1, index.clamp(min=0)[..., None].expand_as(x))
     return moved * (index >= 0)[..., None]
 
 
-class LowPassFilter(nn.Module):
+class LowPassFilter(Branch):
     """The paper's low-pass: keeps the lowest share of a history's frequencies. Not causal.
 
     Every row is transformed at its own length n: of its n // 2 + 1 frequencies the lowest
@@ -125,6 +142,8 @@ class LowPassFilter(nn.Module):
         max_length: longest history, in steps.
     """
 
+    name = "frequency"
+    setting = "filter: 'low_pass'"
     kernels: Tensor
 
     def __init__(self, cutoff: float, max_length: int) -> None:
@@ -136,27 +155,38 @@ class LowPassFilter(nn.Module):
             kernels[n, :n] = torch.fft.irfft(keep, n=n)
         self.register_buffer("kernels", kernels, persistent=False)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """x: (B, L, D), lengths: (B,) -> (B, L, D)."""
+    @classmethod
+    def build(cls, settings: ModelSettings, max_length: int) -> "LowPassFilter":
+        """The filter of these settings."""
+        return cls(settings.filter_cutoff, max_length)
+
+    def forward(self, x: Tensor, batch: ItemBatch) -> Tensor:
+        """x: (B, L, D) -> (B, L, D)."""
+        assert batch.lengths is not None
+        lengths = batch.lengths[:, None]
         t = torch.arange(x.shape[1], device=x.device)
-        lag = (t[:, None] - t).remainder(lengths[:, None, None].clamp(min=1))  # (B, L, L)
-        weights = self.kernels[lengths[:, None, None], lag]
-        inside = t < lengths[:, None]
-        weights = weights * inside[:, :, None] * inside[:, None, :]
+        lag = (t[:, None] - t).remainder(lengths[..., None].clamp(min=1))  # (B, L, L)
+        inside = t < lengths
+        weights = self.kernels[lengths[..., None], lag] * inside[:, :, None] * inside[:, None, :]
         return weights.to(x.dtype) @ x
 
 
-class IdentityFilter(nn.Module):
-    """The ablation of the filter: the branch hands on what it gets, and remembers nothing."""
+class IdentityFilter(Branch):
+    """The identity, an ablation of the filter."""
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    name = "frequency"
+
+    @classmethod
+    def build(cls, settings: ModelSettings, max_length: int) -> "IdentityFilter":
+        """The filter of these settings."""
+        return cls()
+
+    def forward(self, x: Tensor, batch: ItemBatch | None = None) -> Tensor:
         """x: (B, L, D) -> the same."""
         return x
 
-    def advance(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As in `CausalFilter`; the state is empty."""
+    def advance(self, x: Tensor, state: Tensor | None, batch: ItemBatch) -> tuple[Tensor, Tensor]:
+        """x unchanged; the state is empty."""
         return x, x.new_empty(len(x), 0)
 
-    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `CausalFilter`."""
-        return x, state
+    step = advance

@@ -3,25 +3,91 @@
     S   positions that have a target          D   width
     V   items including padding (item 0)
 
-Padding is never a class: row 0 of the item table takes no part. Where `repeats` is given, the score
-of an item that the position has seen is raised by its bias.
+Padding is never a class: row 0 of the item table takes no part. With `repeats`, the score of an item
+that the position has seen is raised by the repeat bias.
+
+To add a loss, write a function `LossInput -> Tensor`, name it in `LOSSES`, and add the name to
+`ModelSettings.loss_type`.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m2rec.errors import UserError
+from m2rec.nn.encoder import Encoder
 from m2rec.nn.repeat_bias import RepeatBias
-from m2rec.ops.contracts import first_derivative_only
+from m2rec.ops.contracts import first_derivative_only, without_autocast
 
 ItemLookup = Callable[[Tensor], Tensor]
 
 MIN_CHUNK_POSITIONS = 32  # positions for which the item table is read at once
+
+
+class LossInput(NamedTuple):
+    """What a training step knows of its positions."""
+
+    encoder: Encoder
+    x: Tensor
+    """(S, D), in float32 at least."""
+    targets: Tensor
+    """(S,), ids from 1."""
+    repeats: RepeatBias | None
+    sampler: "NegativeSampler"
+    negatives: Tensor | None = None
+    """(S,), one negative per position, if the data set has drawn them."""
+
+
+def compute_loss(given: LossInput) -> Tensor:
+    """The loss that `loss_type` names, outside autocast and in the type of the weights."""
+    weight = given.encoder.id_embedding.weight
+    loss = LOSSES[given.encoder.settings.loss_type]
+    with without_autocast(weight.device):
+        return loss(given._replace(x=given.x.to(weight.dtype)))
+
+
+def _compute_cross_entropy(given: LossInput) -> Tensor:
+    memory = given.encoder.settings.loss_memory
+    return cross_entropy(given.x, given.targets, given.encoder.item_table(), given.repeats, memory)
+
+
+def _compute_sampled(given: LossInput) -> Tensor:
+    ids, log_probability = _draw_shared_negatives(given)
+    embed = given.encoder.embed_items
+    return sampled_cross_entropy(given.x, given.targets, embed, ids, log_probability, given.repeats)
+
+
+def _compute_gbce(given: LossInput) -> Tensor:
+    ids, _ = _draw_shared_negatives(given)
+    embed, t = given.encoder.embed_items, given.encoder.settings.gbce_t
+    return gbce(given.x, given.targets, embed, ids, given.sampler.n_items, t, given.repeats)
+
+
+def _compute_bpr(given: LossInput) -> Tensor:
+    negatives = given.negatives
+    if negatives is None:
+        negatives = draw_other_items(given.targets, given.sampler.n_items)
+    return bpr(given.x, given.targets, given.encoder.embed_items, negatives, given.repeats)
+
+
+def _draw_shared_negatives(given: LossInput) -> tuple[Tensor, Tensor]:
+    """Ids (G, n) and log-probabilities of negatives, one set for each group of positions."""
+    settings = given.encoder.settings
+    groups = -(-len(given.x) // settings.negatives_shared)
+    drawn: tuple[Tensor, Tensor] = given.sampler(groups, settings.n_negatives)
+    return drawn
+
+
+LOSSES: dict[str, Callable[[LossInput], Tensor]] = {
+    "CE": _compute_cross_entropy,
+    "sampled": _compute_sampled,
+    "gBCE": _compute_gbce,
+    "BPR": _compute_bpr,
+}
 
 
 def cross_entropy_ref(
@@ -37,8 +103,8 @@ def cross_entropy_ref(
     """
     scores = x @ item_table.T
     if repeats is not None:
-        position, item = repeats.find_seen_pairs(0, len(x))
-        scores = scores.index_put((position, item), repeats.bias, accumulate=True)
+        seen = repeats.find_seen_pairs(0, len(x))
+        scores = scores.index_put(seen, repeats.bias, accumulate=True)
     return F.cross_entropy(scores[:, 1:], targets - 1)
 
 
@@ -47,25 +113,29 @@ def cross_entropy(
 ) -> Tensor:
     """As `cross_entropy_ref`, holding at most `memory` MiB of scores (one position's at least).
 
-    Scores are held twice for a moment, when their logarithms are summed. 0 MiB is what suits the
-    device: a CPU's cache, or so much that a GPU's calls are few; but so many positions at least
-    that reading the item table for them is worth it.
+    Scores are held twice for a moment, when their logarithms are summed. With 0 MiB the device decides:
+    a CPU's cache, or enough that a GPU's calls are few; but at least MIN_CHUNK_POSITIONS positions, to
+    amortise reading the item table.
     """
-    least, memory = (1, memory) if memory else (MIN_CHUNK_POSITIONS, 512 if x.is_cuda else 16)
+    min_rows = 1
+    if not memory:
+        min_rows, memory = MIN_CHUNK_POSITIONS, 512 if x.is_cuda else 16
     dtype = torch.promote_types(item_table.dtype, torch.float32)
-    rows = max(least, memory * 2**20 // (2 * dtype.itemsize * len(item_table)))
+    bytes_per_position = 2 * dtype.itemsize * len(item_table)
+    rows = max(min_rows, memory * 2**20 // bytes_per_position)
     bias = None
     if repeats is not None:
-        bias, rows = repeats.bias.to(dtype), min(rows, repeats.block_size)
+        bias = repeats.bias.to(dtype)
+        rows = min(rows, repeats.block_size)
     given = (x.to(dtype), item_table[1:].to(dtype), bias, targets - 1, rows, repeats)
     loss: Tensor = _CrossEntropy.apply(*given)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Softmax cross-entropy over chunks of positions; the gradient is made on the way forward.
+    """Softmax cross-entropy over chunks of positions; forward computes the gradients too.
 
-    The loss is a scalar, so backward only has to scale what forward has found.
+    The loss is a scalar, so backward only has to scale them.
     """
 
     @staticmethod
@@ -78,27 +148,23 @@ class _CrossEntropy(torch.autograd.Function):
         rows: int,
         repeats: RepeatBias | None,
     ) -> Tensor:
-        """x (S, D), table (V, D), bias (), classes (S,), rows per chunk -> the mean loss."""
-        dx, dtable, dbias, total = (
-            torch.empty_like(x),
-            torch.zeros_like(table),
-            x.new_zeros(()),
-            x.new_zeros(()),
-        )
+        """x (S, D), table (V - 1, D), bias (), classes (S,), rows per chunk -> the mean loss."""
+        dx, dtable = torch.empty_like(x), torch.zeros_like(table)
+        dbias, total = x.new_zeros(()), x.new_zeros(())
         for start in range(0, len(x), rows):
-            part, own = x[start : start + rows], classes[start : start + rows, None]
+            chunk = slice(start, start + rows)
+            part = x[chunk]
             scores = part @ table.T
+            seen = None
             if repeats is not None and bias is not None:
                 position, item = repeats.find_seen_pairs(start, start + rows)
                 seen = (position, item - 1)
                 scores[seen] += bias
-            normaliser = scores.logsumexp(1, keepdim=True)
-            total += (normaliser - scores.gather(1, own)).sum()
-            error = scores.sub_(normaliser).exp_()  # softmax less one at the target
-            error.scatter_add_(1, own, -torch.ones_like(normaliser))
-            if repeats is not None:
+            loss, error = _compute_loss_and_error(scores, classes[chunk, None])
+            total += loss
+            if seen is not None:
                 dbias += error[seen].sum()
-            dx[start : start + rows] = error @ table
+            dx[chunk] = error @ table
             dtable.addmm_(error.T, part)
         ctx.save_for_backward(dx / len(x), dtable / len(x), None if bias is None else dbias / len(x))
         return total / len(x)
@@ -107,16 +173,26 @@ class _CrossEntropy(torch.autograd.Function):
     @first_derivative_only("cross_entropy", "cross_entropy_ref")
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of x, table and bias."""
-        return *(None if saved is None else saved * grads[0] for saved in ctx.saved_tensors), None, None, None
+        scaled = [None if saved is None else saved * grads[0] for saved in ctx.saved_tensors]
+        return *scaled, None, None, None
+
+
+def _compute_loss_and_error(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """scores (s, C), targets (s, 1) -> the summed loss, and its gradient in place of the scores."""
+    normaliser = scores.logsumexp(1, keepdim=True)
+    loss = (normaliser - scores.gather(1, targets)).sum()
+    error = scores.sub_(normaliser).exp_()  # softmax less one at the target
+    error.scatter_add_(1, targets, -torch.ones_like(normaliser))
+    return loss, error
 
 
 class NegativeSampler(nn.Module):
-    """Draws items from 1 to V - 1, with replacement, and knows how likely each was.
+    """Draws items from 1 to V - 1, with replacement.
 
     Args:
         n_items: V.
-        counts: (V,) how often each item occurs; items are then drawn by popularity, count + 1,
-            so that none is left out. Without counts all are equally likely.
+        counts: (V,) how often each item occurs; items are then drawn in proportion to count + 1.
+            None draws them uniformly.
     """
 
     cumulative: Tensor | None
@@ -125,13 +201,16 @@ class NegativeSampler(nn.Module):
     def __init__(self, n_items: int, counts: Tensor | None = None) -> None:
         super().__init__()
         self.n_items = n_items
-        weights = None if counts is None else counts[1:].long() + 1
-        # whole numbers, which stay exact in a model of any type and on a device without float64
-        self.total = 0 if weights is None else int(weights.sum())
         log_probability = torch.full((n_items,), -math.log(max(n_items - 1, 1)))
-        if weights is not None:
+        cumulative = None
+        self.total = 0
+        if counts is not None:
+            # whole numbers, which stay exact in a model of any type and on a device without float64
+            weights = counts[1:].long() + 1
+            cumulative = weights.cumsum(0)
+            self.total = int(weights.sum())
             log_probability[1:] = (weights.double() / self.total).log().float()
-        self.register_buffer("cumulative", None if weights is None else weights.cumsum(0), persistent=False)
+        self.register_buffer("cumulative", cumulative, persistent=False)
         self.register_buffer("log_probability", log_probability, persistent=False)
 
     def forward(self, *shape: int) -> tuple[Tensor, Tensor]:
@@ -155,7 +234,7 @@ def _draw_integers(end: int, shape: tuple[int, ...], device: torch.device) -> Te
 def sampled_cross_entropy(
     x: Tensor,
     targets: Tensor,
-    rows: ItemLookup,
+    embed: ItemLookup,
     negatives: Tensor,
     log_probability: Tensor,
     repeats: RepeatBias | None = None,
@@ -164,19 +243,18 @@ def sampled_cross_entropy(
 
     A negative that was drawn with probability q stands for 1 / (n q) items, so its score is
     raised by the logarithm of that: the sum over the negatives then estimates the sum over
-    all items (Bengio and Senecal, 2008). A negative that is the position's target is left
-    out there.
+    all items (Bengio and Senecal, 2008). A negative that is the position's target is masked.
 
     Args:
         x: (S, D).
         targets: (S,), ids from 1.
-        rows: ids (...) -> their rows of the item table (..., D).
+        embed: ids (...) -> their rows of the item table (..., D).
         negatives: (G, n), ids from 1, drawn with replacement: one set for each of G groups, into
             which the positions are cut in their order.
         log_probability: (G, n), log q of each.
         repeats: what each position has seen.
     """
-    positive, scores = _score_sampled_items(x, targets, rows, negatives, repeats, log_probability)
+    positive, scores = _score_sampled_items(x, targets, embed, negatives, repeats, log_probability)
     first = torch.zeros_like(targets)
     return F.cross_entropy(torch.cat([positive, scores], dim=1), first)
 
@@ -184,7 +262,7 @@ def sampled_cross_entropy(
 def gbce(
     x: Tensor,
     targets: Tensor,
-    rows: ItemLookup,
+    embed: ItemLookup,
     negatives: Tensor,
     n_items: int,
     t: float,
@@ -196,18 +274,18 @@ def gbce(
 
     alpha = n / (V - 1) is the share of items that are drawn, so t = 0 is plain binary
     cross-entropy and t = 1 undoes the overconfidence of few negatives. Unlike in gSASRec a set of
-    negatives is shared by a group of positions; one that is the target is left out there.
+    negatives is shared by a group of positions; one that is the target is masked.
 
     Args:
         x: (S, D).
         targets: (S,), ids from 1.
-        rows: ids (...) -> their rows of the item table (..., D).
+        embed: ids (...) -> their rows of the item table (..., D).
         negatives: (G, n), ids from 1, uniform over all items, as in `sampled_cross_entropy`.
         n_items: V.
         t: calibration, from 0 to 1.
         repeats: what each position has seen.
     """
-    positive, scores = _score_sampled_items(x, targets, rows, negatives, repeats)
+    positive, scores = _score_sampled_items(x, targets, embed, negatives, repeats)
     n = negatives.shape[1]
     alpha = min(1.0, n / (n_items - 1))
     beta = 1 - t * (1 - alpha)
@@ -218,7 +296,7 @@ def gbce(
 def _score_sampled_items(
     x: Tensor,
     targets: Tensor,
-    rows: ItemLookup,
+    embed: ItemLookup,
     negatives: Tensor,
     repeats: RepeatBias | None,
     log_probability: Tensor | None = None,
@@ -229,40 +307,41 @@ def _score_sampled_items(
     """
     groups, n = negatives.shape
     size = -(-len(x) // groups)
-    fill = groups * size - len(x)
-    grouped = F.pad(x, (0, 0, 0, fill)).view(groups, size, -1)
-    own = F.pad(targets, (0, fill)).view(groups, size, 1)
-    positive = (x * rows(targets)).sum(-1)
-    scores = grouped @ rows(negatives).mT  # (G, S / G, n)
+    missing = groups * size - len(x)
+    grouped = F.pad(x, (0, 0, 0, missing)).view(groups, size, -1)
+    grouped_targets = F.pad(targets, (0, missing)).view(groups, size, 1)
+    positive = (x * embed(targets)).sum(-1)
+    scores = grouped @ embed(negatives).mT  # (G, S / G, n)
     if repeats is not None:
-        positive = positive + repeats.of(targets)
+        positive = positive + repeats.bias_for_items(targets)
         scores = scores + repeats.bias_for_shared_items(negatives, size)
     if log_probability is not None:
         scores = scores - (log_probability + math.log(n))[:, None]
-    scores = scores.masked_fill(negatives[:, None] == own, -torch.inf).flatten(0, 1)[: len(x)]
-    return positive[:, None], scores
+    is_target = negatives[:, None] == grouped_targets
+    scores = scores.masked_fill(is_target, -torch.inf).flatten(0, 1)
+    return positive[:, None], scores[: len(x)]
 
 
 def bpr(
-    x: Tensor, targets: Tensor, rows: ItemLookup, negatives: Tensor, repeats: RepeatBias | None = None
+    x: Tensor, targets: Tensor, embed: ItemLookup, negatives: Tensor, repeats: RepeatBias | None = None
 ) -> Tensor:
     """Mean Bayesian personalised ranking loss, -log sigmoid(positive - negative).
 
     Args:
         x: (S, D).
         targets, negatives: (S,), ids from 1.
-        rows: ids (...) -> their rows of the item table (..., D).
+        embed: ids (...) -> their rows of the item table (..., D).
         repeats: what each position has seen.
     """
-    difference = (x * (rows(targets) - rows(negatives))).sum(-1)
+    difference = (x * (embed(targets) - embed(negatives))).sum(-1)
     if repeats is not None:
-        difference = difference + repeats.of(targets) - repeats.of(negatives)
+        difference = difference + repeats.bias_for_items(targets) - repeats.bias_for_items(negatives)
     return -F.logsigmoid(difference).mean()
 
 
 def draw_other_items(targets: Tensor, n_items: int) -> Tensor:
     """One item for each target, uniform over all items but padding and the target itself."""
     if n_items < 3:
-        raise UserError("loss_type: BPR needs two items to tell apart; set loss_type: CE")
+        raise UserError("loss_type: BPR needs at least two items; use loss_type: CE")
     draw = torch.randint_like(targets, 1, n_items - 1)
     return draw + (draw >= targets)

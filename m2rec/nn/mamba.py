@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from m2rec.nn.branch import Branch, ItemBatch, select_last_positions
 from m2rec.ops import (
     causal_conv1d,
     causal_conv1d_step,
@@ -28,6 +29,7 @@ from m2rec.ops import (
     ssd_last,
     ssd_step,
 )
+from m2rec.settings import ModelSettings
 
 # The step size dt starts log-uniformly in this range (paper 2312.00752, section 3.6).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -59,7 +61,7 @@ class MarkedParameters(nn.Module):
         self.mark_parameters()
 
 
-class Mamba(MarkedParameters):
+class Mamba(MarkedParameters, Branch):
     """Mamba mixer: (B, L, D) -> (B, L, D), causal.
 
     Args:
@@ -70,6 +72,7 @@ class Mamba(MarkedParameters):
         backend: the operators' backend, `auto` or a name from `ops.BACKENDS`.
     """
 
+    name = "temporal"
     marks: ClassVar[ParameterMarks] = dict.fromkeys(("A_log", "D"), _NO_WEIGHT_DECAY)
 
     def __init__(
@@ -90,12 +93,20 @@ class Mamba(MarkedParameters):
             self.dt_proj.bias.copy_(_draw_dt_bias(inner))
         self.mark_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    @classmethod
+    def build(cls, settings: ModelSettings, max_length: int) -> "Mamba":
+        """The mixer of these settings."""
+        sizes = (settings.hidden_size, settings.d_state, settings.d_conv, settings.expand)
+        return cls(*sizes, backend=settings.scan_backend)
+
+    def forward(self, x: Tensor, batch: ItemBatch | None = None) -> Tensor:
         """x: (B, L, D) -> (B, L, D)."""
         y, _ = self.advance(x)
         return y
 
-    def advance(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+    def advance(
+        self, x: Tensor, state: MixerState | None = None, batch: ItemBatch | None = None
+    ) -> tuple[Tensor, MixerState]:
         """Continue histories.
 
         Args:
@@ -125,7 +136,7 @@ class Mamba(MarkedParameters):
         )
         return self.out_proj(y), (window, h)
 
-    def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+    def step(self, x: Tensor, state: MixerState, batch: ItemBatch | None = None) -> tuple[Tensor, MixerState]:
         """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, window = _apply_causal_conv_step(u, state[0], self.conv1d)
@@ -143,7 +154,7 @@ class StepSizeProjection(nn.Linear):
         return F.linear(x, self.weight)
 
 
-class Mamba2(MarkedParameters):
+class Mamba2(MarkedParameters, Branch):
     """Mamba-2 mixer: (B, L, D) -> (B, L, D), causal; one group of B and C.
 
     Args:
@@ -155,6 +166,7 @@ class Mamba2(MarkedParameters):
         backend: the operators' backend, `auto` or a name from `ops.BACKENDS`.
     """
 
+    name = "temporal"
     marks: ClassVar[ParameterMarks] = dict.fromkeys(("A_log", "D", "dt_bias"), _NO_WEIGHT_DECAY)
 
     def __init__(
@@ -179,18 +191,26 @@ class Mamba2(MarkedParameters):
         self.out_proj = nn.Linear(inner, hidden_size, bias=False)
         self.mark_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    @classmethod
+    def build(cls, settings: ModelSettings, max_length: int) -> "Mamba2":
+        """The mixer of these settings."""
+        sizes = (settings.hidden_size, settings.d_state, settings.d_conv, settings.expand)
+        return cls(*sizes, settings.head_dim, backend=settings.scan_backend)
+
+    def forward(self, x: Tensor, batch: ItemBatch | None = None) -> Tensor:
         """x: (B, L, D) -> (B, L, D)."""
         y, _ = self.advance(x)
         return y
 
-    def advance(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+    def advance(
+        self, x: Tensor, state: MixerState | None = None, batch: ItemBatch | None = None
+    ) -> tuple[Tensor, MixerState]:
         """As `Mamba.advance`; the states are (B, K - 1, E + 2N) and (B, H, P, N)."""
         z, xBC, dt = self._project_inputs(x)
         xBC, window = _apply_causal_conv(xBC, state, self.conv1d, self.backend)
-        u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
+        u, B, C = self._split_channels(xBC)
         y, h = ssd(
-            u.unflatten(-1, (-1, self.head_dim)),
+            u,
             dt,
             _compute_decay_rates(self.A_log),
             B,
@@ -202,37 +222,52 @@ class Mamba2(MarkedParameters):
             return_last_state=True,
             backend=self.backend,
         )
-        return self.out_proj(self.norm(y.flatten(-2), z)), (window, h)
+        return self._project_output(y, z), (window, h)
 
-    def last(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """As `forward` for each row's last position alone: x (B, L, D), lengths (B,) -> (B, D)."""
-        plain = _is_unhooked_linear(self.in_proj)
-        if plain:  # the gate is wanted at one position only
-            gate, heard = self.in_proj.weight.split([self.inner, len(self.in_proj.weight) - self.inner])
-            xBC, dt = F.linear(x, heard).split([len(heard) - len(self.D), len(self.D)], dim=-1)
-        else:
-            z, xBC, dt = self._project_inputs(x)
+    def last(self, x: Tensor, batch: ItemBatch) -> Tensor:
+        """As `forward` for each row's last position only: x (B, L, D) -> (B, D)."""
+        assert batch.lengths is not None
+        z, xBC, dt = self._project_for_last(x, batch.lengths)
         xBC, _ = _apply_causal_conv(xBC, None, self.conv1d, self.backend)
-        u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
-        u, A = u.unflatten(-1, (-1, self.head_dim)), _compute_decay_rates(self.A_log)
-        y = ssd_last(u, dt, A, B, C, lengths, self.D, self.dt_bias, True)
-        z = F.linear(select_last_positions(x, lengths), gate) if plain else select_last_positions(z, lengths)
-        return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[no-any-return]
+        u, B, C = self._split_channels(xBC)
+        A = _compute_decay_rates(self.A_log)
+        y = ssd_last(u, dt, A, B, C, batch.lengths, self.D, self.dt_bias, True)
+        return self._project_output(y, z)
 
-    def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+    def step(self, x: Tensor, state: MixerState, batch: ItemBatch | None = None) -> tuple[Tensor, MixerState]:
         """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
         z, xBC, dt = self._project_inputs(x)
         xBC, window = _apply_causal_conv_step(xBC, state[0], self.conv1d)
-        u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
-        u = u.unflatten(-1, (-1, self.head_dim))
+        u, B, C = self._split_channels(xBC)
         A = _compute_decay_rates(self.A_log)
         y, h = ssd_step(state[1], u, dt, A, B, C, self.D, self.dt_bias, True)
-        return self.out_proj(self.norm(y.flatten(-2), z)), (window, h)
+        return self._project_output(y, z), (window, h)
 
     def _project_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (..., D) -> the gate z (..., E), what is convolved (..., E + 2N), the step size (..., H)."""
         widths = [self.inner, self.inner + 2 * self.d_state, len(self.D)]
         return self.in_proj(x).split(widths, dim=-1)  # type: ignore[no-any-return]
+
+    def _project_for_last(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_project_inputs`, with the gate z (B, E) of the last positions only."""
+        if not _is_unhooked_linear(self.in_proj):
+            z, xBC, dt = self._project_inputs(x)
+            return select_last_positions(z, lengths), xBC, dt
+        weight, heads = self.in_proj.weight, len(self.D)
+        mixed = len(weight) - self.inner - heads
+        gate_weight, scan_weight = weight.split([self.inner, mixed + heads])
+        xBC, dt = F.linear(x, scan_weight).split([mixed, heads], dim=-1)
+        z = F.linear(select_last_positions(x, lengths), gate_weight)
+        return z, xBC, dt
+
+    def _split_channels(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., E + 2N) -> the scan's input by head (..., H, P), B and C (..., N)."""
+        u, B, C = xBC.split([self.inner, self.d_state, self.d_state], dim=-1)
+        return u.unflatten(-1, (-1, self.head_dim)), B, C
+
+    def _project_output(self, y: Tensor, z: Tensor) -> Tensor:
+        """The scan's output (..., H, P), gated by z (..., E) -> (..., D)."""
+        return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[no-any-return]
 
 
 class GatedRMSNorm(nn.Module):
@@ -249,18 +284,13 @@ class GatedRMSNorm(nn.Module):
         return F.rms_norm(gated, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
-def select_last_positions(x: Tensor, lengths: Tensor) -> Tensor:
-    """x (B, L, ...), lengths (B,) -> each row's last position (B, ...)."""
-    return x[torch.arange(len(x), device=x.device), lengths - 1]
-
-
 def _compute_decay_rates(A_log: Tensor) -> Tensor:
     """A of the recurrence, negative, in float32 at least."""
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
 def _is_unhooked_linear(linear: nn.Module) -> bool:
-    """Whether parts of its weight can stand for a call: nothing has taken its place, no hook listens."""
+    """True if the layer is a plain nn.Linear without hooks, so that its weight may be used directly."""
     hooks = (
         linear._forward_hooks,
         linear._forward_pre_hooks,

@@ -1,21 +1,52 @@
-"""Items that a history already holds, and how much their scores are raised or lowered.
+"""The repeat bias: one scalar, added to the score of every item that the history holds.
 
 letter  meaning
 B, L    batch, sequence length (right-padded with item 0)
+V       items including padding
 S, R    positions, pairs of a position and an item before it
+G, n    groups of positions, items that a group shares
 """
 
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# positions are looked at in blocks, so that no more than so many flags are held at a time
+# positions are processed in blocks to bound memory: at most this many boolean flags
 _MAX_BLOCK_FLAGS = 2**21
+
+# adaptive optimisers move a weight by about learning_rate per step; this one must move by several in an epoch
+BIAS_MARKS = {"_no_weight_decay": True, "_lr_multiplier": 100.0}
+
+
+def create_repeat_bias(enabled: bool) -> nn.Parameter | None:
+    """The parameter, a scalar that starts at zero; None without a repeat bias."""
+    return nn.Parameter(torch.zeros(())) if enabled else None
+
+
+def add_to_all_scores(scores: Tensor, items: Tensor, bias: Tensor | None) -> Tensor:
+    """Add the bias in place to the score of each item of a history, once.
+
+    Args:
+        scores: (B, V).
+        items: (B, L), the histories.
+        bias: scalar; None leaves the scores unchanged.
+    """
+    if bias is None:
+        return scores
+    raised = mark_first_occurrences(items) * bias.to(scores.dtype)
+    return scores.scatter_add_(1, items, raised)
+
+
+def add_to_item_scores(scores: Tensor, wanted: Tensor, items: Tensor, bias: Tensor | None) -> Tensor:
+    """As `add_to_all_scores` for one item per history: scores, wanted (B,), items (B, L) -> (B,)."""
+    if bias is None:
+        return scores
+    return scores + bias * (items == wanted[:, None]).any(1)
 
 
 def mark_first_occurrences(items: Tensor) -> Tensor:
-    """items: (B, L) -> (B, L), True where an item stands for the first time in its row; padding never."""
+    """items: (B, L) -> (B, L), True where an item occurs for the first time in its row; padding never."""
     ordered, order = items.sort(dim=1, stable=True)
     new = ordered > 0
     new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
@@ -28,7 +59,7 @@ class RepeatBias:
     Args:
         items: (B, L).
         rows: (S,), the row of each position.
-        times: (S,), its place in that row, from 0.
+        times: (S,), its position in that row, from 0.
         bias: scalar, added to the score of each item that a position has seen.
     """
 
@@ -38,15 +69,15 @@ class RepeatBias:
 
     @property
     def block_size(self) -> int:
-        """How many positions to look at together."""
+        """How many positions to process together."""
         return max(1, _MAX_BLOCK_FLAGS // self.items.shape[1])
 
     def find_seen_pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Each item that positions `start` to `stop` have seen, once: position less start, item (R,)."""
         rows, times = self.rows[start:stop], self.times[start:stop]
         past = torch.arange(self.items.shape[1], device=self.items.device) <= times[:, None]
-        position, place = (past & self._first[rows]).nonzero(as_tuple=True)
-        return position, self.items[rows[position], place]
+        position, column = (past & self._first[rows]).nonzero(as_tuple=True)
+        return position, self.items[rows[position], column]
 
     def iterate_seen_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All pairs, a block of positions at a time: position, item (R,)."""
@@ -54,7 +85,7 @@ class RepeatBias:
             position, item = self.find_seen_pairs(start, start + self.block_size)
             yield position + start, item
 
-    def of(self, items: Tensor) -> Tensor:
+    def bias_for_items(self, items: Tensor) -> Tensor:
         """items: (S,), one for each position -> (S,), `bias` where it was seen, else 0."""
         seen = torch.zeros_like(items, dtype=torch.bool)
         for position, item in self.iterate_seen_pairs():
@@ -62,10 +93,10 @@ class RepeatBias:
         return seen * self.bias
 
     def bias_for_shared_items(self, items: Tensor, size: int) -> Tensor:
-        """As `of` for n items that each group of `size` neighbouring positions shares.
+        """As `bias_for_items` for n items that each group of `size` neighbouring positions shares.
 
         Args:
-            items: (G, n), in any order, one more than once too.
+            items: (G, n), in any order, duplicates allowed.
             size: positions per group; the last may have fewer.
 
         Returns:
@@ -74,15 +105,18 @@ class RepeatBias:
         groups, n = items.shape
         ordered, order = items.sort(dim=1)
         base = int(max(items.max(), self.items.max())) + 1
-        keys = (ordered + base * torch.arange(groups, device=items.device)[:, None]).flatten()
-        # of items that are drawn more than once, the first place stands for all
+        offsets = base * torch.arange(groups, device=items.device)
+        keys = (ordered + offsets[:, None]).flatten()  # ascending; one key per group and item
+        # of a duplicate item only the first slot is marked, and its duplicates read that slot below
         seen = torch.zeros(groups * size, n, dtype=torch.bool, device=items.device)
         for position, item in self.iterate_seen_pairs():
             group = position // size
             key = item + base * group
-            at = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
-            hit = keys[at] == key
-            seen[position[hit], (at - n * group)[hit]] = True
-        first = torch.searchsorted(keys, keys).view(groups, n) % n
-        first = torch.empty_like(first).scatter(1, order, first)
-        return seen.view(groups, size, n).gather(2, first[:, None].expand(-1, size, -1)) * self.bias
+            slot = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
+            is_shared = keys[slot] == key
+            column = slot - n * group
+            seen[position[is_shared], column[is_shared]] = True
+        first_slot = torch.searchsorted(keys, keys).view(groups, n) % n
+        column = torch.empty_like(first_slot).scatter(1, order, first_slot)
+        columns = column[:, None].expand(-1, size, -1)
+        return seen.view(groups, size, n).gather(2, columns) * self.bias

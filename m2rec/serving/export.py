@@ -110,7 +110,7 @@ def _compute_reference_scores(trained: SavedModel, items: Tensor, lengths: Tenso
     device = trained.table.device
     items, lengths = items.to(device), lengths.to(device)
     x = trained.encoder.last(items, lengths)
-    return trained.encoder.scores(x, items, trained.table).cpu()
+    return trained.encoder.score_all_items(x, items, trained.table).cpu()
 
 
 def _sample_histories(trained: SavedModel, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:

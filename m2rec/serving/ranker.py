@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from m2rec.errors import UserError
+from m2rec.nn.batching import batch_rows_by_length
 from m2rec.serving import session
 from m2rec.serving.arguments import InputWarnings
 from m2rec.serving.item_index import ItemIndex
@@ -175,7 +176,7 @@ class Ranker:
         device = model.table.device
         at_once = _POSITION_BUDGETS.get(device.type, _DEFAULT_POSITION_BUDGET)
         short = [len(row) if len(row) <= model.max_length else 0 for row in histories]
-        for rows in _batch_by_length(short, at_once):
+        for rows in batch_rows_by_length(short, at_once):
             lengths = torch.tensor([len(histories[row]) for row in rows])
             items = [torch.tensor(histories[row]) for row in rows]
             padded = nn.utils.rnn.pad_sequence(items, batch_first=True)
@@ -219,16 +220,3 @@ class Ranker:
         tokens, titles = self.model.tokens, self.model.titles
         pairs = [(tokens[i], score) for score, i in zip(scores, items, strict=True) if score > -torch.inf]
         return [Recommendation(token, score, titles.get(token, "")) for token, score in pairs]
-
-
-def _batch_by_length(lengths: Sequence[int], at_once: int) -> Iterator[list[int]]:
-    """Places of rows of similar length, at most `at_once` positions with padding; none of length 0."""
-    group: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if group and (len(group) + 1) * lengths[row] > at_once:
-            yield group
-            group = []
-        if lengths[row]:
-            group.append(row)
-    if group:
-        yield group

@@ -291,7 +291,9 @@ class Recommender:
             raise UserError("history: empty; give at least one item")
         items = torch.tensor([ids], device=model.table.device)
         with self._ranker.limit_threads(len(ids), 0):
-            _, weights = model.inference_encoder.encode(items, torch.tensor([len(ids)], device=items.device))
+            _, weights = model.inference_encoder.encode_with_gate_weights(
+                items, torch.tensor([len(ids)], device=items.device)
+            )
         branches = model.inference_encoder.branches
         means = torch.stack([layer[0].mean(-1) for layer in weights], dim=1).tolist()  # (L, layers, K)
         explained = []

@@ -1,0 +1,30 @@
+"""States of live users: trees of lists, dicts and tuples with tensors as leaves, users first."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def map_tensors(function: Callable[..., Tensor], *trees: Any) -> Any:
+    """Apply a function to the tensors at the same position of trees that have the same structure."""
+    first = trees[0]
+    if isinstance(first, Tensor):
+        return function(*trees)
+    if isinstance(first, dict):
+        return {key: map_tensors(function, *[tree[key] for tree in trees]) for key in first}
+    return type(first)(map_tensors(function, *parts) for parts in zip(*trees, strict=True))
+
+
+def name_tensors(tree: Any, name: str = "") -> dict[str, Tensor]:
+    """The tensors by their path: `0.mixer1` is the second tensor of the branch `mixer` in layer 0."""
+    if isinstance(tree, Tensor):
+        return {name: tree}
+    if isinstance(tree, dict):
+        parts = [(f"{name}.{key}", part) for key, part in tree.items()]
+    else:
+        parts = [(f"{name}{index}", part) for index, part in enumerate(tree)]
+    named: dict[str, Tensor] = {}
+    for path, part in parts:
+        named |= name_tensors(part, path)
+    return named
