@@ -287,7 +287,7 @@ def test_a_history_that_lost_lines(command: Command, toy: Path, tmp_path: Path, 
     folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
     (folder / "history.csv").write_text(content)
     status, _, err = command(f"--resume={folder}", runs_dir=False)
-    assert status == 3 and "history.csv has lost lines before epoch 0" in err
+    assert status == 3 and "history.csv is incomplete before epoch 0" in err
 
 
 def test_every_code_that_trained_is_named(
@@ -361,7 +361,7 @@ def test_what_can_not_go_on_is_named(command: Command, toy: Path, tmp_path: Path
     path = folder / "checkpoint.safetensors"
     content = path.read_bytes()
     mistakes: list[tuple[list[str], int, str]] = [
-        ([f"--resume={tmp_path}"], 3, f"resume: {tmp_path} has no config.yaml to go on from"),
+        ([f"--resume={tmp_path}"], 3, f"can't resume {tmp_path}: config.yaml is missing; start a new run"),
         ([f"--resume={folder}", "--epochs=9"], 2, "it takes its keys from the run, not --epochs"),
         (["--resume=5"], 2, "resume: 5: expected runs/NAME"),
     ]
@@ -374,7 +374,7 @@ def test_what_can_not_go_on_is_named(command: Command, toy: Path, tmp_path: Path
         assert status == 3 and "is no checkpoint of this run" in err and "Traceback" not in err
     path.unlink()
     status, _, err = command(f"--resume={folder}", runs_dir=False)
-    assert status == 3 and "has no checkpoint.safetensors to go on from" in err
+    assert status == 3 and "checkpoint.safetensors is missing; start a new run" in err
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):

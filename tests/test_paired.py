@@ -150,12 +150,12 @@ def test_one_user(sweep: Sweep, tmp_path: Path):
     ("text", "message"),
     [
         (None, "can't be read"),
-        ("", "is no CSV of ranks"),
+        ("", "is not a CSV of ranks"),
         ("user,item,test\na,i,1\n", "column 'test_unseen' is missing"),
         ("user,item,test,test_unseen\na,i,1,1.5\n", "test_unseen is '1.5' in row 1, expected a whole number"),
         ("user,item,test,test_unseen\na,i,-1,1\n", "test is '-1' in row 1"),
         ("user,item,test,test_unseen\na,i,,1\n", "test is '' in row 1"),
-        ("user,item,test,test_unseen\na,i,1,1\na,i,1,1\n", "user 'a' comes twice"),
+        ("user,item,test,test_unseen\na,i,1,1\na,i,1,1\n", "user 'a' is duplicated"),
     ],
 )
 def test_unusable_ranks(tmp_path: Path, text: str | None, message: str):

@@ -13,6 +13,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from m2rec.run_folder import RunFolder
+
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
 # keys that --resume goes with
 RESUME_KEYS = ("eval_batch_size", "gpu_id", "use_gpu", "show_progress", "state")
@@ -100,9 +102,9 @@ def format_metrics_table(metrics: dict[str, Any]) -> str:
 def format_next_steps(folder: Path, recommends: bool) -> str:
     """What one would do next."""
     steps = {
-        "look at it": str(page) if (page := folder / "report.html").exists() else "",
+        "look at it": str(page) if (page := RunFolder(folder).report_file).exists() else "",
         "use it": f"python scripts/recommend.py {quote(str(folder))} --interactive" if recommends else "",
-        "repeat it": f"python run_mm.py --config_files={quote(str(folder / 'config.yaml'))}",
+        "repeat it": f"python run_mm.py --config_files={quote(str(RunFolder(folder).config_file))}",
     }
     return "\n".join(f"{what + ':':<12}{how}" for what, how in steps.items() if how)
 

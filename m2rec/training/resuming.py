@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from m2rec.errors import UserError
-from m2rec.run_folder import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
-from m2rec.storage import write_text
-from m2rec.tensor_files import read_tensors
+from m2rec.run_folder import RunFolder
 
 
 class CannotResume(UserError):
@@ -36,15 +34,15 @@ def check_unchanged_inputs(began: Mapping[str, Any], now: Mapping[str, Any], fol
     if other := [key for key in {**before, **after} if before.get(key) != after.get(key)]:
         raise UserError(
             f"resume: {other[0]} was {before.get(other[0])} and is {after.get(other[0])} in "
-            f"{folder / CONFIG_FILE}; {cure}"
+            f"{RunFolder(folder).config_file}; {cure}"
         )
 
 
-def check_best_weights(folder: Path, epoch: int, best_epoch: int | None) -> tuple[int, float] | None:
+def check_best_weights(files: RunFolder, epoch: int, best_epoch: int | None) -> tuple[int, float] | None:
     """The best weights so far are whole, and those of the best epoch.
 
     Args:
-        folder: the run folder.
+        files: the run folder.
         epoch: the last that is whole.
         best_epoch: that of the best weights, None if there are none yet.
 
@@ -55,27 +53,13 @@ def check_best_weights(folder: Path, epoch: int, best_epoch: int | None) -> tupl
     Raises:
         ValueError: they are damaged or of another epoch.
     """
-    path = folder / WEIGHTS_FILE
+    path = files.weights_file
     if not path.exists() and best_epoch is None:
         return None
-    _, about = read_tensors(path)
+    _, about = files.read_weights()
     found = int(about.get("epoch", -1))
     if found > epoch:
         return found, float(about["score"])
     if found != best_epoch:
         raise UserError(f"resume: {path} is of epoch {found}, not of {best_epoch}; start a new run")
     return None
-
-
-def truncate_history_file(folder: Path, epoch: int) -> None:
-    """Drop the lines of history.csv after this epoch.
-
-    Raises:
-        ValueError: lines before are missing.
-    """
-    path = folder / HISTORY_FILE
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[: 2 + epoch]
-    numbers = [line.partition(",")[0] for line in lines]
-    if numbers != ["epoch", *map(str, range(epoch + 1))]:
-        raise UserError(f"resume: {path} has lost lines before epoch {epoch}; start a new run")
-    write_text(path, "\n".join(lines) + "\n")

@@ -1,6 +1,5 @@
 """One run: config -> seed -> data -> model -> trainer -> run folder."""
 
-import json
 import logging
 import signal
 import sys
@@ -23,17 +22,7 @@ from m2rec.evaluation.ranking import ALL, NEW, UNSEEN
 from m2rec.git import read_commit
 from m2rec.models.m2rec import M2Rec
 from m2rec.models.registry import find_model_class
-from m2rec.run_folder import (
-    CHECKPOINT_FILE,
-    CONFIG_FILE,
-    HISTORY_FILE,
-    INSIGHTS_FILE,
-    METRICS_FILE,
-    RANKS_FILE,
-    REPORT_FILE,
-    TEXT_FILE,
-)
-from m2rec.storage import write_text
+from m2rec.run_folder import RunFolder
 from m2rec.text.source import ensure_text_vectors
 from m2rec.training import provenance
 from m2rec.training.configuration import build_config
@@ -52,7 +41,6 @@ from m2rec.training.recbole_keys import check_reranker_size
 from m2rec.training.resuming import CannotResume
 from m2rec.training.signals import RunInterrupted, StopRequest
 from m2rec.training.trainer import RunTrainer
-from m2rec.yaml_values import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +107,7 @@ def load_run_data(folder: Path, **others: Any) -> tuple[Config, HistoryDataset, 
     """
     here = {"scan_backend": "auto", "use_gpu": False, "log_wandb": False, "tensorboard": False}
     here |= {key: value for key, value in others.items() if value is not None}
-    config = build_config({"config_files": [str(folder / CONFIG_FILE)], **here})
+    config = build_config({"config_files": [str(RunFolder(folder).config_file)], **here})
     return config, *load_data(config)
 
 
@@ -220,23 +208,24 @@ def build_resumed_config(folder: Path, machine: Mapping[str, Any]) -> Config:
         CannotGoOn: the folder holds no run that can go on.
         ValueError: its settings can't be used here.
     """
-    needed = (CONFIG_FILE, CHECKPOINT_FILE, HISTORY_FILE)
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        cure = "the run is finished" if (folder / METRICS_FILE).is_file() else "start a new run"
-        raise CannotResume(f"resume: {folder} has no {missing[0]} to go on from; {cure}")
-    given: dict[str, Any] = {**machine, "config_files": [str(folder / CONFIG_FILE)]}
-    if read_yaml(folder / CONFIG_FILE).get("text_vectors") == "auto":  # the file of then, not of now
-        try:
-            file = json.loads((folder / TEXT_FILE).read_text(encoding="utf-8"))["file"]
-        except OSError:
-            file = "none"
-        except (ValueError, LookupError, TypeError) as error:
-            raise CannotResume(
-                f"resume: {folder / TEXT_FILE} is damaged ({error}); start a new run"
-            ) from None
-        given["text_vectors"] = file
+    files = RunFolder(folder)
+    for path in (files.config_file, files.checkpoint_file, files.history_file):
+        if not path.is_file():
+            cure = "the run is finished" if files.is_finished else "start a new run"
+            raise CannotResume(f"can't resume {folder}: {path.name} is missing; {cure}")
+    given: dict[str, Any] = {**machine, "config_files": [str(files.config_file)]}
+    if files.read_config().get("text_vectors") == "auto":  # the file of the first start, not a newer one
+        given["text_vectors"] = _read_text_file_name(files)
     return build_config(given)
+
+
+def _read_text_file_name(files: RunFolder) -> str:
+    """The file of text vectors that a run was started with, or `none`."""
+    try:
+        source = files.read_text_source()
+        return str(source["file"]) if source else "none"
+    except (UserError, LookupError) as error:
+        raise CannotResume(f"can't resume: {files.text_file} is damaged ({error}); start a new run") from None
 
 
 def run_experiment(config: Config, folder: Path | None = None) -> RunResult:
@@ -261,7 +250,7 @@ def run_experiment(config: Config, folder: Path | None = None) -> RunResult:
             if folder is None:
                 held.enter_context(lock_run_folder(prepared.trainer.folder))
             elif distributed.is_main_process():
-                update_eval_batch_size(folder, config)
+                update_eval_batch_size(RunFolder(folder), config["eval_batch_size"])
             try:
                 train_model(prepared)
                 with (
@@ -274,7 +263,9 @@ def run_experiment(config: Config, folder: Path | None = None) -> RunResult:
             except KeyboardInterrupt:
                 own = prepared.trainer.folder
                 number = prepared.trainer.stop_signal or last.signal or signal.SIGINT
-                raise RunInterrupted(number, own if (own / CHECKPOINT_FILE).exists() else None) from None
+                raise RunInterrupted(
+                    number, own if prepared.trainer.files.checkpoint_file.exists() else None
+                ) from None
         except Exception as error:
             if not distributed.is_main_process():  # the first one may only see that this one is gone
                 logger.error("process %s: %s", distributed.process_rank(), error)
@@ -320,8 +311,8 @@ def _evaluate_best_weights(prepared: PreparedRun) -> RunResult:
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
     }
     if distributed.is_main_process():
-        tested.rows.write_csv(trainer.folder / RANKS_FILE)
-        write_text(trainer.folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+        tested.rows.write_csv(trainer.files.ranks_file)
+        trainer.files.write_metrics(metrics)
         trainer.remove_checkpoint()
         _write_insights_and_report(prepared)
     return RunResult(trainer.folder, metrics)
@@ -332,7 +323,7 @@ def _write_insights_and_report(prepared: PreparedRun) -> None:
     trainer, test = prepared.trainer, prepared.parts[2].dataset
     try:
         found = collect_insights(trainer.model, trainer.score, test, prepared.dataset)
-        write_text(trainer.folder / INSIGHTS_FILE, json.dumps(found, ensure_ascii=False) + "\n")
+        trainer.files.write_insights(found)
         if prepared.config["report"]:
             from m2rec.reports import run_page  # matplotlib takes a second
 
@@ -340,7 +331,9 @@ def _write_insights_and_report(prepared: PreparedRun) -> None:
     except (Exception, KeyboardInterrupt) as error:
         logger.debug("traceback", exc_info=True)
         said = f"{type(error).__name__}: {error}"
-        logger.warning("no %s (%s); the run is complete", REPORT_FILE, " ".join(said.split()))
+        logger.warning(
+            "no %s (%s); the run is complete", trainer.files.report_file.name, " ".join(said.split())
+        )
 
 
 def _suggest_smaller_batch(prepared: PreparedRun) -> str:

@@ -1,8 +1,6 @@
 """RecBole's Trainer with atomic checkpoints in the run folder and both test protocols."""
 
-import csv
 import logging
-import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,9 +22,8 @@ from m2rec.errors import UserError
 from m2rec.evaluation.diversity import TEXTBOOK_METRICS
 from m2rec.evaluation.ranking import ALL, NEW, UNSEEN, Breakdown, Ranking, rank_items
 from m2rec.git import COMMIT_SEPARATOR
-from m2rec.run_folder import CHECKPOINT_FILE, HISTORY_FILE, WEIGHTS_FILE
+from m2rec.run_folder import RunFolder
 from m2rec.storage import write_text
-from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.training import checkpoint, resuming
 from m2rec.training.ema import WeightEMA
 from m2rec.training.signals import RunInterrupted, StopRequest
@@ -77,7 +74,8 @@ class RunTrainer(Trainer):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 logger.warning("enable_amp: this GPU only emulates bfloat16; float32 may be faster")
         self.folder = folder
-        self.saved_model_file = str(folder / WEIGHTS_FILE)
+        self.files = RunFolder(folder)
+        self.saved_model_file = str(self.files.weights_file)
         self.best_epoch: int | None = None
         self.validates = True
         self.seconds = 0.0  # of training, in all processes that this run has had
@@ -92,7 +90,7 @@ class RunTrainer(Trainer):
         distributed.broadcast_weights(model)
         if distributed.is_main_process():
             if not resumes:
-                write_text(folder / HISTORY_FILE, ",".join(self._columns) + "\n")
+                write_text(self.files.history_file, ",".join(self._columns) + "\n")
             if config["tensorboard"]:
                 self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
@@ -162,7 +160,7 @@ class RunTrainer(Trainer):
                 "notes": self.notes,
                 "partial": asdict(so_far),
             }
-            checkpoint.save_checkpoint(self.folder / CHECKPOINT_FILE, self._training_state(loader), numbers)
+            checkpoint.save_checkpoint(self.files.checkpoint_file, self._training_state(loader), numbers)
 
     def _training_state(self, loader: torch.Generator) -> checkpoint.TrainingState:
         """What a checkpoint keeps beside numbers."""
@@ -181,7 +179,7 @@ class RunTrainer(Trainer):
 
     def _restore_state(self) -> None:
         numbers = checkpoint.load_checkpoint(
-            self.folder / CHECKPOINT_FILE,
+            self.files.checkpoint_file,
             self._training_state(self._loader),
             lambda found: resuming.check_unchanged_inputs(found["notes"], self.notes, self.folder),
         )
@@ -194,11 +192,10 @@ class RunTrainer(Trainer):
         self.seconds = numbers["seconds"]
         self._merge_notes(numbers["notes"])
         if distributed.is_main_process():
-            if newer := resuming.check_best_weights(self.folder, numbers["epoch"], self.best_epoch):
+            if newer := resuming.check_best_weights(self.files, numbers["epoch"], self.best_epoch):
                 self.best_epoch, self.best_valid_score = newer
-            resuming.truncate_history_file(self.folder, numbers["epoch"])
-            for left in self.folder.glob(".*.tmp"):  # of a write that was cut off
-                left.unlink(missing_ok=True)
+            self.files.truncate_history(numbers["epoch"])
+            self.files.remove_temporary_files()
         else:  # only the first one's random state was kept
             torch.manual_seed(self.config["seed"] + distributed.process_rank() + 1_000_003 * self.start_epoch)
         best = distributed.broadcast_value((self.best_epoch, self.best_valid_score))
@@ -347,10 +344,7 @@ class RunTrainer(Trainer):
         words += f", up to {left:.0f} min left" if left >= 1 else ""
         logger.info("%s", words)
         if distributed.is_main_process():
-            with (self.folder / HISTORY_FILE).open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(row)
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint must not be on the disk before it
+            self.files.append_history([row.get(column, "") for column in self._columns])
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         """What RecBole calls for a new best: write the weights; checkpoints are `_keep`'s."""
@@ -359,7 +353,7 @@ class RunTrainer(Trainer):
         if distributed.is_main_process():
             with self._averaged_weights():
                 about = {"epoch": str(epoch), "score": str(float(self.best_valid_score))}
-                write_tensors(Path(self.saved_model_file), self.model.state_dict(), about)
+                self.files.write_weights(self.model.state_dict(), about)
         self.best_epoch = epoch
         if not self.validates:
             self._checkpoint_epoch(epoch)
@@ -367,7 +361,7 @@ class RunTrainer(Trainer):
     def remove_checkpoint(self) -> None:
         """Take away what is only needed to go on."""
         if distributed.is_main_process():
-            (self.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+            self.files.checkpoint_file.unlink(missing_ok=True)
 
     def _check_nan(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
@@ -380,7 +374,7 @@ class RunTrainer(Trainer):
     def load_best_weights(self) -> None:
         """Put the best weights back into the model."""
         if distributed.is_main_process():
-            weights, _ = read_tensors(Path(self.saved_model_file), str(self.device))
+            weights, _ = self.files.read_weights(str(self.device))
             self.model.load_state_dict(weights)
         distributed.broadcast_weights(self.model)
 
