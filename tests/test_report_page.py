@@ -172,7 +172,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
         build_config(small(tmp_path, runs_dir=str(tmp_path / "runs"), epochs=1, report=True))
     )
     assert (result.folder / "metrics.json").is_file()
-    assert "no report.html (KeyError: 'anything'); the run is complete" in caplog.text
+    assert "could not write report.html (KeyError: 'anything'); the run itself is complete" in caplog.text
 
 
 def test_a_run_without_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -44,11 +44,11 @@ from m2rec.experiments.ledger import (
     write_result_rows,
 )
 from m2rec.experiments.sweep_plan import PlannedRun, Sweep, find_finished_run, get_planned_run_folder
-from m2rec.git import is_same_code, read_commit
+from m2rec.git import is_same_code, join_commits, read_commit
 from m2rec.run_folder import list_run_folders
 from m2rec.storage import lock_path, write_text
 from m2rec.training import checkpoint
-from m2rec.training.resuming import CannotResume
+from m2rec.training.checkpoint import CannotResume
 from m2rec.yaml_values import format_argument, suggest_spelling
 
 logger = logging.getLogger(__name__)
@@ -326,10 +326,10 @@ def find_resumable_run(folder: Path) -> Path | None:
     newest = unfinished[-1]
     try:
         numbers = checkpoint.read_checkpoint_numbers(newest.checkpoint_file)
-        is_same = is_same_code(numbers["notes"]["commit"], read_commit())
+        commits = join_commits(checkpoint.read_commits(numbers["notes"]))
     except (LookupError, TypeError, ValueError):
         return None
-    return newest.path if is_same else None
+    return newest.path if is_same_code(commits, read_commit()) else None
 
 
 def _remove_earlier_runs(folder: Path) -> None:
