@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from m2rec.run_folder import RunFolder
 from m2rec.storage import lock_path
 from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.training import checkpoint, run
@@ -389,10 +390,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
         optimizer = torch.optim.Adam(model.parameters())
         return checkpoint.TrainingState(model, optimizer, torch.Generator(), None, torch.device("cpu"))
 
-    path = tmp_path / "c.safetensors"
-    checkpoint.save_checkpoint(path, made(3), {"epoch": 1})
+    files, numbers = RunFolder(tmp_path), {"epoch": 1, "notes": {}}
+    checkpoint.save_checkpoint(files, made(3), numbers)
     with pytest.raises(
         ValueError, match=r"not a valid checkpoint of this run \(RuntimeError: .*size mismatch"
     ):
-        checkpoint.load_checkpoint(path, made(4), lambda numbers: None)
-    assert checkpoint.load_checkpoint(path, made(3), lambda numbers: None) == {"epoch": 1}
+        checkpoint.load_checkpoint(files, made(4), {})
+    assert checkpoint.load_checkpoint(files, made(3), {}) == numbers

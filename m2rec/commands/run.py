@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "-h" in arguments or "--help" in arguments:
-        _print_line(f"{__doc__}")
+        print(__doc__)
         return 0
     if os.environ.get("RANK", "0") == "0":
         _start_logging(logging.INFO)
@@ -64,9 +64,9 @@ def _train(arguments: Sequence[str], log_level: int | None = None) -> int:
         cure = f"; resume with: python run_mm.py --resume={quote(str(stop.folder))}" if stop.folder else ""
         sys.stderr.write(f"run_mm.py: stopped{cure}\n")
         return 128 + stop.signal
-    _print_line(format_metrics_table(result.metrics))
-    _print_line(format_next_steps(result.folder, result.metrics["recommends"]))
-    _print_line(str(result.folder))
+    print(format_metrics_table(result.metrics))
+    print(format_next_steps(result.folder, result.metrics["recommends"]))
+    print(str(result.folder))
     return 0
 
 
@@ -137,7 +137,3 @@ def _start_logging(level: int) -> None:
     handler.addFilter(lambda record: record.name != "root" or record.levelno > logging.INFO)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of every font
-
-
-def _print_line(text: str) -> None:
-    sys.stdout.write(text + "\n")

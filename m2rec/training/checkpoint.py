@@ -6,7 +6,7 @@ Nothing is pickled: what is not a tensor is a number, a text or a list of them i
 import json
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,13 +46,13 @@ class TrainingState(NamedTuple):
     """Of the model."""
 
 
-def save_checkpoint(path: Path, training: TrainingState, numbers: Mapping[str, Any]) -> None:
+def save_checkpoint(files: RunFolder, training: TrainingState, numbers: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically over an earlier one.
 
     Args:
-        path: the file.
+        files: the run folder.
         training: the state; the settings of the optimizer's groups come from the run's config.
-        numbers: the rest of the state, as plain JSON values.
+        numbers: the rest of the state, as plain JSON values; `notes` are the run's inputs.
     """
     random_tensors, random_numbers = get_random_state(training.device)
     tensors = {
@@ -65,43 +65,41 @@ def save_checkpoint(path: Path, training: TrainingState, numbers: Mapping[str, A
     if training.ema is not None:
         tensors |= _add_prefix(_AVERAGE, training.ema.averages)
         numbers["taken"] = training.ema.n_updates
-    write_tensors(path, tensors, {"numbers": json.dumps(numbers)})
+    write_tensors(files.checkpoint_file, tensors, {"numbers": json.dumps(numbers)})
 
 
 def load_checkpoint(
-    path: Path, training: TrainingState, check: Callable[[Mapping[str, Any]], None]
+    files: RunFolder, training: TrainingState, run_inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Restore a checkpoint's state and return its numbers.
 
     Args:
-        path: the file.
+        files: the run folder.
         training: gets the state.
-        check: gets the numbers before anything is restored; raises if the run can't be resumed.
+        run_inputs: the run's inputs now.
 
     Raises:
-        ValueError: the file can't be read, or belongs to another model or optimizer.
+        CannotResume: the checkpoint can't be read, or belongs to another model or optimizer, or an input of
+            the run has changed.
     """
     try:
-        tensors, metadata = read_tensors(path)
-        numbers = dict(json.loads(metadata["numbers"]))
-    except (LookupError, TypeError, ValueError) as error:
-        raise _invalid_checkpoint_error(path, error) from error
-    check(numbers)
-    try:
+        tensors, metadata = read_tensors(files.checkpoint_file)
+        numbers: dict[str, Any] = json.loads(metadata["numbers"])
+        check_unchanged_inputs(numbers["notes"], run_inputs, files)
         training.model.load_state_dict(_select_prefix(tensors, _MODEL))
         _load_optimizer_state(training.optimizer, _select_prefix(tensors, _OPTIMIZER))
         if training.ema is not None:
             training.ema.load(_select_prefix(tensors, _AVERAGE), numbers.pop("taken"))
         training.loader.set_state(tensors[_LOADER])
         set_random_state(training.device, _select_prefix(tensors, _RANDOM), numbers.pop("random"))
+    except CannotResume:
+        raise
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise _invalid_checkpoint_error(path, error) from error
+        reason = f"{type(error).__name__}: {format_one_line(error)}"
+        raise CannotResume(
+            f"{files.checkpoint_file} is not a valid checkpoint of this run ({reason}); start a new run"
+        ) from error
     return numbers
-
-
-def _invalid_checkpoint_error(path: Path, error: Exception) -> UserError:
-    reason = f"{type(error).__name__}: {format_one_line(error)}"
-    return UserError(f"{path} is not a valid checkpoint of this run ({reason}); start a new run")
 
 
 def check_unchanged_inputs(saved: Mapping[str, Any], current: Mapping[str, Any], files: RunFolder) -> None:
@@ -113,17 +111,17 @@ def check_unchanged_inputs(saved: Mapping[str, Any], current: Mapping[str, Any],
         files: the run folder.
 
     Raises:
-        ValueError: one of them has changed.
+        CannotResume: one of them has changed.
     """
     cure = "put it back, or start a new run"
     for key, name in (("data", "data"), ("text", "text vectors")):
         if saved.get(key) != current.get(key):
-            raise UserError(f"resume: the {name} of {files.path} have changed since it stopped; {cure}")
+            raise CannotResume(f"resume: the {name} of {files.path} have changed since it stopped; {cure}")
     saved_settings, settings = saved.get("settings", {}), current.get("settings", {})
     for key in {**saved_settings, **settings}:
         before, now = saved_settings.get(key), settings.get(key)
         if before != now:
-            raise UserError(f"resume: {key} was {before} and is {now} in {files.config_file}; {cure}")
+            raise CannotResume(f"resume: {key} was {before} and is {now} in {files.config_file}; {cure}")
 
 
 def merge_run_inputs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,28 +129,23 @@ def merge_run_inputs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> di
 
     Logs a warning if the commit or the number of threads differs.
     """
-    threads, earlier_threads = current.get("threads"), saved.get("threads", current.get("threads"))
-    if threads != earlier_threads:
+    before, now = saved.get("threads"), current["threads"]
+    if before not in (None, now):
+        cure = f"set OMP_NUM_THREADS={before} to keep them"
         logger.warning(
-            "threads: %s before, %s now; results may differ in the last digits (set OMP_NUM_THREADS=%s to "
-            "keep them)",
-            earlier_threads, threads, earlier_threads,
-        )  # fmt: skip
+            "threads: %s before, %s now; results may differ in the last digits (%s)", before, now, cure
+        )
     commits = read_commits(saved)
-    for commit in current.get("commits", []):
-        if commit not in commits:
-            logger.warning("resumed with other code: commits %s and %s", join_commits(commits), commit)
-            commits.append(commit)
-    merged = {**saved, "commits": commits}
-    merged.pop("commit", None)
-    return merged
+    (commit,) = current["commits"]
+    if commit not in commits:
+        logger.warning("resumed with other code: commits %s and %s", join_commits(commits), commit)
+        commits.append(commit)
+    return {**saved, "commits": commits}
 
 
 def read_commits(run_inputs: Mapping[str, Any]) -> list[str | None]:
-    """The commits that have trained a run; older checkpoints have them in one text, as `commit`."""
-    if "commits" in run_inputs:
-        return list(run_inputs["commits"])
-    return split_commits(run_inputs.get("commit"))
+    """The commits that have trained a run; older checkpoints hold them in one text."""
+    return list(run_inputs.get("commits") or split_commits(run_inputs["commit"]))
 
 
 def check_best_weights(files: RunFolder, epoch: int, best_epoch: int | None) -> tuple[int, float] | None:
@@ -209,14 +202,11 @@ def _flatten_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 
 def _load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
-        if tensor.dim() and tensor.shape != parameters[int(number)].shape:
-            raise UserError(f"{key} of parameter {number} has shape {tuple(tensor.shape)}")
         state.setdefault(int(number), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def get_random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:

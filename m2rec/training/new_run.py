@@ -1,10 +1,11 @@
-"""A run's folder: made with what the run was made from, and held while a process trains in it."""
+"""A new run folder with the run's inputs, and the lock of a run folder."""
 
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ from m2rec.training.provenance import list_item_tokens
 
 logger = logging.getLogger(__name__)
 
-_LOCK_TIMEOUT = 10.0  # seconds: data-loader workers of a run that was killed hold its folder for five
+_LOCK_TIMEOUT = 10.0  # seconds: the data-loader workers of a killed run keep its lock for five
 
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes than this run's from going on with it at the same time.
+    """Lock a run folder so that no other process can resume it.
 
     Raises:
-        ValueError: one does.
+        ValueError: another process has locked it.
     """
     with ExitStack() as stack:
         try:
@@ -49,19 +50,17 @@ def create_run_folder(config: Config, dataset: HistoryDataset, text: dict[str, A
     """
     time = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = re.sub(r"[^\w.+-]+", "_", f"{config['variant']}-{config['dataset']}-{time}")
-    base = Path(config["runs_dir"]) / name
-    for attempt in range(1, 1000):
-        folder = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
+    for attempt in count(1):
+        folder = Path(config["runs_dir"]) / (name if attempt == 1 else f"{name}-{attempt}")
         try:
             folder.mkdir(parents=True)
-            _write_run_inputs(RunFolder(folder), config, dataset, text or {})
-            return folder
+            break
         except FileExistsError:
             continue
         except OSError as error:
-            reason = error.strerror
-            raise UserError(f"runs_dir: can't create {folder} ({reason}); set another") from error
-    raise UserError(f"runs_dir: no free name like {base}; clean up {base.parent}")
+            raise UserError(f"runs_dir: can't create {folder} ({error.strerror}); set another") from error
+    _write_run_inputs(RunFolder(folder), config, dataset, text or {})
+    return folder
 
 
 def update_eval_batch_size(files: RunFolder, eval_batch_size: int) -> None:

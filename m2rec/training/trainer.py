@@ -209,7 +209,7 @@ class RunTrainer(Trainer):
             "notes": self.run_inputs,
             "partial": {"steps": progress.steps, "loss": progress.loss.item(), "seconds": progress.seconds},
         }
-        checkpoint.save_checkpoint(self.files.checkpoint_file, self._training_state(), numbers)
+        checkpoint.save_checkpoint(self.files, self._training_state(), numbers)
 
     def _training_state(self) -> checkpoint.TrainingState:
         generator = self._generator
@@ -225,13 +225,7 @@ class RunTrainer(Trainer):
             CannotResume: the checkpoint is invalid, or the run's inputs have changed.
         """
         try:
-            numbers = checkpoint.load_checkpoint(
-                self.files.checkpoint_file,
-                self._training_state(),
-                lambda numbers: checkpoint.check_unchanged_inputs(
-                    numbers["notes"], self.run_inputs, self.files
-                ),
-            )
+            numbers = checkpoint.load_checkpoint(self.files, self._training_state(), self.run_inputs)
             self._restore_progress(numbers)
             if distributed.is_main_process():
                 self._restore_files(numbers["epoch"])
