@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 ITEMS_FILE = "items.json"
 
-_JsonValue = TypeVar("_JsonValue", dict[str, Any], list[Any])
+JsonObject = dict[str, Any]
+_JsonValue = TypeVar("_JsonValue", JsonObject, list[Any])
 
 
 class RunFolder:
@@ -61,7 +62,7 @@ class RunFolder:
         written = (self.metrics_file, self.checkpoint_file, self.history_file)
         return any(path.exists() for path in written)
 
-    def read_config(self) -> dict[str, Any]:
+    def read_config(self) -> JsonObject:
         """The keys of the run."""
         return read_yaml(self.config_file)
 
@@ -93,7 +94,8 @@ class RunFolder:
         """Item tokens by internal id, that of padding first."""
         tokens = _read_json(self.items_file, list)
         items = tokens[1:]  # an item may have the token of padding
-        if not items or not all(isinstance(token, str) for token in tokens) or len(set(items)) < len(items):
+        are_strings = all(isinstance(token, str) for token in tokens)
+        if not items or not are_strings or len(set(items)) < len(items):
             raise UserError(f"{self.items_file} must be a list of unique strings")
         return tokens
 
@@ -112,7 +114,7 @@ class RunFolder:
             raise UserError(f"{self.titles_file} holds a title that is not a string")
         return titles
 
-    def read_text_source(self) -> dict[str, Any]:
+    def read_text_source(self) -> JsonObject:
         """The source of the text vectors; empty without text."""
         return _read_json(self.text_file, dict, {})
 
@@ -158,7 +160,7 @@ class RunFolder:
             )
         write_text(self.history_file, "\n".join(lines) + "\n")
 
-    def read_metrics(self) -> dict[str, Any]:
+    def read_metrics(self) -> JsonObject:
         """The content of metrics.json."""
         if not self.is_finished:
             raise UserError(f"{self.path} is not a finished run: {self.metrics_file.name} is missing")
@@ -168,7 +170,7 @@ class RunFolder:
         """Write metrics.json, with which the run is finished."""
         _write_json(self.metrics_file, metrics, indent=2)
 
-    def read_insights(self) -> dict[str, Any]:
+    def read_insights(self) -> JsonObject:
         """The content of insights.json; empty in older folders."""
         return _read_json(self.insights_file, dict, {})
 

@@ -99,10 +99,11 @@ def format_metrics_table(metrics: dict[str, Any]) -> str:
     lines = [
         "",
         f"{metrics['model']} on {metrics['dataset']}, seed {metrics['seed']}, {seconds:.0f} s",
-        f"{'metric':<{width}}" + "".join(f"{name:>12}" for name in columns),
+        "metric".ljust(width) + "".join(name.rjust(12) for name in columns),
     ]
     for metric in metrics["test"]:
-        lines.append(f"{metric:<{width}}" + "".join(f"{c[metric]:>12.4f}" for c in columns.values()))
+        values = [f"{column[metric]:12.4f}" for column in columns.values()]
+        lines.append(metric.ljust(width) + "".join(values))
     lines.append(
         f"split {protocol['split']}, full ranking, time order {protocol['time_order']}; "
         "test: history stays in the ranking, test_unseen: history removed"

@@ -6,7 +6,6 @@ Nothing is pickled: what is not a tensor is a number, a text or a list of them i
 import json
 import logging
 import random
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,15 @@ from m2rec.training.ema import WeightEMA
 
 logger = logging.getLogger(__name__)
 
-_MODEL, _OPTIMIZER, _RANDOM, _AVERAGE = "model.", "optimizer.", "random.", "average."
+Tensors = dict[str, Tensor]
+Values = dict[str, Any]
+"""Plain JSON values by name."""
+
+# names of tensors in the file begin with these
+_MODEL = "model."
+_OPTIMIZER = "optimizer."
+_RANDOM = "random."
+_AVERAGE = "average."
 _LOADER = "loader"
 
 
@@ -46,7 +53,7 @@ class TrainingState(NamedTuple):
     """Of the model."""
 
 
-def save_checkpoint(files: RunFolder, training: TrainingState, numbers: Mapping[str, Any]) -> None:
+def save_checkpoint(files: RunFolder, training: TrainingState, numbers: Values) -> None:
     """Write a checkpoint atomically over an earlier one.
 
     Args:
@@ -68,9 +75,7 @@ def save_checkpoint(files: RunFolder, training: TrainingState, numbers: Mapping[
     write_tensors(files.checkpoint_file, tensors, {"numbers": json.dumps(numbers)})
 
 
-def load_checkpoint(
-    files: RunFolder, training: TrainingState, run_inputs: Mapping[str, Any]
-) -> dict[str, Any]:
+def load_checkpoint(files: RunFolder, training: TrainingState, run_inputs: Values) -> Values:
     """Restore a checkpoint's state and return its numbers.
 
     Args:
@@ -84,7 +89,7 @@ def load_checkpoint(
     """
     try:
         tensors, metadata = read_tensors(files.checkpoint_file)
-        numbers: dict[str, Any] = json.loads(metadata["numbers"])
+        numbers: Values = json.loads(metadata["numbers"])
         check_unchanged_inputs(numbers["notes"], run_inputs, files)
         training.model.load_state_dict(_select_prefix(tensors, _MODEL))
         _load_optimizer_state(training.optimizer, _select_prefix(tensors, _OPTIMIZER))
@@ -102,7 +107,7 @@ def load_checkpoint(
     return numbers
 
 
-def check_unchanged_inputs(saved: Mapping[str, Any], current: Mapping[str, Any], files: RunFolder) -> None:
+def check_unchanged_inputs(saved: Values, current: Values, files: RunFolder) -> None:
     """Check that data, text vectors and settings are those that the run was started with.
 
     Args:
@@ -124,7 +129,7 @@ def check_unchanged_inputs(saved: Mapping[str, Any], current: Mapping[str, Any],
             raise CannotResume(f"resume: {key} was {before} and is {now} in {files.config_file}; {cure}")
 
 
-def merge_run_inputs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+def merge_run_inputs(saved: Values, current: Values) -> Values:
     """The run's inputs in the checkpoint, with the commits of all code that trained it.
 
     Logs a warning if the commit or the number of threads differs.
@@ -143,7 +148,7 @@ def merge_run_inputs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> di
     return {**saved, "commits": commits}
 
 
-def read_commits(run_inputs: Mapping[str, Any]) -> list[str | None]:
+def read_commits(run_inputs: Values) -> list[str | None]:
     """The commits that have trained a run; older checkpoints hold them in one text."""
     return list(run_inputs.get("commits") or split_commits(run_inputs["commit"]))
 
@@ -174,7 +179,7 @@ def check_best_weights(files: RunFolder, epoch: int, best_epoch: int | None) -> 
     return None
 
 
-def read_checkpoint_numbers(path: Path) -> dict[str, Any]:
+def read_checkpoint_numbers(path: Path) -> Values:
     """A checkpoint's numbers alone, unchecked.
 
     Raises:
@@ -183,15 +188,19 @@ def read_checkpoint_numbers(path: Path) -> dict[str, Any]:
     return dict(json.loads(read_metadata(path)["numbers"]))
 
 
-def _add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _add_prefix(prefix: str, tensors: Tensors) -> Tensors:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def _select_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def _select_prefix(tensors: Tensors, prefix: str) -> Tensors:
+    selected = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            selected[name.removeprefix(prefix)] = tensor
+    return selected
 
 
-def _flatten_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _flatten_optimizer_state(optimizer: torch.optim.Optimizer) -> Tensors:
     """The optimizer's tensors as `NUMBER.KEY`, by the number of the parameter."""
     tensors = {}
     for number, state in optimizer.state_dict()["state"].items():
@@ -201,15 +210,15 @@ def _flatten_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tens
     return tensors
 
 
-def _load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+def _load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    state: dict[int, Tensors] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
         state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def get_random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def get_random_state(device: torch.device) -> tuple[Tensors, Values]:
     """The states of all generators that training draws from but the loader's, as tensors and numbers."""
     version, python_state, gauss = random.getstate()
     numpy_state: Any = np.random.get_state(legacy=True)
@@ -225,7 +234,7 @@ def get_random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str,
     return tensors, {"python": [version, gauss], "numpy": numpy_numbers}
 
 
-def set_random_state(device: torch.device, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+def set_random_state(device: torch.device, tensors: Tensors, numbers: Values) -> None:
     """Restore what `get_random_state` returned."""
     torch.set_rng_state(tensors["torch"])
     name, *numpy_numbers = numbers["numpy"]

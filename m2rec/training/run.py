@@ -269,7 +269,8 @@ def _load_and_describe_data(config: Config) -> tuple[HistoryDataset, Loaders, di
     check_reranker_size(config, dataset.item_num - 1)
     _clip_topk(config, dataset.item_num - 1)
     counts = describe_data(dataset, *loaders)
-    logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    formatted = [f"{name} {count:,}" for name, count in counts.items()]
+    logger.info("data: %s", ", ".join(formatted))
     for caveat in describe_caveats(counts, dataset.tie_order).values():
         logger.info("%s", caveat)
     return dataset, loaders, counts
@@ -415,5 +416,6 @@ def _clip_topk(config: Config, n_items: int) -> None:
         return
     topk = sorted({min(k, n_items) for k in config["topk"]})
     metric, _, k = config["valid_metric"].partition("@")
-    config["topk"], config["valid_metric"] = topk, f"{metric}@{min(int(k), n_items)}"
+    config["topk"] = topk
+    config["valid_metric"] = f"{metric}@{min(int(k), n_items)}"
     logger.warning("topk: cut to %s, the data set has %s items", topk, n_items)

@@ -28,12 +28,14 @@ from m2rec.training.signals import RunInterrupted, StopRequest
 
 logger = logging.getLogger(__name__)
 
+Metrics = dict[str, float]
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
     """Metrics by protocol (`all`, `unseen`, `new`), and the rows that they summarize."""
 
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[str, Metrics]
     breakdown: Breakdown
 
 
@@ -70,7 +72,7 @@ class RunTrainer(Trainer):
     """
 
     best_valid_score: float
-    best_valid_result: dict[str, float] | None
+    best_valid_result: Metrics | None
 
     def __init__(self, config: Config, model: nn.Module, folder: Path, is_resumed: bool = False) -> None:
         config["checkpoint_dir"] = str(folder)
@@ -116,7 +118,7 @@ class RunTrainer(Trainer):
         show_progress: bool = False,
         callback_fn: Callable[[int, float], None] | None = None,
         **_: Any,
-    ) -> tuple[float, dict[str, float] | None]:
+    ) -> tuple[float, Metrics | None]:
         """Train, validate, keep the best weights and write a checkpoint, epoch by epoch.
 
         RecBole's arguments `verbose` and `saved` have no effect: every run logs and saves.
@@ -144,7 +146,7 @@ class RunTrainer(Trainer):
                     {"epoch": epoch, "train_loss": loss, "train_step": epoch}, head="train"
                 )
                 score: float | None = None
-                result: dict[str, float] = {}
+                result: Metrics = {}
                 keeps_weights = valid_data is None
                 if valid_data is not None and (epoch + 1) % self.eval_step == 0:
                     score, result = self._valid_epoch(valid_data, show_progress)
@@ -181,7 +183,7 @@ class RunTrainer(Trainer):
     def _begin_epoch(self, epoch: int) -> _EpochProgress:
         return _EpochProgress(epoch, loss=torch.tensor(0.0, device=self.device))
 
-    def _update_best_score(self, score: float, result: dict[str, float]) -> bool:
+    def _update_best_score(self, score: float, result: Metrics) -> bool:
         """Whether this is the best score so far; counts the validations since the best one."""
         best = self.best_valid_score
         is_best = score >= best if self.valid_metric_bigger else score <= best
@@ -365,7 +367,7 @@ class RunTrainer(Trainer):
         shown = shown and distributed.is_main_process()
         return tqdm(steps, desc=what, total=total, leave=False, ncols=100) if shown else steps
 
-    def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
+    def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, Metrics]:
         with self._averaged_weights():
             score, result = super()._valid_epoch(valid_data, show_progress)
         return score, result
@@ -374,7 +376,7 @@ class RunTrainer(Trainer):
         """Use the weights that are evaluated: their average, if the run takes one."""
         return nullcontext() if self.ema is None else self.ema.average_parameters()
 
-    def _log_epoch(self, epoch: int, loss: float, result: dict[str, float]) -> None:
+    def _log_epoch(self, epoch: int, loss: float, result: Metrics) -> None:
         """Write an epoch's line to the log and to history.csv.
 
         Args:
