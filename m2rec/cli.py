@@ -1,11 +1,14 @@
 """What command lines share: one parser, one way to report mistakes."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 from m2rec.errors import UserError, format_one_line
+
+logger = logging.getLogger(__name__)
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,6 +40,7 @@ def run_command(
     try:
         return work() or 0
     except (ValueError, OSError) as error:
+        logger.debug("traceback", exc_info=True)
         sys.stderr.write(f"{name}: error: {reword(format_one_line(error))}\n")
         return int(getattr(error, "exit_status", 2))
     except KeyboardInterrupt:

@@ -1,49 +1,50 @@
-"""Which commit of this repository runs, and whether two commits train alike."""
+"""The commit of this code, and whether two commits train alike."""
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
-COMMIT_SEPARATOR = " and "  # between the commits that trained a run
-
-
-# what a sweep and its report write themselves, and what no run is made by
 _REPOSITORY = Path(__file__).resolve().parent.parent
-
-
+_COMMIT_SEPARATOR = " and "
+# excluded from comparisons of code: results, docs and tests
 _NON_CODE_PATHS = (":(exclude)results", ":(exclude)*.md", ":(exclude)tests")
 
 
 def read_commit() -> str | None:
-    """The commit of this code, `+dirty` with uncommitted changes of it; None outside a repository."""
+    """The commit of this code, `+dirty` with uncommitted changes; None outside a repository."""
     try:
         if Path(_run_git("rev-parse", "--show-toplevel")).resolve() != _REPOSITORY:
-            return None  # installed somewhere in another project's
+            return None  # installed inside another project's repository
         changes = _run_git("status", "--porcelain", "-uno", "--", ".", *_NON_CODE_PATHS)
         return _run_git("rev-parse", "HEAD") + ("+dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def is_same_code(first: str | None, second: str | None) -> bool:
-    """Whether two commits are one or differ in nothing that a run is made by.
+def join_commits(commits: Sequence[str | None]) -> str | None:
+    """The commits that trained a run as one text; None for a single unknown one."""
+    return commits[0] if len(commits) == 1 else _COMMIT_SEPARATOR.join(map(str, commits))
 
-    Args:
-        first, second: as `read_commit` gives them, or as a run that several trained names them, `A and B`.
-    """
-    if first == second:
+
+def split_commits(commits: str | None) -> list[str | None]:
+    """What `join_commits` joined."""
+    return [None] if commits is None else list(commits.split(_COMMIT_SEPARATOR))
+
+
+def is_same_code(commits: str | None, commit: str | None) -> bool:
+    """Whether commits, as `join_commits` names them, differ from another one in nothing that a run uses."""
+    if commits == commit:
         return True
-    if first is None or second is None or "+" in first + second:
+    if commits is None or commit is None or "+" in commits + commit:
         return False
-    if COMMIT_SEPARATOR in first:
-        return all(is_same_code(one, second) for one in first.split(COMMIT_SEPARATOR))
     try:
-        _run_git("diff", "--quiet", first, second, "--", ".", *_NON_CODE_PATHS)
+        for other in commits.split(_COMMIT_SEPARATOR):
+            _run_git("diff", "--quiet", other, commit, "--", ".", *_NON_CODE_PATHS)
         return True
-    except (OSError, subprocess.CalledProcessError):  # they differ, or one of them is not known here
+    except (OSError, subprocess.CalledProcessError):  # the commits differ, or one is unknown here
         return False
 
 
 def _run_git(*arguments: str) -> str:
-    """What git says about this repository."""
-    call = ["git", "-C", str(_REPOSITORY), *arguments]
-    return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    command = ["git", "-C", str(_REPOSITORY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

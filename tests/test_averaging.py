@@ -55,6 +55,6 @@ def test_going_on():
     model = torch.nn.Linear(2, 2)
     average = WeightEMA(model, 10)
     average.load({"weight": torch.ones(2, 2), "bias": torch.zeros(2)}, 7)
-    assert average.taken == 7 and average.averages["weight"].unique().item() == 1.0
+    assert average.n_updates == 7 and average.averages["weight"].unique().item() == 1.0
     with pytest.raises(ValueError, match="the averages are of another model"):
         average.load({"weight": torch.ones(3, 2), "bias": torch.zeros(2)}, 7)

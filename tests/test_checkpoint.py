@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from m2rec.run_folder import RunFolder
 from m2rec.storage import lock_path
 from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.training import checkpoint, run
 from m2rec.training.configuration import build_config
-from m2rec.training.run import TrainingStopped, build_resumed_config, prepare_run, run_experiment, train_model
+from m2rec.training.run import TrainingStopped, build_resumed_config, prepare_run, run_experiment
 from m2rec.training.signals import RunInterrupted
 from m2rec.training.trainer import RunTrainer
 from tests.conftest import as_arguments, small
@@ -34,7 +35,7 @@ def stopped(values: dict[str, Any], after: int) -> Path:
 
     prepared = prepare_run(build_config(values))
     with pytest.raises(TrainingStopped):
-        train_model(prepared, watch)
+        prepared.train(watch)
     return prepared.trainer.folder
 
 
@@ -72,7 +73,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
         file.write("2,9.9,1.0\n")  # of an epoch that was not kept
     status, out, err = command(f"--resume={folder}", runs_dir=False)
     assert status == 0, err
-    assert Path(out.splitlines()[-1]) == folder and "goes on after epoch 1" in err
+    assert Path(out.splitlines()[-1]) == folder and "resumed after epoch 1" in err
     one, other = outcome(whole), outcome(folder)
     assert len(one[1]) > 3  # epochs after the stop, whose losses and scores are compared
     assert other[:3] == one[:3]
@@ -106,7 +107,7 @@ def test_another_number_of_threads_is_said(
     torch.set_num_threads(1)
     status, _, err = command(f"--resume={folder}", runs_dir=False)
     assert status == 0, err
-    said = "trained so far with 2 threads, now with 1: the last digits may differ; OMP_NUM_THREADS=2 before"
+    said = "threads: 2 before, 1 now; results may differ in the last digits (set OMP_NUM_THREADS=2 to keep"
     assert (said in err) == (before == 2)
 
 
@@ -131,20 +132,20 @@ def stopped_in_an_epoch(values: dict[str, Any], steps: int, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("others", "steps", "where"),
     [
-        pytest.param({}, 9, "after epoch 0 and 3 steps", id="dense"),
-        pytest.param({}, 1, "after epoch -1 and 1 steps", id="first step"),
-        pytest.param({"average_epochs": 0.5}, 11, "after epoch 0 and 5 steps", id="last step but one"),
-        pytest.param({}, 12, "after epoch 1,", id="last step"),
-        pytest.param({"worker": 1}, 9, "after epoch 0 and 3 steps", id="worker"),
+        pytest.param({}, 9, "after epoch 0, step 3", id="dense"),
+        pytest.param({}, 1, "after epoch -1, step 1", id="first step"),
+        pytest.param({"average_epochs": 0.5}, 11, "after epoch 0, step 5", id="last step but one"),
+        pytest.param({}, 12, "after epoch 1;", id="last step"),
+        pytest.param({"worker": 1}, 9, "after epoch 0, step 3", id="worker"),
         pytest.param(
-            {"rows": "prefix", "loss_type": "BPR", "train_batch_size": 50}, 9, "after epoch 0 and 3 steps",
+            {"rows": "prefix", "loss_type": "BPR", "train_batch_size": 50}, 9, "after epoch 0, step 3",
             id="own negatives",
         ),
         pytest.param(
-            {"model": "BERT4Rec", "n_layers": 1, "train_batch_size": 50}, 9, "after epoch 0 and 3 steps",
+            {"model": "BERT4Rec", "n_layers": 1, "train_batch_size": 50}, 9, "after epoch 0, step 3",
             id="masks",
         ),
-        pytest.param({"eval_step": 3}, 9, "after epoch 0 and 3 steps", id="every third epoch"),
+        pytest.param({"eval_step": 3}, 9, "after epoch 0, step 3", id="every third epoch"),
     ],
 )  # fmt: skip
 def test_stopped_within_an_epoch(
@@ -162,7 +163,7 @@ def test_stopped_within_an_epoch(
     folder = stopped_in_an_epoch({**values, "runs_dir": str(tmp_path / "runs")}, steps, monkeypatch)
     status, out, err = command(f"--resume={folder}", runs_dir=False)
     assert status == 0, err
-    assert f"goes on {where}" in err
+    assert f"resumed {where}" in err
     one, other = outcome(whole), outcome(folder)
     assert other[:3] == one[:3]
     for name, value in one[3].items():
@@ -175,9 +176,9 @@ def test_a_checkpoint_every_few_minutes_within_an_epoch(
     kept: list[int] = []
     write = RunTrainer._write_checkpoint
 
-    def counted(self: RunTrainer, epoch: int, partial: Any) -> None:
-        kept.append(partial.steps)
-        write(self, epoch, partial)
+    def counted(self: RunTrainer) -> None:
+        kept.append(self._progress.steps)
+        write(self)
 
     monkeypatch.setattr(RunTrainer, "_write_checkpoint", counted)
     values = small(toy, epochs=1, text_vectors="none", train_batch_size=7, runs_dir=str(tmp_path / "runs"))
@@ -270,12 +271,12 @@ def test_weights_of_an_epoch_whose_checkpoint_is_not_there(command: Command, toy
     folder = stopped(values, after=1)
     path = folder / "model.safetensors"
     weights, about = read_tensors(path)
-    for epoch, message in (("0", "is of epoch 0, not of 1"), ("-1", "is of epoch -1, not of 1")):
+    for epoch in ("0", "-1"):
         write_tensors(path, weights, {**about, "epoch": epoch})
         if about["epoch"] == epoch:
             continue
         status, _, err = command(f"--resume={folder}", runs_dir=False)
-        assert status == 3 and message.replace("not of 1", f"not of {about['epoch']}") in err
+        assert status == 3 and f"holds the weights of epoch {epoch}, expected {about['epoch']}" in err
     write_tensors(path, weights, {"epoch": "2", "score": "0.9"})  # of an attempt that did far better
     assert command(f"--resume={folder}", runs_dir=False)[0] == 0
     assert json.loads((folder / "metrics.json").read_text())["best_epoch"] == 2
@@ -287,7 +288,7 @@ def test_a_history_that_lost_lines(command: Command, toy: Path, tmp_path: Path, 
     folder = stopped({**small(toy, text_vectors="none"), "runs_dir": str(tmp_path / "runs")}, after=0)
     (folder / "history.csv").write_text(content)
     status, _, err = command(f"--resume={folder}", runs_dir=False)
-    assert status == 3 and "history.csv has lost lines before epoch 0" in err
+    assert status == 3 and "history.csv is incomplete before epoch 0" in err
 
 
 def test_every_code_that_trained_is_named(
@@ -303,10 +304,16 @@ def test_every_code_that_trained_is_named(
         raise TrainingStopped
 
     with pytest.raises(TrainingStopped):
-        train_model(prepared, stop)
+        prepared.train(stop)
     monkeypatch.setattr("m2rec.training.run.read_commit", lambda: "a")
     assert command(f"--resume={folder}", runs_dir=False)[0] == 0
     assert json.loads((folder / "metrics.json").read_text())["commit"] == "a and b"
+
+
+def test_commits_of_older_checkpoints():
+    assert checkpoint.read_commits({"commit": "a and b"}) == ["a", "b"]
+    assert checkpoint.read_commits({"commit": None}) == [None]
+    assert checkpoint.read_commits({"commits": ["a"]}) == ["a"]
 
 
 def test_every_damage_is_noticed(command: Command, toy: Path, tmp_path: Path):
@@ -326,7 +333,7 @@ def test_every_damage_is_noticed(command: Command, toy: Path, tmp_path: Path):
         with pytest.raises(ValueError, match="can't be read"):
             read_tensors(path)
     status, _, err = command(f"--resume={folder}", runs_dir=False)
-    assert status == 3 and "is no checkpoint of this run" in err and "Traceback" not in err
+    assert status == 3 and "is not a valid checkpoint of this run" in err and "Traceback" not in err
 
 
 def test_a_run_that_early_stopping_ended_only_lacks_its_test(command: Command, toy: Path, tmp_path: Path):
@@ -347,7 +354,7 @@ def test_without_validation_rows_too(command: Command, tmp_path: Path):
     values = small(tmp_path / "data", epochs=4, learning_rate=0.01, text_vectors="none")
     whole = Path(command(*as_arguments(values))[1].splitlines()[-1])
     prepared = prepare_run(build_config({**values, "epochs": 2, "runs_dir": str(tmp_path / "runs")}))
-    train_model(prepared)
+    prepared.train()
     config = prepared.trainer.folder / "config.yaml"
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 4"))
     status, _, err = command(f"--resume={prepared.trainer.folder}", runs_dir=False)
@@ -361,7 +368,7 @@ def test_what_can_not_go_on_is_named(command: Command, toy: Path, tmp_path: Path
     path = folder / "checkpoint.safetensors"
     content = path.read_bytes()
     mistakes: list[tuple[list[str], int, str]] = [
-        ([f"--resume={tmp_path}"], 3, f"resume: {tmp_path} has no config.yaml to go on from"),
+        ([f"--resume={tmp_path}"], 3, f"can't resume {tmp_path}: config.yaml is missing; start a new run"),
         ([f"--resume={folder}", "--epochs=9"], 2, "it takes its keys from the run, not --epochs"),
         (["--resume=5"], 2, "resume: 5: expected runs/NAME"),
     ]
@@ -371,10 +378,10 @@ def test_what_can_not_go_on_is_named(command: Command, toy: Path, tmp_path: Path
     for broken in (b"", content[:1000], content[: len(content) // 2], b"\x80\x04" + content):
         path.write_bytes(broken)
         status, _, err = command(f"--resume={folder}", runs_dir=False)
-        assert status == 3 and "is no checkpoint of this run" in err and "Traceback" not in err
+        assert status == 3 and "is not a valid checkpoint of this run" in err and "Traceback" not in err
     path.unlink()
     status, _, err = command(f"--resume={folder}", runs_dir=False)
-    assert status == 3 and "has no checkpoint.safetensors to go on from" in err
+    assert status == 3 and "checkpoint.safetensors is missing; start a new run" in err
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
@@ -383,8 +390,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
         optimizer = torch.optim.Adam(model.parameters())
         return checkpoint.TrainingState(model, optimizer, torch.Generator(), None, torch.device("cpu"))
 
-    path = tmp_path / "c.safetensors"
-    checkpoint.save_checkpoint(path, made(3), {"epoch": 1})
-    with pytest.raises(ValueError, match=r"is no checkpoint of this run \(RuntimeError: .*size mismatch"):
-        checkpoint.load_checkpoint(path, made(4), lambda numbers: None)
-    assert checkpoint.load_checkpoint(path, made(3), lambda numbers: None) == {"epoch": 1}
+    files, numbers = RunFolder(tmp_path), {"epoch": 1, "notes": {}}
+    checkpoint.save_checkpoint(files, made(3), numbers)
+    with pytest.raises(
+        ValueError, match=r"not a valid checkpoint of this run \(RuntimeError: .*size mismatch"
+    ):
+        checkpoint.load_checkpoint(files, made(4), {})
+    assert checkpoint.load_checkpoint(files, made(3), {}) == numbers

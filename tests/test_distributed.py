@@ -131,7 +131,7 @@ def test_one_process_that_is_asked_to_stop_stops_all(toy: Path, tmp_path: Path):
     _, err = process.communicate(timeout=60)
     (folder,) = runs.iterdir()
     weights = folder / "model.safetensors"
-    assert err.count(f"run_mm.py: stopped; python run_mm.py --resume={folder} goes on") == 1
+    assert err.count(f"run_mm.py: stopped; resume with: python run_mm.py --resume={folder}") == 1
     kept, config = (
         checkpoint.read_checkpoint_numbers(folder / "checkpoint.safetensors"),
         folder / "config.yaml",

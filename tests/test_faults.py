@@ -114,8 +114,10 @@ def test_asked_to_stop_it_says_how_to_go_on(values: dict[str, Any], tmp_path: Pa
     _, err = process.communicate(timeout=60)
     (folder,) = (tmp_path / "runs").iterdir()
     assert process.returncode == status
-    assert f"run_mm.py: stopped; python run_mm.py --resume={folder} goes on" in err
-    assert "stopping after this step; once more stops at once" in err and "Traceback" not in err
+    assert f"run_mm.py: stopped; resume with: python run_mm.py --resume={folder}" in err
+    assert (
+        "stopping after this step; press Ctrl-C again to stop immediately" in err and "Traceback" not in err
+    )
     build_resumed_config(folder, {})
 
 

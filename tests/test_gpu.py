@@ -10,7 +10,7 @@ import torch
 
 from m2rec import Recommender
 from m2rec.training.configuration import build_config
-from m2rec.training.run import prepare_run, run_experiment, train_model
+from m2rec.training.run import prepare_run, run_experiment
 from tests.conftest import as_arguments, small
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -50,18 +50,18 @@ def test_a_run_learns_as_on_a_cpu(on_gpu: dict[str, Any]):
     losses = {}
     for gpu in ("", 0):
         prepared = prepare_run(build_config({**on_gpu, "gpu_id": gpu, "dropout_prob": 0.0, "epochs": 2}))
-        train_model(prepared)
+        prepared.train()
         losses[gpu] = list(prepared.trainer.train_loss_dict.values())
     assert losses[0] == pytest.approx(losses[""], rel=1e-3)
 
 
 def test_a_run_goes_on(on_gpu: dict[str, Any], command: Command):
     prepared = prepare_run(build_config({**on_gpu, "epochs": 1}))
-    train_model(prepared)
+    prepared.train()
     config = prepared.trainer.folder / "config.yaml"
     config.write_text(re.sub(r"\nepochs: 1\n", "\nepochs: 3\n", config.read_text()))
     status, out, err = command(f"--resume={prepared.trainer.folder}", runs_dir=False)
-    assert status == 0 and "goes on after epoch 0" in err and "M2Rec on toy" in out
+    assert status == 0 and "resumed after epoch 0" in err and "M2Rec on toy" in out
 
 
 def test_a_run_is_the_same_twice(on_gpu: dict[str, Any], command: Command):

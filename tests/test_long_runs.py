@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from m2rec.training.configuration import build_config
-from m2rec.training.run import prepare_run, train_model
+from m2rec.training.run import prepare_run
 from m2rec.training.trainer import RunTrainer
 from tests.conftest import small
 
@@ -25,7 +25,7 @@ def test_memory_files_and_threads_stay_flat(toy: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(RunTrainer, "_train_step", watched)
     epochs = -(-STEPS // 6)
     values = small(toy, epochs=epochs, stopping_step=epochs, text_vectors="none", train_batch_size=7)
-    train_model(prepare_run(build_config({**values, "average_epochs": 0.5, "runs_dir": str(tmp_path)})))
+    prepare_run(build_config({**values, "average_epochs": 0.5, "runs_dir": str(tmp_path)})).train()
     assert len(seen) == 6 * epochs >= STEPS
     warm, end = seen[len(seen) // 4], seen[-1]
     assert end[0] - warm[0] < 8 * 2**20

@@ -150,12 +150,12 @@ def test_one_user(sweep: Sweep, tmp_path: Path):
     ("text", "message"),
     [
         (None, "can't be read"),
-        ("", "is no CSV of ranks"),
-        ("user,item,test\na,i,1\n", "column 'test_unseen' is missing"),
-        ("user,item,test,test_unseen\na,i,1,1.5\n", "test_unseen is '1.5' in row 1, expected a whole number"),
-        ("user,item,test,test_unseen\na,i,-1,1\n", "test is '-1' in row 1"),
-        ("user,item,test,test_unseen\na,i,,1\n", "test is '' in row 1"),
-        ("user,item,test,test_unseen\na,i,1,1\na,i,1,1\n", "user 'a' comes twice"),
+        ("", "is not a CSV of ranks"),
+        ("user,item,test\na,i,1\n", r"not a CSV of ranks: .*'test_unseen'"),
+        ("user,item,test,test_unseen\na,i,1,1.5\n", "not a CSV of ranks: cannot safely convert"),
+        ("user,item,test,test_unseen\na,i,-1,1\n", "not a CSV of ranks: cannot safely convert"),
+        ("user,item,test,test_unseen\na,i,,1\n", "not a CSV of ranks: invalid literal"),
+        ("user,item,test,test_unseen\na,i,1,1\na,i,1,1\n", "not a CSV of ranks: a user is duplicated"),
     ],
 )
 def test_unusable_ranks(tmp_path: Path, text: str | None, message: str):

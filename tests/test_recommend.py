@@ -160,7 +160,7 @@ def test_mistakes_are_one_line(
 
 def test_a_folder_that_is_none(tmp_path: Path, said: pytest.CaptureFixture[str]):
     assert recommend.main([str(tmp_path), "--history", "i1"]) == 2
-    assert "config.yaml can't be read" in said.readouterr().err
+    assert "config.yaml' can't be read" in said.readouterr().err
 
 
 @pytest.mark.parametrize("content", ['["a"]', '{"i1": 3}', "{", ""])

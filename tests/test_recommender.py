@@ -434,13 +434,13 @@ def test_mamba4rec_is_made_of_the_same_parts(toy: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.yaml", None, "config.yaml can't be read"),
+        ("config.yaml", None, "config.yaml' can't be read"),
         ("config.yaml", "MAX_ITEM_LIST_LENGTH: ten", "MAX_ITEM_LIST_LENGTH: expected a whole number"),
-        ("config.yaml", "- 1", "holds no dict"),
-        ("config.yaml", "model: !!python/object/apply:os.getcwd []", "config.yaml can't be read"),
+        ("config.yaml", "- 1", "expected lines of 'key: value'"),
+        ("config.yaml", "model: !!python/object/apply:os.getcwd []", "config.yaml' is not valid YAML"),
         ("items.json", "{", "items.json can't be read"),
-        ("items.json", '["[PAD]", "a", "a"]', "items.json is no list of different texts"),
-        ("items.json", '["[PAD]", ["a"]]', "items.json is no list of different texts"),
+        ("items.json", '["[PAD]", "a", "a"]', "items.json must be a list of unique strings"),
+        ("items.json", '["[PAD]", ["a"]]', "items.json must be a list of unique strings"),
         ("items.json", json.dumps(["[PAD]", "i1"]), "the weights don't fit config.yaml and items.json"),
         ("model.safetensors", "", "model.safetensors can't be read"),
     ],

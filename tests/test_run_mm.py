@@ -214,7 +214,7 @@ def test_a_full_disk_is_called_by_its_name(command: Command, toy: Path, monkeypa
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
-    monkeypatch.setattr("m2rec.storage.save_file", full)
+    monkeypatch.setattr("m2rec.tensor_files.save_file", full)
     status, _, err = command(*as_arguments(small(toy)))
     last = err.splitlines()[-1]
     assert status == 2 and "Traceback" not in err
@@ -231,7 +231,10 @@ def test_memory_that_ends_in_the_test_costs_no_training(
         patch.setattr("m2rec.training.trainer.RunTrainer.evaluate_protocols", greedy)
         status, _, err = command(*as_arguments(small(toy, epochs=2, eval_batch_size=8)))
     last = err.splitlines()[-1]
-    assert status == 2 and "M2Rec can't be tested: out of memory; python run_mm.py --resume=" in last
+    assert (
+        status == 2
+        and "M2Rec can't be tested: out of memory; retry the evaluation with a smaller batch: " in last
+    )
     resume, batch = re.findall(r"--\w+=\S+", last)
     assert batch == "--eval_batch_size=2"
     status, out, err = command(resume, batch, runs_dir=False)

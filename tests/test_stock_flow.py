@@ -17,7 +17,7 @@ from safetensors import safe_open
 from m2rec.models.m2rec import M2Rec
 from m2rec.tensor_files import load_state, save_state
 from m2rec.training.configuration import build_config
-from m2rec.training.run import prepare_run, train_model
+from m2rec.training.run import prepare_run
 from tests.conftest import small
 
 Make = Callable[..., Config]
@@ -94,7 +94,7 @@ def test_its_losses_are_those_of_the_harness(plain: Make, toy: Path, tmp_path: P
     trainer, train, valid, _ = load(plain(**same, epochs=2, learning_rate=0.001))
     score, result = trainer.fit(train, valid)
     prepared = prepare_run(build_config({**small(toy), **same, "runs_dir": str(tmp_path / "runs")}, CONFIG))
-    train_model(prepared)
+    prepared.train()
     ours = prepared.trainer
     assert ours.train_loss_dict == pytest.approx(trainer.train_loss_dict, rel=1e-6)
     assert ours.best_valid_score == pytest.approx(score, abs=1e-6)

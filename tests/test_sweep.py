@@ -21,7 +21,7 @@ from m2rec.commands.sweep import SweepRunner, check_committed_code, main, parse_
 from m2rec.experiments.ledger import format_settings, read_finished_runs
 from m2rec.experiments.sweep_plan import PlannedRun, Sweep, get_planned_run_folder
 from m2rec.git import is_same_code, read_commit
-from m2rec.training.resuming import CannotResume
+from m2rec.training.checkpoint import CannotResume
 from tests.conftest import small
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +143,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
     time.sleep(0.5)
     process = start(given(path, toy))  # goes on, and is asked to stop
     try:
-        wait_for(lambda: "goes on after epoch" in (cell / "log.txt").read_text())
+        wait_for(lambda: "resumed after epoch" in (cell / "log.txt").read_text())
         process.terminate()
         assert process.wait(60) == 130
         assert "run_mm.py: stopped; " in (cell / "log.txt").read_text()
@@ -152,7 +152,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
             os.killpg(process.pid, signal.SIGKILL)
     process = start(given(path, toy))  # goes on, and then the run is killed, as for want of memory
     try:
-        wait_for(lambda: (cell / "log.txt").read_text().count("goes on after epoch") == 2)
+        wait_for(lambda: (cell / "log.txt").read_text().count("resumed after epoch") == 2)
         for child in psutil.Process(process.pid).children():
             child.kill()
         assert process.wait(60) == 1
@@ -164,7 +164,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, toy: Path):
     config.write_text(re.sub("(?m)^epochs: .*", "epochs: 1", config.read_text()))
     assert main(given(path, toy)) == 0
     assert [row["variant"] for row in rows(path)] == ["M2Rec", "Popularity"]
-    assert (cell / "log.txt").read_text().count("goes on after epoch") == 3
+    assert (cell / "log.txt").read_text().count("resumed after epoch") == 3
     assert not list(cell.glob("*/checkpoint.safetensors"))
 
     asked(tmp_path, toy, seeds=[1])  # other settings: nothing of it is used

@@ -151,7 +151,7 @@ def test_the_average_is_what_is_validated_and_kept(toy: Path, tmp_path: Path):
     trainer, loaders = made(toy, tmp_path / "run", epochs=1, average_epochs=100.0, learning_rate=0.05)
     trainer.fit(loaders[0], loaders[1], show_progress=False)
     kept, raw = load_file(tmp_path / "run" / "model.safetensors"), trainer.model.state_dict()
-    for name, value in trainer.average.averages.items():
+    for name, value in trainer.ema.averages.items():
         assert torch.equal(kept[name], value), name
     assert not torch.equal(kept["encoder.norm.weight"], raw["encoder.norm.weight"])
     with (tmp_path / "run" / "history.csv").open() as file:

@@ -44,11 +44,11 @@ from m2rec.experiments.ledger import (
     write_result_rows,
 )
 from m2rec.experiments.sweep_plan import PlannedRun, Sweep, find_finished_run, get_planned_run_folder
-from m2rec.git import is_same_code, read_commit
-from m2rec.run_folder import CHECKPOINT_FILE
+from m2rec.git import is_same_code, join_commits, read_commit
+from m2rec.run_folder import list_run_folders
 from m2rec.storage import lock_path, write_text
 from m2rec.training import checkpoint
-from m2rec.training.resuming import CannotResume
+from m2rec.training.checkpoint import CannotResume
 from m2rec.yaml_values import format_argument, suggest_spelling
 
 logger = logging.getLogger(__name__)
@@ -320,14 +320,16 @@ def _format_row_metrics(path: Path, cell: PlannedRun) -> str:
 
 def find_resumable_run(folder: Path) -> Path | None:
     """The run of today's code in a cell's folder that can go on, if there is one."""
-    path = max(folder.glob(f"*/{CHECKPOINT_FILE}"), default=None)
+    unfinished = [run for run in list_run_folders(folder) if run.checkpoint_file.exists()]
+    if not unfinished:
+        return None
+    newest = unfinished[-1]
     try:
-        same = path is not None and is_same_code(
-            checkpoint.read_checkpoint_numbers(path)["notes"]["commit"], read_commit()
-        )
+        numbers = checkpoint.read_checkpoint_numbers(newest.checkpoint_file)
+        commits = join_commits(checkpoint.read_commits(numbers["notes"]))
     except (LookupError, TypeError, ValueError):
         return None
-    return path.parent if path is not None and same else None
+    return newest.path if is_same_code(commits, read_commit()) else None
 
 
 def _remove_earlier_runs(folder: Path) -> None:

@@ -227,7 +227,7 @@ def run_trial(plan: SearchPlan, runs_dir: Path, code: str | None, trial: optuna.
     try:
         config = build_config({**plan.fixed, **drawn, "runs_dir": str(runs_dir)}, CONFIG_PATH)
         prepared = run.prepare_run(config)
-        run.train_model(prepared, partial(_report_epoch, trial))
+        prepared.train(partial(_report_epoch, trial))
         score = float(prepared.trainer.best_valid_score)
         if not math.isfinite(score):
             raise UserError(f"valid_metric: {config['valid_metric']} was {score} all along; choose another")
@@ -246,7 +246,7 @@ def run_trial(plan: SearchPlan, runs_dir: Path, code: str | None, trial: optuna.
             prepared.trainer.remove_checkpoint()
             trial.set_user_attr("trained_epochs", len(prepared.trainer.train_loss_dict))
             trial.set_user_attr("best_epoch", prepared.trainer.best_epoch)
-            trial.set_user_attr("parameters", prepared.parameters)
+            trial.set_user_attr("parameters", prepared.n_parameters)
 
 
 def _suggest_setting(trial: optuna.Trial, key: str, how: dict[str, Any] | list[Any]) -> Any:

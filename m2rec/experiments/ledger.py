@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from m2rec.errors import UserError
 from m2rec.experiments.sweep_plan import PlannedRun, Sweep
-from m2rec.run_folder import HISTORY_FILE, METRICS_FILE
+from m2rec.run_folder import RunFolder
 from m2rec.storage import write_text
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ def build_result_row(cell: PlannedRun, folder: Path) -> ResultRow:
         ValueError: metrics.json can't be read.
     """
     try:
-        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
-        seconds = [float(line["seconds"]) for line in read_csv_table(folder / HISTORY_FILE, ("seconds",))]
+        metrics = RunFolder(folder).read_metrics()
+        seconds = [float(row["seconds"]) for row in RunFolder(folder).read_history()]
         if missing := [metric for metric in TABLE_METRICS if metric not in metrics["test"]]:
             raise UserError(f"{missing[0]} was not measured, which tables and tests are made of; set topk")
         row = {

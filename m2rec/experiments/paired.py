@@ -23,7 +23,7 @@ from m2rec.experiments.ledger import (
     matches_result_row,
 )
 from m2rec.experiments.sweep_plan import Sweep, find_finished_run, get_planned_run_folder
-from m2rec.run_folder import RANKS_FILE
+from m2rec.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -94,30 +94,12 @@ def read_target_ranks(folder: Path) -> TargetRanks:
     """The test_ranks.csv of a run folder.
 
     Raises:
-        ValueError: it can't be read, a column is missing, a place is no whole number from 0, or
-            a user comes twice.
+        ValueError: the file can't be read, a column is missing, a rank is not a whole number from 0, or
+            a user is duplicated.
     """
-    path = folder / RANKS_FILE
-    columns = ["user", "item", *TEST_PROTOCOLS]
-    try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}; run it again") from None
-    except (ValueError, pd.errors.ParserError) as error:
-        raise UserError(f"{path} is no CSV of ranks: {error}") from None
-    for column in columns:
-        if column not in frame:
-            raise UserError(f"{path}: column {column!r} is missing; expected {', '.join(columns)}")
-    for column in TEST_PROTOCOLS:
-        wrong = frame[column][~frame[column].str.fullmatch(r"\d{1,9}").astype(bool)]
-        if len(wrong):
-            place = f"{wrong.iloc[0]!r} in row {wrong.index[0] + 1}"
-            raise UserError(f"{path}: {column} is {place}, expected a whole number from 0")
-    frame = frame.set_index("user").sort_index()
-    twice = frame.index[frame.index.duplicated()]
-    if len(twice):
-        raise UserError(f"{path}: user {twice[0]!r} comes twice")
-    return TargetRanks(folder, frame["item"], frame[list(TEST_PROTOCOLS)].to_numpy().astype(np.int32))
+    ranks = RunFolder(folder).read_ranks(TEST_PROTOCOLS).set_index("user").sort_index()
+    values = ranks[list(TEST_PROTOCOLS)].to_numpy().astype(np.int32)
+    return TargetRanks(folder, ranks["item"], values)
 
 
 def _compare_on_dataset(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from m2rec.errors import UserError
-from m2rec.run_folder import METRICS_FILE
+from m2rec.run_folder import RunFolder, list_run_folders
 from m2rec.yaml_values import read_yaml, suggest_spelling
 
 MAIN_TABLE = "main"
@@ -93,10 +93,13 @@ def get_planned_run_folder(root: Path, dataset: str, variant: str, seed: int) ->
 
 def find_finished_run(cell: Path) -> Path | None:
     """The newest run folder in a cell's folder that has metrics.json, which is written last."""
-    done = [
-        (path.stat().st_mtime_ns, path.parent.name, path.parent) for path in cell.glob(f"*/{METRICS_FILE}")
-    ]
-    return max(done)[-1] if done else None
+    finished = [run for run in list_run_folders(cell) if run.is_finished]
+    newest = max(finished, key=_finish_time, default=None)
+    return newest.path if newest else None
+
+
+def _finish_time(run: RunFolder) -> tuple[int, str]:
+    return run.metrics_file.stat().st_mtime_ns, run.path.name
 
 
 def _parse_sweep(content: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Run folders -> one HTML page that needs no network: metrics, curves, gate, filter, examples."""
 
-import csv
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,19 +9,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Self
 
-import yaml
-
-from m2rec.errors import UserError, format_one_line
+from m2rec.errors import UserError
 from m2rec.reports import charts, page
 from m2rec.reports.page import PageFigure
-from m2rec.run_folder import (
-    CONFIG_FILE,
-    HISTORY_FILE,
-    INSIGHTS_FILE,
-    METRICS_FILE,
-    REPORT_FILE,
-    read_stored_titles,
-)
+from m2rec.run_folder import RunFolder
 from m2rec.storage import write_text
 
 _PAGE_PROTOCOLS = ("valid", "test", "test_unseen", "test_new")
@@ -49,20 +39,15 @@ class RunRecord:
         Raises:
             ValueError: a file is missing or damaged.
         """
-        if not (folder / METRICS_FILE).is_file():
-            raise UserError(f"{folder} is no finished run: it has no {METRICS_FILE}")
-        try:
-            history = (folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
-            return cls(
-                folder,
-                _read_json_object(folder / METRICS_FILE),
-                dict(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))),
-                list(csv.DictReader(history)),
-                read_stored_titles(folder),
-                _read_json_object(folder / INSIGHTS_FILE, {}),
-            )
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise UserError(f"{folder}: a file can't be read ({format_one_line(error)})") from None
+        files = RunFolder(folder)
+        return cls(
+            folder,
+            metrics=files.read_metrics(),
+            config=files.read_config(),
+            history=files.read_history(),
+            titles=files.read_titles(),
+            insights=files.read_insights(),
+        )
 
     @property
     def metric(self) -> str:
@@ -80,9 +65,10 @@ def write_run_page(folder: Path) -> Path:
     Raises:
         ValueError: it is none, or one of its files is not as a run leaves it.
     """
+    path = RunFolder(folder).report_file
     with _report_damaged_files(folder):
-        write_text(folder / REPORT_FILE, _render_run_page(RunRecord.read(folder)))
-    return folder / REPORT_FILE
+        write_text(path, _render_run_page(RunRecord.read(folder)))
+    return path
 
 
 def write_comparison_page(folders: Sequence[Path], path: Path) -> Path:
@@ -96,10 +82,7 @@ def write_comparison_page(folders: Sequence[Path], path: Path) -> Path:
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    runs = {}
-    for name, folder in zip(names, folders, strict=True):
-        with _report_damaged_files(folder):
-            runs[name] = RunRecord.read(folder)
+    runs = {name: RunRecord.read(folder) for name, folder in zip(names, folders, strict=True)}
     with _report_damaged_files(*folders):
         write_text(path, _render_comparison_page(runs))
     return path
@@ -120,8 +103,8 @@ def write_insight_charts(folder: Path, into: Path) -> list[Path]:
         ValueError: it is no finished run, its model has neither, or one of its files is not as a run
             leaves it.
     """
+    run = RunRecord.read(folder)
     with _report_damaged_files(folder):
-        run = RunRecord.read(folder)
         figures = {**_make_gate_figures(run), **_make_filter_figures(run)}
     if not figures:
         raise UserError(
@@ -135,14 +118,14 @@ def write_insight_charts(folder: Path, into: Path) -> list[Path]:
 
 @contextmanager
 def _report_damaged_files(*folders: Path) -> Iterator[None]:
-    """Whatever is not as it should be in these run folders is one line."""
+    """Turn what unexpected content of these run folders raises into one line."""
     try:
         yield
+    except UserError:  # it names the file
+        raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        if any(str(folder) in str(error) for folder in folders):  # it names one
-            raise
-        said, named = f"{type(error).__name__}: {error}", ", ".join(map(str, folders))
-        raise UserError(f"{named}: a file is not as a run leaves it ({said})") from None
+        names = ", ".join(map(str, folders))
+        raise UserError(f"{names}: a file has unexpected content ({type(error).__name__}: {error})") from None
 
 
 def _render_run_page(run: RunRecord) -> str:
@@ -417,7 +400,7 @@ def _render_setting_differences(runs: Mapping[str, RunRecord]) -> str:
 
 
 def _render_commands(run: RunRecord) -> str:
-    lines = [f"python run_mm.py --config_files={quote(str(run.folder / CONFIG_FILE))}"]
+    lines = [f"python run_mm.py --config_files={quote(str(RunFolder(run.folder).config_file))}"]
     if run.metrics.get("recommends"):
         lines.append(f"python scripts/recommend.py {quote(str(run.folder))} --interactive")
     return f"<p>To repeat the run and to use it:</p><pre>{escape(chr(10).join(lines))}</pre>"
@@ -429,12 +412,3 @@ def _format_setting_value(value: Any) -> str:
 
 def _format_metric_value(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _read_json_object(path: Path, otherwise: Any = None) -> Any:
-    if otherwise is not None and not path.exists():
-        return otherwise
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{path.name} holds no object")
-    return content

@@ -9,7 +9,6 @@ T0      width of the text vectors in their file
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,28 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from m2rec import __version__
 from m2rec.errors import UserError, format_one_line
 from m2rec.nn.encoder import Encoder
-from m2rec.run_folder import (
-    CHECKPOINT_FILE,
-    CONFIG_FILE,
-    COUNTS_FILE,
-    HISTORY_FILE,
-    ITEMS_FILE,
-    METRICS_FILE,
-    TEXT_FILE,
-    TITLES_FILE,
-    WEIGHTS_FILE,
-    _parse_file,
-    read_stored_titles,
-)
+from m2rec.run_folder import RunFolder
 from m2rec.settings import ModelSettings, RunSettings
-from m2rec.storage import write_text
-from m2rec.tensor_files import read_tensors, write_tensors
 
 _ENCODER_PREFIX = "encoder."
 
@@ -96,9 +80,10 @@ def read_saved_model(folder: Path, device: torch.device) -> SavedModel:
     Raises:
         ValueError: a file is missing, damaged, or of another model.
     """
-    config = _parse_file(folder / CONFIG_FILE, yaml.safe_load, dict)
-    tokens = _read_item_tokens(folder / ITEMS_FILE)
-    weights, _ = read_tensors(folder / WEIGHTS_FILE, str(device))
+    files = RunFolder(folder)
+    config = files.read_config()
+    tokens = files.read_tokens()
+    weights, _ = files.read_weights(str(device))
     state = {k.removeprefix(_ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(_ENCODER_PREFIX)}
     if "id_embedding.weight" not in state:
         raise UserError(f"{folder}: model: {config.get('model')!r} is not made of M2Rec's parts")
@@ -111,17 +96,17 @@ def read_saved_model(folder: Path, device: torch.device) -> SavedModel:
         said = format_one_line(error)
         raise UserError(
             f"{folder}: the weights don't fit config.yaml and items.json ({said})"
-            f"{_describe_version_mismatch(folder)}"
+            f"{_describe_version_mismatch(files)}"
         ) from None
     return build_saved_model(
         encoder,
         tokens,
-        titles=read_stored_titles(folder),
-        counts=_read_item_counts(folder / COUNTS_FILE, len(tokens)),
+        titles=files.read_titles(),
+        counts=files.read_counts(len(tokens)),
         config=config,
         text_mean=weights.get("text_mean"),
         text_basis=weights.get("text_basis"),
-        text_source=_parse_file(path, json.loads, dict) if (path := folder / TEXT_FILE).exists() else {},
+        text_source=files.read_text_source(),
     )
 
 
@@ -156,26 +141,29 @@ def build_saved_model(
 
 
 def write_saved_model(trained: SavedModel, folder: Path) -> None:
-    """Write what `read_saved_model` reads into a folder, which is made if need be.
+    """Write what `read_saved_model` reads; the folder is created if it does not exist.
+
+    The weights come last, so that the folder of an interrupted save can't be loaded.
 
     Raises:
-        ValueError: it is the folder of a run, finished or not, which is of other weights.
+        ValueError: a run was trained in this folder.
     """
-    if any((folder / name).exists() for name in (METRICS_FILE, CHECKPOINT_FILE, HISTORY_FILE)):
+    files = RunFolder(folder)
+    if files.has_training:
         raise UserError(f"save: {folder} is a run's own folder; give another")
-    text = {"text_mean": trained.text_mean, "text_basis": trained.text_basis}
-    state = {_ENCODER_PREFIX + name: value for name, value in trained.encoder.state_dict().items()}
+    weights = {_ENCODER_PREFIX + name: value for name, value in trained.encoder.state_dict().items()}
+    if trained.text_mean is not None and trained.text_basis is not None:
+        weights |= {"text_mean": trained.text_mean, "text_basis": trained.text_basis}
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS_FILE, state | {k: v for k, v in text.items() if v is not None})
-    parts = {
-        ITEMS_FILE: trained.tokens,
-        TITLES_FILE: trained.titles,
-        TEXT_FILE: trained.text_source,
-        COUNTS_FILE: trained.item_counts,
-    }
-    for name, content in parts.items():
-        write_text(folder / name, json.dumps(content, ensure_ascii=False) + "\n")
-    write_text(folder / CONFIG_FILE, yaml.safe_dump(trained.config, sort_keys=False, allow_unicode=True))
+    files.weights_file.unlink(missing_ok=True)
+    files.write_inputs(
+        trained.config,
+        tokens=trained.tokens,
+        counts=trained.item_counts,
+        titles=trained.titles,
+        text_source=trained.text_source,
+    )
+    files.write_weights(weights)
 
 
 def check_accepts_new_items(trained: SavedModel) -> None:
@@ -255,26 +243,10 @@ def _check_new_tokens(trained: SavedModel, new: Sequence[str]) -> None:
         there.add(token)
 
 
-def _describe_version_mismatch(folder: Path) -> str:
-    """What wrote the folder, if it was not this version, for an error to end with."""
+def _describe_version_mismatch(files: RunFolder) -> str:
+    """The version that wrote the folder, if it is not this one, as the end of an error message."""
     try:
-        made_by = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["versions"]["m2rec"]
-    except (OSError, ValueError, LookupError, TypeError):
+        writer = files.read_metrics()["versions"]["m2rec"]
+    except (UserError, LookupError, TypeError):
         return ""
-    return f"; m2rec {made_by} made it, this is {__version__}" if made_by != __version__ else ""
-
-
-def _read_item_tokens(path: Path) -> list[str]:
-    tokens = _parse_file(path, json.loads, list)
-    own = tokens[1:]  # an item may be called as padding is
-    if not own or not all(isinstance(token, str) for token in tokens) or len(set(own)) < len(own):
-        raise UserError(f"{path} is no list of different texts")
-    return tokens  # type: ignore[no-any-return]
-
-
-def _read_item_counts(path: Path, n_items: int) -> list[int]:
-    counts = _parse_file(path, json.loads, list) if path.exists() else []  # older runs have none
-    whole = all(type(count) is int and count >= 0 for count in counts)
-    if not whole or (counts and len(counts) != n_items):
-        raise UserError(f"{path} is no list of {n_items} whole numbers from 0")
-    return counts
+    return f"; m2rec {writer} made it, this is {__version__}" if writer != __version__ else ""

@@ -1,11 +1,11 @@
-"""The whole state of a training in one safetensors file: tensors, and plain numbers as JSON.
+"""A checkpoint: the full training state in one safetensors file, and whether a run can be resumed from it.
 
-Nothing is pickled: what is no tensor is a number or a list of numbers in the file's metadata.
+Nothing is pickled: what is not a tensor is a number, a text or a list of them in the file's metadata.
 """
 
 import json
+import logging
 import random
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,134 +14,231 @@ import torch
 from torch import Tensor, nn
 
 from m2rec.errors import UserError, format_one_line
+from m2rec.git import join_commits, split_commits
+from m2rec.run_folder import RunFolder
 from m2rec.tensor_files import read_metadata, read_tensors, write_tensors
 from m2rec.training.ema import WeightEMA
 
-_MODEL, _OPTIMIZER, _RANDOM, _AVERAGE = "model.", "optimizer.", "random.", "average."
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, Tensor]
+Values = dict[str, Any]
+"""Plain JSON values by name."""
+
+# names of tensors in the file begin with these
+_MODEL = "model."
+_OPTIMIZER = "optimizer."
+_RANDOM = "random."
+_AVERAGE = "average."
 _LOADER = "loader"
 
 
+class CannotResume(UserError):
+    """A stopped run can't be resumed; only a new run can help."""
+
+    exit_status = 3
+    """Of run_mm.py; other mistakes have 2."""
+
+
 class TrainingState(NamedTuple):
-    """What changes while a model is trained."""
+    """What training changes."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: torch.Generator
-    """Shuffles the training rows; as it was when the epoch began that goes on."""
-    average: WeightEMA | None
-    """Of the weights, if the run takes one."""
+    """Shuffles the training rows; its state at the start of the interrupted epoch."""
+    ema: WeightEMA | None
+    """None if the weights are not averaged."""
     device: torch.device
-    """Where the model is."""
+    """Of the model."""
 
 
-def save_checkpoint(path: Path, training: TrainingState, numbers: Mapping[str, Any]) -> None:
-    """Write a checkpoint as a whole, in the place of an earlier one.
+def save_checkpoint(files: RunFolder, training: TrainingState, numbers: Values) -> None:
+    """Write a checkpoint atomically over an earlier one.
 
     Args:
-        path: the file.
-        training: its state; the settings of the optimizer's groups come from the run's config.
-        numbers: whatever else goes on, in plain JSON.
+        files: the run folder.
+        training: the state; the settings of the optimizer's groups come from the run's config.
+        numbers: the rest of the state, as plain JSON values; `notes` are the run's inputs.
     """
-    model, optimizer, loader, average, device = training
-    tensors = {f"{_MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        tensors |= {f"{_OPTIMIZER}{index}.{name}": value for name, value in found.items()}
-    generators, words = get_random_state(device)
-    tensors |= {f"{_RANDOM}{name}": state for name, state in generators.items()}
-    tensors[_LOADER] = loader.get_state()
-    own: dict[str, Any] = {"random": words}
-    if average is not None:
-        tensors |= {f"{_AVERAGE}{name}": value for name, value in average.averages.items()}
-        own["taken"] = average.taken
-    write_tensors(path, tensors, {"numbers": json.dumps({**numbers, **own})})
+    random_tensors, random_numbers = get_random_state(training.device)
+    tensors = {
+        **_add_prefix(_MODEL, training.model.state_dict()),
+        **_add_prefix(_OPTIMIZER, _flatten_optimizer_state(training.optimizer)),
+        **_add_prefix(_RANDOM, random_tensors),
+        _LOADER: training.loader.get_state(),
+    }
+    numbers = {**numbers, "random": random_numbers}
+    if training.ema is not None:
+        tensors |= _add_prefix(_AVERAGE, training.ema.averages)
+        numbers["taken"] = training.ema.n_updates
+    write_tensors(files.checkpoint_file, tensors, {"numbers": json.dumps(numbers)})
 
 
-def load_checkpoint(
-    path: Path, training: TrainingState, check: Callable[[Mapping[str, Any]], None]
-) -> dict[str, Any]:
-    """Put a checkpoint's state back and return its numbers.
+def load_checkpoint(files: RunFolder, training: TrainingState, run_inputs: Values) -> Values:
+    """Restore a checkpoint's state and return its numbers.
 
     Args:
-        path: the file.
-        training: what gets the state.
-        check: looks at the numbers before anything is put back, and raises what stands against it.
+        files: the run folder.
+        training: gets the state.
+        run_inputs: the run's inputs now.
 
     Raises:
-        ValueError: the file can't be read, or is of another model or optimizer.
+        CannotResume: the checkpoint can't be read, or belongs to another model or optimizer, or an input of
+            the run has changed.
     """
     try:
-        tensors, metadata = read_tensors(path)
-        numbers = dict(json.loads(metadata["numbers"]))
-    except (LookupError, TypeError, ValueError) as error:
-        raise _invalid_checkpoint_error(path, error) from error
-    check(numbers)
-    model, optimizer, loader, average, device = training
-    try:
-        words = numbers.pop("random")
-        model.load_state_dict(_select_prefix(tensors, _MODEL))
-        _load_optimizer(optimizer, _select_prefix(tensors, _OPTIMIZER))
-        if average is not None:
-            average.load(_select_prefix(tensors, _AVERAGE), numbers.pop("taken"))
-        loader.set_state(tensors[_LOADER])
-        set_random_state(device, _select_prefix(tensors, _RANDOM), words)
+        tensors, metadata = read_tensors(files.checkpoint_file)
+        numbers: Values = json.loads(metadata["numbers"])
+        check_unchanged_inputs(numbers["notes"], run_inputs, files)
+        training.model.load_state_dict(_select_prefix(tensors, _MODEL))
+        _load_optimizer_state(training.optimizer, _select_prefix(tensors, _OPTIMIZER))
+        if training.ema is not None:
+            training.ema.load(_select_prefix(tensors, _AVERAGE), numbers.pop("taken"))
+        training.loader.set_state(tensors[_LOADER])
+        set_random_state(training.device, _select_prefix(tensors, _RANDOM), numbers.pop("random"))
+    except CannotResume:
+        raise
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise _invalid_checkpoint_error(path, error) from error
+        reason = f"{type(error).__name__}: {format_one_line(error)}"
+        raise CannotResume(
+            f"{files.checkpoint_file} is not a valid checkpoint of this run ({reason}); start a new run"
+        ) from error
     return numbers
 
 
-def _invalid_checkpoint_error(path: Path, error: Exception) -> ValueError:
-    reason = format_one_line(error)
-    return ValueError(
-        f"{path} is no checkpoint of this run ({type(error).__name__}: {reason}); start a new run"
-    )
+def check_unchanged_inputs(saved: Values, current: Values, files: RunFolder) -> None:
+    """Check that data, text vectors and settings are those that the run was started with.
+
+    Args:
+        saved: the run's inputs in the checkpoint.
+        current: its inputs now.
+        files: the run folder.
+
+    Raises:
+        CannotResume: one of them has changed.
+    """
+    cure = "put it back, or start a new run"
+    for key, name in (("data", "data"), ("text", "text vectors")):
+        if saved.get(key) != current.get(key):
+            raise CannotResume(f"resume: the {name} of {files.path} have changed since it stopped; {cure}")
+    saved_settings, settings = saved.get("settings", {}), current.get("settings", {})
+    for key in {**saved_settings, **settings}:
+        before, now = saved_settings.get(key), settings.get(key)
+        if before != now:
+            raise CannotResume(f"resume: {key} was {before} and is {now} in {files.config_file}; {cure}")
 
 
-def read_checkpoint_numbers(path: Path) -> dict[str, Any]:
+def merge_run_inputs(saved: Values, current: Values) -> Values:
+    """The run's inputs in the checkpoint, with the commits of all code that trained it.
+
+    Logs a warning if the commit or the number of threads differs.
+    """
+    before, now = saved.get("threads"), current["threads"]
+    if before not in (None, now):
+        cure = f"set OMP_NUM_THREADS={before} to keep them"
+        logger.warning(
+            "threads: %s before, %s now; results may differ in the last digits (%s)", before, now, cure
+        )
+    commits = read_commits(saved)
+    (commit,) = current["commits"]
+    if commit not in commits:
+        logger.warning("resumed with other code: commits %s and %s", join_commits(commits), commit)
+        commits.append(commit)
+    return {**saved, "commits": commits}
+
+
+def read_commits(run_inputs: Values) -> list[str | None]:
+    """The commits that have trained a run; older checkpoints hold them in one text."""
+    return list(run_inputs.get("commits") or split_commits(run_inputs["commit"]))
+
+
+def check_best_weights(files: RunFolder, epoch: int, best_epoch: int | None) -> tuple[int, float] | None:
+    """Check that the best weights so far are undamaged and those of the best epoch.
+
+    Args:
+        files: the run folder.
+        epoch: the last whole epoch.
+        best_epoch: the epoch of the best weights, None if there are none yet.
+
+    Returns:
+        Epoch and score of newer weights, whose checkpoint was not written; None without them.
+
+    Raises:
+        ValueError: the weights are damaged, or of another epoch.
+    """
+    if best_epoch is None and not files.weights_file.exists():
+        return None
+    _, metadata = files.read_weights()
+    weights_epoch = int(metadata.get("epoch", -1))
+    if weights_epoch > epoch:
+        return weights_epoch, float(metadata["score"])
+    if weights_epoch != best_epoch:
+        holds = f"holds the weights of epoch {weights_epoch}, expected {best_epoch}"
+        raise UserError(f"resume: {files.weights_file} {holds}; start a new run")
+    return None
+
+
+def read_checkpoint_numbers(path: Path) -> Values:
     """A checkpoint's numbers alone, unchecked.
 
     Raises:
-        LookupError, ValueError: it is none.
+        LookupError, ValueError: the file is not a checkpoint.
     """
     return dict(json.loads(read_metadata(path)["numbers"]))
 
 
-def _select_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def _add_prefix(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+def _select_prefix(tensors: Tensors, prefix: str) -> Tensors:
+    selected = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            selected[name.removeprefix(prefix)] = tensor
+    return selected
+
+
+def _flatten_optimizer_state(optimizer: torch.optim.Optimizer) -> Tensors:
+    """The optimizer's tensors as `NUMBER.KEY`, by the number of the parameter."""
+    tensors = {}
+    for number, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{key}"] = value
+    return tensors
+
+
+def _load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    state: dict[int, Tensors] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
-        if tensor.dim() and tensor.shape != parameters[int(number)].shape:
-            raise UserError(f"{key} of parameter {number} has shape {tuple(tensor.shape)}")
         state.setdefault(int(number), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def get_random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The states of every generator that training draws from but the loader's, as tensors and numbers."""
-    version, words, gauss = random.getstate()
-    of_numpy: Any = np.random.get_state(legacy=True)
-    name, keys, position, has_gauss, cached = of_numpy
+def get_random_state(device: torch.device) -> tuple[Tensors, Values]:
+    """The states of all generators that training draws from but the loader's, as tensors and numbers."""
+    version, python_state, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached_gauss = numpy_state
     tensors = {
         "torch": torch.get_rng_state(),
         "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "python": torch.tensor(words),
+        "python": torch.tensor(python_state),
     }
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
-    numbers = {"python": [version, gauss], "numpy": [name, int(position), int(has_gauss), float(cached)]}
-    return tensors, numbers
+    numpy_numbers = [name, int(position), int(has_gauss), float(cached_gauss)]
+    return tensors, {"python": [version, gauss], "numpy": numpy_numbers}
 
 
-def set_random_state(device: torch.device, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Put back what `get_random_state` gave."""
+def set_random_state(device: torch.device, tensors: Tensors, numbers: Values) -> None:
+    """Restore what `get_random_state` returned."""
     torch.set_rng_state(tensors["torch"])
-    name, position, has_gauss, cached = numbers["numpy"]
-    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    name, *numpy_numbers = numbers["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *numpy_numbers))
     version, gauss = numbers["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     if device.type == "cuda" and "cuda" in tensors:

@@ -1,4 +1,4 @@
-"""What a run says of itself: its data, settings, protocol, machine, code and versions."""
+"""The facts that are stored with a run: its data, settings, protocol, machine and versions."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from m2rec.settings import MACHINE_KEYS
 from m2rec.threads import describe_threads
 from m2rec.training.configuration import resolve_settings
 
-# keys of a run that may be others when it goes on: those, its length, and where its text comes from
+# keys that may differ when a run is resumed: its length, and where its text comes from
 _RESUME_OVERRIDES = MACHINE_KEYS | {
     "epochs",
     "metric_definitions",
@@ -30,8 +30,26 @@ _RESUME_OVERRIDES = MACHINE_KEYS | {
     "text_vectors",
 }
 
-
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
+
+# the parts of a run's protocol that do not depend on its settings
+_FIXED_PROTOCOL = {
+    "ranking": "full, over all items",
+    "test": "RecBole's protocol: the user's history stays in the ranking",
+    "test_unseen": "the user's history is removed from the ranking; a target that is in it is a miss",
+    "test_new": "as test_unseen, over the users whose target is not in their history",
+    "valid": "as test",
+    "valid_unseen": "as test_unseen",
+    "valid_new": "as test_new",
+}
+_TARGETS = {
+    "leave_one_out": "a user's last item is the test, the one before it the validation target",
+    "global_time": (
+        "trained on the first {valid_from:.0%} of all interactions by time; the validation target is "
+        "a user's last item up to {test_from:.0%}, the test target the last after"
+    ),
+    "files": "each row's target and history are those of the files that benchmark_filename names",
+}
 
 
 def list_item_tokens(dataset: HistoryDataset) -> list[str]:
@@ -39,26 +57,26 @@ def list_item_tokens(dataset: HistoryDataset) -> list[str]:
     return [str(token) for token in dataset.field2id_token[dataset.iid_field]]
 
 
-def hash_training_data(dataset: HistoryDataset, parts: Iterable[Any]) -> str:
-    """A hash of what a run is trained and tested on: every user's items in order, all rows, item features."""
+def hash_training_data(dataset: HistoryDataset, loaders: Iterable[Any]) -> str:
+    """A hash of what a run is trained and tested on: the histories, all rows and the item features."""
     digest = hashlib.sha256(json.dumps(list_item_tokens(dataset)).encode())
     arrays: list[Any] = []
     if dataset.histories is not None:
         arrays += [dataset.histories.owner, dataset.histories.items]
-    for part in parts:
-        rows = part.dataset.inter_feat
-        names = (dataset.uid_field, dataset.iid_field, dataset.item_list_length_field)
-        arrays += [rows[name].numpy() for name in names if name in rows]
+    columns = (dataset.uid_field, dataset.iid_field, dataset.item_list_length_field)
+    for loader in loaders:
+        rows = loader.dataset.inter_feat
+        arrays += [rows[column].numpy() for column in columns if column in rows]
     features = dataset.item_feat
     if features is not None:
-        arrays += [features[name].numpy() for name in features.columns]
+        arrays += [features[column].numpy() for column in features.columns]
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
 def collect_fixed_settings(config: Config) -> dict[str, str]:
-    """The settings that a run keeps from its start to its end, as text."""
+    """The settings that must not change while a run is resumed, as text."""
     return {
         key: json.dumps(value, default=str)
         for key, value in resolve_settings(config).items()
@@ -67,12 +85,12 @@ def collect_fixed_settings(config: Config) -> dict[str, str]:
 
 
 def describe_device(config: Config) -> str:
-    """One line: device and why, scan backend and why."""
+    """One line: the device and the scan backend, with reasons."""
     device: torch.device = config["device"]
     if device.type == "cuda":
         where = f"{device} ({torch.cuda.get_device_name(device)})"
     else:
-        why = "as asked" if torch.cuda.is_available() else "no CUDA device"
+        why = "as configured" if torch.cuda.is_available() else "no CUDA device"
         where = f"cpu ({why}), {describe_threads()}"
     if config["model"] != M2Rec.__name__:
         return f"device {where}"
@@ -81,16 +99,17 @@ def describe_device(config: Config) -> str:
 
 
 def describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) -> dict[str, int]:
-    """Counts after filtering, the rows and targets of each part, returning targets and tied times.
+    """Counts after filtering, from the data set and its loaders.
 
     Returns:
         `valid_returning` and `test_returning` count targets that their user had before, `tied`
         interactions that share their time with another one of the same user.
     """
-    rows = {"train_rows": train, "valid_rows": valid, "test_rows": test}
     return {
         **dataset.counts,
-        **{name: len(part.dataset) for name, part in rows.items()},
+        "train_rows": len(train.dataset),
+        "valid_rows": len(valid.dataset),
+        "test_rows": len(test.dataset),
         "train_targets": train.dataset.n_targets,
         "valid_returning": valid.dataset.n_returning,
         "test_returning": test.dataset.n_returning,
@@ -99,46 +118,38 @@ def describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) ->
 
 
 def describe_caveats(data: Mapping[str, int], tie_order: str) -> dict[str, str]:
-    """A sentence for what one should know before reading the metrics.
+    """Sentences that a reader of the metrics needs.
 
     Args:
-        data: as `describe_data` counts it.
+        data: the counts of `describe_data`.
         tie_order: what decides the order of equal times.
 
     Returns:
-        `ties` and `returning`, each only where there are such.
+        `ties` and `returning`, each only if the data has any.
     """
-    cautions = {}
-    if tied := data["tied"]:
-        share = f"{tied:,} of {data['interactions']:,} interactions ({tied / data['interactions']:.0%})"
-        cautions["ties"] = f"{share} share their time with another one of the same user; {tie_order}"
-    if returning := data["test_returning"]:
-        share = f"{returning:,} of {data['test_rows']:,} test targets ({returning / data['test_rows']:.0%})"
-        cautions["returning"] = (
+    caveats = {}
+    if data["tied"]:
+        share = _format_share(data["tied"], data["interactions"], "interactions")
+        caveats["ties"] = f"{share} share their time with another one of the same user; {tie_order}"
+    if data["test_returning"]:
+        share = _format_share(data["test_returning"], data["test_rows"], "test targets")
+        caveats["returning"] = (
             f"{share} are in their user's history: misses in test_unseen, left out of test_new"
         )
-    return cautions
+    return caveats
+
+
+def _format_share(count: int, total: int, noun: str) -> str:
+    return f"{count:,} of {total:,} {noun} ({count / total:.0%})"
 
 
 def describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]:
-    split = {
-        "leave_one_out": "a user's last item is the test, the one before it the validation target",
-        "global_time": (
-            f"trained on the first {config['valid_from']:.0%} of all interactions by time; the validation "
-            f"target is a user's last item up to {config['test_from']:.0%}, the test target the last after"
-        ),
-        "files": "each row's target and history are those of the files that benchmark_filename names",
-    }
+    """How the data is split and how items are ranked."""
+    shares = {"valid_from": config["valid_from"], "test_from": config["test_from"]}
     return {
         "split": dataset.split,
-        "targets": split[dataset.split],
-        "ranking": "full, over all items",
-        "test": "RecBole's protocol: the user's history stays in the ranking",
-        "test_unseen": "the user's history is removed from the ranking; a target that is in it is a miss",
-        "test_new": "as test_unseen, over the users whose target is not in their history",
-        "valid": "as test",
-        "valid_unseen": "as test_unseen",
-        "valid_new": "as test_new",
+        "targets": _TARGETS[dataset.split].format(**shares),
+        **_FIXED_PROTOCOL,
         "time_order": dataset.time_order,
         "rows": dataset.rows,
         "chosen_by": f"best {config['valid_metric']} on valid",
@@ -146,7 +157,7 @@ def describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]
 
 
 def describe_machine(config: Config) -> dict[str, Any]:
-    """Where it ran, on how much of it, and the largest memory that this process took, in MiB."""
+    """Device, processes, threads, and the peak memory of this process in MiB."""
     device: torch.device = config["device"]
     on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else read_peak_memory()
@@ -159,7 +170,7 @@ def describe_machine(config: Config) -> dict[str, Any]:
 
 
 def read_peak_memory() -> int:
-    """The most bytes that this process has held at a time."""
+    """Peak memory of this process in bytes."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource  # there is none on Windows

@@ -1,6 +1,5 @@
 """One run: config -> seed -> data -> model -> trainer -> run folder."""
 
-import json
 import logging
 import signal
 import sys
@@ -9,33 +8,24 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from m2rec import distributed
 from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.presplit import PresplitDataset
-from m2rec.errors import UserError
+from m2rec.errors import UserError, format_one_line
 from m2rec.evaluation.insights import collect_insights
 from m2rec.evaluation.ranking import ALL, NEW, UNSEEN
-from m2rec.git import read_commit
+from m2rec.git import join_commits, read_commit
 from m2rec.models.m2rec import M2Rec
 from m2rec.models.registry import find_model_class
-from m2rec.run_folder import (
-    CHECKPOINT_FILE,
-    CONFIG_FILE,
-    HISTORY_FILE,
-    INSIGHTS_FILE,
-    METRICS_FILE,
-    RANKS_FILE,
-    REPORT_FILE,
-    TEXT_FILE,
-)
-from m2rec.storage import write_text
+from m2rec.run_folder import RunFolder
 from m2rec.text.source import ensure_text_vectors
-from m2rec.training import provenance
+from m2rec.training.checkpoint import CannotResume
 from m2rec.training.configuration import build_config
 from m2rec.training.new_run import create_run_folder, lock_run_folder, update_eval_batch_size
 from m2rec.training.provenance import (
@@ -47,22 +37,35 @@ from m2rec.training.provenance import (
     describe_protocol,
     hash_training_data,
     list_item_tokens,
+    read_versions,
 )
 from m2rec.training.recbole_keys import check_reranker_size
-from m2rec.training.resuming import CannotResume
 from m2rec.training.signals import RunInterrupted, StopRequest
 from m2rec.training.trainer import RunTrainer
-from m2rec.yaml_values import read_yaml
 
 logger = logging.getLogger(__name__)
+
+_NO_VALIDATION_REASONS = {
+    "leave_one_out": "no user has four interactions",
+    "global_time": "see valid_from",
+    "files": "no file of them is named",
+}
 
 
 @dataclass
 class RunResult:
-    """What a run leaves: its folder and the content of metrics.json, with which it counts as finished."""
+    """A finished run: its folder and the content of metrics.json."""
 
     folder: Path
     metrics: dict[str, Any]
+
+
+class Loaders(NamedTuple):
+    """RecBole's loaders of the three parts."""
+
+    train: Any
+    valid: Any
+    test: Any
 
 
 @dataclass
@@ -79,37 +82,137 @@ class _PhaseTimer:
 
 
 class TrainingStopped(Exception):
-    """Raised by the `watch` of `train_model` to end the training; it leaves `train_model` as it is."""
+    """Raised by the callback of `PreparedRun.train` to end the training; propagates unchanged out of it."""
 
 
 @dataclass
 class PreparedRun:
-    """A run that has all but its training; `parts` are the loaders of training, validation and test."""
+    """A run that is ready to be trained."""
 
     config: Config
     dataset: HistoryDataset
-    parts: tuple[Any, Any, Any]
-    data: dict[str, int]
+    loaders: Loaders
+    data_counts: dict[str, int]
     trainer: RunTrainer
-    clock: _PhaseTimer
+    timer: _PhaseTimer
 
     @property
     def has_validation(self) -> bool:
         """Whether there is a validation row."""
-        return len(self.parts[1].dataset) > 0
+        return len(self.loaders.valid.dataset) > 0
 
     @property
-    def parameters(self) -> int:
+    def n_parameters(self) -> int:
         """How many parameters the model has."""
-        return sum(p.numel() for p in self.trainer.model.parameters())
+        return _count_parameters(self.trainer.model)
+
+    def train(self, on_validation: Callable[[int, float], None] | None = None) -> None:
+        """Train; no test row is scored.
+
+        Args:
+            on_validation: called after each validation with the epoch, from 0, and its valid_metric; ends the
+                training by raising `TrainingStopped`.
+
+        Raises:
+            ValueError: training diverged, or is impossible with these keys.
+            RunInterrupted: Ctrl-C or SIGTERM asked it to stop; the run can be resumed.
+        """
+        valid = self.loaders.valid
+        if not self.has_validation:
+            valid = None
+            reason = _NO_VALIDATION_REASONS[self.dataset.split]
+            logger.warning("no validation rows (%s): the last epoch's weights are kept", reason)
+        train, config = self.loaders.train, self.config
+        with _explain_errors(f"model: {config['variant']} can't be trained with these keys and this data"):
+            self.trainer.fit(train, valid, show_progress=config["show_progress"], callback_fn=on_validation)
+        self.timer.lap("training")
+        self.timer.seconds["training"] = round(self.trainer.train_seconds, 3)
+
+    def evaluate(self) -> RunResult:
+        """Test the best weights and write metrics.json, with which the run is finished.
+
+        Raises:
+            ValueError: the memory does not suffice.
+        """
+        trainer = self.trainer
+        batch_size = max(1, self.config["eval_batch_size"] // 4)
+        cure = (
+            "retry the evaluation with a smaller batch: python run_mm.py "
+            f"--resume={trainer.folder} --eval_batch_size={batch_size}"
+        )
+        with _explain_errors(f"model: {self.config['variant']} can't be tested", cure):
+            trainer.load_best_weights()
+            tested = trainer.evaluate_protocols(self.loaders.test)
+            validated: dict[str, dict[str, float]] = {}
+            if self.has_validation:
+                validated = trainer.evaluate_protocols(self.loaders.valid).metrics
+            topk, digits = self.config["topk"], self.config["metric_decimal_place"]
+            buckets = tested.breakdown.metrics_by_bucket(topk, digits)
+            self.timer.lap("evaluation")
+            metrics = {
+                "model": self.config["variant"],
+                "dataset": self.config["dataset"],
+                "valid": validated.get(ALL, {}),
+                "valid_unseen": validated.get(UNSEEN, {}),
+                "valid_new": validated.get(NEW, {}),
+                "test": tested.metrics[ALL],
+                "test_unseen": tested.metrics[UNSEEN],
+                "test_new": tested.metrics[NEW],
+                "test_by": buckets,
+                **self._describe_run(),
+            }
+            if distributed.is_main_process():
+                tested.breakdown.write_csv(trainer.files.ranks_file)
+                trainer.files.write_metrics(metrics)
+                trainer.remove_checkpoint()
+                self._write_insights_and_report()
+        return RunResult(trainer.folder, metrics)
+
+    def _describe_run(self) -> dict[str, Any]:
+        """What metrics.json holds beside the metrics."""
+        config, trainer, seconds = self.config, self.trainer, self.timer.seconds
+        return {
+            "valid_metric": config["valid_metric"].lower(),
+            "best_epoch": trainer.best_epoch,
+            "epochs": len(trainer.train_loss_dict),
+            "protocol": {
+                **describe_protocol(config, self.dataset),
+                **describe_caveats(self.data_counts, self.dataset.tie_order),
+            },
+            "seed": config["seed"],
+            "commit": join_commits(trainer.run_inputs["commits"]),
+            "versions": read_versions(),
+            "data": self.data_counts,
+            "text": getattr(trainer.model, "text_source", None),
+            "parameters": self.n_parameters,
+            "recommends": isinstance(trainer.model, M2Rec),  # whether Recommender can load it
+            **describe_machine(config),
+            "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
+        }
+
+    def _write_insights_and_report(self) -> None:
+        """Write insights.json and report.html; an error here does not spoil the finished run."""
+        trainer = self.trainer
+        try:
+            test = self.loaders.test.dataset
+            insights = collect_insights(trainer.model, trainer.score, test, self.dataset)
+            trainer.files.write_insights(insights)
+            if self.config["report"]:
+                from m2rec.reports import run_page  # matplotlib takes a second
+
+                run_page.write_run_page(trainer.folder)
+        except (Exception, KeyboardInterrupt) as error:
+            logger.debug("traceback", exc_info=True)
+            reason = f"{type(error).__name__}: {format_one_line(error)}"
+            logger.warning("could not write report.html (%s); the run itself is complete", reason)
 
 
-def load_run_data(folder: Path, **others: Any) -> tuple[Config, HistoryDataset, tuple[Any, Any, Any]]:
-    """A run's config and data, wherever it was trained.
+def load_run_data(folder: Path, **overrides: Any) -> tuple[Config, HistoryDataset, Loaders]:
+    """A run's config and data, on whichever machine it was trained.
 
     Args:
         folder: the run folder.
-        others: keys that are stronger than the run's, such as data_path; None leaves it to the run.
+        overrides: keys that are stronger than the run's, such as data_path; None leaves it to the run.
 
     Returns:
         The config, and what `load_data` returns.
@@ -117,265 +220,202 @@ def load_run_data(folder: Path, **others: Any) -> tuple[Config, HistoryDataset, 
     Raises:
         ValueError: the data can't be loaded here.
     """
-    here = {"scan_backend": "auto", "use_gpu": False, "log_wandb": False, "tensorboard": False}
-    here |= {key: value for key, value in others.items() if value is not None}
-    config = build_config({"config_files": [str(folder / CONFIG_FILE)], **here})
+    keys = {"scan_backend": "auto", "use_gpu": False, "log_wandb": False, "tensorboard": False}
+    keys |= {key: value for key, value in overrides.items() if value is not None}
+    config = build_config({"config_files": [str(RunFolder(folder).config_file)], **keys})
     return config, *load_data(config)
 
 
-def load_data(config: Config) -> tuple[HistoryDataset, tuple[Any, Any, Any]]:
-    """The data set, and the loaders of training, validation and test.
+def load_data(config: Config) -> tuple[HistoryDataset, Loaders]:
+    """The data set and its loaders.
 
     Raises:
-        ValueError: the data can't be used as asked.
+        ValueError: the data can't be used with these keys.
     """
     init_seed(config["seed"], config["reproducibility"])
+    dataset_class = PresplitDataset if config["benchmark_filename"] else HistoryDataset
     with _explain_errors(f"dataset: RecBole can't prepare {config['dataset']!r} with these keys"):
-        dataset = (PresplitDataset if config["benchmark_filename"] else HistoryDataset)(config)
-        train, valid, test = data_preparation(config, dataset)
-    return dataset, (train, valid, test)
+        dataset = dataset_class(config)
+        loaders = Loaders(*data_preparation(config, dataset))
+    return dataset, loaders
 
 
 def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
-    """Load the data, make the model and a new run folder.
+    """Load the data, and create the model and a new run folder.
 
     Args:
         config: from `configuration.build_config`.
-        folder: that of a run that goes on; None for a new one.
+        folder: that of a run to resume; None for a new one.
 
     Raises:
-        ValueError: the data can't be used as asked, or the model can't be made.
+        ValueError: the data can't be used with these keys, or the model can't be created.
     """
-    clock = _PhaseTimer()
+    timer = _PhaseTimer()
     logger.info("%s", describe_device(config))
-    dataset, (train, valid, test) = load_data(config)
-    check_reranker_size(config, dataset.item_num - 1)
-    _clip_topk(config, dataset.item_num - 1)
-    data = describe_data(dataset, train, valid, test)
-    logger.info("data: %s", ", ".join(f"{name} {count:,}" for name, count in data.items()))
-    for caution in describe_caveats(data, dataset.tie_order).values():
-        logger.info("%s", caution)
-    clock.lap("data")
+    dataset, loaders, data_counts = _load_and_describe_data(config)
+    timer.lap("data")
     if config["model"] == M2Rec.__name__ and folder is None:
         ensure_text_vectors(config, list_item_tokens(dataset)[1:])
         if config["device"].type == "cuda":
             torch.cuda.reset_peak_memory_stats(config["device"])
-        clock.lap("text")
+        timer.lap("text")
+    model = _build_model(config, loaders.train.dataset)
+    trainer = _build_trainer(config, model, dataset, loaders, folder)
+    return PreparedRun(config, dataset, loaders, data_counts, trainer, timer)
 
+
+def _load_and_describe_data(config: Config) -> tuple[HistoryDataset, Loaders, dict[str, int]]:
+    dataset, loaders = load_data(config)
+    check_reranker_size(config, dataset.item_num - 1)
+    _clip_topk(config, dataset.item_num - 1)
+    counts = describe_data(dataset, *loaders)
+    formatted = [f"{name} {count:,}" for name, count in counts.items()]
+    logger.info("data: %s", ", ".join(formatted))
+    for caveat in describe_caveats(counts, dataset.tie_order).values():
+        logger.info("%s", caveat)
+    return dataset, loaders, counts
+
+
+def _build_model(config: Config, train_dataset: Any) -> nn.Module:
+    """The model; its initial weights depend on the seed alone, not on what the data has drawn."""
     init_seed(config["seed"], config["reproducibility"])
     with _explain_errors(f"model: {config['variant']} can't be made from these keys and this data"):
-        with redirect_stdout(sys.stderr):  # FEARec prints while it is made
-            model = find_model_class(config["model"])(config, train.dataset).to(config["device"])
-    logger.info("%s: %s parameters", config["variant"], f"{sum(p.numel() for p in model.parameters()):,}")
-    resumes = folder is not None
+        with redirect_stdout(sys.stderr):  # FEARec prints in its constructor
+            model: nn.Module = find_model_class(config["model"])(config, train_dataset).to(config["device"])
+    logger.info("%s: %s parameters", config["variant"], f"{_count_parameters(model):,}")
+    return model
+
+
+def _build_trainer(
+    config: Config, model: nn.Module, dataset: HistoryDataset, loaders: Loaders, folder: Path | None
+) -> RunTrainer:
+    """The trainer, in a new folder unless the folder of a run to resume is given."""
+    is_resumed = folder is not None
     text = getattr(model, "text_source", None)
     if folder is None:
-        own = create_run_folder(config, dataset, text) if distributed.is_main_process() else None
-        folder = distributed.broadcast_value(own)
-    torch.manual_seed(config["seed"] + distributed.process_rank())  # each process drops out its own
-    trainer = RunTrainer(config, model, folder, resumes)
-    parts = (train, valid, test)
-    trainer.notes = {
-        "data": hash_training_data(dataset, parts),
-        "text": text and text["sha256"],
+        new_folder = create_run_folder(config, dataset, text) if distributed.is_main_process() else None
+        folder = distributed.broadcast_value(new_folder)
+    torch.manual_seed(config["seed"] + distributed.process_rank())  # each process has its own dropout
+    trainer = RunTrainer(config, model, folder, is_resumed)
+    trainer.run_inputs = {
+        "data": hash_training_data(dataset, loaders),
+        "text": text["sha256"] if text else None,
         "settings": collect_fixed_settings(config),
         "threads": torch.get_num_threads(),
-        "commit": read_commit(),  # of the code as it is now, whatever happens to it meanwhile
+        "commits": [read_commit()],  # read now: the code may change during the training
     }
-    return PreparedRun(config, dataset, parts, data, trainer, clock)
+    return trainer
 
 
-def train_model(prepared: PreparedRun, watch: Callable[[int, float], None] | None = None) -> None:
-    """Train; no test row is scored.
-
-    Args:
-        prepared: the run.
-        watch: called after each validation with the epoch, from 0, and its valid_metric; ends the
-            training by raising `TrainingStopped`.
-
-    Raises:
-        ValueError: training diverged, or can't be done with these keys.
-        Interrupted: Ctrl-C or SIGTERM asked it to stop; the run can go on.
-    """
-    config, trainer, (train, valid, _) = prepared.config, prepared.trainer, prepared.parts
-    if not prepared.has_validation:
-        reasons = {"leave_one_out": "no user has four interactions", "files": "no file of them is named"}
-        why = reasons.get(prepared.dataset.split, "see valid_from")
-        logger.warning("no validation rows (%s): the last epoch's weights are kept", why)
-    with _explain_errors(f"model: {config['variant']} can't be trained with these keys and this data"):
-        validated = valid if prepared.has_validation else None
-        trainer.fit(train, validated, show_progress=config["show_progress"], callback_fn=watch)
-    prepared.clock.lap("training")
-    prepared.clock.seconds["training"] = round(trainer.seconds, 3)
+def _count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def build_resumed_config(folder: Path, machine: Mapping[str, Any]) -> Config:
-    """The config of a run that was stopped, for `run(config, folder)`.
+    """The config of a stopped run, for `run_experiment(config, folder)`.
 
     Args:
         folder: the run folder.
         machine: keys that belong to the machine, such as gpu_id.
 
     Raises:
-        CannotGoOn: the folder holds no run that can go on.
-        ValueError: its settings can't be used here.
+        CannotResume: a file is missing or damaged.
+        ValueError: the run's settings can't be used here.
     """
-    needed = (CONFIG_FILE, CHECKPOINT_FILE, HISTORY_FILE)
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        cure = "the run is finished" if (folder / METRICS_FILE).is_file() else "start a new run"
-        raise CannotResume(f"resume: {folder} has no {missing[0]} to go on from; {cure}")
-    given: dict[str, Any] = {**machine, "config_files": [str(folder / CONFIG_FILE)]}
-    if read_yaml(folder / CONFIG_FILE).get("text_vectors") == "auto":  # the file of then, not of now
-        try:
-            file = json.loads((folder / TEXT_FILE).read_text(encoding="utf-8"))["file"]
-        except OSError:
-            file = "none"
-        except (ValueError, LookupError, TypeError) as error:
-            raise CannotResume(
-                f"resume: {folder / TEXT_FILE} is damaged ({error}); start a new run"
-            ) from None
-        given["text_vectors"] = file
+    files = RunFolder(folder)
+    for path in (files.config_file, files.checkpoint_file, files.history_file):
+        if not path.is_file():
+            cure = "the run is finished" if files.is_finished else "start a new run"
+            raise CannotResume(f"can't resume {folder}: {path.name} is missing; {cure}")
+    given: dict[str, Any] = {**machine, "config_files": [str(files.config_file)]}
+    if files.read_config().get("text_vectors") == "auto":  # the file of the first start, not a newer one
+        given["text_vectors"] = _read_text_file_name(files)
     return build_config(given)
 
 
+def _read_text_file_name(files: RunFolder) -> str:
+    """The file of text vectors that a run was started with, or `none`."""
+    try:
+        source = files.read_text_source()
+        return str(source["file"]) if source else "none"
+    except (UserError, LookupError) as error:
+        raise CannotResume(f"can't resume: {files.text_file} is damaged ({error}); start a new run") from None
+
+
 def run_experiment(config: Config, folder: Path | None = None) -> RunResult:
-    """Train and evaluate one model; everything it leaves is in a new run folder.
+    """Train and evaluate one model; all results are in its run folder.
 
     Under torchrun all processes call it, share the work, and return the same.
 
     Args:
         config: from `configuration.build_config`.
-        folder: that of a run that goes on, of which `config` is; None for a new one.
+        folder: that of a run to resume, whose `config` this is; None for a new one.
 
     Raises:
-        ValueError: the data can't be used as asked, training diverged, or another process is at this run.
-        Interrupted: Ctrl-C or SIGTERM asked it to stop; the run can go on.
+        ValueError: the data can't be used with these keys, training diverged, or another process has locked
+            the run.
+        RunInterrupted: Ctrl-C or SIGTERM asked it to stop; the run can be resumed.
     """
-    with distributed.join_process_group(config["device"]), ExitStack() as held:
+    with distributed.join_process_group(config["device"]), ExitStack() as locks:
         try:
             if folder is not None:
-                held.enter_context(lock_run_folder(folder))
+                locks.enter_context(lock_run_folder(folder))
             prepared = prepare_run(config, folder)
-            last = StopRequest(at_once=True)
             if folder is None:
-                held.enter_context(lock_run_folder(prepared.trainer.folder))
+                locks.enter_context(lock_run_folder(prepared.trainer.folder))
             elif distributed.is_main_process():
-                update_eval_batch_size(folder, config)
-            try:
-                train_model(prepared)
-                with (
-                    last,
-                    _explain_errors(
-                        f"model: {config['variant']} can't be tested", _suggest_smaller_batch(prepared)
-                    ),
-                ):
-                    return _evaluate_best_weights(prepared)
-            except KeyboardInterrupt:
-                own = prepared.trainer.folder
-                number = prepared.trainer.stop_signal or last.signal or signal.SIGINT
-                raise RunInterrupted(number, own if (own / CHECKPOINT_FILE).exists() else None) from None
+                update_eval_batch_size(prepared.trainer.files, config["eval_batch_size"])
+            return _train_and_evaluate(prepared)
         except Exception as error:
-            if not distributed.is_main_process():  # the first one may only see that this one is gone
+            if not distributed.is_main_process():  # the main process may only see that this one has ended
                 logger.error("process %s: %s", distributed.process_rank(), error)
             raise
 
 
-def _evaluate_best_weights(prepared: PreparedRun) -> RunResult:
-    """Test the best weights and write metrics.json, the run's last file but for its report."""
-    config, trainer, (_, valid, test) = prepared.config, prepared.trainer, prepared.parts
-    trainer.load_best_weights()
-    tested = trainer.evaluate_protocols(test)
-    nothing: dict[str, dict[str, float]] = {ALL: {}, UNSEEN: {}, NEW: {}}
-    validated = trainer.evaluate_protocols(valid).metrics if prepared.has_validation else nothing
-    metrics = {
-        "model": config["variant"],
-        "dataset": config["dataset"],
-        "valid": validated[ALL],
-        "valid_unseen": validated[UNSEEN],
-        "valid_new": validated[NEW],
-        "test": tested.metrics[ALL],
-        "test_unseen": tested.metrics[UNSEEN],
-        "test_new": tested.metrics[NEW],
-        "test_by": tested.rows.metrics_by_bucket(config["topk"], config["metric_decimal_place"]),
-    }
-    prepared.clock.lap("evaluation")
-    seconds = prepared.clock.seconds
-    metrics |= {
-        "valid_metric": config["valid_metric"].lower(),
-        "best_epoch": trainer.best_epoch,
-        "epochs": len(trainer.train_loss_dict),
-        "protocol": {
-            **describe_protocol(config, prepared.dataset),
-            **describe_caveats(prepared.data, prepared.dataset.tie_order),
-        },
-        "seed": config["seed"],
-        "commit": trainer.notes["commit"],
-        "versions": provenance.read_versions(),
-        "data": prepared.data,
-        "text": getattr(trainer.model, "text_source", None),
-        "parameters": prepared.parameters,
-        "recommends": isinstance(trainer.model, M2Rec),  # whether Recommender can load it
-        **describe_machine(config),
-        "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
-    }
-    if distributed.is_main_process():
-        tested.rows.write_csv(trainer.folder / RANKS_FILE)
-        write_text(trainer.folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
-        trainer.remove_checkpoint()
-        _write_insights_and_report(prepared)
-    return RunResult(trainer.folder, metrics)
-
-
-def _write_insights_and_report(prepared: PreparedRun) -> None:
-    """Write insights.json and report.html; the run is finished, whatever goes wrong with them."""
-    trainer, test = prepared.trainer, prepared.parts[2].dataset
+def _train_and_evaluate(prepared: PreparedRun) -> RunResult:
+    stop_request = StopRequest(at_once=True)
     try:
-        found = collect_insights(trainer.model, trainer.score, test, prepared.dataset)
-        write_text(trainer.folder / INSIGHTS_FILE, json.dumps(found, ensure_ascii=False) + "\n")
-        if prepared.config["report"]:
-            from m2rec.reports import run_page  # matplotlib takes a second
-
-            run_page.write_run_page(trainer.folder)
-    except (Exception, KeyboardInterrupt) as error:
-        logger.debug("traceback", exc_info=True)
-        said = f"{type(error).__name__}: {error}"
-        logger.warning("no %s (%s); the run is complete", REPORT_FILE, " ".join(said.split()))
-
-
-def _suggest_smaller_batch(prepared: PreparedRun) -> str:
-    """What helps a trained run that needs too much memory for its test."""
-    folder, batch = prepared.trainer.folder, prepared.config["eval_batch_size"]
-    return f"python run_mm.py --resume={folder} --eval_batch_size={max(1, batch // 4)} goes on with less"
+        prepared.train()
+        with stop_request:
+            return prepared.evaluate()
+    except KeyboardInterrupt:
+        files = prepared.trainer.files
+        number = prepared.trainer.stop_signal or stop_request.signal or signal.SIGINT
+        raise RunInterrupted(number, files.path if files.checkpoint_file.exists() else None) from None
 
 
 @contextmanager
 def _explain_errors(
-    what: str, memory: str = "lower train_batch_size, eval_batch_size or MAX_ITEM_LIST_LENGTH"
+    what: str, memory_cure: str = "lower train_batch_size, eval_batch_size or MAX_ITEM_LIST_LENGTH"
 ) -> Iterator[None]:
-    """Turn RecBole's many ways to trip over a key into one line; `--state=DEBUG` shows the trace.
+    """Wrap unexpected errors from RecBole in one that names the step; `--state=DEBUG` shows the traceback.
 
     Args:
-        what: what can't be done.
-        memory: the cure where memory runs out.
+        what: the step that fails.
+        memory_cure: what to do where memory runs out.
     """
     try:
         yield
-    except (UserError, OSError, TrainingStopped):  # ours, which name their key; a full disk; a stop
+    except (UserError, OSError, TrainingStopped):  # with a message for the user; a full disk; a stop
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(f"{what}: out of memory; {memory}") from error
     except Exception as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # PyTorch's on a CPU
-            raise UserError(f"{what}: out of memory; {memory}") from error
+        if _is_out_of_memory(error):
+            raise UserError(f"{what}: out of memory; {memory_cure}") from error
         raise UserError(f"{what} ({type(error).__name__}: {error}); --state=DEBUG shows where") from error
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch's on a CPU
+
+
 def _clip_topk(config: Config, n_items: int) -> None:
-    """Cut the lengths of the ranking to the number of items, and say so."""
+    """Clip the lengths of the ranking to the number of items."""
     if max(config["topk"]) <= n_items:
         return
     topk = sorted({min(k, n_items) for k in config["topk"]})
-    metric, _, cut = config["valid_metric"].partition("@")
-    config["topk"], config["valid_metric"] = topk, f"{metric}@{min(int(cut), n_items)}"
+    metric, _, k = config["valid_metric"].partition("@")
+    config["topk"] = topk
+    config["valid_metric"] = f"{metric}@{min(int(k), n_items)}"
     logger.warning("topk: cut to %s, the data set has %s items", topk, n_items)

@@ -1,51 +1,49 @@
-"""Ctrl-C and SIGTERM as a request to stop where nothing is lost; a second one stops at once."""
+"""Ctrl-C and SIGTERM as a request to stop after the training step; a second one stops immediately."""
 
 import os
 import signal
 import threading
 from pathlib import Path
 from time import monotonic
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# a terminal and a parent process may both pass on the same Ctrl-C
-_REPEAT_SECONDS = 1.0  # seconds
+_REPEAT_SECONDS = 1.0  # a terminal and a parent process may both send the same Ctrl-C
 
 
 class StopRequest:
-    """Use it with `with`, in the main thread; in another thread it never asks.
+    """Context manager that catches the signals; it has no effect outside the main thread.
 
     Args:
         at_once: whether already the first signal raises KeyboardInterrupt.
 
     Attributes:
-        signal: the number of the signal that came, None as long as none did.
+        signal: number of the signal, None before it.
     """
 
     def __init__(self, at_once: bool = False) -> None:
         self.signal: int | None = None
         self._at_once = at_once
         self._owner = os.getpid()
-        self._came = 0.0
-        self._before: dict[int, Any] = {}
+        self._received_at = 0.0
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle_signal) for number in _STOP_SIGNALS}
+            for number in _STOP_SIGNALS:
+                self._previous_handlers[number] = signal.signal(number, self._handle_signal)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """Note the first one; raise KeyboardInterrupt at the second.
+        """Note the first signal.
 
         Raises:
-            KeyboardInterrupt: it is not the first, or one is enough.
+            KeyboardInterrupt: it is the second one, or the first one suffices.
         """
         if os.getpid() != self._owner:  # a data-loader worker, which its parent ends
             return
@@ -53,18 +51,20 @@ class StopRequest:
             self.signal = number
             raise KeyboardInterrupt
         if self.signal is None:
-            self.signal, self._came = number, monotonic()
-            os.write(2, b"stopping after this step; once more stops at once\n")  # a handler must not log
-        elif monotonic() - self._came > _REPEAT_SECONDS:
+            self.signal = number
+            self._received_at = monotonic()
+            # a signal handler must not log
+            os.write(2, b"stopping after this step; press Ctrl-C again to stop immediately\n")
+        elif monotonic() - self._received_at > _REPEAT_SECONDS:
             raise KeyboardInterrupt
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A run was asked to stop, and has kept what it takes to go on if it could.
+    """A run was asked to stop.
 
     Attributes:
-        signal: the number of the signal.
-        folder: that of the run, None if there is nothing in it to go on from.
+        signal: number of the signal.
+        folder: the run folder, None if the run can't be resumed.
     """
 
     def __init__(self, number: int, folder: Path | None = None) -> None:

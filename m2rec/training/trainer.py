@@ -1,11 +1,9 @@
-"""RecBole's Trainer with atomic checkpoints in the run folder and both test protocols."""
+"""RecBole's Trainer with a plain training loop, checkpoints in the run folder and all test protocols."""
 
-import csv
 import logging
-import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -23,50 +21,60 @@ from m2rec.compat import Config, DataStruct, Interaction, Trainer
 from m2rec.errors import UserError
 from m2rec.evaluation.diversity import TEXTBOOK_METRICS
 from m2rec.evaluation.ranking import ALL, NEW, UNSEEN, Breakdown, Ranking, rank_items
-from m2rec.git import COMMIT_SEPARATOR
-from m2rec.run_folder import CHECKPOINT_FILE, HISTORY_FILE, WEIGHTS_FILE
-from m2rec.storage import write_text
-from m2rec.tensor_files import read_tensors, write_tensors
-from m2rec.training import checkpoint, resuming
+from m2rec.run_folder import RunFolder
+from m2rec.training import checkpoint
 from m2rec.training.ema import WeightEMA
 from m2rec.training.signals import RunInterrupted, StopRequest
 
 logger = logging.getLogger(__name__)
 
+Metrics = dict[str, float]
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics by protocol (`all`, `unseen`, `new`), and the rows they are made of."""
+    """Metrics by protocol (`all`, `unseen`, `new`), and the rows that they summarize."""
 
-    metrics: dict[str, dict[str, float]]
-    rows: Breakdown
+    metrics: dict[str, Metrics]
+    breakdown: Breakdown
 
 
-@dataclass(frozen=True)
+@dataclass
 class _EpochProgress:
-    """How far an epoch has come: steps, the sum of their losses, and the time they took."""
+    """How far an epoch has come."""
 
+    epoch: int
+    loss: Tensor
+    """The sum over the steps so far."""
     steps: int = 0
-    loss: float = 0.0
     seconds: float = 0.0
+    loader_state: Tensor | None = None
+    """Of the loader's generator at the start of the epoch; None before it."""
 
 
 class RunTrainer(Trainer):
     """Trains one model into one run folder.
 
-    The best weights so far are `model.safetensors`, replaced as a whole; `history.csv` gets a
-    line per epoch; `checkpoint.safetensors` has what it takes to go on: written after each epoch, every
+    `model.safetensors` holds the best weights so far; `history.csv` gets a line per epoch;
+    `checkpoint.safetensors` holds the full training state, written after each epoch, every
     `checkpoint_minutes` within one, and when the run is asked to stop. No pickle is written or read.
-    Under torchrun the rows of each batch are shared out over the processes, and the first one writes.
+    Under torchrun each batch is sharded across the processes, and the main process writes all files.
 
     Args:
         config: a RecBole Config.
         model: any RecBole sequential model.
         folder: the run folder, which exists.
-        resumes: whether it holds a run that goes on.
+        is_resumed: whether it holds a stopped run to resume.
+
+    Attributes:
+        run_inputs: what must not change until the run is finished, and what trained it; kept in checkpoints.
+        train_seconds: seconds of training up to the last checkpoint, over all processes of a resumed run.
     """
 
-    def __init__(self, config: Config, model: nn.Module, folder: Path, resumes: bool = False) -> None:
+    best_valid_score: float
+    best_valid_result: Metrics | None
+
+    def __init__(self, config: Config, model: nn.Module, folder: Path, is_resumed: bool = False) -> None:
         config["checkpoint_dir"] = str(folder)
         if not distributed.is_main_process():
             config["log_wandb"] = False  # one run, not one for each process
@@ -77,251 +85,281 @@ class RunTrainer(Trainer):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 logger.warning("enable_amp: this GPU only emulates bfloat16; float32 may be faster")
         self.folder = folder
-        self.saved_model_file = str(folder / WEIGHTS_FILE)
+        self.files = RunFolder(folder)
+        self.saved_model_file = str(self.files.weights_file)
         self.best_epoch: int | None = None
-        self.validates = True
-        self.seconds = 0.0  # of training, in all processes that this run has had
-        self.notes: dict[str, Any] = {}  # what else a checkpoint keeps
-        self._resumes = resumes
-        self._request = StopRequest()
-        self._so_far = _EpochProgress()
-        self._place = 0, 0  # epoch and step, from 1
-        self.average: WeightEMA | None = None
-        names = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
-        self._columns = ["epoch", "loss", "seconds", *names]
+        self.train_seconds = 0.0
+        self.run_inputs: dict[str, Any] = {}
+        self.ema: WeightEMA | None = None
+        self._is_resumed = is_resumed
+        self._stop_request = StopRequest()
+        self._generator = torch.Generator()  # replaced by the training loader's
+        self._progress = self._begin_epoch(0)
+        self._started_at = self._checkpointed_at = perf_counter()
+        metrics = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
+        self._history_columns = ["epoch", "loss", "seconds", *metrics]
         distributed.broadcast_weights(model)
         if distributed.is_main_process():
-            if not resumes:
-                write_text(folder / HISTORY_FILE, ",".join(self._columns) + "\n")
+            if not is_resumed:
+                self.files.append_history(self._history_columns)
             if config["tensorboard"]:
                 self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
-    def fit(self, train_data: Any, valid_data: Any = None, *, callback_fn: Any = None, **kwargs: Any) -> Any:
-        """RecBole's fit, with our own line per epoch instead of its four, and checkpoints.
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal that asked the training to stop, None without one."""
+        return self._stop_request.signal
+
+    def fit(
+        self,
+        train_data: Any,
+        valid_data: Any = None,
+        *,
+        show_progress: bool = False,
+        callback_fn: Callable[[int, float], None] | None = None,
+        **_: Any,
+    ) -> tuple[float, Metrics | None]:
+        """Train, validate, keep the best weights and write a checkpoint, epoch by epoch.
+
+        RecBole's arguments `verbose` and `saved` have no effect: every run logs and saves.
 
         Args:
             train_data, valid_data: the loaders; without validation the last weights are kept.
+            show_progress: whether to show progress bars.
             callback_fn: called with epoch and score after each validation.
-            kwargs: RecBole's others, by name.
+
+        Returns:
+            The best validation score and its metrics.
 
         Raises:
-            Interrupted: it was asked to stop, and has kept what it takes to go on.
+            RunInterrupted: the run was asked to stop; its checkpoint is written.
         """
-        self.validates = valid_data is not None
-        self._loader = train_data.generator
-        looks_back = self.config["average_epochs"] * len(train_data)
-        self.average = WeightEMA(self.model, max(1.0, looks_back)) if looks_back else None
-        if self._resumes:
+        self._prepare_fit(train_data)
+        with self._stop_request:
+            for epoch in range(self.start_epoch, self.epochs):
+                if self.cur_step > self.stopping_step:
+                    break  # early stopping
+                loss = self._train_epoch(train_data, epoch, show_progress=show_progress)
+                self.train_loss_dict[epoch] = loss
+                self._add_train_loss_to_tensorboard(epoch, loss)
+                self.wandblogger.log_metrics(
+                    {"epoch": epoch, "train_loss": loss, "train_step": epoch}, head="train"
+                )
+                score: float | None = None
+                result: Metrics = {}
+                keeps_weights = valid_data is None
+                if valid_data is not None and (epoch + 1) % self.eval_step == 0:
+                    score, result = self._valid_epoch(valid_data, show_progress)
+                    keeps_weights = self._update_best_score(score, result)
+                    self.tensorboard.add_scalar("Vaild_score", score, epoch)
+                    valid_step = epoch // self.eval_step
+                    self.wandblogger.log_metrics({**result, "valid_step": valid_step}, head="valid")
+                self._log_epoch(epoch, loss / len(train_data), result)
+                if keeps_weights:
+                    self._save_checkpoint(epoch)
+                self._progress = self._begin_epoch(epoch + 1)
+                self._write_checkpoint()
+                self._raise_if_stopped()
+                if score is not None and callback_fn is not None:
+                    callback_fn(epoch, score)
+            self._raise_if_stopped()
+        self._add_hparam_to_tensorboard(self.best_valid_score)
+        return self.best_valid_score, self.best_valid_result
+
+    def _prepare_fit(self, train_data: Any) -> None:
+        """Create what depends on the training data, and restore the state of a resumed run."""
+        self.eval_collector.data_collect(train_data)
+        if self.config["train_neg_sample_args"].get("dynamic", False):
+            train_data.get_model(self.model)
+        self._generator = train_data.generator
+        ema_steps = self.config["average_epochs"] * len(train_data)
+        if ema_steps:
+            self.ema = WeightEMA(self.model, max(1.0, ema_steps))
+        if self._is_resumed:
             self._load_checkpoint()
-        self._started = perf_counter() - self.seconds
-        self._kept_at = perf_counter()
+        self._checkpointed_at = perf_counter()
+        self._started_at = perf_counter() - self.train_seconds
 
-        def after_validation(epoch: int, score: float) -> None:
-            self._checkpoint_epoch(epoch)
-            if callback_fn:
-                callback_fn(epoch, score)
+    def _begin_epoch(self, epoch: int) -> _EpochProgress:
+        return _EpochProgress(epoch, loss=torch.tensor(0.0, device=self.device))
 
-        kwargs = {"verbose": False, "callback_fn": after_validation, **kwargs}
-        with self._request:
-            outcome = super().fit(train_data, valid_data, **kwargs)
-            if request := self._global_stop_signal():
-                raise RunInterrupted(request)
-        return outcome
+    def _update_best_score(self, score: float, result: Metrics) -> bool:
+        """Whether this is the best score so far; counts the validations since the best one."""
+        best = self.best_valid_score
+        is_best = score >= best if self.valid_metric_bigger else score <= best
+        if is_best:
+            self.best_valid_score, self.best_valid_result = score, result
+            self.cur_step = 0
+        else:
+            self.cur_step += 1
+        return bool(is_best)
 
-    @property
-    def stop_signal(self) -> int | None:
-        """The signal that asked the training to stop, None if none did."""
-        return self._request.signal
+    def _write_checkpoint(self) -> None:
+        """Write the full training state: after the last whole epoch, and after `partial` of the next one."""
+        self.train_seconds = perf_counter() - self._started_at
+        self._checkpointed_at = perf_counter()
+        if not distributed.is_main_process():
+            return
+        progress = self._progress
+        numbers = {
+            "epoch": progress.epoch - 1,
+            "cur_step": self.cur_step,
+            "best_epoch": self.best_epoch,
+            "best_valid_score": float(self.best_valid_score),
+            "losses": self.train_loss_dict,
+            "seconds": self.train_seconds,
+            "notes": self.run_inputs,
+            "partial": {"steps": progress.steps, "loss": progress.loss.item(), "seconds": progress.seconds},
+        }
+        checkpoint.save_checkpoint(self.files, self._training_state(), numbers)
 
-    def _checkpoint_epoch(self, epoch: int) -> None:
-        """Write what it takes to go on after this epoch.
-
-        Raises:
-            Interrupted: the run was asked to stop.
-        """
-        self._write_checkpoint(epoch, _EpochProgress())
-        if request := self._global_stop_signal():
-            raise RunInterrupted(request)
-
-    def _write_checkpoint(self, epoch: int, so_far: _EpochProgress) -> None:
-        """Write the checkpoint after this epoch and a part of the next one, which has come so far."""
-        self.seconds = perf_counter() - self._started
-        self._kept_at = perf_counter()
-        loader = self._loader
-        if so_far.steps:
-            loader = torch.Generator()
-            loader.set_state(self._epoch_began)
-        if distributed.is_main_process():
-            numbers = {
-                "epoch": epoch,
-                "cur_step": self.cur_step,
-                "best_epoch": self.best_epoch,
-                "best_valid_score": float(self.best_valid_score),
-                "losses": self.train_loss_dict,
-                "seconds": self.seconds,
-                "notes": self.notes,
-                "partial": asdict(so_far),
-            }
-            checkpoint.save_checkpoint(self.folder / CHECKPOINT_FILE, self._training_state(loader), numbers)
-
-    def _training_state(self, loader: torch.Generator) -> checkpoint.TrainingState:
-        """What a checkpoint keeps beside numbers."""
-        return checkpoint.TrainingState(self.model, self.optimizer, loader, self.average, self.device)
+    def _training_state(self) -> checkpoint.TrainingState:
+        generator = self._generator
+        if self._progress.loader_state is not None:
+            generator = torch.Generator()
+            generator.set_state(self._progress.loader_state)
+        return checkpoint.TrainingState(self.model, self.optimizer, generator, self.ema, self.device)
 
     def _load_checkpoint(self) -> None:
-        """Go on where the run was kept; lines of history.csv after it are dropped.
+        """Restore the training state of a stopped run.
 
         Raises:
-            CannotGoOn: the checkpoint can't be used, or is of other data.
+            CannotResume: the checkpoint is invalid, or the run's inputs have changed.
         """
         try:
-            self._restore_state()
+            numbers = checkpoint.load_checkpoint(self.files, self._training_state(), self.run_inputs)
+            self._restore_progress(numbers)
+            if distributed.is_main_process():
+                self._restore_files(numbers["epoch"])
         except ValueError as error:
-            raise resuming.CannotResume(str(error)) from error
-
-    def _restore_state(self) -> None:
-        numbers = checkpoint.load_checkpoint(
-            self.folder / CHECKPOINT_FILE,
-            self._training_state(self._loader),
-            lambda found: resuming.check_unchanged_inputs(found["notes"], self.notes, self.folder),
-        )
-        self._so_far = _EpochProgress(**numbers["partial"])
-        stopped = numbers["cur_step"] > self.stopping_step  # early stopping was due, only the test is left
-        self.start_epoch = self.epochs if stopped else numbers["epoch"] + 1
-        self.cur_step, self.best_epoch = numbers["cur_step"], numbers["best_epoch"]
-        self.best_valid_score = numbers["best_valid_score"]
-        self.train_loss_dict = {int(epoch): loss for epoch, loss in numbers["losses"].items()}
-        self.seconds = numbers["seconds"]
-        self._merge_notes(numbers["notes"])
-        if distributed.is_main_process():
-            if newer := resuming.check_best_weights(self.folder, numbers["epoch"], self.best_epoch):
-                self.best_epoch, self.best_valid_score = newer
-            resuming.truncate_history_file(self.folder, numbers["epoch"])
-            for left in self.folder.glob(".*.tmp"):  # of a write that was cut off
-                left.unlink(missing_ok=True)
-        else:  # only the first one's random state was kept
+            raise checkpoint.CannotResume(str(error)) from error
+        if not distributed.is_main_process():  # the checkpoint has the main process's random state only
             torch.manual_seed(self.config["seed"] + distributed.process_rank() + 1_000_003 * self.start_epoch)
         best = distributed.broadcast_value((self.best_epoch, self.best_valid_score))
-        self.best_epoch, self.best_valid_score = best  # all must stop early together
-        steps = f" and {self._so_far.steps} steps" if self._so_far.steps else ""
-        logger.info("goes on after epoch %s%s, best %s so far", numbers["epoch"], steps, best[1])
+        self.best_epoch, self.best_valid_score = best  # all processes must stop early together
+        step = f", step {self._progress.steps}" if self._progress.steps else ""
+        logger.info("resumed after epoch %s%s; best score %s", numbers["epoch"], step, best[1])
 
-    def _merge_notes(self, began: dict[str, Any]) -> None:
-        """Those of the checkpoint, with this code beside what trained before."""
-        code, before = self.notes.get("commit"), began.get("commit")
-        threads, earlier = self.notes.get("threads"), began.get("threads", self.notes.get("threads"))
-        if threads != earlier:
-            logger.warning(
-                "trained so far with %s threads, now with %s: the last digits may differ; OMP_NUM_THREADS=%s "
-                "before the command keeps them",
-                earlier, threads, earlier,
-            )  # fmt: skip
-        self.notes = began
-        if str(code) not in str(before).split(COMMIT_SEPARATOR):
-            logger.warning("trained in part by commit %s, in part by %s", before, code)
-            self.notes["commit"] = f"{before}{COMMIT_SEPARATOR}{code}"
+    def _restore_progress(self, numbers: dict[str, Any]) -> None:
+        self.start_epoch = numbers["epoch"] + 1
+        self._progress = self._begin_epoch(self.start_epoch)
+        self._progress.loss += numbers["partial"]["loss"]
+        self._progress.steps = numbers["partial"]["steps"]
+        self._progress.seconds = numbers["partial"]["seconds"]
+        self.cur_step = numbers["cur_step"]
+        self.best_epoch = numbers["best_epoch"]
+        self.best_valid_score = numbers["best_valid_score"]
+        self.train_loss_dict = {int(epoch): loss for epoch, loss in numbers["losses"].items()}
+        self.train_seconds = numbers["seconds"]
+        self.run_inputs = checkpoint.merge_run_inputs(numbers["notes"], self.run_inputs)
+
+    def _restore_files(self, epoch: int) -> None:
+        """Make the other files those of a run that has just finished this epoch."""
+        newer = checkpoint.check_best_weights(self.files, epoch, self.best_epoch)
+        if newer is not None:
+            self.best_epoch, self.best_valid_score = newer
+        self.files.truncate_history(epoch)
+        self.files.remove_temporary_files()
 
     def _train_epoch(
         self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
     ) -> float:
-        """One pass over the training rows; returns the sum of the steps' losses."""
-        done, self._so_far = self._so_far, _EpochProgress()
-        start = perf_counter() - done.seconds
+        """Train on all rows, or on the rest of a resumed epoch; returns the sum of all steps' losses."""
+        progress, n_steps = self._progress, len(train_data)
+        is_dense = train_data.dataset.rows == "dense"
+        start = perf_counter() - progress.seconds
+        progress.loader_state = self._generator.get_state()
         self.model.train()
-        self._epoch_began = self._loader.get_state()
-        total, steps = torch.tensor(done.loss, device=self.device), done.steps
-        batches = self._remaining_batches(done.steps, train_data)
-        what, left = f"train {epoch_idx:>4}", len(train_data) - done.steps
-        for batch in self._progress_bar(batches, what, show_progress, left):
-            steps += 1
-            self._place = epoch_idx, steps
-            total += self._train_step(batch.to(self.device), train_data.dataset.rows == "dense")
-            request = self._global_stop_signal()
-            if steps < len(train_data) and (request or self._checkpoint_is_due()):
-                self._write_checkpoint(
-                    epoch_idx - 1, _EpochProgress(steps, total.item(), perf_counter() - start)
-                )
-                if request:
-                    raise RunInterrupted(request)
-        if steps < len(train_data):  # data-loader workers got the signal too, and are gone
-            self._write_checkpoint(epoch_idx - 1, _EpochProgress(steps, total.item(), perf_counter() - start))
-            raise RunInterrupted(self._global_stop_signal())
-        loss = total.item()
-        seconds = round(perf_counter() - start, 3)
-        self._epoch = {"epoch": epoch_idx, "loss": loss / len(train_data), "seconds": seconds}
-        if not self.validates or (epoch_idx + 1) % self.eval_step:
-            self._log_epoch({})
-            if self.validates:  # else it is kept with the weights
-                self.train_loss_dict[epoch_idx] = loss
-                self._checkpoint_epoch(epoch_idx)
-        return loss
+        batches = self._remaining_batches(train_data)
+        description = f"train {epoch_idx:>4}"
+        for batch in self._progress_bar(batches, description, show_progress, n_steps - progress.steps):
+            progress.steps += 1
+            progress.loss += self._train_step(batch.to(self.device), is_dense)
+            progress.seconds = perf_counter() - start
+            signal = self._global_stop_signal()
+            if progress.steps < n_steps and (signal or self._is_checkpoint_due()):
+                self._write_checkpoint()
+                if signal:
+                    raise RunInterrupted(signal)
+        return progress.loss.item()
 
-    def _remaining_batches(self, steps: int, train_data: Any) -> Iterator[Interaction]:
-        """An epoch's batches without the first ones, which were trained before the run was stopped.
+    def _remaining_batches(self, train_data: Any) -> Iterator[Interaction]:
+        """An epoch's batches without those that were trained before the run was stopped.
 
-        Those are drawn all the same, since later ones depend on it; what they drew from other generators
-        than the loader's is put back.
+        The skipped batches are drawn all the same, since later ones depend on them; the states of all
+        generators but the loader's are restored afterwards.
+
+        Raises:
+            RunInterrupted: the signal that asked to stop has ended the data-loader workers.
         """
-        state = checkpoint.get_random_state(self.device)
+        random_state = checkpoint.get_random_state(self.device)
         batches: Iterator[Interaction] = iter(train_data)
-        for _ in range(steps):
+        for _ in range(self._progress.steps):
             next(batches)
-        if steps:
-            checkpoint.set_random_state(self.device, *state)
-        while (batch := self._next_batch(batches)) is not None:
-            yield batch
-
-    def _next_batch(self, batches: Iterator[Interaction]) -> Interaction | None:
-        """The next batch; None at the end, or where the signal that asks to stop has killed the workers."""
+        if self._progress.steps:
+            checkpoint.set_random_state(self.device, *random_state)
         try:
-            return next(batches, None)
+            yield from batches
         except RuntimeError:
-            if distributed.world_size() > 1 or self._request.signal is None:
+            signal = self._stop_request.signal
+            if signal is None or distributed.world_size() > 1:
                 raise
-            return None
+            self._write_checkpoint()
+            raise RunInterrupted(signal) from None
 
-    def _checkpoint_is_due(self) -> bool:
+    def _is_checkpoint_due(self) -> bool:
         minutes: float = self.config["checkpoint_minutes"]
-        return perf_counter() - self._kept_at > 60 * minutes
+        return perf_counter() - self._checkpointed_at > 60 * minutes
 
     def _global_stop_signal(self) -> int:
-        """The signal that asks the run to stop, 0 if none does, whichever process it came to."""
-        return distributed.reduce_max(self._request.signal or 0, self.device)
+        """The signal that asked any of the processes to stop, 0 without one."""
+        return distributed.reduce_max(self._stop_request.signal or 0, self.device)
 
-    def _train_step(self, batch: Interaction, dense: bool) -> Tensor:
-        """One step of the optimiser on a batch, this process's rows of it; returns the loss of all."""
+    def _raise_if_stopped(self) -> None:
+        signal = self._global_stop_signal()
+        if signal:
+            raise RunInterrupted(signal)
+
+    def _train_step(self, batch: Interaction, is_dense: bool) -> Tensor:
+        """One step of the optimizer on this process's shard of a batch; returns the loss of the batch."""
         self.optimizer.zero_grad()
-        own, share = self._shard_batch(batch, dense)
+        shard, weight = self._shard_batch(batch, is_dense)
         loss = torch.zeros((), device=self.device)
-        if len(own):
+        if len(shard):
             with torch.autocast(self.device.type) if self.enable_amp else nullcontext():
-                losses = self.model.calculate_loss(own)
+                losses = self.model.calculate_loss(shard)
             # GCSAN's and TransRec's have the shape (1,)
             loss = torch.stack(losses).sum() if isinstance(losses, tuple) else losses.reshape(())
-            loss = loss if share == 1 else loss * share
+            loss = loss if weight == 1 else loss * weight
             loss.backward()
         loss = distributed.sum_gradients(self.model.parameters(), loss.detach())
         self._check_nan(loss)
         if self.clip_grad_norm:
             clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
         self.optimizer.step()
-        if self.average is not None:
-            self.average.update()
+        if self.ema is not None:
+            self.ema.update()
         return loss
 
-    def _averaged_weights(self) -> AbstractContextManager[None]:
-        """The weights that are judged: their average, if the run takes one."""
-        return nullcontext() if self.average is None else self.average.average_parameters()
-
-    def _shard_batch(self, batch: Interaction, dense: bool) -> tuple[Interaction, float]:
-        """This process's rows of a batch, and their share of its targets, which weighs their mean loss."""
+    def _shard_batch(self, batch: Interaction, is_dense: bool) -> tuple[Interaction, float]:
+        """This process's rows of a batch, and the share of the batch's targets in them."""
         if distributed.world_size() == 1:
             return batch, 1.0
-        own = batch[torch.arange(distributed.process_rank(), len(batch), distributed.world_size())]
-        if not dense:
-            return own, len(own) / len(batch)
+        shard = batch[torch.arange(distributed.process_rank(), len(batch), distributed.world_size())]
+        if not is_dense:
+            return shard, len(shard) / len(batch)
         lengths = self.config["ITEM_LIST_LENGTH_FIELD"]
-        return own, float(own[lengths].sum() / batch[lengths].sum())
+        return shard, float(shard[lengths].sum() / batch[lengths].sum())
+
+    def _check_nan(self, loss: Tensor) -> None:
+        if torch.isfinite(loss):
+            return
+        kept = "" if self.best_epoch is None else f"; the weights of epoch {self.best_epoch} are kept"
+        raise UserError(
+            f"training loss became {loss.item()} in epoch {self._progress.epoch}, step "
+            f"{self._progress.steps}; lower learning_rate (now {self.learning_rate}) or set "
+            f"clip_grad_norm: {{max_norm: 5}}{kept}"
+        )
 
     def _progress_bar(
         self, steps: Iterable[Any], what: str, shown: bool, total: int | None = None
@@ -329,58 +367,54 @@ class RunTrainer(Trainer):
         shown = shown and distributed.is_main_process()
         return tqdm(steps, desc=what, total=total, leave=False, ncols=100) if shown else steps
 
-    def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
+    def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, Metrics]:
         with self._averaged_weights():
             score, result = super()._valid_epoch(valid_data, show_progress)
-        self._log_epoch(result)
         return score, result
 
-    def _log_epoch(self, result: dict[str, float]) -> None:
-        """One line of log and one of history.csv for the epoch that has just ended."""
-        row = {**self._epoch, **{f"valid.{k}": v for k, v in result.items()}}
-        words = f"epoch {row['epoch']:>3}  loss {row['loss']:.4f}  {row['seconds']:.1f} s"
+    def _averaged_weights(self) -> AbstractContextManager[None]:
+        """Use the weights that are evaluated: their average, if the run takes one."""
+        return nullcontext() if self.ema is None else self.ema.average_parameters()
+
+    def _log_epoch(self, epoch: int, loss: float, result: Metrics) -> None:
+        """Write an epoch's line to the log and to history.csv.
+
+        Args:
+            epoch: its number, from 0.
+            loss: the mean over its steps.
+            result: the metrics of its validation, empty without one.
+        """
+        seconds = round(self._progress.seconds, 3)
+        line = f"epoch {epoch:>3}  loss {loss:.4f}  {seconds:.1f} s"
         if result:
-            better = max if self.valid_metric_bigger else min
-            best = better(float(self.best_valid_score), float(result[self.valid_metric]))
-            words += f"  valid {self.valid_metric} {result[self.valid_metric]:.4f}, best {best:.4f}"
-        left = (self.epochs - row["epoch"] - 1) * row["seconds"] / 60
-        words += f", up to {left:.0f} min left" if left >= 1 else ""
-        logger.info("%s", words)
+            metric = self.valid_metric
+            line += f"  valid {metric} {result[metric]:.4f}, best {float(self.best_valid_score):.4f}"
+        minutes = (self.epochs - epoch - 1) * seconds / 60
+        if minutes >= 1:
+            line += f", up to {minutes:.0f} min left"
+        logger.info("%s", line)
         if distributed.is_main_process():
-            with (self.folder / HISTORY_FILE).open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(row)
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint must not be on the disk before it
+            row = {"epoch": epoch, "loss": loss, "seconds": seconds}
+            row |= {f"valid.{name}": value for name, value in result.items()}
+            self.files.append_history([row.get(column, "") for column in self._history_columns])
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        """What RecBole calls for a new best: write the weights; checkpoints are `_keep`'s."""
-        if epoch < 0:  # RecBole's, when there is no epoch left to train
-            return
+        """Write the weights as the best ones; `_write_checkpoint` writes the training state."""
         if distributed.is_main_process():
+            metadata = {"epoch": str(epoch), "score": str(float(self.best_valid_score))}
             with self._averaged_weights():
-                about = {"epoch": str(epoch), "score": str(float(self.best_valid_score))}
-                write_tensors(Path(self.saved_model_file), self.model.state_dict(), about)
+                self.files.write_weights(self.model.state_dict(), metadata)
         self.best_epoch = epoch
-        if not self.validates:
-            self._checkpoint_epoch(epoch)
 
     def remove_checkpoint(self) -> None:
-        """Take away what is only needed to go on."""
+        """Remove the training state of a finished run."""
         if distributed.is_main_process():
-            (self.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-
-    def _check_nan(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            kept = "" if self.best_epoch is None else f"; the weights of epoch {self.best_epoch} are kept"
-            raise UserError(
-                f"training loss became {loss.item()} in epoch {self._place[0]}, step {self._place[1]}; lower "
-                f"learning_rate (now {self.learning_rate}) or set clip_grad_norm: {{max_norm: 5}}{kept}"
-            )
+            self.files.checkpoint_file.unlink(missing_ok=True)
 
     def load_best_weights(self) -> None:
-        """Put the best weights back into the model."""
+        """Load the best weights into the model."""
         if distributed.is_main_process():
-            weights, _ = read_tensors(Path(self.saved_model_file), str(self.device))
+            weights, _ = self.files.read_weights(str(self.device))
             self.model.load_state_dict(weights)
         distributed.broadcast_weights(self.model)
 
