@@ -20,7 +20,6 @@ from m2rec.errors import UserError
 from m2rec.run_folder import CONFIG_FILE, COUNTS_FILE, ITEMS_FILE, TEXT_FILE, TITLES_FILE
 from m2rec.storage import lock_path, write_text
 from m2rec.training.configuration import resolve_settings
-from m2rec.training.provenance import list_item_tokens
 from m2rec.yaml_values import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def _write_run_inputs(
     _write_run_config(folder, resolve_settings(config))
     if text is not None:
         write_text(folder / TEXT_FILE, json.dumps(text, indent=2, ensure_ascii=False) + "\n")
-    tokens = list_item_tokens(dataset)
+    tokens = dataset.item_tokens
     write_text(folder / ITEMS_FILE, json.dumps(tokens, ensure_ascii=False) + "\n")
     if dataset.histories is not None:
         counts = dataset.histories.training_counts(dataset.item_num).tolist()

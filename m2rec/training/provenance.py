@@ -34,14 +34,9 @@ _RESUME_OVERRIDES = MACHINE_KEYS | {
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
 
 
-def list_item_tokens(dataset: HistoryDataset) -> list[str]:
-    """Tokens by internal id, padding's first."""
-    return [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-
-
 def hash_training_data(dataset: HistoryDataset, parts: Iterable[Any]) -> str:
     """A hash of what a run is trained and tested on: every user's items in order, all rows, item features."""
-    digest = hashlib.sha256(json.dumps(list_item_tokens(dataset)).encode())
+    digest = hashlib.sha256(json.dumps(dataset.item_tokens).encode())
     arrays: list[Any] = []
     if dataset.histories is not None:
         arrays += [dataset.histories.owner, dataset.histories.items]

@@ -235,7 +235,7 @@ class RunTrainer(Trainer):
         for batch in self._progress_bar(batches, what, show_progress, left):
             steps += 1
             self._place = epoch_idx, steps
-            total += self._train_step(batch.to(self.device), train_data.dataset.rows == "dense")
+            total += self._train_step(batch.to(self.device), train_data.dataset.is_dense)
             request = self._global_stop_signal()
             if steps < len(train_data) and (request or self._checkpoint_is_due()):
                 self._write_checkpoint(
