@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m2rec.data import inter_file
+from m2rec.data import download, inter_file
 
 HEADER = {"user_id": "token", "item_id": "token", "timestamp": "float"}
 FIRST = "user_id:token\titem_id:token\ttimestamp:float\n"
@@ -35,11 +35,11 @@ def test_header(tmp_path: Path):
     ("text", "message"),
     [
         ("", "the file is empty"),
-        ("user_id\titem_id\n", "'user_id' in the first line is no column; write NAME:TYPE"),
-        ("user_id,item_id\n", "'user_id,item_id' in the first line is no column"),
-        ("user_id:text\n", "'user_id:text' in the first line is no column"),
+        ("user_id\titem_id\n", "'user_id' in the first line is not a column header; expected NAME:TYPE"),
+        ("user_id,item_id\n", "'user_id,item_id' in the first line is not a column"),
+        ("user_id:text\n", "'user_id:text' in the first line is not a column"),
         (b"user_id:token\titem\xe9:token\n", "not UTF-8"),
-        ("a:token\tb:token\ta:float\n", "column 'a' comes twice in the first line"),
+        ("a:token\tb:token\ta:float\n", "column 'a' is duplicated in the first line"),
         ("a:token\t b:token\n", "column ' b' in the first line has blanks around it; remove them"),
     ],
 )
@@ -106,8 +106,8 @@ def test_many_times_within_a_double(tmp_path: Path):
         ("a\tb\tyesterday", "column 'timestamp' has 'yesterday' in line 3, not a number"),
         ("a\tb\tnan", "column 'timestamp' has 'nan' in line 3, not a number"),
         ("a\tb\tinf", "column 'timestamp' has 'inf' in line 3, not a number"),
-        ("a\tb\t", "column 'timestamp' has 'nothing' in line 3, not a number"),
-        ("a\tb", "column 'timestamp' has 'nothing' in line 3, not a number"),
+        ("a\tb\t", "column 'timestamp' has nothing in line 3, not a number"),
+        ("a\tb", "column 'timestamp' has nothing in line 3, not a number"),
         ("a\tb\t1\t2\t3", "line 3 has 5 columns, the first line names 3; repair or remove that line"),
     ],
 )
@@ -134,24 +134,25 @@ def test_latin_1_is_named(tmp_path: Path):
 
 def test_an_unknown_data_set_says_where_it_was_looked_for(tmp_path: Path):
     with pytest.raises(
-        ValueError, match=r"dataset: 'mine' not found: there is no .*/mine/mine\.inter, and RecBole knows"
+        ValueError,
+        match=r"dataset: 'mine' not found: there is no .*/mine/mine\.inter, and RecBole has no",
     ):
-        inter_file.download_dataset("mine", tmp_path / "mine", None)
+        download.download_dataset("mine", tmp_path / "mine", None)
 
 
 def test_a_failed_download_leaves_nothing(tmp_path: Path):
     with pytest.raises(ValueError, match=r"its download from http://127\.0\.0\.1:9/x\.zip failed"):
-        inter_file.download_dataset("mine", tmp_path / "data" / "mine", "http://127.0.0.1:9/x.zip")
+        download.download_dataset("mine", tmp_path / "data" / "mine", "http://127.0.0.1:9/x.zip")
     assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_a_silent_server_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(inter_file, "DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/x.zip"
         start = time.perf_counter()
         with pytest.raises(ValueError, match="failed"):
-            inter_file.download_dataset("mine", tmp_path / "mine", url)
+            download.download_dataset("mine", tmp_path / "mine", url)
     assert time.perf_counter() - start < 10
 
 
@@ -169,7 +170,7 @@ def test_a_download_arrives_whole(tmp_path: Path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/thing.zip"
-        inter_file.download_dataset("mine", tmp_path / "data" / "mine", url)
+        download.download_dataset("mine", tmp_path / "data" / "mine", url)
         server.shutdown()
     assert [p.name for p in (tmp_path / "data").rglob("*") if p.is_file()] == ["mine.inter"]
 

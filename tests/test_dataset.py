@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from m2rec.compat import SequentialDataset, data_preparation
-from m2rec.data.dataset import HistoryDataset, shift_targets
+from m2rec.data.dataset import HistoryDataset
+from m2rec.data.histories import shift_targets
 from m2rec.training.configuration import build_config
 from m2rec.yaml_values import parse_arguments
 from tests.conftest import Rows, random_rows, small, write_inter
@@ -165,7 +166,7 @@ def test_a_time_split_without_test_rows_says_so(tmp_path: Path):
     rows = [(f"u{u}", f"i{k}", k) for u in range(4) for k in range(8)]
     rows += [(f"new{k}", "i0", 100 + k) for k in range(4)]
     write_inter(tmp_path, "toy", rows)
-    with pytest.raises(ValueError, match="split: 'global_time' leaves no test target in 'toy': nobody has"):
+    with pytest.raises(ValueError, match="split: 'global_time' leaves no test target in 'toy': no user has"):
         built(tmp_path, split="global_time")
 
 
@@ -189,7 +190,7 @@ def test_other_columns_travel_with_the_items(tmp_path: Path):
 @pytest.mark.parametrize(
     ("rows", "others", "message"),
     [
-        ([], {}, "dataset: 'toy' holds no interactions, only a header"),
+        ([], {}, "dataset: 'toy' has no interactions, only a header"),
         (
             [("u", f"i{k}", k) for k in range(4)],
             {"user_inter_num_interval": "[5,inf)"},
@@ -199,7 +200,7 @@ def test_other_columns_travel_with_the_items(tmp_path: Path):
         (
             [("a", "i", 1), ("a", "j", 2), ("b", "i", 1)],
             {},
-            "nobody in 'toy' has three interactions (the most is 2; ",
+            "no user in 'toy' has three interactions (the most is 2; ",
         ),
         (
             [("a", "i", 1), ("a", "j", "x"), ("b", "i", 1)],
@@ -282,9 +283,7 @@ def test_rows_without_user_or_item_are_left_out(tmp_path: Path, caplog: pytest.L
     write_inter(tmp_path / "gaps", "toy", with_gaps)
     for ours, expected in zip(built(tmp_path / "gaps"), built(tmp_path / "whole"), strict=True):
         assert tokens(ours) == tokens(expected)
-    lost = (
-        f"3 of {len(with_gaps)} interactions have no user or no item and are left out; the first is number 2"
-    )
+    lost = f"3 of {len(with_gaps)} rows have no user or item and are dropped; the first is row 2"
     assert lost in caplog.text
 
 
@@ -342,7 +341,7 @@ def test_what_is_odd_about_a_file_is_said(tmp_path: Path, caplog: pytest.LogCapt
         write_inter(tmp_path, "toy", rows, LABELLED)
         built(tmp_path)
     said = caplog.text
-    assert "10 interactions have label 0 and are trained as all others" in said
+    assert "10 interactions have label 0 and are treated as positive interactions" in said
     assert "--val_interval=\"{label: '[1,1]'}\" --load_col=" in said
     assert "1 ids in column item_id have blanks around them, such as ' i1'" in said
     assert "user 'NA' has 20 of 51 interactions (39.2%) and is named like a missing value" in said
@@ -378,5 +377,5 @@ def test_eval_args_of_a_plain_config_are_not_ignored(
     own = {"dataset": "toy", "data_path": str(toy), "load_col": columns, "gpu_id": ""}
     kept = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}
     HistoryDataset(Config(model=M2Rec, config_dict={**own, "eval_args": dict(kept)}))
-    with pytest.raises(ValueError, match="eval_args: HistoryDataset does not follow"):
+    with pytest.raises(ValueError, match="eval_args: HistoryDataset does not support"):
         HistoryDataset(Config(model=M2Rec, config_dict={**own, "eval_args": {**kept, **asked}}))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from m2rec.data.histories import Histories, split_by_time, split_leave_one_out
+from m2rec.data.histories import Histories, concatenate_ranges, split_by_time, split_leave_one_out
 
 
 def test_leave_one_out_by_length():
@@ -41,3 +41,9 @@ def test_before():
 def test_trained_counts_inputs_and_targets_but_no_lone_item():
     counts = made().training_counts(33)
     assert {item: int(counts[item]) for item in counts.nonzero()[0]} == {10: 2, 11: 1, 31: 1}
+
+
+def test_ranges_are_concatenated():
+    start, lengths = np.array([5, 2, 9, 0]), np.array([2, 0, 1, 3])
+    assert concatenate_ranges(start, lengths).tolist() == [5, 6, 9, 0, 1, 2]
+    assert concatenate_ranges(start[:0], lengths[:0]).tolist() == []

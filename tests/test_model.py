@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from m2rec.compat import data_preparation, init_seed
-from m2rec.data.dataset import HistoryDataset, shift_targets
+from m2rec.data.dataset import HistoryDataset
+from m2rec.data.histories import shift_targets
 from m2rec.models.m2rec import M2Rec
 from m2rec.training.configuration import build_config
 from tests.conftest import random_rows, small, write_inter

@@ -119,7 +119,7 @@ def test_rows_that_say_nothing_are_counted(data: Path, caplog: pytest.LogCapture
     write_part(data, "valid", [("u1", (), "i1"), ("u2", ("i1",), "i2"), ("u3", ("i1",), "")])
     _, (_, valid, _) = load(PresplitDataset, data, **FILES)
     assert len(valid.dataset) == 1
-    assert "2 of 3 rows have no user, item or history and are left out" in caplog.text
+    assert "2 of 3 rows have no user, item or history and are dropped" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_rows_that_say_nothing_are_counted(data: Path, caplog: pytest.LogCapture
             "benchmark_filename: expected [train, valid, test] or [train, test]",
         ),
         ({"benchmark_filename": ["train", "x"]}, "toy.x.inter; put it there, or leave x out"),
-        ({"rows": "dense"}, "rows: 'dense' needs whole histories"),
-        ({"split": "global_time"}, "split: 'global_time' does not go with benchmark_filename"),
+        ({"rows": "dense"}, "rows: dense needs complete user histories"),
+        ({"split": "global_time"}, "split: 'global_time' contradicts benchmark_filename"),
         ({"user_inter_num_interval": "[5,inf)"}, "user_inter_num_interval: '[5,inf)' has no effect"),
         ({"rm_dup_inter": "first"}, "rm_dup_inter: 'first' has no effect"),
         ({"alias_of_item_id": ["x"]}, "alias_of_item_id: add item_id_list"),

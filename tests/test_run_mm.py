@@ -362,11 +362,15 @@ HEADER = "user_id:token\titem_id:token\ttimestamp:float"
     ("content", "arguments", "message"),
     [
         ("", [], "toy.inter: the file is empty"),
-        (HEADER, [], "dataset: 'toy' holds no interactions, only a header"),
+        (HEADER, [], "dataset: 'toy' has no interactions, only a header"),
         ("user_id:token\titem_id:token\na\tb", [], "toy.inter: column 'timestamp' (TIME_FIELD) is missing"),
         (f"{HEADER}\na\tb\tnoon", [], "column 'timestamp' has 'noon' in line 2, not a number"),
         (f"{HEADER}\na\tb\tNaN", [], "column 'timestamp' has 'NaN' in line 2, not a number"),
-        (f"{HEADER}\na\tb\t1\na\tc\t2", [], "nobody in 'toy' has three interactions (the most is 2; 1 users"),
+        (
+            f"{HEADER}\na\tb\t1\na\tc\t2",
+            [],
+            "no user in 'toy' has three interactions (the most is 2; 1 ",
+        ),
         (
             f"{HEADER}\na\tb\t1",
             ["--item_inter_num_interval=[5,inf)"],

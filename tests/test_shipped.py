@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.data import inter_file, shipped
+from m2rec.data import download, shipped
 from m2rec.text.source import find_vector_file
 from m2rec.training import configuration
 from m2rec.training.configuration import build_config
@@ -84,9 +84,9 @@ def test_a_download_of_other_data_is_noticed(toy: Path, tmp_path: Path, monkeypa
     ship(tmp_path, monkeypatch, users=31)
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setattr(
-        inter_file, "download_dataset", lambda name, folder, url: shutil.copytree(toy / name, folder)
+        download, "download_dataset", lambda name, folder, url: shutil.copytree(toy / name, folder)
     )
     config = build_config(small(elsewhere))
-    with pytest.raises(ValueError, match=r"as downloaded, is not what .* \(30 users, not 31\); run the same"):
+    with pytest.raises(ValueError, match=r"is not the data set that .* \(30 users, not 31\); run the same"):
         load_data(config)
     load_data(build_config(small(elsewhere)))

@@ -20,7 +20,6 @@ from m2rec.evaluation.diversity import TEXTBOOK_METRICS
 from m2rec.evaluation.metrics import compute_rank_metric
 from m2rec.evaluation.ranking import ALL, NEW, NO_ITEM, UNSEEN, Ranking
 from m2rec.serving.recommender import Recommender
-from m2rec.training.provenance import list_item_tokens
 from m2rec.training.run import load_run_data
 
 BATCH_SIZE = 256
@@ -54,7 +53,7 @@ def read_evaluation_cases(run: Path, part: str = "test", **keys: Any) -> Evaluat
     """
     _, dataset, _ = load_run_data(run, **keys)
     histories = _require_user_histories(dataset)
-    tokens, users = list_item_tokens(dataset), dataset.field2id_token[dataset.uid_field]
+    tokens, users = dataset.item_tokens, dataset.field2id_token[dataset.uid_field]
     rows = np.flatnonzero(histories.split.targets[part] != NO_TARGET)
     ends = histories.split.targets[part][rows]
     pasts = [histories.items[start:end] for start, end in zip(histories.start[rows], ends, strict=True)]
@@ -87,7 +86,7 @@ def list_user_histories(dataset: HistoryDataset) -> list[tuple[str, list[str]]]:
         ValueError: its rows bring histories of their own.
     """
     histories = _require_user_histories(dataset)
-    tokens, users = list_item_tokens(dataset), dataset.field2id_token[dataset.uid_field]
+    tokens, users = dataset.item_tokens, dataset.field2id_token[dataset.uid_field]
     return [
         (str(users[user]), [tokens[item] for item in histories.items[start:end]])
         for user, start, end in zip(histories.users, histories.start, histories.end, strict=True)

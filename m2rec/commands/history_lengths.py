@@ -22,7 +22,6 @@ from m2rec.cli import Parser, run_command
 from m2rec.evaluation.metrics import compute_rank_metric
 from m2rec.evaluation.ranking import HISTORY_BUCKETS, compute_target_ranks, format_bucket_names
 from m2rec.serving.recommender import Recommender
-from m2rec.training.provenance import list_item_tokens
 from m2rec.training.run import load_run_data
 
 INPUT_LENGTHS = (10, 20, 50, 100, 200, 500, 1000)
@@ -57,7 +56,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def load_test_histories(options: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
     """All that each test user did before the test item, and that item."""
     _, dataset, (_, _, test) = load_run_data(options.run, data_path=options.data_path)
-    rows, past, tokens = test.dataset.inter_feat, test.dataset.histories, list_item_tokens(dataset)
+    rows, past, tokens = test.dataset.inter_feat, test.dataset.histories, dataset.item_tokens
     users = rows[dataset.owner_field].numpy()
     chosen = np.unique(np.linspace(0, len(users) - 1, options.users or len(users)).round().astype(int))
     owner, items = past.before(users[chosen], "test")

@@ -34,7 +34,6 @@ from m2rec.settings import ModelSettings
 from m2rec.text import vector_file
 from m2rec.text.source import ensure_text_vectors, find_vector_file
 from m2rec.training.configuration import build_config, resolve_settings
-from m2rec.training.provenance import list_item_tokens
 from m2rec.training.run import load_data, run_experiment
 from m2rec.yaml_values import parse_arguments
 
@@ -109,7 +108,7 @@ def measure_new_items(given: dict[str, Any], share: float) -> dict[str, Any]:
     dataset, _ = load_data(config)
     histories = dataset.histories
     assert histories is not None
-    tokens = np.array(list_item_tokens(dataset))
+    tokens = np.array(dataset.item_tokens)
     ensure_text_vectors(config, tokens[1:].tolist())
     file = find_vector_file(config)
     if file is None:

@@ -1,11 +1,9 @@
-"""What interactions should not hold: a user or item that is a placeholder or a giant, labels of 0."""
+"""Users and items that dominate a data set, or whose name stands for a missing value."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-LABEL_COLUMNS = frozenset({"label", "click", "clicked", "is_click", "is_clicked"})
-"""Names, in lower case, of columns that say whether something was done at all."""
 PLACEHOLDER_NAMES = {
     "", "na", "n/a", "nan", "nat", "null", "none", "nil", "undefined", "unknown", "missing", "empty",
     "not set", "\\n",
@@ -21,9 +19,9 @@ def is_placeholder(name: object) -> bool:
 def describe_dominant_entity(
     kind: str, names: Sequence[object], counts: Sequence[int] | np.ndarray
 ) -> str | None:
-    """What to say about the most frequent user or item, or None when nothing is odd about it.
+    """A warning about the most frequent user or item, or None.
 
-    It is odd when it is named like a missing value, or has more than half of all interactions.
+    The name stands for a missing value, or has more than half of all interactions.
 
     Args:
         kind: `user` or `item`, for the message.

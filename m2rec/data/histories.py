@@ -2,11 +2,14 @@
 
 letter  meaning
 n, m    interactions, users
+B, L    batch, sequence length
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 NO_TARGET = -1
 
@@ -16,9 +19,9 @@ class Split:
     """Where each user's targets lie, as positions in the sorted interactions.
 
     Attributes:
-        train_stop: (m,), a user's interactions before it are for training; the first of them is
-            only input.
-        train_start: (m,), those before it are not counted by `Histories.training_counts`; None for none.
+        train_stop: (m,), a user's interactions before it are for training; the first one has no target.
+        train_start: (m,), interactions before it are excluded from `Histories.training_counts`; None for
+            none.
         targets: `valid` and `test`, (m,) each: the position of the target, -1 for none.
     """
 
@@ -38,24 +41,34 @@ def split_leave_one_out(start: np.ndarray, end: np.ndarray) -> Split:
     length = end - start
     test = np.where(length >= 3, end - 1, NO_TARGET)
     valid = np.where(length >= 4, end - 2, NO_TARGET)
-    return Split(end - np.clip(length - 2, 0, 2), {"valid": valid, "test": test})
+    n_held_out = np.clip(length - 2, 0, 2)
+    return Split(end - n_held_out, {"valid": valid, "test": test})
 
 
 def split_by_time(start: np.ndarray, end: np.ndarray, n_train: np.ndarray, n_valid: np.ndarray) -> Split:
-    """One moment ends everybody's training and another one validation.
+    """One moment ends all users' training and another one validation.
 
     The target of validation and of test is a user's last item in that period, for users with
-    anything before it; what they did in the period before that item is history.
+    anything before it; the user's items in the period before that item are history.
 
     Args:
         start, end: (m,), each user's interactions are [start, end).
         n_train: (m,), how many of them lie before the first moment.
         n_valid: (m,), how many of them lie between the two.
     """
-    train_stop, valid_stop = start + n_train, start + n_train + n_valid
-    valid = np.where((n_valid > 0) & (valid_stop - start >= 2), valid_stop - 1, NO_TARGET)
-    test = np.where((end > valid_stop) & (end - start >= 2), end - 1, NO_TARGET)
+    train_stop = start + n_train
+    valid_stop = train_stop + n_valid
+    has_valid = (n_valid > 0) & (valid_stop - start >= 2)
+    has_test = (end > valid_stop) & (end - start >= 2)
+    valid = np.where(has_valid, valid_stop - 1, NO_TARGET)
+    test = np.where(has_test, end - 1, NO_TARGET)
     return Split(train_stop, {"valid": valid, "test": test})
+
+
+def concatenate_ranges(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[start[0], ..., start[0] + lengths[0] - 1, start[1], ...], (sum of lengths,)."""
+    first = np.cumsum(lengths) - lengths  # where each range begins in the result
+    return np.asarray(np.arange(lengths.sum()) + np.repeat(start - first, lengths))
 
 
 @dataclass
@@ -77,40 +90,53 @@ class Histories:
     split: Split = field(init=False)
 
     def __post_init__(self) -> None:
-        self.start = np.flatnonzero(np.r_[True, self.owner[1:] != self.owner[:-1]])
-        self.end = np.r_[self.start[1:], len(self.owner)]
+        is_first = np.append(True, self.owner[1:] != self.owner[:-1])
+        self.start = np.flatnonzero(is_first)
+        self.end = np.append(self.start[1:], len(self.owner))
         self.users = self.owner[self.start]
         self.split = split_leave_one_out(self.start, self.end)
 
     def lengths_before_target(self, users: np.ndarray, part: str) -> np.ndarray:
         """How many items each of these users had before the target of `part`."""
-        rows = np.searchsorted(self.users, users)
-        return np.asarray(self.split.targets[part][rows] - self.start[rows])
+        index = np.searchsorted(self.users, users)
+        return np.asarray(self.split.targets[part][index] - self.start[index])
 
     def items_before_target(self, users: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
         """All items before each user's target of `part`, as (index into users, item) pairs."""
-        start, lengths = (
-            self.start[np.searchsorted(self.users, users)],
-            self.lengths_before_target(users, part),
-        )
-        owner = np.repeat(np.arange(len(users)), lengths)
-        offset = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
-        return owner, self.items[np.repeat(start, lengths) + offset]
+        start = self.start[np.searchsorted(self.users, users)]
+        lengths = self.lengths_before_target(users, part)
+        user_index = np.repeat(np.arange(len(users)), lengths)
+        return user_index, self.items[concatenate_ranges(start, lengths)]
 
     def target_returns(self, users: np.ndarray, part: str) -> np.ndarray:
         """Whether each user's target of `part` is among the items before it, (len(users),)."""
-        targets = self.items[self.split.targets[part][np.searchsorted(self.users, users)]]
-        owner, items = self.items_before_target(users, part)
-        return np.bincount(owner[items == targets[owner]], minlength=len(users)) > 0
+        index = np.searchsorted(self.users, users)
+        targets = self.items[self.split.targets[part][index]]
+        user_index, items = self.items_before_target(users, part)
+        is_target = items == targets[user_index]
+        return np.bincount(user_index[is_target], minlength=len(users)) > 0
 
     def training_counts(self, n_items: int) -> np.ndarray:
-        """How often training meets each item, as input or target, (n_items,).
+        """Occurrences of each item in the training data, as input or target, (n_items,).
 
-        Who has a single interaction is not trained on.
+        Users with one training interaction are excluded.
         """
-        stop = np.where(self.split.train_stop - self.start >= 2, self.split.train_stop, self.start)
-        start = self.start if self.split.train_start is None else np.minimum(self.split.train_start, stop)
-        steps = np.zeros(len(self.items) + 1, dtype=np.int64)
-        np.add.at(steps, start, 1)
-        np.add.at(steps, stop, -1)
-        return np.bincount(self.items[steps.cumsum()[:-1] > 0], minlength=n_items)
+        is_trained = self.split.train_stop - self.start >= 2
+        stop = np.where(is_trained, self.split.train_stop, self.start)
+        start = self.start
+        if self.split.train_start is not None:
+            start = np.minimum(self.split.train_start, stop)
+        return np.bincount(self.items[concatenate_ranges(start, stop - start)], minlength=n_items)
+
+
+def shift_targets(items: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+    """The next item at each position of (B, L) histories, 0 where there is none.
+
+    Args:
+        items: (B, L), right-padded with 0.
+        lengths: (B,).
+        last: (B,), the item after each history.
+    """
+    targets = torch.zeros_like(items)
+    targets[:, :-1] = items[:, 1:]
+    return targets.scatter(1, (lengths - 1).unsqueeze(1), last.unsqueeze(1))

@@ -12,12 +12,12 @@ TITLE_WORDS = ("title", "name")
 
 @dataclass(frozen=True)
 class ItemTexts:
-    """Items that have text, in the order of their tokens.
+    """Items with text, in the order of their tokens.
 
     Attributes:
         tokens, texts: (n,) each.
-        columns: those that were used.
-        template: how they were put together; empty when they were joined.
+        columns: the columns that were used.
+        template: how they were combined; empty when they were joined.
     """
 
     tokens: list[str]
@@ -26,7 +26,7 @@ class ItemTexts:
     template: str = ""
 
     def sha256(self) -> str:
-        """A hash of every token with its text, whatever the order of the file."""
+        """Hash every token with its text, in order."""
         digest = hashlib.sha256()
         for pair in zip(self.tokens, self.texts, strict=True):
             digest.update(json.dumps(pair).encode())
@@ -34,20 +34,30 @@ class ItemTexts:
 
 
 def read_item_titles(path: Path, id_column: str, separator: str = "\t") -> dict[str, str]:
-    """What people call the items, by token; empty where there is no such file or column.
+    """Titles by item token; empty where the file or such a column does not exist.
 
     The column is `title` or `name`, or the first whose name has one of these words in it.
 
     Raises:
         ValueError: the file can't be read.
     """
-    if not path.is_file() or id_column not in (header := inter_file.read_header(path, separator)):
+    if not path.is_file():
         return {}
-    columns = [column for column in header if column != id_column]
-    ranked = [[c for c in columns if c == word] for word in TITLE_WORDS]
-    ranked += [[c for c in columns if word in c.lower()] for word in TITLE_WORDS]
-    if not (named := [column for group in ranked for column in group]):
+    header = inter_file.read_header(path, separator)
+    title_column = _find_title_column([column for column in header if column != id_column])
+    if id_column not in header or title_column is None:
         return {}
-    frame = inter_file.read_text_columns(path, separator, header)[[id_column, named[0]]].dropna()
-    titles = zip(frame[id_column], frame[named[0]].str.strip(), strict=True)
-    return {token: title for token, title in titles if title}
+    frame = inter_file.read_text_columns(path, separator, header)[[id_column, title_column]].dropna()
+    titles = frame.set_index(id_column)[title_column].str.strip()
+    return dict(titles[titles != ""])
+
+
+def _find_title_column(columns: list[str]) -> str | None:
+    for word in TITLE_WORDS:
+        if word in columns:
+            return word
+    for word in TITLE_WORDS:
+        for column in columns:
+            if word in column.lower():
+                return column
+    return None

@@ -1,10 +1,9 @@
 """Rows that come split into files, each with its history: RecBole's `benchmark_filename`.
 
-NAME.train.inter, NAME.valid.inter and NAME.test.inter, as UniSRec and RecBole's examples of sessions have
+NAME.train.inter, NAME.valid.inter and NAME.test.inter, as UniSRec and RecBole's session examples have
 them, with a column such as `item_id_list:token_seq`.
 """
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,9 @@ import pandas as pd
 
 from m2rec.compat import Config, FeatureSource, FeatureType, SequentialDataset
 from m2rec.data import inter_file
-from m2rec.data.dataset import HistoryDataset
+from m2rec.data.dataset import HistoryDataset, drop_incomplete_rows
 from m2rec.data.histories import NO_TARGET, Histories, Split
 from m2rec.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 SPLIT_BY_FILES = "files"
 _ROW_FIELD = "row_id"
@@ -24,15 +21,15 @@ _NO_FILTER = "[0,inf)"
 
 
 class PresplitDataset(HistoryDataset):
-    """Rows of training, validation (left out where two files are named) and test, as the files have them.
+    """Training, validation (absent where two files are named) and test rows, as the files have them.
 
-    `histories` has a history for each row, under the row's number from 1: the same user may have several.
+    `histories` has a history for each row, under the row's number from 1: a user may have several rows.
 
     Args:
         config: with `benchmark_filename`.
 
     Raises:
-        ValueError: another key does not go with it, or a file is not as it must be.
+        ValueError: another key contradicts it, or a file is invalid.
     """
 
     def __init__(self, config: Config) -> None:
@@ -42,92 +39,97 @@ class PresplitDataset(HistoryDataset):
 
     @property
     def owner_field(self) -> str:
-        """The column that says whose history a row has: its own."""
+        """The column that identifies a row's history: the row's number."""
         return _ROW_FIELD
 
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
         for name in self.benchmark_filename_list:
             path = Path(dataset_path) / f"{token}.{name}.inter"
             if not path.is_file():
-                raise UserError(
-                    f"benchmark_filename: there is no file {path}; put it there, or leave {name} out"
-                )
+                raise UserError(f"benchmark_filename: no file {path}; put it there, or leave {name} out")
         SequentialDataset._load_inter_feat(self, token, dataset_path)
 
     def _load_feat(self, filepath: str, source: FeatureSource) -> pd.DataFrame:
-        """RecBole's reader; of interactions, rows without user, item or history are left out and counted."""
+        """RecBole's reader; interactions without user, item or history are dropped and counted."""
         frame = SequentialDataset._load_feat(self, filepath, source)
         if source != FeatureSource.INTERACTION:
             return frame
-        path, lists = Path(filepath), _name_history_column(self.config)
-        header = inter_file.read_header(path, self.config["field_separator"])
-        if header.get(lists) != "token_seq":
-            raise UserError(
-                f"benchmark_filename: {path} has no column {lists}:token_seq, each row's history; add it, or "
-                f"join the files to {self.dataset_name}.inter and leave benchmark_filename out"
-            )
-        for key in ("USER_ID_FIELD", "ITEM_ID_FIELD"):
-            inter_file.require_column(path, header, key, self.config[key], "token")
-        if missing := [c for c in (self.uid_field, self.iid_field, lists) if c not in frame]:
-            raise UserError(f"load_col: {missing[0]!r} is left out; add it to inter")
-        whole = frame[[self.uid_field, self.iid_field]].notna().all(axis=1) & (frame[lists].map(len) > 0)
-        if not whole.any():
+        path, history = Path(filepath), _name_history_column(self.config)
+        self._check_columns(path, history, list(frame))
+        complete = frame[[self.uid_field, self.iid_field]].notna().all(axis=1)
+        complete &= frame[history].map(len) > 0
+        if not complete.any():
             raise UserError(
                 f"benchmark_filename: {path} has no row with user, item and history; leave it out"
             )
-        if not whole.all():
-            left, rows = int((~whole).sum()), len(whole)
-            logger.warning(
-                "%s: %s of %s rows have no user, item or history and are left out",
-                path,
-                f"{left:,}",
-                f"{rows:,}",
+        return drop_incomplete_rows(frame, complete, path, "user, item or history")
+
+    def _check_columns(self, path: Path, history: str, loaded: list[str]) -> None:
+        header = inter_file.read_header(path, self.config["field_separator"])
+        if header.get(history) != "token_seq":
+            raise UserError(
+                f"benchmark_filename: {path} has no column {history}:token_seq, each row's history; add it, "
+                f"or join the files to {self.dataset_name}.inter and leave benchmark_filename out"
             )
-        return frame[whole].reset_index(drop=True)
+        for key in ("USER_ID_FIELD", "ITEM_ID_FIELD"):
+            inter_file.require_column(path, header, key, self.config[key], "token")
+        for column in (self.uid_field, self.iid_field, history):
+            if column not in loaded:
+                raise UserError(f"load_col: {column!r} is left out; add it to inter")
 
     def _change_feat_format(self) -> None:
         """Keep whole histories for `histories`, the newest MAX_ITEM_LIST_LENGTH items for the model."""
-        frame, sizes = self.inter_feat, self.file_size_list
-        lists, targets = list(frame[self.history_field]), frame[self.iid_field].to_numpy()
-        lengths = np.array([len(own) for own in lists])
-        self._part_ends = np.cumsum(sizes if len(sizes) == 3 else [sizes[0], 0, sizes[1]])
-        items = np.concatenate([np.append(own, target) for own, target in zip(lists, targets, strict=True)])
+        frame = self.inter_feat
+        histories = list(frame[self.history_field])
+        lengths = np.array([len(history) for history in histories])
+        items = []
+        for history, target in zip(histories, frame[self.iid_field], strict=True):
+            items.append(np.append(history, target))
+        all_items = np.concatenate(items)
+        sizes = list(self.file_size_list)
+        if len(sizes) == 2:
+            sizes.insert(1, 0)
+        self._part_ends = np.cumsum(sizes)
         rows = np.arange(1, len(frame) + 1)
-        self.histories = _build_row_histories(rows, lengths, items, self._part_ends)
-        users = int(frame[self.uid_field].nunique())
-        self.counts = {"users": users, "items": len(np.unique(items)), "interactions": len(frame)}
-        cut = {
-            column: [own[-self.max_item_list_len :] for own in frame[column]]
-            for column in frame
-            if column.endswith(self.config["LIST_SUFFIX"])
+        self.histories = _build_row_histories(rows, lengths, all_items, self._part_ends)
+        self.counts = {
+            "users": int(frame[self.uid_field].nunique()),
+            "items": len(np.unique(all_items)),
+            "interactions": len(frame),
         }
-        own = {self.item_list_length_field: np.minimum(lengths, self.max_item_list_len), _ROW_FIELD: rows}
-        self.inter_feat = frame.assign(**cut, **own)
+        for column in list(frame):
+            if column.endswith(self.config["LIST_SUFFIX"]):
+                frame[column] = [values[-self.max_item_list_len :] for values in frame[column]]
+        frame[self.item_list_length_field] = np.minimum(lengths, self.max_item_list_len)
+        frame[_ROW_FIELD] = rows
         self.set_field_property(_ROW_FIELD, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
         SequentialDataset._change_feat_format(self)
 
 
 def _build_row_histories(
-    rows: np.ndarray, lengths: np.ndarray, items: np.ndarray, stops: np.ndarray
+    rows: np.ndarray, lengths: np.ndarray, items: np.ndarray, part_ends: np.ndarray
 ) -> Histories:
     """Each row's history and target, under the row's number.
 
-    What training meets is counted as RecBole counts it: each target, and the item of a history of one, with
-    which a sequence begins.
+    Training counts are RecBole's: each target, and the item of a history of one item, which begins a
+    sequence.
 
     Args:
         rows: (n,).
         lengths: (n,), of the histories.
-        items: each row's history and its target, one after the other.
-        stops: where the rows of training, validation and test end.
+        items: each row's history and its target, concatenated.
+        part_ends: where the rows of training, validation and test end.
     """
     histories = Histories(np.repeat(rows, lengths + 1), items)
-    start, end, part = histories.start, histories.end, np.searchsorted(stops, rows)
+    part = np.searchsorted(part_ends, rows)
+    target = histories.end - 1
     targets = {
-        name: np.where(part == number, end - 1, NO_TARGET) for number, name in ((1, "valid"), (2, "test"))
+        "valid": np.where(part == 1, target, NO_TARGET),
+        "test": np.where(part == 2, target, NO_TARGET),
     }
-    begins = np.where(lengths == 1, start, end - 1)
-    histories.split = Split(np.where(part == 0, end, start), targets, begins)
+    train_stop = np.where(part == 0, histories.end, histories.start)
+    train_start = np.where(lengths == 1, histories.start, target)
+    histories.split = Split(train_stop, targets, train_start)
     return histories
 
 
@@ -136,24 +138,23 @@ def _name_history_column(config: Config) -> str:
 
 
 def _check_presplit_keys(config: Config) -> None:
-    """Refuse the keys that have no effect on rows that are there already."""
+    """Refuse keys that have no effect on rows that are split already."""
     names = config["benchmark_filename"]
     if not isinstance(names, list) or len(names) not in (2, 3):
         raise UserError(f"benchmark_filename: expected [train, valid, test] or [train, test], got {names!r}")
     if "rows" not in config or config["rows"] == "dense":
-        raise UserError("rows: 'dense' needs whole histories, benchmark_filename has rows; set rows: prefix")
-    if config["split"] not in (None, "leave_one_out"):
         raise UserError(
-            f"split: {config['split']!r} does not go with benchmark_filename, which is split already"
+            "rows: dense needs complete user histories, but benchmark_filename has one row per target; "
+            "set rows: prefix"
         )
+    if config["split"] not in (None, "leave_one_out"):
+        raise UserError(f"split: {config['split']!r} contradicts benchmark_filename, which is the split")
     for key in ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter"):
         if config[key] not in (None, _NO_FILTER):
             raise UserError(
                 f"{key}: {config[key]!r} has no effect on the files of benchmark_filename; filter them "
-                f"beforehand and leave it out"
+                f"beforehand and leave {key} out"
             )
-    if _name_history_column(config) not in (config["alias_of_item_id"] or ()):
-        raise UserError(
-            f"alias_of_item_id: add {_name_history_column(config)}, or its items "
-            f"would be others than the targets"
-        )
+    history = _name_history_column(config)
+    if history not in (config["alias_of_item_id"] or ()):
+        raise UserError(f"alias_of_item_id: add {history}, or its items get other ids than the targets")

@@ -1,7 +1,7 @@
-"""Settings and text vectors that come with the project for some data sets, and which data these are.
+"""Settings and text vectors that are shipped with the project for some data sets.
 
-A name alone says little: who calls their own data `ml-100k` must not get the text vectors of its films.
-The key `belongs_to` of `properties/dataset/NAME.yaml` says what the data set is.
+A name is not enough: a user's own data called `ml-100k` must not get the text vectors of its films. The
+key `belongs_to` of `properties/dataset/NAME.yaml` describes the data set.
 """
 
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ class InterColumns(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
-        """Those of a mapping with RecBole's keys."""
+        """Take the columns from a mapping with RecBole's keys."""
         return cls(config["field_separator"], config["USER_ID_FIELD"], config["ITEM_ID_FIELD"])
 
 
 def read_origin(name: str) -> dict[str, Any]:
-    """What the data set is that properties and vectors of this name are of; empty if there are none.
+    """Describe the data set that the shipped files of this name belong to; empty if there are none.
 
     Returns:
         `users`, `items` and `interactions` of NAME.inter, unfiltered, and where vectors are shipped
@@ -44,7 +44,7 @@ def read_origin(name: str) -> dict[str, Any]:
 
 
 def describe_difference(name: str, path: Path, columns: InterColumns) -> str:
-    """How the interactions of a file differ from those that the properties of this name are of.
+    """Describe how a file differs from the data set that the shipped properties belong to.
 
     Args:
         name: the data set's.
@@ -52,38 +52,43 @@ def describe_difference(name: str, path: Path, columns: InterColumns) -> str:
         columns: how it is read.
 
     Returns:
-        Such as `610 users, not 943`; empty where nothing differs, nothing is shipped, or a column is missing.
+        Such as `610 users, not 943`; empty if nothing differs, nothing is shipped, or a column is missing.
 
     Raises:
         ValueError: the file can't be read.
     """
-    if not (origin := read_origin(name)):
+    origin = read_origin(name)
+    if not origin:
         return ""
     header = inter_file.read_header(path, columns.separator)
     if columns.user not in header or columns.item not in header:
         return ""  # which is an error when it is loaded
     frame = inter_file.read_text_columns(path, columns.separator, header, [columns.user, columns.item])
-    found = {
+    counts = {
         "users": frame[columns.user].nunique(),
         "items": frame[columns.item].nunique(),
         "interactions": len(frame),
     }
-    return ", ".join(f"{n:,} {what}, not {origin[what]:,}" for what, n in found.items() if n != origin[what])
+    differences = []
+    for name, count in counts.items():
+        if count != origin[name]:
+            differences.append(f"{count:,} {name}, not {origin[name]:,}")
+    return ", ".join(differences)
 
 
 def hash_titles(titles: Mapping[str, str]) -> str:
-    """A hash of every item token with its title, whatever the order of the file."""
+    """Hash every item token with its title, independent of their order."""
     tokens = sorted(titles)
     return item_file.ItemTexts(tokens, [titles[token] for token in tokens], columns=[]).sha256()
 
 
 def find_shipped_vectors(name: str) -> Path | None:
-    """The text-vector file that is shipped under this name, whatever data has that name here."""
+    """The text-vector file that is shipped under this name; it may belong to other data."""
     path = SHIPPED_FOLDER / f"{name}.text.safetensors"
     return path if path.is_file() else None
 
 
 def has_same_titles(name: str, items: Path, columns: InterColumns) -> bool:
-    """Whether a file of items has the tokens and titles that the shipped vectors of this name are of."""
+    """Whether a file of items has the tokens and titles that the shipped vectors belong to."""
     titles = item_file.read_item_titles(items, columns.item, columns.separator)
     return hash_titles(titles) == read_origin(name).get("titles_sha256")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from m2rec.compat import Config, InputType, Interaction, SequentialDataset, SequentialRecommender
-from m2rec.data.dataset import HistoryDataset, shift_targets
+from m2rec.data.dataset import HistoryDataset
+from m2rec.data.histories import shift_targets
 from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.losses import LossInput, NegativeSampler, compute_loss
@@ -49,7 +50,7 @@ class M2Rec(SequentialRecommender):
             _warn_about_ignored_keys(config)
         self.settings = ModelSettings.read(config)
         self.text_source: dict[str, str | int | float] | None = None
-        self.dense = getattr(dataset, "rows", "prefix") == "dense"
+        self.dense = isinstance(dataset, HistoryDataset) and dataset.is_dense
         text = self._load_text(config, dataset)
         self.encoder = Encoder(
             self.settings, self.n_items, self.max_seq_length, None if text is None else text.vectors

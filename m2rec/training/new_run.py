@@ -17,7 +17,6 @@ from m2rec.errors import UserError
 from m2rec.run_folder import RunFolder
 from m2rec.storage import lock_path
 from m2rec.training.configuration import resolve_settings
-from m2rec.training.provenance import list_item_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def update_eval_batch_size(files: RunFolder, eval_batch_size: int) -> None:
 def _write_run_inputs(
     files: RunFolder, config: Config, dataset: HistoryDataset, text: dict[str, Any]
 ) -> None:
-    tokens = list_item_tokens(dataset)
+    tokens = dataset.item_tokens
     counts: list[int] = []
     if dataset.histories is not None:
         counts = dataset.histories.training_counts(dataset.item_num).tolist()

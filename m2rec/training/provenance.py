@@ -52,14 +52,9 @@ _TARGETS = {
 }
 
 
-def list_item_tokens(dataset: HistoryDataset) -> list[str]:
-    """Tokens by internal id, padding's first."""
-    return [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-
-
 def hash_training_data(dataset: HistoryDataset, loaders: Iterable[Any]) -> str:
     """A hash of what a run is trained and tested on: the histories, all rows and the item features."""
-    digest = hashlib.sha256(json.dumps(list_item_tokens(dataset)).encode())
+    digest = hashlib.sha256(json.dumps(dataset.item_tokens).encode())
     arrays: list[Any] = []
     if dataset.histories is not None:
         arrays += [dataset.histories.owner, dataset.histories.items]

@@ -36,7 +36,6 @@ from m2rec.training.provenance import (
     describe_machine,
     describe_protocol,
     hash_training_data,
-    list_item_tokens,
     read_versions,
 )
 from m2rec.training.recbole_keys import check_reranker_size
@@ -255,7 +254,7 @@ def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
     dataset, loaders, data_counts = _load_and_describe_data(config)
     timer.lap("data")
     if config["model"] == M2Rec.__name__ and folder is None:
-        ensure_text_vectors(config, list_item_tokens(dataset)[1:])
+        ensure_text_vectors(config, dataset.item_tokens[1:])
         if config["device"].type == "cuda":
             torch.cuda.reset_peak_memory_stats(config["device"])
         timer.lap("text")

@@ -266,7 +266,7 @@ class RunTrainer(Trainer):
     ) -> float:
         """Train on all rows, or on the rest of a resumed epoch; returns the sum of all steps' losses."""
         progress, n_steps = self._progress, len(train_data)
-        is_dense = train_data.dataset.rows == "dense"
+        is_dense = train_data.dataset.is_dense
         start = perf_counter() - progress.seconds
         progress.loader_state = self._generator.get_state()
         self.model.train()

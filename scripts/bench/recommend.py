@@ -30,7 +30,6 @@ from m2rec.models.m2rec import M2Rec
 from m2rec.nn.text_projection import ProjectedText
 from m2rec.serving import saved_model
 from m2rec.serving.recommender import Recommender
-from m2rec.training.provenance import list_item_tokens
 from m2rec.training.run import load_run_data
 
 K = 10
@@ -53,7 +52,7 @@ class RecBoleBaseline:
         self.model.encoder.load_state_dict(model.encoder.state_dict())
         rows = self.test.dataset.inter_feat[:users]
         self.users = rows[dataset.uid_field].numpy()
-        self.device, tokens = device, list_item_tokens(dataset)
+        self.device, tokens = device, dataset.item_tokens
         pairs = zip(rows[dataset.history_field].tolist(), rows[dataset.item_list_length_field], strict=True)
         self.histories = [[tokens[item] for item in items[:length]] for items, length in pairs]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import NamedTuple, TypeVar
 
-from m2rec.data.dominant import LABEL_COLUMNS
+from m2rec.data.column_names import LABEL_COLUMNS
 from m2rec.data.raw.filters import (
     RowCondition,
     explode_lists,

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from m2rec.data.dominant import LABEL_COLUMNS
+from m2rec.data.column_names import LABEL_COLUMNS
 from m2rec.errors import UserError
 from m2rec.yaml_values import suggest_spelling
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from decimal import Decimal, InvalidOperation
 from reprlib import repr as short
 
-from m2rec.data.dominant import LABEL_COLUMNS
+from m2rec.data.column_names import LABEL_COLUMNS
 from m2rec.data.raw.readers import MalformedRowError, RawRow
 
 MAX_NUMBER_DIGITS = 28  # of a number, what Decimal computes with

@@ -1,0 +1,54 @@
+"""Times of interactions: ties, gaps, and how many of a user's interactions lie in each period."""
+
+import numpy as np
+import pandas as pd
+
+
+def count_tied_times(users: np.ndarray, times: np.ndarray) -> int:
+    """Count the interactions that share their time with another one of the same user.
+
+    Args:
+        users, times: (n,) each, in any order.
+    """
+    order = np.lexsort((times, users))
+    users, times = users[order], times[order]
+    same_user = users[1:] == users[:-1]
+    same_time = times[1:] == times[:-1]
+    tied_with_previous = np.append(False, same_user & same_time)
+    tied_with_next = np.append(tied_with_previous[1:], False)
+    return int((tied_with_previous | tied_with_next).sum())
+
+
+def count_per_period(
+    users: np.ndarray, times: np.ndarray, valid_share: float, test_share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Count each user's interactions in the training and in the validation period.
+
+    Args:
+        users, times: (n,) each, in any order.
+        valid_share, test_share: the share of all interactions that lie before validation and before test.
+            Interactions at a boundary belong to the period that begins there.
+
+    Returns:
+        Counts by user id, for training and for validation.
+    """
+    ordered = np.sort(times)
+    counts = []
+    for share in (valid_share, test_share):
+        position = min(int(share * len(times)), len(times) - 1)
+        earlier = users[times < ordered[position]]
+        counts.append(np.bincount(earlier, minlength=int(users.max()) + 1))
+    before_valid, before_test = counts
+    return before_valid, before_test - before_valid
+
+
+def measure_gap_quartiles(users: pd.Series, times: pd.Series) -> tuple[float, float, float] | None:
+    """Quartiles of the time between neighbouring interactions of a user; None where no user has two."""
+    frame = pd.DataFrame({"user": pd.factorize(users)[0], "time": times.to_numpy()})
+    frame = frame.sort_values(["user", "time"])
+    same_user = frame["user"].diff() == 0
+    gaps = frame["time"].diff()[same_user]
+    if not len(gaps):
+        return None
+    low, middle, high = gaps.quantile([0.25, 0.5, 0.75])
+    return float(low), float(middle), float(high)
