@@ -3,8 +3,10 @@
 import csv
 import math
 import os
+import signal
 import stat
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from m2rec.compat import Trainer, data_preparation, init_seed
 from m2rec.data.dataset import HistoryDataset
 from m2rec.models.m2rec import M2Rec
 from m2rec.storage import write_atomically, write_text
-from m2rec.tensor_files import write_tensors
+from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.training.configuration import build_config
 from m2rec.training.recbole_keys import RECBOLE_METRICS
+from m2rec.training.signals import RunInterrupted
 from m2rec.training.trainer import RunTrainer
 from tests.conftest import random_rows, small
 
@@ -168,6 +171,27 @@ def test_without_validation_rows_the_last_epoch_is_kept(toy: Path, tmp_path: Pat
     assert trainer.best_epoch == 1
     trainer.load_best_weights()
     assert all(torch.equal(value, last[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_stop_before_the_first_batch(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The signal ended the data-loader workers, too; the resumed epoch has its rows in the same order."""
+    trainer, loaders = made(toy, tmp_path / "run")
+    state = loaders[0].generator.get_state()
+
+    def fail(loader: Any) -> Iterator[Any]:
+        torch.rand(1, generator=loader.generator)
+        raise RuntimeError("a worker is gone")
+        yield
+
+    monkeypatch.setattr(type(loaders[0]), "__iter__", fail)
+    with pytest.raises(RuntimeError, match="a worker is gone"):
+        trainer.fit(loaders[0], loaders[1])
+    loaders[0].generator.set_state(state)
+    trainer._stop_request.signal = signal.SIGTERM
+    with pytest.raises(RunInterrupted):
+        trainer.fit(loaders[0], loaders[1])
+    tensors, _ = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
+    assert torch.equal(tensors["loader"], state)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -125,11 +125,10 @@ def format_next_steps(folder: Path, recommends: bool) -> str:
 
 
 class _PlainFormatter(logging.Formatter):
-    """One line per message, without RecBole's colours where nobody sees them."""
+    """Log lines without RecBole's colours."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if sys.stderr.isatty() else re.sub(r"\x1b\[[0-9;]*m", "", text)
+        return re.sub(r"\x1b\[[0-9;]*m", "", super().format(record))
 
 
 def _start_logging(level: int) -> None:
@@ -137,4 +136,4 @@ def _start_logging(level: int) -> None:
     handler.setFormatter(_PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(lambda record: record.name != "root" or record.levelno > logging.INFO)
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of every font
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs every font
