@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 class InputWarnings:
     """Counts over all histories of a request, for one log line of each kind at its end."""
 
+    skip_unknown: bool = False
+    """Whether unknown items are skipped, not refused."""
     n_unknown: int = 0
     first_unknown: str = ""
     n_empty: int = 0
@@ -47,7 +49,7 @@ def to_token_list(tokens: Iterable[str]) -> list[str]:
 def tokens_to_ids(
     ids: Mapping[str, int],
     tokens: Iterable[str],
-    unknown_log: InputWarnings | None = None,
+    warnings: InputWarnings | None = None,
     argument: str = "history",
 ) -> list[int]:
     """Internal ids of tokens.
@@ -55,7 +57,7 @@ def tokens_to_ids(
     Args:
         ids: internal ids by token.
         tokens: the tokens.
-        unknown_log: counts unknown tokens, which are then skipped; None to refuse them.
+        warnings: counts unknown tokens that are skipped; None to refuse them.
         argument: the name of the argument with the tokens, for the error.
 
     Raises:
@@ -66,8 +68,8 @@ def tokens_to_ids(
         item = ids.get(token) if isinstance(token, str) else None
         if item is not None:
             found.append(item)
-        elif unknown_log is not None:
-            unknown_log.count_unknown(token)
+        elif warnings is not None and warnings.skip_unknown:
+            warnings.count_unknown(token)
         else:
             cure = "remove it or train again" if isinstance(token, str) else "item tokens must be strings"
             raise UserError(f"{argument}: unknown item {token!r}; {cure}")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from m2rec.data.raw.readers import MAX_LINE_BYTES, Tally, read_csv_records, read_parquet_rows
 from m2rec.errors import UserError
-from m2rec.serving.ranker import Recommendation
+from m2rec.serving.ranker import Ranking
 from m2rec.storage import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def read_history_file(path: Path, progress: bool = False) -> Iterator[tuple[str,
         logger.warning("%s: %s", path, remark)
 
 
-def write_recommendations(path: Path, ranked: Iterable[tuple[str, list[Recommendation]]]) -> int:
+def write_recommendations(path: Path, ranked: Iterable[tuple[str, Ranking]]) -> int:
     """Write a Parquet file with the columns `user`, `items` and `scores`, whole or not at all.
 
     Returns:

@@ -7,7 +7,8 @@ from typing import TextIO
 from rapidfuzz import fuzz, process
 
 from m2rec.cli import write_escaped
-from m2rec.serving.recommender import Recommendation, Recommender
+from m2rec.serving.ranker import Ranking
+from m2rec.serving.recommender import Recommender
 
 HELP = "a title or a part of one, a token, or: why, undo, new, quit"
 
@@ -46,12 +47,12 @@ class TitleSearch:
         """Items of exactly this name, or else those whose name has all the words."""
         words = wanted.split()
         exact: list[str] = []
-        parts: dict[str, tuple[bool, bool, int, str]] = {}
+        parts: dict[str, tuple[bool, int]] = {}
         for token, name in self._normalized_names.items():
             if name == wanted:
                 exact.append(token)
             elif all(word in name for word in words):
-                parts[token] = (not name.startswith(wanted), wanted not in name, len(name), name)
+                parts[token] = (not name.startswith(wanted), len(name))
         return exact or sorted(parts, key=parts.__getitem__)
 
     def _find_similar(self, wanted: str) -> list[str]:
@@ -94,7 +95,7 @@ class Dialogue:
         self.catalogue = TitleSearch(recommender.tokens[1:], recommender.titles)
         self.history: list[str] = []
         self.choices: list[str] = []
-        self.ranking: list[Recommendation] = []
+        self.ranking: Ranking = []
         self.commands: dict[str, Callable[[], None]] = {"why": self.why, "undo": self.undo, "new": self.new}
         self.new()
 

@@ -107,7 +107,7 @@ def _compute_reference_scores(model: SavedModel, items: Tensor, lengths: Tensor)
 
 
 def _sample_histories(model: SavedModel, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random histories of random lengths; seed 1 gives the greatest length."""
+    """Random histories of random lengths; with seed 1 all of the greatest length."""
     random = torch.Generator().manual_seed(seed)
     items = torch.randint(1, len(model.tokens), (batch_size, model.max_length), generator=random)
     lengths = torch.randint(1, model.max_length + 1, (batch_size,), generator=random)

@@ -3,20 +3,18 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from m2rec.serving.ranker import Recommendation
+from m2rec.serving.ranker import Ranking
 
 _MAX_TOKEN_WIDTH = 40  # characters of a token in the table
 _SHOWN_HISTORY = 5  # items of the history above the table
 
 
-def format_as_json(ranking: Sequence[Recommendation]) -> str:
+def format_as_json(ranking: Ranking) -> str:
     """A JSON list of objects with item, score and title, in ASCII."""
     return json.dumps([entry._asdict() for entry in ranking]) + "\n"
 
 
-def format_as_table(
-    history: Sequence[str], ranking: Sequence[Recommendation], titles: Mapping[str, str]
-) -> str:
+def format_as_table(history: Sequence[str], ranking: Ranking, titles: Mapping[str, str]) -> str:
     """The end of the history and the recommendations, a line each.
 
     Args:

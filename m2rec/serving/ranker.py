@@ -43,15 +43,19 @@ class Recommendation(NamedTuple):
     title: str = ""
 
 
+Ranking = list[Recommendation]
+"""Best first."""
+
+
 class RankingOptions(NamedTuple):
     """How many items to recommend, and which ones may be."""
 
     k: int
-    exclude_seen: bool = True
-    candidate_ids: Tensor | None = None
+    exclude_seen: bool
+    excluded_ids: Tensor
+    """Ids of items that are never recommended."""
+    candidate_ids: Tensor | None
     """Ascending ids of the candidates; None for all items."""
-    excluded_ids: Tensor | None = None
-    """Ids of items that are never recommended; None for none."""
 
 
 class HistoryItems(NamedTuple):
@@ -79,13 +83,13 @@ class Ranker:
             ValueError: faiss is not installed.
         """
         table = self.model.table
-        index = ItemIndex(table) if self.index is None else self.index.extended(table)
+        index = self.index.extended(table) if self.index else ItemIndex(table)
         index.set_probes(probes)
         return replace(self, index=index)
 
     def with_more_items(self, model: SavedModel) -> "Ranker":
         """A ranker of the same model with new items; its index takes them in."""
-        index = None if self.index is None else self.index.extended(model.table)
+        index = self.index.extended(model.table) if self.index else None
         return replace(self, model=model, index=index)
 
     def truncate_history(self, ids: list[int]) -> list[int]:
@@ -109,7 +113,7 @@ class Ranker:
 
     def rank_in_batches(
         self, histories: Iterator[list[int]], options: RankingOptions, warnings: InputWarnings
-    ) -> Iterator[list[Recommendation]]:
+    ) -> Iterator[Ranking]:
         """Rank the items after each history, a batch at a time; log the warnings at the end.
 
         Raises:
@@ -123,16 +127,17 @@ class Ranker:
 
     def _rank_histories(
         self, histories: list[list[int]], options: RankingOptions, warnings: InputWarnings
-    ) -> list[list[Recommendation]]:
+    ) -> list[Ranking]:
         known = [history for history in histories if history]
-        seen = [HistoryItems(set(history), set(self.truncate_history(history))) for history in known]
+        seen = self._list_items(known)
         with self.limit_threads(sum(map(len, known)), len(known)):
             ranked = self._rank_vectors(self.encode_histories(known), seen, options)
         return self._add_popular(histories, ranked, options, warnings)
 
-    def rank_sessions(
-        self, states: Sequence[SessionState], options: RankingOptions
-    ) -> list[list[Recommendation]]:
+    def _list_items(self, histories: list[list[int]]) -> list[HistoryItems]:
+        return [HistoryItems(set(history), set(self.truncate_history(history))) for history in histories]
+
+    def rank_sessions(self, states: Sequence[SessionState], options: RankingOptions) -> list[Ranking]:
         """Rank the items after each live user's events, in one pass.
 
         Raises:
@@ -150,15 +155,14 @@ class Ranker:
     @torch.no_grad()
     def score_items(self, histories: list[list[int]]) -> Tensor:
         """Scores (B, V) of all items after histories, at least one item each; padding's are -inf."""
-        table = self.model.table
         with self.limit_threads(sum(map(len, histories)), len(histories)):
-            scores = F.linear(self.encode_histories(histories), table)
-            visible = [set(self.truncate_history(history)) for history in histories]
-            adjustments = self._build_adjustments(visible, [[0]] * len(histories))
+            scores = F.linear(self.encode_histories(histories), self.model.table)
+            adjustments = self._build_adjustments(self._list_items(histories), exclude_seen=False)
             adjustments.apply(scores, adjustments.items, 0)
+        scores[:, 0] = -torch.inf
         return scores
 
-    def rank_similar(self, item: int, k: int) -> list[Recommendation]:
+    def rank_similar(self, item: int, k: int) -> Ranking:
         """The items whose rows of the item table have the highest cosine with an item's row."""
         table = self.model.table
         with self.limit_threads(0, 1):
@@ -170,9 +174,9 @@ class Ranker:
     @torch.no_grad()
     def _rank_vectors(
         self, vectors: Tensor, seen: Sequence[HistoryItems], options: RankingOptions
-    ) -> list[list[Recommendation]]:
+    ) -> list[Ranking]:
         """The best items for vectors (B, D) of histories that hold these items."""
-        ranked: dict[int, list[Recommendation]] = {}
+        ranked: dict[int, Ranking] = {}
         if self.index is not None and options.candidate_ids is None:
             ranked = self._rank_by_index(self.index, vectors, seen, options)
         rest = [row for row in range(len(seen)) if row not in ranked]
@@ -181,21 +185,21 @@ class Ranker:
                 vectors[rest],
                 self.model.table,
                 options.k,
-                self._adjust_ranking([seen[row] for row in rest], options),
-                options.candidate_ids,
+                self._build_adjustments([seen[row] for row in rest], options.exclude_seen),
                 options.excluded_ids,
+                options.candidate_ids,
             )
             ranked |= self._name_rows(rest, *best)
         return [ranked[row] for row in range(len(seen))]
 
     def _rank_by_index(
         self, index: ItemIndex, vectors: Tensor, seen: Sequence[HistoryItems], options: RankingOptions
-    ) -> dict[int, list[Recommendation]]:
+    ) -> dict[int, Ranking]:
         """Rankings by row, without the rows that the index can't answer."""
         table = self.model.table
-        n_excluded = 0 if options.excluded_ids is None else len(options.excluded_ids)
-        min_results = [options.k + n_excluded + len(items.all_ids) for items in seen]
-        ranked: dict[int, list[Recommendation]] = {}
+        n_ranked = options.k + len(options.excluded_ids)
+        min_results = [n_ranked + len(items.all_ids) for items in seen]
+        ranked: dict[int, Ranking] = {}
         for rows, retrieved in index.search_by_need(vectors, min_results):
             histories = [seen[row] for row in rows]
             # their repeat bias may lift items that the index does not find
@@ -205,24 +209,22 @@ class Ranker:
                 vectors[rows],
                 table,
                 options.k,
-                self._adjust_ranking(histories, options),
-                pools.to(table.device),
+                self._build_adjustments(histories, options.exclude_seen),
                 options.excluded_ids,
+                pools.to(table.device),
             )
             ranked |= self._name_rows(rows, *best)
         return ranked
 
-    def _adjust_ranking(self, histories: Sequence[HistoryItems], options: RankingOptions) -> ScoreAdjustments:
-        hidden = [items.all_ids if options.exclude_seen else () for items in histories]
-        return self._build_adjustments([items.visible_ids for items in histories], hidden)
-
-    def _build_adjustments(
-        self, visible: Sequence[Collection[int]], hidden: Sequence[Collection[int]]
-    ) -> ScoreAdjustments:
-        """By history, the repeat bias for the items that the model sees, and items to take out."""
+    def _build_adjustments(self, histories: Sequence[HistoryItems], exclude_seen: bool) -> ScoreAdjustments:
+        """The repeat bias for the items that the model sees, and all items of a history taken out."""
         bias = self.model.inference_encoder.repeat_bias
-        boost = 0.0 if bias is None else bias.item()
-        return ScoreAdjustments(visible, hidden, boost, self.model.table.device)
+        return ScoreAdjustments(
+            boosted=[items.visible_ids for items in histories],
+            hidden=[items.all_ids if exclude_seen else () for items in histories],
+            boost=0.0 if bias is None else bias.item(),
+            device=self.model.table.device,
+        )
 
     @torch.no_grad()
     def encode_histories(self, histories: list[list[int]]) -> Tensor:
@@ -249,10 +251,10 @@ class Ranker:
     def _add_popular(
         self,
         histories: Sequence[Collection[int]],
-        ranked: list[list[Recommendation]],
+        ranked: list[Ranking],
         options: RankingOptions,
         warnings: InputWarnings,
-    ) -> list[list[Recommendation]]:
+    ) -> list[Ranking]:
         """By history its ranking in `ranked`, which has the next one for each history that is not empty.
 
         An empty history gets the most popular items.
@@ -268,27 +270,24 @@ class Ranker:
         rankings = iter(ranked)
         return [next(rankings) if history else list(popular) for history in histories]
 
-    def _rank_by_popularity(self, options: RankingOptions) -> list[Recommendation]:
+    def _rank_by_popularity(self, options: RankingOptions) -> Ranking:
         """The items with the most occurrences in training; at equal counts the lower id first."""
         model = self.model
         if not model.item_counts:
             raise UserError("history: empty, and this run has no item counts to fall back on; give an item")
         order = model.popularity_order
+        order = order[~torch.isin(order, options.excluded_ids.cpu())]
         if options.candidate_ids is not None:
             order = order[torch.isin(order, options.candidate_ids.cpu())]
-        if options.excluded_ids is not None:
-            order = order[~torch.isin(order, options.excluded_ids.cpu())]
         best = order[: options.k].tolist()
         return self._name_items([float(model.item_counts[item]) for item in best], best)
 
-    def _name_rows(
-        self, rows: Sequence[int], scores: Tensor, items: Tensor
-    ) -> dict[int, list[Recommendation]]:
+    def _name_rows(self, rows: Sequence[int], scores: Tensor, items: Tensor) -> dict[int, Ranking]:
         """Recommendations by row of scores and ids (B, k)."""
         named = map(self._name_items, scores.tolist(), items.tolist())
         return dict(zip(rows, named, strict=True))
 
-    def _name_items(self, scores: Sequence[float], items: Sequence[int]) -> list[Recommendation]:
+    def _name_items(self, scores: Sequence[float], items: Sequence[int]) -> Ranking:
         """Items by name, without those whose score is minus infinity."""
         found = []
         for score, item in zip(scores, items, strict=True):

@@ -25,7 +25,7 @@ from m2rec.serving.arguments import (
     tokens_to_ids,
 )
 from m2rec.serving.explanation import Explanation, explain_history
-from m2rec.serving.ranker import Ranker, RankingOptions, Recommendation
+from m2rec.serving.ranker import Ranker, Ranking, RankingOptions, Recommendation
 from m2rec.serving.saved_model import SavedModel
 from m2rec.serving.session import SessionState
 from m2rec.text import vector_file
@@ -108,7 +108,7 @@ class Recommender:
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         skip_unknown: bool = False,
-    ) -> list[Recommendation]:
+    ) -> Ranking:
         """The best k items after a history, best first.
 
         After an empty history they are the items with the most occurrences in training, which are
@@ -137,16 +137,15 @@ class Recommender:
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         skip_unknown: bool = False,
-    ) -> Iterator[list[Recommendation]]:
+    ) -> Iterator[Ranking]:
         """As `recommend` for each of any number of histories, in their order.
 
         Histories are read as they are needed, about a thousand at a time, so there may be millions.
         """
-        warnings = InputWarnings()
-        unknown_log = warnings if skip_unknown else None
-        options = self._parse_options(k, exclude_seen, candidates, exclude, unknown_log)
+        warnings = InputWarnings(skip_unknown)
+        options = self._parse_options(k, exclude_seen, candidates, exclude, warnings)
         known = self.model.ids
-        ids = (tokens_to_ids(known, history, unknown_log) for history in histories)
+        ids = (tokens_to_ids(known, history, warnings) for history in histories)
         return self._ranker.rank_in_batches(ids, options, warnings)
 
     def recommend_file(
@@ -200,8 +199,7 @@ class Recommender:
         Raises:
             ValueError: an unknown item token, or pyarrow is not installed; k is less than 1.
         """
-        warnings = InputWarnings()
-        unknown_log = warnings if skip_unknown else None
+        warnings = InputWarnings(skip_unknown)
         options = self._parse_options(k, exclude_seen)
         known = self.model.ids
         users: deque[str] = deque()  # read, and not yet ranked
@@ -209,7 +207,7 @@ class Recommender:
         def read_ids() -> Iterator[list[int]]:
             for user, history in histories:
                 try:
-                    ids = tokens_to_ids(known, history, unknown_log)
+                    ids = tokens_to_ids(known, history, warnings)
                 except ValueError as error:
                     raise UserError(f"{source}, user {user!r}: {error}") from None
                 users.append(user)
@@ -235,7 +233,7 @@ class Recommender:
         """
         return tokens_to_ids(self.model.ids, tokens)
 
-    def similar_items(self, token: str, k: int = 10) -> list[Recommendation]:
+    def similar_items(self, token: str, k: int = 10) -> Ranking:
         """The items most similar to an item: the score is the cosine of their rows of the item table.
 
         Raises:
@@ -268,8 +266,8 @@ class Recommender:
                 history at once (`mixer: attention`, `filter: low_pass`).
         """
         session.check_is_recurrent(self.model.encoder)
-        state, warnings = SessionState(), InputWarnings()
-        ids = tokens_to_ids(self.model.ids, history, warnings if skip_unknown else None)
+        state, warnings = SessionState(), InputWarnings(skip_unknown)
+        ids = tokens_to_ids(self.model.ids, history, warnings)
         warnings.log_warnings()
         with self._ranker.limit_threads(len(ids), 0):
             session.advance_session(self.model.inference_encoder, ids, state)
@@ -308,7 +306,7 @@ class Recommender:
         exclude_seen: bool = True,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
-    ) -> list[list[Recommendation]]:
+    ) -> list[Ranking]:
         """As `recommend` for each of many live users, in one pass."""
         options = self._parse_options(k, exclude_seen, candidates, exclude)
         return self._ranker.rank_sessions(self._list_states(sessions), options)
@@ -346,7 +344,7 @@ class Recommender:
             ValueError: the file is unusable, or was not made as the run's; see also `add_items`.
         """
         path = Path(path)
-        saved_model.check_accepts_new_items(self.model)
+        saved_model.require_table_text(self.model)
         tokens, vectors, made_by = vector_file.read_text_vectors(path)
         vector_file.check_same_text_encoder(path, made_by, self.text_source)
         known = set(self.tokens)
@@ -413,18 +411,19 @@ class Recommender:
         exclude_seen: bool,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
-        unknown_log: InputWarnings | None = None,
+        warnings: InputWarnings | None = None,
     ) -> RankingOptions:
-        ids, candidate_ids, excluded_ids = self.model.ids, None, None
         k = parse_whole_number("k", k, 1)
+        excluded_ids = self._to_sorted_ids(exclude, InputWarnings(skip_unknown=True), "exclude")
+        candidate_ids = None
         if candidates is not None:
-            pool = tokens_to_ids(ids, candidates, unknown_log, "candidates")
-            candidate_ids = self._to_sorted_tensor(pool)
-        if exclude is not None:
-            excluded_ids = self._to_sorted_tensor(tokens_to_ids(ids, exclude, InputWarnings()))
-        return RankingOptions(k, exclude_seen, candidate_ids, excluded_ids)
+            candidate_ids = self._to_sorted_ids(candidates, warnings, "candidates")
+        return RankingOptions(k, exclude_seen, excluded_ids, candidate_ids)
 
-    def _to_sorted_tensor(self, ids: list[int]) -> Tensor:
+    def _to_sorted_ids(
+        self, tokens: Iterable[str] | None, warnings: InputWarnings | None, argument: str
+    ) -> Tensor:
+        ids = tokens_to_ids(self.model.ids, () if tokens is None else tokens, warnings, argument)
         return torch.tensor(sorted(set(ids)), dtype=torch.int64, device=self.model.table.device)
 
     def _to_known_ids(self, history: Iterable[str]) -> list[int]:
@@ -434,7 +433,7 @@ class Recommender:
         return ids
 
     def _list_states(self, sessions: Sequence["Session"]) -> list[SessionState]:
-        if len({id(one) for one in sessions}) < len(sessions):
+        if len(set(sessions)) < len(sessions):
             raise UserError("sessions: the same session is given twice")
         if any(one.recommender is not self for one in sessions):
             raise UserError("sessions: a session belongs to another recommender")
@@ -469,7 +468,7 @@ class Session:
         exclude_seen: bool = True,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
-    ) -> list[Recommendation]:
+    ) -> Ranking:
         """As `Recommender.recommend` after all events so far."""
         (ranked,) = self.recommender.recommend_sessions([self], k, exclude_seen, candidates, exclude)
         return ranked

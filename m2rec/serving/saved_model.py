@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -179,17 +179,8 @@ def write_saved_model(trained: SavedModel, folder: Path) -> None:
     write_text(folder / CONFIG_FILE, yaml.safe_dump(trained.config, sort_keys=False, allow_unicode=True))
 
 
-class TextInput(NamedTuple):
-    """The text vectors of a model's items, and how raw vectors are whitened for it."""
-
-    vectors: Tensor
-    """(V, T), whitened."""
-    mean: Tensor
-    basis: Tensor
-
-
-def check_accepts_new_items(model: SavedModel) -> TextInput:
-    """The text input that new items need; it must be in the item table.
+def require_table_text(model: SavedModel) -> tuple[Tensor, Tensor, Tensor]:
+    """The item text that new items need: its vectors (V, T), and the mean and basis that whiten raw ones.
 
     Raises:
         ValueError: the model has no text, or none in its item table.
@@ -199,7 +190,7 @@ def check_accepts_new_items(model: SavedModel) -> TextInput:
         raise UserError("add_items: the model has no item text; train with text_vectors")
     if model.encoder.table_text is None:
         raise UserError("add_items: the model has no text in its item table; train with text_in_table: true")
-    return TextInput(vectors, mean, basis)
+    return vectors, mean, basis
 
 
 @torch.no_grad()
@@ -218,45 +209,40 @@ def extend_catalogue(
         ValueError: the model has no text in its item table, a token is already in the catalogue or a
             duplicate, or the vectors don't fit.
     """
-    text = check_accepts_new_items(model)
-    _check_new_tokens(model, new)
-    new_titles = {token: titles[token] for token in new if token in titles}
-    _check_new_titles(new_titles)
-    raw = torch.as_tensor(vectors).to(text.vectors)
-    _check_new_vectors(new, raw, len(text.mean))
+    text, mean, basis = require_table_text(model)
+    _check_new_items(model, new, titles)
+    raw = torch.as_tensor(vectors).to(text)
+    _check_new_vectors(new, raw, len(mean))
     state = model.encoder.state_dict()
     state["id_embedding.weight"] = F.pad(state["id_embedding.weight"], (0, 0, 0, len(new)))
-    state["vectors"] = torch.cat([text.vectors, (raw - text.mean) @ text.basis])
+    state["vectors"] = torch.cat([text, (raw - mean) @ basis])
     tokens = [*model.tokens, *new]
     encoder = Encoder(model.encoder.settings, len(tokens), model.max_length, state["vectors"])
-    encoder = encoder.to(raw.device)
+    encoder = encoder.to(text.device)
     encoder.load_state_dict(state)
     return build_saved_model(
         encoder,
         tokens,
-        titles={**model.titles, **new_titles},
+        titles={**model.titles, **{token: titles[token] for token in new if token in titles}},
         counts=[*model.item_counts, *[0] * len(new)] if model.item_counts else [],
         config=model.config,
-        text_mean=text.mean,
-        text_basis=text.basis,
+        text_mean=mean,
+        text_basis=basis,
         text_source=model.text_source,
     )
 
 
-def _check_new_tokens(model: SavedModel, new: Sequence[str]) -> None:
+def _check_new_items(model: SavedModel, new: Sequence[str], titles: Mapping[str, str]) -> None:
     known = set(model.ids)
     for token in new:
         if not isinstance(token, str):
             raise UserError(f"add_items: {token!r} is not a string")
         if token in known:
             raise UserError(f"add_items: {token!r} is already in the catalogue, or a duplicate")
-        known.add(token)
-
-
-def _check_new_titles(titles: Mapping[str, str]) -> None:
-    for token, title in titles.items():
+        title = titles.get(token, "")
         if not isinstance(title, str):
             raise UserError(f"add_items: the title of {token!r} is {title!r}, not a string")
+        known.add(token)
 
 
 def _check_new_vectors(new: Sequence[str], raw: Tensor, width: int) -> None:

@@ -34,15 +34,17 @@ class ScoreAdjustments:
         boost: float,
         device: torch.device,
     ) -> None:
-        rows, items, values = [], [], []
-        for groups, value in ((hidden, -torch.inf), (boosted, boost)):
-            sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64)
-            rows.append(torch.arange(len(groups)).repeat_interleave(sizes))
-            items.append(torch.tensor(list(chain.from_iterable(groups)), dtype=torch.int64))
-            values.append(torch.full((int(sizes.sum()),), value))
-        self.rows = torch.cat(rows).to(device)  # (R,)
-        self.items = torch.cat(items).to(device)
-        self.values = torch.cat(values).to(device)
+        sizes: list[int] = []
+        items: list[int] = []
+        for group in chain(hidden, boosted):
+            sizes.append(len(group))
+            items.extend(group)
+        histories = torch.arange(len(hidden)).repeat(2)
+        values = torch.tensor([-torch.inf, boost]).repeat_interleave(len(hidden))
+        repeats = torch.tensor(sizes, dtype=torch.int64)
+        self.rows = histories.repeat_interleave(repeats).to(device)  # (R,)
+        self.values = values.repeat_interleave(repeats).to(device)
+        self.items = torch.tensor(items, dtype=torch.int64, device=device)
 
     def apply(self, scores: Tensor, positions: Tensor, start: int) -> None:
         """Change scores (B, n) in place.
@@ -63,8 +65,8 @@ def select_top_k(
     table: Tensor,
     k: int,
     adjustments: ScoreAdjustments,
+    excluded: Tensor,
     pool: Tensor | None = None,
-    excluded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k items of the highest scores for each history, best first.
 
@@ -73,21 +75,21 @@ def select_top_k(
         table: (V, D), the item table; padding's row 0 is never found.
         k: how many; fewer are found where there are fewer.
         adjustments: added to the scores.
-        pool: (P,), ascending ids of the items to choose from; None for all.
         excluded: ids of items that are never found.
+        pool: (P,), ascending ids of the items to choose from; None for all.
 
     Returns:
         Scores and ids (B, min(k, P)); minus infinity where nothing is left.
     """
     if pool is None:
         pool = torch.arange(1, len(table), device=table.device)
-    best_scores, best_items = [x.new_empty(len(x), 0)], [pool.new_empty(len(x), 0)]
     if not len(pool):
-        return best_scores[0], best_items[0]
+        return x.new_empty(len(x), 0), pool.new_empty(len(x), 0)
     is_whole_table = len(pool) == len(table) - 1
     positions = _locate_items(pool, adjustments.items)
-    excluded_positions = _locate_items(pool, pool[:0] if excluded is None else excluded)
+    excluded_positions = _locate_items(pool, excluded)
     max_scores = _MAX_SCORES * _GPU_FACTOR if x.is_cuda else _MAX_SCORES
+    best_scores, best_items = [], []
     chunk_size = max(1, max_scores // max(1, len(x)))
     for start in range(0, len(pool), chunk_size):
         end = start + chunk_size
@@ -99,9 +101,9 @@ def select_top_k(
         top = scores.topk(min(k, scores.shape[1]))
         best_scores.append(top.values)
         best_items.append(pool[start + top.indices])
-    all_scores, all_items = torch.cat(best_scores, dim=1), torch.cat(best_items, dim=1)
-    top = all_scores.topk(min(k, all_scores.shape[1]))
-    return top.values, all_items.gather(1, top.indices)
+    scores = torch.cat(best_scores, dim=1)
+    top = scores.topk(min(k, scores.shape[1]))
+    return top.values, torch.cat(best_items, dim=1).gather(1, top.indices)
 
 
 def select_top_k_in_pools(
@@ -109,8 +111,8 @@ def select_top_k_in_pools(
     table: Tensor,
     k: int,
     adjustments: ScoreAdjustments,
+    excluded: Tensor,
     pools: Tensor,
-    excluded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `select_top_k`, with a small pool for each history.
 
@@ -128,11 +130,11 @@ def select_top_k_in_pools(
     keys = (row_keys[:, None] + items).flatten()
     positions = _locate_items(keys, row_keys[adjustments.rows] + adjustments.items)
     adjustments.apply(scores, positions - adjustments.rows * items.shape[1], 0)
-    is_hidden = items == 0
-    is_hidden[:, 1:] |= items[:, 1:] == items[:, :-1]
-    if excluded is not None:
-        is_hidden |= torch.isin(items, excluded)
-    top = scores.masked_fill_(is_hidden, -torch.inf).topk(min(k, items.shape[1]))
+    is_hidden = torch.isin(items, excluded) | (items == 0)
+    is_duplicate = items[:, 1:] == items[:, :-1]
+    is_hidden[:, 1:] |= is_duplicate
+    scores.masked_fill_(is_hidden, -torch.inf)
+    top = scores.topk(min(k, items.shape[1]))
     return top.values, items.gather(1, top.indices)
 
 
