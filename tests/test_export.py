@@ -48,7 +48,7 @@ def test_it_scores_as_the_model_without_the_package(tmp_path: Path, settings: di
 def test_batch_and_length_may_vary(mixer: str):
     """Of a program made by hand, up to the length of one chunk of the scan; S6 unrolls its length."""
     settings = {"mixer": mixer, "n_layers": 1, "filter": "none" if mixer == "attention" else "causal"}
-    encoder = recommender(whole_history=False, **settings)._model.encoder.requires_grad_(False).eval()
+    encoder = recommender(whole_history=False, **settings).model.encoder.requires_grad_(False).eval()
     program, batch, fixed = export.ScoringModule(encoder), torch.export.Dim("batch"), mixer == "mamba"
     items, lengths = torch.randint(1, V, (3, 5)), torch.tensor([5, 1, 4])
     of_items = {0: batch} if fixed else {0: batch, 1: torch.export.Dim("length", min=2, max=L)}

@@ -131,13 +131,13 @@ def test_a_batch_is_each_alone():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("user,history\nanna,i1 tea\n", "in.csv, user 'anna': history: the model knows no item 'tea'"),
+        ("user,history\nanna,i1 tea\n", "in.csv, user 'anna': history: unknown item 'tea'"),
         ("user,history\nanna,i1,i2\n", "line 2: 3 columns, the header has 2$"),
         ("user,items\nanna,i1\n", "history"),
         ("", "is empty"),
         ("\ruser,history\nanna,i1\n", "line 1 names no columns"),
         ("user,history\n,i1\n", "line 2: user is empty"),
-        ('user,history\nanna,"[1, 2"\n', "line 2: history is no JSON list"),
+        ('user,history\nanna,"[1, 2"\n', "line 2: history is not a valid JSON list"),
         ('user,history\nanna,"[[1], 2]"\n', "line 2: history is '.*', expected a list of tokens"),
         ('user,history\nanna,"[null]"\n', "line 2: history is '.*', expected a list of tokens"),
         (None, "there is no such file; give a CSV or Parquet file"),
@@ -159,7 +159,7 @@ def test_unknown_items_can_be_skipped(tmp_path: Path, caplog: pytest.LogCaptureF
     assert model.recommend_file(path, out, k=3, skip_unknown=True) == 1
     expected = model.recommend(["i1", "i2"], k=3)
     assert parquet.read_table(out)["items"].to_pylist() == [[r.item for r in expected]]
-    assert [record.message for record in caplog.records] == ["1 unknown items were left out, such as 'tea'"]
+    assert [record.message for record in caplog.records] == ["skipped 1 unknown items, e.g. 'tea'"]
 
 
 def test_one_remark_for_all(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -167,8 +167,8 @@ def test_one_remark_for_all(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path.write_text("user,history\n" + "".join(f"u{k},tea i1\ne{k},\n" for k in range(700)))
     recommender().recommend_file(path, tmp_path / "out.parquet", k=1, skip_unknown=True)
     assert [record.message for record in caplog.records] == [
-        "700 unknown items were left out, such as 'tea'",
-        "empty histories, which get what is popular: 700",
+        "skipped 700 unknown items, e.g. 'tea'",
+        "700 empty histories: recommended the most popular items",
     ]
 
 

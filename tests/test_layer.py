@@ -96,7 +96,7 @@ def test_it_is_explained_and_exported(tmp_path: Path):
     assert explained.weights["recent mean"] == pytest.approx(1 / 4)
     model.export(tmp_path / "program.pt2")
     program = torch.export.load(tmp_path / "program.pt2").module()
-    items = F.pad(torch.tensor([[1, 2, 3]]), (0, model._model.max_length - 3))
+    items = F.pad(torch.tensor([[1, 2, 3]]), (0, model.model.max_length - 3))
     expected = model.scores([["i1", "i2", "i3"]])
     torch.testing.assert_close(program(items, torch.tensor([3]))[:, 1:], expected[:, 1:])
 

@@ -8,6 +8,7 @@ from m2rec.serving import top_k
 from m2rec.serving.top_k import ScoreAdjustments, select_top_k, select_top_k_in_pools
 
 V, D = 103, 8
+NONE = torch.empty(0, dtype=torch.int64)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_as_sorting_everything(
     raised, hidden = [{1, 2, 50}, set(), {102}], [{2, 7}, {60, 102}, set()]
     adjustments = ScoreAdjustments(raised, hidden, raise_by, table.device)
     ids = None if pool is None else torch.tensor(pool)
-    values, items = select_top_k(x, table, k, adjustments, ids)
+    values, items = select_top_k(x, table, k, adjustments, NONE, ids)
     everything = pool or list(range(1, V))
     expected, places = reference(x, table, k, raised, hidden, raise_by, everything)
     torch.testing.assert_close(values, expected)
@@ -61,9 +62,8 @@ def test_as_sorting_everything(
 
 
 def test_nothing_to_choose_from(table: Tensor):
-    none = torch.empty(0, dtype=torch.int64)
     values, items = select_top_k(
-        torch.randn(2, D), table, 3, ScoreAdjustments([()], [()], 0.0, table.device), none
+        torch.randn(2, D), table, 3, ScoreAdjustments([()], [()], 0.0, table.device), NONE, NONE
     )
     assert values.shape == items.shape == (2, 0)
 
@@ -76,11 +76,11 @@ def test_pools_of_their_own_as_one_history_at_a_time(table: Tensor, raise_by: fl
     pools = torch.tensor([[50, 2, 2, 99, 1], [102, 60, 5, 5, 0], [102, 9, 8, 3, 1], [7, 7, 0, 0, 0]])
     excluded = torch.tensor([3, 99])
     adjustments = ScoreAdjustments(raised, hidden, raise_by, table.device)
-    values, items = select_top_k_in_pools(x, table, k, adjustments, pools, excluded)
+    values, items = select_top_k_in_pools(x, table, k, adjustments, excluded, pools)
     for row in range(4):
         own = ScoreAdjustments([raised[row]], [hidden[row]], raise_by, table.device)
         pool = pools[row][pools[row] > 0].unique()
-        best, places = select_top_k(x[[row]], table, k, own, pool, excluded)
+        best, places = select_top_k(x[[row]], table, k, own, excluded, pool)
         found, there = values[row] > -torch.inf, best[0] > -torch.inf
         torch.testing.assert_close(values[row][found], best[0][there])
         assert torch.equal(items[row][found], places[0][there])

@@ -77,7 +77,7 @@ def test_an_item_that_the_run_does_not_know_yet(folder: Path, toy: Path, said: p
     path = toy / "toy" / "toy.inter"
     path.write_text(path.read_text() + "u5\tbrand-new\t2e9\n")
     assert recommend.main([str(folder), "--user=u5"]) == 2
-    assert "--user: 'u5' has met 'brand-new' since this run was trained" in said.readouterr().err
+    assert "history: unknown item 'brand-new'; remove it or train again" in said.readouterr().err
 
 
 def test_a_terminal_without_accents(folder: Path):
@@ -128,24 +128,24 @@ def test_a_conversation(folder: Path, said: pytest.CaptureFixture[str], monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--history", "i1", "nothing"], "history: the model knows no item 'nothing'"),
+        (["--history", "i1", "nothing"], "history: unknown item 'nothing'"),
         (["--history", "i1", "-k=0"], "k: expected a whole number from 1, got 0"),
         (["--user", "nobody"], "--user: the data set has no user 'nobody'"),
         (["--user", ""], "--user: the data set has no user ''"),
         (["--user", "[PAD]"], "--user: the data set has no user '[PAD]'"),
         ([], "one of the arguments --history --user --interactive --input --all-users is required"),
-        (["--input", "a.csv"], "--output goes with --input or --all-users, and they with it"),
-        (["--input", "a.csv", "--output", "b", "--json"], "--json goes with --history or --user"),
-        (["--history", "i1", "--data-path=x"], "--data-path goes with --user"),
-        (["--history", "i1", "--dataset=x"], "--dataset goes with --all-users"),
-        (["--all-users"], "--output goes with --input or --all-users, and they with it"),
-        (["--interactive", "--keep-seen"], "--interactive goes with neither --keep-seen nor"),
+        (["--input", "a.csv"], "--output requires --input or --all-users, and they require --output"),
+        (["--input", "a.csv", "--output", "b", "--json"], "--json requires --history or --user"),
+        (["--history", "i1", "--data-path=x"], "--data-path requires --user"),
+        (["--history", "i1", "--dataset=x"], "--dataset requires --all-users"),
+        (["--all-users"], "--output requires --input or --all-users, and they require --output"),
+        (["--interactive", "--keep-seen"], "--interactive can't be combined with --keep-seen or"),
         (
             ["--history", "i1", "--output", "a.parquet"],
-            "--output goes with --input or --all-users, and they with it",
+            "--output requires --input or --all-users, and they require --output",
         ),
         (["--input", "none.csv", "--output", "a.parquet"], "none.csv"),
-        (["--history", "i1", "--device=tpu9"], "device: 'tpu9' is none"),
+        (["--history", "i1", "--device=tpu9"], "device: invalid device 'tpu9'"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -116,7 +116,7 @@ def test_only_some_may_be_recommended(folder: Path):
     found = recommender.recommend(history, exclude_seen=False, candidates=some)
     assert [r.item for r in found] == [r.item for r in everything if r.item in some]
     assert recommender.recommend(history, candidates=[]) == []
-    with pytest.raises(ValueError, match="candidates: the model knows no item 'tea'"):
+    with pytest.raises(ValueError, match="candidates: unknown item 'tea'"):
         recommender.recommend(history, candidates=["tea"])
     (only,) = recommender.recommend(history, candidates=["tea", "i9"], skip_unknown=True)
     assert only.item == "i9"
@@ -129,9 +129,9 @@ def test_after_nothing_the_popular_items(folder: Path, toy: Path, caplog: pytest
     found = recommender.recommend([], k=30)
     assert [r.score for r in found] == sorted(counts[1:], reverse=True) and len(found) == 20
     assert all(counts[recommender.to_ids([r.item])[0]] == r.score for r in found)
-    assert "empty histories, which get what is popular: 1" in caplog.text
+    assert "1 empty histories: recommended the most popular items" in caplog.text
     (folder / "counts.json").unlink()
-    with pytest.raises(ValueError, match="history: empty, and this run does not say what is popular"):
+    with pytest.raises(ValueError, match="history: empty, and this run has no item counts to fall back on"):
         Recommender.load(folder).recommend([])
 
 
@@ -146,7 +146,7 @@ def test_similar_items(folder: Path):
     recommender = Recommender.load(folder)
     found = recommender.similar_items("i3", k=100)
     assert len(found) == 19 and "i3" not in {r.item for r in found}
-    table = torch.nn.functional.normalize(recommender._model.table[1:])
+    table = torch.nn.functional.normalize(recommender.model.table[1:])
     cosines = dict(
         zip(recommender.tokens[1:], (table @ table[recommender.to_ids(["i3"])[0] - 1]).tolist(), strict=True)
     )
@@ -168,7 +168,7 @@ def test_scores_have_no_gradient(folder: Path, toy: Path, tmp_path: Path):
     bare = Recommender.load(trained(toy, tmp_path, epochs=1, text_vectors="none"))
     for recommender in (bare, Recommender.load(folder)):
         assert not recommender.scores([["i3"]]).requires_grad
-        assert not recommender._model.table.requires_grad
+        assert not recommender.model.table.requires_grad
 
 
 def test_a_model_that_never_sees_more_than_in_training(toy: Path, tmp_path: Path):
@@ -183,7 +183,7 @@ def test_explain(folder: Path):
     history = ["i3", "i5", "i3"]
     explained = recommender.explain(history)
     assert [event.item for event in explained] == history
-    _, weights = recommender._model.encoder.encode_with_gate_weights(
+    _, weights = recommender.model.encoder.encode_with_gate_weights(
         torch.tensor([recommender.to_ids(history)]), torch.tensor([3])
     )
     for place, event in enumerate(explained):
@@ -192,7 +192,7 @@ def test_explain(folder: Path):
         assert len(event.by_layer) == len(weights)
         for layer, own in zip(weights, event.by_layer, strict=True):
             assert list(own.values()) == pytest.approx(layer[0, place].mean(-1).tolist())
-    assert len(recommender.explain(TOKENS)) == recommender._model.max_length
+    assert len(recommender.explain(TOKENS)) == recommender.model.max_length
     with pytest.raises(ValueError, match="history: empty"):
         recommender.explain([])
 
@@ -221,9 +221,9 @@ def test_new_items_from_their_text(folder: Path, vectors: Path):
     treated = (raw(vectors, "newer")[0] - weights["text_mean"]) @ weights["text_basis"]
     row = weights["encoder.table_text.linear.weight"] @ treated
     weights_before = weights["encoder.id_embedding.weight"]
-    state = recommender._model.encoder.state_dict()
+    state = recommender.model.encoder.state_dict()
     assert torch.equal(state["id_embedding.weight"][:21], weights_before)
-    torch.testing.assert_close(recommender._model.table[-1], row)
+    torch.testing.assert_close(recommender.model.table[-1], row)
     assert not torch.allclose(recommender.scores([["i1", "new"]]), recommender.scores([["i1", "newer"]]))
     assert len(recommender.recommend(["new"], k=100)) == 21
 
@@ -231,7 +231,7 @@ def test_new_items_from_their_text(folder: Path, vectors: Path):
 def test_a_text_that_is_known_ranks_as_that_item_would_without_its_clicks(folder: Path, vectors: Path):
     recommender = Recommender.load(folder)
     known = recommender.to_ids(["i4"])[0]
-    recommender._model.encoder.id_embedding.weight.data[known] = 0
+    recommender.model.encoder.id_embedding.weight.data[known] = 0
     recommender.add_items(["again"], raw(vectors, "i4").numpy())
     scores = recommender.scores([["i1", "i2"]])[0]
     torch.testing.assert_close(scores[-1], scores[known], rtol=1e-4, atol=1e-5)
@@ -250,9 +250,9 @@ def test_a_runs_own_folder_is_left_alone(folder: Path, tmp_path: Path, name: str
 def test_saving_leaves_nothing_of_another_model(folder: Path, tmp_path: Path):
     recommender = Recommender.load(folder)
     recommender.save(tmp_path / "saved")
-    Recommender(replace(recommender._model, item_counts=(), titles={})).save(tmp_path / "saved")
+    Recommender(replace(recommender.model, item_counts=(), titles={})).save(tmp_path / "saved")
     loaded = Recommender.load(tmp_path / "saved")
-    assert loaded.titles == {} and loaded._model.item_counts == ()
+    assert loaded.titles == {} and loaded.model.item_counts == ()
 
 
 def test_added_items_are_saved(folder: Path, tmp_path: Path, vectors: Path):
@@ -314,7 +314,7 @@ def test_only_vectors_that_were_made_alike(
     tokens, given, _ = vector_file.read_text_vectors(vectors)
     vector_file.write_text_vectors(vectors, tokens, given.numpy(), theirs)
     recommender = Recommender.load(folder)
-    recommender = Recommender(replace(recommender._model, text_source=ours))
+    recommender = Recommender(replace(recommender.model, text_source=ours))
     if message is None:
         assert recommender.add_items_from(vectors) == ["new", "newer"]
         return
@@ -342,13 +342,13 @@ def test_a_title_that_is_no_text(folder: Path, vectors: Path, title: Any):
 @pytest.mark.parametrize(
     ("tokens", "given", "message"),
     [
-        (["i3"], torch.ones(1, 8), "'i3' is there already"),
-        (["a", "a"], torch.ones(2, 8), "'a' is there already"),
+        (["i3"], torch.ones(1, 8), "'i3' is already in the catalogue"),
+        (["a", "a"], torch.ones(2, 8), "'a' is already in the catalogue"),
         (["a"], torch.ones(1, 7), r"vectors of shape \(1, 7\) for 1 items; expected \(1, 8\)"),
         (["a", "b"], torch.tensor([[1.0] * 8, [0.0] * 8]), "'b' has no text vector"),
         (["a"], torch.tensor([[torch.nan] * 8]), "'a' has no text vector"),
-        ("ab", torch.ones(2, 8), "expected a list of item tokens, got one text, 'ab'"),
-        ([3], torch.ones(1, 8), "3 is no text"),
+        ("ab", torch.ones(2, 8), "expected a list of item tokens, got one string, 'ab'"),
+        ([3], torch.ones(1, 8), "3 is not a string"),
     ],
 )
 def test_items_that_can_t_be_added(folder: Path, tokens: Any, given: torch.Tensor, message: str):
@@ -360,20 +360,23 @@ def test_items_that_can_t_be_added(folder: Path, tokens: Any, given: torch.Tenso
 
 
 def test_a_model_without_text_in_the_table_takes_none(toy: Path, tmp_path: Path, vectors: Path):
-    for others, message in (({"text_vectors": "none"}, ""), ({"text_in_table": False}, " in its item table")):
+    for others, message in (
+        ({"text_vectors": "none"}, "item text"),
+        ({"text_in_table": False}, "text in its item table"),
+    ):
         recommender = Recommender.load(trained(toy, tmp_path, epochs=1, **others))
-        with pytest.raises(ValueError, match=f"add_items: this run has no text{message};"):
+        with pytest.raises(ValueError, match=f"add_items: the model has no {message};"):
             recommender.add_items(["new"], torch.ones(1, 8))
-        with pytest.raises(ValueError, match=f"add_items: this run has no text{message};"):
+        with pytest.raises(ValueError, match=f"add_items: the model has no {message};"):
             recommender.add_items_from(vectors)
 
 
 @pytest.mark.parametrize(
     ("history", "message"),
     [
-        (["i3", "gone"], "knows no item 'gone'"),
-        ("i3", r"expected a list of item tokens, got one text, 'i3'; write \['i3'\]"),
-        ([3], "knows no item 3; tokens are texts"),
+        (["i3", "gone"], "unknown item 'gone'; remove it or train again"),
+        ("i3", r"expected a list of item tokens, got one string, 'i3'; write \['i3'\]"),
+        ([3], "unknown item 3; item tokens must be strings"),
     ],
 )
 def test_histories_that_can_t_be_used(folder: Path, history: Any, message: str):
@@ -415,11 +418,11 @@ def test_a_run_is_not_written_over(folder: Path):
 
 
 def test_other_devices(folder: Path):
-    with pytest.raises(ValueError, match="device: 'mps' is not supported; cpu or cuda"):
+    with pytest.raises(ValueError, match="device: 'mps' is not supported; use cpu or cuda"):
         Recommender.load(folder, "mps")
-    with pytest.raises(ValueError, match="device: 'gpu' is none"):
+    with pytest.raises(ValueError, match="device: invalid device 'gpu'; use cpu, cuda or cuda:0"):
         Recommender.load(folder, "gpu")
-    with pytest.raises(ValueError, match="device: there is no cuda:77 here"):
+    with pytest.raises(ValueError, match="device: cuda:77 is not available; use cpu"):
         Recommender.load(folder, "cuda:77")
 
 
@@ -509,7 +512,7 @@ def test_with_an_index_a_ranking_does_not_depend_on_who_else_asks(large: Recomme
 
 
 def test_a_seen_item_that_the_index_does_not_find_keeps_its_bias(large: Recommender):
-    bias = large._model.encoder.repeat_bias
+    bias = large.model.encoder.repeat_bias
     assert bias is not None
     bias.data.fill_(1000.0)
     large.use_index(probes=1)
@@ -572,16 +575,16 @@ def test_questions_to_an_index_that_have_no_answer(large: Recommender, monkeypat
     with pytest.raises(ValueError, match=r"recall: there is no index; call use_index first"):
         large.recall([["i1"]])
     for probes in (-1, 1.5, True):
-        with pytest.raises(ValueError, match=f"probes: {probes} is not a whole number from 0"):
+        with pytest.raises(ValueError, match=f"probes: expected a whole number from 0, got {probes}"):
             large.use_index(probes)  # type: ignore[arg-type]
     large.use_index()
-    with pytest.raises(ValueError, match=r"recall: no history that anything"):
+    with pytest.raises(ValueError, match=r"recall: nothing can be recommended after these histories"):
         large.recall([])
-    with pytest.raises(ValueError, match=r"recall: no history that anything"):
+    with pytest.raises(ValueError, match=r"recall: nothing can be recommended after these histories"):
         large.recall([[], large.tokens[1:]])
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ValueError, match=r"index: faiss is not installed; pip install faiss-cpu"):
-        Recommender(large._model).use_index()
+    with pytest.raises(ValueError, match=r"index: faiss is not installed; run: pip install faiss-cpu"):
+        Recommender(large.model).use_index()
 
 
 def test_histories_of_all_lengths_in_any_order(large: Recommender, monkeypatch: pytest.MonkeyPatch):

@@ -105,7 +105,7 @@ def test_a_user_without_a_history_gets_what_is_popular(caplog: pytest.LogCapture
     assert live.recommend(3, candidates=["i3", "i5"], exclude=["i5"])[0]._asdict() == {
         "item": "i3", "score": 3.0, "title": "Tea",
     }  # fmt: skip
-    assert "empty histories, which get what is popular: 1" in caplog.text
+    assert "1 empty histories: recommended the most popular items" in caplog.text
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
@@ -141,12 +141,10 @@ def test_what_can_t_be_restored():
     memory = model.session(["i1"])._state
     memory.vector = memory.vector[:, :3]
     with pytest.raises(ValueError, match="not a saved session of this model"):
-        model.restore_session(session.serialize_state(memory, model._model))
+        model.restore_session(session.serialize_state(memory, model.model))
     memory = session.SessionState(seen=[V])
     with pytest.raises(ValueError, match="items that this model does not have"):
-        model.restore_session(
-            session.serialize_state(memory, replace(model._model, tokens=(*TOKENS, "more")))
-        )
+        model.restore_session(session.serialize_state(memory, replace(model.model, tokens=(*TOKENS, "more"))))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +174,7 @@ def test_any_kind_of_bytes():
 
 def with_text(model: Recommender) -> Recommender:
     """As after training with text, so that items can be added."""
-    return Recommender(replace(model._model, text_mean=torch.zeros(6), text_basis=torch.eye(6)))
+    return Recommender(replace(model.model, text_mean=torch.zeros(6), text_basis=torch.eye(6)))
 
 
 def test_items_that_were_added_otherwise():
@@ -200,7 +198,7 @@ def test_a_session_outlives_new_items():
     model = recommender()
     live = model.session(["i1", "i2"])
     data, before = live.to_bytes(), live.recommend(V)
-    model._ranker = replace(model._ranker, model=with_text(model)._model)
+    model._ranker = replace(model._ranker, model=with_text(model).model)
     model.add_items(["new"], torch.randn(1, 6))
     after = live.recommend(V)
     assert_same([r for r in after if r.item != "new"], before)
@@ -216,12 +214,12 @@ def test_mistakes_change_nothing():
     live, other = model.session(["i1"]), recommender().session(["i1"])
     before = live.recommend(V)
     for call, message in (
-        (lambda: live.add("tea"), "the model knows no item 'tea'"),
-        (lambda: model.add_events([live, live], ["i2", "i3"]), "one comes twice"),
-        (lambda: model.add_events([live, other], ["i2", "i3"]), "one is of another recommender"),
+        (lambda: live.add("tea"), "unknown item 'tea'"),
+        (lambda: model.add_events([live, live], ["i2", "i3"]), "the same session is given twice"),
+        (lambda: model.add_events([live, other], ["i2", "i3"]), "a session belongs to another recommender"),
         (lambda: model.add_events([live], ["i2", "i3"]), "1 sessions, but 2 tokens"),
-        (lambda: model.add_events([live, model.session()], ["i2", "tea"]), "knows no item 'tea'"),
-        (lambda: model.session(["i1", "tea"]), "knows no item 'tea'"),
+        (lambda: model.add_events([live, model.session()], ["i2", "tea"]), "unknown item 'tea'"),
+        (lambda: model.session(["i1", "tea"]), "unknown item 'tea'"),
         (lambda: live.recommend(0), "k: expected a whole number"),
     ):
         with pytest.raises(ValueError, match=message):

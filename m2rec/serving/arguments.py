@@ -1,4 +1,4 @@
-"""What a recommender is asked: tokens, numbers and devices, checked and as it needs them."""
+"""Validate and convert the arguments of Recommender's methods."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -14,92 +14,95 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class InputWarnings:
-    """What the log should say once at the end, however many histories there were."""
+    """Counts over all histories of a request, for one log line of each kind at its end."""
 
+    skip_unknown: bool = False
+    """Whether unknown items are skipped, not refused."""
     n_unknown: int = 0
     first_unknown: str = ""
     n_empty: int = 0
 
+    def count_unknown(self, token: object) -> None:
+        """Count an unknown token that was skipped."""
+        self.n_unknown += 1
+        self.first_unknown = self.first_unknown or repr(token)
+
     def log_warnings(self) -> None:
-        """Log it."""
+        """Log the counts that are not 0."""
         if self.n_unknown:
-            logger.warning(
-                "%s unknown items were left out, such as %s", f"{self.n_unknown:,}", self.first_unknown
-            )
+            logger.warning("skipped %s unknown items, e.g. %s", f"{self.n_unknown:,}", self.first_unknown)
         if self.n_empty:
-            logger.warning("empty histories, which get what is popular: %s", f"{self.n_empty:,}")
+            logger.warning("%s empty histories: recommended the most popular items", f"{self.n_empty:,}")
 
 
 def to_token_list(tokens: Iterable[str]) -> list[str]:
-    """The tokens one by one.
+    """The tokens as a list.
 
     Raises:
-        ValueError: they are a single text, which would fall into its letters.
+        ValueError: they are a single string, which would be split into characters.
     """
     if isinstance(tokens, str):
-        raise UserError(f"expected a list of item tokens, got one text, {tokens!r}; write [{tokens!r}]")
+        raise UserError(f"expected a list of item tokens, got one string, {tokens!r}; write [{tokens!r}]")
     return list(tokens)
 
 
-def is_known_token(ids: Mapping[str, int], token: object) -> bool:
-    """Whether it is the token of an item."""
-    return isinstance(token, str) and token in ids
-
-
 def tokens_to_ids(
-    ids: Mapping[str, int], tokens: list[str], skipped: InputWarnings | None = None, what: str = "history"
+    ids: Mapping[str, int],
+    tokens: Iterable[str],
+    warnings: InputWarnings | None = None,
+    argument: str = "history",
 ) -> list[int]:
-    """Internal ids; unknown tokens are left out and counted by `skipped`, where that is given.
+    """Internal ids of tokens.
 
     Args:
         ids: internal ids by token.
-        tokens: of the argument `what`.
-        skipped: told of what is left out.
-        what: an argument's name, for the error.
+        tokens: the tokens.
+        warnings: counts unknown tokens that are skipped; None to refuse them.
+        argument: the name of the argument with the tokens, for the error.
 
     Raises:
-        ValueError: a token that nobody knows.
+        ValueError: an unknown item token, or a single string.
     """
-    try:
-        return [ids[token] for token in tokens]
-    except (KeyError, TypeError):  # one is unknown, or no text
-        known = [is_known_token(ids, token) for token in tokens]
-    first = tokens[known.index(False)]
-    if skipped is None:
-        text = "" if isinstance(first, str) else "; tokens are texts"
-        raise UserError(f"{what}: the model knows no item {first!r}{text}")
-    skipped.n_unknown += known.count(False)
-    skipped.first_unknown = skipped.first_unknown or repr(first)
-    return [ids[token] for token, there in zip(tokens, known, strict=True) if there]
+    found = []
+    for token in to_token_list(tokens):
+        item = ids.get(token) if isinstance(token, str) else None
+        if item is not None:
+            found.append(item)
+        elif warnings is not None and warnings.skip_unknown:
+            warnings.count_unknown(token)
+        else:
+            cure = "remove it or train again" if isinstance(token, str) else "item tokens must be strings"
+            raise UserError(f"{argument}: unknown item {token!r}; {cure}")
+    return found
 
 
-def parse_k(k: int) -> int:
-    """A number of items as Python's int.
+def parse_whole_number(argument: str, value: int, minimum: int) -> int:
+    """A whole number as Python's int.
 
     Raises:
-        ValueError: it is no whole number from 1.
+        ValueError: it is not one, or less than the minimum.
     """
     try:
-        number = index(k)
+        number = index(value)
     except TypeError:
-        number = 0
-    if number < 1 or isinstance(k, bool):
-        raise UserError(f"k: expected a whole number from 1, got {k!r}")
+        number = minimum - 1
+    if number < minimum or isinstance(value, bool):
+        raise UserError(f"{argument}: expected a whole number from {minimum}, got {value!r}")
     return number
 
 
 def parse_device(device: str | torch.device) -> torch.device:
-    """A device that is there.
+    """A device that can be used.
 
     Raises:
-        ValueError: it is none, or not here.
+        ValueError: its name is invalid, or this machine does not have it.
     """
     try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device: {device!r} is none; cpu, cuda or cuda:0") from error
-    if found.type not in ("cpu", "cuda"):
-        raise UserError(f"device: {device!r} is not supported; cpu or cuda")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: there is no {found} here; take cpu")
-    return found
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device: invalid device {device!r}; use cpu, cuda or cuda:0") from None
+    if parsed.type not in ("cpu", "cuda"):
+        raise UserError(f"device: {device!r} is not supported; use cpu or cuda")
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: {parsed} is not available; use cpu")
+    return parsed

@@ -1,17 +1,18 @@
-"""Files of many histories, and of what was recommended after them; neither is ever held whole."""
+"""Files of many histories and of recommendations; neither is ever held in memory whole."""
 
 import csv
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
-from m2rec.data.raw.readers import MAX_LINE_BYTES, RawRow, Tally, read_csv_records, read_parquet_rows
+from m2rec.data.raw.readers import MAX_LINE_BYTES, Tally, read_csv_records, read_parquet_rows
 from m2rec.errors import UserError
+from m2rec.serving.ranker import Ranking
 from m2rec.storage import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -21,20 +22,12 @@ USER_COLUMN, HISTORY_COLUMN = "user", "history"
 _ROW_GROUP_SIZE = 8192  # rows that are written together
 
 
-class UserRecommendations(NamedTuple):
-    """A user's recommendations, best first."""
-
-    user: str
-    items: Sequence[str]
-    scores: Sequence[float]
-
-
 def read_history_file(path: Path, progress: bool = False) -> Iterator[tuple[str, list[str]]]:
     """Users and their item tokens, oldest first, row by row.
 
-    The columns are `user` and `history`, a list in Parquet, in CSV tokens with blanks between
-    them or a JSON list. Nothing in it is an empty history. Rows of several lines are said at the end,
-    because a quotation mark that is left open makes one of many.
+    The columns are `user` and `history`: a list in Parquet; in CSV tokens with blanks between them, or a
+    JSON list. An empty cell is an empty history. Rows of several lines are logged at the end, because an
+    open quotation mark joins rows.
 
     Args:
         path: FILE.parquet, or a CSV file, plain or gzipped.
@@ -48,10 +41,11 @@ def read_history_file(path: Path, progress: bool = False) -> Iterator[tuple[str,
     tally = Tally(path)
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # a history may be long
     is_parquet = path.suffix == ".parquet"
-    rows = (read_parquet_rows if is_parquet else read_csv_records)(tally, (USER_COLUMN, HISTORY_COLUMN))
+    read_rows = read_parquet_rows if is_parquet else read_csv_records
     with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=not progress) as bar:
-        for line, row in rows:
-            yield _parse_user(path, line, row), _parse_history(path, line, row[HISTORY_COLUMN])
+        for line, row in read_rows(tally, (USER_COLUMN, HISTORY_COLUMN)):
+            where = f"{path}, line {line}"
+            yield _parse_user(where, row[USER_COLUMN]), _parse_history(where, row[HISTORY_COLUMN])
             bar.update(tally.position - bar.n)
     if not is_parquet:  # which may have no rows
         tally.finish()
@@ -59,11 +53,11 @@ def read_history_file(path: Path, progress: bool = False) -> Iterator[tuple[str,
         logger.warning("%s: %s", path, remark)
 
 
-def write_recommendations(path: Path, ranked: Iterable[UserRecommendations]) -> int:
+def write_recommendations(path: Path, ranked: Iterable[tuple[str, Ranking]]) -> int:
     """Write a Parquet file with the columns `user`, `items` and `scores`, whole or not at all.
 
     Returns:
-        How many rows it has.
+        The number of rows.
 
     Raises:
         ValueError: pyarrow is not installed.
@@ -73,40 +67,45 @@ def write_recommendations(path: Path, ranked: Iterable[UserRecommendations]) -> 
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise UserError(f"{path}: writing Parquet needs pyarrow; run: pip install pyarrow") from None
-    text, numbers = pyarrow.list_(pyarrow.string()), pyarrow.list_(pyarrow.float32())
-    schema = pyarrow.schema([(USER_COLUMN, pyarrow.string()), ("items", text), ("scores", numbers)])
-    rest, rows = iter(ranked), 0
+    columns = {
+        USER_COLUMN: pyarrow.string(),
+        "items": pyarrow.list_(pyarrow.string()),
+        "scores": pyarrow.list_(pyarrow.float32()),
+    }
+    schema = pyarrow.schema(columns)
+    rest, n_rows = iter(ranked), 0
 
     def write(temporary: Path) -> None:
-        nonlocal rows
+        nonlocal n_rows
         with parquet.ParquetWriter(temporary, schema) as writer:
-            while part := list(islice(rest, _ROW_GROUP_SIZE)):
-                columns = [list(column) for column in zip(*part, strict=True)]
-                writer.write_table(pyarrow.table(columns, schema=schema))
-                rows += len(part)
+            while group := list(islice(rest, _ROW_GROUP_SIZE)):
+                users, items, scores = [], [], []
+                for user, ranking in group:
+                    users.append(user)
+                    items.append([entry.item for entry in ranking])
+                    scores.append([entry.score for entry in ranking])
+                writer.write_table(pyarrow.table([users, items, scores], schema=schema))
+                n_rows += len(group)
 
     write_atomically(path, write)
-    return rows
+    return n_rows
 
 
-def _parse_user(path: Path, line: int, row: RawRow) -> str:
-    user = row[USER_COLUMN]
-    if user is None or user == "":
-        raise UserError(f"{path}, line {line}: {USER_COLUMN} is empty")
-    return str(user)
+def _parse_user(where: str, cell: Any) -> str:
+    if cell is None or cell == "":
+        raise UserError(f"{where}: {USER_COLUMN} is empty")
+    return str(cell)
 
 
-def _parse_history(path: Path, line: int, cell: Any) -> list[str]:
+def _parse_history(where: str, cell: Any) -> list[str]:
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             cell = json.loads(cell)
         except (ValueError, RecursionError):
-            raise UserError(f"{path}, line {line}: {HISTORY_COLUMN} is no JSON list: {cell[:60]!r}") from None
+            raise UserError(f"{where}: {HISTORY_COLUMN} is not a valid JSON list: {cell[:60]!r}") from None
     if isinstance(cell, str):
         return cell.split()
     tokens = [] if cell is None else cell
     if not isinstance(tokens, list) or not all(isinstance(token, str | int) for token in tokens):
-        raise UserError(
-            f"{path}, line {line}: {HISTORY_COLUMN} is {str(cell)[:60]!r}, expected a list of tokens"
-        )
+        raise UserError(f"{where}: {HISTORY_COLUMN} is {str(cell)[:60]!r}, expected a list of tokens")
     return [str(token) for token in tokens]

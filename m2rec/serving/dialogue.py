@@ -1,19 +1,22 @@
-"""A person types titles one after the other and sees the ranking change."""
+"""Interactive recommendation: a person types titles one by one and sees the ranking change."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from difflib import SequenceMatcher, get_close_matches
 from typing import TextIO
 
+from rapidfuzz import fuzz, process
+
 from m2rec.cli import write_escaped
-from m2rec.serving.recommender import Recommendation, Recommender
+from m2rec.serving.ranker import Ranking
+from m2rec.serving.recommender import Recommender
 
 HELP = "a title or a part of one, a token, or: why, undo, new, quit"
 
 _MAX_CHOICES = 8  # titles to choose from, where more than one fits
-_MIN_SIMILARITY = 0.6  # likeness from which a misspelt title counts
-_CONFIDENT_SIMILARITY = 0.85  # likeness from which titles that are this much less alike are not offered
-_SIMILARITY_MARGIN = 0.1
+# similarities from 0 to 100
+_MIN_SIMILARITY = 60  # of a misspelt title
+_CONFIDENT_SIMILARITY = 85  # from here on, only titles within the margin of the best are offered
+_SIMILARITY_MARGIN = 10
 
 
 class TitleSearch:
@@ -21,48 +24,51 @@ class TitleSearch:
 
     Args:
         tokens: of all items.
-        titles: by token, of those that have one.
+        titles: by token, of the items that have one.
     """
 
     def __init__(self, tokens: Iterable[str], titles: Mapping[str, str]) -> None:
         self.names = {token: titles.get(token, token) for token in tokens}
         self._normalized_names = {token: normalize_title(name) for token, name in self.names.items()}
+        without_year = map(strip_year, self._normalized_names.values())
+        self._spellings = [*self._normalized_names.values(), *without_year]
 
     def find(self, text: str) -> list[str]:
-        """Tokens of the items that fit, the best first: the token itself, the title, a part, a likeness."""
+        """Tokens of the items that fit, best first: the token, the whole title, a part, or a similar one."""
         if text in self.names:
             return [text]
         wanted = normalize_title(text)
         if not wanted:
             return []
-        if same := [token for token, name in self._normalized_names.items() if name == wanted]:
-            return same[:_MAX_CHOICES]
-        words = wanted.split()
-        parts = [
-            token for token, name in self._normalized_names.items() if all(word in name for word in words)
-        ]
-        if parts:
-            return sorted(parts, key=lambda token: self._match_key(token, wanted))[:_MAX_CHOICES]
-        return self._find_similar(wanted)
+        found = self._find_parts(wanted) or self._find_similar(wanted)
+        return found[:_MAX_CHOICES]
 
-    def _match_key(self, token: str, wanted: str) -> tuple[bool, bool, int, str]:
-        name = self._normalized_names[token]
-        return (not name.startswith(wanted), wanted not in name, len(name), name)
+    def _find_parts(self, wanted: str) -> list[str]:
+        """Items of exactly this name, or else those whose name has all the words."""
+        words = wanted.split()
+        exact: list[str] = []
+        parts: dict[str, tuple[bool, int]] = {}
+        for token, name in self._normalized_names.items():
+            if name == wanted:
+                exact.append(token)
+            elif all(word in name for word in words):
+                parts[token] = (not name.startswith(wanted), len(name))
+        return exact or sorted(parts, key=parts.__getitem__)
 
     def _find_similar(self, wanted: str) -> list[str]:
-        by_name: dict[str, list[str]] = {}
-        for token, name in self._normalized_names.items():
-            by_name.setdefault(name, []).append(token)
-            by_name.setdefault(strip_year(name), []).append(token)
-        close = get_close_matches(wanted, by_name, _MAX_CHOICES, _MIN_SIMILARITY)
-        likeness = [SequenceMatcher(None, name, wanted).ratio() for name in close]
-        if likeness and likeness[0] >= _CONFIDENT_SIMILARITY:
-            close = [
-                name
-                for name, own in zip(close, likeness, strict=True)
-                if own > likeness[0] - _SIMILARITY_MARGIN
-            ]
-        return list(dict.fromkeys(token for name in close for token in by_name[name]))[:_MAX_CHOICES]
+        """Items whose name, with or without its year, is close to the wanted one."""
+        found = process.extract(
+            wanted,
+            self._spellings,
+            scorer=fuzz.ratio,
+            score_cutoff=_MIN_SIMILARITY,
+            limit=2 * _MAX_CHOICES,  # an item has two spellings
+        )
+        best = found[0][1] if found else 0
+        lowest = best - _SIMILARITY_MARGIN if best >= _CONFIDENT_SIMILARITY else 0
+        tokens = list(self._normalized_names)
+        similar = [tokens[index % len(tokens)] for _, similarity, index in found if similarity > lowest]
+        return list(dict.fromkeys(similar))
 
 
 def normalize_title(text: str) -> str:
@@ -71,7 +77,7 @@ def normalize_title(text: str) -> str:
 
 
 def strip_year(name: str) -> str:
-    """A film's plain title without the year behind it."""
+    """A normalized film title without the year at its end."""
     return re.sub(r" \d{4}$", "", name)
 
 
@@ -81,7 +87,7 @@ class Dialogue:
     Args:
         recommender: the model.
         k: how many recommendations to show.
-        output: where to.
+        output: the stream to write to.
     """
 
     def __init__(self, recommender: Recommender, k: int, output: TextIO) -> None:
@@ -89,12 +95,12 @@ class Dialogue:
         self.catalogue = TitleSearch(recommender.tokens[1:], recommender.titles)
         self.history: list[str] = []
         self.choices: list[str] = []
-        self.ranking: list[Recommendation] = []
+        self.ranking: Ranking = []
         self.commands: dict[str, Callable[[], None]] = {"why": self.why, "undo": self.undo, "new": self.new}
         self.new()
 
     def run(self, lines: Iterable[str]) -> None:
-        """Answer each line until there is none, or one says quit."""
+        """Answer each line until the end or `quit`."""
         self.say(f"{len(self.catalogue.names):,} items. Type {HELP}.")
         self.prompt()
         for line in lines:
@@ -106,53 +112,48 @@ class Dialogue:
             self.prompt()
 
     def prompt(self) -> None:
-        """A sign to type at, on a terminal."""
+        """Print the prompt, on a terminal only."""
         if self.output.isatty():
             write_escaped("> ", self.output)
 
     def answer(self, text: str) -> None:
-        """One line of the person's."""
-        numbered = {str(number): token for number, token in enumerate(self.choices, 1)}
-        if text in numbered:
-            self.add(numbered[text])
+        """Handle one input line."""
+        numbers = [str(number) for number in range(1, 1 + len(self.choices))]
+        if text in numbers:
+            self.add(self.choices[numbers.index(text)])
         elif text in self.commands:
             self.commands[text]()
         else:
-            found = self.catalogue.find(text)
-            if len(found) == 1:
-                self.add(found[0])
-            else:
-                self.offer(text, found)
+            self.search(text)
+
+    def search(self, text: str) -> None:
+        """Add the item that a title means, or let the person choose among several by a number."""
+        found = self.catalogue.find(text)
+        if len(found) == 1:
+            self.add(found[0])
+            return
+        self.choices = found
+        for number, token in enumerate(found, 1):
+            self.say(f"{number:>3}  {self.catalogue.names[token]}")
+        self.say("which number?" if found else f"nothing like {text!r}; type {HELP}")
 
     def add(self, token: str) -> None:
-        """The person's next item."""
+        """Append an item to the history and show the new ranking."""
         self.history.append(token)
         self.choices = []
         self.say(f"+ {self.catalogue.names[token]}")
         self.show()
 
-    def offer(self, text: str, found: list[str]) -> None:
-        """Let the person choose by a number."""
-        self.choices = found
-        if not found:
-            self.say(f"nothing like {text!r}; type {HELP}")
-        for number, token in enumerate(found, 1):
-            self.say(f"{number:>3}  {self.catalogue.names[token]}")
-        if found:
-            self.say("which number?")
-
     def show(self) -> None:
-        """The ranking, and how each place has changed."""
-        found = self.recommender.recommend(self.history, self.k)
-        before = {item.item: place for place, item in enumerate(self.ranking, 1)}
-        for place, item in enumerate(found, 1):
-            self.say(
-                f"{place:>3} {format_rank_change(before.get(item.item), place):>4}  {item.title or item.item}"
-            )
-        self.ranking = found
+        """Show the ranking and the rank changes."""
+        before = {item.item: rank for rank, item in enumerate(self.ranking, 1)}
+        self.ranking = self.recommender.recommend(self.history, self.k)
+        for rank, item in enumerate(self.ranking, 1):
+            change = format_rank_change(before.get(item.item), rank)
+            self.say(f"{rank:>3} {change:>4}  {item.title or item.item}")
 
     def why(self) -> None:
-        """How far each branch was trusted at the last events."""
+        """Show the gate weight of each branch at the last events."""
         if not self.history:
             self.say("nothing to explain yet")
             return
@@ -161,25 +162,25 @@ class Dialogue:
             self.say(f"  {event.title or event.item}: {weights}")
 
     def undo(self) -> None:
-        """As if the last item had not been there."""
+        """Remove the last item."""
         self._reset_history(self.history[:-1])
         if self.history:
             self.show()
 
     def new(self) -> None:
-        """Start again from nothing."""
+        """Start a new history."""
         self._reset_history([])
 
     def say(self, text: str) -> None:
-        """One line to the person."""
+        """Print one line."""
         write_escaped(text + "\n", self.output)
 
     def _reset_history(self, history: list[str]) -> None:
         self.history, self.choices, self.ranking = history, [], []
 
 
-def format_rank_change(before: int | None, place: int) -> str:
-    """How an item's place has changed; `new` where it was not shown."""
+def format_rank_change(before: int | None, rank: int) -> str:
+    """The change of an item's rank; `new` where it was not shown before."""
     if before is None:
         return "new"
-    return "" if before == place else f"{before - place:+d}"
+    return "" if before == rank else f"{before - rank:+d}"

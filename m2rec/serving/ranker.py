@@ -2,16 +2,18 @@
 
 letter  meaning
 B, D    histories, model width
+V       items including padding
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from m2rec.errors import UserError
 from m2rec.nn.batching import batch_rows_by_length
@@ -35,33 +37,39 @@ _DEFAULT_POSITION_BUDGET = 2**18
 
 
 class Recommendation(NamedTuple):
-    """An item, its score, of which only the order means something, and its title, empty where unknown."""
+    """An item, its score and its title, empty where unknown; compare scores within one ranking only."""
 
     item: str
     score: float
     title: str = ""
 
 
-class CandidateSet(NamedTuple):
-    """Which items may be recommended."""
+Ranking = list[Recommendation]
+"""Best first."""
 
-    candidate_ids: Tensor | None = None
+
+class RankingOptions(NamedTuple):
+    """How many items to recommend, and which ones may be."""
+
+    k: int
+    exclude_seen: bool
+    excluded_ids: Tensor
+    """Ids of items that are never recommended."""
+    candidate_ids: Tensor | None
     """Ascending ids of the candidates; None for all items."""
-    excluded_ids: Tensor | None = None
-    """Ids of the others; None for none."""
 
 
 class HistoryItems(NamedTuple):
-    """Which items a history holds, each once."""
+    """The distinct items of a history."""
 
     all_ids: Collection[int]
     visible_ids: Collection[int]
-    """Those of the part that the model is shown, to which its repeat bias applies."""
+    """Those in the part that the model sees, to which its repeat bias applies."""
 
 
 @dataclass(frozen=True)
 class Ranker:
-    """Ranks one model's items; what it was given does not change."""
+    """Ranks one model's items; immutable, so a ranking under way ends as it began."""
 
     model: SavedModel
     whole_history: bool = False
@@ -69,96 +77,154 @@ class Ranker:
     index: ItemIndex | None = None
     """Finds items where scoring all takes too long; None to score all."""
 
+    def with_index(self, probes: int) -> "Ranker":
+        """A ranker that searches an index, built if there is none, of which `probes` lists are searched.
+
+        Raises:
+            ValueError: faiss is not installed.
+        """
+        table = self.model.table
+        index = self.index.extended(table) if self.index else ItemIndex(table)
+        index.set_probes(probes)
+        return replace(self, index=index)
+
+    def with_more_items(self, model: SavedModel) -> "Ranker":
+        """A ranker of the same model with new items; its index takes them in."""
+        index = self.index.extended(model.table) if self.index else None
+        return replace(self, model=model, index=index)
+
     def truncate_history(self, ids: list[int]) -> list[int]:
-        """The part of a history that the model is shown."""
+        """The part of a history that the model sees."""
         return ids if self.whole_history else ids[-self.model.max_length :]
 
     def limit_threads(self, positions: int, rows: int) -> AbstractContextManager[None]:
-        """Where to compute so many positions of histories and rank all items for so many rows.
+        """Context manager: one thread for small work.
 
-        What is small takes one thread: several would win little, and on a busy machine lose much.
+        Several threads would win little there, and lose much on a busy machine.
+
+        Args:
+            positions: of histories to encode.
+            rows: histories to rank all items for.
         """
         model = self.model
-        if model.inference_encoder.id_embedding.weight.is_cuda:  # made here, if it was not yet
+        if model.inference_encoder.id_embedding.weight.is_cuda:
             return nullcontext()
         work = positions * model.n_layer_parameters + rows * model.table.numel()
         return use_one_thread() if work <= _MAX_SINGLE_THREAD_WORK else nullcontext()
 
     def rank_in_batches(
-        self,
-        histories: Iterator[list[int]],
-        k: int,
-        exclude_seen: bool,
-        choice: CandidateSet,
-        remarks: InputWarnings,
-    ) -> Iterator[list[Recommendation]]:
-        """By history, a batch at a time; the log has its remarks at the end.
+        self, histories: Iterator[list[int]], options: RankingOptions, warnings: InputWarnings
+    ) -> Iterator[Ranking]:
+        """Rank the items after each history, a batch at a time; log the warnings at the end.
 
         Raises:
-            ValueError: a history is empty, and the run does not say what is popular.
+            ValueError: a history is empty, and the run has no item counts to fall back on.
         """
         try:
-            while part := list(islice(histories, _RANKING_BATCH_SIZE)):
-                yield from self._rank_batch(part, k, exclude_seen, choice, remarks)
+            while batch := list(islice(histories, _RANKING_BATCH_SIZE)):
+                yield from self._rank_histories(batch, options, warnings)
         finally:
-            remarks.log_warnings()
+            warnings.log_warnings()
 
-    def _rank_batch(
-        self,
-        histories: list[list[int]],
-        k: int,
-        exclude_seen: bool,
-        choice: CandidateSet,
-        remarks: InputWarnings,
-    ) -> list[list[Recommendation]]:
-        known = [row for row in histories if row]
-        best = []
-        if known:
-            seen = [HistoryItems(set(row), set(self.truncate_history(row))) for row in known]
-            with self.limit_threads(sum(map(len, known)), len(known)):
-                best = self.rank_vectors(self.encode_histories(known), seen, k, exclude_seen, choice)
-        return self.add_popular_fallback([bool(row) for row in histories], best, k, choice, remarks)
+    def _rank_histories(
+        self, histories: list[list[int]], options: RankingOptions, warnings: InputWarnings
+    ) -> list[Ranking]:
+        known = [history for history in histories if history]
+        seen = self._list_items(known)
+        with self.limit_threads(sum(map(len, known)), len(known)):
+            ranked = self._rank_vectors(self.encode_histories(known), seen, options)
+        return self._add_popular(histories, ranked, options, warnings)
+
+    def _list_items(self, histories: list[list[int]]) -> list[HistoryItems]:
+        return [HistoryItems(set(history), set(self.truncate_history(history))) for history in histories]
+
+    def rank_sessions(self, states: Sequence[SessionState], options: RankingOptions) -> list[Ranking]:
+        """Rank the items after each live user's events, in one pass.
+
+        Raises:
+            ValueError: a user has no events, and the run has no item counts to fall back on.
+        """
+        warnings = InputWarnings()
+        vectors = [state.vector for state in states if state.vector is not None]
+        seen = [HistoryItems(state.seen, state.seen) for state in states if state.seen]
+        with self.limit_threads(0, len(vectors)):
+            ranked = self._rank_vectors(torch.cat([self.model.table[:0], *vectors]), seen, options)
+        ranked = self._add_popular([state.seen for state in states], ranked, options, warnings)
+        warnings.log_warnings()
+        return ranked
 
     @torch.no_grad()
-    def rank_vectors(
-        self, vectors: Tensor, seen: Sequence[HistoryItems], k: int, exclude_seen: bool, choice: CandidateSet
-    ) -> list[list[Recommendation]]:
+    def score_items(self, histories: list[list[int]]) -> Tensor:
+        """Scores (B, V) of all items after histories, at least one item each; padding's are -inf."""
+        with self.limit_threads(sum(map(len, histories)), len(histories)):
+            scores = F.linear(self.encode_histories(histories), self.model.table)
+            adjustments = self._build_adjustments(self._list_items(histories), exclude_seen=False)
+            adjustments.apply(scores, adjustments.items, 0)
+        scores[:, 0] = -torch.inf
+        return scores
+
+    def rank_similar(self, item: int, k: int) -> Ranking:
+        """The items whose rows of the item table have the highest cosine with an item's row."""
+        table = self.model.table
+        with self.limit_threads(0, 1):
+            cosines = F.cosine_similarity(table, table[item], dim=1)
+            cosines[[0, item]] = -torch.inf
+            best = cosines.topk(min(k, len(cosines)))
+        return self._name_items(best.values.tolist(), best.indices.tolist())
+
+    @torch.no_grad()
+    def _rank_vectors(
+        self, vectors: Tensor, seen: Sequence[HistoryItems], options: RankingOptions
+    ) -> list[Ranking]:
         """The best items for vectors (B, D) of histories that hold these items."""
-        model = self.model
-        best: dict[int, list[Recommendation]] = {}
-
-        def keep(rows: Sequence[int], found: tuple[Tensor, Tensor]) -> None:
-            for row, scores, items in zip(rows, *(part.tolist() for part in found), strict=True):
-                best[row] = self.build_recommendations(scores, items)
-
-        def adjustments(rows: Sequence[int]) -> ScoreAdjustments:
-            hidden = [seen[row].all_ids if exclude_seen else () for row in rows]
-            return self.build_adjustments([seen[row].visible_ids for row in rows], hidden)
-
-        left_out = 0 if choice.excluded_ids is None else len(choice.excluded_ids)
-        index = self.index if choice.candidate_ids is None else None
-        needs = [k + left_out + len(items.all_ids) for items in seen]
-        for rows, near in index.search_by_need(vectors, needs) if index is not None else ():
-            own = [torch.tensor([*seen[row].visible_ids], dtype=torch.int64) for row in rows]
-            pools = torch.cat([near, nn.utils.rnn.pad_sequence(own, batch_first=True)], dim=1)
-            pools = pools.to(model.table.device)
-            keep(
-                rows,
-                select_top_k_in_pools(
-                    vectors[rows], model.table, k, adjustments(rows), pools, choice.excluded_ids
-                ),
+        ranked: dict[int, Ranking] = {}
+        if self.index is not None and options.candidate_ids is None:
+            ranked = self._rank_by_index(self.index, vectors, seen, options)
+        rest = [row for row in range(len(seen)) if row not in ranked]
+        if rest:
+            best = select_top_k(
+                vectors[rest],
+                self.model.table,
+                options.k,
+                self._build_adjustments([seen[row] for row in rest], options.exclude_seen),
+                options.excluded_ids,
+                options.candidate_ids,
             )
-        if rest := [row for row in range(len(seen)) if row not in best]:
-            keep(rest, select_top_k(vectors[rest], model.table, k, adjustments(rest), *choice))
-        return [best[row] for row in range(len(seen))]
+            ranked |= self._name_rows(rest, *best)
+        return [ranked[row] for row in range(len(seen))]
 
-    def build_adjustments(
-        self, counted: Sequence[Collection[int]], hidden: Sequence[Collection[int]]
-    ) -> ScoreAdjustments:
-        """What is added to scores, by history: for the items that the model was shown, and to hide some."""
+    def _rank_by_index(
+        self, index: ItemIndex, vectors: Tensor, seen: Sequence[HistoryItems], options: RankingOptions
+    ) -> dict[int, Ranking]:
+        """Rankings by row, without the rows that the index can't answer."""
+        table = self.model.table
+        n_ranked = options.k + len(options.excluded_ids)
+        min_results = [n_ranked + len(items.all_ids) for items in seen]
+        ranked: dict[int, Ranking] = {}
+        for rows, retrieved in index.search_by_need(vectors, min_results):
+            histories = [seen[row] for row in rows]
+            # their repeat bias may lift items that the index does not find
+            visible = [torch.tensor([*items.visible_ids], dtype=torch.int64) for items in histories]
+            pools = torch.cat([retrieved, nn.utils.rnn.pad_sequence(visible, batch_first=True)], dim=1)
+            best = select_top_k_in_pools(
+                vectors[rows],
+                table,
+                options.k,
+                self._build_adjustments(histories, options.exclude_seen),
+                options.excluded_ids,
+                pools.to(table.device),
+            )
+            ranked |= self._name_rows(rows, *best)
+        return ranked
+
+    def _build_adjustments(self, histories: Sequence[HistoryItems], exclude_seen: bool) -> ScoreAdjustments:
+        """The repeat bias for the items that the model sees, and all items of a history taken out."""
         bias = self.model.inference_encoder.repeat_bias
         return ScoreAdjustments(
-            counted, hidden, 0.0 if bias is None else bias.item(), self.model.table.device
+            boosted=[items.visible_ids for items in histories],
+            hidden=[items.all_ids if exclude_seen else () for items in histories],
+            boost=0.0 if bias is None else bias.item(),
+            device=self.model.table.device,
         )
 
     @torch.no_grad()
@@ -167,10 +233,10 @@ class Ranker:
         model = self.model
         histories = [self.truncate_history(row) for row in histories]
         vectors = model.table.new_empty(len(histories), model.table.shape[1])
-        for row, own in enumerate(histories):
-            if len(own) > model.max_length:  # in pieces, however long
+        for row, history in enumerate(histories):
+            if len(history) > model.max_length:  # in pieces, however long
                 memory = SessionState()
-                session.advance_session(model.inference_encoder, own, memory)
+                session.advance_session(model.inference_encoder, history, memory)
                 assert memory.vector is not None
                 vectors[row] = memory.vector[0]
         device = model.table.device
@@ -183,40 +249,50 @@ class Ranker:
             vectors[rows] = model.inference_encoder.last(padded.to(device), lengths.to(device))
         return vectors
 
-    def add_popular_fallback(
+    def _add_popular(
         self,
-        known: list[bool],
-        best: list[list[Recommendation]],
-        k: int,
-        choice: CandidateSet,
-        remarks: InputWarnings,
-    ) -> list[list[Recommendation]]:
-        """`best` for who is known, and what is popular for who is not.
+        histories: Sequence[Collection[int]],
+        ranked: list[Ranking],
+        options: RankingOptions,
+        warnings: InputWarnings,
+    ) -> list[Ranking]:
+        """By history its ranking in `ranked`, which has the next one for each history that is not empty.
+
+        An empty history gets the most popular items.
 
         Raises:
-            ValueError: somebody is not known, and the run does not say what is popular.
+            ValueError: a history is empty, and the run has no item counts to fall back on.
         """
-        if all(known):
-            return best
-        remarks.n_empty += known.count(False)
-        popular, ranked = self._rank_by_popularity(k, choice), iter(best)
-        return [next(ranked) if is_known else list(popular) for is_known in known]
+        n_empty = len(histories) - len(ranked)
+        if not n_empty:
+            return ranked
+        warnings.n_empty += n_empty
+        popular = self._rank_by_popularity(options)
+        rankings = iter(ranked)
+        return [next(rankings) if history else list(popular) for history in histories]
 
-    def _rank_by_popularity(self, k: int, choice: CandidateSet) -> list[Recommendation]:
-        """What training met most often, the lower id first where two were met as often."""
+    def _rank_by_popularity(self, options: RankingOptions) -> Ranking:
+        """The items with the most occurrences in training; at equal counts the lower id first."""
         model = self.model
         if not model.item_counts:
-            raise UserError("history: empty, and this run does not say what is popular; give an item")
+            raise UserError("history: empty, and this run has no item counts to fall back on; give an item")
         order = model.popularity_order
-        if choice.candidate_ids is not None:
-            order = order[torch.isin(order, choice.candidate_ids.cpu())]
-        if choice.excluded_ids is not None:
-            order = order[~torch.isin(order, choice.excluded_ids.cpu())]
-        best = order[:k].tolist()
-        return self.build_recommendations([float(model.item_counts[item]) for item in best], best)
+        order = order[~torch.isin(order, options.excluded_ids.cpu())]
+        if options.candidate_ids is not None:
+            order = order[torch.isin(order, options.candidate_ids.cpu())]
+        best = order[: options.k].tolist()
+        return self._name_items([float(model.item_counts[item]) for item in best], best)
 
-    def build_recommendations(self, scores: Sequence[float], items: Sequence[int]) -> list[Recommendation]:
+    def _name_rows(self, rows: Sequence[int], scores: Tensor, items: Tensor) -> dict[int, Ranking]:
+        """Recommendations by row of scores and ids (B, k)."""
+        named = map(self._name_items, scores.tolist(), items.tolist())
+        return dict(zip(rows, named, strict=True))
+
+    def _name_items(self, scores: Sequence[float], items: Sequence[int]) -> Ranking:
         """Items by name, without those whose score is minus infinity."""
-        tokens, titles = self.model.tokens, self.model.titles
-        pairs = [(tokens[i], score) for score, i in zip(scores, items, strict=True) if score > -torch.inf]
-        return [Recommendation(token, score, titles.get(token, "")) for token, score in pairs]
+        found = []
+        for score, item in zip(scores, items, strict=True):
+            if score > -torch.inf:
+                token = self.model.tokens[item]
+                found.append(Recommendation(token, score, self.model.titles.get(token, "")))
+        return found

@@ -7,22 +7,25 @@ B, V    histories, items including padding
 T0      width of the text vectors in their file
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import tee
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from m2rec.errors import UserError
-from m2rec.serving import arguments, batch_files, export, saved_model, session
-from m2rec.serving.arguments import InputWarnings
-from m2rec.serving.batch_files import UserRecommendations
-from m2rec.serving.item_index import ItemIndex
-from m2rec.serving.ranker import CandidateSet, HistoryItems, Ranker, Recommendation
+from m2rec.serving import batch_files, export, saved_model, session
+from m2rec.serving.arguments import (
+    InputWarnings,
+    parse_device,
+    parse_whole_number,
+    to_token_list,
+    tokens_to_ids,
+)
+from m2rec.serving.explanation import Explanation, explain_history
+from m2rec.serving.ranker import Ranker, Ranking, RankingOptions, Recommendation
 from m2rec.serving.saved_model import SavedModel
 from m2rec.serving.session import SessionState
 from m2rec.text import vector_file
@@ -30,22 +33,11 @@ from m2rec.text import vector_file
 __all__ = ["Explanation", "Recommendation", "Recommender", "Session"]
 
 
-class Explanation(NamedTuple):
-    """How far the model trusted each branch at one event of a history."""
-
-    item: str
-    title: str
-    weights: dict[str, float]
-    """By branch, the gate's weight, mean over layers and channels; they add up to 1."""
-    by_layer: list[dict[str, float]]
-    """The same for each layer."""
-
-
 class Recommender:
     """Ranks the items that a model was trained on, and those that were added since.
 
-    An item is named by its token, a text. A token that nobody knows is an error, or with
-    `skip_unknown` is left out with a warning.
+    An item is named by its token, a string. An unknown item token is an error, or with `skip_unknown`
+    is skipped with a warning.
 
     Args:
         model: a trained model.
@@ -62,16 +54,17 @@ class Recommender:
     def load(
         cls, folder: str | Path, device: str | torch.device = "cpu", whole_history: bool = False
     ) -> "Recommender":
-        """The model of a run folder, or of one that `save` wrote.
+        """Load the model of a run folder, or of a folder that `save` wrote.
 
         Raises:
-            ValueError: a file is missing, damaged, or of another model; the device is not there; or
+            ValueError: a file is missing, damaged, or of another model; the device is not available; or
                 whole_history for a model with a part that never sees more than in training.
         """
-        return cls(saved_model.read_saved_model(Path(folder), arguments.parse_device(device)), whole_history)
+        return cls(saved_model.read_saved_model(Path(folder), parse_device(device)), whole_history)
 
     @property
-    def _model(self) -> SavedModel:
+    def model(self) -> SavedModel:
+        """The trained model, with the items that were added."""
         return self._ranker.model
 
     @property
@@ -81,31 +74,31 @@ class Recommender:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """Item tokens by internal id, that of padding first."""
-        return self._model.tokens
+        """Item tokens by internal id, padding's first."""
+        return self.model.tokens
 
     @property
     def titles(self) -> dict[str, str]:
-        """Titles by item token, of those that have one."""
-        return dict(self._model.titles)
+        """Titles by item token, of the items that have one."""
+        return dict(self.model.titles)
 
     @property
     def config(self) -> Mapping[str, Any]:
         """The keys of the run."""
-        return self._model.config
+        return self.model.config
 
     @property
     def text_source(self) -> Mapping[str, Any]:
         """What made the run's text vectors."""
-        return self._model.text_source
+        return self.model.text_source
 
     def save(self, folder: str | Path) -> None:
-        """Write what `load` reads, added items included, into a folder that is made if need be.
+        """Write what `load` reads, added items included, into a folder; create it if need be.
 
         Raises:
             ValueError: it is the folder of a run, whose metrics are of other weights.
         """
-        saved_model.write_saved_model(self._model, Path(folder))
+        saved_model.write_saved_model(self.model, Path(folder))
 
     def recommend(
         self,
@@ -115,26 +108,26 @@ class Recommender:
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         skip_unknown: bool = False,
-    ) -> list[Recommendation]:
+    ) -> Ranking:
         """The best k items after a history, best first.
 
-        After an empty history they are the items that training met most often, with how often as
-        their score, and the log says so.
+        After an empty history they are the items with the most occurrences in training, which are
+        their scores; the log reports it.
 
         Args:
             history: item tokens, oldest first.
-            k: how many; fewer come where there are not so many.
-            exclude_seen: leave the history's own items out.
+            k: how many; fewer are returned where there are fewer.
+            exclude_seen: leave out the history's own items.
             candidates: choose from these items only; from all by default.
-            exclude: leave these out too; a token that nobody knows does no harm here.
-            skip_unknown: leave out what nobody knows in history and candidates.
+            exclude: leave out these items too; unknown tokens are ignored.
+            skip_unknown: skip unknown tokens in history and candidates.
 
         Raises:
-            ValueError: a token that nobody knows; k is less than 1; an empty history, and the run does
-                not say what is popular.
+            ValueError: an unknown item token; k is less than 1; an empty history, and the run has no
+                item counts to fall back on.
         """
-        (found,) = self.recommend_batch([history], k, exclude_seen, candidates, exclude, skip_unknown)
-        return found
+        (ranked,) = self.recommend_batch([history], k, exclude_seen, candidates, exclude, skip_unknown)
+        return ranked
 
     def recommend_batch(
         self,
@@ -144,19 +137,16 @@ class Recommender:
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         skip_unknown: bool = False,
-    ) -> Iterator[list[Recommendation]]:
+    ) -> Iterator[Ranking]:
         """As `recommend` for each of any number of histories, in their order.
 
-        Histories are taken as they are needed, about a thousand at a time, so there may be millions.
+        Histories are read as they are needed, about a thousand at a time, so there may be millions.
         """
-        k, remarks = arguments.parse_k(k), InputWarnings()
-        ranker, skipped = self._ranker, remarks if skip_unknown else None
-        choice = self._build_candidate_set(candidates, exclude, skipped)
-        known = ranker.model.ids
-        ids = (
-            arguments.tokens_to_ids(known, arguments.to_token_list(history), skipped) for history in histories
-        )
-        return ranker.rank_in_batches(ids, k, exclude_seen, choice, remarks)
+        warnings = InputWarnings(skip_unknown)
+        options = self._parse_options(k, exclude_seen, candidates, exclude, warnings)
+        known = self.model.ids
+        ids = (tokens_to_ids(known, history, warnings) for history in histories)
+        return self._ranker.rank_in_batches(ids, options, warnings)
 
     def recommend_file(
         self,
@@ -171,16 +161,16 @@ class Recommender:
 
         Args:
             histories: FILE.parquet or a CSV file with the columns `user` and `history`, see
-                `m2rec.serving.batch_files.read_histories`.
+                `m2rec.serving.batch_files.read_history_file`.
             output: written with the columns `user`, `items` and `scores`, whole or not at all.
             k, exclude_seen, skip_unknown: as in `recommend`.
             progress: show a bar on the terminal.
 
         Returns:
-            How many histories there were.
+            The number of histories.
 
         Raises:
-            ValueError: the file can't be read, holds a token that nobody knows, or pyarrow is not
+            ValueError: the file can't be read, holds an unknown item token, or pyarrow is not
                 installed; k is less than 1.
         """
         path = Path(histories)
@@ -204,76 +194,55 @@ class Recommender:
             source: where they come from, for errors.
 
         Returns:
-            How many histories there were.
+            The number of histories.
 
         Raises:
-            ValueError: a token that nobody knows, or pyarrow is not installed; k is less than 1.
+            ValueError: an unknown item token, or pyarrow is not installed; k is less than 1.
         """
-        k, remarks = arguments.parse_k(k), InputWarnings()
-        ranker, skipped = self._ranker, remarks if skip_unknown else None
+        warnings = InputWarnings(skip_unknown)
+        options = self._parse_options(k, exclude_seen)
+        known = self.model.ids
+        users: deque[str] = deque()  # read, and not yet ranked
 
-        def read() -> Iterator[tuple[str, list[int]]]:
-            for user, tokens in histories:
+        def read_ids() -> Iterator[list[int]]:
+            for user, history in histories:
                 try:
-                    yield (
-                        user,
-                        arguments.tokens_to_ids(ranker.model.ids, arguments.to_token_list(tokens), skipped),
-                    )
+                    ids = tokens_to_ids(known, history, warnings)
                 except ValueError as error:
                     raise UserError(f"{source}, user {user!r}: {error}") from None
+                users.append(user)
+                yield ids
 
-        users, rows = tee(read())
-        ids = (own for _, own in rows)
-        found = ranker.rank_in_batches(ids, k, exclude_seen, CandidateSet(), remarks)
-        ranked = (
-            UserRecommendations(user, [item.item for item in items], [item.score for item in items])
-            for (user, _), items in zip(users, found, strict=True)
-        )
-        return batch_files.write_recommendations(Path(output), ranked)
+        ranked = self._ranker.rank_in_batches(read_ids(), options, warnings)
+        rows = ((users.popleft(), items) for items in ranked)
+        return batch_files.write_recommendations(Path(output), rows)
 
-    @torch.no_grad()
     def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
-        """The score of every item after each history, (B, V); that of padding is -inf.
+        """The score of every item after each history, (B, V); padding's is -inf.
 
         Raises:
-            ValueError: a history is empty or holds a token that nobody knows.
+            ValueError: a history is empty or holds an unknown item token.
         """
-        model = self._model
-        ids = [arguments.tokens_to_ids(model.ids, arguments.to_token_list(history)) for history in histories]
-        if not all(ids):
-            raise UserError("history: empty; give at least one item")
-        if not ids:
-            return torch.empty(0, len(model.table), device=model.table.device)
-        with self._ranker.limit_threads(sum(map(len, ids)), len(ids)):
-            scores = F.linear(self._ranker.encode_histories(ids), model.table)
-            counted = [set(self._ranker.truncate_history(row)) for row in ids]
-            places = self._ranker.build_adjustments(counted, hidden=[[0]] * len(ids))
-            places.apply(scores, places.items, 0)
-        return scores
+        return self._ranker.score_items([self._to_known_ids(history) for history in histories])
 
     def to_ids(self, tokens: Iterable[str]) -> list[int]:
-        """Internal ids, places in `scores`.
+        """Internal ids, columns of `scores`.
 
         Raises:
-            ValueError: a token that nobody knows.
+            ValueError: an unknown item token.
         """
-        return arguments.tokens_to_ids(self._model.ids, arguments.to_token_list(tokens))
+        return tokens_to_ids(self.model.ids, tokens)
 
-    def similar_items(self, token: str, k: int = 10) -> list[Recommendation]:
-        """The items whose rows of the item table point most nearly the same way; the score is the cosine.
+    def similar_items(self, token: str, k: int = 10) -> Ranking:
+        """The items most similar to an item: the score is the cosine of their rows of the item table.
 
         Raises:
-            ValueError: nobody knows the token; k is less than 1.
+            ValueError: an unknown item token; k is less than 1.
         """
-        k, model = arguments.parse_k(k), self._model
-        (item,) = arguments.tokens_to_ids(model.ids, [token])
-        with self._ranker.limit_threads(0, 1):
-            cosines = F.cosine_similarity(model.table, model.table[item], dim=1)
-            cosines[[0, item]] = -torch.inf
-            best = cosines.topk(min(k, len(cosines)))
-        return self._ranker.build_recommendations(best.values.tolist(), best.indices.tolist())
+        k = parse_whole_number("k", k, 1)
+        (item,) = self.to_ids([token])
+        return self._ranker.rank_similar(item, k)
 
-    @torch.no_grad()
     def explain(self, history: Iterable[str]) -> list[Explanation]:
         """For each event of a history, the gate's weights of the branches.
 
@@ -281,28 +250,11 @@ class Recommender:
         `whole_history`.
 
         Raises:
-            ValueError: the history is empty or holds a token that nobody knows.
+            ValueError: the history is empty or holds an unknown item token.
         """
-        model = self._model
-        ids = self._ranker.truncate_history(
-            arguments.tokens_to_ids(model.ids, arguments.to_token_list(history))
-        )
-        if not ids:
-            raise UserError("history: empty; give at least one item")
-        items = torch.tensor([ids], device=model.table.device)
+        ids = self._ranker.truncate_history(self._to_known_ids(history))
         with self._ranker.limit_threads(len(ids), 0):
-            _, weights = model.inference_encoder.encode_with_gate_weights(
-                items, torch.tensor([len(ids)], device=items.device)
-            )
-        branches = model.inference_encoder.branches
-        means = torch.stack([layer[0].mean(-1) for layer in weights], dim=1).tolist()  # (L, layers, K)
-        explained = []
-        for item, layers in zip(ids, means, strict=True):
-            by_layer = [dict(zip(branches, layer, strict=True)) for layer in layers]
-            mean = {name: sum(layer[name] for layer in by_layer) / len(by_layer) for name in branches}
-            token = model.tokens[item]
-            explained.append(Explanation(token, model.titles.get(token, ""), mean, by_layer))
-        return explained
+            return explain_history(self.model, ids)
 
     def session(self, history: Iterable[str] = (), skip_unknown: bool = False) -> "Session":
         """A user who is followed live: every event costs the same, however long the history.
@@ -310,43 +262,42 @@ class Recommender:
         All of the history counts, as with `whole_history`.
 
         Raises:
-            ValueError: a token that nobody knows, or a model with a part that needs the whole
+            ValueError: an unknown item token, or a model with a part that needs the whole
                 history at once (`mixer: attention`, `filter: low_pass`).
         """
-        session.check_is_recurrent(self._model.encoder)
-        memory, remarks = SessionState(), InputWarnings()
-        ids = arguments.tokens_to_ids(
-            self._model.ids, arguments.to_token_list(history), remarks if skip_unknown else None
-        )
-        remarks.log_warnings()
-        self._append_events(ids, memory)
-        return Session(self, memory)
+        session.check_is_recurrent(self.model.encoder)
+        state, warnings = SessionState(), InputWarnings(skip_unknown)
+        ids = tokens_to_ids(self.model.ids, history, warnings)
+        warnings.log_warnings()
+        with self._ranker.limit_threads(len(ids), 0):
+            session.advance_session(self.model.inference_encoder, ids, state)
+        return Session(self, state)
 
     def restore_session(self, data: bytes) -> "Session":
-        """A session from what `Session.to_bytes` made.
+        """A session from the bytes of `Session.to_bytes`.
 
         Raises:
             ValueError: the data is damaged, or of another model.
         """
-        return Session(self, session.deserialize_state(data, self._model))
+        return Session(self, session.deserialize_state(data, self.model))
 
     def add_events(self, sessions: Sequence["Session"], tokens: Sequence[str]) -> None:
         """One event for each of many users in one pass, much cheaper than one by one.
 
         Args:
-            sessions: different ones of this recommender.
+            sessions: different sessions of this recommender.
             tokens: the next item of each.
 
         Raises:
-            ValueError: a token that nobody knows, or a session that comes twice or is another
-                recommender's; then nothing has changed.
+            ValueError: an unknown item token, a duplicate session, or a session of another recommender;
+                then nothing has changed.
         """
-        items = arguments.tokens_to_ids(self._model.ids, arguments.to_token_list(tokens))
+        items = self.to_ids(tokens)
         if len(items) != len(sessions):
             raise UserError(f"add_events: {len(sessions)} sessions, but {len(items)} tokens")
-        memories = self._unwrap_sessions(sessions)
+        states = self._list_states(sessions)
         with self._ranker.limit_threads(len(items), 0):
-            session.advance_session_batch(self._model.inference_encoder, memories, items)
+            session.advance_session_batch(self.model.inference_encoder, states, items)
 
     def recommend_sessions(
         self,
@@ -355,53 +306,36 @@ class Recommender:
         exclude_seen: bool = True,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
-    ) -> list[list[Recommendation]]:
+    ) -> list[Ranking]:
         """As `recommend` for each of many live users, in one pass."""
-        k, ranker, remarks = arguments.parse_k(k), self._ranker, InputWarnings()
-        choice = self._build_candidate_set(candidates, exclude, None)
-        memories = self._unwrap_sessions(sessions)
-        going = [memory for memory in memories if memory.vector is not None]
-        seen = [HistoryItems(memory.seen, memory.seen) for memory in going]
-        vectors = [memory.vector for memory in going if memory.vector is not None]
-        best = []
-        if vectors:
-            with ranker.limit_threads(0, len(vectors)):
-                best = ranker.rank_vectors(torch.cat(vectors), seen, k, exclude_seen, choice)
-        known = [memory.vector is not None for memory in memories]
-        ranked = ranker.add_popular_fallback(known, best, k, choice, remarks)
-        remarks.log_warnings()
-        return ranked
+        options = self._parse_options(k, exclude_seen, candidates, exclude)
+        return self._ranker.rank_sessions(self._list_states(sessions), options)
 
     def add_items(self, tokens: Iterable[str], vectors: Any, titles: Mapping[str, str] | None = None) -> None:
-        """Take in items that training has never met; their text is all that is known of them.
+        """Take in items that are unknown to training, by their text.
 
-        They can be ranked and stand in histories. The ids of all others stay as they are. Where
-        it fails nothing has changed.
+        They can be ranked and occur in histories. The ids of all other items stay. After an error
+        nothing has changed.
 
         Args:
             tokens: new tokens.
             vectors: (n, T0) tensor or array, their text vectors from the language model that made
-                those of the run.
-            titles: by token, of those that have one.
+                the run's.
+            titles: by token, of the items that have one.
 
         Raises:
-            ValueError: the model has no text in its item table, a token is there already or twice,
-                or the vectors don't fit.
+            ValueError: the model has no text in its item table, a token is already in the catalogue or a
+                duplicate, or the vectors don't fit.
         """
-        model = saved_model.extend_catalogue(
-            self._model, arguments.to_token_list(tokens), vectors, titles or {}
-        )
-        index = self._ranker.index
-        if index is not None:
-            index = index.extended(model.table)
-        self._ranker = replace(self._ranker, model=model, index=index)
+        model = saved_model.extend_catalogue(self.model, to_token_list(tokens), vectors, titles or {})
+        self._ranker = self._ranker.with_more_items(model)
 
     def add_items_from(self, path: str | Path, titles: Mapping[str, str] | None = None) -> list[str]:
-        """Take in the items of a text-vector file that are new; as `add_items`, and checked to fit.
+        """As `add_items` for the new items of a text-vector file, which is checked to fit.
 
         Args:
             path: made by `scripts/embed_items.py` with the language model of the run.
-            titles: by token, of those that have one.
+            titles: by token, of the items that have one.
 
         Returns:
             The new tokens, none if all are known.
@@ -409,9 +343,10 @@ class Recommender:
         Raises:
             ValueError: the file is unusable, or was not made as the run's; see also `add_items`.
         """
-        saved_model.check_accepts_new_items(self._model)
-        tokens, vectors, made_by = vector_file.read_text_vectors(Path(path))
-        vector_file.check_same_text_encoder(Path(path), made_by, self.text_source)
+        path = Path(path)
+        saved_model.require_table_text(self.model)
+        tokens, vectors, made_by = vector_file.read_text_vectors(path)
+        vector_file.check_same_text_encoder(path, made_by, self.text_source)
         known = set(self.tokens)
         rows = [row for row, token in enumerate(tokens) if token not in known and vectors[row].any()]
         new = [tokens[row] for row in rows]
@@ -421,27 +356,22 @@ class Recommender:
     def use_index(self, probes: int = 0) -> None:
         """Rank by an index from now on, for catalogues so large that scoring all items takes too long.
 
-        Only the lists of items nearest to a history are looked at, so some of the best are missed;
-        `recall` says how many are found. What the index can't answer is still ranked exactly:
-        candidates, and histories so long, or so much to leave out, that little would be saved.
-        A `recommend_batch` that is under way goes on as it began. `save` does not keep the index.
+        Only the lists of items nearest to a history are searched, so some of the best are missed;
+        `recall` measures how many are found. What the index can't answer is still ranked exactly:
+        candidates, and histories so long, or so much to exclude, that little would be saved.
+        A `recommend_batch` that is under way ends as it began. `save` does not keep the index.
 
         Args:
-            probes: lists that are looked at for each history, of about 4 sqrt(V), but at most V / 39;
+            probes: lists that are searched for each history, of about 4 sqrt(V), but at most V / 39;
                 0 for one in 16.
 
         Raises:
             ValueError: faiss is not installed, or probes is not a whole number from 0.
         """
-        if type(probes) is not int or probes < 0:
-            raise UserError(f"probes: {probes!r} is not a whole number from 0")
-        table, index = self._model.table, self._ranker.index
-        index = ItemIndex(table) if index is None else index.extended(table)
-        index.set_probes(probes)
-        self._ranker = replace(self._ranker, index=index)
+        self._ranker = self._ranker.with_index(parse_whole_number("probes", probes, 0))
 
     def recall(self, histories: Iterable[Iterable[str]], k: int = 10) -> float:
-        """The share of each history's best k items that are found with the index, mean over the histories.
+        """The share of each history's best k items that the index finds, mean over the histories.
 
         What is ranked exactly in spite of the index counts as found; empty histories don't count.
 
@@ -450,83 +380,87 @@ class Recommender:
         """
         if self._ranker.index is None:
             raise UserError("recall: there is no index; call use_index first")
-        exact = Recommender(self._model, self.whole_history)
-        asked = [history for history in map(arguments.to_token_list, histories) if history]
-        pairs = zip(self.recommend_batch(asked, k), exact.recommend_batch(asked, k), strict=True)
-        found = [({i.item for i in ours}, {i.item for i in best}) for ours, best in pairs if best]
-        if not found:
-            raise UserError("recall: no history that anything can be recommended after; give one at least")
-        return sum(len(ours & best) / len(best) for ours, best in found) / len(found)
+        exact = Recommender(self.model, self.whole_history)
+        histories = [tokens for tokens in map(to_token_list, histories) if tokens]
+        rankings = zip(self.recommend_batch(histories, k), exact.recommend_batch(histories, k), strict=True)
+        shares = []
+        for found, best in rankings:
+            if best:
+                expected = {entry.item for entry in best}
+                shares.append(sum(entry.item in expected for entry in found) / len(expected))
+        if not shares:
+            raise UserError("recall: nothing can be recommended after these histories; give another one")
+        return sum(shares) / len(shares)
 
     def export(self, path: str | Path, batch_size: int | None = 1) -> None:
         """Write a torch.export program that PyTorch runs without this package, and compare it.
 
         Args:
             path: such as `m2rec.pt2`; `torch.export.load(path).module()(items, lengths)` runs it, see
-                `m2rec.serving.export.export`.
-            batch_size: histories that it takes at a time; None for any number.
+                `m2rec.serving.export.export_program`.
+            batch_size: histories per call; None for any number.
 
         Raises:
             ValueError: batch_size is less than 1, or the program differs from the model.
         """
-        export.export_program(self._model, Path(path), batch_size)
+        export.export_program(self.model, Path(path), batch_size)
 
-    def _build_candidate_set(
-        self, candidates: Iterable[str] | None, exclude: Iterable[str] | None, remarks: InputWarnings | None
-    ) -> CandidateSet:
-        model, pool, excluded = self._model, None, None
+    def _parse_options(
+        self,
+        k: int,
+        exclude_seen: bool,
+        candidates: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+        warnings: InputWarnings | None = None,
+    ) -> RankingOptions:
+        k = parse_whole_number("k", k, 1)
+        excluded_ids = self._to_sorted_ids(exclude, InputWarnings(skip_unknown=True), "exclude")
+        candidate_ids = None
         if candidates is not None:
-            ids = sorted(
-                set(
-                    arguments.tokens_to_ids(
-                        model.ids, arguments.to_token_list(candidates), remarks, "candidates"
-                    )
-                )
-            )
-            pool = torch.tensor(ids, dtype=torch.int64, device=model.table.device)
-        if exclude is not None:
-            known = {
-                model.ids[token]
-                for token in arguments.to_token_list(exclude)
-                if arguments.is_known_token(model.ids, token)
-            }
-            excluded = torch.tensor(sorted(known), dtype=torch.int64, device=model.table.device)
-        return CandidateSet(pool, excluded)
+            candidate_ids = self._to_sorted_ids(candidates, warnings, "candidates")
+        return RankingOptions(k, exclude_seen, excluded_ids, candidate_ids)
 
-    def _append_events(self, items: list[int], memory: SessionState) -> None:
-        """Take some events of one user in."""
-        with self._ranker.limit_threads(len(items), 0):
-            session.advance_session(self._model.inference_encoder, items, memory)
+    def _to_sorted_ids(
+        self, tokens: Iterable[str] | None, warnings: InputWarnings | None, argument: str
+    ) -> Tensor:
+        ids = tokens_to_ids(self.model.ids, () if tokens is None else tokens, warnings, argument)
+        return torch.tensor(sorted(set(ids)), dtype=torch.int64, device=self.model.table.device)
 
-    def _unwrap_sessions(self, sessions: Sequence["Session"]) -> list[SessionState]:
-        if len({id(one) for one in sessions}) < len(sessions):
-            raise UserError("sessions: one comes twice")
+    def _to_known_ids(self, history: Iterable[str]) -> list[int]:
+        ids = self.to_ids(history)
+        if not ids:
+            raise UserError("history: empty; give at least one item")
+        return ids
+
+    def _list_states(self, sessions: Sequence["Session"]) -> list[SessionState]:
+        if len(set(sessions)) < len(sessions):
+            raise UserError("sessions: the same session is given twice")
         if any(one.recommender is not self for one in sessions):
-            raise UserError("sessions: one is of another recommender")
+            raise UserError("sessions: a session belongs to another recommender")
         return [one._state for one in sessions]
 
 
 class Session:
     """One user, followed live; made by `Recommender.session`.
 
-    It remembers a state of constant size, and the different items in the order of their first event.
+    Holds a state of constant size, and the distinct items in the order of their first event.
     """
 
-    def __init__(self, recommender: Recommender, memory: SessionState) -> None:
-        self.recommender, self._state = recommender, memory
+    def __init__(self, recommender: Recommender, state: SessionState) -> None:
+        self.recommender, self._state = recommender, state
 
     @property
     def seen(self) -> list[str]:
-        """The different items of the history, in the order of their first event."""
+        """The distinct items of the history, in the order of their first event."""
         return [self.recommender.tokens[item] for item in self._state.seen]
 
     def add(self, token: str) -> None:
-        """The user's next event.
+        """Add the user's next event.
 
         Raises:
-            ValueError: a token that nobody knows.
+            ValueError: an unknown item token.
         """
-        self.recommender._append_events(self.recommender.to_ids([token]), self._state)
+        self.recommender.add_events([self], [token])
 
     def recommend(
         self,
@@ -534,11 +468,11 @@ class Session:
         exclude_seen: bool = True,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
-    ) -> list[Recommendation]:
+    ) -> Ranking:
         """As `Recommender.recommend` after all events so far."""
-        (found,) = self.recommender.recommend_sessions([self], k, exclude_seen, candidates, exclude)
-        return found
+        (ranked,) = self.recommender.recommend_sessions([self], k, exclude_seen, candidates, exclude)
+        return ranked
 
     def to_bytes(self) -> bytes:
-        """To be kept anywhere, and brought back by `Recommender.restore_session`; nothing is pickled."""
-        return session.serialize_state(self._state, self.recommender._model)
+        """Bytes to keep anywhere, for `Recommender.restore_session`; nothing is pickled."""
+        return session.serialize_state(self._state, self.recommender.model)

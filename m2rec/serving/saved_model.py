@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from m2rec import __version__
 from m2rec.errors import UserError, format_one_line
@@ -29,45 +30,45 @@ _ENCODER_PREFIX = "encoder."
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A trained network and what it knows of its items; never changed in place."""
+    """A trained network and its catalogue; never changed in place."""
 
     encoder: Encoder
     table: Tensor
     """(V, D), the item table."""
     tokens: tuple[str, ...]
-    """Item tokens by internal id, that of padding first."""
+    """Item tokens by internal id, padding's first."""
     ids: Mapping[str, int]
     """Internal ids by item token, without padding's."""
     titles: Mapping[str, str]
-    """By item token, of those that have one."""
+    """By item token, of the items that have one."""
     item_counts: tuple[int, ...]
-    """How often training meets each item, by internal id; empty where that is unknown."""
+    """Occurrences in training by internal id; empty where unknown."""
     popularity_order: Tensor
-    """Ids by how often training meets them, most often first; as many as `counts` without padding."""
+    """Ids without padding, by `item_counts`, the greatest first; empty where they are."""
     config: Mapping[str, Any]
     """The keys of the run."""
     max_length: int
     """Items of a history that training saw at most."""
     text_mean: Tensor | None
-    """(T0,), taken from raw text vectors; None without text, as the next."""
+    """(T0,), subtracted from raw text vectors; None without text."""
     text_basis: Tensor | None
-    """(T0, T), what they are multiplied with then."""
+    """(T0, T), which the difference is multiplied with; None without text."""
     text_source: Mapping[str, Any]
     """What made the run's text vectors."""
 
     @cached_property
     def inference_encoder(self) -> Encoder:
-        """The network for use, with each item's text projected once; made when it is first asked for."""
+        """The network for inference, with each item's text projected once; made at first use."""
         return self.encoder.make_inference_copy(self.table)
 
     @cached_property
     def n_layer_parameters(self) -> int:
-        """Parameters of the layers, each of which meets each position of a history."""
+        """Parameters of the layers, each used once per position of a history."""
         return sum(p.numel() for p in self.encoder.layers.parameters())
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """A hash of the layers' weights, which stay the same when items come in later."""
+        """A hash of the layers' weights, which adding items does not change."""
         digest, state = hashlib.sha256(), self.encoder.state_dict()
         for name in sorted(name for name in state if name.startswith(("layers.", "norm."))):
             digest.update(name.encode() + state[name].detach().cpu().contiguous().numpy().tobytes())
@@ -166,81 +167,82 @@ def write_saved_model(trained: SavedModel, folder: Path) -> None:
     files.write_weights(weights)
 
 
-def check_accepts_new_items(trained: SavedModel) -> None:
-    """New items need text in the item table.
+def require_table_text(model: SavedModel) -> tuple[Tensor, Tensor, Tensor]:
+    """The item text that new items need: its vectors (V, T), and the mean and basis that whiten raw ones.
 
     Raises:
-        ValueError: this run has none.
+        ValueError: the model has no text, or none in its item table.
     """
-    if trained.encoder.vectors is None or trained.text_mean is None or trained.text_basis is None:
-        raise UserError("add_items: this run has no text; train with text_vectors")
-    if trained.encoder.table_text is None:
-        raise UserError("add_items: this run has no text in its item table; train with text_in_table: true")
+    vectors, mean, basis = model.encoder.vectors, model.text_mean, model.text_basis
+    if vectors is None or mean is None or basis is None:
+        raise UserError("add_items: the model has no item text; train with text_vectors")
+    if model.encoder.table_text is None:
+        raise UserError("add_items: the model has no text in its item table; train with text_in_table: true")
+    return vectors, mean, basis
 
 
 @torch.no_grad()
 def extend_catalogue(
-    trained: SavedModel, new: Sequence[str], vectors: Any, titles: Mapping[str, str]
+    model: SavedModel, new: Sequence[str], vectors: Any, titles: Mapping[str, str]
 ) -> SavedModel:
-    """The model with items that training has never met; the ids of all others stay.
+    """The model with items that are unknown to training; the ids of all other items stay.
 
     Args:
-        trained: the model.
-        new: their tokens.
+        model: the model.
+        new: tokens of the new items.
         vectors: (n, T0) tensor or array, their raw text vectors.
-        titles: by token; those of other items are left out.
+        titles: by token; titles of other items are ignored.
 
     Raises:
-        ValueError: the model has no text in its item table, a token is there already or twice, or
-            the vectors don't fit.
+        ValueError: the model has no text in its item table, a token is already in the catalogue or a
+            duplicate, or the vectors don't fit.
     """
-    check_accepts_new_items(trained)
-    old, mean, basis = trained.encoder.vectors, trained.text_mean, trained.text_basis
-    assert old is not None and mean is not None and basis is not None
-    _check_new_tokens(trained, new)
-    named = {token: titles[token] for token in new if token in titles}
-    for token, title in named.items():
-        if not isinstance(title, str):
-            raise UserError(f"add_items: the title of {token!r} is {title!r}, which is no text")
-    raw = torch.as_tensor(vectors).to(old)
-    if raw.shape != (len(new), len(mean)):
-        raise UserError(
-            f"add_items: vectors of shape {tuple(raw.shape)} for {len(new)} items; expected "
-            f"({len(new)}, {len(mean)}), made as those of the run"
-        )
-    useless = ~(raw.isfinite().all(1) & raw.any(1))
-    if useless.any():
-        raise UserError(
-            f"add_items: {new[int(useless.int().argmax())]!r} has no text vector: all zero, or not finite"
-        )
-    state = trained.encoder.state_dict()
-    embedding = state["id_embedding.weight"]
-    unknown = torch.zeros(len(new), embedding.shape[1]).to(embedding)
-    state["id_embedding.weight"] = torch.cat([embedding, unknown])
-    state["vectors"] = torch.cat([old, (raw - mean) @ basis])
-    tokens = [*trained.tokens, *new]
-    encoder = Encoder(trained.encoder.settings, len(tokens), trained.max_length, state["vectors"])
-    encoder = encoder.to(old.device)
+    text, mean, basis = require_table_text(model)
+    _check_new_items(model, new, titles)
+    raw = torch.as_tensor(vectors).to(text)
+    _check_new_vectors(new, raw, len(mean))
+    state = model.encoder.state_dict()
+    state["id_embedding.weight"] = F.pad(state["id_embedding.weight"], (0, 0, 0, len(new)))
+    state["vectors"] = torch.cat([text, (raw - mean) @ basis])
+    tokens = [*model.tokens, *new]
+    encoder = Encoder(model.encoder.settings, len(tokens), model.max_length, state["vectors"])
+    encoder = encoder.to(text.device)
     encoder.load_state_dict(state)
     return build_saved_model(
         encoder,
         tokens,
-        titles={**trained.titles, **named},
-        counts=[*trained.item_counts, *[0] * len(new)] if trained.item_counts else [],
-        config=trained.config,
+        titles={**model.titles, **{token: titles[token] for token in new if token in titles}},
+        counts=[*model.item_counts, *[0] * len(new)] if model.item_counts else [],
+        config=model.config,
         text_mean=mean,
         text_basis=basis,
-        text_source=trained.text_source,
+        text_source=model.text_source,
     )
 
 
-def _check_new_tokens(trained: SavedModel, new: Sequence[str]) -> None:
-    there = set(trained.ids)
+def _check_new_items(model: SavedModel, new: Sequence[str], titles: Mapping[str, str]) -> None:
+    known = set(model.ids)
     for token in new:
-        if not isinstance(token, str) or token in there:
-            why = "is there already" if isinstance(token, str) else "is no text"
-            raise UserError(f"add_items: {token!r} {why}")
-        there.add(token)
+        if not isinstance(token, str):
+            raise UserError(f"add_items: {token!r} is not a string")
+        if token in known:
+            raise UserError(f"add_items: {token!r} is already in the catalogue, or a duplicate")
+        title = titles.get(token, "")
+        if not isinstance(title, str):
+            raise UserError(f"add_items: the title of {token!r} is {title!r}, not a string")
+        known.add(token)
+
+
+def _check_new_vectors(new: Sequence[str], raw: Tensor, width: int) -> None:
+    if raw.shape != (len(new), width):
+        raise UserError(
+            f"add_items: vectors of shape {tuple(raw.shape)} for {len(new)} items; expected "
+            f"({len(new)}, {width}), made as the run's text vectors"
+        )
+    is_usable = raw.isfinite().all(1) & raw.any(1)
+    for token, usable in zip(new, is_usable.tolist(), strict=True):
+        if not usable:
+            raise UserError(f"add_items: {token!r} has no text vector: all zero, or not finite")
 
 
 def _describe_version_mismatch(files: RunFolder) -> str:

@@ -99,7 +99,7 @@ def build_training_call(encoder: Encoder, items: torch.Tensor, lengths: torch.Te
 
     def call() -> None:
         optimizer.zero_grad()
-        x, rows, times = encoder.positions(items, lengths, targets)
+        x, rows, times = encoder.encode_target_positions(items, lengths, targets)
         cross_entropy(x, targets[rows, times], encoder.item_table()).backward()
         optimizer.step()
 

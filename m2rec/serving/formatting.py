@@ -1,0 +1,39 @@
+"""Recommendations as text: a table for people, JSON for programs."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from m2rec.serving.ranker import Ranking
+
+_MAX_TOKEN_WIDTH = 40  # characters of a token in the table
+_SHOWN_HISTORY = 5  # items of the history above the table
+
+
+def format_as_json(ranking: Ranking) -> str:
+    """A JSON list of objects with item, score and title, in ASCII."""
+    return json.dumps([entry._asdict() for entry in ranking]) + "\n"
+
+
+def format_as_table(history: Sequence[str], ranking: Ranking, titles: Mapping[str, str]) -> str:
+    """The end of the history and the recommendations, a line each.
+
+    Args:
+        history: item tokens, oldest first.
+        ranking: what was recommended after it.
+        titles: by token, of the items that have one.
+    """
+    last = history[-_SHOWN_HISTORY:]
+    shown = ["item", *last, *(entry.item for entry in ranking)]
+    width = max(len(_shorten_token(token)) for token in shown)
+    lines = [f"after {len(history):,} items, the last of them:"]
+    for token in last:
+        lines.append(f"{'':>5}{_shorten_token(token):<{width}}  {titles.get(token, '')}")
+    lines += ["", f"{'':>3}  {'item':<{width}}  {'score':>8}  title"]
+    for rank, entry in enumerate(ranking, 1):
+        token = _shorten_token(entry.item)
+        lines.append(f"{rank:>3}  {token:<{width}}  {entry.score:>8.3f}  {entry.title}")
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _shorten_token(token: str) -> str:
+    return token if len(token) <= _MAX_TOKEN_WIDTH else token[: _MAX_TOKEN_WIDTH - 1] + "…"
