@@ -48,7 +48,7 @@ def run_request(options: argparse.Namespace, recommender: Recommender) -> str:
         )
         return f"{rows:,} users: {options.output}\n"
     if options.all_users:
-        from m2rec.commands.evaluate_run import read_user_histories  # RecBole, which --history needs not
+        from m2rec.commands.user_histories import read_user_histories  # RecBole, which --history needs not
 
         histories = read_user_histories(options.run, dataset=options.dataset, data_path=options.data_path)
         rows = recommender.recommend_users(
@@ -136,7 +136,7 @@ def read_user_history(run: Path, user: str, data_path: str | None) -> list[str]:
     Raises:
         ValueError: the data set can't be loaded, or has no such user.
     """
-    from m2rec.commands.evaluate_run import (  # RecBole, which --history needs not
+    from m2rec.commands.user_histories import (  # RecBole, which --history needs not
         list_user_histories,
         read_user_histories,
     )

@@ -110,6 +110,18 @@ class Histories:
         """
         stop = np.where(self.split.train_stop - self.start >= 2, self.split.train_stop, self.start)
         start = self.start if self.split.train_start is None else np.minimum(self.split.train_start, stop)
+        return self._count_items(start, stop, n_items)
+
+    def count_training_targets(self, n_items: int) -> np.ndarray:
+        """How often each item is a target of training, (n_items,)."""
+        first = self.start + 1
+        if self.split.train_start is not None:
+            first = np.maximum(first, self.split.train_start)
+        stop = np.maximum(first, self.split.train_stop)
+        return self._count_items(first, stop, n_items)
+
+    def _count_items(self, start: np.ndarray, stop: np.ndarray, n_items: int) -> np.ndarray:
+        """How often each item is in the intervals [start, stop), which don't overlap."""
         steps = np.zeros(len(self.items) + 1, dtype=np.int64)
         np.add.at(steps, start, 1)
         np.add.at(steps, stop, -1)

@@ -19,7 +19,7 @@ from m2rec.data.dataset import HistoryDataset
 from m2rec.data.presplit import PresplitDataset
 from m2rec.errors import UserError
 from m2rec.evaluation.insights import collect_insights
-from m2rec.evaluation.ranking import ALL, NEW, UNSEEN
+from m2rec.evaluation.protocols import Protocol
 from m2rec.git import read_commit
 from m2rec.models.m2rec import M2Rec
 from m2rec.models.registry import find_model_class
@@ -286,17 +286,14 @@ def _evaluate_best_weights(prepared: PreparedRun) -> RunResult:
     config, trainer, (_, valid, test) = prepared.config, prepared.trainer, prepared.parts
     trainer.load_best_weights()
     tested = trainer.evaluate_protocols(test)
-    nothing: dict[str, dict[str, float]] = {ALL: {}, UNSEEN: {}, NEW: {}}
-    validated = trainer.evaluate_protocols(valid).metrics if prepared.has_validation else nothing
+    validated: dict[str, dict[str, float]] = {protocol.get_name("valid"): {} for protocol in Protocol}
+    if prepared.has_validation:
+        validated = trainer.evaluate_protocols(valid).metrics
     metrics = {
         "model": config["variant"],
         "dataset": config["dataset"],
-        "valid": validated[ALL],
-        "valid_unseen": validated[UNSEEN],
-        "valid_new": validated[NEW],
-        "test": tested.metrics[ALL],
-        "test_unseen": tested.metrics[UNSEEN],
-        "test_new": tested.metrics[NEW],
+        **validated,
+        **tested.metrics,
         "test_by": tested.rows.metrics_by_bucket(config["topk"], config["metric_decimal_place"]),
     }
     prepared.clock.lap("evaluation")

@@ -1,0 +1,151 @@
+"""Rank all items of a saved model for the targets of any data set, user by user.
+
+letter  meaning
+n, V    users, items including padding
+K       length of the ranking that is kept
+"""
+
+import typing
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from m2rec.data.dataset import HistoryDataset
+from m2rec.evaluation.metrics import IntArray
+from m2rec.evaluation.protocols import Protocol
+from m2rec.evaluation.ranking import NO_ITEM, Ranking, mask_seen, select_top_items
+
+_BATCH_SIZE = 256
+UNKNOWN_TARGET = -1  # instead of the id of a target that is unknown to the model
+
+
+class Scorer(typing.Protocol):
+    """A saved model that scores all its items, such as `Recommender`."""
+
+    @property
+    def tokens(self) -> Sequence[str]:
+        """Item tokens by id, padding's first."""
+
+    def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
+        """Scores (b, V) after each history, padding's -inf."""
+
+
+@dataclass(frozen=True)
+class EvaluationCases:
+    """Users to evaluate, in tokens.
+
+    Attributes:
+        users, targets: (n,).
+        histories: (n,), each user's items before the target, oldest first.
+    """
+
+    users: Sequence[str]
+    histories: Sequence[list[str]]
+    targets: Sequence[str]
+
+    @property
+    def returning(self) -> NDArray[np.bool_]:
+        """Whether each target is in the history, (n,)."""
+        pairs = zip(self.targets, self.histories, strict=True)
+        return np.array([target in history for target, history in pairs], dtype=bool)
+
+    def select_cases(self, rows: Iterable[int]) -> "EvaluationCases":
+        """Only these rows."""
+        cases = [(self.users[row], self.histories[row], self.targets[row]) for row in rows]
+        return EvaluationCases(*zip(*cases, strict=True)) if cases else EvaluationCases([], [], [])
+
+    def drop_unknown_items(self, tokens: Collection[str]) -> "EvaluationCases":
+        """Without the items of histories that are not among these."""
+        known = set(tokens)
+        histories = [[item for item in history if item in known] for history in self.histories]
+        return EvaluationCases(self.users, histories, self.targets)
+
+
+def collect_cases(part: HistoryDataset, rows: IntArray | None = None) -> EvaluationCases:
+    """The targets of a part with whole histories.
+
+    Args:
+        part: validation or test rows.
+        rows: numbers of the rows, in the wanted order; None for all.
+    """
+    assert part.histories is not None and part.part is not None
+    chosen = slice(None) if rows is None else rows
+    users, items, owners = (
+        part.inter_feat[field].numpy()[chosen] for field in (part.uid_field, part.iid_field, part.owner_field)
+    )
+    seen = part.histories.items_before_target(owners, part.part)[1]
+    ends = part.histories.lengths_before_target(owners, part.part).cumsum()
+    tokens = part.field2id_token[part.iid_field]
+    return EvaluationCases(
+        part.field2id_token[part.uid_field][users].tolist(),
+        [tokens[history].tolist() for history in np.split(seen, ends)[:-1]],
+        tokens[items].tolist(),
+    )
+
+
+def sample_evenly(n: int, most: int | None = None) -> IntArray:
+    """At most so many of n row numbers, evenly spread; None for all."""
+    size = n if most is None else min(n, most)
+    return np.unique(np.linspace(0, max(n - 1, 0), size).round().astype(np.int64))
+
+
+def rank_cases(
+    scorer: Scorer,
+    cases: EvaluationCases,
+    k: int,
+    shown: int | None = None,
+    candidates: Collection[str] | None = None,
+) -> Ranking:
+    """Rank all items of the model after each history.
+
+    An unknown target is in no ranking, and an unknown item of a history is skipped. After a history without a
+    known item nothing is ranked. Both are misses.
+
+    Args:
+        scorer: the saved model.
+        cases: the users.
+        k: K.
+        shown: how many items of the history the model gets, the last ones; None for all.
+        candidates: items to rank; None for all.
+    """
+    ids = {token: number for number, token in enumerate(scorer.tokens) if number}
+    known = cases.drop_unknown_items(ids)
+    excluded = [] if candidates is None else [ids[token] for token in ids if token not in candidates]
+    lengths = np.array([len(history) for history in known.histories], dtype=np.int64)
+    everything = np.full((len(lengths), k), NO_ITEM)
+    unseen = everything.copy()
+    order = np.argsort(lengths, kind="stable")  # little padding
+    order = order[lengths[order] > 0]
+    for start in range(0, len(order), _BATCH_SIZE):
+        rows = order[start : start + _BATCH_SIZE]
+        histories = [known.histories[row] for row in rows]
+        scores = scorer.scores([history[-shown:] if shown else history for history in histories]).cpu()
+        scores[:, excluded] = -np.inf
+        _store_top_items(everything, rows, scores)
+        seen = np.array([ids[item] for history in histories for item in history])
+        mask_seen(scores, np.repeat(np.arange(len(rows)), lengths[rows]), seen)
+        _store_top_items(unseen, rows, scores)
+    targets = np.array([ids.get(target, UNKNOWN_TARGET) for target in cases.targets], dtype=np.int64)
+    return Ranking(targets, cases.returning, {Protocol.ALL: everything, Protocol.UNSEEN: unseen})
+
+
+def _store_top_items(items: IntArray, rows: IntArray, scores: Tensor) -> None:
+    top = select_top_items(scores, items.shape[1])
+    items[rows, : top.shape[1]] = top
+
+
+def count_cases(cases: EvaluationCases, tokens: Collection[str]) -> dict[str, int]:
+    """Users, targets that return, and what is unknown to a model with these item tokens."""
+    known = set(tokens)
+    n_items = sum(map(len, cases.histories))
+    n_known = sum(map(len, cases.drop_unknown_items(known).histories))
+    return {
+        "users": len(cases.users),
+        "returning": int(cases.returning.sum()),
+        "unknown_targets": sum(target not in known for target in cases.targets),
+        "items_in_histories": n_items,
+        "unknown_in_histories": n_items - n_known,
+    }
