@@ -1,12 +1,10 @@
 """Ranks, and metrics by bucket; whole rankings are tested with the trainer."""
 
-import csv
-from pathlib import Path
-
 import numpy as np
+import pandas as pd
 import torch
 
-from m2rec.evaluation.breakdown import HISTORY_BUCKETS, POPULARITY_BUCKETS, Breakdown
+from m2rec.evaluation.breakdown import HISTORY_BUCKETS, POPULARITY_BUCKETS, break_down_metrics
 from m2rec.evaluation.protocols import Protocol
 from m2rec.evaluation.ranking import Ranking, compute_full_ranks, mask_seen, select_top_items
 
@@ -48,20 +46,14 @@ def test_bucket_names():
     assert HISTORY_BUCKETS.names == ["1-5", "6-20", "21-50", "51-200", "201+"]
 
 
-def made() -> Breakdown:
-    return Breakdown(
-        part="test",
-        users=np.array(["a", "b,c", "d"]),
-        items=np.array(["x", "y", "x"]),
-        popularity=np.array([0, 5, 101]),
-        history=np.array([5, 6, 6]),
-        returning=np.array([False, False, True]),
-        target_ranks={Protocol.ALL: np.array([1, 2, 3]), Protocol.UNSEEN: np.array([1, 2, 0])},
-    )
-
-
-def test_breakdown_by_bucket():
-    table = made().metrics_by_bucket([10], 4)
+def test_metrics_by_bucket():
+    rows = pd.DataFrame(
+        {
+            "history": [5, 6, 6], "popularity": [0, 5, 101], "returning": [0, 0, 1], "test": [1, 2, 3],
+            "test_unseen": [1, 2, 0],
+        }
+    )  # fmt: skip
+    table = break_down_metrics(rows, [10], 4)
     assert list(table["popularity"]) == ["0", "1-5", "101+"]
     assert list(table["history"]) == ["1-5", "6-20"]
     assert table["popularity"]["101+"] == {
@@ -77,15 +69,3 @@ def test_breakdown_by_bucket():
         0.5,
         1,
     ]
-
-
-def test_ranks_are_written_a_line_per_user(tmp_path: Path):
-    made().write_csv(tmp_path / "ranks.csv")
-    with (tmp_path / "ranks.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert lines[1] == {
-        "user": "b,c", "item": "y", "history": "6", "popularity": "5", "returning": "0", "test": "2",
-        "test_unseen": "2",
-    }  # fmt: skip
-    assert lines[2]["returning"] == "1"
-    assert len(lines) == 3

@@ -10,10 +10,11 @@ import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
 
 # isort: split
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from m2rec.cli import Parser, run_command
 from m2rec.evaluation.history_length import measure_input_lengths
@@ -43,7 +44,5 @@ def print_measurements(options: argparse.Namespace) -> None:
     cases = collect_cases(test.dataset, sample_evenly(len(test.dataset), options.users))
     if returning := cases.returning.sum():
         sys.stderr.write(f"{returning:,} of {len(cases.users):,} targets are in their history: misses\n")
-    table = measure_input_lengths(recommender, cases)
-    writer = csv.DictWriter(sys.stdout, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
+    table = pd.DataFrame(measure_input_lengths(recommender, cases))
+    table.to_csv(sys.stdout, index=False, lineterminator="\n")

@@ -11,7 +11,6 @@ import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
 
 # isort: split
 import argparse
-import csv
 import json
 import logging
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from m2rec.cli import Parser, run_command
 from m2rec.compat import Config
@@ -162,10 +162,6 @@ def check_output(path: Path) -> None:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a line to a CSV file, which gets its header with the first."""
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    """Add a line to a CSV file, and its header to a new file."""
+    frame = pd.DataFrame([row], columns=COLUMNS)
+    frame.to_csv(path, mode="a", header=not path.exists(), index=False, lineterminator="\n")

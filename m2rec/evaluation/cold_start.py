@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from m2rec.data.histories import Histories
 from m2rec.errors import UserError
-from m2rec.evaluation.metrics import FloatArray, IntArray, RankedLists, compute_metrics
+from m2rec.evaluation.metrics import BoolArray, FloatArray, IntArray, RankedLists, compute_metrics
 from m2rec.evaluation.protocols import Protocol
 from m2rec.evaluation.saved_model import EvaluationCases, Scorer, rank_cases
 
@@ -28,7 +28,7 @@ _DIGITS = 6
 _MIN_INTERACTIONS = 3  # with two, leave-one-out would train on both, and the second may be a test target
 
 
-def choose_new_items(with_text: NDArray[np.bool_], share: float, seed: int) -> NDArray[np.bool_]:
+def choose_new_items(with_text: BoolArray, share: float, seed: int) -> BoolArray:
     """Choose items at random among those with text.
 
     Args:
@@ -52,7 +52,7 @@ def choose_new_items(with_text: NDArray[np.bool_], share: float, seed: int) -> N
 
 
 def write_remaining_data(
-    folder: Path, name: str, histories: Histories, taken: NDArray[np.bool_], tokens: NDArray[np.str_]
+    folder: Path, name: str, histories: Histories, taken: BoolArray, tokens: NDArray[np.str_]
 ) -> None:
     """Write the interactions without the taken items as a data set; a time is a position in the history.
 

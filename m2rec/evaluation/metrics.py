@@ -10,6 +10,7 @@ k       cut-off of a metric, at most K
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 DEFAULT_TAIL_RATIO = 0.1
 RANK_METRICS = ("hit", "ndcg", "mrr")
@@ -78,59 +80,39 @@ def measure_tail_share(lists: RankedLists, k: int) -> FloatArray:
     return np.asarray(np.isin(lists.items[:, :k], tail).mean(axis=1))
 
 
-def measure_coverage(lists: RankedLists, k: int) -> float:
-    """Share of all items that are recommended to anybody (Ge et al., 2010)."""
-    return _compute_coverage(_count_exposures(lists, k)[1:])
+def measure_coverage(lists: RankedLists, k: int, first_item: int = 1) -> float:
+    """Share of all items, from id `first_item` on, that are recommended to anybody (Ge et al., 2010)."""
+    counts = _count_exposures(lists, k)[first_item:]
+    return np.count_nonzero(counts) / len(counts)
 
 
-def measure_recbole_coverage(lists: RankedLists, k: int) -> float:
-    """RecBole's coverage: padding is an item."""
-    return _compute_coverage(_count_exposures(lists, k))
-
-
-def measure_entropy(lists: RankedLists, k: int) -> float:
-    """-sum p log p in nats; p is an item's share of all recommendations."""
-    return _compute_entropy(_count_exposures(lists, k)[1:])
-
-
-def measure_recbole_entropy(lists: RankedLists, k: int) -> float:
-    """RecBole's entropy: a mean over the recommended items, and padding is one of them."""
-    counts = _count_exposures(lists, k)
-    return _compute_entropy(counts) / np.count_nonzero(counts)
-
-
-def measure_gini(lists: RankedLists, k: int) -> float:
+def measure_gini(lists: RankedLists, k: int, first_item: int = 1) -> float:
     """Gini coefficient of how often each item is recommended: 0 if all alike, towards 1 if always the same.
 
-    sum_i (2 i - V' - 1) x_i / (V' sum_i x_i) over the V' = V - 1 items in ascending order of x (Fleder and
-    Hosanagar, 2009).
+    sum_i (2 i - m - 1) x_i / (m sum_i x_i) over the m items from id `first_item` on, in ascending order of x
+    (Fleder and Hosanagar, 2009).
     """
-    return _compute_gini(_count_exposures(lists, k)[1:])
+    counts = np.sort(_count_exposures(lists, k)[first_item:])
+    m = len(counts)
+    weights = 2 * np.arange(1, m + 1) - m - 1
+    return float((weights * counts).sum() / (m * max(1, counts.sum())))
 
 
-def measure_recbole_gini(lists: RankedLists, k: int) -> float:
-    """RecBole's Gini index: padding is an item."""
-    return _compute_gini(_count_exposures(lists, k))
+def measure_entropy(lists: RankedLists, k: int, first_item: int = 1) -> float:
+    """-sum p log p in nats; p is an item's share of the recommendations, from id `first_item` on."""
+    counts = _count_exposures(lists, k)[first_item:]
+    shares = counts[counts > 0] / max(1, counts.sum())
+    return float(-(shares * np.log(shares)).sum()) + 0.0  # not -0.0
+
+
+def measure_mean_entropy(lists: RankedLists, k: int) -> float:
+    """RecBole's entropy: a mean over the recommended items, and padding is one of them."""
+    return measure_entropy(lists, k, first_item=0) / np.count_nonzero(_count_exposures(lists, k))
 
 
 def _count_exposures(lists: RankedLists, k: int) -> IntArray:
     """How often each item is recommended, (V,)."""
     return np.bincount(lists.items[:, :k].ravel(), minlength=lists.n_items)
-
-
-def _compute_coverage(counts: IntArray) -> float:
-    return np.count_nonzero(counts) / len(counts)
-
-
-def _compute_entropy(counts: IntArray) -> float:
-    shares = counts[counts > 0] / max(1, counts.sum())
-    return float(-(shares * np.log(shares)).sum()) + 0.0  # not -0.0
-
-
-def _compute_gini(counts: IntArray) -> float:
-    n = len(counts)
-    weights = 2 * np.arange(1, n + 1) - n - 1
-    return float((weights * np.sort(counts)).sum() / (n * max(1, counts.sum())))
 
 
 METRICS: dict[str, Metric] = {
@@ -149,10 +131,10 @@ METRICS: dict[str, Metric] = {
 """By the name in config.yaml."""
 
 _TEXTBOOK = {name.lower(): metric for name, metric in METRICS.items()}
-_RECBOLE = _TEXTBOOK | {
-    "itemcoverage": measure_recbole_coverage,
-    "shannonentropy": measure_recbole_entropy,
-    "giniindex": measure_recbole_gini,
+_RECBOLE = _TEXTBOOK | {  # padding counts as an item
+    "itemcoverage": partial(measure_coverage, first_item=0),
+    "shannonentropy": measure_mean_entropy,
+    "giniindex": partial(measure_gini, first_item=0),
 }
 _DEFINITIONS = {"textbook": _TEXTBOOK, "recbole": _RECBOLE}
 

@@ -6,19 +6,20 @@ V       items including padding
 K       length of the ranking that is kept, the largest cut-off of the metrics
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from m2rec import distributed
 from m2rec.compat import Interaction
 from m2rec.data.dataset import HistoryDataset
-from m2rec.evaluation.metrics import IntArray
+from m2rec.evaluation.metrics import BoolArray, IntArray
 from m2rec.evaluation.protocols import Protocol
 
 NO_ITEM = 0  # padding, in a ranking that has no more items
@@ -35,7 +36,7 @@ class Ranking:
     """
 
     targets: IntArray
-    returning: NDArray[np.bool_]
+    returning: BoolArray
     items: dict[Protocol, IntArray]
 
     def select_rows(self, protocol: Protocol) -> tuple[IntArray, IntArray]:
@@ -61,9 +62,10 @@ def find_target_ranks(items: IntArray, targets: IntArray) -> IntArray:
 
 
 def select_top_items(scores: Tensor, k: int) -> IntArray:
-    """Ids of the best items of scores (b, V), (b, min(k, V)); 0 where only masked items are left."""
+    """Ids of the best items of scores (b, V), (b, k); 0 where only masked items are left."""
     top = scores.topk(min(k, scores.shape[1]))
-    return np.asarray(top.indices.masked_fill(top.values == -torch.inf, NO_ITEM).cpu())
+    items = top.indices.masked_fill(top.values == -torch.inf, NO_ITEM)
+    return np.asarray(F.pad(items, (0, k - items.shape[1]), value=NO_ITEM).cpu())
 
 
 def compute_full_ranks(scores: Tensor, items: IntArray, targets: Tensor) -> IntArray:
@@ -93,15 +95,45 @@ def mask_seen(scores: Tensor, rows: IntArray, items: IntArray) -> None:
     scores[torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)] = -torch.inf
 
 
-def mask_history_scores(scores: Tensor, interaction: Interaction, dataset: HistoryDataset) -> None:
+def mask_history_scores(scores: Tensor, interaction: Interaction, part: HistoryDataset) -> None:
     """`mask_seen` for the whole history before each row's target."""
-    assert dataset.histories is not None and dataset.part is not None
-    owners = interaction[dataset.owner_field].cpu().numpy()
-    mask_seen(scores, *dataset.histories.items_before_target(owners, dataset.part))
+    mask_seen(scores, *_find_seen_items(interaction, part))
+
+
+def _find_seen_items(interaction: Interaction, part: HistoryDataset) -> tuple[IntArray, IntArray]:
+    assert part.histories is not None and part.part is not None
+    return part.histories.items_before_target(interaction[part.owner_field].cpu().numpy(), part.part)
+
+
+ScoredBatch = tuple[Tensor, Callable[[], tuple[IntArray, IntArray]]]
+"""Scores (b, V), and a function that finds what the rows have seen, as `mask_seen` takes it."""
 
 
 @torch.no_grad()
-def rank_items(
+def rank_batches(
+    batches: Iterable[ScoredBatch], k: int, with_unseen: bool = True
+) -> dict[Protocol, IntArray]:
+    """Top-K items under ALL and UNSEEN, (n, K) each, for all rows in the order of the batches.
+
+    Args:
+        batches: scored rows.
+        k: K.
+        with_unseen: whether to rank under UNSEEN, too, and not only under ALL.
+    """
+    nothing = np.empty((0, k), dtype=np.int64)
+    everything, unseen = [nothing], [nothing]
+    for scores, find_seen in batches:
+        everything.append(select_top_items(scores, k))
+        if with_unseen:
+            mask_seen(scores, *find_seen())
+            unseen.append(select_top_items(scores, k))
+    items = {Protocol.ALL: np.concatenate(everything)}
+    if with_unseen:
+        items[Protocol.UNSEEN] = np.concatenate(unseen)
+    return items
+
+
+def rank_rows(
     score: Callable[[Interaction], Tensor],
     loader: Any,
     show_progress: Callable[[Iterable[Tensor]], Iterable[Tensor]],
@@ -113,30 +145,22 @@ def rank_items(
         score: rows -> (b, V) scores, padding's -inf.
         loader: the part's loader, of a `HistoryDataset`.
         show_progress: wraps the batches of row numbers.
-        with_unseen: whether to rank under UNSEEN, too, and not only under ALL.
+        with_unseen: as in `rank_batches`.
     """
-    dataset: HistoryDataset = loader.dataset
-    k = max(loader.config["topk"])
-    lengths = dataset.inter_feat[dataset.item_list_length_field]
-    by_length = lengths.argsort(stable=True)  # little padding
+    part: HistoryDataset = loader.dataset
+    assert part.histories is not None and part.part is not None
+    by_length = part.inter_feat[part.item_list_length_field].argsort(stable=True)  # little padding
     shard = by_length[distributed.process_rank() :: distributed.world_size()]
-    protocols = (Protocol.ALL, Protocol.UNSEEN) if with_unseen else (Protocol.ALL,)
-    parts = {protocol: [np.empty((0, k), dtype=np.int64)] for protocol in protocols}
-    for rows in show_progress(shard.split(loader.step) if len(shard) else ()):
-        interaction = loader.collate_fn(rows.numpy())[0]
-        scores = score(interaction)
-        for protocol in protocols:
-            if protocol is Protocol.UNSEEN:
-                mask_history_scores(scores, interaction, dataset)
-            parts[protocol].append(select_top_items(scores, k))
+
+    def score_batches() -> Iterator[ScoredBatch]:
+        for rows in show_progress(shard.split(loader.step) if len(shard) else ()):
+            interaction = loader.collate_fn(rows.numpy())[0]
+            yield score(interaction), partial(_find_seen_items, interaction, part)
+
+    items = rank_batches(score_batches(), max(loader.config["topk"]), with_unseen)
     order = distributed.gather_rows(shard).argsort()
-    items = {}
-    for protocol, shards in parts.items():
-        items[protocol] = distributed.gather_rows(torch.from_numpy(np.concatenate(shards)))[order].numpy()
-    return Ranking(dataset.inter_feat[dataset.iid_field].numpy(), _find_returning(dataset), items)
-
-
-def _find_returning(dataset: HistoryDataset) -> NDArray[np.bool_]:
-    """Whether each row's target is in its history, (n,)."""
-    assert dataset.histories is not None and dataset.part is not None
-    return dataset.histories.target_returns(dataset.inter_feat[dataset.owner_field].numpy(), dataset.part)
+    for protocol, top in items.items():
+        items[protocol] = distributed.gather_rows(torch.from_numpy(top))[order].numpy()
+    owners = part.inter_feat[part.owner_field].numpy()
+    returning = part.histories.target_returns(owners, part.part)
+    return Ranking(part.inter_feat[part.iid_field].numpy(), returning, items)

@@ -6,17 +6,16 @@ K       length of the ranking that is kept
 """
 
 import typing
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from m2rec.data.dataset import HistoryDataset
-from m2rec.evaluation.metrics import IntArray
-from m2rec.evaluation.protocols import Protocol
-from m2rec.evaluation.ranking import NO_ITEM, Ranking, mask_seen, select_top_items
+from m2rec.evaluation.metrics import BoolArray, IntArray
+from m2rec.evaluation.ranking import NO_ITEM, Ranking, ScoredBatch, rank_batches
 
 _BATCH_SIZE = 256
 UNKNOWN_TARGET = -1  # instead of the id of a target that is unknown to the model
@@ -47,7 +46,7 @@ class EvaluationCases:
     targets: Sequence[str]
 
     @property
-    def returning(self) -> NDArray[np.bool_]:
+    def returning(self) -> BoolArray:
         """Whether each target is in the history, (n,)."""
         pairs = zip(self.targets, self.histories, strict=True)
         return np.array([target in history for target, history in pairs], dtype=bool)
@@ -112,29 +111,31 @@ def rank_cases(
         candidates: items to rank; None for all.
     """
     ids = {token: number for number, token in enumerate(scorer.tokens) if number}
-    known = cases.drop_unknown_items(ids)
     excluded = [] if candidates is None else [ids[token] for token in ids if token not in candidates]
-    lengths = np.array([len(history) for history in known.histories], dtype=np.int64)
-    everything = np.full((len(lengths), k), NO_ITEM)
-    unseen = everything.copy()
-    order = np.argsort(lengths, kind="stable")  # little padding
-    order = order[lengths[order] > 0]
-    for start in range(0, len(order), _BATCH_SIZE):
-        rows = order[start : start + _BATCH_SIZE]
-        histories = [known.histories[row] for row in rows]
-        scores = scorer.scores([history[-shown:] if shown else history for history in histories]).cpu()
-        scores[:, excluded] = -np.inf
-        _store_top_items(everything, rows, scores)
-        seen = np.array([ids[item] for history in histories for item in history])
-        mask_seen(scores, np.repeat(np.arange(len(rows)), lengths[rows]), seen)
-        _store_top_items(unseen, rows, scores)
+    histories = [[ids[item] for item in history if item in ids] for history in cases.histories]
+    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    by_length = np.argsort(lengths, kind="stable")  # little padding
+    ranked = by_length[lengths[by_length] > 0]
+
+    def score_batches() -> Iterator[ScoredBatch]:
+        for start in range(0, len(ranked), _BATCH_SIZE):
+            batch = [histories[row] for row in ranked[start : start + _BATCH_SIZE]]
+            inputs = [history[-(shown or 0) :] for history in batch]
+            scores = scorer.scores([[scorer.tokens[item] for item in items] for items in inputs]).cpu()
+            scores[:, excluded] = -np.inf
+            yield scores, partial(_pair_rows_with_items, batch)
+
+    items = {}
+    for protocol, top in rank_batches(score_batches(), k).items():
+        items[protocol] = np.full((len(lengths), k), NO_ITEM)
+        items[protocol][ranked] = top
     targets = np.array([ids.get(target, UNKNOWN_TARGET) for target in cases.targets], dtype=np.int64)
-    return Ranking(targets, cases.returning, {Protocol.ALL: everything, Protocol.UNSEEN: unseen})
+    return Ranking(targets, cases.returning, items)
 
 
-def _store_top_items(items: IntArray, rows: IntArray, scores: Tensor) -> None:
-    top = select_top_items(scores, items.shape[1])
-    items[rows, : top.shape[1]] = top
+def _pair_rows_with_items(histories: Sequence[list[int]]) -> tuple[IntArray, IntArray]:
+    lengths = [len(history) for history in histories]
+    return np.repeat(np.arange(len(histories)), lengths), np.concatenate(histories)
 
 
 def count_cases(cases: EvaluationCases, tokens: Collection[str]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.presplit import PresplitDataset
 from m2rec.errors import UserError
+from m2rec.evaluation.breakdown import break_down_metrics
 from m2rec.evaluation.insights import collect_insights
 from m2rec.evaluation.protocols import Protocol
 from m2rec.git import read_commit
@@ -294,7 +295,7 @@ def _evaluate_best_weights(prepared: PreparedRun) -> RunResult:
         "dataset": config["dataset"],
         **validated,
         **tested.metrics,
-        "test_by": tested.rows.metrics_by_bucket(config["topk"], config["metric_decimal_place"]),
+        "test_by": break_down_metrics(tested.rows, config["topk"], config["metric_decimal_place"]),
     }
     prepared.clock.lap("evaluation")
     seconds = prepared.clock.seconds
@@ -317,7 +318,7 @@ def _evaluate_best_weights(prepared: PreparedRun) -> RunResult:
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
     }
     if distributed.is_main_process():
-        tested.rows.write_csv(trainer.folder / RANKS_FILE)
+        write_text(trainer.folder / RANKS_FILE, tested.rows.to_csv(index=False, lineterminator="\n"))
         write_text(trainer.folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
         trainer.remove_checkpoint()
         _write_insights_and_report(prepared)

@@ -11,6 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -21,10 +22,10 @@ from m2rec import distributed
 from m2rec.compat import Config, Interaction, Trainer
 from m2rec.data.dataset import HistoryDataset
 from m2rec.errors import UserError
-from m2rec.evaluation.breakdown import Breakdown
+from m2rec.evaluation.breakdown import tabulate_rows
 from m2rec.evaluation.metrics import DEFAULT_TAIL_RATIO, RankedLists, compute_metrics
 from m2rec.evaluation.protocols import Protocol
-from m2rec.evaluation.ranking import Ranking, rank_items
+from m2rec.evaluation.ranking import Ranking, rank_rows
 from m2rec.git import COMMIT_SEPARATOR
 from m2rec.run_folder import CHECKPOINT_FILE, HISTORY_FILE, WEIGHTS_FILE
 from m2rec.storage import write_text
@@ -41,7 +42,7 @@ class EvaluationResult:
     """Metrics by part and protocol, such as `test_unseen`, and the rows that they are made of."""
 
     metrics: dict[str, dict[str, float]]
-    rows: Breakdown
+    rows: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -420,14 +421,14 @@ class RunTrainer(Trainer):
             protocol.get_name(data.dataset.part): self._protocol_metrics(ranking, protocol, data.dataset)
             for protocol in Protocol
         }
-        return EvaluationResult(metrics, Breakdown.from_ranking(ranking, data.dataset))
+        return EvaluationResult(metrics, tabulate_rows(ranking, data.dataset))
 
     def _rank_rows(self, data: Any, show_progress: bool, with_unseen: bool = True) -> Ranking:
         self.model.eval()
         self.tot_item_num = data.dataset.item_num
         self.item_tensor = data.dataset.get_item_feature().to(self.device)
         progress = partial(self._progress_bar, what="evaluate  ", shown=show_progress)
-        return rank_items(self.score, data, progress, with_unseen)
+        return rank_rows(self.score, data, progress, with_unseen)
 
     def score(self, interaction: Interaction) -> Tensor:
         """Rows -> (b, V), by the model's full ranking or item by item where it has none."""
