@@ -318,7 +318,6 @@ __all__ = [
     "INSTALL_RECBOLE",
     "RECBOLE_FOLDER",
     "Config",
-    "DataStruct",
     "FeatureSource",
     "FeatureType",
     "InputType",

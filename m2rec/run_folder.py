@@ -170,6 +170,10 @@ class RunFolder:
         """Write metrics.json, with which the run is finished."""
         _write_json(self.metrics_file, metrics, indent=2)
 
+    def write_ranks(self, content: str) -> None:
+        """Write test_ranks.csv."""
+        write_text(self.ranks_file, content)
+
     def read_insights(self) -> JsonObject:
         """The content of insights.json; empty in older folders."""
         return _read_json(self.insights_file, dict, {})

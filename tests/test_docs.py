@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from m2rec.commands import document
-from m2rec.evaluation.metrics import N_RESAMPLES
+from m2rec.experiments.bootstrap import N_RESAMPLES
 from m2rec.experiments.search_plan import SearchPlan
 from m2rec.training.configuration import collect_known_keys
 from m2rec.yaml_values import parse_arguments

@@ -9,7 +9,7 @@ import pandas
 import pytest
 
 from m2rec.commands import evaluate, recommend
-from m2rec.commands.evaluate_run import evaluate_run
+from m2rec.commands.evaluate import evaluate_run
 from m2rec.serving.recommender import Recommender
 from m2rec.training.configuration import build_config
 from m2rec.training.run import run_experiment
@@ -71,7 +71,7 @@ def test_on_other_data_what_recommend_reaches(
 def test_nobody_to_test(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_inter(tmp_path, "short", [("a", "i1", 1), ("a", "i2", 2), ("a", "i3", 3)])
     assert evaluate.main([str(folder), "--dataset=short", f"--data-path={tmp_path}", "--part=valid"]) == 2
-    assert "dataset: nobody has a valid target; give other data, or --part" in capsys.readouterr().err
+    assert "dataset: no user has a valid target; give other data, or --part" in capsys.readouterr().err
     assert evaluate.main([str(folder), "--dataset=short", f"--data-path={tmp_path}", "--seeed=1"]) == 2
     assert "unknown key 'seeed'" in capsys.readouterr().err
 

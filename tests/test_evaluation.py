@@ -1,53 +1,59 @@
-"""Places, metrics of them, and their breakdown; whole rankings are tested with the trainer."""
-
-import csv
-from pathlib import Path
+"""Ranks, and metrics by bucket; whole rankings are tested with the trainer."""
 
 import numpy as np
+import pandas as pd
 import torch
 
-from m2rec.evaluation.ranking import (
-    HISTORY_BUCKETS,
-    POPULARITY_BUCKETS,
-    Breakdown,
-    Ranking,
-    compute_target_ranks,
-    format_bucket_names,
-)
+from m2rec.evaluation.breakdown import HISTORY_BUCKETS, POPULARITY_BUCKETS, break_down_metrics
+from m2rec.evaluation.protocols import Protocol
+from m2rec.evaluation.ranking import Ranking, compute_full_ranks, mask_seen, select_top_items
 
 
-def test_places():
-    items = torch.tensor([[4, 7, 2], [7, 4, 2], [5, 6, 3]])
-    returning = torch.tensor([False, True, False])
-    ranking = Ranking(torch.tensor([4, 2, 9]), returning, {"all": items, "unseen": items.flip(1)})
-    assert ranking.target_ranks("all").tolist() == [1, 3, 0]
-    assert ranking.target_ranks("unseen").tolist() == [3, 1, 0]
-    assert ranking.with_new_targets().target_ranks("new").tolist() == [3, 0]
+def test_ranks():
+    items = np.array([[4, 7, 2], [7, 4, 2], [5, 6, 3]])
+    everything = {Protocol.ALL: items, Protocol.UNSEEN: items[:, ::-1]}
+    ranking = Ranking(np.array([4, 2, 9]), np.array([False, True, False]), everything)
+    assert ranking.select_rows(Protocol.ALL)[0].tolist() == [1, 3, 0]
+    assert ranking.select_rows(Protocol.UNSEEN)[0].tolist() == [3, 1, 0]
+    ranks, new_items = ranking.select_rows(Protocol.NEW)
+    assert ranks.tolist() == [3, 0] and new_items.tolist() == [[2, 7, 4], [3, 6, 5]]
 
 
-def test_a_target_that_was_taken_out_has_no_place():
-    scores = torch.tensor([[-torch.inf, 3.0, -torch.inf, 2.0], [-torch.inf, 1.0, 1.0, 2.0]])
-    assert compute_target_ranks(scores, torch.tensor([2, 1])).tolist() == [0, 3]
+def test_ranks_below_the_list_continue_those_in_it():
+    """Where scores are equal, the list decides; below it ties count against the target."""
+    scores = torch.randint(0, 4, (200, 9), generator=torch.Generator().manual_seed(0)).float()
+    scores[:, 0] = -torch.inf
+    items = select_top_items(scores, 4)
+    for target in range(1, 9):
+        ranks = compute_full_ranks(scores, items, torch.full((200,), target))
+        for row, rank in enumerate(ranks):
+            if target in items[row]:
+                assert items[row, rank - 1] == target
+            else:
+                assert rank == (scores[row] >= scores[row, target]).sum() > 4
+
+
+def test_masked_items_are_in_no_list():
+    scores = torch.tensor([[-torch.inf, 3.0, 4.0, 2.0], [-torch.inf, 1.0, 1.0, 2.0]])
+    mask_seen(scores, np.array([0, 0]), np.array([2, 2]))
+    items = select_top_items(scores, 3)
+    assert items[0].tolist() == [1, 3, 0] and items[1, 0] == 3
+    assert compute_full_ranks(scores, items, torch.tensor([2, 3])).tolist() == [0, 1]
 
 
 def test_bucket_names():
-    assert format_bucket_names(POPULARITY_BUCKETS, 0) == ["0", "1-5", "6-20", "21-100", "101+"]
-    assert format_bucket_names(HISTORY_BUCKETS, 1) == ["1-5", "6-20", "21-50", "51-200", "201+"]
+    assert POPULARITY_BUCKETS.names == ["0", "1-5", "6-20", "21-100", "101+"]
+    assert HISTORY_BUCKETS.names == ["1-5", "6-20", "21-50", "51-200", "201+"]
 
 
-def made() -> Breakdown:
-    return Breakdown(
-        users=np.array(["a", "b,c", "d"]),
-        items=np.array(["x", "y", "x"]),
-        popularity=np.array([0, 5, 101]),
-        history=np.array([5, 6, 6]),
-        returning=np.array([False, False, True]),
-        target_ranks={"test": np.array([1, 2, 3]), "test_unseen": np.array([1, 2, 0])},
-    )
-
-
-def test_breakdown_by_bucket():
-    table = made().metrics_by_bucket([10], 4)
+def test_metrics_by_bucket():
+    rows = pd.DataFrame(
+        {
+            "history": [5, 6, 6], "popularity": [0, 5, 101], "returning": [0, 0, 1], "test": [1, 2, 3],
+            "test_unseen": [1, 2, 0],
+        }
+    )  # fmt: skip
+    table = break_down_metrics(rows, [10], 4)
     assert list(table["popularity"]) == ["0", "1-5", "101+"]
     assert list(table["history"]) == ["1-5", "6-20"]
     assert table["popularity"]["101+"] == {
@@ -63,15 +69,3 @@ def test_breakdown_by_bucket():
         0.5,
         1,
     ]
-
-
-def test_ranks_are_written_a_line_per_user(tmp_path: Path):
-    made().write_csv(tmp_path / "ranks.csv")
-    with (tmp_path / "ranks.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert lines[1] == {
-        "user": "b,c", "item": "y", "history": "6", "popularity": "5", "returning": "0", "test": "2",
-        "test_unseen": "2",
-    }  # fmt: skip
-    assert lines[2]["returning"] == "1"
-    assert len(lines) == 3

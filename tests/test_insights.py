@@ -1,9 +1,11 @@
 """What the report is told of a model, against the model itself."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -146,3 +148,16 @@ def test_what_was_seen_is_not_recommended(tmp_path: Path):
     model = find_model_class("M2Rec")(config, train.dataset)
     for example in insights.collect_insights(model, scores_of(model), test.dataset, dataset)["examples"]:
         assert example["recommended"] == [example["next"]] and example["place"] == 1
+
+
+def test_ranks_are_those_of_test_ranks_csv(tmp_path: Path):
+    """A baseline with many equal scores: one rule for ties everywhere."""
+    rows = [(f"u{u}", f"i{(3 * u + k) % 30}", k) for u in range(60) for k in range(3 + u % 6)]
+    write_inter(tmp_path / "data", "toy", rows)
+    ours = {k: v for k, v in small(tmp_path / "data").items() if k not in ("head_dim", "d_state")}
+    keys = {**ours, "model": "Popularity", "runs_dir": str(tmp_path / "runs")}
+    folder = run_experiment(build_config(keys)).folder
+    ranks = pd.read_csv(folder / "test_ranks.csv", index_col="user")["test_unseen"]
+    examples = json.loads((folder / "insights.json").read_text())["examples"]
+    within = {e["user"]: e["place"] if e["place"] <= 10 else 0 for e in examples}
+    assert max(within.values()) > 0 and within == ranks[list(within)].to_dict()

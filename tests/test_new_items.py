@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from m2rec.commands import new_items
-from m2rec.data.histories import Histories
+from m2rec.evaluation import cold_start
+from m2rec.evaluation.saved_model import EvaluationCases
 from m2rec.serving.recommender import Recommender
 from m2rec.text import vector_file
 from m2rec.training.signals import RunInterrupted
@@ -55,15 +56,13 @@ def test_what_is_tested_is_not_trained(data: Path, monkeypatch: pytest.MonkeyPat
             trained.update((int(users[user]), str(names[i])) for i in [*items[:n], last])
         return run(config)
 
-    def watched_ranked(made: Recommender, histories: Histories, tokens: Any, added: set[str]) -> Any:
-        targets = histories.split.targets["test"]
+    def watched_ranked(made: Recommender, cases: EvaluationCases, added: list[str]) -> Any:
+        # users have the numbers of their first appearance in the remaining data
         tested.update(
-            (int(user), str(tokens[histories.items[at]]))
-            for user, at in zip(histories.users, targets, strict=True)
-            if at >= 0
+            (int(user[1:]) + 1, item) for user, item in zip(cases.users, cases.targets, strict=True)
         )
-        assert added and not added & {item for _, item in trained}
-        return ranked(made, histories, tokens, added)
+        assert added and not set(added) & {item for _, item in trained}
+        return ranked(made, cases, added)
 
     monkeypatch.setattr(new_items, "run_experiment", watched_run)
     monkeypatch.setattr(new_items, "evaluate_new_items", watched_ranked)
@@ -116,31 +115,27 @@ def test_a_stop_is_said_in_a_line(
 
     monkeypatch.setattr(new_items, "run_experiment", stopped)
     assert new_items.main(arguments(data)) == 130
-    assert capsys.readouterr().err.endswith(
-        "new_items.py: stopped; seeds that were finished have their lines\n"
+    assert capsys.readouterr().err.endswith("new_items.py: stopped; finished seeds have their lines\n")
+
+
+def test_ranks_by_hand(monkeypatch: pytest.MonkeyPatch):
+    """The user's history is out of the ranking, and so is padding; who has nothing known is left out."""
+    cases = EvaluationCases(
+        ["u", "v", "w", "x"], [["a", "b"], ["b", "gone", "c"], ["gone"], ["a"]], ["c", "d", "a", "gone"]
     )
-
-
-def test_places_by_hand(monkeypatch: pytest.MonkeyPatch):
-    """Of equal scores the target is the last; the user's past is out of the ranking; so is padding."""
-    tokens = np.array(["[PAD]", "a", "b", "c", "d", "e"])
-    histories = Histories(np.array([1, 1, 1, 2, 2, 2]), np.array([1, 2, 3, 2, 3, 4]))
-    scores = torch.tensor([[-torch.inf, 9.0, 8.0, 5.0, 5.0, 7.0], [-torch.inf, 1.0, 9.0, 9.0, 3.0, 2.0]])
+    scores = torch.tensor([[-torch.inf, 9.0, 8.0, 5.0, 6.0, 7.0], [-torch.inf, 1.0, 9.0, 9.0, 3.0, 2.0]])
 
     class Fixed:
         tokens = ("[PAD]", "a", "b", "c", "d", "e")
 
-        def to_ids(self, items: list[str]) -> list[int]:
-            return [self.tokens.index(item) for item in items]
+        def scores(self, histories: list[list[str]]) -> torch.Tensor:
+            assert histories == [["a", "b"], ["b", "c"]][: len(histories)]
+            return scores[: len(histories)].clone()
 
-        def scores(self, pasts: list[list[str]]) -> torch.Tensor:
-            assert pasts == [["a", "b"], ["b", "c"]]
-            return scores.clone()
-
-    monkeypatch.setattr(new_items, "K", 2)
-    row = new_items.evaluate_new_items(Fixed(), histories, tokens, {"c", "e"})  # type: ignore[arg-type]
+    monkeypatch.setattr(cold_start, "K", 2)
+    row = cold_start.evaluate_new_items(Fixed(), cases, {"c", "e"})
     assert (row["new.users"], row["old.users"]) == (1, 1)
-    assert row["new.hit@2"] == 0  # third: e, and d with the same score
+    assert row["new.hit@2"] == 0  # third: after e and d
     assert row["new_among_new.hit@2"] == 1 and row["new_among_new.chance@2"] == 1
     assert row["old.hit@2"] == row["old.ndcg@2"] == 1
     assert row["new.chance@2"] == pytest.approx(2 / 3, abs=1e-6)

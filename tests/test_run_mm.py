@@ -134,12 +134,12 @@ def test_the_metrics_are_those_of_the_saved_weights(command: Command, toy: Path)
 
 
 def test_every_metric_that_is_offered_works(command: Command, toy: Path):
-    from m2rec.training.recbole_keys import RECBOLE_METRICS
+    from m2rec.evaluation.metrics import METRICS
 
-    status, out, err = command(*as_arguments(small(toy, metrics=f"[{', '.join(RECBOLE_METRICS)}]", epochs=1)))
+    status, out, err = command(*as_arguments(small(toy, metrics=f"[{', '.join(METRICS)}]", epochs=1)))
     assert status == 0, err
     metrics = json.loads((Path(out.splitlines()[-1]) / "metrics.json").read_text())
-    assert len(metrics["test"]) == 2 * len(RECBOLE_METRICS)
+    assert len(metrics["test"]) == 2 * len(METRICS)
     assert 0 < metrics["test"]["itemcoverage@10"] <= 1
 
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from m2rec.compat import Trainer, data_preparation, init_seed
 from m2rec.data.dataset import HistoryDataset
+from m2rec.evaluation.metrics import METRICS
+from m2rec.evaluation.protocols import Protocol
 from m2rec.models.m2rec import M2Rec
 from m2rec.storage import write_atomically, write_text
 from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.training.configuration import build_config
-from m2rec.training.recbole_keys import RECBOLE_METRICS
 from m2rec.training.signals import RunInterrupted
 from m2rec.training.trainer import RunTrainer
 from tests.conftest import random_rows, small
@@ -32,7 +33,6 @@ def made(data_path: Path, folder: Path, **others: Any) -> tuple[RunTrainer, list
     loaders = list(data_preparation(config, HistoryDataset(config)))
     folder.mkdir(exist_ok=True)
     trainer = RunTrainer(config, M2Rec(config, loaders[0].dataset), folder)
-    trainer.eval_collector.data_collect(loaders[0])  # as fit does
     return trainer, loaders
 
 
@@ -55,29 +55,32 @@ def test_both_protocols_by_hand(toy: Path, tmp_path: Path, part: int, n_last: in
     with torch.no_grad():
         scores = trainer.model.eval().full_sort_predict(interaction)
     scores[:, 0] = -math.inf
-    sums = {"all": [0.0] * 3, "unseen": [0.0] * 3, "new": [0.0] * 3}
-    counts = {"all": len(users), "unseen": len(users), "new": 0}
+    sums = {protocol: [0.0] * 3 for protocol in Protocol}
+    counts = {Protocol.ALL: len(users), Protocol.UNSEEN: len(users), Protocol.NEW: 0}
     for row, user in enumerate(users):
         ordered = histories()[user]
         target = ids[ordered[-n_last]]
         assert target == interaction["item_id"][row]
         seen = {ids[item] for item in ordered[:-n_last]}
-        counts["new"] += target not in seen
-        for name, removed in (("all", set()), ("unseen", seen), ("new", seen)):
+        counts[Protocol.NEW] += target not in seen
+        for protocol in Protocol:
+            removed = set() if protocol is Protocol.ALL else seen
             left = [i for i in range(1, dataset.item_num) if i not in removed]
             if target not in left:
                 continue  # a miss, and under `new` not counted
             rank = 1 + sum(bool(scores[row, i] > scores[row, target]) for i in left)
             if rank <= 5:
                 for k, value in enumerate((1.0, 1 / math.log2(rank + 1), 1 / rank)):
-                    sums[name][k] += value
-    assert 0 < counts["new"] < len(users)
-    assert dataset.n_returning == len(users) - counts["new"]
+                    sums[protocol][k] += value
+    assert 0 < counts[Protocol.NEW] < len(users)
+    assert dataset.n_returning == len(users) - counts[Protocol.NEW]
     result = trainer.evaluate_protocols(loaders[part]).metrics
-    for name, values in sums.items():
-        actual = [result[name][f"{metric}@5"] for metric in ("hit", "ndcg", "mrr")]
-        assert actual == pytest.approx([value / counts[name] for value in values], abs=1e-5)
-    assert result["unseen"] != result["all"]
+    name = ("train", "valid", "test")[part]
+    for protocol, values in sums.items():
+        metrics = result[protocol.get_name(name)]
+        actual = [metrics[f"{metric}@5"] for metric in ("hit", "ndcg", "mrr")]
+        assert actual == pytest.approx([value / counts[protocol] for value in values], abs=1e-5)
+    assert result[f"{name}_unseen"] != result[name]
 
 
 def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):
@@ -88,7 +91,7 @@ def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):
     stock.eval_collector.data_collect(loaders[0])
     expected = stock.evaluate(loaders[2], load_best_model=False)
     assert (
-        trainer.evaluate_protocols(loaders[2]).metrics["all"]
+        trainer.evaluate_protocols(loaders[2]).metrics["test"]
         == dict(expected)
         == trainer.evaluate(loaders[2])
     )
@@ -96,23 +99,22 @@ def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):
 
 def test_histories_are_taken_out_last(toy: Path, tmp_path: Path):
     trainer, loaders = made(toy, tmp_path / "run")
-    orders = (("all", "unseen"), ("unseen", "all"))
-    found, asked_otherwise = (trainer._rank_rows(loaders[2], order, False).items for order in orders)
-    assert not torch.equal(found["all"], found["unseen"])
-    for protocol in ("all", "unseen"):
-        assert torch.equal(found[protocol], asked_otherwise[protocol])
+    alone = trainer._rank_rows(loaders[2], False, with_unseen=False).items
+    both = trainer._rank_rows(loaders[2], False).items
+    assert set(alone) == {Protocol.ALL} and (alone[Protocol.ALL] == both[Protocol.ALL]).all()
+    assert (both[Protocol.ALL] != both[Protocol.UNSEEN]).any()
 
 
 def test_metrics_over_the_whole_list(toy: Path, tmp_path: Path):
     """Those for which RecBole 1.2.1 fails, by the textbook and by RecBole, against counts by hand."""
-    trainer, loaders = made(toy, tmp_path / "run", metrics=list(RECBOLE_METRICS))
+    trainer, loaders = made(toy, tmp_path / "run", metrics=list(METRICS))
     shown: Counter[int] = Counter()
     with torch.no_grad():
         scores = trainer.model.eval().full_sort_predict(loaders[2].dataset.inter_feat)
     for row in scores[:, 1:]:
         shown.update((row.topk(5).indices + 1).tolist())
     textbook = trainer.evaluate(loaders[2])
-    assert set(textbook) == {f"{metric.lower()}@{k}" for metric in RECBOLE_METRICS for k in (5, 10)}
+    assert set(textbook) == {f"{metric.lower()}@{k}" for metric in METRICS for k in (5, 10)}
     items = loaders[2].dataset.item_num - 1
     total = sum(shown.values())
     entropy = -sum(n / total * math.log(n / total) for n in shown.values())
@@ -125,7 +127,7 @@ def test_metrics_over_the_whole_list(toy: Path, tmp_path: Path):
     recbole = trainer.evaluate(loaders[2])
     assert recbole["itemcoverage@5"] == pytest.approx(len(shown) / (items + 1), abs=1e-6)
     assert recbole["shannonentropy@5"] == pytest.approx(entropy / len(shown), abs=1e-6)
-    others = set(RECBOLE_METRICS) - {"ItemCoverage", "ShannonEntropy", "GiniIndex"}
+    others = set(METRICS) - {"ItemCoverage", "ShannonEntropy", "GiniIndex"}
     assert all(recbole[f"{m.lower()}@10"] == textbook[f"{m.lower()}@10"] for m in others)
 
 

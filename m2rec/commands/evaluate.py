@@ -1,7 +1,7 @@
 """Score a trained run on other data: python scripts/evaluate.py RUN --dataset=NAME [--data-path=DIR].
 
 The data set is read and split by the run's keys, and by those that are given as --key=value. Each user's
-target is ranked among all items of the run. What the run does not know is said: such items are left out of
+target is ranked among all items of the run. What is unknown to the run is counted: such items are left out of
 the histories, and a target that is one is a miss. On the run's own data the numbers are those of its
 metrics.json.
 """
@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from m2rec.cli import Parser, run_command
-from m2rec.commands.evaluate_run import evaluate_run
+from m2rec.data.dataset import PARTS
+from m2rec.errors import UserError
+from m2rec.evaluation.metrics import RANK_METRICS, RankedLists, compute_metrics
+from m2rec.evaluation.protocols import Protocol
+from m2rec.evaluation.saved_model import collect_cases, count_cases, rank_cases
+from m2rec.serving.recommender import Recommender
 from m2rec.storage import write_text
+from m2rec.training.run import load_run_data
 from m2rec.yaml_values import parse_arguments
 
 
@@ -29,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def print_metrics(arguments: Sequence[str] | None) -> None:
-    """Score the run, print the metrics and write them where asked to."""
+    """Score the run, print the metrics and write them to --output."""
     options, keys = parse_options(arguments)
-    found = evaluate_run(options.run, options.part, options.device, **keys)
-    print(format_metrics(found))
+    result = evaluate_run(options.run, options.part, options.device, **keys)
+    print(format_metrics(result))
     if options.output:
-        write_text(options.output, json.dumps(found, indent=2) + "\n")
+        write_text(options.output, json.dumps(result, indent=2) + "\n")
 
 
 def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -50,12 +56,49 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, 
     return options, {**parse_arguments(keys), "dataset": options.dataset, "data_path": options.data_path}
 
 
-def format_metrics(found: dict[str, Any]) -> str:
-    """What was tested, and the metrics, a column per protocol."""
-    counts = ", ".join(f"{name} {count:,}" for name, count in found["counts"].items())
-    parts = {name: metrics for name, metrics in found["metrics"].items() if metrics}
-    names = list(next(iter(parts.values()), {}))
-    lines = [f"{found['run']} on {found['dataset']}: {counts}"]
-    lines.append(f"{'metric':<18}" + "".join(f"{part:>13}" for part in parts))
-    lines += [f"{name:<18}" + "".join(f"{parts[part][name]:>13.4f}" for part in parts) for name in names]
+def evaluate_run(run: Path, part: str = "test", device: str = "cpu", **keys: Any) -> dict[str, Any]:
+    """A run's metrics on a data set, under every protocol.
+
+    Args:
+        run: the run folder.
+        part: `test` or `valid`.
+        device: where to compute.
+        keys: of the data set; they override the run's, and None leaves a key to the run.
+
+    Returns:
+        `run`, `dataset`, `part`; `counts` of users, of targets that return, of targets and of items in
+        histories that are unknown to the run; `metrics` by protocol, such as `test_unseen`.
+
+    Raises:
+        ValueError: the run or the data can't be loaded, or no user has a target.
+    """
+    recommender = Recommender.load(run, device)
+    rows = load_run_data(run, **keys)[2][PARTS.index(part)].dataset
+    if not len(rows):
+        raise UserError(f"dataset: no user has a {part} target; give other data, or --part")
+    cases = collect_cases(rows, rows.inter_feat[rows.owner_field].numpy().argsort())
+    topk = recommender.config["topk"]
+    ranking = rank_cases(recommender, cases, max(topk))
+    n_items = len(recommender.tokens)
+    metrics = {}
+    for protocol in Protocol:
+        lists = RankedLists(*ranking.select_rows(protocol), n_items)
+        metrics[protocol.get_name(part)] = compute_metrics(lists, (*RANK_METRICS, "itemcoverage"), topk)
+    return {
+        "run": str(run),
+        "dataset": keys.get("dataset") or recommender.config["dataset"],
+        "part": part,
+        "counts": count_cases(cases, recommender.tokens[1:]),
+        "metrics": metrics,
+    }
+
+
+def format_metrics(result: dict[str, Any]) -> str:
+    """The counts, and the metrics with a column per protocol."""
+    counts = ", ".join(f"{name} {count:,}" for name, count in result["counts"].items())
+    columns = {protocol: metrics for protocol, metrics in result["metrics"].items() if metrics}
+    lines = [f"{result['run']} on {result['dataset']}: {counts}"]
+    lines.append(f"{'metric':<18}" + "".join(f"{protocol:>13}" for protocol in columns))
+    for name in next(iter(columns.values())):
+        lines.append(f"{name:<18}" + "".join(f"{metrics[name]:>13.4f}" for metrics in columns.values()))
     return "\n".join(lines)

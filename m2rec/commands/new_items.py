@@ -1,18 +1,16 @@
-"""How well items are ranked that training has never met: python scripts/new_items.py --dataset=NAME.
+"""How well are cold-start items ranked, unknown to training? python scripts/new_items.py --dataset=NAME.
 
-A share of the items with text is taken out of the data with all that anybody did with them, and
-M2Rec is trained on the rest. Then the items are added to the trained model by their text vectors
-alone, and the users whose last item is one of them are tested: that item is ranked among all items,
-old and new, but those that the user had before; of equal scores it gets the worst place, and one that
-the user had before is a miss. Any key of run_mm.py can be given. One line per seed goes into the
-output file.
+A share of the items with text is taken out of the data with all their interactions, and M2Rec is trained on
+the rest. Then the items are added to the trained model by their text vectors alone, and the users whose last
+item is one of them are tested: that item is ranked among all items, old and new, but those that the user had
+before; one that the user had before is a miss. Any key of run_mm.py can be given. One line per seed goes into
+the output file.
 """
 
 import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
 
 # isort: split
 import argparse
-import csv
 import json
 import logging
 import sys
@@ -21,13 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pandas as pd
 
 from m2rec.cli import Parser, run_command
 from m2rec.compat import Config
-from m2rec.data.histories import NO_TARGET, Histories
 from m2rec.errors import UserError
-from m2rec.evaluation.metrics import compute_rank_metric
+from m2rec.evaluation.cold_start import (
+    GROUPS,
+    MEASURES,
+    choose_new_items,
+    evaluate_new_items,
+    write_remaining_data,
+)
+from m2rec.evaluation.saved_model import collect_cases
 from m2rec.git import read_commit
 from m2rec.serving.recommender import Recommender
 from m2rec.settings import ModelSettings
@@ -37,13 +41,9 @@ from m2rec.training.configuration import build_config, resolve_settings
 from m2rec.training.run import load_data, run_experiment
 from m2rec.yaml_values import parse_arguments
 
-logger = logging.getLogger(__name__)
-
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
-K = 10
-BATCH_SIZE = 256
-NON_SETTING_KEYS = ("dataset", "seed", "data_path", "runs_dir")  # no settings, or columns of their own
-REMAINING_DATA_KEYS = {  # of the data that `write_remaining_data` writes, which are filtered already
+NON_SETTING_KEYS = ("dataset", "seed", "data_path", "runs_dir")  # left out of the column `settings`
+REMAINING_DATA_KEYS = {  # of the data that `write_remaining_data` writes; they are filtered already
     "USER_ID_FIELD": "user_id",
     "ITEM_ID_FIELD": "item_id",
     "TIME_FIELD": "timestamp",
@@ -53,11 +53,8 @@ REMAINING_DATA_KEYS = {  # of the data that `write_remaining_data` writes, which
     "user_inter_num_interval": "[0,inf)",
     "item_inter_num_interval": "[0,inf)",
 }
-GROUPS = ("new", "new_among_new", "old")
-COLUMNS = [
-    *("dataset", "seed", "share", "commit", "settings", "items", "new_items"),
-    *(f"{group}.{value}" for group in GROUPS for value in ("users", f"hit@{K}", f"ndcg@{K}", f"chance@{K}")),
-]
+COLUMNS = ["dataset", "seed", "share", "commit", "settings", "items", "new_items"]
+COLUMNS += [f"{group}.{measure}" for group in GROUPS for measure in MEASURES]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,47 +98,45 @@ def measure_new_items(given: dict[str, Any], share: float) -> dict[str, Any]:
         share: of the items with text that are taken out, between 0 and 1.
 
     Raises:
-        ValueError: nothing is taken out or left, or the model can't have new items.
+        ValueError: no item is taken out or remains, or the model can't have new items.
     """
     config = build_config(given, DEFAULT_CONFIG)
     check_model(config)
-    dataset, _ = load_data(config)
-    histories = dataset.histories
-    assert histories is not None
+    dataset, (_, _, test) = load_data(config)
+    assert dataset.histories is not None
     tokens = np.array(dataset.item_tokens)
     ensure_text_vectors(config, tokens[1:].tolist())
-    file = find_vector_file(config)
-    if file is None:
+    vectors = find_vector_file(config)
+    if vectors is None:
         raise UserError(f"text_vectors: {config['dataset']} has none; make them with scripts/embed_items.py")
-    names, raw, _ = vector_file.read_text_vectors(file)
-    row_of = {name: i for i, name in enumerate(names) if raw[i].any()}
+    names, raw, _ = vector_file.read_text_vectors(vectors)
+    row_of = {name: row for row, name in enumerate(names) if raw[row].any()}
     taken = choose_new_items(np.isin(tokens, list(row_of)), share, config["seed"])
     data = Path(config["runs_dir"]) / "new-items" / f"{config['dataset']}-{share}-{config['seed']}"
-    write_remaining_data(data, config["dataset"], histories, taken, tokens)
-    without = {**REMAINING_DATA_KEYS, "data_path": str(data), "text_vectors": str(file.resolve())}
-    recommender = Recommender.load(
-        run_experiment(build_config({**resolve_settings(config), **without})).folder
-    )
+    write_remaining_data(data, config["dataset"], dataset.histories, taken, tokens)
+    remaining = {**REMAINING_DATA_KEYS, "data_path": str(data), "text_vectors": str(vectors.resolve())}
+    run = run_experiment(build_config({**resolve_settings(config), **remaining}))
+    recommender = Recommender.load(run.folder)
     added = tokens[taken].tolist()
     recommender.add_items(added, raw[[row_of[token] for token in added]])
-    others = {key: value for key, value in given.items() if key not in NON_SETTING_KEYS}
+    settings = {key: value for key, value in given.items() if key not in NON_SETTING_KEYS}
     return {
         "dataset": config["dataset"],
         "seed": config["seed"],
         "share": share,
         "commit": read_commit(),
-        "settings": json.dumps(others, sort_keys=True),
+        "settings": json.dumps(settings, sort_keys=True),
         "items": len(tokens) - 1,
         "new_items": len(added),
-        **evaluate_new_items(recommender, histories, tokens, set(added)),
+        **evaluate_new_items(recommender, collect_cases(test.dataset), added),
     }
 
 
 def check_model(config: Config) -> None:
-    """A model can have new items if its item table has text.
+    """Check that the model can have new items: its item table must have text.
 
     Raises:
-        ValueError: it is another model, it has no text in its table, or the split is by time.
+        ValueError: the model is not M2Rec, its table has no text, or the split is by time.
     """
     if config["model"] != "M2Rec":
         raise UserError(f"model: {config['variant']} can't rank an item by its text; set model: M2Rec")
@@ -154,101 +149,11 @@ def check_model(config: Config) -> None:
         raise UserError(f"split: {config['split']!r} is not for new items; set leave_one_out")
 
 
-def choose_new_items(with_text: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """(V,), which items are taken out, at random among those with text.
-
-    Raises:
-        ValueError: none is, or none is left.
-    """
-    candidates = np.flatnonzero(with_text)
-    taken = np.zeros_like(with_text)
-    taken[np.random.default_rng(seed).permutation(candidates)[: round(share * len(candidates))]] = True
-    if not taken.any() or taken[1:].all():
-        raise UserError(f"--share: {share} takes out {taken.sum()} of {len(candidates)} items with text")
-    return taken
-
-
-def write_remaining_data(
-    folder: Path, name: str, histories: Histories, taken: np.ndarray, tokens: np.ndarray
-) -> None:
-    """The interactions with the items that stay, as a data set; a time is a place in the history.
-
-    Users with fewer than three of them are left out: of two, leave-one-out would train on both, and the
-    second may be what is tested.
-    """
-    path = folder / name / f"{name}.inter"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.write("user_id:token\titem_id:token\ttimestamp:float\n")
-        for user, start, end in zip(histories.users, histories.start, histories.end, strict=True):
-            items = histories.items[start:end]
-            kept = tokens[items[~taken[items]]]
-            if len(kept) >= 3:
-                file.writelines(f"{user}\t{token}\t{time}\n" for time, token in enumerate(kept))
-
-
-def evaluate_new_items(
-    recommender: Recommender, histories: Histories, tokens: np.ndarray, added: set[str]
-) -> dict[str, Any]:
-    """Metrics of users whose last item is new, among all items and among new ones, and of the others.
-
-    Items that the model does not know, because nobody was left to train them, are left out of the pasts;
-    users are, who then have no past, or whose last item is one.
-    """
-    targets = histories.split.targets["test"]
-    known = np.isin(tokens, recommender.tokens[1:])
-    is_new = torch.tensor([token in added for token in recommender.tokens])
-    found: dict[str, list[tuple[int, float]]] = {group: [] for group in GROUPS}
-    pasts, wanted, returning = [], [], 0
-    for start, end in zip(histories.start[targets != NO_TARGET], targets[targets != NO_TARGET], strict=True):
-        past, target = histories.items[start:end], histories.items[end]
-        if known[target] and known[past].any():
-            pasts.append(tokens[past[known[past]]].tolist())
-            wanted.append(tokens[target])
-            returning += int(target in past)
-    if left_out := int((targets != NO_TARGET).sum()) - len(pasts):
-        logger.warning("%s users are left out, whose items only left-out users have", f"{left_out:,}")
-    if returning:
-        logger.warning(
-            "%s of %s targets are in their user's past: misses", f"{returning:,}", f"{len(pasts):,}"
-        )
-    for at in range(0, len(pasts), BATCH_SIZE):
-        some, ids = pasts[at : at + BATCH_SIZE], recommender.to_ids(wanted[at : at + BATCH_SIZE])
-        for scores, past, target in zip(recommender.scores(some), some, ids, strict=True):
-            scores[recommender.to_ids(past)] = -torch.inf
-            for group, among in (("new", slice(None)), ("new_among_new", is_new), ("old", slice(None))):
-                if bool(is_new[target]) == (group != "old"):
-                    found[group].append(_compute_rank_and_chance(scores[among], scores[target]))
-    return {
-        name: value
-        for group, pairs in found.items()
-        for name, value in _average_metrics(group, pairs).items()
-    }
-
-
-def _compute_rank_and_chance(scores: torch.Tensor, own: torch.Tensor) -> tuple[int, float]:
-    """The place of a score, the worst of equals, and the chance of a hit at random; both 0 for -inf."""
-    if own == -torch.inf:
-        return 0, 0.0
-    return int((scores >= own).sum()), min(1.0, K / int((scores > -torch.inf).sum()))
-
-
-def _average_metrics(group: str, pairs: list[tuple[int, float]]) -> dict[str, Any]:
-    """Mean metrics of (place, chance of a hit) pairs; empty where there are none."""
-    row: dict[str, Any] = {f"{group}.users": len(pairs)}
-    places = np.array([place if place <= K else 0 for place, _ in pairs], dtype=np.int64)
-    for metric in ("hit", "ndcg"):
-        name = f"{metric}@{K}"
-        row[f"{group}.{name}"] = round(float(compute_rank_metric(name, places).mean()), 6) if pairs else ""
-    row[f"{group}.chance@{K}"] = round(float(np.mean([chance for _, chance in pairs])), 6) if pairs else ""
-    return row
-
-
 def check_output(path: Path) -> None:
     """Make the output's folder.
 
     Raises:
-        ValueError: the file is there and holds something else.
+        ValueError: the file exists and has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.read_text(encoding="utf-8").partition("\n")[0] != ",".join(COLUMNS):
@@ -256,10 +161,6 @@ def check_output(path: Path) -> None:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a line to a CSV file, which gets its header with the first."""
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    """Add a line to a CSV file, and its header to a new file."""
+    frame = pd.DataFrame([row], columns=COLUMNS)
+    frame.to_csv(path, mode="a", header=not path.exists(), index=False, lineterminator="\n")

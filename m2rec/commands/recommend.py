@@ -52,7 +52,7 @@ def write_rankings(options: argparse.Namespace, recommender: Recommender) -> int
             options.skip_unknown,
             progress=sys.stderr.isatty(),
         )
-    from m2rec.commands.evaluate_run import read_user_histories  # loads RecBole
+    from m2rec.commands.user_histories import read_user_histories  # loads RecBole
 
     histories = read_user_histories(options.run, dataset=options.dataset, data_path=options.data_path)
     return recommender.recommend_users(histories, options.output, options.k, exclude_seen, skip_unknown=True)
@@ -85,7 +85,7 @@ def read_user_history(run: Path, user: str, data_path: str | None) -> list[str]:
     Raises:
         ValueError: the data set can't be loaded, or the run has no such user.
     """
-    from m2rec.commands.evaluate_run import list_user_histories  # loads RecBole
+    from m2rec.commands.user_histories import list_user_histories  # loads RecBole
     from m2rec.training.run import load_run_data
 
     config, dataset, _ = load_run_data(run, data_path=data_path)

@@ -126,6 +126,18 @@ class Histories:
         start = self.start
         if self.split.train_start is not None:
             start = np.minimum(self.split.train_start, stop)
+        return self._count_items(start, stop, n_items)
+
+    def count_training_targets(self, n_items: int) -> np.ndarray:
+        """How often each item is a target of training, (n_items,)."""
+        first = self.start + 1
+        if self.split.train_start is not None:
+            first = np.maximum(first, self.split.train_start)
+        stop = np.maximum(first, self.split.train_stop)
+        return self._count_items(first, stop, n_items)
+
+    def _count_items(self, start: np.ndarray, stop: np.ndarray, n_items: int) -> np.ndarray:
+        """How often each item is in the intervals [start, stop)."""
         return np.bincount(self.items[concatenate_ranges(start, stop - start)], minlength=n_items)
 
 

@@ -12,7 +12,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from m2rec.errors import UserError
-from m2rec.evaluation.metrics import FloatArray, compute_rank_metric, paired_bootstrap
+from m2rec.evaluation.metrics import FloatArray, compute_rank_metric
+from m2rec.experiments.bootstrap import paired_bootstrap
 from m2rec.experiments.ledger import (
     HEADLINE_METRIC,
     PAIRED_COLUMNS,

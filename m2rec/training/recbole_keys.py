@@ -9,12 +9,8 @@ import torch
 
 from m2rec.data.dataset import EVAL_ARGS
 from m2rec.errors import UserError
+from m2rec.evaluation.metrics import METRICS
 
-# RecBole's metrics of a ranking with a cut, the only kind that full ranking by top-k measures
-RECBOLE_METRICS = (
-    "Hit", "NDCG", "MRR", "Recall", "Precision", "MAP", "ItemCoverage", "AveragePopularity",
-    "ShannonEntropy", "GiniIndex", "TailPercentage",
-)  # fmt: skip
 # RecBole's sequential models that need item features, and those that are refused
 _ITEM_FEATURE_MODELS = ("FDSA", "GRU4RecF", "SASRecF")
 _UNSUPPORTED_MODELS = {
@@ -35,9 +31,9 @@ def check_evaluation(values: dict[str, Any]) -> None:
     if not topk or not all(type(k) is int and k > 0 for k in topk):
         raise UserError(f"topk: expected whole numbers from 1, got {values['topk']!r}")
     metrics = values["metrics"] if isinstance(values["metrics"], list) else [values["metrics"]]
-    known = {metric.lower() for metric in RECBOLE_METRICS}
+    known = {metric.lower() for metric in METRICS}
     if not metrics or not all(isinstance(m, str) and m.lower() in known for m in metrics):
-        raise UserError(f"metrics: expected some of {', '.join(RECBOLE_METRICS)}, got {values['metrics']!r}")
+        raise UserError(f"metrics: expected some of {', '.join(METRICS)}, got {values['metrics']!r}")
     measured = [f"{metric}@{k}" for metric in metrics for k in topk]
     if str(values["valid_metric"]).lower() not in [m.lower() for m in measured]:
         raise UserError(

@@ -18,8 +18,9 @@ from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.presplit import PresplitDataset
 from m2rec.errors import UserError, format_one_line
+from m2rec.evaluation.breakdown import break_down_metrics
 from m2rec.evaluation.insights import collect_insights
-from m2rec.evaluation.ranking import ALL, NEW, UNSEEN
+from m2rec.evaluation.protocols import Protocol
 from m2rec.git import join_commits, read_commit
 from m2rec.models.m2rec import M2Rec
 from m2rec.models.registry import find_model_class
@@ -142,26 +143,22 @@ class PreparedRun:
         with _explain_errors(f"model: {self.config['variant']} can't be tested", cure):
             trainer.load_best_weights()
             tested = trainer.evaluate_protocols(self.loaders.test)
-            validated: dict[str, dict[str, float]] = {}
+            validated: dict[str, dict[str, float]] = {p.get_name("valid"): {} for p in Protocol}
             if self.has_validation:
                 validated = trainer.evaluate_protocols(self.loaders.valid).metrics
             topk, digits = self.config["topk"], self.config["metric_decimal_place"]
-            buckets = tested.breakdown.metrics_by_bucket(topk, digits)
+            buckets = break_down_metrics(tested.rows, topk, digits)
             self.timer.lap("evaluation")
             metrics = {
                 "model": self.config["variant"],
                 "dataset": self.config["dataset"],
-                "valid": validated.get(ALL, {}),
-                "valid_unseen": validated.get(UNSEEN, {}),
-                "valid_new": validated.get(NEW, {}),
-                "test": tested.metrics[ALL],
-                "test_unseen": tested.metrics[UNSEEN],
-                "test_new": tested.metrics[NEW],
+                **validated,
+                **tested.metrics,
                 "test_by": buckets,
                 **self._describe_run(),
             }
             if distributed.is_main_process():
-                tested.breakdown.write_csv(trainer.files.ranks_file)
+                trainer.files.write_ranks(tested.rows.to_csv(index=False, lineterminator="\n"))
                 trainer.files.write_metrics(metrics)
                 trainer.remove_checkpoint()
                 self._write_insights_and_report()

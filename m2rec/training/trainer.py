@@ -1,15 +1,15 @@
 """RecBole's Trainer with a plain training loop, checkpoints in the run folder and all test protocols."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -17,10 +17,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from m2rec import distributed
-from m2rec.compat import Config, DataStruct, Interaction, Trainer
+from m2rec.compat import Config, Interaction, Trainer
+from m2rec.data.dataset import HistoryDataset
 from m2rec.errors import UserError
-from m2rec.evaluation.diversity import TEXTBOOK_METRICS
-from m2rec.evaluation.ranking import ALL, NEW, UNSEEN, Breakdown, Ranking, rank_items
+from m2rec.evaluation.breakdown import tabulate_rows
+from m2rec.evaluation.metrics import DEFAULT_TAIL_RATIO, RankedLists, compute_metrics
+from m2rec.evaluation.protocols import Protocol
+from m2rec.evaluation.ranking import Ranking, rank_rows
 from m2rec.run_folder import RunFolder
 from m2rec.training import checkpoint
 from m2rec.training.ema import WeightEMA
@@ -33,10 +36,10 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics by protocol (`all`, `unseen`, `new`), and the rows that they summarize."""
+    """Metrics by part and protocol, such as `test_unseen`, and the rows that they are made of."""
 
     metrics: dict[str, Metrics]
-    breakdown: Breakdown
+    rows: pd.DataFrame
 
 
 @dataclass
@@ -168,7 +171,6 @@ class RunTrainer(Trainer):
 
     def _prepare_fit(self, train_data: Any) -> None:
         """Create what depends on the training data, and restore the state of a resumed run."""
-        self.eval_collector.data_collect(train_data)
         if self.config["train_neg_sample_args"].get("dynamic", False):
             train_data.get_model(self.model)
         self._generator = train_data.generator
@@ -438,58 +440,50 @@ class RunTrainer(Trainer):
             raise UserError(f"model_file: {model_file!r} is not of this run; it has {self.saved_model_file}")
         if load_best_model:
             self.load_best_weights()
-        return self._protocol_metrics(self._rank_rows(eval_data, (ALL,), show_progress), ALL)
+        ranking = self._rank_rows(eval_data, show_progress, with_unseen=False)
+        return self._protocol_metrics(ranking, Protocol.ALL, eval_data.dataset)
 
     def evaluate_protocols(self, data: Any) -> EvaluationResult:
-        """Metrics under every protocol, from one scoring.
-
-        With the user's history in the ranking (`all`), without it (`unseen`, where a target that
-        is in it is a miss), and without it over the users whose target is not (`new`, empty where there are
-        none).
+        """Metrics under every protocol, from one scoring; those of NEW are empty without new targets.
 
         Args:
             data: the loader of the rows to evaluate, from a `HistoryDataset`.
         """
-        ranking = self._rank_rows(data, (ALL, UNSEEN), False)
-        metrics = {name: self._protocol_metrics(ranking, name) for name in ranking.items}
-        new = ranking.with_new_targets()
-        metrics[NEW] = self._protocol_metrics(new, NEW) if len(new.targets) else {}
-        return EvaluationResult(metrics, Breakdown.from_ranking(ranking, data.dataset))
+        ranking = self._rank_rows(data, show_progress=False)
+        metrics = {
+            protocol.get_name(data.dataset.part): self._protocol_metrics(ranking, protocol, data.dataset)
+            for protocol in Protocol
+        }
+        return EvaluationResult(metrics, tabulate_rows(ranking, data.dataset))
 
-    def _rank_rows(self, data: Any, protocols: Collection[str], show_progress: bool) -> Ranking:
+    def _rank_rows(self, data: Any, show_progress: bool, with_unseen: bool = True) -> Ranking:
         self.model.eval()
         self.tot_item_num = data.dataset.item_num
         self.item_tensor = data.dataset.get_item_feature().to(self.device)
         progress = partial(self._progress_bar, what="evaluate  ", shown=show_progress)
-        return rank_items(self.score, data, progress, protocols)
+        return rank_rows(self.score, data, progress, with_unseen)
 
     def score(self, interaction: Interaction) -> Tensor:
         """Rows -> (b, V), by the model's full ranking or item by item where it has none."""
         scores: Tensor = self._full_sort_batch_eval((interaction, None, None, None))[1]
         return scores
 
-    def _protocol_metrics(self, ranking: Ranking, protocol: str) -> dict[str, float]:
-        """The metrics of a ranking: RecBole's, some of them by the textbook (`metric_definitions`).
-
-        RecBole wants places as a 0/1 matrix with the number of targets last.
-        """
-        data = DataStruct()
-        for name, value in self.eval_collector.data_struct._data_dict.items():
-            data.set(name, value)
-        hits = ranking.hits(protocol).int()
-        data.set("rec.items", ranking.items[protocol])
-        data.set("rec.topk", torch.cat([hits, torch.ones(len(hits), 1, dtype=hits.dtype)], dim=1))
-        metrics = {name: float(value) for name, value in self.evaluator.evaluate(data).items()}
-        if self.config["metric_definitions"] == "textbook":
-            metrics |= self._textbook_metrics(ranking.items[protocol].numpy(), metrics)
-        return metrics
-
-    def _textbook_metrics(self, items: np.ndarray, names: Iterable[str]) -> dict[str, float]:
-        """Of metrics such as giniindex@10 those that RecBole defines otherwise than the textbook."""
-        metrics = {}
-        for name in names:
-            metric, _, k = name.partition("@")
-            if metric in TEXTBOOK_METRICS and items.any():
-                value = TEXTBOOK_METRICS[metric](items[:, : int(k)], self.tot_item_num - 1)
-                metrics[name] = round(value, self.config["metric_decimal_place"])
-        return metrics
+    def _protocol_metrics(
+        self, ranking: Ranking, protocol: Protocol, dataset: HistoryDataset
+    ) -> dict[str, float]:
+        """The metrics that the config names, rounded, as `metric_definitions` defines them."""
+        assert dataset.histories is not None
+        config, tail_ratio = self.config, self.config["tail_ratio"]
+        lists = RankedLists(
+            *ranking.select_rows(protocol),
+            n_items=dataset.item_num,
+            count_targets=cache(partial(dataset.histories.count_training_targets, dataset.item_num)),
+            tail_ratio=tail_ratio if tail_ratio and tail_ratio > 0 else DEFAULT_TAIL_RATIO,
+        )
+        return compute_metrics(
+            lists,
+            config["metrics"],
+            config["topk"],
+            config["metric_definitions"],
+            config["metric_decimal_place"],
+        )

@@ -1,32 +1,11 @@
-"""Metrics from ranks, and the paired bootstrap against SciPy and cases that need no computer."""
+"""The paired bootstrap against SciPy and cases that need no computer."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from m2rec.evaluation import metrics
-from m2rec.evaluation.metrics import compute_rank_metric, paired_bootstrap
-
-RANKS = np.array([[1, 3], [10, 11], [0, 20]])
-
-
-@pytest.mark.parametrize(
-    ("metric", "expected"),
-    [
-        ("hit@10", [[1, 1], [1, 0], [0, 0]]),
-        ("ndcg@10", [[1, 0.5], [1 / np.log2(11), 0], [0, 0]]),
-        ("mrr@10", [[1, 1 / 3], [0.1, 0], [0, 0]]),
-        ("hit@2", [[1, 0], [0, 0], [0, 0]]),
-    ],
-)
-def test_metrics_of_ranks(metric: str, expected: list[list[float]]):
-    assert compute_rank_metric(metric, RANKS) == pytest.approx(np.array(expected))
-
-
-@pytest.mark.parametrize("metric", ["map@10", "ndcg", "hit@x"])
-def test_another_metric(metric: str):
-    with pytest.raises(ValueError, match=f"metric '{metric}': expected hit@k"):
-        compute_rank_metric(metric, RANKS)
+from m2rec.experiments import bootstrap
+from m2rec.experiments.bootstrap import paired_bootstrap
 
 
 def test_identical_runs():
@@ -81,7 +60,7 @@ def test_p_is_about_uniform_where_nothing_differs():
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
     values = np.random.default_rng(5).normal(size=(20, 2))
     whole = paired_bootstrap(values, resamples=100)
-    monkeypatch.setattr(metrics, "_MAX_COUNTS_IN_MEMORY", 60)
+    monkeypatch.setattr(bootstrap, "_MAX_COUNTS_IN_MEMORY", 60)
     for left, right in zip(whole, paired_bootstrap(values, resamples=100), strict=True):
         assert left == pytest.approx(right)
 

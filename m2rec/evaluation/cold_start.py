@@ -1,0 +1,137 @@
+"""Rank cold-start items: items that are unknown to training and have text.
+
+A share of the items with text is removed from the data together with all their interactions, a model is
+trained on the rest, and the removed items are added to it by their text vectors alone. These functions choose
+the items, write the remaining data, and measure the result.
+"""
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m2rec.data.histories import Histories
+from m2rec.errors import UserError
+from m2rec.evaluation.metrics import BoolArray, FloatArray, IntArray, RankedLists, compute_metrics
+from m2rec.evaluation.protocols import Protocol
+from m2rec.evaluation.saved_model import EvaluationCases, Scorer, rank_cases
+
+logger = logging.getLogger(__name__)
+
+K = 10
+GROUPS = ("new", "new_among_new", "old")
+MEASURES = ("users", f"hit@{K}", f"ndcg@{K}", f"chance@{K}")
+_DIGITS = 6
+_MIN_INTERACTIONS = 3  # with two, leave-one-out would train on both, and the second may be a test target
+
+
+def choose_new_items(with_text: BoolArray, share: float, seed: int) -> BoolArray:
+    """Choose items at random among those with text.
+
+    Args:
+        with_text: (V,), whether each item has text.
+        share: of the items with text, between 0 and 1.
+        seed: of the choice.
+
+    Returns:
+        (V,), True for a chosen item.
+
+    Raises:
+        ValueError: no item is chosen, or no item remains.
+    """
+    candidates = np.flatnonzero(with_text)
+    n_taken = round(share * len(candidates))
+    taken = np.zeros_like(with_text)
+    taken[np.random.default_rng(seed).permutation(candidates)[:n_taken]] = True
+    if not taken.any() or taken[1:].all():
+        raise UserError(f"--share: {share} takes out {taken.sum()} of {len(candidates)} items with text")
+    return taken
+
+
+def write_remaining_data(
+    folder: Path, name: str, histories: Histories, taken: BoolArray, tokens: NDArray[np.str_]
+) -> None:
+    """Write the interactions without the taken items as a data set; a time is a position in the history.
+
+    Users with fewer than three remaining interactions are left out.
+
+    Args:
+        folder: the data set's folder is made in it.
+        name: of the data set.
+        histories: the whole data.
+        taken: (V,), as `choose_new_items` returns it.
+        tokens: (V,), item tokens.
+    """
+    path = folder / name / f"{name}.inter"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.write("user_id:token\titem_id:token\ttimestamp:float\n")
+        for user, start, end in zip(histories.users, histories.start, histories.end, strict=True):
+            items = histories.items[start:end]
+            kept = tokens[items[~taken[items]]]
+            if len(kept) >= _MIN_INTERACTIONS:
+                file.writelines(f"{user}\t{token}\t{time}\n" for time, token in enumerate(kept))
+
+
+def evaluate_new_items(scorer: Scorer, cases: EvaluationCases, added: Collection[str]) -> dict[str, Any]:
+    """Metrics of users whose target is a new item, among all items and among new ones, and of the others.
+
+    What the user had is removed from the ranking. Items of histories that are unknown to the model are left
+    out. So are users without a known item in the history and users whose target is unknown.
+
+    Args:
+        scorer: the model, with the new items added.
+        cases: test users of the whole data.
+        added: tokens of the new items.
+
+    Returns:
+        By group and measure, such as `new.hit@10`; a metric is "" for a group without users.
+    """
+    cases = _drop_unknown_cases(cases, scorer.tokens[1:])
+    is_new = np.isin(cases.targets, list(added))
+    new = cases.select_cases(np.flatnonzero(is_new))
+    ranks = _rank_unseen(scorer, cases, None)
+    chances = _compute_hit_chances(cases, scorer.tokens[1:])
+    return {
+        **_average_group("new", ranks[is_new], chances[is_new]),
+        **_average_group("new_among_new", _rank_unseen(scorer, new, added), _compute_hit_chances(new, added)),
+        **_average_group("old", ranks[~is_new], chances[~is_new]),
+    }
+
+
+def _drop_unknown_cases(cases: EvaluationCases, tokens: Collection[str]) -> EvaluationCases:
+    known = set(tokens)
+    cases = cases.drop_unknown_items(known)
+    pairs = zip(cases.histories, cases.targets, strict=True)
+    can_be_ranked = [bool(history) and target in known for history, target in pairs]
+    kept = cases.select_cases(np.flatnonzero(can_be_ranked))
+    if left_out := len(cases.users) - len(kept.users):
+        logger.warning("%s users are left out, whose items only left-out users have", f"{left_out:,}")
+    if returning := int(kept.returning.sum()):
+        total = len(kept.users)
+        logger.warning("%s of %s targets are in the user's history: misses", f"{returning:,}", f"{total:,}")
+    return kept
+
+
+def _rank_unseen(scorer: Scorer, cases: EvaluationCases, candidates: Collection[str] | None) -> IntArray:
+    return rank_cases(scorer, cases, K, candidates=candidates).select_rows(Protocol.UNSEEN)[0]
+
+
+def _compute_hit_chances(cases: EvaluationCases, candidates: Collection[str]) -> FloatArray:
+    """Chance that a random ranking of the unseen candidates is a hit, (n,); 0 for a target that returns."""
+    candidates = set(candidates)
+    n_seen = np.array([len(candidates.intersection(history)) for history in cases.histories], dtype=np.int64)
+    return np.where(cases.returning, 0.0, np.minimum(1.0, K / np.maximum(len(candidates) - n_seen, 1)))
+
+
+def _average_group(group: str, ranks: IntArray, chances: FloatArray) -> dict[str, Any]:
+    """Number of users and mean measures of a group."""
+    metrics: dict[str, Any] = dict.fromkeys(MEASURES, "")
+    metrics["users"] = len(ranks)
+    if len(ranks):
+        metrics |= compute_metrics(RankedLists(ranks), ("hit", "ndcg"), [K], digits=_DIGITS)
+        metrics[f"chance@{K}"] = round(float(chances.mean()), _DIGITS)
+    return {f"{group}.{name}": value for name, value in metrics.items()}

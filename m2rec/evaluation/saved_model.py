@@ -1,0 +1,152 @@
+"""Rank all items of a saved model for the targets of any data set, user by user.
+
+letter  meaning
+n, V    users, items including padding
+K       length of the ranking that is kept
+"""
+
+import typing
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from m2rec.data.dataset import HistoryDataset
+from m2rec.evaluation.metrics import BoolArray, IntArray
+from m2rec.evaluation.ranking import NO_ITEM, Ranking, ScoredBatch, rank_batches
+
+_BATCH_SIZE = 256
+UNKNOWN_TARGET = -1  # instead of the id of a target that is unknown to the model
+
+
+class Scorer(typing.Protocol):
+    """A saved model that scores all its items, such as `Recommender`."""
+
+    @property
+    def tokens(self) -> Sequence[str]:
+        """Item tokens by id, padding's first."""
+
+    def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
+        """Scores (b, V) after each history, padding's -inf."""
+
+
+@dataclass(frozen=True)
+class EvaluationCases:
+    """Users to evaluate, in tokens.
+
+    Attributes:
+        users, targets: (n,).
+        histories: (n,), each user's items before the target, oldest first.
+    """
+
+    users: Sequence[str]
+    histories: Sequence[list[str]]
+    targets: Sequence[str]
+
+    @property
+    def returning(self) -> BoolArray:
+        """Whether each target is in the history, (n,)."""
+        pairs = zip(self.targets, self.histories, strict=True)
+        return np.array([target in history for target, history in pairs], dtype=bool)
+
+    def select_cases(self, rows: Iterable[int]) -> "EvaluationCases":
+        """Only these rows."""
+        cases = [(self.users[row], self.histories[row], self.targets[row]) for row in rows]
+        return EvaluationCases(*zip(*cases, strict=True)) if cases else EvaluationCases([], [], [])
+
+    def drop_unknown_items(self, tokens: Collection[str]) -> "EvaluationCases":
+        """Without the items of histories that are not among these."""
+        known = set(tokens)
+        histories = [[item for item in history if item in known] for history in self.histories]
+        return EvaluationCases(self.users, histories, self.targets)
+
+
+def collect_cases(part: HistoryDataset, rows: IntArray | None = None) -> EvaluationCases:
+    """The targets of a part with whole histories.
+
+    Args:
+        part: validation or test rows.
+        rows: numbers of the rows, in the wanted order; None for all.
+    """
+    assert part.histories is not None and part.part is not None
+    chosen = slice(None) if rows is None else rows
+    users, items, owners = (
+        part.inter_feat[field].numpy()[chosen] for field in (part.uid_field, part.iid_field, part.owner_field)
+    )
+    seen = part.histories.items_before_target(owners, part.part)[1]
+    ends = part.histories.lengths_before_target(owners, part.part).cumsum()
+    tokens = part.field2id_token[part.iid_field]
+    return EvaluationCases(
+        part.field2id_token[part.uid_field][users].tolist(),
+        [tokens[history].tolist() for history in np.split(seen, ends)[:-1]],
+        tokens[items].tolist(),
+    )
+
+
+def sample_evenly(n: int, most: int | None = None) -> IntArray:
+    """At most so many of n row numbers, evenly spread; None for all."""
+    size = n if most is None else min(n, most)
+    return np.unique(np.linspace(0, max(n - 1, 0), size).round().astype(np.int64))
+
+
+def rank_cases(
+    scorer: Scorer,
+    cases: EvaluationCases,
+    k: int,
+    shown: int | None = None,
+    candidates: Collection[str] | None = None,
+) -> Ranking:
+    """Rank all items of the model after each history.
+
+    An unknown target is in no ranking, and an unknown item of a history is skipped. After a history without a
+    known item nothing is ranked. Both are misses.
+
+    Args:
+        scorer: the saved model.
+        cases: the users.
+        k: K.
+        shown: how many items of the history the model gets, the last ones; None for all.
+        candidates: items to rank; None for all.
+    """
+    ids = {token: number for number, token in enumerate(scorer.tokens) if number}
+    excluded = [] if candidates is None else [ids[token] for token in ids if token not in candidates]
+    histories = [[ids[item] for item in history if item in ids] for history in cases.histories]
+    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    by_length = np.argsort(lengths, kind="stable")  # little padding
+    ranked = by_length[lengths[by_length] > 0]
+
+    def score_batches() -> Iterator[ScoredBatch]:
+        for start in range(0, len(ranked), _BATCH_SIZE):
+            batch = [histories[row] for row in ranked[start : start + _BATCH_SIZE]]
+            inputs = [history[-(shown or 0) :] for history in batch]
+            scores = scorer.scores([[scorer.tokens[item] for item in items] for items in inputs]).cpu()
+            scores[:, excluded] = -np.inf
+            yield scores, partial(_pair_rows_with_items, batch)
+
+    items = {}
+    for protocol, top in rank_batches(score_batches(), k).items():
+        items[protocol] = np.full((len(lengths), k), NO_ITEM)
+        items[protocol][ranked] = top
+    targets = np.array([ids.get(target, UNKNOWN_TARGET) for target in cases.targets], dtype=np.int64)
+    return Ranking(targets, cases.returning, items)
+
+
+def _pair_rows_with_items(histories: Sequence[list[int]]) -> tuple[IntArray, IntArray]:
+    lengths = [len(history) for history in histories]
+    return np.repeat(np.arange(len(histories)), lengths), np.concatenate(histories)
+
+
+def count_cases(cases: EvaluationCases, tokens: Collection[str]) -> dict[str, int]:
+    """Users, targets that return, and what is unknown to a model with these item tokens."""
+    known = set(tokens)
+    n_items = sum(map(len, cases.histories))
+    n_known = sum(map(len, cases.drop_unknown_items(known).histories))
+    return {
+        "users": len(cases.users),
+        "returning": int(cases.returning.sum()),
+        "unknown_targets": sum(target not in known for target in cases.targets),
+        "items_in_histories": n_items,
+        "unknown_in_histories": n_items - n_known,
+    }
