@@ -30,11 +30,12 @@ from m2rec.errors import UserError
 from m2rec.evaluation.metrics import compute_rank_metric
 from m2rec.git import read_commit
 from m2rec.serving.recommender import Recommender
-from m2rec.settings import ModelSettings
+from m2rec.settings import Role, collect_keys
 from m2rec.text import vector_file
 from m2rec.text.source import ensure_text_vectors, find_vector_file
 from m2rec.training.configuration import build_config, resolve_settings
 from m2rec.training.provenance import list_item_tokens
+from m2rec.training.recbole_keys import DataSettings
 from m2rec.training.run import load_data, run_experiment
 from m2rec.yaml_values import parse_arguments
 
@@ -43,17 +44,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
 K = 10
 BATCH_SIZE = 256
-NON_SETTING_KEYS = ("dataset", "seed", "data_path", "runs_dir")  # no settings, or columns of their own
-REMAINING_DATA_KEYS = {  # of the data that `write_remaining_data` writes, which are filtered already
-    "USER_ID_FIELD": "user_id",
-    "ITEM_ID_FIELD": "item_id",
-    "TIME_FIELD": "timestamp",
-    "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-    "field_separator": "\t",
-    "val_interval": None,
-    "user_inter_num_interval": "[0,inf)",
-    "item_inter_num_interval": "[0,inf)",
-}
+# keys with columns of their own, and where files are
+NON_SETTING_KEYS = collect_keys(Role.DATASET, Role.SEED, Role.FOLDER)
 GROUPS = ("new", "new_among_new", "old")
 COLUMNS = [
     *("dataset", "seed", "share", "commit", "settings", "items", "new_items"),
@@ -119,7 +111,7 @@ def measure_new_items(given: dict[str, Any], share: float) -> dict[str, Any]:
     taken = choose_new_items(np.isin(tokens, list(row_of)), share, config["seed"])
     data = Path(config["runs_dir"]) / "new-items" / f"{config['dataset']}-{share}-{config['seed']}"
     write_remaining_data(data, config["dataset"], histories, taken, tokens)
-    without = {**REMAINING_DATA_KEYS, "data_path": str(data), "text_vectors": str(file.resolve())}
+    without = {**DataSettings.defaults(), "data_path": str(data), "text_vectors": str(file.resolve())}
     recommender = Recommender.load(
         run_experiment(build_config({**resolve_settings(config), **without})).folder
     )
@@ -144,9 +136,9 @@ def check_model(config: Config) -> None:
     Raises:
         ValueError: it is another model, it has no text in its table, or the split is by time.
     """
-    if config["model"] != "M2Rec":
+    settings = config.model_settings
+    if settings is None:
         raise UserError(f"model: {config['variant']} can't rank an item by its text; set model: M2Rec")
-    settings = ModelSettings.read(config)
     if settings.text_vectors == "none" or not settings.text_in_table:
         raise UserError("text_in_table: new items need text in the item table; leave it and text_vectors on")
     if config["benchmark_filename"]:

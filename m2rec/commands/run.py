@@ -13,9 +13,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from m2rec.settings import Role, collect_keys
+
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
-# keys that --resume goes with
-RESUME_KEYS = ("eval_batch_size", "gpu_id", "use_gpu", "show_progress", "state")
+# keys that may be given together with --resume
+RESUME_KEYS = collect_keys(Role.LOCAL, Role.START)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

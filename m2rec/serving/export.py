@@ -6,7 +6,6 @@ V, D    items including padding, model width
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -99,7 +98,7 @@ def export_program(trained: SavedModel, path: Path, batch_size: int | None = 1) 
 
 def _copy_portable_encoder(trained: SavedModel) -> Encoder:
     """A copy on the CPU that knows no gradients and calls no kernel of this machine."""
-    settings = replace(trained.encoder.settings, scan_backend="torch")
+    settings = trained.encoder.settings.model_copy(update={"scan_backend": "torch"})
     encoder = Encoder(settings, len(trained.tokens), trained.max_length, trained.encoder.vectors)
     encoder.load_state_dict(trained.encoder.state_dict())  # copies
     return encoder.cpu().eval().requires_grad_(False)

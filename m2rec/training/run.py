@@ -21,7 +21,6 @@ from m2rec.errors import UserError
 from m2rec.evaluation.insights import collect_insights
 from m2rec.evaluation.ranking import ALL, NEW, UNSEEN
 from m2rec.git import read_commit
-from m2rec.models.m2rec import M2Rec
 from m2rec.models.registry import find_model_class
 from m2rec.run_folder import (
     CHECKPOINT_FILE,
@@ -33,6 +32,7 @@ from m2rec.run_folder import (
     REPORT_FILE,
     TEXT_FILE,
 )
+from m2rec.settings import Role, get_defaults
 from m2rec.storage import write_text
 from m2rec.text.source import ensure_text_vectors
 from m2rec.training import provenance
@@ -117,7 +117,7 @@ def load_run_data(folder: Path, **others: Any) -> tuple[Config, HistoryDataset, 
     Raises:
         ValueError: the data can't be loaded here.
     """
-    here = {"scan_backend": "auto", "use_gpu": False, "log_wandb": False, "tensorboard": False}
+    here = {**get_defaults(Role.MACHINE), "use_gpu": False}
     here |= {key: value for key, value in others.items() if value is not None}
     config = build_config({"config_files": [str(folder / CONFIG_FILE)], **here})
     return config, *load_data(config)
@@ -156,7 +156,7 @@ def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
     for caution in describe_caveats(data, dataset.tie_order).values():
         logger.info("%s", caution)
     clock.lap("data")
-    if config["model"] == M2Rec.__name__ and folder is None:
+    if config.model_settings and folder is None:
         ensure_text_vectors(config, list_item_tokens(dataset)[1:])
         if config["device"].type == "cuda":
             torch.cuda.reset_peak_memory_stats(config["device"])
@@ -315,7 +315,7 @@ def _evaluate_best_weights(prepared: PreparedRun) -> RunResult:
         "data": prepared.data,
         "text": getattr(trainer.model, "text_source", None),
         "parameters": prepared.parameters,
-        "recommends": isinstance(trainer.model, M2Rec),  # whether Recommender can load it
+        "recommends": config.model_settings is not None,  # whether Recommender can load it
         **describe_machine(config),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
     }
