@@ -113,7 +113,8 @@ class CheckedModel(BaseModel):
             return f"{path} is missing"
         if expected := describe_allowed_values(cls.model_fields[location[0]]):
             return f"{location[0]}: expected {expected}, got {values[location[0]]!r}"
-        return f"{path}: {first['msg'].lower()}, got {first['input']!r}"
+        cure = "; put it into quotes" if first["type"] == "string_type" else ""
+        return f"{path}: {first['msg'].lower()}, got {first['input']!r}{cure}"
 
 
 def describe_allowed_values(field: FieldInfo) -> str:
