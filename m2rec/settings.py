@@ -1,128 +1,226 @@
-"""Typed, validated settings: the only place that knows the keys, their defaults and their ranges.
+"""Typed, validated settings: the only place that knows this project's keys, their defaults, ranges and roles.
 
-`ModelSettings` are the keys of M2Rec itself, `RunSettings` those of any run, whatever the
-model. Both are read from a mapping, a RecBole `Config` among them; every wrong value is a
-`ValueError` of one line that names the key, the value and the cure.
+`ModelSettings` are the keys of M2Rec itself, `RunSettings` those of any run, whatever the model. Both are
+read from a mapping, a RecBole `Config` among them. A wrong value is a `UserError` of one line that names the
+key, the value and the cure. Sweep files, search files and RecBole's keys are checked in the same way.
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from m2rec.errors import UserError
+from m2rec.yaml_values import describe_unknown
 
 PROPERTIES_FOLDER = Path(__file__).parent / "properties"
 
-# keys that change how and where a run is made, not what comes out
-MACHINE_KEYS = {
-    "checkpoint_minutes", "data_path", "eval_batch_size", "gpu_id", "log_wandb", "report", "runs_dir",
-    "scan_backend", "show_progress", "state", "tensorboard", "use_gpu", "worker",
-}  # fmt: skip
+
+class Role(Enum):
+    """What a key decides, and the keys that do, RecBole's among them; all lists of keys are made of roles."""
+
+    DATASET = ("dataset",)
+    SEED = ("seed",)
+    # which targets are ranked, and which metric compares models
+    PROTOCOL = (
+        "ITEM_ID_FIELD", "TIME_FIELD", "USER_ID_FIELD", "filter_inter_by_user_or_item",
+        "item_inter_num_interval", "rm_dup_inter", "split", "test_from", "time_order",
+        "user_inter_num_interval", "val_interval", "valid_from", "valid_metric",
+    )  # fmt: skip
+    # the network and its loss
+    MODEL = (
+        "d_conv", "d_state", "dropout_prob", "expand", "filter", "filter_cutoff", "filter_modes", "gate",
+        "gbce_t", "head_dim", "hidden_size", "id_dropout", "init", "inner_size", "loss_memory", "loss_type",
+        "mixer", "model", "n_heads", "n_layers", "n_negatives", "negative_sampling", "negatives_shared",
+        "repeat_bias", "text_in_sequence", "text_in_table", "text_whitening", "text_width",
+    )  # fmt: skip
+    # how the network is trained, and on which rows
+    TRAINING = (
+        "MAX_ITEM_LIST_LENGTH", "average_epochs", "clip_grad_norm", "enable_amp", "eval_step", "learner",
+        "learning_rate", "reproducibility", "rows", "shuffle", "train_batch_size", "weight_decay",
+    )  # fmt: skip
+    LENGTH = ("epochs", "stopping_step")
+    # where the text vectors come from; a run stores a hash of the vectors themselves
+    TEXT_SOURCE = ("text_encoder", "text_vectors")
+    METRICS = ("metric_decimal_place", "metrics", "topk")
+    DEFINITION = ("metric_definitions",)
+    # where files are
+    FOLDER = ("data_path", "runs_dir")
+    # the GPU and the terminal at hand; a run folder does not store these keys
+    LOCAL = ("gpu_id", "show_progress")
+    # chosen at each start of a run
+    START = ("eval_batch_size", "state", "use_gpu")
+    # other keys that affect where and how a run executes, not its result
+    MACHINE = ("checkpoint_minutes", "log_wandb", "report", "scan_backend", "tensorboard", "worker")
+    # how the files of a data set are written
+    FILE_FORMAT = ("LIST_SUFFIX", "field_separator", "load_col", "seq_separator")
+    # RecBole's keys without effect here: nothing is pickled, and a run has its own folder
+    IGNORED = (
+        "checkpoint_dir", "config_file", "dataloaders_save_path", "dataset_save_path", "enable_scaler",
+        "save_dataloaders", "save_dataset",
+    )  # fmt: skip
+    # RecBole's keys that are refused unless they have one value
+    REFUSED = ("eval_args", "pre_model_path")
 
 
-class _KeyValues(Protocol):
+def collect_keys(*roles: Role) -> frozenset[str]:
+    """The keys of these roles."""
+    return frozenset().union(*(role.value for role in roles))
+
+
+# keys that affect where and how a run executes, not its result
+MACHINE_KEYS = collect_keys(Role.FOLDER, Role.LOCAL, Role.START, Role.MACHINE)
+
+
+class KeyValues(Protocol):
     """What settings are read from: a dict or a RecBole Config."""
 
     def __contains__(self, key: str, /) -> bool: ...
     def __getitem__(self, key: str, /) -> Any: ...
 
 
-def integer_field(default: int, low: int, high: int = 2**31 - 1) -> Any:
-    """A whole number from `low` to `high`."""
-    return field(default=default, metadata={"kind": int, "low": low, "high": high})
+class CheckedModel(BaseModel):
+    """A pydantic model whose errors are one line: key, expected, got.
+
+    A validator raises `UserError` for a message in its own words, `ValueError` for the common message.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(self._describe_error(error, values)) from None
+
+    @classmethod
+    def _describe_error(cls, error: ValidationError, values: Mapping[str, Any]) -> str:
+        """The first error; an unknown key comes before all others, as it is why another one is missing."""
+        details = error.errors(include_url=False)
+        first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
+        location = [str(part) for part in first["loc"]]
+        path = ": ".join(location)
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            return f"{path}: {cause}" if path else str(cause)
+        if first["type"] == "extra_forbidden":
+            return describe_unknown(path, cls.model_fields)
+        if first["type"] == "missing":
+            return f"{path} is missing"
+        if expected := describe_allowed_values(cls.model_fields[location[0]]):
+            return f"{location[0]}: expected {expected}, got {values[location[0]]!r}"
+        cure = "; put it into quotes" if first["type"] == "string_type" else ""
+        return f"{path}: {first['msg'].lower()}, got {first['input']!r}{cure}"
 
 
-def number_field(
-    default: float, low: float, high: float, open_low: bool = False, open_high: bool = False
-) -> Any:
-    """A number in [low, high], or in an interval without one of its ends."""
-    spec = {"kind": float, "low": low, "high": high, "open_low": open_low, "open_high": open_high}
-    return field(default=default, metadata=spec)
+def describe_allowed_values(field: FieldInfo) -> str:
+    """What a field's value may be, in words; empty if the type does not say it."""
+    if field.description:
+        return field.description
+    if field.annotation is bool:
+        return "True or False"
+    if field.annotation is str:
+        return "some text"
+    if field.annotation in (int, float):
+        return _describe_range(field)
+    if get_origin(field.annotation) is Literal:
+        return "one of " + ", ".join(get_args(field.annotation))
+    return ""
 
 
-def choice_field(default: str, *others: str) -> Any:
-    """One of a few words."""
-    return field(default=default, metadata={"kind": str, "choices": (default, *others)})
+def _describe_range(field: FieldInfo) -> str:
+    limits: dict[str, float] = {}
+    for limit in field.metadata:
+        limits |= asdict(limit)
+    if field.annotation is int:
+        end = f" to {limits['le']}" if "le" in limits else ""
+        return f"a whole number from {limits['ge']}{end}"
+    low = f"[{limits['ge']}" if "ge" in limits else f"({limits['gt']}"
+    high = f"{limits['le']}]" if "le" in limits else f"{limits['lt']})"
+    return f"a number in {low}, {high}"
 
 
-def bool_field(default: bool) -> Any:
-    """True or False."""
-    return field(default=default, metadata={"kind": bool})
+Text = Annotated[str, Field(min_length=1)]
+Size = Annotated[int, Field(ge=1, le=262_144)]
+Repeats = Annotated[int, Field(ge=1, le=1_000)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Weight = Annotated[float, Field(ge=0, lt=float("inf"))]
 
 
-def text_field(default: str) -> Any:
-    """Any text but the empty one."""
-    return field(default=default, metadata={"kind": str})
+class Settings(CheckedModel):
+    """Keys of a run with their defaults."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """Reads each field from the key of the same name and checks it."""
+    model_config = ConfigDict(strict=True)
 
     @classmethod
     def keys(cls) -> tuple[str, ...]:
         """The names of all keys."""
-        return tuple(f.name for f in fields(cls))
+        return tuple(cls.model_fields)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Every key with its default."""
-        return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+        return cls().model_dump()
 
     @classmethod
-    def read(cls, values: _KeyValues) -> Self:
-        """Check and collect the keys that `values` has; the others take their defaults.
+    def read(cls, values: KeyValues) -> Self:
+        """Check and collect the keys that `values` has; all other keys take their defaults.
 
         Raises:
-            ValueError: a value has the wrong type or lies outside its range.
+            UserError: a value has the wrong type or lies outside its range, or two don't fit together.
         """
-        return cls(**{f.name: _check_value(f, values[f.name]) for f in fields(cls) if f.name in values})
+        return cls(**{key: values[key] for key in cls.model_fields if key in values})
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings(_Settings):
+class ModelSettings(Settings):
     """The keys of M2Rec. config.yaml explains each in place."""
 
-    hidden_size: int = integer_field(64, 1, 65_536)
-    n_layers: int = integer_field(2, 1, 1_000)
-    inner_size: int = integer_field(256, 1, 262_144)
-    dropout_prob: float = number_field(0.4, 0, 1, open_high=True)
-    mixer: str = choice_field("mamba2", "mamba", "attention")
-    d_state: int = integer_field(32, 1, 65_536)
-    d_conv: int = integer_field(4, 1, 1_000)
-    expand: int = integer_field(2, 1, 1_000)
-    head_dim: int = integer_field(64, 1, 65_536)
-    n_heads: int = integer_field(2, 1, 65_536)
-    scan_backend: str = text_field("auto")
-    filter: str = choice_field("causal", "low_pass", "residual", "none")
-    filter_modes: int = integer_field(16, 1, 65_536)
-    filter_cutoff: float = number_field(0.5, 0, 1, open_low=True)
-    gate: str = choice_field("softmax", "mean")
-    repeat_bias: bool = bool_field(True)
-    text_in_sequence: bool = bool_field(True)
-    text_in_table: bool = bool_field(True)
-    id_dropout: float = number_field(0.0, 0, 1, open_high=True)
-    text_vectors: str = text_field("auto")
-    text_encoder: str = text_field("auto")
-    text_whitening: str = choice_field("pca", "zca", "none")
-    text_width: int = integer_field(0, 0, 65_536)
-    init: str = choice_field("standard", "mamba4rec")
-    loss_type: str = choice_field("CE", "sampled", "gBCE", "BPR")
-    loss_memory: int = integer_field(0, 0, 1_048_576)
-    n_negatives: int = integer_field(512, 1)
-    negatives_shared: int = integer_field(128, 1)
-    negative_sampling: str = choice_field("uniform", "popularity")
-    gbce_t: float = number_field(0.75, 0, 1)
+    hidden_size: Size = 64
+    n_layers: Repeats = 2
+    inner_size: Size = 256
+    dropout_prob: Rate = 0.4
+    mixer: Literal["mamba2", "mamba", "attention"] = "mamba2"
+    d_state: Size = 32
+    d_conv: Repeats = 4
+    expand: Repeats = 2
+    head_dim: Size = 64
+    n_heads: Size = 2
+    scan_backend: Text = "auto"
+    filter: Literal["causal", "low_pass", "residual", "none"] = "causal"
+    filter_modes: Size = 16
+    filter_cutoff: Annotated[float, Field(gt=0, le=1)] = 0.5
+    gate: Literal["softmax", "mean"] = "softmax"
+    repeat_bias: bool = True
+    text_in_sequence: bool = True
+    text_in_table: bool = True
+    id_dropout: Rate = 0.0
+    text_vectors: Text = "auto"
+    text_encoder: Text = "auto"
+    text_whitening: Literal["pca", "zca", "none"] = "pca"
+    text_width: Annotated[int, Field(ge=0, le=65_536)] = 0
+    init: Literal["standard", "mamba4rec"] = "standard"
+    loss_type: Literal["CE", "sampled", "gBCE", "BPR"] = "CE"
+    loss_memory: Annotated[int, Field(ge=0, le=2**20)] = 0
+    n_negatives: Count = 512
+    negatives_shared: Count = 128
+    negative_sampling: Literal["uniform", "popularity"] = "uniform"
+    gbce_t: Annotated[float, Field(ge=0, le=1)] = 0.75
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check_text_and_loss(self) -> Self:
         if self.text_width and self.text_whitening == "none":
             raise UserError(
                 f"text_width: {self.text_width} needs principal components; set text_whitening: pca, or 0"
             )
         if self.id_dropout and not self.text_in_table:
             raise UserError(
-                f"id_dropout: {self.id_dropout} would leave items nothing without text in the item table; "
+                f"id_dropout: {self.id_dropout} would leave items without text nothing in the item table; "
                 f"set 0, or text_in_table: true"
             )
         if self.loss_type == "gBCE" and self.negative_sampling != "uniform":
@@ -130,6 +228,10 @@ class ModelSettings(_Settings):
                 f"negative_sampling: {self.negative_sampling!r} does not fit loss_type: gBCE, which is "
                 f"calibrated for uniform negatives; set negative_sampling: uniform, or loss_type: sampled"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
         if self.mixer == "attention" and self.hidden_size % self.n_heads:
             raise UserError(
                 f"n_heads: {self.n_heads} does not divide hidden_size: {self.hidden_size}; choose a divisor"
@@ -140,6 +242,7 @@ class ModelSettings(_Settings):
                 f"head_dim: {self.head_dim} does not divide expand * hidden_size = {inner}; "
                 f"choose a divisor, or mixer: mamba"
             )
+        return self
 
     @property
     def uses_text(self) -> bool:
@@ -147,113 +250,83 @@ class ModelSettings(_Settings):
         return self.text_vectors != "none" and (self.text_in_sequence or self.text_in_table)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunSettings(_Settings):
-    """The keys of a run that both RecBole and this project read, whatever the model.
+class RunSettings(Settings):
+    """The keys of a run that both RecBole and this project read, whatever the model."""
 
-    The defaults here are RecBole's; the project's own are in properties/overall.yaml.
-    """
+    model: Text = "M2Rec"
+    dataset: Text = "ml-100k"
+    data_path: Text = "dataset"
+    runs_dir: Text = "runs"
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 2020
+    rows: Literal["dense", "prefix"] = "dense"
+    time_order: Literal["exact", "recbole"] = "exact"
+    split: Literal["leave_one_out", "global_time"] = "leave_one_out"
+    valid_from: Share = 0.8
+    test_from: Share = 0.9
+    MAX_ITEM_LIST_LENGTH: Annotated[int, Field(ge=1, le=1_000_000)] = 50
+    epochs: Count = 200
+    stopping_step: Annotated[int, Field(ge=0, le=2**31 - 1)] = 10
+    eval_step: Count = 1
+    checkpoint_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 5.0
+    train_batch_size: Count = 2048
+    eval_batch_size: Count = 256
+    learning_rate: Annotated[float, Field(gt=0, lt=float("inf"))] = 0.001
+    weight_decay: Weight = 0.0
+    average_epochs: Weight = 0.0
+    learner: Literal["adam", "adamw", "sgd", "adagrad", "rmsprop"] = "adam"
+    shuffle: bool = True
+    worker: Annotated[int, Field(ge=0, le=1_000)] = 0
+    use_gpu: bool = True
+    reproducibility: bool = True
+    enable_amp: bool = False
+    show_progress: bool = True
+    report: bool = True
+    tensorboard: bool = False
+    state: Literal["INFO", "DEBUG", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    log_wandb: bool = False
+    metric_decimal_place: Annotated[int, Field(ge=1, le=15)] = 6
+    metric_definitions: Literal["textbook", "recbole"] = "textbook"
 
-    model: str = text_field("M2Rec")
-    dataset: str = text_field("ml-100k")
-    data_path: str = text_field("dataset")
-    runs_dir: str = text_field("runs")
-    seed: int = integer_field(2020, 0, 2**32 - 1)
-    rows: str = choice_field("dense", "prefix")
-    time_order: str = choice_field("exact", "recbole")
-    split: str = choice_field("leave_one_out", "global_time")
-    valid_from: float = number_field(0.8, 0, 1, open_low=True, open_high=True)
-    test_from: float = number_field(0.9, 0, 1, open_low=True, open_high=True)
-    MAX_ITEM_LIST_LENGTH: int = integer_field(50, 1, 1_000_000)
-    epochs: int = integer_field(300, 1)
-    stopping_step: int = integer_field(10, 0)
-    eval_step: int = integer_field(1, 1)
-    checkpoint_minutes: float = number_field(5.0, 0, 1e6, open_low=True)
-    train_batch_size: int = integer_field(2048, 1)
-    eval_batch_size: int = integer_field(4096, 1)
-    learning_rate: float = number_field(0.001, 0, float("inf"), open_low=True, open_high=True)
-    weight_decay: float = number_field(0.0, 0, float("inf"), open_high=True)
-    average_epochs: float = number_field(0.0, 0, float("inf"), open_high=True)
-    learner: str = choice_field("adam", "adamw", "sgd", "adagrad", "rmsprop")
-    shuffle: bool = bool_field(True)
-    worker: int = integer_field(0, 0, 1_000)
-    use_gpu: bool = bool_field(True)
-    reproducibility: bool = bool_field(True)
-    enable_amp: bool = bool_field(False)
-    show_progress: bool = bool_field(True)
-    report: bool = bool_field(True)
-    tensorboard: bool = bool_field(False)
-    state: str = choice_field("INFO", "DEBUG", "WARNING", "ERROR", "CRITICAL")
-    log_wandb: bool = bool_field(False)
-    metric_decimal_place: int = integer_field(4, 1, 15)
-    metric_definitions: str = choice_field("textbook", "recbole")
-
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
         if self.valid_from >= self.test_from:
             raise UserError(
                 f"valid_from: {self.valid_from} must be less than test_from: {self.test_from}; both are "
                 f"shares of the interactions, by time"
             )
+        return self
 
 
 _MAX_LOW_PASS_LENGTH = 10_000
 
 
 def check_key_combination(model: ModelSettings, run: RunSettings) -> None:
-    """Refuse combinations of keys that would train on what they must not see."""
-    if model.filter == "low_pass" and run.rows == "dense":
+    """Refuse combinations of keys that leak the future into training, or that need too much memory."""
+    if model.filter != "low_pass":
+        return
+    if run.rows == "dense":
         raise UserError(
             "filter: 'low_pass' sees the future and can't be trained with rows: 'dense'; "
             "set rows: prefix, or filter: causal"
         )
-    if model.filter == "low_pass" and run.MAX_ITEM_LIST_LENGTH > _MAX_LOW_PASS_LENGTH:
+    if run.MAX_ITEM_LIST_LENGTH > _MAX_LOW_PASS_LENGTH:
         raise UserError(
             f"MAX_ITEM_LIST_LENGTH: {run.MAX_ITEM_LIST_LENGTH} is too long for filter: 'low_pass', whose "
             f"memory grows with its square; set at most {_MAX_LOW_PASS_LENGTH}, or filter: causal"
         )
 
 
-def _check_value(f: Field[Any], value: Any) -> Any:
-    """The value in the field's type, or a ValueError."""
-    spec: Mapping[str, Any] = f.metadata
-    kind = spec["kind"]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    right_type = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not right_type or not _is_in_range(spec, value):
-        raise UserError(f"{f.name}: expected {_describe_range(spec)}, got {value!r}")
-    return value
+def get_defaults(*roles: Role) -> dict[str, Any]:
+    """The keys of these roles with their defaults."""
+    defaults = {**ModelSettings.defaults(), **RunSettings.defaults()}
+    return {key: defaults[key] for key in collect_keys(*roles)}
 
 
-def _is_in_range(spec: Mapping[str, Any], value: Any) -> bool:
-    if "choices" in spec:
-        return value in spec["choices"]
-    if spec["kind"] is str:
-        return bool(value)
-    if "low" not in spec:
-        return True
-    above = value > spec["low"] if spec.get("open_low") else value >= spec["low"]
-    high = spec.get("high", float("inf"))
-    below = value < high if spec.get("open_high") else value <= high
-    return bool(above and below)
+def get_run_settings(config: Any) -> RunSettings:
+    """The settings that `build_config` has stored with a config; read now from RecBole's plain Config."""
+    return getattr(config, "run_settings", None) or RunSettings.read(config)
 
 
-def describe_allowed_values(f: Field[Any]) -> str:
-    """What a field's values may be, in words."""
-    return _describe_range(f.metadata)
-
-
-def _describe_range(spec: Mapping[str, Any]) -> str:
-    """The range in words."""
-    kind = spec["kind"]
-    if "choices" in spec:
-        return "one of " + ", ".join(spec["choices"])
-    if kind is bool:
-        return "True or False"
-    if kind is str:
-        return "some text"
-    if kind is int:
-        return f"a whole number from {spec['low']} to {spec['high']}"
-    left = "(" if spec.get("open_low") else "["
-    right = ")" if spec.get("open_high") else "]"
-    return f"a number in {left}{spec['low']}, {spec['high']}{right}"
+def get_model_settings(config: Any) -> ModelSettings:
+    """As `get_run_settings`, for the keys of M2Rec."""
+    return getattr(config, "model_settings", None) or ModelSettings.read(config)

@@ -24,7 +24,7 @@ _YamlLoader.add_implicit_resolver(
 
 
 def _parse_yaml(text: str) -> Any:
-    """The value that a YAML text stands for; plain values only, no objects."""
+    """Parse YAML text; plain values only, no objects."""
     loader = _YamlLoader(text)
     try:
         return loader.get_single_data()
@@ -36,7 +36,7 @@ def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
     """`--key=value` arguments as a mapping; values are read as YAML.
 
     Raises:
-        ValueError: an argument has another form.
+        UserError: an argument has another form.
     """
     values = {}
     for argument in arguments:
@@ -48,18 +48,17 @@ def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def _parse_value(value: str) -> Any:
+    # YAML reads a separator of spaces or tabs as nothing, and `|` or `>` as the start of an empty block
+    if value and value.strip() in ("", "|", ">"):
+        return value
     try:
-        found = _parse_yaml(value)
+        return _parse_yaml(value)
     except yaml.YAMLError:
         return value
-    if value and not value.strip():  # a separator, which for YAML is nothing
-        return value
-    opens_a_block = found == "" and value.strip() in ("|", ">")  # which on one line is always empty
-    return value if opens_a_block else found
 
 
 def format_value(value: Any) -> str:
-    """The value as it is written after `--key=`."""
+    """Format a value for `--key=`."""
     if isinstance(value, str) and _parse_value(value) == value:
         return value
     return json.dumps(value, ensure_ascii=False)
@@ -71,10 +70,10 @@ def format_argument(key: str, value: Any) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of keys and values.
+    """The keys and values of a YAML file.
 
     Raises:
-        ValueError: there is no such file, or it is not a mapping.
+        UserError: the file can't be read, or is not a mapping.
     """
     try:
         content = _parse_yaml(path.read_text(encoding="utf-8"))
@@ -95,3 +94,8 @@ def suggest_spelling(word: str, words: Iterable[str]) -> str:
     by_lower = {w.lower(): w for w in words}
     match = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return f"; did you mean {by_lower[match[0]]!r}?" if match else ""
+
+
+def describe_unknown(word: object, known: Iterable[str], what: str = "key") -> str:
+    """The message for a word that is not a known one."""
+    return f"unknown {what} {word!r}{suggest_spelling(str(word), known)}"

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.models.registry import _list_recbole_models
+from m2rec.compat import sequential_recommender
+from m2rec.models.registry import list_models
 from m2rec.training.configuration import build_config
 from m2rec.training.run import run_experiment
 from tests.conftest import write_inter
 
 ROOT = Path(__file__).parent.parent
-MODELS = sorted(_list_recbole_models())
+MODELS = sorted(list_models(sequential_recommender))
 COLUMNS = ["user_id", "item_id", "timestamp"]
 FEATURES = {"load_col": {"inter": COLUMNS, "item": ["item_id", "class"]}}
 VECTORS = {

@@ -104,7 +104,7 @@ def test_the_settings_are_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert document.main(["--check"]) == 1
     assert document.main([]) == 0 and document.main(["--check"]) == 0
     page = (tmp_path / "settings.md").read_text()
-    assert "| `n_layers` | `2` | a whole number from 1 to 1000 | stacked layers |" in page
+    assert "| `n_layers` | `2` | a whole number from 1 to 1000 | number of layers |" in page
     assert all(f"| `{key}` |" in page for key in ("gate", "rows", "topk", "text_encoder", "tensorboard"))
 
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from m2rec.commands import prepare_data
 from m2rec.data import inter_file
 from m2rec.data.item_file import read_item_titles
+from m2rec.errors import UserError
 from m2rec.experiments.sweep_plan import Sweep
 from m2rec.nn.encoder import Encoder
 from m2rec.serving import saved_model
@@ -75,7 +76,7 @@ def only_our_errors(call: Callable[[], Any]) -> None:
     except OSError:
         pass
     except ValueError as error:
-        assert type(error) is ValueError, error
+        assert type(error) is UserError, error
         assert str(error) and "\n" not in str(error), error
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         assert raised_in.is_relative_to(ROOT / "m2rec") or raised_in.is_relative_to(ROOT / "scripts"), error

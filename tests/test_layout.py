@@ -127,7 +127,7 @@ def test_every_path_in_the_readme_exists():
 
 def test_every_yaml_of_the_project_loads():
     found = [path for path in tracked() if path.suffix in (".yaml", ".yml")]
-    assert {"config.yaml", "environment.yaml", "overall.yaml"} <= {path.name for path in found}
+    assert {"config.yaml", "environment.yaml"} <= {path.name for path in found}
     for path in found:
         assert isinstance(yaml.safe_load(path.read_text()), dict), path
 

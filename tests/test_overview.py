@@ -1,7 +1,6 @@
 """The overview at the head of README, cell by cell."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,8 +55,8 @@ def test_an_overview_of_a_split_by_time_and_without_text(write_sweep: Write):
 
 def test_an_overview_needs_one_reference(write_sweep: Write):
     sweep = Sweep.read(write_sweep(*ROWS))
-    other = replace(sweep, name="others", reference="SASRec")
+    other = sweep.model_copy(update={"name": "others", "reference": "SASRec"})
     answers = {name: read_finished_runs(sweep) for name in ("toys", "others")}
-    for sweeps in ([sweep, other], [replace(sweep, reference=None)]):
+    for sweeps in ([sweep, other], [sweep.model_copy(update={"reference": None})]):
         with pytest.raises(ValueError, match=r"same reference, got toys: (M2Rec, others: SASRec|None)$"):
             make_overview_table(sweeps, answers, [])

@@ -1,11 +1,25 @@
 """Every model key: type, range and the text of its error."""
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from m2rec.settings import ModelSettings, RunSettings, check_key_combination
+from m2rec.commands.new_items import NON_SETTING_KEYS
+from m2rec.commands.run import RESUME_KEYS
+from m2rec.settings import (
+    MACHINE_KEYS,
+    ModelSettings,
+    Role,
+    RunSettings,
+    check_key_combination,
+    collect_keys,
+)
+from m2rec.training import provenance
+from m2rec.training.configuration import collect_known_keys
+from m2rec.training.recbole_keys import DataSettings, LoopSettings
 
 WRONG: list[tuple[str, Any, str]] = [
     ("hidden_size", 0, "a whole number from 1 to "),
@@ -120,3 +134,41 @@ def test_text_is_wanted_only_where_it_is_used():
     assert ModelSettings().uses_text
     assert not ModelSettings(text_vectors="none").uses_text
     assert not ModelSettings(text_in_sequence=False, text_in_table=False).uses_text
+
+
+def test_every_key_has_one_role():
+    """A new key gets a role, so that it is in the lists of keys that it belongs to."""
+    named = [key for role in Role for key in role.value]
+    checked = {*DataSettings.keys(), *LoopSettings.keys()}
+    assert len(named) == len(set(named))
+    assert {*ModelSettings.keys(), *RunSettings.keys(), *checked} <= set(named) <= collect_known_keys()
+
+
+def test_the_lists_of_keys():
+    """As they were written out before they were made of roles."""
+    machine = {
+        "checkpoint_minutes", "data_path", "eval_batch_size", "gpu_id", "log_wandb", "report", "runs_dir",
+        "scan_backend", "show_progress", "state", "tensorboard", "use_gpu", "worker",
+    }  # fmt: skip
+    assert machine == MACHINE_KEYS
+    lasting = {"epochs", "metric_definitions", "stopping_step", "text_encoder", "text_vectors"}
+    assert machine | lasting == provenance._RESUME_OVERRIDES
+    assert set(RESUME_KEYS) == {"eval_batch_size", "gpu_id", "use_gpu", "show_progress", "state"}
+    assert set(NON_SETTING_KEYS) == {"dataset", "seed", "data_path", "runs_dir"}
+    assert collect_keys(Role.LOCAL) == {"gpu_id", "show_progress"}
+    measured = {
+        "ITEM_ID_FIELD", "TIME_FIELD", "USER_ID_FIELD", "dataset", "filter_inter_by_user_or_item",
+        "item_inter_num_interval", "rm_dup_inter", "seed", "split", "test_from", "time_order",
+        "user_inter_num_interval", "val_interval", "valid_from", "valid_metric",
+    }  # fmt: skip
+    assert measured == collect_keys(Role.DATASET, Role.SEED, Role.PROTOCOL)
+    ignored = {
+        "checkpoint_dir", "config_file", "dataloaders_save_path", "dataset_save_path", "enable_scaler",
+        "save_dataloaders", "save_dataset",
+    }  # fmt: skip
+    assert ignored == collect_keys(Role.IGNORED)
+
+
+def test_reading_settings_loads_no_torch():
+    code = "import sys, m2rec.settings; sys.exit(bool({'torch', 'pandas', 'recbole'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

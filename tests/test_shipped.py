@@ -63,11 +63,11 @@ def test_settings_go_to_data_of_the_same_numbers(
     given = {key: value for key, value in small(toy).items() if key != "hidden_size"}
     ship(tmp_path, monkeypatch)
     assert build_config(given)["hidden_size"] == 24
-    assert "not taken" not in caplog.text
+    assert "not used" not in caplog.text
     with (toy / "toy" / "toy.inter").open("a") as file:
         file.write("u0\tnew\t978300000\n")
     assert build_config(given)["hidden_size"] == 64
-    assert "settings that are shipped for toy are not taken" in caplog.text
+    assert "the settings shipped for toy are not used" in caplog.text
     assert f"toy.inter has 21 items, not 20, {COUNTS['interactions'] + 1} interactions, not" in caplog.text
 
 

@@ -6,7 +6,6 @@ With --check nothing is written, and the exit status is 1 if the file would chan
 import argparse
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from m2rec.settings import ModelSettings, RunSettings, describe_allowed_values
@@ -22,12 +21,10 @@ PAGE_HEADER = (
     "(`m2rec/properties/`). A wrong value is an error of one line that names the key, the value and what is "
     "allowed. Keys without a range are RecBole's.\n"
 )
-# a range before the meaning, which has a column of its own
-_RANGE_PREFIX = re.compile(r"^(integers? )?(>=? ?\d+|[\[(][\d, ]+[\])])(, |$)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page, or say whether it would change."""
+    """Write the page, or with --check report whether it would change."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page would change")
     options = parser.parse_args(arguments)
@@ -35,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         current = PAGE_PATH.exists() and PAGE_PATH.read_text(encoding="utf-8") == text
         if not current:
-            print(f"{PAGE_PATH} is not what the settings say; run python scripts/document.py")
+            print(f"{PAGE_PATH} is out of date; run python scripts/document.py")
         return int(not current)
     write_text(PAGE_PATH, text)
     print(PAGE_PATH)
@@ -44,40 +41,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_settings_page(config: str) -> str:
     """The whole page from the text of config.yaml."""
-    ranges = {
-        f.name: describe_allowed_values(f) for kind in (ModelSettings, RunSettings) for f in fields(kind)
-    }
+    fields = {**ModelSettings.model_fields, **RunSettings.model_fields}
     defaults = resolve_settings(build_config({}, ROOT / "config.yaml"))
     lines = [PAGE_HEADER]
     for section, keys in read_config_sections(config):
         lines += [f"## {section}\n", "| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
-        for key, meaning in keys:
-            if key in ranges:
-                meaning = _RANGE_PREFIX.sub("", meaning)
-            default = "" if defaults.get(key) is None else f"`{_format_default(defaults[key])}`"
-            lines.append(
-                f"| `{key}` | {default} | {ranges.get(key, '')} | {meaning.replace('|', chr(92) + '|')} |"
-            )
+        for key, meaning in keys.items():
+            allowed = describe_allowed_values(fields[key]) if key in fields else ""
+            default = _format_default(defaults.get(key))
+            lines.append(f"| `{key}` | {default} | {allowed} | {meaning} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def read_config_sections(config: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def read_config_sections(config: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Headings of config.yaml, each with its keys and what they mean."""
-    heading, keys = "", []
+    heading, key, keys = "", "", {}
     for line in config.splitlines():
-        key = re.match(r"(?:# )?(\w+): .*?\s# (.*)", line)
-        more = re.match(r"\s+# (.*)", line)
-        if key:
-            keys.append((key[1], key[2].strip()))
-        elif more and keys:
-            keys[-1] = (keys[-1][0], f"{keys[-1][1]} {more[1].strip()}")
+        if match := re.match(r"(?:# )?(\w+): .*?\s# (.*)", line):
+            key = match[1]
+            keys[key] = match[2].strip()
+        elif match := re.match(r"\s+# (.*)", line):
+            keys[key] += f" {match[1].strip()}"
         elif line.startswith("# "):
             if keys:
                 yield heading, keys
-            heading, keys = line[2:], []
+            heading, keys = line[2:], {}
     yield heading, keys
 
 
 def _format_default(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None:
+        return ""
+    return f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value}`"

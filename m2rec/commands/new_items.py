@@ -34,25 +34,17 @@ from m2rec.evaluation.cold_start import (
 from m2rec.evaluation.saved_model import collect_cases
 from m2rec.git import read_commit
 from m2rec.serving.recommender import Recommender
-from m2rec.settings import ModelSettings
+from m2rec.settings import Role, collect_keys
 from m2rec.text import vector_file
 from m2rec.text.source import ensure_text_vectors, find_vector_file
 from m2rec.training.configuration import build_config, resolve_settings
+from m2rec.training.recbole_keys import DataSettings
 from m2rec.training.run import load_data, run_experiment
 from m2rec.yaml_values import parse_arguments
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
-NON_SETTING_KEYS = ("dataset", "seed", "data_path", "runs_dir")  # left out of the column `settings`
-REMAINING_DATA_KEYS = {  # of the data that `write_remaining_data` writes; they are filtered already
-    "USER_ID_FIELD": "user_id",
-    "ITEM_ID_FIELD": "item_id",
-    "TIME_FIELD": "timestamp",
-    "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-    "field_separator": "\t",
-    "val_interval": None,
-    "user_inter_num_interval": "[0,inf)",
-    "item_inter_num_interval": "[0,inf)",
-}
+# keys with columns of their own, and where files are
+NON_SETTING_KEYS = collect_keys(Role.DATASET, Role.SEED, Role.FOLDER)
 COLUMNS = ["dataset", "seed", "share", "commit", "settings", "items", "new_items"]
 COLUMNS += [f"{group}.{measure}" for group in GROUPS for measure in MEASURES]
 
@@ -114,7 +106,7 @@ def measure_new_items(given: dict[str, Any], share: float) -> dict[str, Any]:
     taken = choose_new_items(np.isin(tokens, list(row_of)), share, config["seed"])
     data = Path(config["runs_dir"]) / "new-items" / f"{config['dataset']}-{share}-{config['seed']}"
     write_remaining_data(data, config["dataset"], dataset.histories, taken, tokens)
-    remaining = {**REMAINING_DATA_KEYS, "data_path": str(data), "text_vectors": str(vectors.resolve())}
+    remaining = {**DataSettings.defaults(), "data_path": str(data), "text_vectors": str(vectors.resolve())}
     run = run_experiment(build_config({**resolve_settings(config), **remaining}))
     recommender = Recommender.load(run.folder)
     added = tokens[taken].tolist()
@@ -138,9 +130,9 @@ def check_model(config: Config) -> None:
     Raises:
         ValueError: the model is not M2Rec, its table has no text, or the split is by time.
     """
-    if config["model"] != "M2Rec":
+    settings = config.model_settings
+    if settings is None:
         raise UserError(f"model: {config['variant']} can't rank an item by its text; set model: M2Rec")
-    settings = ModelSettings.read(config)
     if settings.text_vectors == "none" or not settings.text_in_table:
         raise UserError("text_in_table: new items need text in the item table; leave it and text_vectors on")
     if config["benchmark_filename"]:

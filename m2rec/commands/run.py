@@ -17,10 +17,11 @@ from typing import Any
 from m2rec.cli import run_command
 from m2rec.errors import UserError
 from m2rec.run_folder import RunFolder
+from m2rec.settings import Role, collect_keys
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
-# keys that may be given with --resume
-RESUME_KEYS = ("eval_batch_size", "gpu_id", "use_gpu", "show_progress", "state")
+# keys that may be given together with --resume
+RESUME_KEYS = collect_keys(Role.LOCAL, Role.START)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -170,7 +170,7 @@ def open_study(plan: SearchPlan, config: Config) -> optuna.Study:
     path.parent.mkdir(parents=True, exist_ok=True)
     pruner = optuna.pruners.NopPruner()
     if plan.pruner:
-        startup, warmup = plan.pruner["startup_trials"], plan.pruner["warmup_epochs"]
+        startup, warmup = plan.pruner.startup_trials, plan.pruner.warmup_epochs
         pruner = optuna.pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=warmup)
     try:
         backend = optuna.storages.journal.JournalFileBackend(str(path))

@@ -21,7 +21,7 @@ from m2rec.data.dominant import describe_dominant_entity
 from m2rec.data.histories import NO_TARGET, Histories, shift_targets, split_by_time
 from m2rec.data.time_statistics import count_per_period, count_tied_times, measure_gap_quartiles
 from m2rec.errors import UserError
-from m2rec.settings import RunSettings
+from m2rec.settings import get_run_settings
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,9 @@ class HistoryDataset(SequentialDataset):
     inter_feat: Any  # a DataFrame while it is filtered, an Interaction once there are rows
 
     def __init__(self, config: Config) -> None:
-        settings = RunSettings.read(config)
-        self.rows, self.time_order, self.split = settings.rows, settings.time_order, settings.split
+        settings = get_run_settings(config)
+        self.rows, self.time_order = settings.rows, settings.time_order
+        self.split: str = settings.split
         _check_eval_args(config)
         if config["benchmark_filename"] and type(self) is HistoryDataset:
             raise UserError(

@@ -24,7 +24,7 @@ from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.losses import LossInput, NegativeSampler, compute_loss
 from m2rec.nn.repeat_bias import RepeatBias, add_to_item_scores
-from m2rec.settings import ModelSettings
+from m2rec.settings import ModelSettings, get_model_settings
 from m2rec.text import vector_file
 from m2rec.text.source import find_vector_file, get_dataset_folders
 from m2rec.text.vector_file import TextVectors
@@ -42,13 +42,15 @@ class M2Rec(SequentialRecommender):
     """
 
     input_type = InputType.POINTWISE  # a row is a history and the item after it
+    settings_class = ModelSettings
+    supports_dense_rows = True
     draws_negatives = True  # for each loss that needs some, see `compat`
 
     def __init__(self, config: Config, dataset: SequentialDataset) -> None:
         super().__init__(config, dataset)
         if not isinstance(dataset, HistoryDataset):
             _warn_about_ignored_keys(config)
-        self.settings = ModelSettings.read(config)
+        self.settings = get_model_settings(config)
         self.text_source: dict[str, str | int | float] | None = None
         self.dense = isinstance(dataset, HistoryDataset) and dataset.is_dense
         text = self._load_text(config, dataset)

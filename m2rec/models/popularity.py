@@ -1,5 +1,7 @@
 """The baseline that ranks items by how often training meets them."""
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,10 @@ class Popularity(SequentialRecommender):
         config: a RecBole Config.
         dataset: the training data.
     """
+
+    supports_dense_rows = True
+    # it never improves, and RecBole takes an equal score for an improvement
+    fixed_settings: ClassVar[dict[str, Any]] = {"epochs": 1, "loss_type": "CE"}
 
     def __init__(self, config: Config, dataset: HistoryDataset) -> None:
         super().__init__(config, dataset)

@@ -1,38 +1,46 @@
-"""Models by name: those of this project, and RecBole's sequential ones."""
+"""Models by name: those of this project, one per file in this folder, and RecBole's sequential ones.
+
+A class says with these attributes what RecBole's models lack:
+
+    supports_dense_rows = True        # it trains on all positions of a history
+    settings_class = ModelSettings    # it is made of M2Rec's parts, and these are its keys
+    fixed_settings = {"epochs": 1}    # keys that can't have another value
+    draws_negatives = True            # RecBole need not draw any
+"""
 
 import inspect
-from typing import Any
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 from m2rec.compat import SequentialRecommender, sequential_recommender
 from m2rec.errors import UserError
-from m2rec.models.m2rec import M2Rec
-from m2rec.models.popularity import Popularity
 from m2rec.settings import PROPERTIES_FOLDER
-from m2rec.yaml_values import suggest_spelling
+from m2rec.yaml_values import describe_unknown
 
-# models of this project, which are not bound to one training row per target
-_PROJECT_MODELS = (M2Rec, Popularity)
+Model = type[SequentialRecommender]
 
 
-def find_model_class(name: str) -> type[SequentialRecommender]:
+def find_model_class(name: str) -> Model:
     """One of our models, or the RecBole sequential model of that name.
 
     Raises:
-        ValueError: there is none; the message names the nearest.
+        UserError: there is none; the message names the nearest.
     """
-    ours = {model.__name__: model for model in _PROJECT_MODELS}
-    models: dict[str, type[SequentialRecommender]] = {**ours, **_list_recbole_models()}
+    models = list_models(sequential_recommender)
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        models |= list_models(import_module(f"{__package__}.{module.name}"))
     if name in models:
         return models[name]
     names = {*models, *(path.stem for path in (PROPERTIES_FOLDER / "model").glob("*.yaml"))}
-    raise UserError(
-        f"model: unknown model {name!r}{suggest_spelling(name, names)}; known: {', '.join(sorted(names))}"
-    )
+    raise UserError(f"model: {describe_unknown(name, names, 'model')}; known: {', '.join(sorted(names))}")
 
 
-def _list_recbole_models() -> dict[str, Any]:
-    return {
-        name: member
-        for name, member in inspect.getmembers(sequential_recommender, inspect.isclass)
-        if issubclass(member, SequentialRecommender) and member is not SequentialRecommender
-    }
+def list_models(module: ModuleType) -> dict[str, Model]:
+    """The models of a module, by name."""
+    models = {}
+    for name, member in inspect.getmembers(module, inspect.isclass):
+        if issubclass(member, SequentialRecommender) and member is not SequentialRecommender:
+            models[name] = member
+    return models

@@ -6,7 +6,6 @@ V, D    items including padding, model width
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,7 +91,7 @@ def export_program(model: SavedModel, path: Path, batch_size: int | None = 1) ->
 
 def _copy_portable_encoder(model: SavedModel) -> Encoder:
     """A copy on the CPU without gradients, which calls no kernel of this machine."""
-    settings = replace(model.encoder.settings, scan_backend="torch")
+    settings = model.encoder.settings.model_copy(update={"scan_backend": "torch"})
     encoder = Encoder(settings, len(model.tokens), model.max_length, model.encoder.vectors)
     encoder.load_state_dict(model.encoder.state_dict())  # copies
     return encoder.cpu().eval().requires_grad_(False)

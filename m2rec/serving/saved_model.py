@@ -10,7 +10,7 @@ T0      width of the text vectors in their file
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def read_saved_model(folder: Path, device: torch.device) -> SavedModel:
     state = {k.removeprefix(_ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(_ENCODER_PREFIX)}
     if "id_embedding.weight" not in state:
         raise UserError(f"{folder}: model: {config.get('model')!r} is not made of M2Rec's parts")
-    settings = replace(ModelSettings.read(config), scan_backend="auto")  # that of this machine
+    settings = ModelSettings.read(config).model_copy(update={"scan_backend": "auto"})  # that of this machine
     length = RunSettings.read(config).MAX_ITEM_LIST_LENGTH
     encoder = Encoder(settings, len(tokens), length, state.get("vectors")).to(device)
     try:

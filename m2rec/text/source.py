@@ -12,7 +12,7 @@ import torch
 from m2rec.compat import Config
 from m2rec.data import shipped
 from m2rec.errors import UserError
-from m2rec.settings import ModelSettings
+from m2rec.settings import get_model_settings
 from m2rec.storage import lock_path
 from m2rec.tensor_files import read_metadata
 from m2rec.text import build, vector_file
@@ -32,7 +32,7 @@ def find_vector_file(config: Config) -> Path | None:
     Raises:
         ValueError: a file was named and does not exist, or the item file can't be read.
     """
-    name, dataset = ModelSettings.read(config).text_vectors, config["dataset"]
+    name, dataset = get_model_settings(config).text_vectors, config["dataset"]
     found = vector_file.resolve_vector_file(name, dataset, *get_dataset_folders(config))
     if found is None and name == "auto" and (own := shipped.find_shipped_vectors(dataset)) is not None:
         columns = shipped.InterColumns.from_config(config)
@@ -61,7 +61,7 @@ def ensure_text_vectors(config: Config, tokens: Sequence[str]) -> None:
             there were made by another encoder.
         OSError: the file can't be written.
     """
-    settings = ModelSettings.read(config)
+    settings = get_model_settings(config)
     encoder, wanted = settings.text_encoder, settings.uses_text
     if not wanted or (encoder == "none" and settings.text_vectors == "auto"):
         return

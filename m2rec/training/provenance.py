@@ -15,20 +15,13 @@ import torch
 from m2rec import __version__, distributed
 from m2rec.compat import Config
 from m2rec.data.dataset import HistoryDataset
-from m2rec.models.m2rec import M2Rec
 from m2rec.ops import resolve_backend
-from m2rec.settings import MACHINE_KEYS
+from m2rec.settings import MACHINE_KEYS, Role, collect_keys
 from m2rec.threads import describe_threads
 from m2rec.training.configuration import resolve_settings
 
-# keys that may differ when a run is resumed: its length, and where its text comes from
-_RESUME_OVERRIDES = MACHINE_KEYS | {
-    "epochs",
-    "metric_definitions",
-    "stopping_step",
-    "text_encoder",
-    "text_vectors",
-}
+# keys that may differ when a run is resumed
+_RESUME_OVERRIDES = MACHINE_KEYS | collect_keys(Role.LENGTH, Role.DEFINITION, Role.TEXT_SOURCE)
 
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
 
@@ -87,9 +80,9 @@ def describe_device(config: Config) -> str:
     else:
         why = "as configured" if torch.cuda.is_available() else "no CUDA device"
         where = f"cpu ({why}), {describe_threads()}"
-    if config["model"] != M2Rec.__name__:
+    if config.model_settings is None:
         return f"device {where}"
-    backend = resolve_backend(config["scan_backend"], device)
+    backend = resolve_backend(config.model_settings.scan_backend, device)
     return f"device {where}; scan backend {backend.name} ({backend.reason})"
 
 

@@ -22,9 +22,9 @@ from m2rec.evaluation.breakdown import break_down_metrics
 from m2rec.evaluation.insights import collect_insights
 from m2rec.evaluation.protocols import Protocol
 from m2rec.git import join_commits, read_commit
-from m2rec.models.m2rec import M2Rec
 from m2rec.models.registry import find_model_class
 from m2rec.run_folder import RunFolder
+from m2rec.settings import Role, get_defaults
 from m2rec.text.source import ensure_text_vectors
 from m2rec.training.checkpoint import CannotResume
 from m2rec.training.configuration import build_config
@@ -181,7 +181,7 @@ class PreparedRun:
             "data": self.data_counts,
             "text": getattr(trainer.model, "text_source", None),
             "parameters": self.n_parameters,
-            "recommends": isinstance(trainer.model, M2Rec),  # whether Recommender can load it
+            "recommends": self.config.model_settings is not None,  # whether Recommender can load it
             **describe_machine(config),
             "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
         }
@@ -216,7 +216,7 @@ def load_run_data(folder: Path, **overrides: Any) -> tuple[Config, HistoryDatase
     Raises:
         ValueError: the data can't be loaded here.
     """
-    keys = {"scan_backend": "auto", "use_gpu": False, "log_wandb": False, "tensorboard": False}
+    keys = {**get_defaults(Role.MACHINE), "use_gpu": False}
     keys |= {key: value for key, value in overrides.items() if value is not None}
     config = build_config({"config_files": [str(RunFolder(folder).config_file)], **keys})
     return config, *load_data(config)
@@ -250,7 +250,7 @@ def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
     logger.info("%s", describe_device(config))
     dataset, loaders, data_counts = _load_and_describe_data(config)
     timer.lap("data")
-    if config["model"] == M2Rec.__name__ and folder is None:
+    if config.model_settings and folder is None:
         ensure_text_vectors(config, dataset.item_tokens[1:])
         if config["device"].type == "cuda":
             torch.cuda.reset_peak_memory_stats(config["device"])
