@@ -99,8 +99,9 @@ class RunTrainer(Trainer):
         self._generator = torch.Generator()  # replaced by the training loader's
         self._progress = self._begin_epoch(0)
         self._started_at = self._checkpointed_at = perf_counter()
-        metrics = [f"valid.{metric.lower()}@{k}" for metric in config["metrics"] for k in config["topk"]]
-        self._history_columns = ["epoch", "loss", "seconds", *metrics]
+        self._history_columns = ["epoch", "loss", "seconds"]
+        for metric in config["metrics"]:
+            self._history_columns += [f"valid.{metric.lower()}@{k}" for k in config["topk"]]
         distributed.broadcast_weights(model)
         if distributed.is_main_process():
             if not is_resumed:
@@ -236,18 +237,21 @@ class RunTrainer(Trainer):
         except ValueError as error:
             raise checkpoint.CannotResume(str(error)) from error
         if not distributed.is_main_process():  # the checkpoint has the main process's random state only
-            torch.manual_seed(self.config["seed"] + distributed.process_rank() + 1_000_003 * self.start_epoch)
-        best = distributed.broadcast_value((self.best_epoch, self.best_valid_score))
-        self.best_epoch, self.best_valid_score = best  # all processes must stop early together
+            seed = self.config["seed"] + distributed.process_rank()
+            torch.manual_seed(seed + 1_000_003 * self.start_epoch)
+        best = (self.best_epoch, self.best_valid_score)  # all processes must stop early together
+        self.best_epoch, self.best_valid_score = distributed.broadcast_value(best)
         step = f", step {self._progress.steps}" if self._progress.steps else ""
-        logger.info("resumed after epoch %s%s; best score %s", numbers["epoch"], step, best[1])
+        score = self.best_valid_score
+        logger.info("resumed after epoch %s%s; best score %s", numbers["epoch"], step, score)
 
     def _restore_progress(self, numbers: dict[str, Any]) -> None:
         self.start_epoch = numbers["epoch"] + 1
+        saved = numbers["partial"]
         self._progress = self._begin_epoch(self.start_epoch)
-        self._progress.loss += numbers["partial"]["loss"]
-        self._progress.steps = numbers["partial"]["steps"]
-        self._progress.seconds = numbers["partial"]["seconds"]
+        self._progress.loss += saved["loss"]
+        self._progress.steps = saved["steps"]
+        self._progress.seconds = saved["seconds"]
         self.cur_step = numbers["cur_step"]
         self.best_epoch = numbers["best_epoch"]
         self.best_valid_score = numbers["best_valid_score"]
@@ -330,9 +334,9 @@ class RunTrainer(Trainer):
         if len(shard):
             with torch.autocast(self.device.type) if self.enable_amp else nullcontext():
                 losses = self.model.calculate_loss(shard)
-            # GCSAN's and TransRec's have the shape (1,)
-            loss = torch.stack(losses).sum() if isinstance(losses, tuple) else losses.reshape(())
-            loss = loss if weight == 1 else loss * weight
+            if isinstance(losses, tuple):
+                losses = torch.stack(losses).sum()
+            loss = losses.reshape(()) * weight  # GCSAN's and TransRec's have the shape (1,)
             loss.backward()
         loss = distributed.sum_gradients(self.model.parameters(), loss.detach())
         self._check_nan(loss)
@@ -345,9 +349,10 @@ class RunTrainer(Trainer):
 
     def _shard_batch(self, batch: Interaction, is_dense: bool) -> tuple[Interaction, float]:
         """This process's rows of a batch, and the share of the batch's targets in them."""
-        if distributed.world_size() == 1:
+        n_processes = distributed.world_size()
+        if n_processes == 1:
             return batch, 1.0
-        shard = batch[torch.arange(distributed.process_rank(), len(batch), distributed.world_size())]
+        shard = batch[torch.arange(distributed.process_rank(), len(batch), n_processes)]
         if not is_dense:
             return shard, len(shard) / len(batch)
         lengths = self.config["ITEM_LIST_LENGTH_FIELD"]
