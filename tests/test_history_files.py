@@ -48,19 +48,17 @@ def test_a_row_of_several_lines_is_said(tmp_path: Path, caplog: pytest.LogCaptur
     path.write_text('user,history\na,"i1 i2\nb,i3\nc,i4\nd,i5 6"\ne,i6\n')
     assert dict(read_history_file(path)) == {"a": ["i1", "i2", "b,i3", "c,i4", "d,i5", "6"], "e": ["i6"]}
     assert [record.message for record in caplog.records] == [
-        f"{path}: records of several lines: 1, the longest has 4 lines from line 2 on; "
-        "if that is no text of several lines, a quotation mark was left open there"
+        f"{path}: 1 records span several lines (longest: 4 lines, from line 2); "
+        "an unclosed quotation mark there would explain it"
     ]
     path.write_text('user,history\na,"i1 i2\n' + "b,i3\n" * 2000)
-    with pytest.raises(
-        ValueError, match="quotation mark opens in line 2 and its record has more than 1,000 "
-    ):
+    with pytest.raises(ValueError, match="the record that begins in line 2 has more than 1,000 "):
         list(read_history_file(path))
     path.write_text('user,history\na,i1\n"b,i2\nc,i3\n')
-    with pytest.raises(ValueError, match="lines 3 to 4: the quotation mark of line 3 never closes"):
+    with pytest.raises(ValueError, match="lines 3 to 4: a quotation mark is never closed"):
         list(read_history_file(path))
     path.write_text("user,history,user\na,i1,b\n")
-    with pytest.raises(ValueError, match="column 'user' comes 2 times"):
+    with pytest.raises(ValueError, match="column 'user' occurs 2 times"):
         list(read_history_file(path))
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 
 from m2rec.commands import prepare_data
 from m2rec.data import inter_file
-from m2rec.data.raw.formats import RawInteraction
+from m2rec.data.raw.formats import FORMATS, TABLE_KINDS, RawFormat, RawInteraction
+from m2rec.data.raw.options import PreparationOptions
+from m2rec.data.raw.prepare import prepare_dataset
 from m2rec.text.item_text import read_item_texts
 from tests.conftest import as_arguments, random_rows, small
 
@@ -84,11 +87,10 @@ def test_writes_both_files_and_the_statistics(tmp_path: Path, prepare: Prepare, 
         ["B1", 'A "big" & long name', "", "", "x" * 2000, ""],
         ["B2", "Two", "S", "", "", ""],
     ]
-    names, values = out.splitlines()
-    assert names.split("  ") == [
-        "data set", "users", "items", "interactions", "average length", "sparsity", "items with text",
+    assert out.splitlines() == [
+        "data set: x", "users: 2", "items: 3", "interactions: 3", "average length: 1.50",
+        "sparsity: 50.00%", "items with text: 2",
     ]  # fmt: skip
-    assert values.split() == ["x", "2", "3", "3", "1.50", "50.00%", "2"]
     assert left(tmp_path) == ["x", "x/x.inter", "x/x.item"]
 
 
@@ -150,14 +152,14 @@ def test_quotation_marks_swallow_no_rows(tmp_path: Path, prepare: Prepare, caplo
     for separator in "\t|":
         header = separator.join(("user", "item", "time", "track"))
         assert prepare(*CSV, events(tmp_path, *lines(separator), header=header))[0] == 0
-        assert read(tmp_path)[1:] == expected and "several lines" not in caplog.text
+        assert read(tmp_path)[1:] == expected and "span several" not in caplog.text
     assert prepare(*CSV, events(tmp_path, *lines(","), header="user,item,time,track"))[0] == 0
     joined = 12 * 10 + 2
     assert read(tmp_path)[1:] == [row for n, row in enumerate(expected) if not 32 < n <= 32 + joined]
-    assert "clicks.csv: records of several lines: 1, the longest has 123 lines from line 34 on" in caplog.text
+    assert "clicks.csv: 1 records span several lines (longest: 123 lines, from line 34)" in caplog.text
     many = [*lines(",")[:60], *[f"v{n},i,1,x" for n in range(1500)]]
     status, _, err = prepare(*CSV, events(tmp_path, *many, header="user,item,time,track"), "--max-bad=1")
-    assert status == 2 and "clicks.csv: a quotation mark opens in line 34 and its record has more than" in err
+    assert status == 2 and "clicks.csv: the record that begins in line 34 has more than" in err
 
 
 def test_times_of_one_unit(tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture):
@@ -169,7 +171,7 @@ def test_times_of_one_unit(tmp_path: Path, prepare: Prepare, caplog: pytest.LogC
         status == 2
         and "line 2 has the time '0', which reads as seconds, and line 5 has the time '12000" in err
     )
-    assert "--time-unit (s, ms, us, ns)" in err and err.count("\n") == 1 and left(tmp_path) == []
+    assert "--time-unit=s|ms|us|ns" in err and err.count("\n") == 1 and left(tmp_path) == []
     for unit, places in (("s", 0), ("ms", 3), ("us", 6), ("ns", 9)):
         assert prepare(*CSV, path, f"--time-unit={unit}")[0] == 0
         assert [Decimal(row[2]) for row in read(tmp_path)[1:]] == [
@@ -199,7 +201,7 @@ def table_file(tmp_path: Path, kind: str, lines: list[dict[str, object]]) -> lis
     return [kind, f"--interactions={path}", *CSV[1:]]
 
 
-@pytest.mark.parametrize("kind", prepare_data.TABLE_KINDS)
+@pytest.mark.parametrize("kind", TABLE_KINDS)
 def test_zeros_of_a_label_are_said(
     tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture, kind: str
 ):
@@ -271,7 +273,7 @@ def test_repeats_are_kept_unless_they_are_not_wanted(
     assert len(read(tmp_path)) == 6
     prepare(*CSV, path, "--drop-repeats")
     assert [row[1:] for row in read(tmp_path)[1:]] == [["a", "1"], ["b", "2"], ["a", "3"], ["a", "1"]]
-    assert "clicks.csv: exact repeats left out: 1" in caplog.text
+    assert "clicks.csv: exact duplicates removed: 1" in caplog.text
 
 
 def test_malformed_lines_are_shown_and_limited(
@@ -308,26 +310,35 @@ def test_mistakes(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
     cases: list[tuple[Sequence[str], str]] = [
         (["csv", clicks, "--user=user", "--time=time"], "--item: csv needs it; name a column of the file"),
         ([*CSV[:3], clicks, "--time=when"], "column 'when' is missing, the file has user, item, time"),
-        ([*CSV, clicks, f"--items={other}"], "--item-id: csv needs it"),
-        ([*CSV, clicks, "--text", "x"], "--text: there is no --items to read it from"),
-        ([*CSV, clicks, *items, "text", "text"], "--text: text text: each column once"),
-        ([*CSV, clicks, *items, "item_id"], "none of the name item_id"),
+        ([*CSV, clicks, f"--items={other}"], "--item-id: csv needs it; name a column of the file of items"),
+        ([*CSV, clicks, "--text", "x"], "--text: there is no file of items; set --items=FILE"),
+        (
+            [*CSV, clicks, *items, "text", "text"],
+            "--text: expected distinct columns other than item_id, got",
+        ),
+        ([*CSV, clicks, *items, "item_id"], "other than item_id, got item_id"),
         ([*CSV, clicks, *items, "text"], "none of its items occurs in"),
         ([*CSV, clicks, *items, "plot"], "column 'plot' is missing, the file has id, text"),
-        ([*CSV, clicks, "--min-rating=3"], "no rating in csv; name its column with --rating"),
-        ([*CSV, clicks, "--rating=time", "--min-rating=3"], "no interactions in it with --min-rating=3"),
+        (
+            [*CSV, clicks, "--min-rating=3"],
+            "csv has no rating; name its column with --rating=COLUMN",
+        ),
+        (
+            [*CSV, clicks, "--rating=time", "--min-rating=3"],
+            "are left; loosen --keep=CONDITION or --min",
+        ),
         ([*CSV, clicks, "--max-bad=2"], "--max-bad: expected a share from 0 to 1, got 2"),
         ([*CSV, clicks, "--text-limit=0"], "--text-limit: expected a whole number from 1, got 0"),
         ([*CSV, clicks, "--rating=time", "--min-rating=nan"], "--min-rating: expected a number"),
         ([*CSV, f"--interactions={empty}"], "empty.csv: the file is empty"),
-        ([*CSV, f"--interactions={header}"], "header.csv: no interactions in it; is it the right file?"),
-        ([*CSV, f"--interactions={tmp_path}"], f"--interactions: there is no file {tmp_path}"),
-        ([*CSV, twice], "twice.csv: column 'item' comes 2 times; rename all but one"),
-        (["yelp", clicks, "--user=x"], "--user: yelp has columns of its own; leave it out"),
+        ([*CSV, f"--interactions={header}"], "header.csv: no interactions are left; is it the right file?"),
+        ([*CSV, f"--interactions={tmp_path}"], f"--interactions: no file {tmp_path}"),
+        ([*CSV, twice], "twice.csv: column 'item' occurs 2 times; rename all but one"),
+        (["yelp", clicks, "--user=x"], "--user: the columns of yelp are fixed; leave it out"),
         (["yelp", f"--interactions={empty}"], "empty.csv: the file is empty"),
         (["yelp", clicks], "2 of 2 lines are malformed"),
-        (["steam", clicks, "--min-rating=3"], "no rating in steam; leave it out"),
-        (["amazon-2023", reviews[0], "--items=none.json"], "--items: there is no file none.json"),
+        (["steam", clicks, "--min-rating=3"], "--min-rating: steam has no rating; leave it out"),
+        (["amazon-2023", reviews[0], "--items=none.json"], "--items: no file none.json"),
         (["movielens", f"--interactions={tmp_path}"], "no u.data, ratings.dat, ratings.csv in it"),
         (
             ["movielens", f"--interactions={tmp_path}", f"--items={other}"],
@@ -341,7 +352,7 @@ def test_mistakes(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
         assert not (tmp_path / "data" / "x").exists(), arguments
     for name in ("a/b", "..", ""):
         status, _, err = prepare(*CSV, clicks, dataset=name)
-        assert status == 2 and "is no name of a folder" in err
+        assert status == 2 and "is not a valid folder name" in err
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
@@ -364,7 +375,7 @@ def test_a_stop_leaves_nothing(tmp_path: Path, prepare: Prepare, monkeypatch: py
         assert any(name.endswith(".tmp") for name in left(tmp_path))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_data.RawFormat, "interactions", stopped)
+    monkeypatch.setattr(RawFormat, "interactions", stopped)
     status, _, err = prepare(*CSV, events(tmp_path, "u,a,1"))
     assert status == 130 and "stopped; nothing was written" in err and left(tmp_path) == []
 
@@ -374,7 +385,7 @@ def test_the_raw_file_is_not_replaced(tmp_path: Path, prepare: Prepare):
     path.parent.mkdir(parents=True)
     path.write_text("user\titem\ttime\nu\ta\t1\n")
     status, _, err = prepare(*CSV, f"--interactions={path}")
-    assert status == 2 and "the result would replace it; give another --dataset" in err
+    assert status == 2 and "the result would replace it; choose another --dataset=NAME" in err
     assert path.read_text().startswith("user\t")
 
 
@@ -383,7 +394,7 @@ def test_the_help_names_every_format(capsys: pytest.CaptureFixture[str]):
         prepare_data.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for name in (*prepare_data.FORMATS, *prepare_data.TABLE_KINDS, "movielens"):
+    for name in (*FORMATS, *TABLE_KINDS, "movielens"):
         assert f"\n  {name} " in text
 
 
@@ -396,7 +407,7 @@ def test_files_without_a_header(tmp_path: Path, prepare: Prepare, caplog: pytest
     assert prepare(*arguments)[0] == 0
     expected = [[f"A{n}", f"0{n % 3}", f"{n % 5}", f"{1369699200 + n}"] for n in range(200)]
     assert read(tmp_path)[1:] == expected
-    assert "1 of 201 lines are malformed and left out: line 1: 'stars' is no number" in caplog.text
+    assert "1 of 201 lines are malformed and left out: line 1: 'stars' is not a number" in caplog.text
     path.write_text("\n".join(lines))
     assert prepare(*arguments)[0] == 0 and read(tmp_path)[1:] == expected
     assert prepare(*arguments[:2], "--columns=who, ,-,time", "--user=who", "--item=time")[0] == 0
@@ -411,23 +422,23 @@ def test_the_order_of_the_file_is_the_time(
     pairs = ["csv", f"--interactions={path}", "--columns=user,item", "--separator= ", "--max-bad=0.5"]
     assert prepare(*pairs)[0] == 0
     assert read(tmp_path)[1:] == [["1", "6393", "1"], ["1", "13504", "2"], ["2", "6393", "3"]]
-    said = "sasrec.txt: no time column: the order of the file is the time, 1, 2, 3, ..."
+    said = "sasrec.txt: no time column: file order is used as time, 1, 2, 3, ..."
     assert caplog.text.count(said) == 1
     assert "not used" not in caplog.text
     path.write_text("1 6393 13504\n3\n2\t6393\n")
     assert prepare("sequences", f"--interactions={path}")[0] == 0
     assert read(tmp_path)[1:] == [["1", "6393", "1"], ["1", "13504", "2"], ["2", "6393", "3"]]
-    assert caplog.text.count(said) == 2 and "empty lists, of which nothing comes: 1" in caplog.text
+    assert caplog.text.count(said) == 2 and "empty lists, skipped: 1" in caplog.text
 
 
-@pytest.mark.parametrize("kind", prepare_data.TABLE_KINDS)
+@pytest.mark.parametrize("kind", TABLE_KINDS)
 def test_a_time_that_is_not_used_is_said(
     tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture, kind: str
 ):
     rows: list[dict[str, object]] = [{"user": "u", "item": f"i{n}", "Timestamp": 9 - n} for n in range(3)]
     assert prepare(*table_file(tmp_path, kind, rows)[:-1])[0] == 0
     assert [row[1:] for row in read(tmp_path)[1:]] == [["i0", "1"], ["i1", "2"], ["i2", "3"]]
-    assert "the order of the file is the time, 1, 2, 3, ...; column 'Timestamp' is not used" in caplog.text
+    assert "file order is used as time, 1, 2, 3, ...; column 'Timestamp' is not used" in caplog.text
 
 
 def test_lists_of_events(tmp_path: Path, prepare: Prepare):
@@ -446,7 +457,7 @@ def test_lists_of_events(tmp_path: Path, prepare: Prepare):
     assert prepare(*arguments, "--time=events[].ts", *keep)[0] == 0
     assert read(tmp_path)[1:] == expected[2:]
     status, _, err = prepare("jsonl", f"--interactions={path}", "--user=session", "--item=aid")
-    assert status == 2 and "no 'aid', only 'session, events'; did you mean 'events[].aid'?" in err
+    assert status == 2 and "the row has 'session, events'; did you mean 'events[].aid'?" in err
 
 
 def test_dates_of_any_form(tmp_path: Path, prepare: Prepare):
@@ -463,7 +474,7 @@ def test_dates_of_any_form(tmp_path: Path, prepare: Prepare):
     assert [row[2] for row in read(tmp_path)[1:]] == ["1573463158", "1577750400"]
 
 
-@pytest.mark.parametrize("kind", prepare_data.TABLE_KINDS)
+@pytest.mark.parametrize("kind", TABLE_KINDS)
 def test_what_is_not_kept_is_said(
     tmp_path: Path, prepare: Prepare, caplog: pytest.LogCaptureFixture, kind: str
 ):
@@ -491,13 +502,13 @@ def test_what_is_not_kept_is_said(
         for condition, test in zip(conditions, holds, strict=True):
             kept = [row for row in left_over if test(row)]
             dropped = len(left_over) - len(kept)
-            assert f"left out by --keep '{condition}': {dropped} rows" in caplog.text
+            assert f"removed by --keep='{condition}': {dropped} rows" in caplog.text
             left_over = kept
         assert [row[1] for row in read(tmp_path)[1:]] == [row["item"] for row in left_over]
     status, _, err = prepare(*arguments, "--keep", "evnt=view")
     assert status == 2 and "did you mean 'event'?" in err and err.count("\n") == 1
     status, _, err = prepare(*arguments, "--keep", "event=nothing", "--keep=stars>1")
-    assert status == 2 and "no interactions in it with --keep 'event=nothing' --keep 'stars>1'; is it" in err
+    assert status == 2 and "are left; loosen --keep=CONDITION or --min-rating=NUMBER" in err
 
 
 def test_conditions_on_published_formats(tmp_path: Path, prepare: Prepare, reviews: tuple[str, str]):
@@ -526,28 +537,28 @@ def test_mistakes_with_layouts_and_conditions(tmp_path: Path, prepare: Prepare):
     bare = ["csv", clicks]
     (tmp_path / "book.xlsx").write_bytes(b"\xd0\xcf\x11\xe0 and so on")
     cases: list[tuple[Sequence[str], str]] = [
-        ([*CSV[:3], "--time=tmie", clicks], "name one of them, or all with --columns if line 1"),
+        ([*CSV[:3], "--time=tmie", clicks], "name one of them, or all with --columns=NAME,... if line 1"),
         ([*CSV[:3], "--time=tmie", clicks], "; did you mean 'time'?"),
         ([*bare, "--columns=user,item"], "2 columns are named, line 1 has 3 with ','"),
-        ([*bare, "--columns=user,item,user"], "--columns: 'user,item,user': expected names"),
-        ([*bare, "--columns=-,"], "--columns: '-,': expected names"),
+        ([*bare, "--columns=user,item,user"], "--columns: expected distinct names, got 'user,item,user'"),
+        ([*bare, "--columns=-,"], "--columns: expected distinct names, got '-,'"),
         ([*bare, "--columns=a,b,c", "--item=b"], "--user: csv needs it"),
-        ([*CSV, clicks, "--separator=abc"], "--separator: expected one or two characters, or \\t, got 'abc'"),
+        ([*CSV, clicks, "--separator=abc"], "--separator: expected one or two characters, got 'abc'"),
         ([*CSV, clicks, '--separator="'], "--separator: expected one or two"),
         ([*CSV, clicks, "--separator=\\t"], "column 'user' is missing, the file has user,item,time; name"),
-        ([*CSV, clicks, "--item-columns=a"], "--item-columns: there is no --items; leave it out"),
+        ([*CSV, clicks, "--item-columns=a"], "--item-columns: there is no file of items; leave it out"),
         (["jsonl", *CSV[1:], clicks, "--columns=a"], "--columns: jsonl names its columns itself"),
         (["parquet", *CSV[1:], clicks, "--separator=;"], "--separator: parquet names its columns itself"),
-        (["yelp", clicks, "--separator=;"], "--separator: yelp has columns of its own"),
+        (["yelp", clicks, "--separator=;"], "--separator: the columns of yelp are fixed"),
         (["sequences", clicks, clicks.replace("interactions", "items")], "--items: sequences has no file of"),
-        (["sequences", clicks, "--time-unit=s"], "--time-unit: it needs a time, there is none"),
-        ([*CSV[:3], clicks, "--drop-repeats"], "--drop-repeats: it needs a time, there is none"),
-        ([*CSV[:3], clicks, "--time-format=%Y"], "--time-format: it needs a time"),
+        (["sequences", clicks, "--time-unit=s"], "--time-unit: needs a time column, and there is none"),
+        ([*CSV[:3], clicks, "--drop-repeats"], "--drop-repeats: needs a time column, and there is none"),
+        ([*CSV[:3], clicks, "--time-format=%Y"], "--time-format: needs a time column"),
         ([*CSV, clicks, "--time-format=%Y", "--time-unit=s"], "--time-unit: the times are dates of one"),
-        (["mind", clicks, "--time-unit=s"], "--time-unit: the times are dates of one form"),
+        (["mind", clicks, "--time-unit=s"], "--time-unit: the times are dates of one format"),
         ([*CSV, clicks, "--time-format=%d"], "--time-format: '%d' has no year"),
-        ([*CSV, clicks, "--keep=user"], "--keep: 'user' is no condition; write COLUMN=VALUE"),
-        ([*CSV, clicks, "--keep=user>b"], "--keep: 'user>b': > compares numbers, and 'b' is none"),
+        ([*CSV, clicks, "--keep=user"], "--keep: 'user' is not a valid condition; write COLUMN=VALUE"),
+        ([*CSV, clicks, "--keep=user>b"], "--keep: 'user>b': > needs a number, got 'b'"),
         ([*CSV, clicks, "--keep=user>1"], "1 of 2 lines are malformed"),
         ([*CSV, f"--interactions={tmp_path / 'book.xlsx'}"], "is a spreadsheet; save it as CSV first"),
     ]  # fmt: skip
@@ -555,3 +566,34 @@ def test_mistakes_with_layouts_and_conditions(tmp_path: Path, prepare: Prepare):
         status, _, err = prepare(*arguments)
         assert status == 2 and message in err, (arguments, err)
         assert err.count("\n") == 1 and not (tmp_path / "data" / "x").exists(), arguments
+
+
+def test_from_python(tmp_path: Path):
+    """Messages speak of arguments there, and remarks go where they are wanted."""
+    clicks = tmp_path / "clicks.csv"
+    clicks.write_text("user,item,time,label\nu,a,1,1\nu,b,2,0\n")
+    options = PreparationOptions(
+        "csv", clicks, "x", data_path=tmp_path / "data", user="user", item="item", time="time"
+    )
+    remarks: list[str] = []
+    statistics = prepare_dataset(options, remarks.append)
+    assert (statistics.interactions, len(statistics.users), statistics.texts) == (2, 1, None)
+    assert any(remark.endswith("to drop them set rating=label min_rating=1") for remark in remarks)
+    with pytest.raises(ValueError, match=r"^min_rating: csv has no rating; name its column with rating="):
+        prepare_dataset(replace(options, min_rating=1.0))
+    with pytest.raises(ValueError, match=r"^format: expected one of .*; did you mean 'jsonl'"):
+        prepare_dataset(replace(options, format="json"))
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("item_id: csv needs it", "--item-id: csv needs it"),
+        ("x.csv: more than max_bad=0.01", "x.csv: more than --max-bad=0.01"),
+        ("removed by keep='rating=2': 1 rows", "removed by --keep='rating=2': 1 rows"),
+        ("/data/items: it is empty", "/data/items: it is empty"),
+        ("user 'time' has 2 of 3 interactions", "user 'time' has 2 of 3 interactions"),
+    ],
+)
+def test_arguments_become_flags(message: str, expected: str):
+    assert prepare_data.replace_names_with_flags(message) == expected

@@ -11,7 +11,7 @@ import pytest
 
 from m2rec.data.raw import formats
 from m2rec.data.raw.formats import FORMATS, RawInteraction, RawItem
-from m2rec.data.raw.readers import Tally
+from m2rec.data.raw.tally import Tally
 
 
 def written(tmp_path: Path, content: str, name: str, encoding: str = "utf-8") -> Path:
@@ -273,16 +273,16 @@ def test_what_makes_an_interaction_malformed(tmp_path: Path):
         ({"reviewerID": None}, "line 1: 'reviewerID' is empty"),
         ({"asin": " "}, "'asin' is empty"),
         ({"unixReviewTime": float("nan")}, "'unixReviewTime' is empty"),
-        ({"unixReviewTime": "soon"}, "time 'soon' is neither a unix number nor a date"),
+        ({"unixReviewTime": "soon"}, "time 'soon' is neither a Unix time nor a recognized date"),
         ({"unixReviewTime": float("inf")}, "time inf is neither"),
         ({"unixReviewTime": True}, "time True is neither"),
-        ({"overall": "good"}, "'good' is no number"),
+        ({"overall": "good"}, "'good' is not a number"),
         ({"asin": "a\tb"}, r"id 'a\tb' has a tab, a newline or another control character"),
         ({"asin": "a\n"}, "has a tab, a newline"),
         ({"asin": "a\0"}, "has a tab, a newline"),
         ({"asin": "a\ud83d"}, "has half a character"),
-        ({"asin": ["a"]}, "['a'] is no id"),
-        ({"asin": True}, "True is no id"),
+        ({"asin": ["a"]}, "['a'] is not a valid id"),
+        ({"asin": True}, "True is not a valid id"),
     ]
     for change, message in changes:
         path = written(tmp_path, json.dumps({**good, **change}) + "\n" + json.dumps(good), "r.json")
@@ -291,7 +291,7 @@ def test_what_makes_an_interaction_malformed(tmp_path: Path):
         assert len(tally.examples) == 1 and message in tally.examples[0], tally.examples
     tally = Tally(written(tmp_path, '{"user": 1, "item": 2}\n', "r.json"), max_bad=1)
     assert list(FORMATS["amazon-2018"].interactions(tally)) == []
-    assert tally.examples == ["line 1: no 'reviewerID', only 'user, item'"]
+    assert tally.examples == ["line 1: 'reviewerID' is missing, the row has 'user, item'"]
 
 
 def test_a_malformed_line_does_not_settle_the_unit(tmp_path: Path):
@@ -332,7 +332,9 @@ def test_blanks_around_ids(tmp_path: Path, kind: str):
 
 def test_the_wrong_format_is_an_error(tmp_path: Path):
     path = written(tmp_path, PUBLISHED["amazon-2023"][0], "r.json")
-    with pytest.raises(ValueError, match=r"1 of 1 lines are malformed.*no 'reviewerID', only 'rating, "):
+    with pytest.raises(
+        ValueError, match=r"1 of 1 lines are malformed.*'reviewerID' is missing, the row has 'rat"
+    ):
         list(FORMATS["amazon-2018"].interactions(Tally(path, max_bad=0.01)))
 
 
@@ -360,7 +362,7 @@ def test_tables(tmp_path: Path, kind: str):
     assert formats.build_table_format(kind, "who", "what", "when").rating == ()
     ordered, tally = formats.build_table_format(kind, "who", "what"), Tally(path)
     assert list(ordered.interactions(tally)) == [event("u1", "a", "1"), event("2", "b", "2")]
-    assert tally.notes == ["no time column: the order of the file is the time, 1, 2, 3, ..."]
+    assert tally.notes == ["no time column: file order is used as time, 1, 2, 3, ..."]
 
 
 def test_parquet_with_types(tmp_path: Path):

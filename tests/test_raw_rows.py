@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from m2rec.data.raw import formats
 from m2rec.data.raw.filters import RowCondition, explode_lists, filter_rows
-from m2rec.data.raw.readers import RawRow, Tally
+from m2rec.data.raw.tally import RawRow, Tally
 
 
 def rows_of(rows: list[RawRow], tally: Tally) -> Iterator[tuple[int, RawRow]]:
@@ -42,7 +42,7 @@ def test_paths():
     assert apart([row], "user.id", "x.y", "user.none", "none.id")[0] == [(7, 9, None, None)]
     lines, tally = apart([row], "user.id", "orders[].at", "orders[].lines[].sku")
     assert lines == [(7, 1, "a"), (7, 1, "b"), (7, 3, "c")]
-    assert tally.rows == 3 + 1 and tally.notes == ["empty lists, of which nothing comes: 1"]
+    assert tally.rows == 3 + 1 and tally.notes == ["empty lists, skipped: 1"]
     assert apart([row], "items[]", "times[]")[0] == [("p", 4), (None, 5)]
     found, tally = apart([row], "items[]", "orders[].at")
     assert found == []
@@ -51,9 +51,9 @@ def test_paths():
 
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [(None, "'items' is empty"), ("", "'items' is empty"), ("1 2", "'items' is no list: '1 2'"),
-     (7, "'items' is no list: 7"), ("[1", "neither JSON nor a Python dict"),
-     ({"a": 1}, "'items' is no list")],
+    [(None, "'items' is empty"), ("", "'items' is empty"), ("1 2", "'items' is not a list: '1 2'"),
+     (7, "'items' is not a list: 7"), ("[1", "neither JSON nor a Python dict"),
+     ({"a": 1}, "'items' is not a list")],
 )  # fmt: skip
 def test_what_is_no_list(value: object, reason: str):
     found, tally = apart([{"items": value}, {"items": [3]}], "items[]")
@@ -80,7 +80,7 @@ def test_every_element_is_an_interaction_or_is_said(
     empty = sum(value == [] for value in lists)
     assert tally.rows == sum(len(value or "x") for value in lists)
     assert tally.rows == len(found) + tally.malformed_count + empty
-    said = [f"empty lists, of which nothing comes: {empty}"] if empty else []
+    said = [f"empty lists, skipped: {empty}"] if empty else []
     assert tally.notes[: len(said)] == said
 
 
@@ -91,7 +91,7 @@ def test_malformed_elements_are_a_share_of_all(tmp_path: Path):
         len(list(formats.build_table_format("jsonl", "u", "items[]").interactions(Tally(path, max_bad=0.02))))
         == 98
     )
-    with pytest.raises(ValueError, match=r"2 of 100 rows are malformed, more than --max-bad=0\.01; "):
+    with pytest.raises(ValueError, match=r"2 of 100 rows are malformed, more than max_bad=0\.01; "):
         list(formats.build_table_format("jsonl", "u", "items[]").interactions(Tally(path, max_bad=0.01)))
 
 
@@ -115,6 +115,16 @@ def test_lists_in_tables(tmp_path: Path, kind: str):
         ("u", "a", 5), ("u", "b", 6), ("v", "c", 7),
     ]  # fmt: skip
     assert any("column 'label' is 0 in 2 lines" in note for note in tally.notes)
+
+
+def test_values_in_objects_of_parquet(tmp_path: Path):
+    """A struct column is read for a path into it; a column with a dot in its name stays one."""
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "x.parquet"
+    row = {"user": {"id": "u", "age": 7}, "item.id": "i", "events": [{"at": 5}]}
+    __import__("pyarrow.parquet").parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    table = formats.build_table_format("parquet", "user.id", "item.id", "events[].at")
+    assert [tuple(map(str, found[:3])) for found in table.interactions(Tally(path))] == [("u", "i", "5")]
 
 
 @pytest.mark.parametrize(
@@ -145,11 +155,11 @@ def test_what_can_not_be_compared_is_malformed():
     rows: list[RawRow] = [{"a": "good"}, {"a": [1]}, {"a": 5}, {"a": None}]
     found = list(filter_rows(rows_of(rows, tally), [RowCondition.parse("a>=4")], tally))
     assert found == [(3, {"a": 5})] and tally.malformed_count == 2
-    assert tally.examples == ["line 1: --keep: 'good' is no number", "line 2: --keep: [1] can't be compared"]
-    assert tally.notes == ["left out by --keep 'a>=4': 1 rows"]
+    assert tally.examples == ["line 1: keep: 'good' is not a number", "line 2: keep: [1] can't be compared"]
+    assert tally.notes == ["removed by keep='a>=4': 1 rows"]
 
 
 @pytest.mark.parametrize("text", ["", "a", "=b", "a in", "in b", "a>b", "a>=", "a<1,2"])
 def test_no_conditions(text: str):
-    with pytest.raises(ValueError, match=r"^--keep: '.*'( is no condition|: [<>]=? compares numbers, and)"):
+    with pytest.raises(ValueError, match=r"^keep: '.*'( is not a valid condition|: [<>]=? needs a number)"):
         RowCondition.parse(text)

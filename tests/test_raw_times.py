@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2rec.data.raw.readers import MalformedRowError
+from m2rec.data.raw.tally import MalformedRowError
 from m2rec.data.raw.times import TIME_UNIT_NAMES, TIME_UNITS, TimestampReader, check_time_format, parse_date
 from m2rec.data.raw.values import format_decimal
 
@@ -83,9 +83,7 @@ def test_every_month_and_both_halves_of_the_day():
     ],
 )  # fmt: skip
 def test_no_times(value: object):
-    with pytest.raises(
-        MalformedRowError, match="neither a unix number nor a date; other dates: --time-format"
-    ):
+    with pytest.raises(MalformedRowError, match="neither a Unix time nor a recognized date; give its format"):
         TimestampReader(Path("x")).read(value, 1)
 
 
@@ -101,14 +99,14 @@ def test_the_day_or_the_month_first_is_never_guessed(moment: datetime, date_form
         moment = moment.replace(hour=0, minute=0, second=0)
     text = moment.strftime(date_form + clock)
     with pytest.raises(
-        ValueError, match=r"^x.csv: line 2 .* may begin with the day or the month; say"
+        ValueError, match=r"^x.csv: line 2 .* may begin with the day or the month; set"
     ) as said:
         TimestampReader(Path("x.csv")).read(text, 2)
-    forms = re.findall(r"--time-format='(.*?)'", str(said.value))
+    forms = re.findall(r"time_format='(.*?)'", str(said.value))
     assert date_form + clock in forms and len(forms) == 2
     for form in forms:
         check_time_format(form)
-    times = TimestampReader(Path("x.csv"), form=date_form + clock)
+    times = TimestampReader(Path("x.csv"), time_format=date_form + clock)
     assert times.read(text, 2) == int(moment.replace(tzinfo=UTC).timestamp())
     assert times.remarks() == [f"timestamps read as dates like {date_form}{clock}"]
 
@@ -118,23 +116,24 @@ def test_an_odd_date_among_good_ones_is_malformed():
     times.read("2017-07-30", 1)
     with pytest.raises(MalformedRowError, match="time '12/31/2014' is neither"):
         times.read("12/31/2014", 2)
-    times = TimestampReader(Path("x"), form="%Y%m%d")
+    times = TimestampReader(Path("x"), time_format="%Y%m%d")
     assert [times.read(value, 1) for value in (20170730, "20170730", date(2017, 7, 30))] == [1501372800] * 3
     for value in ("2017-07-30", "1501372800", "20170732"):
-        with pytest.raises(MalformedRowError, match=f"time '{value}' is not like --time-format='%Y%m%d'"):
+        with pytest.raises(MalformedRowError, match=f"time '{value}' is not like time_format='%Y%m%d'"):
             times.read(value, 1)
     assert (
-        TimestampReader(Path("x"), form="%d.%m.%Y %H:%M %z").read("30.07.2017 07:44 -0700", 1) == 1501425840
+        TimestampReader(Path("x"), time_format="%d.%m.%Y %H:%M %z").read("30.07.2017 07:44 -0700", 1)
+        == 1501425840
     )
 
 
 @pytest.mark.parametrize(
     ("form", "said"),
     [("%Q", "'Q' is a bad directive"), ("%Y %", "stray %"), ("%H:%M", "has no year"), ("%%Y", "has no year"),
-     ("%Y-%m-%d %Z", "names of zones are not read; write UTC as it stands")],
+     ("%Y-%m-%d %Z", "zone names are not supported; write UTC itself")],
 )  # fmt: skip
 def test_forms_that_are_none(form: str, said: str):
-    with pytest.raises(ValueError, match=f"--time-format: .*{re.escape(said)}"):
+    with pytest.raises(ValueError, match=f"time_format: .*{re.escape(said)}"):
         check_time_format(form)
 
 
@@ -145,7 +144,7 @@ def test_a_file_has_one_unit():
         times = TimestampReader(Path("x.csv"))
         for line, value in enumerate(values, 2):
             times.read(value, line)
-    cure = r"say which unit all numbers have with --time-unit \(s, ms, us, ns\), or repair the line"
+    cure = r"set the unit of all numbers with time_unit=s\|ms\|us\|ns, or repair the line"
     for first, second, said in (
         (0, ms, "line 2 has the time '0', which reads as seconds, and line 7 has the time '1588687728923'"),
         (ms, 0, "line 2 has .*'1588687728923', which reads as milliseconds, and line 7 has the time '0'"),
@@ -172,7 +171,7 @@ def test_a_given_unit_holds_for_any_size():
 
 def test_how_times_were_read_is_said():
     for value, said in (
-        (1391040000, ["timestamps read as seconds (numbers below 10^11 stay as they are)"]),
+        (1391040000, ["timestamps read as seconds (numbers below 10^11 are unchanged)"]),
         (1588687728923, ["timestamps read as milliseconds"]),
         ("2020-01-01", ["timestamps read as dates"]),
         (None, []),
@@ -197,7 +196,7 @@ def test_reading_times_keeps_their_order(values: list[Decimal | int], unit: str 
         for line, value in enumerate(values, 1):
             written.append(Decimal(format_decimal(times.read(str(value), line))))
     except ValueError as error:
-        assert unit is None and not one_size and "--time-unit" in str(error)
+        assert unit is None and not one_size and "time_unit" in str(error)
         return
     assert unit is not None or one_size
     order = sorted(range(len(values)), key=values.__getitem__)

@@ -359,13 +359,15 @@ class HistoryDataset(SequentialDataset):
             part.part = name
             parts.append(part)
             start = stop
-        empty = f"split: {self.split!r} leaves no {{}} target in {self.dataset_name!r}"
         if not len(parts[0]):
-            raise UserError(f"{empty.format('training')}; raise valid_from, or set split: leave_one_out")
+            raise UserError(
+                f"split: {self.split!r} leaves no training target in {self.dataset_name!r}; "
+                f"raise valid_from, or set split: leave_one_out"
+            )
         if not len(parts[2]):
             raise UserError(
-                f"{empty.format('test')}: no user has a history and an item after test_from; "
-                f"lower it, or set split: leave_one_out"
+                f"split: {self.split!r} leaves no test target in {self.dataset_name!r}: no user has a "
+                f"history and an item after test_from; lower it, or set split: leave_one_out"
             )
         return parts
 

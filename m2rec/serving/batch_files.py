@@ -10,7 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from m2rec.data.raw.readers import MAX_LINE_BYTES, Tally, read_csv_records, read_parquet_rows
+from m2rec.data.raw.delimited import read_csv_records
+from m2rec.data.raw.lines import MAX_LINE_BYTES
+from m2rec.data.raw.parquet import read_parquet_rows
+from m2rec.data.raw.tally import Tally
 from m2rec.errors import UserError
 from m2rec.serving.ranker import Ranking
 from m2rec.storage import write_atomically

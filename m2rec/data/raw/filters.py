@@ -1,4 +1,4 @@
-"""What is done to raw rows before they are read: lists are taken apart, some rows are left out.
+"""Transform raw rows before they are read: take lists apart, keep the rows that fulfil conditions.
 
 A path such as `events[].aid` names the value `aid` in each element of the list `events`; `items[]`
 names the elements themselves, and `user.id` the value `id` in the object `user`.
@@ -12,7 +12,8 @@ from decimal import Decimal
 from reprlib import repr as short
 from typing import Any
 
-from m2rec.data.raw.readers import MalformedRowError, NumberedRows, RawRow, Tally, parse_json_or_literal
+from m2rec.data.raw.json_rows import parse_json_or_literal
+from m2rec.data.raw.tally import MalformedRowError, NumberedRows, RawRow, Tally
 from m2rec.data.raw.values import is_missing, parse_number
 from m2rec.errors import UserError
 from m2rec.yaml_values import suggest_spelling
@@ -28,70 +29,83 @@ def is_value_path(name: str) -> bool:
 def suggest_value_path(row: RawRow, name: str) -> str | None:
     """A path to a value of this name in one of the row's objects or lists of objects."""
     for column, value in row.items():
-        listed = isinstance(value, list) and bool(value)
-        inner = value[0] if listed else value
-        if isinstance(inner, dict) and name in inner:
-            return f"{column}{LIST_MARK if listed else ''}.{name}"
+        if isinstance(value, dict) and name in value:
+            return f"{column}.{name}"
+        if isinstance(value, list) and value and isinstance(value[0], dict) and name in value[0]:
+            return f"{column}{LIST_MARK}.{name}"
     return None
 
 
 def get_path_column(path: str) -> str:
-    """The column of a table that holds what a path names."""
+    """The part of a path before its first list."""
     return path.split(LIST_MARK)[0]
 
 
 def explode_lists(rows: NumberedRows, paths: Iterable[str], tally: Tally) -> NumberedRows:
-    """One row per element of the lists in the paths; all else in a row is repeated.
+    """One row per element of the lists in the paths; all other values of a row are repeated.
 
-    Several lists of a row go together, first with first, and must be of one length. A path is a name in
-    the new rows. Text that is a list of JSON's or Python's is one, as in a cell of CSV.
+    Several lists of a row are taken apart together and must have one length. A path is a name in
+    the new rows. Text that is a JSON or Python list counts as one, as in a cell of CSV.
 
     Args:
         rows: the rows of the file.
-        paths: what will be asked for; names are passed over.
-        tally: told of rows that are malformed, of those that become several, and of empty lists.
+        paths: the paths to take apart; plain names are skipped.
+        tally: counts malformed rows, further rows and empty lists.
     """
     nested = [path for path in paths if is_value_path(path)]
     levels = _group_lists_by_depth(nested)
-    empty = 0
+    n_empty = 0
     for line, row in rows:
-        parts, without = [row], 0
         try:
-            for lists in levels:
-                elements = [_explode_row(part, lists) for part in parts]
-                without += elements.count([])
-                parts = [element for part in elements for element in part]
+            parts, n_empty_here = _explode_levels(row, levels)
         except MalformedRowError as error:
             tally.reject(line, error)
             continue
-        tally.extra_rows += len(parts) + without - 1
-        empty += without
+        tally.extra_rows += len(parts) + n_empty_here - 1
+        n_empty += n_empty_here
         for part in parts:
             yield line, _add_path_values(part, nested)
-    if empty:
-        tally.notes.append(f"empty lists, of which nothing comes: {empty:,}")
+    if n_empty:
+        tally.notes.append(f"empty lists, skipped: {n_empty:,}")
 
 
 def _group_lists_by_depth(paths: Sequence[str]) -> list[list[str]]:
     """Lists by their depth, the outermost first: [["a"], ["a[].b", "a[].c"]]."""
-    levels = dict[int, dict[str, None]]()
+    levels: list[dict[str, None]] = []  # dicts as ordered sets
     for path in paths:
         parts = path.split(LIST_MARK)
         for depth in range(1, len(parts)):
-            levels.setdefault(depth, {})[LIST_MARK.join(parts[:depth])] = None
-    return [list(levels[depth]) for depth in sorted(levels)]
+            if depth > len(levels):
+                levels.append({})
+            levels[depth - 1][LIST_MARK.join(parts[:depth])] = None
+    return [list(level) for level in levels]
+
+
+def _explode_levels(row: RawRow, levels: Sequence[Sequence[str]]) -> tuple[list[RawRow], int]:
+    """One row per element of the innermost lists, and the number of empty lists."""
+    parts, n_empty = [row], 0
+    for lists in levels:
+        elements: list[RawRow] = []
+        for part in parts:
+            exploded = _explode_row(part, lists)
+            n_empty += not exploded
+            elements += exploded
+        parts = elements
+    return parts, n_empty
 
 
 def _explode_row(row: RawRow, lists: Sequence[str]) -> list[RawRow]:
-    elements = [_read_list(row, path) for path in lists]
-    if len({len(part) for part in elements}) > 1:
-        lengths = ", ".join(f"{path!r} has {len(part)}" for path, part in zip(lists, elements, strict=True))
-        raise MalformedRowError(f"lists of several lengths: {lengths}")
+    """One row per element of lists that are taken apart together."""
+    elements = {path: _read_list(row, path) for path in lists}
+    lengths = {path: len(values) for path, values in elements.items()}
+    if len(set(lengths.values())) > 1:
+        described = ", ".join(f"{path!r} has {length}" for path, length in lengths.items())
+        raise MalformedRowError(f"lists of several lengths: {described}")
     parts = []
-    for values in zip(*elements, strict=True):
+    for index in range(lengths[lists[0]]):
         part = dict(row)
-        for path, value in zip(lists, values, strict=True):
-            part[path + LIST_MARK] = value
+        for path, values in elements.items():
+            part[path + LIST_MARK] = values[index]
         parts.append(part)
     return parts
 
@@ -104,87 +118,85 @@ def _read_list(row: RawRow, path: str) -> list[Any]:
         return list(value)
     if is_missing(value):
         raise MalformedRowError(f"{path!r} is empty")
-    raise MalformedRowError(f"{path!r} is no list: {short(value)}")
+    raise MalformedRowError(f"{path!r} is not a list: {short(value)}")
 
 
 def get_path_value(row: RawRow, path: str) -> Any:
-    """The value at a path without lists that are not taken apart yet; None where there is none."""
+    """The value at a path whose lists are taken apart; None if it does not exist."""
     if path in row:
         return row[path]
     holder, dot, name = path.rpartition(".")
-    found = get_path_value(row, holder) if dot else None
-    return found.get(name) if isinstance(found, dict) else None
+    if not dot:
+        return None
+    value = get_path_value(row, holder)
+    return value.get(name) if isinstance(value, dict) else None
 
 
 def _add_path_values(row: RawRow, paths: Sequence[str]) -> RawRow:
-    values = {path: get_path_value(row, path) for path in paths}
-    return {**row, **{path: value for path, value in values.items() if value is not None}}
+    row = dict(row)
+    for path in paths:
+        value = get_path_value(row, path)
+        if value is not None:
+            row[path] = value
+    return row
 
 
 @dataclass(frozen=True)
 class RowCondition:
-    """What a row must fulfil, such as `event=purchase`, `rating>=4`, `type in a,b`.
+    """A condition on a column, such as `event=purchase`, `rating>=4`, `type in a,b`.
 
-    A value that is missing is equal to nothing but the empty text, and no number.
+    Texts are compared unchanged, numbers as numbers, true and false as such. A missing value equals only
+    the empty text, and is not a number.
     """
 
     text: str
     column: str
-    holds: Callable[[object], bool]
-    """Of the column's value; raises `MalformedRowError` where it is not of the kind to be compared."""
+    comparison: str
+    values: tuple[str, ...]
+    numbers: tuple[Decimal, ...]
+    """The values that are numbers."""
 
     @classmethod
     def parse(cls, text: str) -> "RowCondition":
-        """A condition from the command line.
+        """Parse the text of a condition.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not a valid condition.
         """
         match = _COMPARISON_PATTERN.fullmatch(text.strip()) or _MEMBERSHIP_PATTERN.fullmatch(text.strip())
         if not match:
             raise UserError(
-                f"--keep: {text!r} is no condition; "
+                f"keep: {text!r} is not a valid condition; "
                 "write COLUMN=VALUE, != for unequal, >, >=, < or <= for numbers, or 'COLUMN in A,B'"
             )
-        column, sign, wanted = match.groups()
-        if sign == "in":
-            return cls(text, column, _build_membership_test([part.strip() for part in wanted.split(",")]))
-        if sign in ("=", "==", "!="):
-            equals = _build_membership_test([wanted])
-            return cls(text, column, equals if sign != "!=" else lambda value: not equals(value))
-        try:
-            return cls(
-                text, column, _build_comparison_test(_COMPARISON_OPERATORS[sign], parse_number(wanted))
-            )
-        except MalformedRowError:
-            raise UserError(f"--keep: {text!r}: {sign} compares numbers, and {wanted!r} is none") from None
+        column, comparison, expected = match.groups()
+        values = tuple(map(str.strip, expected.split(","))) if comparison == "in" else (expected,)
+        parsed = map(_parse_optional_number, values)
+        numbers = tuple(number for number in parsed if number is not None)
+        if comparison in _ORDER and not numbers:
+            raise UserError(f"keep: {text!r}: {comparison} needs a number, got {expected!r}")
+        return cls(text, column, comparison, values, numbers)
+
+    def holds(self, value: object) -> bool:
+        """Whether the column's value fulfils the condition.
+
+        Raises:
+            MalformedRowError: it can't be compared.
+        """
+        text = _convert_to_text(value)
+        if self.comparison in _ORDER:
+            return text != "" and _ORDER[self.comparison](parse_number(text), self.numbers[0])
+        is_equal = text in self.values
+        if not is_equal and self.numbers:
+            is_equal = _parse_optional_number(text) in self.numbers
+        return is_equal != (self.comparison == "!=")
 
 
 _COMPARISON_PATTERN = re.compile(r"(.+?)\s*(==?|!=|>=?|<=?)\s*(.*)", re.DOTALL)
 _MEMBERSHIP_PATTERN = re.compile(r"(.+?)\s+(in)\s+(.+)", re.DOTALL)
-_COMPARISON_OPERATORS: dict[str, Callable[[Decimal, Decimal], bool]] = {
+_ORDER: dict[str, Callable[[Decimal, Decimal], bool]] = {
     ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le,
 }  # fmt: skip
-
-
-def _build_membership_test(wanted: Sequence[str]) -> Callable[[object], bool]:
-    """Texts are compared as they stand, numbers as numbers, true and false as such."""
-    texts, numbers = (
-        set(wanted),
-        {found for text in wanted if (found := _parse_optional_number(text)) is not None},
-    )
-
-    def holds(value: object) -> bool:
-        text = _convert_to_text(value)
-        return text in texts or (bool(numbers) and _parse_optional_number(text) in numbers)
-
-    return holds
-
-
-def _build_comparison_test(
-    sign: Callable[[Decimal, Decimal], bool], limit: Decimal
-) -> Callable[[object], bool]:
-    return lambda value: not is_missing(value) and sign(parse_number(_convert_to_text(value)), limit)
 
 
 def _convert_to_text(value: object) -> str:
@@ -205,30 +217,40 @@ def _parse_optional_number(text: str) -> Decimal | None:
 
 
 def filter_rows(rows: NumberedRows, conditions: Sequence[RowCondition], tally: Tally) -> NumberedRows:
-    """The rows that fulfil all conditions; what each leaves out of those before it is counted and said.
+    """The rows that fulfil all conditions; a note counts what each one removes after those before it.
 
     Raises:
         ValueError: no row has the column of a condition.
     """
-    dropped = dict.fromkeys(conditions, 0)
-    missing, names = {condition.column for condition in conditions}, tuple[str, ...]()
+    removed = dict.fromkeys(conditions, 0)
+    missing = {condition.column for condition in conditions}
+    first_names: list[str] = []
     for line, row in rows:
+        first_names = first_names or list(row)
         if missing:
             missing -= row.keys()
-            names = names or tuple(row)
         try:
-            failed = next((part for part in conditions if not part.holds(row.get(part.column))), None)
+            failed = _find_failed(row, conditions)
         except MalformedRowError as error:
-            tally.reject(line, f"--keep: {error}")
+            tally.reject(line, f"keep: {error}")
             continue
-        if failed:
-            dropped[failed] += 1
-        else:
+        if failed is None:
             yield line, row
-    if names and missing:
+        else:
+            removed[failed] += 1
+    if first_names and missing:
         column = min(missing)
         raise UserError(
-            f"{tally.path}: --keep: no row has the column {column!r}, the first has "
-            f"{short(', '.join(names))}{suggest_spelling(column, names)}"
+            f"{tally.path}: keep: no row has the column {column!r}, the first has "
+            f"{short(', '.join(first_names))}{suggest_spelling(column, first_names)}"
         )
-    tally.notes += [f"left out by --keep '{part.text}': {count:,} rows" for part, count in dropped.items()]
+    for condition, count in removed.items():
+        tally.notes.append(f"removed by keep='{condition.text}': {count:,} rows")
+
+
+def _find_failed(row: RawRow, conditions: Sequence[RowCondition]) -> RowCondition | None:
+    """The first condition that a row does not fulfil."""
+    for condition in conditions:
+        if not condition.holds(row.get(condition.column)):
+            return condition
+    return None

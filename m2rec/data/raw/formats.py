@@ -1,18 +1,29 @@
-"""Raw data sets, in the formats in which they are published, as typed records.
+"""Published data sets, in the formats in which they are published, as typed records.
 
-`FORMATS` is the table of them, `find_movielens_files` finds out which of three a folder holds, and
-`build_table_format` makes one for any table. To add a format, add an entry.
+To add a format, add one entry to `FORMATS`: a `RawFormat` names the columns of user, item, time and
+rating, the reader of the file's rows, and the text columns of its items. Nothing else knows the formats:
+the command line, its help and the tests' list of examples follow this table. `find_movielens_files`
+finds out which of MovieLens's three formats a folder has, and `build_table_format` makes the format of
+any other table.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
+from itertools import count
 from pathlib import Path
 from reprlib import repr as short
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from m2rec.data.column_names import LABEL_COLUMNS
+from m2rec.data.column_names import LABEL_COLUMNS, TIME_COLUMNS
+from m2rec.data.raw.delimited import (
+    HEADER_LAYOUT,
+    CsvLayout,
+    read_csv_records,
+    read_delimited_rows,
+    read_sequence_rows,
+)
 from m2rec.data.raw.filters import (
     RowCondition,
     explode_lists,
@@ -21,24 +32,13 @@ from m2rec.data.raw.filters import (
     is_value_path,
     suggest_value_path,
 )
-from m2rec.data.raw.readers import (
-    HEADER_LAYOUT,
-    CsvLayout,
-    MalformedRowError,
-    NumberedRows,
-    RawRow,
-    Tally,
-    read_csv_records,
-    read_delimited_rows,
-    read_json_or_literal_rows,
-    read_json_rows,
-    read_parquet_rows,
-    read_sequence_rows,
-)
-from m2rec.data.raw.times import TIME_COLUMN_NAMES, FileOrderTimestamps, TimestampReader
+from m2rec.data.raw.json_rows import read_json_or_literal_rows, read_json_rows
+from m2rec.data.raw.parquet import read_parquet_rows
+from m2rec.data.raw.tally import MalformedRowError, NumberedRows, RawRow, Record, Tally
+from m2rec.data.raw.times import TimestampReader
 from m2rec.data.raw.values import (
     IdReader,
-    ZeroLabelCounter,
+    UnusedColumnCheck,
     clean_text,
     is_missing,
     join_texts,
@@ -47,10 +47,9 @@ from m2rec.data.raw.values import (
 )
 from m2rec.errors import UserError
 
-Record = TypeVar("Record")
-
 ColumnNames = tuple[str, ...]
-"""Names of a value in a row; the first that is there counts."""
+"""Names of a value in a row; the first one with a value counts."""
+RowReader = Callable[[Tally], NumberedRows]
 
 
 class RawInteraction(NamedTuple):
@@ -59,7 +58,7 @@ class RawInteraction(NamedTuple):
     user: str
     item: str
     time: Decimal
-    """Seconds since 1970 where the raw data has dates or unix time, else its own number."""
+    """Seconds since 1970 where the raw data has dates or Unix time, else the number of the interaction."""
     rating: Decimal | None
 
 
@@ -75,67 +74,70 @@ class TextColumn(NamedTuple):
 
     column: str
     keys: ColumnNames
-    kind: str = "token_seq"
+    field_type: str = "token_seq"
     convert: Callable[[object], str] = join_unique_texts
 
 
 @dataclass(frozen=True)
 class RawFormat:
-    """Where a raw format has what is needed."""
+    """Columns and readers of one raw format."""
 
     about: str
-    rows: Callable[[Tally], NumberedRows]
+    rows: RowReader
     user: ColumnNames
     item: ColumnNames
     time: ColumnNames
-    """Empty: the order of the file is the time."""
+    """Empty: file order is used as time."""
     rating: ColumnNames = ()
-    item_rows: Callable[[Tally], NumberedRows] | None = None
-    """None: as `rows`."""
+    item_rows: RowReader | None = None
+    """Of the file of items; by default `rows`."""
     token: ColumnNames = ()
-    """Names of an item's token in the file of items."""
+    """Names of an item's token in the file of items; empty: there is no such file."""
     texts: tuple[TextColumn, ...] = ()
     time_format: str | None = None
-    """Of dates, in strptime's codes, where they don't say themselves which number is what."""
+    """Of dates that are ambiguous, in strptime's codes."""
     keep: tuple[RowCondition, ...] = ()
-    """What rows of interactions must fulfil."""
+    """Conditions on rows of interactions."""
 
     def interactions(self, tally: Tally, time_unit: str | None = None) -> Iterator[RawInteraction]:
         """The interactions of the file that `tally` names, in file order.
 
         Args:
-            tally: names the file; at the end it is told how times and ids were read.
-            time_unit: one of `UNITS`; by default as `TimestampReader` finds it.
+            tally: names the file; gets notes on how times and ids were read.
+            time_unit: one of `TIME_UNITS`; by default inferred, see `TimestampReader`.
 
         Raises:
-            ValueError: the file can't be read, too much of it is malformed, or its times are of several
+            ValueError: the file can't be read, too much of it is malformed, or its times have several
                 units.
         """
-        times, ids, order = (
-            TimestampReader(tally.path, time_unit, self.time_format),
-            IdReader(),
-            FileOrderTimestamps(),
-        )
-        used = {*self.user, *self.item, *self.time, *self.rating, *(part.column for part in self.keep)}
-        labels = ZeroLabelCounter(used)
+        used = {*self.user, *self.item, *self.time, *self.rating}
+        used |= {condition.column for condition in self.keep}
+        times, ids = TimestampReader(tally.path, time_unit, self.time_format), IdReader()
+        order, unused = count(1), UnusedColumnCheck(used)
 
         def parse(line: int, row: RawRow) -> RawInteraction:
             user = ids.read(_require_value(row, self.user), line)
             item = ids.read(_require_value(row, self.item), line)
-            rating = parse_rating(_get_first_value(row, self.rating)) if self.rating else None
-            # last, so that a line which is malformed elsewhere does not settle the unit
-            time = times.read(_require_value(row, self.time), line) if self.time else order.next(row)
-            labels.count(row)
+            rating = parse_rating(_get_first_value(row, self.rating))
+            # last, so that a line that is malformed elsewhere does not settle the unit
+            if self.time:
+                time = times.read(_require_value(row, self.time), line)
+            else:
+                time = Decimal(next(order))
+            unused.check(row)
             return RawInteraction(user, item, time, rating)
 
         rows = _expand_used_paths(self.rows(tally), used, tally)
         if self.keep:
             rows = filter_rows(rows, self.keep, tally)
         yield from _parse_records(rows, parse, tally)
-        tally.notes += [*times.remarks(), *order.remarks(), *ids.remarks(), *labels.remarks()]
+        if not self.time:
+            hint = f"; column {unused.time_column!r} is not used" if unused.time_column else ""
+            tally.notes.append(f"no time column: file order is used as time, 1, 2, 3, ...{hint}")
+        tally.notes += [*times.remarks(), *ids.remarks(), *unused.remarks()]
 
     def items(self, tally: Tally) -> Iterator[RawItem]:
-        """The items of the file that `tally` names; the same token may come again.
+        """The items of the file that `tally` names; a token may occur several times.
 
         Raises:
             ValueError: as for `interactions`.
@@ -143,24 +145,27 @@ class RawFormat:
         ids = IdReader()
 
         def parse(line: int, row: RawRow) -> RawItem:
-            texts = (clean_text(text.convert(_get_first_value(row, text.keys))) for text in self.texts)
-            return RawItem(ids.read(_require_value(row, self.token), line), tuple(texts))
+            token = ids.read(_require_value(row, self.token), line)
+            texts = []
+            for column in self.texts:
+                texts.append(clean_text(column.convert(_get_first_value(row, column.keys))))
+            return RawItem(token, tuple(texts))
 
-        rows = (self.item_rows or self.rows)(tally)
-        used = {*self.token, *(key for text in self.texts for key in text.keys)}
-        yield from _parse_records(_expand_used_paths(rows, used, tally), parse, tally)
+        read_rows = self.item_rows or self.rows
+        used = set(self.token).union(*(column.keys for column in self.texts))
+        yield from _parse_records(_expand_used_paths(read_rows(tally), used, tally), parse, tally)
         tally.notes += ids.remarks()
 
 
 def _expand_used_paths(rows: NumberedRows, used: Collection[str], tally: Tally) -> NumberedRows:
-    """The rows with a value for each of the paths among the names that are used."""
+    """The rows with a value for each used path."""
     return explode_lists(rows, sorted(used), tally) if any(map(is_value_path, used)) else rows
 
 
 def _parse_records(
     rows: NumberedRows, parse: Callable[[int, RawRow], Record], tally: Tally
 ) -> Iterator[Record]:
-    """Parse row by row; what is malformed goes to the tally."""
+    """Parse row by row; malformed rows are counted."""
     for line, row in rows:
         try:
             record = parse(line, row)
@@ -173,26 +178,31 @@ def _parse_records(
 
 def _get_first_value(row: RawRow, keys: ColumnNames) -> object:
     """The first value that is not missing, or None."""
-    return next((row[key] for key in keys if not is_missing(row.get(key))), None)
+    for key in keys:
+        value = row.get(key)
+        if not is_missing(value):
+            return value
+    return None
 
 
 def _require_value(row: RawRow, keys: ColumnNames) -> object:
     value = _get_first_value(row, keys)
-    if value is None:
-        if any(key in row for key in keys):
-            raise MalformedRowError(f"{keys[0]!r} is empty")
-        hint = f"; did you mean {nested!r}?" if (nested := suggest_value_path(row, keys[0])) else ""
-        raise MalformedRowError(f"no {keys[0]!r}, only {short(', '.join(row))}{hint}")
-    return value
+    if value is not None:
+        return value
+    if any(key in row for key in keys):
+        raise MalformedRowError(f"{keys[0]!r} is empty")
+    path = suggest_value_path(row, keys[0])
+    hint = f"; did you mean {path!r}?" if path else ""
+    raise MalformedRowError(f"{keys[0]!r} is missing, the row has {short(', '.join(row))}{hint}")
 
 
 def _format_genres(value: object) -> str:
-    """MovieLens's Comedy|Drama."""
+    """Genres in MovieLens's form, Comedy|Drama."""
     return "" if value == "(no genres listed)" else join_unique_texts(str(value or "").split("|"))
 
 
 def _clean_amazon_title(value: object) -> str:
-    """Some titles of 2018 are pieces of the page's JavaScript."""
+    """A title; some of 2018 are pieces of the page's JavaScript and become empty."""
     return "" if "getTime" in str(value) else join_unique_texts(value)
 
 
@@ -212,36 +222,29 @@ def _read_ml_100k_movies(tally: Tally) -> NumberedRows:
 
 
 def _read_mind_clicks(tally: Tally) -> NumberedRows:
-    """behaviors.tsv: an impression is a list of news, N1-1 for what was clicked and N2-0 for the rest."""
-    columns, unused = ("impression", "user", "time", "history", "impressions"), 0
+    """behaviors.tsv: an impression is a list of news, N1-1 for a click and N2-0 for none."""
+    columns = ("impression", "user", "time", "history", "impressions")
+    n_histories = 0
     for line, row in read_delimited_rows(tally, "\t", columns):
-        shown = row["impressions"].split()
-        if not all(news.endswith(("-0", "-1")) for news in shown):
+        impressions = row["impressions"].split()
+        if not all(news.endswith(("-0", "-1")) for news in impressions):
             tally.reject(line, "impressions without -0 or -1, as in the test set")
             continue
-        unused += bool(row["history"].strip())
-        yield line, {**row, "clicks": [news[:-2] for news in shown if news.endswith("-1")]}
-    if unused:
-        tally.notes.append(f"the history column, which has no times, is not used: {unused:,} lines have one")
+        n_histories += bool(row["history"].strip())
+        row["clicks"] = [news[:-2] for news in impressions if news.endswith("-1")]
+        yield line, row
+    if n_histories:
+        tally.notes.append(f"the history column has no times and is not used: {n_histories:,} lines have one")
 
 
 _MIND_NEWS_COLUMNS = (
-    "news",
-    "category",
-    "subcategory",
-    "title",
-    "abstract",
-    "url",
-    "entities",
-    "more entities",
-)
+    "news", "category", "subcategory", "title", "abstract", "url", "entities", "more entities",
+)  # fmt: skip
 _RATING_COLUMNS = ("userId", "movieId", "rating", "timestamp")
 _MOVIE_COLUMNS = ("movieId", "title", "genres")
 
 
-def _build_movielens_format(
-    about: str, rows: Callable[[Tally], NumberedRows], item_rows: Callable[[Tally], NumberedRows]
-) -> RawFormat:
+def _build_movielens_format(about: str, rows: RowReader, item_rows: RowReader) -> RawFormat:
     return RawFormat(
         about=about,
         rows=rows,
@@ -275,11 +278,11 @@ MOVIELENS_FORMATS = {
 
 def _build_amazon_format(
     about: str,
-    rows: Callable[[Tally], NumberedRows],
+    rows: RowReader,
     categories: str,
     title: Callable[[object], str] = join_unique_texts,
 ) -> RawFormat:
-    """Amazon's reviews before 2023."""
+    """The format of Amazon's reviews before 2023."""
     return RawFormat(
         about=about,
         rows=rows,
@@ -396,19 +399,17 @@ TABLE_KINDS = ("csv", "parquet", "jsonl")
 
 
 def find_movielens_files(folder: Path) -> tuple[RawFormat, Path, Path | None]:
-    """The format of an unpacked MovieLens folder, its ratings, and its films if they are there.
+    """The format of an unpacked MovieLens folder, its ratings, and its films if they exist.
 
     Raises:
-        ValueError: there are no ratings in it.
+        ValueError: it has no ratings.
     """
-    for (ratings, films), found in MOVIELENS_FORMATS.items():
+    for (ratings, films), movielens_format in MOVIELENS_FORMATS.items():
         if (folder / ratings).is_file():
             items = folder / films
-            return found, folder / ratings, items if items.is_file() else None
-    raise UserError(
-        f"{folder}: no {', '.join(ratings for ratings, _ in MOVIELENS_FORMATS)} in it; "
-        f"give the folder that MovieLens's zip file unpacks to"
-    )
+            return movielens_format, folder / ratings, items if items.is_file() else None
+    names = ", ".join(ratings for ratings, _ in MOVIELENS_FORMATS)
+    raise UserError(f"{folder}: no {names} in it; give the folder that MovieLens's zip file unpacks to")
 
 
 def build_table_format(
@@ -429,39 +430,50 @@ def build_table_format(
 
     Args:
         kind: of the interactions, one of `TABLE_KINDS`.
-        user, item, time, rating: columns of the interactions, or paths into them (see raw_rows.py);
-            without a time the order of the file is it.
+        user, item, time, rating: columns of the interactions, or paths into them (see `filters`);
+            without a time file order is used.
         item_kind: of the file of items.
         item_id, texts: columns of the items.
         layout, item_layout: of the two files, where they are CSV.
         time_format: of dates, in strptime's codes.
-        keep: what rows of interactions must fulfil.
+        keep: conditions on rows of interactions.
     """
-    paths = [user, item, *filter(None, (time, rating)), *(part.column for part in keep)]
+    paths = [user, item, *filter(None, (time, rating)), *(condition.column for condition in keep)]
+    optional = LABEL_COLUMNS if time else LABEL_COLUMNS | TIME_COLUMNS
     return RawFormat(
         about="",
-        rows=_build_table_reader(
-            kind, paths, layout, "--columns", LABEL_COLUMNS if time else LABEL_COLUMNS | TIME_COLUMN_NAMES
-        ),
+        rows=_build_table_reader(kind, paths, layout, "columns", optional),
         user=(user,),
         item=(item,),
         time=(time,) if time else (),
         rating=(rating,) if rating else (),
-        item_rows=_build_table_reader(item_kind, [item_id, *texts], item_layout, "--item-columns"),
+        item_rows=_build_table_reader(item_kind, [item_id, *texts], item_layout, "item_columns"),
         token=(item_id,),
-        texts=tuple(TextColumn("_".join(text.split()), (text,)) for text in texts),
+        texts=tuple(TextColumn(name_text_column(text), (text,)) for text in texts),
         time_format=time_format,
         keep=tuple(keep),
     )
 
 
+def name_text_column(column: str) -> str:
+    """The name that a text column of a table gets in NAME.item."""
+    return "_".join(column.split())
+
+
 def _build_table_reader(
-    kind: str, paths: Sequence[str], layout: CsvLayout, option: str, optional: Collection[str] = ()
-) -> Callable[[Tally], NumberedRows]:
-    columns = list(dict.fromkeys(map(get_path_column, paths)))
+    kind: str, paths: Sequence[str], layout: CsvLayout, argument: str, optional: Collection[str] = ()
+) -> RowReader:
+    """The reader of a table.
+
+    Args:
+        paths: columns that the table must have, or paths into them.
+        argument: the name of the argument for `layout.column_names`, for errors.
+        optional: columns that are read too where they exist.
+    """
     if kind == "jsonl":
         return read_json_rows
     if kind == "parquet":
-        return partial(read_parquet_rows, columns=columns, optional=optional)
-    cure = f"name one of them, or all with {option} if line 1 is no header"
+        return partial(read_parquet_rows, paths=paths, optional=optional)
+    columns = list(dict.fromkeys(map(get_path_column, paths)))
+    cure = f"name one of them, or all with {argument}=NAME,... if line 1 is not a header"
     return partial(read_csv_records, columns=columns, layout=layout, cure=cure)

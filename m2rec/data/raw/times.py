@@ -1,4 +1,4 @@
-"""Times of raw files: unix time of one unit, or dates."""
+"""Times of raw files: Unix time in one unit, or dates."""
 
 import re
 from datetime import UTC, date, datetime, timedelta
@@ -6,40 +6,35 @@ from decimal import Decimal
 from pathlib import Path
 from reprlib import repr as short
 
-from m2rec.data.raw.readers import MalformedRowError, RawRow
+from m2rec.data.raw.tally import MalformedRowError
 from m2rec.data.raw.values import parse_number
 from m2rec.errors import UserError
 
 UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-TIME_UNITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # of unix time, with the places by which its point moves
-TIME_UNIT_LIMITS = {
-    "s": Decimal(10**11),
-    "ms": Decimal(10**14),
-    "us": Decimal(10**17),
-}  # of a unit: the year 5138
+TIME_UNITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}
+"""Units of Unix time, with the decimal places that they have more than seconds."""
+TIME_UNIT_LIMITS = {"s": Decimal(10**11), "ms": Decimal(10**14), "us": Decimal(10**17)}  # the year 5138
 DATES = "dates"
 TIME_UNIT_NAMES = {
     "s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds", DATES: DATES,
 }  # fmt: skip
-TIME_COLUMN_NAMES = frozenset({"time", "timestamp", "unix_timestamp", "datetime", "date", "ts"})
-"""Names, in lower case, of columns that are times."""
 
 
 class TimestampReader:
-    """Seconds since 1970 from the times of one file; the numbers among them are all of one unit.
+    """Seconds since 1970 from the times of one file, whose numbers all have one unit.
 
-    Without a given unit the first time decides. Numbers from 10**11 on are taken for milliseconds,
-    from 10**14 for microseconds, from 10**17 for nanoseconds; smaller ones stay as they are. A date
-    without zone is UTC, and read to the microsecond.
+    Without a given unit the first time decides: numbers from 10**11 on are milliseconds, from 10**14
+    microseconds, from 10**17 nanoseconds; smaller ones are seconds. A date without zone is UTC, and
+    read to the microsecond.
 
     Args:
         path: the file, for errors.
         unit: one of `TIME_UNITS`, for numbers of any size; dates may stand between them.
-        form: what all times look like, in strptime's codes; nothing else is read then.
+        time_format: of all times, in strptime's codes; nothing else is read then.
     """
 
-    def __init__(self, path: Path, unit: str | None = None, form: str | None = None) -> None:
-        self.path, self.given, self.form = path, unit, form
+    def __init__(self, path: Path, unit: str | None = None, time_format: str | None = None) -> None:
+        self.path, self.unit, self.time_format = path, unit, time_format
         self.first: tuple[str, int, object] | None = None
         """The first time: its unit or `DATES`, its line, its value."""
 
@@ -47,46 +42,54 @@ class TimestampReader:
         """The time of one line.
 
         Raises:
-            Malformed: it is neither a number nor a date.
-            ValueError: it is of another unit than the times before it, or the first of them and a date
+            MalformedRowError: it is not a number or date.
+            ValueError: it has another unit than the times before it, or it is the first one and a date
                 whose day and month can't be told apart.
         """
-        if self.first is None and self.form is None and (forms := suggest_time_formats(str(value))):
-            raise UserError(
-                f"{self.path}: line {line} has the time {short(str(value))}, which may begin with the day or "
-                f"the month; say it with {' or '.join(f'--time-format={form!r}' for form in forms)}"
-            )
+        if self.first is None:
+            self._refuse_ambiguous_date(str(value), line)
         time, unit = self._parse(value)
-        self.first = self.first or (unit, line, value)
-        if self.given is None and unit != self.first[0]:
+        if self.first is None:
+            self.first = (unit, line, value)
+        if self.unit is None and unit != self.first[0]:
             raise UserError(
-                f"{self.path}: {_describe_time(*self.first)}, and {_describe_time(unit, line, value)}; say "
-                f"which unit all numbers have with --time-unit ({', '.join(TIME_UNITS)}), or repair the line"
+                f"{self.path}: {_describe_time(*self.first)}, and {_describe_time(unit, line, value)}; set "
+                f"the unit of all numbers with time_unit={'|'.join(TIME_UNITS)}, or repair the line"
             )
-        places = TIME_UNITS.get(unit, 0)
-        return time.scaleb(-places) if places else time
+        return time.scaleb(-TIME_UNITS[unit]) if unit in TIME_UNITS else time
+
+    def _refuse_ambiguous_date(self, text: str, line: int) -> None:
+        formats = suggest_time_formats(text)
+        if formats and self.time_format is None:
+            options = " or ".join(f"time_format={suggestion!r}" for suggestion in formats)
+            raise UserError(
+                f"{self.path}: line {line} has the time {short(text)}, which may begin with the day or the "
+                f"month; set {options}"
+            )
 
     def _parse(self, value: object) -> tuple[Decimal, str]:
         """A number with its unit, or the seconds of a date."""
         if isinstance(value, date):
             return _convert_to_unix_time(value), DATES
-        if self.form is not None:
-            return _convert_to_unix_time(_parse_formatted_date(str(value), self.form)), DATES
+        if self.time_format is not None:
+            return _convert_to_unix_time(_parse_formatted_date(str(value), self.time_format)), DATES
         try:
             time = parse_number(value)
         except MalformedRowError:
             return _convert_to_unix_time(parse_date(value)), DATES
-        return time, self.given or infer_time_unit(time)
+        return time, self.unit or infer_time_unit(time)
 
     def remarks(self) -> list[str]:
         """How the times were read."""
         if self.first is None:
             return []
-        if self.form is not None:
-            return [f"timestamps read as dates like {self.form}"]
-        unit = self.given or self.first[0]
-        small = " (numbers below 10^11 stay as they are)" if unit == "s" and not self.given else ""
-        return [f"timestamps read as {TIME_UNIT_NAMES[unit]}{small}"]
+        if self.time_format is not None:
+            return [f"timestamps read as dates like {self.time_format}"]
+        if self.unit is not None:
+            return [f"timestamps read as {TIME_UNIT_NAMES[self.unit]}"]
+        unit = self.first[0]
+        unchanged = " (numbers below 10^11 are unchanged)" if unit == "s" else ""
+        return [f"timestamps read as {TIME_UNIT_NAMES[unit]}{unchanged}"]
 
 
 def _describe_time(unit: str, line: int, value: object) -> str:
@@ -94,7 +97,7 @@ def _describe_time(unit: str, line: int, value: object) -> str:
 
 
 def infer_time_unit(time: Decimal) -> str:
-    """The unit that a number's size says, `s` for what stays as it is."""
+    """Infer the unit from the magnitude; `s` for numbers that stay unchanged."""
     for unit, limit in TIME_UNIT_LIMITS.items():
         if -limit < time < limit:
             return unit
@@ -104,57 +107,37 @@ def infer_time_unit(time: Decimal) -> str:
 def _convert_to_unix_time(value: date) -> Decimal:
     if not isinstance(value, datetime):
         value = datetime(value.year, value.month, value.day)
-    since = (value if value.tzinfo else value.replace(tzinfo=UTC)) - UNIX_EPOCH
+    if value.tzinfo is None:
+        value = value.replace(tzinfo=UTC)
+    since = value - UNIX_EPOCH
     return since.days * 86400 + since.seconds + Decimal(since.microseconds).scaleb(-6)
 
 
-class FileOrderTimestamps:
-    """Times of a file that has none: 1, 2, 3, ... in its order."""
-
-    def __init__(self) -> None:
-        self.count, self.unused = 0, tuple[str, ...]()
-        """Interactions, and columns of the first that seem to be times."""
-
-    def next(self, row: RawRow) -> Decimal:
-        """The time of the next interaction."""
-        if not self.count:
-            self.unused = tuple(name for name in row if name.lower() in TIME_COLUMN_NAMES)
-        self.count += 1
-        return Decimal(self.count)
-
-    def remarks(self) -> list[str]:
-        """That this was done."""
-        if not self.count:
-            return []
-        unused = f"; column {self.unused[0]!r} is not used" if self.unused else ""
-        return [f"no time column: the order of the file is the time, 1, 2, 3, ...{unused}"]
-
-
-def check_time_format(form: str) -> None:
-    """Check a date's form in strptime's codes.
+def check_time_format(time_format: str) -> None:
+    """Check a date's format in strptime's codes.
 
     Raises:
-        ValueError: it has a code that strptime does not know, has no year, or a zone's name.
+        ValueError: it has an unknown code, no year, or a zone's name.
     """
     try:
-        datetime.strptime("", form)
+        datetime.strptime("", time_format)
     except ValueError as error:
         if "does not match" not in str(error):
-            raise UserError(f"--time-format: {form!r}: {error}; see Python's strptime") from None
-    codes = set(re.findall("%.", form.replace("%%", "")))
+            raise UserError(f"time_format: {time_format!r}: {error}; see Python's strptime") from None
+    codes = set(re.findall("%.", time_format.replace("%%", "")))
     if not codes & {"%Y", "%y", "%G"}:
-        raise UserError(f"--time-format: {form!r} has no year; write %Y, or %y for two digits")
-    if "%Z" in codes:  # which strptime reads and forgets
+        raise UserError(f"time_format: {time_format!r} has no year; write %Y, or %y for two digits")
+    if "%Z" in codes:  # strptime parses the zone's name and ignores it
         raise UserError(
-            f"--time-format: {form!r}: names of zones are not read; write UTC as it stands, or %z for +0100"
+            f"time_format: {time_format!r}: zone names are not supported; write UTC itself, or %z for +0100"
         )
 
 
-def _parse_formatted_date(text: str, form: str) -> datetime:
+def _parse_formatted_date(text: str, time_format: str) -> datetime:
     try:
-        return datetime.strptime(text.strip(), form)
+        return datetime.strptime(text.strip(), time_format)
     except ValueError:
-        raise MalformedRowError(f"time {short(text)} is not like --time-format={form!r}") from None
+        raise MalformedRowError(f"time {short(text)} is not like time_format={time_format!r}") from None
 
 
 _MONTHS = {name.lower(): n for n, name in enumerate(
@@ -187,63 +170,72 @@ _AMBIGUOUS_DATE = re.compile(
 
 
 def parse_date(value: object) -> datetime:
-    """A date that has one meaning: the year first, or the month by its English name.
+    """A date with one meaning: the year first, or the month by its English name.
 
     Raises:
-        Malformed: it is none.
+        MalformedRowError: it is not such a date.
     """
     text = str(value).strip()
     try:
-        return datetime.fromisoformat(text.removesuffix(" UTC"))  # the form of large files, read fast
+        return datetime.fromisoformat(text.removesuffix(" UTC"))  # fast, for the format of large files
     except ValueError:
         pass
-    match = next(filter(None, (pattern.fullmatch(text) for pattern in _DATE_PATTERNS)), None)
-    try:
+    for pattern in _DATE_PATTERNS:
+        match = pattern.fullmatch(text)
         if match:
-            return _build_datetime(match.groupdict())
-    except (ValueError, OverflowError):  # the 31st of February
-        pass
+            try:
+                return _build_datetime(match.groupdict())
+            except (ValueError, OverflowError):  # the 31st of February
+                break
     raise MalformedRowError(
-        f"time {short(value)} is neither a unix number nor a date; other dates: --time-format"
+        f"time {short(value)} is neither a Unix time nor a recognized date; give its format with time_format"
     )
 
 
 def _build_datetime(parts: dict[str, str | None]) -> datetime:
-    """A date of the parts that a pattern found."""
-    named = (parts.get("name") or "").lower()
-    month = _MONTHS[named] if named else int(parts["month"] or 0)
-    hour = int(parts["hour"] or 0)
+    """The date of the parts that a pattern found.
+
+    Raises:
+        ValueError: it does not exist.
+    """
+    name = (parts.get("name") or "").lower()
+    month = _MONTHS[name] if name else _to_int(parts["month"])
+    hour = _to_int(parts["hour"])
     if parts["half"]:
         if not 1 <= hour <= 12:
-            raise UserError("no hour of a half day")
+            raise ValueError("invalid hour of a half day")
         hour = hour % 12 + 12 * (parts["half"].upper() == "PM")
-    fraction = (parts["fraction"] or "").ljust(6, "0")[:6]
-    moment = datetime(
-        int(parts["year"] or 0), month, int(parts["day"] or 0), hour,
-        int(parts["minute"] or 0), int(parts["second"] or 0), int(fraction), UTC,
-    )  # fmt: skip
-    return moment - _parse_utc_offset(parts["zone"])
+    microsecond = int((parts["fraction"] or "")[:6].ljust(6, "0"))
+    date_parts = (_to_int(parts["year"]), month, _to_int(parts["day"]))
+    clock = (hour, _to_int(parts["minute"]), _to_int(parts["second"]), microsecond)
+    return datetime(*date_parts, *clock, UTC) - _parse_utc_offset(parts["zone"])
+
+
+def _to_int(text: str | None) -> int:
+    return int(text or 0)
 
 
 def _parse_utc_offset(zone: str | None) -> timedelta:
-    """What a zone is ahead of UTC."""
+    """How far a zone is ahead of UTC."""
     if not zone or zone[0] not in "+-":
         return timedelta()
     ahead = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:]))
     if ahead >= timedelta(days=1):
-        raise UserError("no zone")
+        raise ValueError("invalid zone")
     return ahead if zone[0] == "+" else -ahead
 
 
 def suggest_time_formats(text: str) -> list[str]:
-    """For a date that begins with two short numbers: its form with the month first, and the day."""
+    """Formats for a date that begins with two short numbers: with the month first, and with the day."""
     match = _AMBIGUOUS_DATE.fullmatch(text.strip())
     if not match:
         return []
-    mark, other, year, between = match.group("mark", "other_mark", "year", "between")
     clock = ""
-    if between:
-        clock = between + ("%I" if match["half"] else "%H") + ":%M" + (":%S" if match["second"] else "")
-        clock += (".%f" if match["fraction"] else "") + (" %p" if match["half"] else "")
-    date_forms = (f"%{a}{mark}%{b}{other}%{'Y' if len(year) == 4 else 'y'}" for a, b in ("md", "dm"))
-    return [form + clock for form in date_forms]
+    if match["between"]:
+        clock = match["between"] + ("%I" if match["half"] else "%H") + ":%M"
+        clock += ":%S" if match["second"] else ""
+        clock += ".%f" if match["fraction"] else ""
+        clock += " %p" if match["half"] else ""
+    year = "%Y" if len(match["year"]) == 4 else "%y"
+    rest = match["other_mark"] + year + clock
+    return [f"%m{match['mark']}%d{rest}", f"%d{match['mark']}%m{rest}"]

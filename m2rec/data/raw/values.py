@@ -1,4 +1,4 @@
-"""Values of raw files: ids, numbers, ratings and texts, with what was odd about them counted."""
+"""Values of raw files: ids, numbers, ratings and texts, with counts of what was changed or looks odd."""
 
 import html
 import math
@@ -8,30 +8,33 @@ from collections.abc import Collection, Iterator
 from decimal import Decimal, InvalidOperation
 from reprlib import repr as short
 
-from m2rec.data.column_names import LABEL_COLUMNS
-from m2rec.data.raw.readers import MalformedRowError, RawRow
+from m2rec.data.column_names import LABEL_COLUMNS, TIME_COLUMNS
+from m2rec.data.raw.tally import MalformedRowError, RawRow
 
-MAX_NUMBER_DIGITS = 28  # of a number, what Decimal computes with
+MAX_NUMBER_DIGITS = 28  # Decimal's precision
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def is_missing(value: object) -> bool:
-    return (
-        value is None
-        or (isinstance(value, str) and not value.strip())
-        or (isinstance(value, float) and math.isnan(value))
-    )
+    """Whether a value is None, blank text or NaN."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, str | int | float | Decimal) and not isinstance(value, bool)
 
 
 def parse_id(value: object) -> str:
-    """An id as it stands; a whole number without its .0.
+    """The text of an id; a whole number without its .0.
 
     Raises:
-        Malformed: it is no text or number, or can't stand in a tab-separated file.
+        MalformedRowError: it is not text or a number, or has characters that a table can't hold.
     """
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
-        raise MalformedRowError(f"{short(value)} is no id")
+    if not _is_scalar(value):
+        raise MalformedRowError(f"{short(value)} is not a valid id")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     try:
@@ -44,7 +47,7 @@ def parse_id(value: object) -> str:
 
 
 def _join_surrogates(text: str, errors: str) -> str:
-    """Surrogates put together to the characters that they are halves of."""
+    """Combine halves of characters (surrogates), which Python literals have."""
     if not _SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors)
@@ -54,52 +57,54 @@ def parse_number(value: object) -> Decimal:
     """A number in full precision.
 
     Raises:
-        Malformed: it is none, not finite, or has more than 28 places before or after the point.
+        MalformedRowError: it is not a number, not finite, or has more than 28 digits.
     """
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
-        raise MalformedRowError(f"{short(value)} is no number")
+    if not _is_scalar(value):
+        raise MalformedRowError(f"{short(value)} is not a number")
     try:
-        exact = Decimal(str(value))
+        number = Decimal(str(value))
     except (InvalidOperation, ValueError):
-        raise MalformedRowError(f"{short(value)} is no number") from None
-    _, digits, exponent = exact.as_tuple()
-    if not isinstance(exponent, int) or len(digits) > MAX_NUMBER_DIGITS or abs(exponent) > MAX_NUMBER_DIGITS:
-        raise MalformedRowError(f"{short(value)} is no number of up to {MAX_NUMBER_DIGITS} digits")
-    return exact
+        raise MalformedRowError(f"{short(value)} is not a number") from None
+    _, digits, exponent = number.as_tuple()
+    if isinstance(exponent, str):  # infinite or NaN
+        raise MalformedRowError(f"{short(value)} is not a finite number")
+    if max(len(digits), abs(exponent)) > MAX_NUMBER_DIGITS:
+        raise MalformedRowError(f"{short(value)} is not a number of up to {MAX_NUMBER_DIGITS} digits")
+    return number
 
 
 def parse_rating(value: object) -> Decimal | None:
-    """A rating, which may be a truth value; None where there is none."""
+    """A rating, which may be a truth value; None for a missing one."""
     if is_missing(value):
         return None
     return parse_number(int(value) if isinstance(value, bool) else value)
 
 
-def format_decimal(exact: Decimal) -> str:
-    """The shortest decimal that is exactly this number, without exponent."""
-    text = format(exact, "f")
+def format_decimal(number: Decimal) -> str:
+    """The shortest text that is exactly this number, without exponent."""
+    text = format(number, "f")
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
 
 def join_unique_texts(value: object) -> str:
-    """Text of a value; the parts of a list, nested or not, once each and with commas between."""
+    """Text of a value; the distinct parts of a list, nested or not, joined by commas."""
     return ", ".join(dict.fromkeys(_flatten_texts(value)))
 
 
 def join_texts(value: object) -> str:
-    """Text of a value; the parts of a list with spaces between."""
+    """Text of a value; the parts of a list, joined by spaces."""
     return " ".join(_flatten_texts(value))
 
 
 def _flatten_texts(value: object) -> Iterator[str]:
-    """The texts in a value; objects with names have none."""
-    left = [value]
-    while left:
-        part = left.pop()
+    """The texts in a value, lists of any depth taken apart; JSON objects are skipped."""
+    remaining = [value]
+    while remaining:
+        part = remaining.pop()
         if isinstance(part, list | tuple):
-            left.extend(reversed(part))
+            remaining.extend(reversed(part))
         elif not is_missing(part) and not isinstance(part, dict):
             yield str(part).strip()
 
@@ -111,57 +116,65 @@ def clean_text(text: str) -> str:
 
 
 class IdReader:
-    """The ids of one file, without blanks around them; says how many had some."""
+    """Read the ids of one file without blanks around them, and count those that had some."""
 
     def __init__(self) -> None:
-        self.stripped, self.example = 0, ""
+        self.n_stripped, self.example = 0, ""
 
     def read(self, value: object, line: int) -> str:
         """The id in a value of this line.
 
         Raises:
-            Malformed: see `parse_id`.
+            MalformedRowError: see `parse_id`.
         """
         text = parse_id(value)
-        bare = text.strip()
-        if len(bare) < len(text):
-            self.stripped += 1
+        stripped = text.strip()
+        if len(stripped) < len(text):
+            self.n_stripped += 1
             self.example = self.example or f"{text!r} in line {line}"
-        return bare
+        return stripped
 
     def remarks(self) -> list[str]:
         """How many ids were changed."""
-        if not self.stripped:
+        if not self.n_stripped:
             return []
-        return [f"blanks around ids were removed: {self.stripped:,}, the first from {self.example}"]
+        return [f"blanks around ids were removed: {self.n_stripped:,}, the first from {self.example}"]
 
 
-class ZeroLabelCounter:
-    """Zeros in columns that say whether somebody clicked, where such a column is not used.
+class UnusedColumnCheck:
+    """Find unused columns that seem to matter: zeros in columns of clicks, and a column of times.
 
     Args:
-        used: columns that are.
+        used: columns that are used.
     """
 
     def __init__(self, used: Collection[str]) -> None:
-        self.others, self.zeros = set(used), Counter[str]()
-        """Columns that are no such labels, and the zeros of those that are."""
+        self.other_columns = set(used)
+        """Columns that are used or don't matter, as seen so far."""
+        self.zeros = Counter[str]()
+        """Zeros by column of clicks."""
+        self.time_column: str | None = None
 
-    def count(self, row: RawRow) -> None:
-        """Look at one line."""
-        for name in row.keys() - self.others:
-            if name.lower() not in LABEL_COLUMNS:
-                self.others.add(name)
-            elif _is_zero(row[name]):
-                self.zeros[name] += 1
+    def check(self, row: RawRow) -> None:
+        """Look at one row."""
+        for name in row.keys() - self.other_columns:
+            if name.lower() in LABEL_COLUMNS:
+                self.zeros[name] += _is_zero(row[name])
+                continue
+            self.other_columns.add(name)
+            if name.lower() in TIME_COLUMNS:
+                self.time_column = name
 
     def remarks(self) -> list[str]:
-        """How many interactions seem to be none."""
-        return [
-            f"column {name!r} is 0 in {zeros:,} lines, which count as interactions like all others; "
-            f"to leave them out give --rating={name} --min-rating=1"
-            for name, zeros in self.zeros.items()
-        ]
+        """How many interactions seem to be impressions without a click."""
+        remarks = []
+        for name, zeros in self.zeros.items():
+            if zeros:
+                remarks.append(
+                    f"column {name!r} is 0 in {zeros:,} lines, which count as interactions; "
+                    f"to drop them set rating={name} min_rating=1"
+                )
+        return remarks
 
 
 def _is_zero(value: object) -> bool:
