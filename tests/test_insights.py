@@ -1,17 +1,17 @@
 """What the report is told of a model, against the model itself."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from m2rec.compat import Interaction
 from m2rec.evaluation import insights
+from m2rec.evaluation.breakdown import tabulate_rows
+from m2rec.evaluation.ranking import rank_rows
 from m2rec.models.registry import find_model_class
 from m2rec.training.configuration import build_config
 from m2rec.training.run import load_data, run_experiment
@@ -150,14 +150,16 @@ def test_what_was_seen_is_not_recommended(tmp_path: Path):
         assert example["recommended"] == [example["next"]] and example["place"] == 1
 
 
-def test_ranks_are_those_of_test_ranks_csv(tmp_path: Path):
-    """A baseline with many equal scores: one rule for ties everywhere."""
-    rows = [(f"u{u}", f"i{(3 * u + k) % 30}", k) for u in range(60) for k in range(3 + u % 6)]
-    write_inter(tmp_path / "data", "toy", rows)
-    ours = {k: v for k, v in small(tmp_path / "data").items() if k not in ("head_dim", "d_state")}
-    keys = {**ours, "model": "Popularity", "runs_dir": str(tmp_path / "runs")}
-    folder = run_experiment(build_config(keys)).folder
-    ranks = pd.read_csv(folder / "test_ranks.csv", index_col="user")["test_unseen"]
-    examples = json.loads((folder / "insights.json").read_text())["examples"]
-    within = {e["user"]: e["place"] if e["place"] <= 10 else 0 for e in examples}
-    assert max(within.values()) > 0 and within == ranks[list(within)].to_dict()
+def test_ranks_are_those_of_test_ranks_csv(toy: Path):
+    """Also where many scores are equal: there is one rule for ties."""
+    config = build_config(small(toy, text_vectors="none"))
+    dataset, (train, _, test) = load_data(config)
+    model = find_model_class("M2Rec")(config, train.dataset).eval()
+
+    def score(rows: Interaction) -> torch.Tensor:
+        return (scores_of(model)(rows) * 4).round()
+
+    table = tabulate_rows(rank_rows(score, test, iter), test.dataset).set_index("user")["test_unseen"]
+    examples = insights.collect_insights(model, score, test.dataset, dataset)["examples"]
+    within = {e["user"]: e["place"] if e["place"] <= max(config["topk"]) else 0 for e in examples}
+    assert max(within.values()) > 0 and within == table[list(within)].to_dict()
