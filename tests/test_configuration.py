@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from m2rec import models
 from m2rec.compat import RECBOLE_FOLDER
 from m2rec.data.shipped import ORIGIN_KEY
 from m2rec.models.m2rec import M2Rec
 from m2rec.models.registry import find_model_class
-from m2rec.settings import ModelSettings, RunSettings
+from m2rec.settings import ModelSettings, RunSettings, get_model_settings, get_run_settings
 from m2rec.training.configuration import PROPERTIES_FOLDER, build_config
 from m2rec.training.recbole_keys import DataSettings, LoopSettings
 from m2rec.yaml_values import parse_arguments, read_yaml
@@ -278,3 +279,20 @@ def test_models_are_found_by_their_exact_name():
 
 def test_anomaly_detection_is_off_and_stays_off():
     assert not torch.is_anomaly_enabled()
+
+
+def test_the_settings_are_read_once(monkeypatch: pytest.MonkeyPatch):
+    config = build_config({"hidden_size": 128, "epochs": 3})
+    assert config.run_settings.epochs == 3 and config.model_settings.hidden_size == 128
+    assert get_model_settings(config) is config.model_settings
+    assert get_run_settings(config) is config.run_settings
+    assert build_config({"model": "SASRec"}).model_settings is None
+
+
+def test_a_baseline_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = "from m2rec.models.popularity import Popularity\nclass Newest(Popularity):\n    pass\n"
+    (tmp_path / "newest.py").write_text(code)
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    config = build_config({"model": "Newest", "epochs": 9})
+    assert config.model_class.__name__ == "Newest"
+    assert (config["rows"], config["epochs"]) == ("dense", 1)

@@ -49,6 +49,7 @@ def _check_run_keys(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuse duplicates, which would count a run twice."""
     if len(set(values)) < len(values):
         raise ValueError
     return values
@@ -77,14 +78,6 @@ def _check_table_names(tables: dict[str, Any]) -> dict[str, Any]:
     return tables
 
 
-def _make_command(given: dict[str, Any]) -> str:
-    return f"python scripts/sweep.py results/{given['name']}.yaml"
-
-
-def _make_main_table(given: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    return {MAIN_TABLE: tuple(given["variants"])}
-
-
 def _replace_none(value: Any) -> Any:
     return {} if value is None else value
 
@@ -104,7 +97,7 @@ RunKeys = Annotated[dict[StrictStr, Any], AfterValidator(_check_run_keys), Befor
 
 
 class Sweep(CheckedModel):
-    """What results/NAME.yaml asks: every variant on every data set with every seed."""
+    """The content of results/NAME.yaml: every variant on every data set with every seed."""
 
     model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
@@ -112,10 +105,8 @@ class Sweep(CheckedModel):
     """NAME."""
     path: Path
     title: str
-    command: str = Field(
-        default_factory=lambda sweep: f"python scripts/sweep.py results/{sweep['name']}.yaml"
-    )
-    """What fills results/NAME.csv."""
+    command: str
+    """The command that fills results/NAME.csv."""
     datasets: Names = Field(min_length=1)
     seeds: Seeds
     common: RunKeys = Field({})
@@ -124,9 +115,7 @@ class Sweep(CheckedModel):
     """Keys by data set, stronger than `common`."""
     variants: Annotated[dict[StrictStr, RunKeys], AfterValidator(_check_variants)]
     """Keys by variant, the strongest, in the order of the tables' rows."""
-    tables: Annotated[dict[StrictStr, Names], Field(min_length=1), AfterValidator(_check_table_names)] = (
-        Field(default_factory=lambda sweep: {MAIN_TABLE: tuple(sweep["variants"])})
-    )
+    tables: Tables = Field(min_length=1)
     """Variants by table; one table `main` of all unless the file names others."""
     reference: str | None = None
     """The variant that all other variants are compared with; None: nothing is compared."""
@@ -143,6 +132,8 @@ class Sweep(CheckedModel):
         """
         content = read_yaml(path)
         given = {str(key): value for key, value in content.items() if value is not None}
+        given.setdefault("command", f"python scripts/sweep.py results/{path.stem}.yaml")
+        given.setdefault("tables", {MAIN_TABLE: list(given.get("variants") or ())})
         try:
             return cls(**{**given, "name": path.stem, "path": path})
         except UserError as error:

@@ -11,9 +11,9 @@ A class says with these attributes what RecBole's models lack:
 import inspect
 import pkgutil
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
+from m2rec import models
 from m2rec.compat import SequentialRecommender, sequential_recommender
 from m2rec.errors import UserError
 from m2rec.settings import PROPERTIES_FOLDER
@@ -28,19 +28,19 @@ def find_model_class(name: str) -> Model:
     Raises:
         UserError: there is none; the message names the nearest.
     """
-    models = list_models(sequential_recommender)
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        models |= list_models(import_module(f"{__package__}.{module.name}"))
-    if name in models:
-        return models[name]
-    names = {*models, *(path.stem for path in (PROPERTIES_FOLDER / "model").glob("*.yaml"))}
+    known = list_models(sequential_recommender)
+    for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
+        known |= list_models(import_module(module.name))
+    if name in known:
+        return known[name]
+    names = {*known, *(path.stem for path in (PROPERTIES_FOLDER / "model").glob("*.yaml"))}
     raise UserError(f"model: {describe_unknown(name, names, 'model')}; known: {', '.join(sorted(names))}")
 
 
 def list_models(module: ModuleType) -> dict[str, Model]:
     """The models of a module, by name."""
-    models = {}
+    found = {}
     for name, member in inspect.getmembers(module, inspect.isclass):
         if issubclass(member, SequentialRecommender) and member is not SequentialRecommender:
-            models[name] = member
-    return models
+            found[name] = member
+    return found
