@@ -32,7 +32,7 @@ from m2rec.git import read_commit
 from m2rec.serving.recommender import Recommender
 from m2rec.settings import ModelSettings
 from m2rec.text import vector_file
-from m2rec.text.source import ensure_text_vectors, find_vector_file
+from m2rec.text.source import ensure_text_vectors
 from m2rec.training.configuration import build_config, resolve_settings
 from m2rec.training.provenance import list_item_tokens
 from m2rec.training.run import load_data, run_experiment
@@ -110,8 +110,7 @@ def measure_new_items(given: dict[str, Any], share: float) -> dict[str, Any]:
     histories = dataset.histories
     assert histories is not None
     tokens = np.array(list_item_tokens(dataset))
-    ensure_text_vectors(config, tokens[1:].tolist())
-    file = find_vector_file(config)
+    file = ensure_text_vectors(config, tokens[1:].tolist())
     if file is None:
         raise UserError(f"text_vectors: {config['dataset']} has none; make them with scripts/embed_items.py")
     names, raw, _ = vector_file.read_text_vectors(file)

@@ -1,7 +1,7 @@
 """Settings and text vectors that come with the project for some data sets, and which data these are.
 
-A name alone says little: who calls their own data `ml-100k` must not get the text vectors of its films.
-The key `belongs_to` of `properties/dataset/NAME.yaml` says what the data set is.
+A name alone is not enough: data of a user's own named `ml-100k` must not get the text vectors of its films.
+The key `belongs_to` of `properties/dataset/NAME.yaml` describes the data set.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ ORIGIN_KEY = "belongs_to"
 
 
 class InterColumns(NamedTuple):
-    """How a data set's files are read."""
+    """The separator and columns of a data set's files."""
 
     separator: str
     user: str
@@ -26,12 +26,12 @@ class InterColumns(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
-        """Those of a mapping with RecBole's keys."""
+        """Read them from a mapping with RecBole's keys."""
         return cls(config["field_separator"], config["USER_ID_FIELD"], config["ITEM_ID_FIELD"])
 
 
 def read_origin(name: str) -> dict[str, Any]:
-    """What the data set is that properties and vectors of this name are of; empty if there are none.
+    """The description of the data set that properties and vectors of this name belong to; empty if none do.
 
     Returns:
         `users`, `items` and `interactions` of NAME.inter, unfiltered, and where vectors are shipped
@@ -44,12 +44,12 @@ def read_origin(name: str) -> dict[str, Any]:
 
 
 def describe_difference(name: str, path: Path, columns: InterColumns) -> str:
-    """How the interactions of a file differ from those that the properties of this name are of.
+    """How the interactions of a file differ from those that the properties of this name belong to.
 
     Args:
         name: the data set's.
         path: its NAME.inter.
-        columns: how it is read.
+        columns: its separator and columns.
 
     Returns:
         Such as `610 users, not 943`; empty where nothing differs, nothing is shipped, or a column is missing.
@@ -57,18 +57,23 @@ def describe_difference(name: str, path: Path, columns: InterColumns) -> str:
     Raises:
         ValueError: the file can't be read.
     """
-    if not (origin := read_origin(name)):
+    origin = read_origin(name)
+    if not origin:
         return ""
     header = inter_file.read_header(path, columns.separator)
     if columns.user not in header or columns.item not in header:
         return ""  # which is an error when it is loaded
     frame = inter_file.read_text_columns(path, columns.separator, header, [columns.user, columns.item])
-    found = {
+    counts = {
         "users": frame[columns.user].nunique(),
         "items": frame[columns.item].nunique(),
         "interactions": len(frame),
     }
-    return ", ".join(f"{n:,} {what}, not {origin[what]:,}" for what, n in found.items() if n != origin[what])
+    differences = []
+    for what, count in counts.items():
+        if count != origin[what]:
+            differences.append(f"{count:,} {what}, not {origin[what]:,}")
+    return ", ".join(differences)
 
 
 def hash_titles(titles: Mapping[str, str]) -> str:
@@ -78,12 +83,12 @@ def hash_titles(titles: Mapping[str, str]) -> str:
 
 
 def find_shipped_vectors(name: str) -> Path | None:
-    """The text-vector file that is shipped under this name, whatever data has that name here."""
+    """The text-vector file that is shipped under this name, whatever data the user has."""
     path = SHIPPED_FOLDER / f"{name}.text.safetensors"
     return path if path.is_file() else None
 
 
 def has_same_titles(name: str, items: Path, columns: InterColumns) -> bool:
-    """Whether a file of items has the tokens and titles that the shipped vectors of this name are of."""
+    """Whether a file of items has the tokens and titles of the shipped vectors of this name."""
     titles = item_file.read_item_titles(items, columns.item, columns.separator)
     return hash_titles(titles) == read_origin(name).get("titles_sha256")

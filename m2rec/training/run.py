@@ -34,7 +34,7 @@ from m2rec.run_folder import (
     TEXT_FILE,
 )
 from m2rec.storage import write_text
-from m2rec.text.source import ensure_text_vectors
+from m2rec.text.source import ensure_text_vectors, find_vector_file, load_text_vectors
 from m2rec.training import provenance
 from m2rec.training.configuration import build_config
 from m2rec.training.new_run import create_run_folder, lock_run_folder, update_eval_batch_size
@@ -156,8 +156,11 @@ def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
     for caution in describe_caveats(data, dataset.tie_order).values():
         logger.info("%s", caution)
     clock.lap("data")
-    if config["model"] == M2Rec.__name__ and folder is None:
-        ensure_text_vectors(config, list_item_tokens(dataset)[1:])
+    resumes = folder is not None
+    if config["model"] == M2Rec.__name__:
+        tokens = list_item_tokens(dataset)
+        file = find_vector_file(config) if resumes else ensure_text_vectors(config, tokens[1:])
+        train.dataset.item_vectors = load_text_vectors(config, file, tokens)
         if config["device"].type == "cuda":
             torch.cuda.reset_peak_memory_stats(config["device"])
         clock.lap("text")
@@ -167,7 +170,6 @@ def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
         with redirect_stdout(sys.stderr):  # FEARec prints while it is made
             model = find_model_class(config["model"])(config, train.dataset).to(config["device"])
     logger.info("%s: %s parameters", config["variant"], f"{sum(p.numel() for p in model.parameters()):,}")
-    resumes = folder is not None
     text = getattr(model, "text_source", None)
     if folder is None:
         own = create_run_folder(config, dataset, text) if distributed.is_main_process() else None
