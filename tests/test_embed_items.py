@@ -81,10 +81,10 @@ def test_nothing_is_done_twice_and_changes_are_named(
     assert run(*command) == 0
     first = output.stat().st_mtime_ns
     assert run(*command) == 0
-    assert output.stat().st_mtime_ns == first and "is up to date, nothing to do" in caplog.text
+    assert output.stat().st_mtime_ns == first and "is up to date; use --force" in caplog.text
     assert caplog.text.count("pooling mean, unit length, at most 64 tokens") == 1  # no weights are read again
     for change, message in (
-        (["--max-tokens=9"], "is made again: asked_max_tokens 'auto' -> '9'"),
+        (["--max-tokens=9"], "toy.text.safetensors: asked_max_tokens 'auto' -> '9'"),
         (["--pooling=cls"], "asked_pooling 'auto' -> 'cls'; asked_max_tokens '9' -> 'auto'"),
         (["--dtype=bfloat16"], "dtype 'float32' -> 'bfloat16'"),
         (["--columns", "title"], "columns 'title genre' -> 'title'; texts changed"),
@@ -95,7 +95,7 @@ def test_nothing_is_done_twice_and_changes_are_named(
     assert run(*command) == 0
     items.write_text(ITEMS.replace("Heat", "Story"))
     assert run(*command) == 0
-    assert "is made again: texts changed\n" in caplog.text
+    assert f"rebuilding {output}: texts changed\n" in caplog.text
     changed = output.stat().st_mtime_ns
     assert run(*command, "--force") == 0
     assert output.stat().st_mtime_ns != changed
@@ -121,7 +121,7 @@ def test_files_of_before_there_were_fingerprints_load_and_are_made_again(
     vector_file.write_text_vectors(output, ["1"], np.ones((1, 4)), old)
     assert made(items)[2] == old
     assert run(items, f"--text-encoder={encoder}") == 0
-    assert "encoder was not recorded" in caplog.text and "model " not in caplog.text.split("again: ")[1]
+    assert "encoder was not recorded" in caplog.text and "model " not in caplog.text.split("rebuilding ")[1]
     assert made(items)[0] == ["1", "2"]
 
 
@@ -141,7 +141,7 @@ def test_without_an_encoder_it_is_lsa(items: Path, caplog: pytest.LogCaptureFixt
     about = made(items)[2]
     assert about["model"] == "lsa" and about["width"] == "256" and about["scikit-learn"]
     assert made(items)[1].shape == (2, 2)
-    assert run(items) == 0 and "nothing to do" in caplog.text
+    assert run(items) == 0 and "is up to date" in caplog.text
 
 
 def test_the_work_of_a_model_is_not_replaced_by_accident(
@@ -177,16 +177,18 @@ def test_vectors_made_elsewhere(items: Path, tmp_path: Path, caplog: pytest.LogC
     tokens, vectors, about = made(items)
     assert tokens == ["2", "1"] and about["model"] == "big"
     torch.testing.assert_close(vectors, 1e9 * torch.eye(2), rtol=1e-3, atol=0.0)
-    assert run(items, *given) == 0 and "nothing to do" in caplog.text
+    assert run(items, *given) == 0 and "is up to date" in caplog.text
     np.save(tmp_path / "v.npy", np.ones((2, 3)))
-    assert run(items, *given) == 0 and "is made again: vectors changed" in caplog.text
+    assert run(items, *given) == 0 and "toy.text.safetensors: vectors changed" in caplog.text
 
 
 CHILD = """
 import sys
-from m2rec.text.language_model import TextEncoder
 from m2rec.commands import embed_items
+from m2rec.text import language_model
+from m2rec.text.language_model import TextEncoder
 
+language_model.BATCHES_PER_FILE = 1
 real, calls = TextEncoder._encode_batch, []
 def slow(self, texts):
     if len(calls) == 3:
@@ -220,7 +222,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
     child.kill()
     assert child.wait() == -signal.SIGKILL
     partial = items.parent / "toy.text.safetensors.partial"
-    assert partial.exists() and not (items.parent / "toy.text.safetensors").exists()
+    assert len(list(partial.iterdir())) == 3 and not (items.parent / "toy.text.safetensors").exists()
     encoded: list[int] = []
     real = TextEncoder._encode_batch
 
@@ -230,8 +232,8 @@ def test_a_killed_run_goes_on_where_it_stopped(
 
     monkeypatch.setattr(TextEncoder, "_encode_batch", counting)
     assert embed_items.main(command) == 0
-    found = [line for line in caplog.messages if "are there from an earlier run" in line]
-    kept = int(found[0].split()[0])
+    found = [line for line in caplog.messages if "texts already encoded" in line]
+    kept = int(found[0].split()[1])
     assert 0 < kept < 20 and sum(encoded) == 20 - kept
     tokens, vectors, _ = made(items)
     whole_tokens, whole, _ = vector_file.read_text_vectors(items.parent / "whole")
@@ -242,10 +244,12 @@ def test_a_killed_run_goes_on_where_it_stopped(
 def test_a_partial_file_of_other_settings_is_not_used(
     encoder: str, items: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
+    from m2rec.text import language_model
     from m2rec.text.language_model import TextEncoder
 
     caplog.set_level(logging.INFO)
     command = [items, f"--text-encoder={encoder}", "--batch-tokens=1", "--device=cpu"]
+    monkeypatch.setattr(language_model, "BATCHES_PER_FILE", 1)
     real, calls = TextEncoder._encode_batch, []
 
     def stopping(self: TextEncoder, texts: list[str]) -> np.ndarray:
@@ -258,7 +262,7 @@ def test_a_partial_file_of_other_settings_is_not_used(
     assert run(*command) == 130
     monkeypatch.setattr(TextEncoder, "_encode_batch", real)
     assert run(*command, "--pooling=cls") == 0
-    assert "from an earlier run" not in caplog.text
+    assert "already encoded" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -276,10 +280,11 @@ def test_a_partial_file_of_other_settings_is_not_used(
         (["--template={"], "error: --template: '{' can't be read"),
         (["--pooling=max"], "argument --pooling: invalid choice: 'max'"),
         (["--max-tokens=many"], "argument --max-tokens: invalid int value: 'many'"),
-        (["--lsa-width=0"], "--lsa-width: 0 is no width"),
+        (["--lsa-width=0"], "--lsa-width: expected an integer >= 1, got 0"),
         (["--colums=x"], "unrecognized arguments: --colums=x"),
         (["--ids=x"], "--ids: x needs --vectors"),
-        (["--vectors=x.pkl"], "x.pkl can hold a pickle"),
+        (["--vectors=x.pkl"], "error: --vectors: x.pkl can hold a pickle"),
+        (["--vectors=x.npy"], "error: --vectors: no file x.npy"),
         (["--vectors=x.npy", "--text-encoder=lsa"], "--text-encoder: not together with --vectors"),
     ],
 )

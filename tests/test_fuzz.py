@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from m2rec.commands import prepare_data
 from m2rec.data import inter_file
-from m2rec.data.item_file import read_item_titles
+from m2rec.data.item_file import read_item_titles, read_item_tokens
 from m2rec.errors import UserError
 from m2rec.experiments.sweep_plan import Sweep
 from m2rec.nn.encoder import Encoder
@@ -34,7 +34,7 @@ from m2rec.settings import ModelSettings, RunSettings
 from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.text import vector_file
 from m2rec.text.imported import ImportedVectors
-from m2rec.text.item_text import parse_template, read_item_texts, read_item_tokens
+from m2rec.text.item_text import parse_template, read_item_texts
 from m2rec.training.configuration import build_config, collect_known_keys
 from m2rec.yaml_values import parse_arguments, read_yaml
 

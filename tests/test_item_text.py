@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.data import item_file
-from m2rec.text import item_text
-from m2rec.text.item_text import fill_template, parse_template, read_item_texts, read_item_tokens
+from m2rec.data.item_file import read_item_titles, read_item_tokens
+from m2rec.text.item_text import fill_template, parse_template, read_item_texts
 
 ITEMS = (
     "item_id:token\ttitle:token_seq\tgenre:token_seq\n2\tHeat\t\n1\tToy Story\tComedy\n3\t\t\n4\t\tDrama\n"
@@ -31,8 +30,8 @@ def test_titles_come_from_the_column_that_says_so(tmp_path: Path):
         ("sku:token\tbrand:token\ttitle:token_seq", {}),
     ):
         path.write_text(f"{header}\n1\ta\t b \n2\tc\t\n\td\te\n")
-        assert item_file.read_item_titles(path, "item_id") == expected
-    assert item_file.read_item_titles(tmp_path / "none.item", "item_id") == {}
+        assert read_item_titles(path, "item_id") == expected
+    assert read_item_titles(tmp_path / "none.item", "item_id") == {}
 
 
 def test_texts_join_the_chosen_columns(items: Path):
@@ -87,7 +86,7 @@ def test_the_hash_knows_tokens_and_texts_but_not_their_order_in_the_file(items: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("item_id:token\ttitle:token\n1\tA\n1\tB\n", "item '1' comes twice, again in line 3"),
+        ("item_id:token\ttitle:token\n1\tA\n1\tB\n", r"duplicate item '1' \(line 3\); keep one"),
         ("item_id:token\ttitle:token\n1\tA\tB\n", "line 2 has more than the 2 columns"),
         ("item_id:token\ttitle:token\n1\t\n", "no item has text in title"),
     ],
@@ -105,11 +104,18 @@ def test_columns_that_are_not_there(items: Path):
         read_item_texts(items, "item_id", ["title"], "{title}")
 
 
-def test_items_of_the_interactions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_items_of_the_interactions(tmp_path: Path):
     path = tmp_path / "toy.inter"
     assert read_item_tokens(path, "item_id") is None
     rows = "".join(f"u{k}\ti{k % 7}\n" for k in range(50))
     path.write_text(f"user_id:token\titem_id:token\n{rows}u\tNA\n")
-    monkeypatch.setattr(item_text, "INTER_CHUNK_ROWS", 4)
     assert read_item_tokens(path, "item_id") == [*(f"i{k}" for k in range(7)), "NA"]
     assert read_item_tokens(path, "asin") is None
+
+
+def test_separators_of_several_characters(items: Path):
+    """They are not patterns."""
+    items.write_text(ITEMS.replace("\t", "||"))
+    assert read_item_texts(items, "item_id", None, separator="||").texts[0] == "Toy Story. Comedy"
+    assert read_item_titles(items, "item_id", "||") == {"1": "Toy Story", "2": "Heat"}
+    assert read_item_tokens(items, "item_id", "||") == ["2", "1", "3", "4"]

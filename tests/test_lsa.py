@@ -40,7 +40,7 @@ def test_many_texts_without_a_common_word():
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match=r"^width: 0 is no width"):
+    with pytest.raises(ValueError, match=r"^width: expected an integer >= 1, got 0"):
         LsaEncoder(0)
     with pytest.raises(ValueError, match="lsa finds no word in any text"):
         LsaEncoder().encode(["!", "?"])

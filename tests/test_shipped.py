@@ -49,12 +49,12 @@ def test_others_data_of_that_name_do_not(tmp_path: Path, capsys: pytest.CaptureF
     (metrics,) = (tmp_path / "runs").glob("*/metrics.json")
     assert json.loads(metrics.read_text())["text"]["model"] == "lsa"
     items = path.with_suffix(".item")
-    said = f"the text vectors that are shipped for ml-100k are not taken: {items} "
-    assert said + "has other items or titles" in capsys.readouterr().err
+    said = f"shipped text vectors for ml-100k not used: {items} "
+    assert said + "has different items or titles" in capsys.readouterr().err
     items.unlink()
     path.with_name("ml-100k.text.safetensors").unlink()
     assert main(as_arguments(keys)) == 0
-    assert said + "is not there to compare titles with" in capsys.readouterr().err
+    assert said + "does not exist, to compare titles with" in capsys.readouterr().err
 
 
 def test_settings_go_to_data_of_the_same_numbers(

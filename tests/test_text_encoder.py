@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m2rec.text.language_model import TextEncoder, TextEncoderOptions, make_token_batches
+from m2rec.text import language_model
+from m2rec.text.language_model import TextEncoder, make_token_batches
 from m2rec.text.partial import PartialVectors
+from m2rec.text.sentence_model import TextEncoderOptions
 from tests.text_models import WORDS, save_model, save_tokenizer, token_ids
 
 pytest.importorskip("sentence_transformers")
@@ -90,7 +92,7 @@ def test_long_texts_are_cut_from_behind(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO):
         cut = encoder(folder, max_tokens=4).encode(["the long film of heat", "heat"])
     assert np.allclose(cut, encoder(folder).encode(["the long film", "heat"]), atol=1e-6)
-    assert "1 texts reach 4 tokens" in caplog.text
+    assert "1 texts reach max_tokens=4" in caplog.text
 
 
 def test_batches_hold_similar_lengths_within_the_limit():
@@ -153,7 +155,7 @@ def test_a_sentence_encoder_can_be_told_otherwise(tmp_path: Path):
     assert made.describe()["pooling"] == "mean, Dense, unit length"
     assert not np.allclose(made.encode(TEXTS), encoder(folder).encode(TEXTS), atol=1e-2)
     two = save_sentence_encoder(tmp_path / "two", pooling_mode=["mean", "max"])
-    with pytest.raises(ValueError, match=r"pooling: 'mean', but .* has layers that need its own; give auto"):
+    with pytest.raises(ValueError, match=r"pooling: 'mean' can't be set for .*; leave it at auto"):
         encoder(two, pooling="mean").encode(TEXTS)
 
 
@@ -222,7 +224,7 @@ def test_other_weights_of_a_layer_are_another_model(tmp_path: Path):
 def test_finished_batches_are_not_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = encoder(save_model(tmp_path / "model", "bert"), batch_tokens=8)
     whole = made.encode(TEXTS)
-    path = tmp_path / "x.partial"
+    monkeypatch.setattr(language_model, "BATCHES_PER_FILE", 1)
     calls: list[int] = []
     real = made._encode_batch
 
@@ -233,46 +235,48 @@ def test_finished_batches_are_not_encoded_again(tmp_path: Path, monkeypatch: pyt
         return real(texts)
 
     monkeypatch.setattr(made, "_encode_batch", stopping)
-    with pytest.raises(KeyboardInterrupt), PartialVectors(path, "f") as partial:
+    partial = PartialVectors(tmp_path / "x.partial", "f")
+    with pytest.raises(KeyboardInterrupt):
         made.encode(TEXTS, partial)
-    with PartialVectors(path, "f") as partial:
-        assert len(partial.finished_batches) == 2
-        assert np.allclose(made.encode(TEXTS, partial), whole, atol=1e-6)
+    assert len(list(partial.folder.iterdir())) == 2
+    assert PartialVectors(partial.folder, "other").restore(np.zeros_like(whole)) == []
+    assert np.array_equal(made.encode(TEXTS, partial), whole)
     assert sum(calls[:2]) + sum(calls[3:]) == len(TEXTS)
-    with PartialVectors(path, "other") as partial:
-        assert partial.finished_batches == []
+    partial.remove()
+    assert not partial.folder.exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
-def test_a_damaged_record_is_cut_off(tmp_path: Path, damage: str):
-    path = tmp_path / "x.partial"
-    first, second = np.arange(6.0).reshape(2, 3), np.ones((1, 3))
-    with PartialVectors(path, "f") as partial:
-        partial.append(np.array([4, 2]), first)
-        partial.append(np.array([0]), second)
+def test_a_damaged_file_is_left_out(tmp_path: Path, damage: str):
+    partial = PartialVectors(tmp_path / "x.partial", "f")
+    partial.append([4, 2], np.arange(6.0).reshape(2, 3))
+    partial.append([0], np.ones((1, 3)))
+    _, path = sorted(partial.folder.iterdir())
     data = path.read_bytes()
     path.write_bytes(data[:-1] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
-    with PartialVectors(path, "f") as partial:
-        assert [rows.tolist() for rows, _ in partial.finished_batches] == [[4, 2]]
-        assert (partial.finished_batches[0][1] == first).all()
-        partial.append(np.array([7]), second)
-    with PartialVectors(path, "f") as partial:
-        assert [rows.tolist() for rows, _ in partial.finished_batches] == [[4, 2], [7]]
+    vectors = np.zeros((5, 3))
+    assert partial.restore(vectors) == [0]
+    assert (vectors[0] == 1).all() and not vectors[1:].any()
+    partial.append([4, 2], np.arange(6.0).reshape(2, 3))
+    assert partial.restore(vectors) == [0, 4, 2] and vectors[2].tolist() == [3, 4, 5]
 
 
-def test_one_process_at_a_time(tmp_path: Path):
+def test_a_partial_file_of_an_earlier_version_makes_room(tmp_path: Path):
     path = tmp_path / "x.partial"
-    with PartialVectors(path, "f"), pytest.raises(ValueError, match=r"x\.partial: another process is at it"):
-        PartialVectors(path, "f").__enter__()
+    path.write_bytes(b"m2rec vectors 1 f\n")
+    partial = PartialVectors(path, "f")
+    assert partial.restore(np.zeros((1, 3))) == []
+    partial.append([0], np.ones((1, 3)))
+    assert path.is_dir()
 
 
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"max_tokens": 65}, "max_tokens: 65 is not from 3 to 64"),
-        ({"max_tokens": 2}, "max_tokens: 2 is not from 3 to 64"),
-        ({"max_tokens": -1}, "max_tokens: -1 is not"),
-        ({"batch_tokens": -1}, "batch_tokens: -1 is no limit"),
+        ({"max_tokens": 65}, "max_tokens: expected a number from 3 to 64 for .*, got 65"),
+        ({"max_tokens": 2}, "max_tokens: expected a number from 3 to 64 for .*, got 2"),
+        ({"max_tokens": -1}, "max_tokens: expected .*, got -1"),
+        ({"batch_tokens": -1}, r"batch_tokens: expected a positive integer .*, got -1"),
         pytest.param(
             {"device": "cuda"},
             "device: cuda, but PyTorch finds no GPU",

@@ -2,17 +2,23 @@
 
 import json
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from m2rec.data.item_file import ItemTexts
+from m2rec.models import m2rec as model_module
 from m2rec.storage import lock_path
-from m2rec.text import vector_file
+from m2rec.text import source, vector_file
+from m2rec.text.item_text import read_item_texts
 from m2rec.text.source import ensure_text_vectors
 from m2rec.training.configuration import build_config
+from m2rec.training.run import prepare_run
 from run_mm import main
 from tests.conftest import as_arguments, small
 from tests.test_distributed import launched
@@ -108,6 +114,22 @@ def test_texts_that_have_changed_since_are_said(
     assert f"{items} has changed since {toy / FILE} was made of it" in capsys.readouterr().err
 
 
+def test_an_unchanged_item_file_is_not_read_again(toy: Path, items: Path, monkeypatch: pytest.MonkeyPatch):
+    """Only if its size or time differ is it compared with what the vectors were made of."""
+    config, tokens = build_config(small(toy)), [f"i{k}" for k in range(20)]
+    read: list[Path] = []
+
+    def watched(path: Path, *arguments: object, **others: object) -> ItemTexts:
+        read.append(path)
+        return read_item_texts(path, *arguments, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(source, "read_item_texts", watched)
+    assert ensure_text_vectors(config, tokens) == toy / FILE and len(read) == 1
+    assert ensure_text_vectors(config, tokens) == toy / FILE and len(read) == 1
+    os.utime(items, (1, 1))
+    assert ensure_text_vectors(config, tokens) == toy / FILE and len(read) == 2
+
+
 def test_names_of_columns_may_have_spaces(
     toy: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -115,6 +137,19 @@ def test_names_of_columns_may_have_spaces(
     assert trained(toy, tmp_path) == trained(toy, tmp_path) == 0
     err = capsys.readouterr().err
     assert "can't be compared" not in err and "has changed since" not in err
+
+
+def test_the_model_gets_the_vectors_that_training_loaded(
+    toy: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """It does not look for the file a second time."""
+    monkeypatch.setattr(model_module, "load_text_vectors", None)
+    caplog.set_level(logging.INFO)
+    prepared = prepare_run(build_config(small(toy, runs_dir=str(tmp_path / "runs"))))
+    handed = prepared.parts[0].dataset.item_vectors
+    assert torch.equal(prepared.trainer.model.encoder.vectors, handed.vectors)
+    assert prepared.trainer.model.text_source == handed.provenance
+    assert caplog.text.count("text for 12 of 20 items") == 1
 
 
 @pytest.mark.parametrize("keys", [{"text_encoder": "none"}, {"text_vectors": "none"}])

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from m2rec.data import shipped
 from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.text import vector_file
+from m2rec.text.whitening import fit_whitening
 
 TOKENS = ["a", "b b", "é😀", "d", "e", "f"]
 
@@ -70,7 +71,7 @@ def test_vectors_follow_their_token_under_shuffled_ids(tmp_path: Path):
 @pytest.mark.parametrize("whitening", ["pca", "zca"])
 def test_whitened_vectors_are_uncorrelated(whitening: str):
     raw = torch.randn(500, 6) @ torch.randn(6, 6) + 3
-    mean, basis = vector_file.fit_whitening(raw, whitening, 0)
+    mean, basis = fit_whitening(raw, whitening, 0)
     white = (raw - mean) @ basis
     covariance = white.T @ white / len(white)
     assert torch.allclose(covariance / covariance[0, 0], torch.eye(6), atol=1e-3)
@@ -94,7 +95,7 @@ def test_neighbours_survive_whitening(n: int, whitening: str):
     """Also with fewer items than components, where whole whitening makes all equally far."""
     _, raw, _ = vector_file.read_text_vectors(shipped.SHIPPED_FOLDER / "ml-100k.text.safetensors")
     raw = raw[:n]
-    mean, basis = vector_file.fit_whitening(raw, whitening, 0)
+    mean, basis = fit_whitening(raw, whitening, 0)
     pairs = torch.triu_indices(n, n, 1)
     unit = [torch.nn.functional.normalize(v, dim=1) for v in (raw, (raw - mean) @ basis)]
     before, after = ((v @ v.T)[pairs[0], pairs[1]] for v in unit)

@@ -82,33 +82,34 @@ NAN = [[1.0, 2], [3, float("nan")], [5, 6]]
     [
         (npy, (VECTORS, "a\nb\n"), "ids.txt: 2 tokens for the 3 vectors of"),
         (npy, (VECTORS, "a\n\nc\n"), "ids.txt: the token of vector 2 is empty"),
-        (npy, (VECTORS, "a\nb\na\n"), "ids.txt: token 'a' comes 2 times"),
-        (npy, (NAN,), "v.npy: the vector of 'b b' holds NaN or infinite values (1 such vectors)"),
+        (npy, (VECTORS, "a\nb\na\n"), "ids.txt: duplicate token 'a'"),
+        (npy, (NAN,), "v.npy: the vector of 'b b' has missing, NaN or infinite values (1 such vectors)"),
         (npy, (np.ones(3),), "v.npy: has shape (3,); it must be (items, width)"),
-        (npy, (np.ones((0, 3)), ""), "v.npy: has no vector"),
+        (npy, (np.ones((0, 3)), ""), "v.npy: has shape (0, 3); it must be (items, width)"),
         (npy, (np.zeros((3, 2)),), "v.npy: its vectors have a mean length of 0.0; scale them"),
-        (npy, (np.array([["x"], ["y"], ["z"]]),), "v.npy: is no array of real numbers"),
-        (text, ("a,1,2\nb,1\n",), "v.csv: line 2 has 1 numbers, the first has 2"),
-        (text, ("a,1,2\nb,1,x\n",), "v.csv: line 2 has 'x', not a number"),
-        (text, ("a,,\nb,1,2\n",), "v.csv: line 1 has '', not a number"),
-        (text, ("a,1,2\nb,1,inf\n",), "v.csv: the vector of 'b' holds NaN or infinite"),
-        (text, ("a,1\na,2\n",), "v.csv: token 'a' comes 2 times"),
+        (npy, (np.array([["x"], ["y"], ["z"]]),), "v.npy: not an array of real numbers"),
+        (text, ("a,1,2\nb,1\n",), "v.csv: the vector of 'b' has missing, NaN or"),
+        (text, ("a,1\nb,1,2\n",), "v.csv: not a valid CSV file in UTF-8 (Expected 2 fields in line 2"),
+        (text, ("a,1,2\nb,1,x\n",), "v.csv: the vector of 'b' has 'x', not a number"),
+        (text, ("a,1,true\nb,1,true\n",), "v.csv: the vector of 'a' has 'True', not a number"),
+        (text, ("a,,\nb,1,2\n",), "v.csv: the vector of 'a' has missing, NaN or"),
+        (text, ("a,1,2\nb,1,inf\n",), "v.csv: the vector of 'b' has missing, NaN or infinite"),
+        (text, ("a,1\na,2\n",), "v.csv: duplicate token 'a'"),
         (text, (",1\nb,2\n",), "v.csv: the token of vector 1 is empty"),
-        (text, ("",), "v.csv: has shape (0, 0)"),
-        (text, ('a,1,2\n"He,3,4\nb,5,6\nc"",7,8\nd",9,0\ne,1,2\n',), "csv: a quotation mark in line 2 joins "
-         "the lines up to 5; remove it, or quote the whole cell and double it there"),
-        (text, ('a,1,2\n\n"b,3,4\nc,5,6\n',), "is no CSV in UTF-8 from line 3 on (unexpected end of data)"),
-        (text, ('a,1,2\n"b"c,3,4\n',), "is no CSV in UTF-8 from line 2 on (',' expected after '\"'); repair"),
-        (text, ('item_id,"x\ny",z\na,1,2\n',), "v.csv: a quotation mark in line 1 joins the lines up to 2"),
+        (text, ("",), "v.csv: not a valid CSV file in UTF-8 (No columns to parse"),
+        (text, ('a,1,2\n"He,3,4\nb,5,6\nc"",7,8\nd",9,0\ne,1,2\n',), "csv: the token of vector 2 has a line "
+         "break, 'He,3,4\\nb,5,6\\nc\",7,8\\nd'; if a quotation mark joins the lines, remove it, or quote"),
+        (text, ('a,1,2\n\n"b,3,4\nc,5,6\n',), "not a valid CSV file in UTF-8 (EOF inside string starting at"),
+        (text, ('item_id,"x\ny",z\na,1,2\nb,1\n',), "v.csv: the vector of 'b' has missing"),
         (parquet, ({"id": TOKENS, "v": NAN},), "column 'item_id' is missing, the file has id, v; set"),
-        (parquet, ({"item_id": TOKENS, "v": NAN},), "the vector of 'b b' holds NaN"),
+        (parquet, ({"item_id": TOKENS, "v": NAN},), "the vector of 'b b' has missing, NaN"),
         (parquet, ({"item_id": TOKENS, "v": [[1.0], [1.0, 2], [3]]},), "of 'b b' has 2 numbers"),
         (parquet, ({"item_id": TOKENS, "v": [[1.0], None, [3]]},), "the vector of 'b b' has 0 numbers"),
-        (parquet, ({"item_id": TOKENS, "v": [[1.0], [None], [3.0]]},), "the vector of 'b b' holds NaN"),
-        (parquet, ({"item_id": TOKENS, "v": ["x", "y", "z"]},), "its only other column is string"),
-        (parquet, ({"item_id": TOKENS, "v0": [1, 2, 3], "price": [1, 2, 3]},), "column 'price' is no part"),
-        (parquet, ({"item_id": TOKENS},), "column None is no part"),
-        (parquet, ({"item_id": [1.5, 2, 3], "v": NAN},), "column 'item_id' is double; tokens must be"),
+        (parquet, ({"item_id": TOKENS, "v": [[1.0], [None], [3.0]]},), "the vector of 'b b' has missing"),
+        (parquet, ({"item_id": TOKENS, "v": ["x", "y", "z"]},), "column 'v' must hold lists of numbers"),
+        (parquet, ({"item_id": TOKENS, "v0": [1, 2, 3], "price": [1, 2, 3]},), "column 'price' is not part"),
+        (parquet, ({"item_id": TOKENS},), "v.parquet: has shape (3, 0); it must be"),
+        (parquet, ({"item_id": [1.5, 2, 3], "v": NAN},), "column 'item_id' has 1.5; tokens must be"),
         (parquet, ({"item_id": ["a", None, "c"], "v": NAN},), "the token of vector 2 is empty"),
     ],
 )  # fmt: skip
@@ -123,7 +124,7 @@ def test_files_that_are_something_else(tmp_path: Path, name: str):
     path.write_bytes(b"\xff\xfe\x00 nothing of the kind")
     (tmp_path / "ids.txt").write_text("a\n")
     ids = tmp_path / "ids.txt" if name == "v.npy" else None
-    with pytest.raises(ValueError, match=re.escape(f"{path}: is no ")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: not a ")):
         ImportedVectors(path, ids, "item_id", "").read()
 
 
@@ -145,7 +146,7 @@ def test_no_pickle_in_an_npy_is_executed(tmp_path: Path, kind: str):
     else:
         path.write_bytes(pickle.dumps(Trap(ran)))
     (tmp_path / "ids.txt").write_text("a\n")
-    with pytest.raises(ValueError, match=r"v\.npy: is no array of numbers"):
+    with pytest.raises(ValueError, match=r"v\.npy: not a numeric array"):
         ImportedVectors(path, tmp_path / "ids.txt", "item_id", "").read()
     assert not ran.exists()
     if kind == "bare pickle":
@@ -157,24 +158,24 @@ def test_no_pickle_in_an_npy_is_executed(tmp_path: Path, kind: str):
 def test_files_that_can_hold_a_pickle_are_not_opened(tmp_path: Path, suffix: str):
     path = tmp_path / f"v.{suffix}"
     path.write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
-    with pytest.raises(ValueError, match=r"--vectors: .* can hold a pickle, which is never read; give \.npy"):
+    with pytest.raises(ValueError, match=r"^vectors: .* can hold a pickle, which is never read; give \.npy"):
         ImportedVectors(path, None, "item_id", "")
     assert not (tmp_path / "ran").exists()
 
 
 def test_options_that_do_not_fit(tmp_path: Path):
     path = tmp_path / "v.npy"
-    with pytest.raises(ValueError, match=r"--vectors: no file .*v\.npy"):
+    with pytest.raises(ValueError, match=r"^vectors: no file .*v\.npy"):
         ImportedVectors(path, None, "item_id", "")
     path.touch()
-    with pytest.raises(ValueError, match=r"--ids: .*v\.npy has no tokens"):
+    with pytest.raises(ValueError, match=r"^ids: .*v\.npy has no tokens"):
         ImportedVectors(path, None, "item_id", "")
-    with pytest.raises(ValueError, match=r"--ids: no file .*gone"):
+    with pytest.raises(ValueError, match=r"^ids: no file .*gone"):
         ImportedVectors(path, tmp_path / "gone", "item_id", "")
     (tmp_path / "v.csv").touch()
-    with pytest.raises(ValueError, match=r"--ids: .* is only for \.npy"):
+    with pytest.raises(ValueError, match=r"^ids: .* is only for \.npy"):
         ImportedVectors(tmp_path / "v.csv", path, "item_id", "")
-    with pytest.raises(ValueError, match=r"--vectors: v\.xlsx is of a kind that is not read"):
+    with pytest.raises(ValueError, match=r"^vectors: the format of v\.xlsx is not supported"):
         ImportedVectors(Path("v.xlsx"), None, "item_id", "")
 
 

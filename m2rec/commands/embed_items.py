@@ -5,8 +5,8 @@ beside the data, where run_mm.py finds it. MODEL is `lsa`, which needs no downlo
 encoder, BERT, T5 or decoder that `sentence-transformers` loads, from a folder or by its name on the
 hub. With --vectors the vectors come from a file instead.
 
-A run that was killed goes on when it is started again. When the file is there and nothing that
-decides its vectors has changed, nothing is done.
+A killed run resumes when the same command is run again. If the file is there and nothing that decides
+its vectors has changed, nothing is done.
 """
 
 import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
@@ -19,22 +19,23 @@ from pathlib import Path
 
 from m2rec.cli import Parser, run_command
 from m2rec.compat import find_data_folder
+from m2rec.data.item_file import read_item_tokens
 from m2rec.errors import UserError
 from m2rec.storage import lock_path
-from m2rec.text import build, lsa, vector_file
+from m2rec.text.build import build_text_vectors, import_text_vectors
 from m2rec.text.imported import ImportedVectors
-from m2rec.text.item_text import read_item_texts, read_item_tokens
-from m2rec.text.language_model import DEVICES, DTYPES, POOLINGS, TextEncoder, TextEncoderOptions
+from m2rec.text.item_text import read_item_texts
+from m2rec.text.language_model import TextEncoder
+from m2rec.text.lsa import LsaEncoder
+from m2rec.text.sentence_model import DEVICES, DTYPES, POOLINGS, TextEncoderOptions
+from m2rec.text.vector_file import LSA_NAME, VECTOR_FILE_SUFFIX, read_text_vectors
 
 logger = logging.getLogger(__name__)
 
-# of the library's arguments
-ARGUMENT_FLAGS = {
-    "text_encoder": "--text-encoder", "columns": "--columns", "template": "--template",
-    "pooling": "--pooling", "max_tokens": "--max-tokens", "batch_tokens": "--batch-tokens",
-    "device": "--device", "dtype": "--dtype", "width": "--lsa-width",
-}  # fmt: skip
-TEXT_OPTIONS = ("text_encoder", "columns", "template", "instruction", "revision")
+ENCODER_OPTIONS = ("revision", "pooling", "instruction", "max_tokens", "batch_tokens", "device", "dtype")
+TEXT_OPTIONS = ("text_encoder", "columns", "template", "instruction", "revision")  # not with --vectors
+# the library's arguments that are flags here
+ARGUMENTS = {*ENCODER_OPTIONS, *TEXT_OPTIONS, "vectors", "ids"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def replace_name_with_flag(message: str) -> str:
     """A message of the library that begins with an argument's name, with the flag in its place."""
     name, colon, rest = message.partition(":")
-    return f"{ARGUMENT_FLAGS[name]}{colon}{rest}" if name in ARGUMENT_FLAGS else message
+    if name == "width":
+        return f"--lsa-width:{rest}"
+    return f"--{name.replace('_', '-')}:{rest}" if colon and name in ARGUMENTS else message
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -75,7 +78,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model-name", default="", help="name to record instead of the folder's")
     add("--pooling", choices=POOLINGS, default="auto", help="tokens -> vector; auto: as the model asks")
     add("--instruction", default="", help="put before every text, as some models ask")
-    add("--max-tokens", type=int, default=0, help="of a text; as a sentence encoder says, else 256 or fewer")
+    add("--max-tokens", type=int, default=0, help="of a text; a sentence encoder's own, else 256 or fewer")
     add(
         "--batch-tokens",
         type=int,
@@ -84,7 +87,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is a GPU")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU that has it, else float32")
-    add("--lsa-width", type=int, default=256, help="width of lsa; fewer if the texts have fewer to tell")
+    add("--lsa-width", type=int, default=256, help="width of lsa at most")
     made = parser.add_argument_group("vectors made elsewhere")
     made.add_argument("--vectors", type=Path, help=".npy, .parquet or .csv")
     made.add_argument("--ids", type=Path, help="for .npy: item tokens, one per line, in its order")
@@ -97,27 +100,29 @@ def make_vector_file(options: argparse.Namespace) -> None:
     Raises:
         ValueError: an option or a file can't be used.
     """
-    name = options.dataset
-    folder = find_data_folder(Path(options.data_path), name)
-    output = Path(
-        options.output or Path(options.data_path) / name / f"{name}{vector_file.VECTOR_FILE_SUFFIX}"
-    )
+    name, data_path = options.dataset, Path(options.data_path)
+    folder = find_data_folder(data_path, name)
+    output = Path(options.output or data_path / name / f"{name}{VECTOR_FILE_SUFFIX}")
     if not options.separator:
-        raise UserError("--separator: empty; give what stands between columns")
-    separator = options.separator.replace(r"\t", "\t")
-    known = read_item_tokens(folder / f"{name}.inter", options.id_column, separator)
+        raise UserError("--separator: empty; give the characters between two columns")
+    separator, id_column = options.separator.replace(r"\t", "\t"), options.id_column
+    interaction_items = read_item_tokens(folder / f"{name}.inter", id_column, separator)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with lock_path(output.parent):  # a run that finds none would make its own
+    with lock_path(output.parent):  # a run without vectors would make them, too
         if options.vectors or options.ids:
-            build.import_text_vectors(output, open_imported_vectors(options), known, options.force)
+            source = open_imported_vectors(options)
+            import_text_vectors(output, source, interaction_items, options.force)
             return
-        file, columns = folder / f"{name}.item", options.columns
-        items = read_item_texts(file, options.id_column, columns, options.template, separator)
-        build.build_text_vectors(output, items, choose_text_encoder(options, output), known, options.force)
+        items = read_item_texts(
+            folder / f"{name}.item", id_column, options.columns, options.template, separator
+        )
+        if options.text_encoder is None:
+            check_replaces_lsa(output, options.force)
+        build_text_vectors(output, items, create_encoder(options), interaction_items, options.force)
 
 
 def open_imported_vectors(options: argparse.Namespace) -> ImportedVectors:
-    """What --vectors names.
+    """The file of --vectors.
 
     Raises:
         ValueError: an option does not go with it, or the file can't be used.
@@ -126,30 +131,33 @@ def open_imported_vectors(options: argparse.Namespace) -> ImportedVectors:
         raise UserError(f"--ids: {options.ids} needs --vectors, the file with the vectors")
     for key in TEXT_OPTIONS:
         if getattr(options, key):
-            raise UserError(f"--{key.replace('_', '-')}: not together with --vectors; leave one out")
+            raise UserError(f"{key}: not together with --vectors; leave one out")
     return ImportedVectors(options.vectors, options.ids, options.id_column, options.model_name)
 
 
-def choose_text_encoder(options: argparse.Namespace, output: Path) -> TextEncoder | lsa.LsaEncoder:
-    """What --text-encoder names. By itself lsa, but not over the work of a language model.
+def create_encoder(options: argparse.Namespace) -> TextEncoder | LsaEncoder:
+    """The encoder of --text-encoder, lsa by default."""
+    if options.text_encoder in (None, LSA_NAME):
+        return LsaEncoder(options.lsa_width)
+    values = {key: getattr(options, key) for key in ENCODER_OPTIONS}
+    return TextEncoder(TextEncoderOptions(options.text_encoder, name=options.model_name, **values))
+
+
+def check_replaces_lsa(output: Path, force: bool) -> None:
+    """Check that lsa, taken by default, does not replace the vectors of a language model.
 
     Raises:
-        ValueError: `output` was made otherwise, and nobody said that it may go.
+        ValueError: it would.
     """
-    if options.text_encoder is None:
-        logger.info(
-            "no --text-encoder: lsa, from word counts; for a language model give its name, for example "
-            "--text-encoder=sentence-transformers/all-MiniLM-L6-v2"
+    logger.info(
+        "no --text-encoder: lsa, from word counts; for a language model give its name, for example "
+        "--text-encoder=sentence-transformers/all-MiniLM-L6-v2"
+    )
+    if force or not output.exists():
+        return
+    model = read_text_vectors(output).metadata.get("model", "another source")
+    if model != LSA_NAME:
+        raise UserError(
+            f"--text-encoder: {output} has vectors of {model}; name an encoder to replace them, "
+            "or give --force"
         )
-        if output.exists() and not options.force:
-            model = vector_file.read_text_vectors(output)[2].get("model", "another source")
-            if model != lsa.LSA_NAME:
-                raise UserError(
-                    f"--text-encoder: {output} has vectors of {model}; name an encoder to replace them, "
-                    "or give --force"
-                )
-    if options.text_encoder in (None, lsa.LSA_NAME):
-        return lsa.LsaEncoder(options.lsa_width)
-    keys = ("revision", "pooling", "instruction", "max_tokens", "batch_tokens", "device", "dtype")
-    given = {key: getattr(options, key) for key in keys}
-    return TextEncoder(TextEncoderOptions(options.text_encoder, name=options.model_name, **given))

@@ -36,7 +36,7 @@ from m2rec.git import read_commit
 from m2rec.serving.recommender import Recommender
 from m2rec.settings import Role, collect_keys
 from m2rec.text import vector_file
-from m2rec.text.source import ensure_text_vectors, find_vector_file
+from m2rec.text.source import ensure_text_vectors
 from m2rec.training.configuration import build_config, resolve_settings
 from m2rec.training.recbole_keys import DataSettings
 from m2rec.training.run import load_data, run_experiment
@@ -97,8 +97,7 @@ def measure_new_items(given: dict[str, Any], share: float) -> dict[str, Any]:
     dataset, (_, _, test) = load_data(config)
     assert dataset.histories is not None
     tokens = np.array(dataset.item_tokens)
-    ensure_text_vectors(config, tokens[1:].tolist())
-    vectors = find_vector_file(config)
+    vectors = ensure_text_vectors(config, tokens[1:].tolist())
     if vectors is None:
         raise UserError(f"text_vectors: {config['dataset']} has none; make them with scripts/embed_items.py")
     names, raw, _ = vector_file.read_text_vectors(vectors)

@@ -47,8 +47,10 @@ class HistoryDataset(SequentialDataset):
         gap_quartiles: of the time between neighbouring interactions of a user, in the file's unit;
             None where no user has two.
         histories: each user's items in order.
+        item_vectors: text vectors by item id, `text.vector_file.TextVectors`, or None; set by training.
     """
 
+    item_vectors: Any
     inter_feat: Any  # a DataFrame while it is filtered, an Interaction once there are rows
 
     def __init__(self, config: Config) -> None:

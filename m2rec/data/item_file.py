@@ -1,4 +1,4 @@
-"""NAME.item: the texts and titles of items."""
+"""NAME.item: the texts and titles of items; and which items NAME.inter has."""
 
 import hashlib
 import json
@@ -16,14 +16,16 @@ class ItemTexts:
 
     Attributes:
         tokens, texts: (n,) each.
-        columns: the columns that were used.
-        template: how they were combined; empty when they were joined.
+        columns: the columns of the texts.
+        template: how they were joined; empty without one.
+        file_stamp: of NAME.item when it was read (`format_file_stamp`).
     """
 
     tokens: list[str]
     texts: list[str]
     columns: list[str]
     template: str = ""
+    file_stamp: str = ""
 
     def sha256(self) -> str:
         """Hash every token with its text, in order."""
@@ -33,10 +35,31 @@ class ItemTexts:
         return digest.hexdigest()
 
 
-def read_item_titles(path: Path, id_column: str, separator: str = "\t") -> dict[str, str]:
-    """Titles by item token; empty where the file or such a column does not exist.
+def format_file_stamp(path: Path) -> str:
+    """Size and modification time of a file: while both stay, its content is taken to be unchanged."""
+    status = path.stat()
+    return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
 
-    The column is `title` or `name`, or the first whose name has one of these words in it.
+
+def read_item_tokens(path: Path, id_column: str, separator: str = "\t") -> list[str] | None:
+    """Every item token of NAME.inter, in order of appearance; None when there is no such file or column.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    if not path.is_file():
+        return None
+    header = inter_file.read_header(path, separator)
+    if id_column not in header:
+        return None
+    frame = inter_file.read_text_columns(path, separator, header, [id_column])
+    return list(frame[id_column].dropna().unique())
+
+
+def read_item_titles(path: Path, id_column: str, separator: str = "\t") -> dict[str, str]:
+    """The titles of items by token; empty where there is no such file or column.
+
+    The column is `title` or `name`, or the first whose name contains one of these words.
 
     Raises:
         ValueError: the file can't be read.
@@ -44,20 +67,23 @@ def read_item_titles(path: Path, id_column: str, separator: str = "\t") -> dict[
     if not path.is_file():
         return {}
     header = inter_file.read_header(path, separator)
-    title_column = _find_title_column([column for column in header if column != id_column])
-    if id_column not in header or title_column is None:
+    columns = [column for column in header if column != id_column]
+    title_column = min(columns, key=_rank_title_column, default="")
+    if id_column not in header or _rank_title_column(title_column) == 4:
         return {}
     frame = inter_file.read_text_columns(path, separator, header)[[id_column, title_column]].dropna()
-    titles = frame.set_index(id_column)[title_column].str.strip()
-    return dict(titles[titles != ""])
+    titles = {}
+    for token, title in zip(frame[id_column], frame[title_column].str.strip(), strict=True):
+        if title:
+            titles[token] = title
+    return titles
 
 
-def _find_title_column(columns: list[str]) -> str | None:
-    for word in TITLE_WORDS:
-        if word in columns:
-            return word
-    for word in TITLE_WORDS:
-        for column in columns:
-            if word in column.lower():
-                return column
-    return None
+def _rank_title_column(column: str) -> int:
+    """0 for `title`, 1 for `name`, 2 and 3 for columns that contain these words, 4 for the rest."""
+    if column in TITLE_WORDS:
+        return TITLE_WORDS.index(column)
+    for rank, word in enumerate(TITLE_WORDS, start=2):
+        if word in column.lower():
+            return rank
+    return 4

@@ -18,7 +18,7 @@ ORIGIN_KEY = "belongs_to"
 
 
 class InterColumns(NamedTuple):
-    """How a data set's files are read."""
+    """The separator and columns of a data set's files."""
 
     separator: str
     user: str
@@ -49,7 +49,7 @@ def describe_difference(name: str, path: Path, columns: InterColumns) -> str:
     Args:
         name: the data set's.
         path: its NAME.inter.
-        columns: how it is read.
+        columns: its separator and columns.
 
     Returns:
         Such as `610 users, not 943`; empty if nothing differs, nothing is shipped, or a column is missing.

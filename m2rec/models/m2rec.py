@@ -12,7 +12,6 @@ positions of a history can be trained at once; see docs/model.md, "What differs 
 """
 
 import logging
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ from m2rec.nn.encoder import Encoder
 from m2rec.nn.losses import LossInput, NegativeSampler, compute_loss
 from m2rec.nn.repeat_bias import RepeatBias, add_to_item_scores
 from m2rec.settings import ModelSettings, get_model_settings
-from m2rec.text import vector_file
-from m2rec.text.source import find_vector_file, get_dataset_folders
+from m2rec.text.source import find_vector_file, load_text_vectors
 from m2rec.text.vector_file import TextVectors
 
 logger = logging.getLogger(__name__)
@@ -51,9 +49,9 @@ class M2Rec(SequentialRecommender):
         if not isinstance(dataset, HistoryDataset):
             _warn_about_ignored_keys(config)
         self.settings = get_model_settings(config)
-        self.text_source: dict[str, str | int | float] | None = None
         self.dense = isinstance(dataset, HistoryDataset) and dataset.is_dense
-        text = self._load_text(config, dataset)
+        text = self._get_item_vectors(config, dataset)
+        self.text_source = None if text is None else text.provenance
         self.encoder = Encoder(
             self.settings, self.n_items, self.max_seq_length, None if text is None else text.vectors
         )
@@ -65,40 +63,12 @@ class M2Rec(SequentialRecommender):
         self.register_buffer("text_mean", None if text is None else text.mean)
         self.register_buffer("text_basis", None if text is None else text.basis)
 
-    def _load_text(self, config: Config, dataset: SequentialDataset) -> TextVectors | None:
-        """The text vectors in internal ids, or None; the log says which and how many match."""
-        if not self.settings.uses_text:
-            return None
-        path = find_vector_file(config)
-        if path is None:
-            name = config["dataset"]
-            logger.warning(
-                "no text vectors for %s (looked for %s%s in %s and among the shipped ones): "
-                "the model runs without text",
-                name,
-                name,
-                vector_file.VECTOR_FILE_SUFFIX,
-                get_dataset_folders(config)[0],
-            )
-            return None
-        tokens = dataset.field2id_token[self.ITEM_ID]
-        text = vector_file.load_item_vectors(
-            path, tokens, self.settings.text_whitening, self.settings.text_width
-        )
-        items, width = self.n_items - 1, text.vectors.shape[1]
-        matched = items - len(text.missing)
-        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        raw, whitened = (round(cosine, 4) for cosine in text.mean_cosines)
-        logger.info(
-            "text for %s of %s items, %s, %s wide, mean cosine in the file %.2f%s",
-            f"{matched:,}", f"{items:,}", shown, width, raw,
-            vector_file.format_missing_items(text.missing),
-        )  # fmt: skip
-        self.text_source = {
-            "file": str(path), **text.provenance, "matched": matched, "items": items,
-            "mean_cosine": raw, "mean_cosine_whitened": whitened,
-        }  # fmt: skip
-        return text
+    def _get_item_vectors(self, config: Config, dataset: SequentialDataset) -> TextVectors | None:
+        """The vectors that training put on the data set; in RecBole's own flow load them."""
+        if hasattr(dataset, "item_vectors"):
+            vectors: TextVectors | None = dataset.item_vectors
+            return vectors
+        return load_text_vectors(config, find_vector_file(config), dataset.field2id_token[self.ITEM_ID])
 
     def _count_item_targets(self, dataset: SequentialDataset) -> Tensor:
         """How often each item is a training target, (V,)."""

@@ -1,15 +1,13 @@
-"""Item text or imported vectors -> a text-vector file that says what made it, once and no more.
+"""Build a text-vector file; rebuild it only if an input or option changed, and log which.
 
-What decides the vectors is kept in the file's metadata, with a fingerprint of it all. The same
-command does nothing when the file is there; another one says what differs.
+What decides the vectors is kept in the file's metadata, with a fingerprint of it all.
 """
 
 import hashlib
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,144 +28,138 @@ def build_text_vectors(
     output: Path,
     items: ItemTexts,
     encoder: TextEncoder | LsaEncoder,
-    known: Sequence[str] | None = None,
+    interaction_items: Sequence[str] | None = None,
     force: bool = False,
 ) -> bool:
     """Encode the texts and write the file; whether there was anything to do.
 
-    Finished batches of a language model are kept in `OUTPUT.partial`, from which a run that was
-    killed goes on.
+    Finished batches of a language model are kept in `OUTPUT.partial`, from which a killed run resumes.
 
     Args:
-        known: tokens of the items that the interactions have; the log says which have no text.
-        force: encode again even if the file is up to date, or is something else.
+        interaction_items: tokens of the items in the interactions; the log counts those without text.
+        force: encode again even if the file is up to date, or is not a text-vector file.
 
     Raises:
-        ValueError: see `TextEncoder.encode` and `LsaEncoder.encode`; none of the known items has text;
-            `output` is another kind of file.
+        ValueError: see `TextEncoder.encode` and `LsaEncoder.encode`; none of `interaction_items` has
+            text; `output` is another kind of file.
     """
-    _check_text_coverage(known, items.tokens, "have text")
-    decisive = {
+    _check_text_coverage(interaction_items, items.tokens, "have text")
+    fingerprint_fields = {
         **encoder.fingerprint_fields,
         "columns": shlex.join(items.columns),
         "template": items.template,
         "texts_sha256": items.sha256(),
     }
-    if not force and is_up_to_date(output, decisive):
+    if not force and is_up_to_date(output, fingerprint_fields):
         return False
-    if isinstance(encoder, LsaEncoder):
-        _write_with_provenance(
-            output, items.tokens, encoder.encode(items.texts), decisive, encoder.versions()
-        )
-        return True
-    about = encoder.describe()  # loads the model, which must not fail with a partial file open
-    with _open_partial_file(output, compute_text_fingerprint(decisive)) as partial:
-        vectors = encoder.encode(items.texts, partial)
-        _write_with_provenance(output, items.tokens, vectors, decisive, about)
+    fingerprint = compute_text_fingerprint(fingerprint_fields)
+    partial = PartialVectors(output.with_name(f"{output.name}.partial"), fingerprint)
+    vectors = encoder.encode(items.texts, partial)
+    extra_metadata = {**encoder.describe(), vector_file.ITEM_FILE_KEY: items.file_stamp}
+    _write_with_provenance(output, items.tokens, vectors, fingerprint_fields, extra_metadata)
+    partial.remove()
     return True
 
 
 def import_text_vectors(
-    output: Path, source: ImportedVectors, known: Sequence[str] | None = None, force: bool = False
+    output: Path, source: ImportedVectors, interaction_items: Sequence[str] | None = None, force: bool = False
 ) -> bool:
     """Write the file from vectors made elsewhere; whether there was anything to do.
 
     Raises:
-        ValueError: see `ImportedVectors.read`; none of the known items has a vector; `output` is another
-            kind of file.
+        ValueError: see `ImportedVectors.read`; none of `interaction_items` has a vector; `output` is
+            another kind of file.
     """
     if not force and is_up_to_date(output, source.fingerprint_fields):
         return False
     tokens, vectors = source.read()
-    _check_text_coverage(known, tokens, "have a vector")
+    _check_text_coverage(interaction_items, tokens, "have a vector")
     _write_with_provenance(output, tokens, vectors, source.fingerprint_fields, {})
     return True
 
 
-def compute_text_fingerprint(decisive: Mapping[str, str]) -> str:
-    """A hash of what decides the vectors."""
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+def compute_text_fingerprint(fields: Mapping[str, str]) -> str:
+    """A hash of the fields that decide the vectors."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def is_up_to_date(output: Path, decisive: Mapping[str, str]) -> bool:
-    """Whether `output` has these vectors already; the log says so, or what differs.
+def is_up_to_date(output: Path, fingerprint_fields: Mapping[str, str]) -> bool:
+    """Whether `output` has these vectors already; log it, or what differs.
 
     Raises:
-        ValueError: there is a file that holds no text vectors.
+        ValueError: there is a file that is not a text-vector file.
     """
     if not output.exists():
         return False
     try:
-        _, _, recorded = vector_file.read_text_vectors(output)
+        metadata = vector_file.read_text_vectors(output).metadata
     except ValueError as error:
         raise UserError(f"{error}; --force overwrites it") from None
-    if recorded.get("fingerprint") == compute_text_fingerprint(decisive):
-        logger.info("%s is up to date, nothing to do; --force makes it again", output)
+    if metadata.get("fingerprint") == compute_text_fingerprint(fingerprint_fields):
+        logger.info("%s is up to date; use --force to rebuild it", output)
         return True
-    logger.info("%s is made again: %s", output, "; ".join(list_changed_fields(recorded, decisive)))
+    changes = "; ".join(list_changed_fields(metadata, fingerprint_fields))
+    logger.info("rebuilding %s: %s", output, changes)
     return False
 
 
-def list_changed_fields(recorded: Mapping[str, str], decisive: Mapping[str, str]) -> list[str]:
-    """What decides the vectors now and did not then, such as `max_tokens 256 -> 128`."""
-    found = []
-    for key, value in decisive.items():
-        if key not in recorded:
-            found.append(f"{key} was not recorded")
-        elif recorded[key] != value:
-            change = "" if key.endswith("sha256") else f" {recorded[key]!r} -> {value!r}"
-            found.append(f"{key.removesuffix('_sha256')}{change or ' changed'}")
-    return found
+def list_changed_fields(metadata: Mapping[str, str], fingerprint_fields: Mapping[str, str]) -> list[str]:
+    """The fields that differ from a file's metadata, such as `max_tokens '256' -> '128'`."""
+    changes = []
+    for key, value in fingerprint_fields.items():
+        if key not in metadata:
+            changes.append(f"{key} was not recorded")
+        elif metadata[key] == value:
+            continue
+        elif key.endswith("_sha256"):
+            changes.append(f"{key.removesuffix('_sha256')} changed")
+        else:
+            changes.append(f"{key} {metadata[key]!r} -> {value!r}")
+    return changes
 
 
-def _check_text_coverage(known: Sequence[str] | None, tokens: Sequence[str], what: str) -> None:
-    """How many of the known items are among the tokens, and the first few that are not.
+def _check_text_coverage(interaction_items: Sequence[str] | None, tokens: Sequence[str], what: str) -> None:
+    """Log how many items of the interactions are among the tokens, and the first few that are not.
 
     Raises:
         ValueError: none of them is.
     """
-    if not known:
+    if not interaction_items:
         return
-    there = set(tokens)
-    without = [item for item in known if item not in there]
-    if len(without) == len(known):
+    known = set(tokens)
+    missing = [item for item in interaction_items if item not in known]
+    n_items = len(interaction_items)
+    if len(missing) == n_items:
         raise UserError(
-            f"none of the {len(known):,} items of the interactions {what} (theirs: {list(known[:3])}, here: "
-            f"{list(tokens[:3])}); use the same tokens in both files"
+            f"none of the {n_items:,} items of the interactions {what} (theirs: "
+            f"{list(interaction_items[:3])}, here: {list(tokens[:3])}); use the same tokens in both files"
         )
     logger.info(
         "%s of %s items of the interactions %s%s",
-        f"{len(known) - len(without):,}", f"{len(known):,}", what,
-        vector_file.format_missing_items(without),
-    )  # fmt: skip
-
-
-@contextmanager
-def _open_partial_file(output: Path, mark: str) -> Iterator[PartialVectors]:
-    """The file beside the output where finished batches are kept, removed once all is well."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with PartialVectors(output.with_name(f"{output.name}.partial"), mark) as partial:
-        yield partial
-        partial.remove()
+        f"{n_items - len(missing):,}",
+        f"{n_items:,}",
+        what,
+        vector_file.format_missing_items(missing),
+    )
 
 
 def _write_with_provenance(
     output: Path,
     tokens: list[str],
     vectors: np.ndarray,
-    decisive: Mapping[str, str],
-    besides: Mapping[str, str],
+    fingerprint_fields: Mapping[str, str],
+    extra_metadata: Mapping[str, str],
 ) -> None:
-    """Write vectors (n, T) with all that is known of them: what decides them, and what else is recorded."""
+    """Write vectors (n, T) with what decides them and what else is recorded."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    silent = int((~vectors.any(axis=1)).sum())
-    if silent:
-        logger.warning("%s vectors are zero and count as no text", f"{silent:,}")
-    about = {
-        **decisive,
-        **besides,
+    n_zero = int((~vectors.any(axis=1)).sum())
+    if n_zero:
+        logger.warning("%s zero vectors; these items are treated as having no text", f"{n_zero:,}")
+    metadata = {
+        **fingerprint_fields,
+        **extra_metadata,
         "date": datetime.now(UTC).date().isoformat(),
-        "fingerprint": compute_text_fingerprint(decisive),
+        "fingerprint": compute_text_fingerprint(fingerprint_fields),
     }
-    vector_file.write_text_vectors(output, tokens, vectors, about)
+    vector_file.write_text_vectors(output, tokens, vectors, metadata)
     logger.info("%s: %s vectors, %s wide", output, f"{len(tokens):,}", vectors.shape[1])

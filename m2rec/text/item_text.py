@@ -1,32 +1,28 @@
 """NAME.item -> one text per item, by a template or by joining columns."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 
-import pandas as pd
-
 from m2rec.data import inter_file
-from m2rec.data.item_file import ItemTexts
+from m2rec.data.item_file import ItemTexts, format_file_stamp
 from m2rec.errors import UserError
-
-INTER_CHUNK_ROWS = 500_000  # lines of NAME.inter that are held at a time
-
 
 # the text between two columns: what closes the first, what separates them, what opens the second
 LITERAL_BETWEEN_COLUMNS = re.compile(r"""([)\]}"'»]*)([^\w([{"'«]*)(.*)""", re.S)
+TEMPLATE_EXAMPLE = "'{title}; genre: {genre}'"
 
 
-@dataclass(frozen=True)
+@dataclass
 class TemplatePart:
-    """One column of a template: what separates it from the part before, and what stands around it."""
+    """One column of a template: what separates it from the part before it, and the text around it."""
 
     separator: str
-    before: str
+    prefix: str
     column: str
-    after: str
+    suffix: str = ""
 
 
 def read_item_texts(
@@ -39,35 +35,40 @@ def read_item_texts(
         id_column: column of the item token.
         columns: columns to join by ". ", in order; all by default. Not with a template.
         template: such as `title: {title}; genre: {genre}`; a part whose column is empty is left out.
+        separator: between columns.
 
     Raises:
-        ValueError: the file, a column or the template is unusable, a token comes twice, or nobody
+        ValueError: the file, a column or the template is unusable, a token is duplicated, or no item
             has text.
     """
     if not path.is_file():
         raise UserError(f"no item file {path}; its first line must name columns, such as item_id:token")
     if template and columns:
         raise UserError("columns: not together with template, which names its own; leave one out")
+    file_stamp = format_file_stamp(path)
     header = inter_file.read_header(path, separator)
-    parts = parse_template(template) if template else []
-    wanted = [part.column for part in parts] or list(columns or [])
-    for column in (id_column, *wanted):
+    if template:
+        parts = parse_template(template)
+    else:
+        names = columns or [column for column in header if column != id_column]
+        parts = [TemplatePart(". ", "", column) for column in dict.fromkeys(names)]
+    used = list(dict.fromkeys(part.column for part in parts))
+    for column in (id_column, *used):
         if column not in header:
             hint = inter_file.suggest_separator(header)
             raise UserError(f"{path}: column {column!r} is missing, the file has {', '.join(header)}{hint}")
-    used = list(dict.fromkeys(wanted)) or [column for column in header if column != id_column]
     frame = inter_file.read_text_columns(path, separator, header).dropna(subset=[id_column]).fillna("")
-    twice = frame[id_column][frame[id_column].duplicated()]
-    if len(twice):
-        raise UserError(f"{path}: item {twice.iloc[0]!r} comes twice, again in line {twice.index[0] + 2}")
-    parts = parts or [TemplatePart(". ", "", column, "") for column in used]
-    rows = ({column: value.strip() for column, value in zip(used, row, strict=True)} for row in
-            frame[used].to_numpy())  # fmt: skip
-    texts = dict(zip(frame[id_column], (fill_template(parts, row) for row in rows), strict=True))
-    tokens = sorted(token for token, text in texts.items() if text)
-    if not tokens:
+    for line, token in frame[id_column][frame[id_column].duplicated()].items():
+        raise UserError(f"{path}: duplicate item {token!r} (line {line + 2}); keep one")
+    text_of = {}
+    for token, *values in frame[[id_column, *used]].itertuples(index=False, name=None):
+        text = fill_template(parts, dict(zip(used, values, strict=True)))
+        if text:
+            text_of[token] = text
+    if not text_of:
         raise UserError(f"{path}: no item has text in {', '.join(used)}")
-    return ItemTexts(tokens, [texts[token] for token in tokens], used, template)
+    tokens = sorted(text_of)
+    return ItemTexts(tokens, [text_of[token] for token in tokens], used, template, file_stamp)
 
 
 def parse_template(template: str) -> list[TemplatePart]:
@@ -76,57 +77,40 @@ def parse_template(template: str) -> list[TemplatePart]:
     Raises:
         ValueError: it has no column, a brace alone, or a format or conversion.
     """
-    literals, columns = [""], []
+    parts: list[TemplatePart] = []
+    literal = ""
     try:
-        for literal, column, form, conversion in Formatter().parse(template):
-            literals[-1] += literal
+        for text, column in _iterate_template(template):
+            literal += text
             if column is None:
                 continue
-            if form or conversion or not column:
-                raise UserError("a column stands alone in its braces")
-            columns.append(column)
-            literals.append("")
+            separator, prefix = "", literal
+            if parts:
+                parts[-1].suffix, separator, prefix = LITERAL_BETWEEN_COLUMNS.findall(literal)[0]
+            parts.append(TemplatePart(separator, prefix, column))
+            literal = ""
     except ValueError as error:
-        raise UserError(
-            f"template: {template!r} can't be read ({error}); write '{{title}}; genre: {{genre}}'"
-        ) from None
-    if not columns:
-        raise UserError(f"template: {template!r} has no column; write '{{title}}; genre: {{genre}}'")
-    between = [LITERAL_BETWEEN_COLUMNS.fullmatch(literal) for literal in literals[1:-1]]
-    groups = [match.groups() for match in between if match]  # the pattern matches anything
-    after = [closing for closing, _, _ in groups] + [literals[-1]]
-    before = [("", literals[0]), *((separator, opening) for _, separator, opening in groups)]
-    return [
-        TemplatePart(separator, opening, column, closing)
-        for (separator, opening), column, closing in zip(before, columns, after, strict=True)
-    ]
+        raise UserError(f"template: {template!r} can't be read ({error}); write {TEMPLATE_EXAMPLE}") from None
+    if not parts:
+        raise UserError(f"template: {template!r} has no column; write {TEMPLATE_EXAMPLE}")
+    parts[-1].suffix = literal
+    return parts
 
 
-def fill_template(parts: Sequence[TemplatePart], row: dict[str, str]) -> str:
+def _iterate_template(template: str) -> Iterator[tuple[str, str | None]]:
+    """Literals, each with the column behind it; None where only another literal is."""
+    for literal, column, form, conversion in Formatter().parse(template):
+        if column is not None and (form or conversion or not column):
+            raise UserError("braces must hold a column name only")
+        yield literal, column
+
+
+def fill_template(parts: Sequence[TemplatePart], row: Mapping[str, str]) -> str:
     """The text of one item; parts whose column is empty are left out."""
     text = ""
     for part in parts:
-        if row[part.column]:
-            text += (part.separator if text else "") + part.before + row[part.column] + part.after
+        value = row[part.column].strip()
+        if value:
+            separator = part.separator if text else ""
+            text += separator + part.prefix + value + part.suffix
     return text
-
-
-def read_item_tokens(path: Path, id_column: str, separator: str = "\t") -> list[str] | None:
-    """Every item token of NAME.inter, in order of appearance; None when there is no such file or column.
-
-    Raises:
-        ValueError: the file can't be read.
-    """
-    if not path.is_file() or id_column not in (header := inter_file.read_header(path, separator)):
-        return None
-    try:
-        chunks = pd.read_csv(
-            path, sep=separator, dtype=str, keep_default_na=False, na_values=[""], quoting=3,
-            encoding="utf-8-sig", usecols=[list(header).index(id_column)], chunksize=INTER_CHUNK_ROWS,
-        )  # fmt: skip
-        found: dict[str, None] = {}
-        for chunk in chunks:
-            found |= dict.fromkeys(chunk.iloc[:, 0].dropna().unique())
-    except (UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise UserError(f"{path}: can't be read ({error}); repair it") from None
-    return list(found)

@@ -1,95 +1,43 @@
-"""Vectors of a long computation, kept batch by batch in a file, so that a killed one can go on.
+"""Resumable cache of encoded texts: safetensors files in a folder, named by the encoding's fingerprint."""
 
-The file is a first line with a fingerprint of what decides the vectors, then records: the number
-of rows, the width, a CRC-32 of what follows, the row numbers (int64), the vectors (float32). A kill
-can only spoil the last record, which is then cut off.
-"""
-
-import struct
-import zlib
-from contextlib import ExitStack
+import shutil
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
+import torch
 
 from m2rec.errors import UserError
-from m2rec.storage import lock_path
-
-MAGIC = b"m2rec vectors 1 "
-RECORD_HEADER = struct.Struct("<III")
+from m2rec.tensor_files import read_tensors, write_tensors
 
 
 class PartialVectors:
-    """Open it with `with`; one process at a time.
+    """Finished rows of one encoding, beside those of encodings with another fingerprint."""
 
-    Attributes:
-        kept: pairs of row numbers (k,) and vectors (k, T) that are there already.
-    """
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        self._prefix = fingerprint[:16]
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path = path
-        self.finished_batches: list[tuple[np.ndarray, np.ndarray]] = []
-        self._head = MAGIC + fingerprint.encode() + b"\n"
-        self._file: BinaryIO
-
-    def __enter__(self) -> "PartialVectors":
-        """Read what is there; another fingerprint starts anew.
-
-        Raises:
-            ValueError: another process has it open.
-        """
-        with ExitStack() as held:
-            self._file = held.enter_context(self.path.open("a+b"))
+    def restore(self, vectors: np.ndarray) -> list[int]:
+        """Copy the finished rows into `vectors` (n, T) and return their numbers; skip damaged files."""
+        finished: list[int] = []
+        for path in sorted(self.folder.glob(f"{self._prefix}-*.safetensors")):
             try:
-                held.enter_context(lock_path(self.path, patience=0))
-            except BlockingIOError:
-                raise UserError(f"{self.path}: another process is at it; wait for it or stop it") from None
-            self._read()
-            self._held = held.pop_all()
-        return self
+                tensors, _ = read_tensors(path)
+            except UserError:
+                continue
+            rows = tensors["rows"].tolist()
+            vectors[rows] = tensors["vectors"].numpy()
+            finished += rows
+        return finished
 
-    def _read(self) -> None:
-        """Take what is kept, and cut off the rest."""
-        self._file.seek(0)
-        data = self._file.read()
-        if not data.startswith(self._head):
-            self._file.truncate(0)
-            self._file.write(self._head)
-            self._file.flush()
-            return
-        place = len(self._head)
-        while (found := _parse_record(data, place)) is not None:
-            rows, vectors, place = found
-            self.finished_batches.append((rows, vectors))
-        self._file.truncate(place)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._held.close()
-
-    def append(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Keep vectors (k, T) of the rows (k,); they are with the system when this returns."""
-        content = rows.astype("<i8").tobytes() + vectors.astype("<f4").tobytes()
-        self._file.write(RECORD_HEADER.pack(len(rows), vectors.shape[1], zlib.crc32(content)) + content)
-        self._file.flush()
+    def append(self, rows: list[int], vectors: np.ndarray) -> None:
+        """Write vectors (k, T) of the rows (k,), which are on the disk when this returns."""
+        if self.folder.is_file():  # a cache of an earlier version
+            self.folder.unlink()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"rows": torch.tensor(rows), "vectors": torch.from_numpy(vectors)}
+        write_tensors(self.folder / f"{self._prefix}-{rows[0]:09}.safetensors", tensors)
 
     def remove(self) -> None:
-        """The result is written: the file is no longer needed."""
-        self._file.close()  # Windows removes no open file
-        self.path.unlink(missing_ok=True)
-
-
-def _parse_record(data: bytes, place: int) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """Rows and vectors of the record at `place`, and where the next begins; None when it is not whole."""
-    start = place + RECORD_HEADER.size
-    if start > len(data):
-        return None
-    count, width, checksum = RECORD_HEADER.unpack_from(data, place)
-    middle, end = start + 8 * count, start + count * (8 + 4 * width)
-    if end > len(data) or zlib.crc32(data[start:end]) != checksum:
-        return None
-    rows = np.frombuffer(data[start:middle], dtype="<i8")
-    return rows, np.frombuffer(data[middle:end], dtype="<f4").reshape(count, width), end
+        """Delete the cache, once the text-vector file is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -25,7 +25,7 @@ from m2rec.git import join_commits, read_commit
 from m2rec.models.registry import find_model_class
 from m2rec.run_folder import RunFolder
 from m2rec.settings import Role, get_defaults
-from m2rec.text.source import ensure_text_vectors
+from m2rec.text.source import ensure_text_vectors, find_vector_file, load_text_vectors
 from m2rec.training.checkpoint import CannotResume
 from m2rec.training.configuration import build_config
 from m2rec.training.new_run import create_run_folder, lock_run_folder, update_eval_batch_size
@@ -250,8 +250,10 @@ def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
     logger.info("%s", describe_device(config))
     dataset, loaders, data_counts = _load_and_describe_data(config)
     timer.lap("data")
-    if config.model_settings and folder is None:
-        ensure_text_vectors(config, dataset.item_tokens[1:])
+    if config.model_settings:
+        tokens = dataset.item_tokens
+        file = ensure_text_vectors(config, tokens[1:]) if folder is None else find_vector_file(config)
+        loaders.train.dataset.item_vectors = load_text_vectors(config, file, tokens)
         if config["device"].type == "cuda":
             torch.cuda.reset_peak_memory_stats(config["device"])
         timer.lap("text")

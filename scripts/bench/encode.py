@@ -26,7 +26,8 @@ from benchmarking import (
 )
 
 from m2rec.text.item_text import read_item_texts
-from m2rec.text.language_model import TextEncoder, TextEncoderOptions
+from m2rec.text.language_model import TextEncoder
+from m2rec.text.sentence_model import TextEncoderOptions
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 UNSORTED_BATCH_SIZE = 64  # texts of a batch in the file's order
