@@ -43,7 +43,7 @@ class PartialVectors:
         with ExitStack() as held:
             self._file = held.enter_context(self.path.open("a+b"))
             try:
-                held.enter_context(lock_path(self.path, patience=0))
+                held.enter_context(lock_path(self.path, timeout=0))
             except BlockingIOError:
                 raise UserError(f"{self.path}: another process is at it; wait for it or stop it") from None
             self._read()

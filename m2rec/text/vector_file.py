@@ -92,7 +92,9 @@ def read_text_vectors(path: Path) -> tuple[list[str], Tensor, dict[str, str]]:
         ValueError: the file is not one, or is inconsistent; tokens repeat; a value is not finite.
     """
     try:
-        tensors, provenance = read_tensors(path, ours=False)  # files before the checksum have none
+        tensors, provenance = read_tensors(
+            path, require_checksum=False
+        )  # files before the checksum have none
         missing = {"vectors", "tokens", "token_ends"} - set(tensors)
         if missing:
             raise UserError(f"{path} has no {', '.join(sorted(missing))}")
