@@ -1,7 +1,6 @@
-"""RecBole, patched: the only module of the package that imports it, so that nobody meets it unpatched.
+"""RecBole, patched: the only module that imports RecBole, so every other module gets the patched version.
 
-Each work-around names its upstream issue and when it can go. Everything else takes
-RecBole's names from here.
+Each work-around names its upstream issue and when it can go.
 """
 
 import copy
@@ -23,7 +22,7 @@ from m2rec.tensor_files import load_state, save_state
 
 INSTALL_RECBOLE = (
     "recbole is not installed; run: pip install --no-deps recbole==1.2.1 "
-    "(what it needs comes with this project; its own list has a ray that no Python from 3.12 on can install)"
+    "(this project installs its dependencies; RecBole's own list has a ray without wheels for Python 3.12)"
 )
 
 # RecBole 1.2.1 reads NumPy names that NumPy 2 removed (RUCAIBox/RecBole#2212, #2215); goes
@@ -58,16 +57,18 @@ RECBOLE_FOLDER = Path(recbole.__file__).parent
 
 
 def find_data_folder(data_path: Path, dataset: str) -> Path:
-    """Where a data set lies: data_path/NAME, or for ml-100k without one the copy inside RecBole.
+    """The folder of a data set: data_path/NAME, or if it has no ml-100k the copy inside RecBole.
 
-    RecBole 1.2.1 reads its own ml-100k whatever the data path (config/configurator.py).
+    RecBole 1.2.1 always reads its own ml-100k, whatever the data path (config/configurator.py).
     """
-    own = data_path / dataset
+    folder = data_path / dataset
     packaged = RECBOLE_FOLDER / "dataset_example" / dataset
-    return packaged if packaged.is_dir() and not (own / f"{dataset}.inter").is_file() else own
+    if packaged.is_dir() and not (folder / f"{dataset}.inter").is_file():
+        return packaged
+    return folder
 
 
-# Names that RecBole reads from NumPy at call time; stock sets them at the first Config only.
+# RecBole reads these NumPy names at call time, and sets them at the first Config only.
 Config.compatibility_settings(None)
 
 # Importing RecBole's sequential models runs sine.py, which turns autograd's anomaly detection
@@ -76,17 +77,17 @@ Config.compatibility_settings(None)
 torch.autograd.set_detect_anomaly(False)
 
 
-# Each run would print these, which no upstream issue names; they go with RecBole's next release
-# for today's torch and pandas: RecBole 1.2.1 makes tensors from pandas 3's read-only arrays (it
-# copies them next), names torch.cuda.amp.GradScaler, which torch renamed, and fills columns in a way
-# that pandas 3 has no more, after `_read_csv` did it.
+# Each run would print these warnings (no upstream issues found; they can go when RecBole supports today's
+# torch and pandas): RecBole 1.2.1 makes tensors from pandas 3's read-only arrays (it copies them next),
+# uses torch.cuda.amp.GradScaler, which torch renamed, and fills columns in a way that pandas 3 removed,
+# after `_read_csv` filled them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler", category=FutureWarning)
 warnings.filterwarnings("ignore", message="A value is being set on a copy", module="recbole.data.dataset")
 
 
 class _NullTensorboard:
-    """Takes what RecBole's trainer sends to TensorBoard and drops it."""
+    """Drops what RecBole's trainer sends to TensorBoard."""
 
     def add_scalar(self, *args: object, **kwargs: object) -> None:
         """Drop a value."""
@@ -103,53 +104,54 @@ def _fill_nan(self: Dataset) -> None:
     for name in self.feat_name_list:
         feat = getattr(self, name)
         for column in feat:
-            kind = self.field2type[column]
-            if kind == FeatureType.TOKEN:
+            feature_type = self.field2type[column]
+            if feature_type == FeatureType.TOKEN:
                 feat[column] = feat[column].fillna(0)
-            elif kind == FeatureType.FLOAT:
+            elif feature_type == FeatureType.FLOAT:
                 feat[column] = feat[column].fillna(feat[column].mean())
             else:
-                dtype = np.int64 if kind == FeatureType.TOKEN_SEQ else np.float64
+                dtype = np.int64 if feature_type == FeatureType.TOKEN_SEQ else np.float64
                 empty = np.array([], dtype=dtype)
                 feat[column] = [empty if isinstance(x, float) else x for x in feat[column]]
 
 
 def _patch_list_lengths(method: Callable[..., None]) -> Callable[..., None]:
-    """A method of RecBole's in which `column.agg(len)` is a length for each row, as before pandas 3.
+    """Wrap a method of RecBole so that `column.agg(len)` is a length for each row, as before pandas 3.
 
     Under pandas 3 it is the number of rows. No upstream issue found; goes when RecBole supports pandas 3.
     """
 
     @functools.wraps(method)
     def call(*args: Any) -> None:
-        stock = pd.Series.agg
+        pandas_agg = pd.Series.agg
 
-        def agg(column: pd.Series, func: Any = None, *others: Any, **named: Any) -> Any:
-            return column.map(len) if func is len else stock(column, func, *others, **named)
+        def agg(column: pd.Series, func: Any = None, *positional: Any, **named: Any) -> Any:
+            return column.map(len) if func is len else pandas_agg(column, func, *positional, **named)
 
         pd.Series.agg = agg
         try:
             method(*args)
         finally:
-            pd.Series.agg = stock
+            pd.Series.agg = pandas_agg
 
     return call
 
 
 def _benchmark_presets(self: SequentialDataset) -> None:
-    """SequentialDataset._benchmark_presets with one length per row (see `_patch_list_lengths`).
+    """SequentialDataset._benchmark_presets with one length per row, for any name of the item column.
 
-    Whatever the column of items is called, too. No upstream issue found; goes when RecBole supports pandas 3.
+    See `_patch_list_lengths`. No upstream issue found; goes when RecBole supports pandas 3.
     """
     for column in self.inter_feat:
-        if (lists := f"{column}{self.config['LIST_SUFFIX']}") in self.inter_feat:
-            setattr(self, f"{column}_list_field", lists)
+        list_column = f"{column}{self.config['LIST_SUFFIX']}"
+        if list_column in self.inter_feat:
+            setattr(self, f"{column}_list_field", list_column)
     self.set_field_property(self.item_list_length_field, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
-    lists = self.inter_feat[getattr(self, f"{self.iid_field}_list_field")]
-    self.inter_feat[self.item_list_length_field] = [len(row) for row in lists]
+    histories = self.inter_feat[getattr(self, f"{self.iid_field}_list_field")]
+    self.inter_feat[self.item_list_length_field] = [len(history) for history in histories]
 
 
-# what pandas takes for a missing number by default
+# texts that pandas reads as a missing number by default
 _MISSING_NUMBERS = [
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
     "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
@@ -159,14 +161,14 @@ _MISSING_NUMBERS = [
 def _read_csv(path: str, dtype: dict[str, type], **options: Any) -> pd.DataFrame:
     """pandas.read_csv as RecBole 1.2.1 calls it (Dataset._load_feat), with four repairs.
 
-    By default a quotation mark joins lines, and their rows are lost without a word; in atomic files it is
-    text (no upstream issue found; goes when RecBole reads with quoting=3). An item that is called NA is
-    read as missing and loses its features (no upstream issue found; goes when RecBole reads tokens as they
-    are). And `fillna(inplace=True)` of a column does nothing under pandas 3, so that an empty sequence
-    stays NaN, which has no `split`; it is filled here (no upstream issue found; goes when RecBole supports
-    pandas 3). A separator of several characters, such as ||, is no pattern (no upstream issue found).
+    A quotation mark is text; by default it joins lines, whose rows are silently lost (no upstream issue
+    found; goes when RecBole reads with quoting=3). An item that is called NA is a token; by default it is
+    read as missing and loses its features (no upstream issue found; goes when RecBole reads tokens
+    unchanged). An empty sequence is filled here: `fillna(inplace=True)` of a column does nothing under
+    pandas 3, and NaN has no `split` (no upstream issue found; goes when RecBole supports pandas 3). A
+    separator of several characters, such as ||, is not a pattern (no upstream issue found).
     """
-    missing = {name: _MISSING_NUMBERS if kind is np.float64 else [""] for name, kind in dtype.items()}
+    missing = {name: _MISSING_NUMBERS if type_ is np.float64 else [""] for name, type_ in dtype.items()}
     if len(options["delimiter"]) > 1:
         options["delimiter"] = re.escape(options["delimiter"])
     options |= {"quoting": csv.QUOTE_NONE, "keep_default_na": False, "na_values": missing}
@@ -187,10 +189,10 @@ _trainer.get_tensorboard = lambda logger: _NullTensorboard()
 
 
 class _SafeTorch:
-    """PyTorch, for the modules of RecBole that save and load: without a pickle (see `nested_state`).
+    """PyTorch for the modules of RecBole that save and load, without pickles (see `tensor_files`).
 
     RecBole 1.2.1 pickles its whole Config, which torch.load refuses since PyTorch 2.6 (no upstream issue
-    found). Stays, whatever RecBole does: nothing is unpickled here, and nothing pickled.
+    found). Permanent: nothing is unpickled here, and nothing pickled.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -198,7 +200,7 @@ class _SafeTorch:
 
     @staticmethod
     def save(state: dict[str, Any], path: str, **_: object) -> None:
-        """Write a checkpoint of RecBole's; of its Config the names that are read again."""
+        """Write a checkpoint of RecBole, with the keys of its Config that are read again."""
         config = {key: state["config"][key] for key in ("model", "dataset")}
         save_state({**state, "config": config}, Path(path))
 
@@ -214,7 +216,7 @@ _recbole_init_trainer = Trainer.__init__
 
 
 def _init_with_safetensors(self: Trainer, config: Config, model: torch.nn.Module) -> None:
-    """Trainer.__init__, with a name for its file that says what the file is."""
+    """Trainer.__init__, with the suffix .safetensors for its file."""
     _recbole_init_trainer(self, config, model)
     self.saved_model_file = str(Path(self.saved_model_file).with_suffix(".safetensors"))
 
@@ -225,7 +227,7 @@ _build_optimizer = Trainer._build_optimizer
 
 
 def _build_grouped_optimizer(self: Trainer, **kwargs: Any) -> torch.optim.Optimizer:
-    """Trainer._build_optimizer, with the model's parameters in groups by how they are marked. Stays."""
+    """Trainer._build_optimizer, with the model's parameters in groups by how they are marked. Permanent."""
     kwargs.setdefault("params", _group_parameters(self))
     return _build_optimizer(self, **kwargs)  # type: ignore[no-any-return]
 
@@ -233,8 +235,8 @@ def _build_grouped_optimizer(self: Trainer, **kwargs: Any) -> torch.optim.Optimi
 def _group_parameters(trainer: Trainer) -> list[dict[str, Any]]:
     """A group for each way in which parameters are marked (`m2rec.nn.mamba.MarkedParameters`).
 
-    `_no_weight_decay`: weight decay leaves them alone. `_lr_multiplier`: an optimiser whose steps are of the
-    size of the learning rate, whatever the gradient's, takes so many times larger ones.
+    `_no_weight_decay`: excluded from weight decay. `_lr_multiplier`: multiplies the learning rate, for optimizers
+    whose steps have the size of the learning rate, whatever the gradient's; not for SGD.
     """
     marked: dict[tuple[bool, float], list[torch.nn.Parameter]] = {(False, 1.0): []}
     for p in trainer.model.parameters():
@@ -242,9 +244,11 @@ def _group_parameters(trainer: Trainer) -> list[dict[str, Any]]:
             pace = 1.0 if trainer.learner.lower() == "sgd" else getattr(p, "_lr_multiplier", 1.0)
             marked.setdefault((getattr(p, "_no_weight_decay", False), pace), []).append(p)
     groups: list[dict[str, Any]] = []
-    for (spared, pace), parameters in marked.items():
-        own: dict[str, Any] = {"weight_decay": 0.0} if spared else {}
-        groups.append({"params": parameters, "lr": pace * trainer.learning_rate, **own})
+    for (no_decay, pace), parameters in marked.items():
+        group = {"params": parameters, "lr": pace * trainer.learning_rate}
+        if no_decay:
+            group["weight_decay"] = 0.0
+        groups.append(group)
     return groups
 
 
@@ -252,10 +256,10 @@ Trainer._build_optimizer = _build_grouped_optimizer
 
 
 def _get_data_struct(self: Collector) -> DataStruct:
-    """Collector.get_data_struct, which in RecBole 1.2.1 takes counts for tensors, and dies of it.
+    """Collector.get_data_struct, which in RecBole 1.2.1 fails on counts because it calls their `cpu`.
 
-    ItemCoverage, GiniIndex, AveragePopularity and TailPercentage need these. No upstream issue found; goes
-    when RecBole moves tensors alone.
+    ItemCoverage, GiniIndex, AveragePopularity and TailPercentage need counts. No upstream issue found; goes
+    when RecBole moves only tensors.
     """
     for key, value in self.data_struct._data_dict.items():
         self.data_struct[key] = value.cpu() if isinstance(value, torch.Tensor) else value
@@ -274,48 +278,51 @@ _recbole_set_negatives = Config._set_train_neg_sample_args
 def _set_train_neg_sample_args(self: Config) -> None:
     """Config._set_train_neg_sample_args, with none by default for a model that `draws_negatives` itself.
 
-    RecBole's default gives each row of a pointwise model a second one with a random item, told apart by a
-    label that no such model reads (data/dataloader/abstract_dataloader.py). Stays.
+    RecBole's default gives each row of a pointwise model a second row with a random item, marked by a
+    label that no such model reads (data/dataloader/abstract_dataloader.py). Permanent.
     """
     if getattr(self.model_class, "draws_negatives", False):
-        given = self.external_config_dict.get("train_neg_sample_args")
-        loss = self.external_config_dict.get("loss_type")
-        if given in (None, "None"):
-            self.final_config_dict["train_neg_sample_args"] = None
-        elif loss == "BPR":
-            self.final_config_dict["MODEL_INPUT_TYPE"] = InputType.PAIRWISE
-        else:
-            raise UserError(
-                f"train_neg_sample_args: {self.model} draws the negatives of loss_type: {loss or 'CE'} "
-                f"itself; leave it out, or set loss_type: BPR"
-            )
+        _set_own_negatives(self)
     _recbole_set_negatives(self)
+
+
+def _set_own_negatives(config: Config) -> None:
+    loss = config.external_config_dict.get("loss_type")
+    if config.external_config_dict.get("train_neg_sample_args") in (None, "None"):
+        config.final_config_dict["train_neg_sample_args"] = None
+    elif loss == "BPR":
+        config.final_config_dict["MODEL_INPUT_TYPE"] = InputType.PAIRWISE
+    else:
+        raise UserError(
+            f"train_neg_sample_args: {config.model} draws the negatives of loss_type: {loss or 'CE'} "
+            f"itself; leave it out, or set loss_type: BPR"
+        )
 
 
 Config._set_train_neg_sample_args = _set_train_neg_sample_args
 
 
 def _refuse_pickle(*args: Any) -> None:
-    """In place of pickle.load and pickle.dump in RecBole's data sets.
+    """Replace pickle.load and pickle.dump in RecBole's data sets.
 
     Raises:
         ValueError: always.
     """
-    file = next((str(a.name) for a in args if hasattr(a, "name")), "the data set's file")
+    names = [str(argument.name) for argument in args if hasattr(argument, "name")]
+    file = names[0] if names else "the data set's file"
     raise UserError(f"{file}: pickles are neither loaded nor made; move it away, and leave save_dataset out")
 
 
-# create_dataset unpickles checkpoint_dir/NAME-CLASS.pth if there is one, whatever save_dataset says.
+# create_dataset unpickles checkpoint_dir/NAME-CLASS.pth if it exists, whatever save_dataset is.
 _data.pickle = _dataset.pickle = types.SimpleNamespace(load=_refuse_pickle, dump=_refuse_pickle)
 
-# RecBole's data_preparation first unpickles ./saved/NAME-for-MODEL-dataloader.pth if there is one, or
-# the file that a key names (RecBole 1.2.1, data/utils.py; it is meant so). Nothing is unpickled here,
+# RecBole's data_preparation first unpickles ./saved/NAME-for-MODEL-dataloader.pth if it exists, or
+# the file that a key names (RecBole 1.2.1, data/utils.py, on purpose). Nothing is unpickled here,
 # and nothing pickled.
 _data.load_split_dataloaders = lambda config: None
 _data.save_split_dataloaders = lambda config, dataloaders: None
 
 __all__ = [
-    "INSTALL_RECBOLE",
     "RECBOLE_FOLDER",
     "Config",
     "FeatureSource",

@@ -1,8 +1,8 @@
-"""Work shared out over the processes that torchrun starts; in a single process all of this is nothing.
+"""Data-parallel helpers under torchrun; no-ops in a single process.
 
-Every process builds the same data and the same batches and takes its own rows of each, so a step
-is that of one process at the same batch size, up to the order of floating-point sums, wherever the
-loss is a mean over targets. What is drawn at random, dropout and sampled negatives, each draws itself.
+Every process builds the same data and the same batches and takes its own rows of each, so a step equals
+that of one process at the same batch size, up to the order of floating-point sums, wherever the
+loss is a mean over targets. Random numbers, of dropout and of sampled negatives, differ by process.
 """
 
 import os
@@ -19,25 +19,25 @@ from m2rec.errors import UserError
 
 @contextmanager
 def join_process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes, by NCCL on CUDA and by gloo on a CPU, and leave them at the end."""
+    """Join the other processes, by NCCL on CUDA and by gloo on a CPU, until the end of the block."""
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # where NCCL puts what it sends
+        torch.cuda.set_device(device)  # of NCCL's buffers
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    leaves = True
+    destroys_group = True
     try:
         yield
-        with suppress(RuntimeError):  # another one failed, and says why
-            dist.barrier()  # gloo aborts where a process leaves while another one still talks
+        with suppress(RuntimeError):  # another process failed and reports why
+            dist.barrier()  # gloo aborts if a process leaves while another one sends
     except Exception:
-        leaves = device.type != "cuda"  # NCCL would wait for the others, who wait for this one
+        destroys_group = device.type != "cuda"  # NCCL would wait for processes that wait for this one
         raise
     finally:
-        if leaves:
+        if destroys_group:
             dist.destroy_process_group()
 
 
@@ -47,15 +47,15 @@ def process_rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int | None:
-    """Which of this machine's processes torchrun says this is; None if it did not start it.
+    """The number of this process on this machine; None without torchrun.
 
     Raises:
-        ValueError: something else set RANK.
+        ValueError: something other than torchrun set RANK.
     """
     if "RANK" not in os.environ:
         return None
@@ -67,13 +67,13 @@ def local_rank() -> int | None:
 
 
 def check_gpus() -> None:
-    """Each of this machine's processes needs a GPU of its own.
+    """Check that each of this machine's processes has its own GPU.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer GPUs than processes.
     """
-    number, count = local_rank(), torch.cuda.device_count()
-    if number is not None and number >= count:
+    rank, count = local_rank(), torch.cuda.device_count()
+    if rank is not None and rank >= count:
         raise UserError(
             f"torchrun: more processes than GPUs ({count}); lower --nproc_per_node, or set use_gpu: false"
         )
@@ -85,38 +85,39 @@ def is_main_process() -> bool:
 
 
 def broadcast_value(value: Any) -> Any:
-    """The first process's value, for all."""
+    """The main process's value, in all processes."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values, 0)
     return values[0]
 
 
-def reduce_max(number: int, device: torch.device) -> int:
-    """The largest of all processes' numbers."""
+def reduce_max(value: int, device: torch.device) -> int:
+    """The largest of all processes' values."""
     if world_size() == 1:
-        return number
-    found = torch.tensor(number, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
-def gather_rows(own: Tensor) -> Tensor:
-    """Every process's rows, one process after the other; they may have different numbers of them."""
+def gather_rows(local_rows: Tensor) -> Tensor:
+    """The rows of all processes, concatenated by rank; their numbers may differ."""
     if world_size() == 1:
-        return own
+        return local_rows
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, own.cpu())
-    return torch.cat(parts).to(own.device)
+    dist.all_gather_object(parts, local_rows.cpu())
+    return torch.cat(parts).to(local_rows.device)
 
 
 def broadcast_weights(model: nn.Module) -> None:
-    """Give all processes the first one's parameters and buffers."""
-    if world_size() > 1:
-        for tensor in model.state_dict().values():
-            sent = tensor.contiguous()  # as NCCL wants it
-            dist.broadcast(sent, 0)
-            tensor.copy_(sent)
+    """Copy the main process's parameters and buffers to all processes."""
+    if world_size() == 1:
+        return
+    for tensor in model.state_dict().values():
+        contiguous = tensor.contiguous()  # NCCL needs it
+        dist.broadcast(contiguous, 0)
+        tensor.copy_(contiguous)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
@@ -127,13 +128,14 @@ def sum_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
     if world_size() == 1:
         return loss
     trained = [p for p in parameters if p.requires_grad]
-    head = torch.tensor([float(p.grad is not None) for p in trained], device=loss.device)
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    flat = torch.cat([loss.detach().reshape(1), head, *(part.flatten() for part in parts)])
+    has_gradient = torch.tensor([float(p.grad is not None) for p in trained], device=loss.device)
+    gradients = []
+    for p in trained:
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients.append(gradient.flatten())
+    flat = torch.cat([loss.detach().reshape(1), has_gradient, *gradients])
     dist.all_reduce(flat)
-    total, present, values = flat[0], flat[1 : 1 + len(trained)], flat[1 + len(trained) :]
-    for p, there, value in zip(
-        trained, present.tolist(), values.split([p.numel() for p in trained]), strict=True
-    ):
-        p.grad = value.view_as(p).clone() if there else None
-    return total
+    total, has_any, *sums = flat.split([1, len(trained), *(p.numel() for p in trained)])
+    for p, exists, gradient in zip(trained, has_any.tolist(), sums, strict=True):
+        p.grad = gradient.view_as(p).clone() if exists else None
+    return torch.squeeze(total)

@@ -1,4 +1,4 @@
-"""Write files so that a reader never meets half of one, and lock them against other processes."""
+"""Write files atomically, and lock files and folders against other processes."""
 
 import logging
 import os
@@ -12,16 +12,16 @@ logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it and move it into place, for good.
+    """Let `write` fill a temporary file beside `path`, sync it and move it into place.
 
-    Who may read it is as the umask says, also where `write` makes a file for its owner alone.
+    The file's permissions follow the umask, even where `write` makes a file for its owner only.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        with temporary.open("rb+") as file:  # Windows syncs no file that is only read
+        with temporary.open("rb+") as file:  # Windows can't sync a file that is open for reading
             os.fsync(file.fileno())
         temporary.chmod(mode)
         temporary.replace(path)
@@ -31,14 +31,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the folder's own entries on the disk."""
+    """Sync the folder's entries."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -47,41 +47,48 @@ def write_text(path: Path, content: str) -> None:
 
 
 @contextmanager
-def lock_path(path: Path, patience: float = inf) -> Iterator[None]:
-    """Hold a file or folder against other processes that do the same, where the system can do that.
+def lock_path(path: Path, timeout: float = inf) -> Iterator[None]:
+    """Exclusive advisory lock on a file or folder; a no-op on Windows.
 
     Args:
-        path: the file or folder.
-        patience: seconds to wait for another one that holds it.
+        path: the file or folder; no lock file is made.
+        timeout: seconds to wait for a process that holds the lock.
 
     Raises:
-        BlockingIOError: it still does.
+        BlockingIOError: it still holds the lock.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    handle, end, waits = os.open(path, os.O_RDONLY), monotonic() + patience, False
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if monotonic() >= end:
-                    raise
-                if not waits:
-                    logger.info("another process is at %s; waiting for it", path)
-                waits = True
-                sleep(0.05)
-                continue
-            except OSError as error:  # file systems that don't know locks
-                logger.debug("%s can't be locked: %s", path, error)
-            break
+        deadline, is_announced = monotonic() + timeout, False
+        while not _try_lock(descriptor, path, is_last=monotonic() >= deadline):
+            if not is_announced:
+                logger.info("%s is locked by another process; waiting", path)
+                is_announced = True
+            sleep(0.05)
         try:
             yield
         finally:
-            with suppress(OSError):  # data-loader workers have copies of the handle
-                fcntl.flock(handle, fcntl.LOCK_UN)
+            with suppress(OSError):  # data-loader workers have copies of the descriptor
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
-        os.close(handle)
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, path: Path, is_last: bool) -> bool:
+    """Whether to proceed: the lock is held, or the file system has no locks."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if is_last:
+            raise
+        return False
+    except OSError as error:
+        logger.debug("%s can't be locked: %s", path, error)
+    return True

@@ -1,4 +1,4 @@
-"""Checksummed tensors in safetensors files, and nested states as RecBole keeps them; never a pickle."""
+"""Checksummed tensors and nested states in safetensors files; never a pickle."""
 
 import hashlib
 import json
@@ -23,43 +23,46 @@ _CHECKSUM_KEY = "checksum_sha256"
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically; shared or strided tensors are copied first.
 
-    Its metadata gets a checksum of everything in it, which `read_tensors` compares.
+    Its metadata gets a checksum of tensors and metadata, which `read_tensors` compares.
     """
-    plain = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    signed = {**(metadata or {}), _CHECKSUM_KEY: _hash_tensors(plain, metadata or {})}
+    metadata = metadata or {}
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    metadata_with_checksum = {**metadata, _CHECKSUM_KEY: _hash_tensors(plain, metadata)}
     try:
-        write_atomically(path, lambda p: save_file(plain, p, signed))
-    except SafetensorError as error:  # a full disk, which it has its own words for
+        write_atomically(path, lambda temporary: save_file(plain, temporary, metadata_with_checksum))
+    except SafetensorError as error:  # such as a full disk
         raise OSError(f"{path} can't be written: {error}") from error
 
 
 def read_tensors(
-    path: Path, device: str = "cpu", ours: bool = True
+    path: Path, device: str = "cpu", require_checksum: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors and metadata, compared with the checksum that it brings.
+    """Read a safetensors file's tensors and metadata, and compare them with its checksum.
 
     Args:
         path: the file.
         device: where the tensors go.
-        ours: whether a file without a checksum, which `write_tensors` never writes, is refused.
+        require_checksum: whether to refuse a file without a checksum.
 
     Raises:
-        ValueError: it is missing, damaged, or no such file.
+        ValueError: it is missing, corrupt, or not a safetensors file.
     """
     with _open_tensors(path, device) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         metadata = dict(file.metadata() or {})
-    found = metadata.pop(_CHECKSUM_KEY, None)
-    if (found is not None or ours) and found != _hash_tensors(tensors, metadata):
-        raise UserError(f"{path} is damaged: its content is not what was written")
+    checksum = metadata.pop(_CHECKSUM_KEY, None)
+    if checksum is None and not require_checksum:
+        return tensors, metadata
+    if checksum != _hash_tensors(tensors, metadata):
+        raise UserError(f"{path} is corrupt: the checksum does not match")
     return tensors, metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """A safetensors file's metadata alone, which nothing is compared with.
+    """Read a safetensors file's metadata only, without comparing the checksum.
 
     Raises:
-        ValueError: it is missing, or no such file.
+        ValueError: it is missing, or not a safetensors file.
     """
     with _open_tensors(path, "cpu") as file:
         return dict(file.metadata() or {})
@@ -87,10 +90,10 @@ _STATE_KEY = "state"
 
 
 def save_state(state: Any, path: Path) -> None:
-    """Write dicts, lists, tensors, arrays and plain values to a safetensors file, as a whole or not at all.
+    """Write dicts, lists, tensors, arrays and plain values to a safetensors file, atomically.
 
     Raises:
-        ValueError: something else is among them, which only a pickle could hold.
+        ValueError: another type is among them, which needs a pickle.
     """
     tensors: dict[str, Tensor] = {}
     tree = _encode_value(state, tensors, "")
@@ -98,40 +101,36 @@ def save_state(state: Any, path: Path) -> None:
 
 
 def load_state(path: Path, device: str) -> Any:
-    """What `save_state` wrote, with tensors on `device`; a tuple comes back as a list.
+    """Read what `save_state` wrote, with tensors on `device`; a tuple comes back as a list.
 
     Raises:
-        ValueError: the file is no such file.
+        ValueError: the file was not written by `save_state`.
     """
     try:
         tensors, metadata = read_tensors(path, device)
         tree = json.loads(metadata[_STATE_KEY])
     except (LookupError, ValueError) as error:
         raise UserError(
-            f"{path} is no checkpoint of M2Rec's kind, and pickles are never loaded; train the model again "
+            f"{path} is not a checkpoint of M2Rec, and pickles are never loaded; train the model again "
             f"({format_one_line(error)})"
         ) from error
     return _decode_value(tree, tensors)
 
 
-def _encode_value(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
-    """The value as JSON, its tensors put into `tensors`."""
+def _encode_value(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """The value as JSON; its tensors are put into `tensors` under names that begin with `name`."""
     if isinstance(value, Tensor | np.ndarray):
-        tensors[place] = torch.as_tensor(value)
-        return {"tensor" if isinstance(value, Tensor) else "array": place}
-    if isinstance(value, dict):  # its keys may be numbers, which JSON's are not
-        return {
-            "dict": [[key, _encode_value(item, tensors, f"{place}.{key}")] for key, item in value.items()]
-        }
+        tensors[name] = torch.as_tensor(value)
+        return {"tensor" if isinstance(value, Tensor) else "array": name}
+    if isinstance(value, dict):  # pairs, because keys may be numbers, and JSON's are texts
+        return {"dict": [[key, _encode_value(item, tensors, f"{name}.{key}")] for key, item in value.items()]}
     if isinstance(value, list | tuple):
-        return {
-            "list": [_encode_value(item, tensors, f"{place}.{number}") for number, item in enumerate(value)]
-        }
+        return {"list": [_encode_value(item, tensors, f"{name}.{n}") for n, item in enumerate(value)]}
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise UserError(f"{place.lstrip('.')}: {type(value).__name__} can only be pickled, which is never done")
+    raise UserError(f"{name.lstrip('.')}: {type(value).__name__} needs a pickle, which is never written")
 
 
 def _decode_value(value: Any, tensors: dict[str, Tensor]) -> Any:

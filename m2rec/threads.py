@@ -1,13 +1,14 @@
-"""PyTorch's threads on a machine whose cores are not all free: how many there are, and how they wait.
+"""PyTorch's threads on a machine whose cores are partly busy: thread count and wait policy.
 
-OpenMP's threads share each operation and wait for each other in a busy loop. Where another process has
-one of the cores, the thread on it comes late and the others burn their time: an operation of microseconds
-takes milliseconds. So what is small is computed by one thread, a command's threads spin briefly before
-they sleep, and there are no more of them than the process may use cores.
+OpenMP's threads share each operation and wait for each other in a busy loop. Where another process uses
+one of the cores, the thread on it is late and the others burn their time: an operation of microseconds
+takes milliseconds. So small operations are computed by one thread, a command's threads spin briefly before
+they sleep, and there are no more threads than cores that the process may use.
 """
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,21 +22,23 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def configure_threads() -> None:
-    """Set the threads of a process that is ours, before it loads PyTorch; what the user has set stays.
+    """Set OpenMP's thread count and spin count; must run before PyTorch is imported.
 
-    GNU's OpenMP, that of PyTorch's wheels, reads these variables; others have their own.
+    Variables that the user has set win. GNU's OpenMP, which PyTorch's wheels contain, reads these variables.
     """
     if "torch" in sys.modules:
         return
-    if not any(name in os.environ for name in _WAIT_VARIABLES):
+    if _find_variable(_WAIT_VARIABLES) is None:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
     quota = read_cpu_quota()
-    if (
-        quota is not None
-        and quota < _count_cores()
-        and not any(name in os.environ for name in _COUNT_VARIABLES)
-    ):
-        os.environ["OMP_NUM_THREADS"] = str(max(1, int(quota)))  # one that is throttled holds up all others
+    if quota is None or quota >= _count_cores() or _find_variable(_COUNT_VARIABLES) is not None:
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, int(quota)))  # a throttled thread would delay the others
+
+
+def _find_variable(names: tuple[str, ...]) -> str | None:
+    """The first of these environment variables that is set."""
+    return next((name for name in names if name in os.environ), None)
 
 
 def _count_cores() -> int:
@@ -44,99 +47,95 @@ def _count_cores() -> int:
 
 
 def read_cpu_quota(root: Path = _CGROUP_ROOT, memberships: Path = Path("/proc/self/cgroup")) -> float | None:
-    """How many cores' time the process's cgroups let it have, None for no limit.
+    """The number of cores that the process's cgroups allow, None for no limit.
 
     Args:
-        root: where the cgroups are.
-        memberships: names the process's own.
+        root: the folder of all cgroups.
+        memberships: the file that names those of the process.
     """
-    try:
-        lines = memberships.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # no Linux
-        return None
-    found = []
-    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+    limits = []
+    for line in _read_text(memberships).splitlines():
+        if line.count(":") < 2:
+            continue
+        _, controllers, path = line.split(":", 2)
         if controllers == "":
-            found += [_read_quota_v2(folder) for folder in _list_cgroup_folders(root, path)]
-        elif "cpu" in controllers.split(","):
-            for name in (controllers, "cpu"):  # one is a link to the other, or not there
-                found += [_read_quota_v1(folder) for folder in _list_cgroup_folders(root / name, path)]
-    limits = [quota for quota in found if quota is not None]
-    return min(limits) if limits else None
+            for folder in _list_cgroup_folders(root, path):
+                limits.append(_parse_quota(_read_text(folder / "cpu.max")))
+        elif "cpu" in controllers.split(","):  # version 1
+            for name in {controllers, "cpu"}:  # one is a link to the other, or absent
+                for folder in _list_cgroup_folders(root / name, path):
+                    quota = _read_text(folder / "cpu.cfs_quota_us")
+                    limits.append(_parse_quota(f"{quota} {_read_text(folder / 'cpu.cfs_period_us')}"))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _list_cgroup_folders(root: Path, path: str) -> list[Path]:
-    """The folder of a cgroup and those above it; in a container its own may be the root."""
+    """The cgroup's folder and its parents up to root; in a container its own may be the root."""
     folder = root / path.strip("/")
-    return [folder, *(above for above in folder.parents if above.is_relative_to(root))]
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
 
 
-def _read_quota_v2(folder: Path) -> float | None:
-    words = _read_words(folder / "cpu.max")
-    return _parse_quota(*words) if len(words) == 2 else None
-
-
-def _read_quota_v1(folder: Path) -> float | None:
-    words = [*_read_words(folder / "cpu.cfs_quota_us"), *_read_words(folder / "cpu.cfs_period_us")]
-    return _parse_quota(*words) if len(words) == 2 else None
-
-
-def _read_words(path: Path) -> list[str]:
+def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").split()
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return []
+        return ""
 
 
-def _parse_quota(quota: str, period: str) -> float | None:
-    """Cores' time of `max 100000` or `150000 100000`; version 1 has -1 for no limit."""
-    if not (quota.isdecimal() and period.isdecimal() and int(period)):
+def _parse_quota(text: str) -> float | None:
+    """Cores of `max 100000` or `150000 100000`; version 1 has -1 for no limit."""
+    match = re.fullmatch(r"\s*([0-9]+)\s+([0-9]+)\s*", text)
+    if match is None or not int(match[2]):
         return None
-    return int(quota) / int(period)
+    return int(match[1]) / int(match[2])
 
 
 def describe_threads() -> str:
     """Such as `2 threads on 2 cores, spinning briefly`."""
     import torch
 
-    n, quota = torch.get_num_threads(), read_cpu_quota()
-    cores = _count_cores()
-    limit = f" of which the cgroup allows {quota:g}" if quota is not None and quota < cores else ""
-    set_by = next((f" ({name})" for name in _COUNT_VARIABLES if name in os.environ), "")
-    waiting = "spinning briefly" if os.environ.get("GOMP_SPINCOUNT") == SPIN_COUNT else ""
-    waiting = waiting or next(
-        (f"{name}={os.environ[name]}" for name in _WAIT_VARIABLES if name in os.environ), ""
-    )
-    text = f"{n} thread{'s' if n != 1 else ''}{set_by} on {cores} core{'s' if cores != 1 else ''}{limit}"
-    return f"{text}, {waiting}" if waiting else text
+    threads, cores, quota = torch.get_num_threads(), _count_cores(), read_cpu_quota()
+    set_by = _find_variable(_COUNT_VARIABLES)
+    text = f"{threads} thread{'s' if threads != 1 else ''}"
+    if set_by is not None:
+        text += f" ({set_by})"
+    text += f" on {cores} core{'s' if cores != 1 else ''}"
+    if quota is not None and quota < cores:
+        text += f" of which the cgroup allows {quota:g}"
+    wait_variable = _find_variable(_WAIT_VARIABLES)
+    if os.environ.get("GOMP_SPINCOUNT") == SPIN_COUNT:
+        text += ", spinning briefly"
+    elif wait_variable is not None:
+        text += f", {wait_variable}={os.environ[wait_variable]}"
+    return text
 
 
 @cache
 def _find_thread_setters() -> tuple[Callable[[int], object], Callable[[int], int]] | None:
-    """What sets the number of threads of OpenMP and of MKL for the calling thread alone.
+    """Functions that set the thread count of OpenMP and of MKL for the calling thread only.
 
-    `torch.set_num_threads` would also change the number of all threads that use PyTorch later. None where
+    `torch.set_num_threads` would also change the count of all threads that use PyTorch later. None where
     PyTorch's OpenMP can't be found.
     """
     import torch
 
     folder = Path(torch.__file__).parent / "lib"
-    own = torch.get_num_threads()  # settles this thread's number
-    for path in (*map(str, sorted(folder.glob("lib*omp*"))), None):  # None: what is loaded for all
+    count = torch.get_num_threads()  # fixes this thread's count
+    for library in (*map(str, sorted(folder.glob("lib*omp*"))), None):  # None: what the process has loaded
         try:
-            set_openmp = ctypes.CDLL(path).omp_set_num_threads
+            set_openmp = ctypes.CDLL(library).omp_set_num_threads
         except (OSError, AttributeError):
             continue
-        set_openmp(own + 1)
-        found = torch.get_num_threads() == own + 1
-        set_openmp(own)
-        if found:
+        set_openmp(count + 1)
+        is_torchs = torch.get_num_threads() == count + 1
+        set_openmp(count)
+        if is_torchs:
             return set_openmp, _find_mkl_setter(folder)
     return None
 
 
 def _find_mkl_setter(folder: Path) -> Callable[[int], int]:
-    """MKL's setter, which returns what held before; without MKL one that does nothing."""
+    """MKL's setter, which returns the earlier count; without MKL a function that does nothing."""
     for path in (*map(str, folder.glob("libtorch_cpu.*")), None):
         try:
             return ctypes.CDLL(path).MKL_Set_Num_Threads_Local
@@ -147,9 +146,9 @@ def _find_mkl_setter(folder: Path) -> Callable[[int], int]:
 
 @contextmanager
 def use_one_thread() -> Iterator[None]:
-    """Compute on the calling thread alone, which waits for no other one; afterwards all is as before.
+    """Compute on the calling thread only, then restore the thread count.
 
-    Other threads keep their numbers. Where PyTorch's OpenMP is not found nothing is changed.
+    Other threads keep their counts. Where PyTorch's OpenMP is not found nothing changes.
     """
     import torch
 

@@ -326,7 +326,7 @@ def test_every_damage_is_noticed(command: Command, toy: Path, tmp_path: Path):
     for _ in range(int(os.environ.get("M2REC_BITS", "300"))):
         place, bit = draw.randrange(len(content)), 1 << draw.randrange(8)
         path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
-        with pytest.raises(ValueError, match=r"checkpoint\.safetensors (is damaged|can't be read)"):
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors (is corrupt|can't be read)"):
             read_tensors(path)
     for length in range(0, len(content), 1024):
         path.write_bytes(content[:length])

@@ -236,5 +236,5 @@ def test_the_second_process_waits_for_the_first(
         made = write_vectors(toy, "toy", tokens).read_bytes()
     second.join(30)
     assert not second.is_alive() and (toy / FILE).read_bytes() == made
-    assert f"another process is at {folder}; waiting for it" in caplog.text
+    assert f"{folder} is locked by another process; waiting" in caplog.text
     assert "can't be made" not in caplog.text

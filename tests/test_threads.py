@@ -57,7 +57,7 @@ def test_the_library_sets_nothing():
     "name", ["recommend", "evaluate", "embed_items", "new_items", "history_lengths", "tune"]
 )
 def test_a_command_prepares_its_threads_before_pytorch_is_loaded(name: str):
-    body = ast.parse((ROOT / "scripts" / f"{name}.py").read_text()).body
+    body = ast.parse((ROOT / "m2rec" / "commands" / f"{name}.py").read_text()).body
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     first = next(node for node in imports if getattr(node, "module", "") != "__future__")
     assert isinstance(first, ast.Import) and first.names[0].name == "m2rec.commands.own_process"

@@ -103,7 +103,7 @@ def read_text_vectors(path: Path) -> RawVectors:
         ValueError: the file is not one, or is inconsistent; tokens repeat; a value is not finite.
     """
     try:
-        tensors, metadata = read_tensors(path, ours=False)  # files before the checksum have none
+        tensors, metadata = read_tensors(path, require_checksum=False)  # files before the checksum have none
         missing = {"vectors", "tokens", "token_ends"} - set(tensors)
         if missing:
             raise UserError(f"{path} has no {', '.join(sorted(missing))}")
