@@ -235,8 +235,8 @@ def _build_grouped_optimizer(self: Trainer, **kwargs: Any) -> torch.optim.Optimi
 def _group_parameters(trainer: Trainer) -> list[dict[str, Any]]:
     """A group for each way in which parameters are marked (`m2rec.nn.mamba.MarkedParameters`).
 
-    `_no_weight_decay`: excluded from weight decay. `_lr_multiplier`: multiplies the learning rate, for optimizers
-    whose steps have the size of the learning rate, whatever the gradient's; not for SGD.
+    `_no_weight_decay`: excluded from weight decay. `_lr_multiplier`: multiplies the learning rate, for
+    optimizers whose steps have the size of the learning rate, whatever the gradient's; not for SGD.
     """
     marked: dict[tuple[bool, float], list[torch.nn.Parameter]] = {(False, 1.0): []}
     for p in trainer.model.parameters():

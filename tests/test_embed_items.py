@@ -81,7 +81,7 @@ def test_nothing_is_done_twice_and_changes_are_named(
     assert run(*command) == 0
     first = output.stat().st_mtime_ns
     assert run(*command) == 0
-    assert output.stat().st_mtime_ns == first and "is up to date; use --force" in caplog.text
+    assert output.stat().st_mtime_ns == first and "is up to date" in caplog.text
     assert caplog.text.count("pooling mean, unit length, at most 64 tokens") == 1  # no weights are read again
     for change, message in (
         (["--max-tokens=9"], "toy.text.safetensors: asked_max_tokens 'auto' -> '9'"),
@@ -129,7 +129,10 @@ def test_what_is_no_text_vector_file_stays(items: Path, capsys: pytest.CaptureFi
     output = items.parent / "notes.txt"
     output.write_text("mine")
     assert run(items, "--text-encoder=lsa", f"--output={output}") == 2
-    assert "is not a text-vector file" in capsys.readouterr().err and output.read_text() == "mine"
+    assert (
+        f"--force: needed to overwrite {output}, not a valid" in capsys.readouterr().err
+        and output.read_text() == "mine"
+    )
     assert run(items, "--text-encoder=lsa", f"--output={output}", "--force") == 0
     assert vector_file.read_text_vectors(output)[0] == ["1", "2"]
 

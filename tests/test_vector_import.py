@@ -101,7 +101,7 @@ NAN = [[1.0, 2], [3, float("nan")], [5, 6]]
          "break, 'He,3,4\\nb,5,6\\nc\",7,8\\nd'; if a quotation mark joins the lines, remove it, or quote"),
         (text, ('a,1,2\n\n"b,3,4\nc,5,6\n',), "not a valid CSV file in UTF-8 (EOF inside string starting at"),
         (text, ('item_id,"x\ny",z\na,1,2\nb,1\n',), "v.csv: the vector of 'b' has missing"),
-        (parquet, ({"id": TOKENS, "v": NAN},), "column 'item_id' is missing, the file has id, v; set"),
+        (parquet, ({"id": TOKENS, "v": NAN},), "has no column 'item_id', only id, v; name one"),
         (parquet, ({"item_id": TOKENS, "v": NAN},), "the vector of 'b b' has missing, NaN"),
         (parquet, ({"item_id": TOKENS, "v": [[1.0], [1.0, 2], [3]]},), "of 'b b' has 2 numbers"),
         (parquet, ({"item_id": TOKENS, "v": [[1.0], None, [3]]},), "the vector of 'b b' has 0 numbers"),

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 ENCODER_OPTIONS = ("revision", "pooling", "instruction", "max_tokens", "batch_tokens", "device", "dtype")
 TEXT_OPTIONS = ("text_encoder", "columns", "template", "instruction", "revision")  # not with --vectors
 # the library's arguments that are flags here
-ARGUMENTS = {*ENCODER_OPTIONS, *TEXT_OPTIONS, "vectors", "ids"}
+ARGUMENTS = {*ENCODER_OPTIONS, *TEXT_OPTIONS, "vectors", "ids", "id_column", "force"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -94,9 +94,9 @@ def is_up_to_date(output: Path, fingerprint_fields: Mapping[str, str]) -> bool:
     try:
         metadata = vector_file.read_text_vectors(output).metadata
     except ValueError as error:
-        raise UserError(f"{error}; --force overwrites it") from None
+        raise UserError(f"force: needed to overwrite {output}, not a valid text-vector file") from error
     if metadata.get("fingerprint") == compute_text_fingerprint(fingerprint_fields):
-        logger.info("%s is up to date; use --force to rebuild it", output)
+        logger.info("%s is up to date", output)
         return True
     changes = "; ".join(list_changed_fields(metadata, fingerprint_fields))
     logger.info("rebuilding %s: %s", output, changes)

@@ -181,7 +181,7 @@ def _split_frame(path: Path, frame: pd.DataFrame, id_column: str) -> tuple[list[
     names = [str(name) for name in frame.columns]
     if id_column not in names:
         raise UserError(
-            f"{path}: column {id_column!r} is missing, the file has {', '.join(names)}; set id_column"
+            f"id_column: {path} has no column {id_column!r}, only {', '.join(names)}; name one of them"
         )
     names.remove(id_column)
     tokens = _convert_tokens(path, frame.pop(id_column))

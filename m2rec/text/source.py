@@ -190,7 +190,7 @@ def _check_encoder_name(file: Path, encoder: str, config: Config) -> None:
 def _warn_if_shipped_unused(config: Config) -> None:
     """Log why the vectors that are shipped for a data set of this name are not used."""
     dataset, items = config["dataset"], _get_item_file(config)
-    if get_model_settings(config).text_vectors != "auto" or shipped.find_shipped_vectors(dataset) is None:
+    if shipped.find_shipped_vectors(dataset) is None:
         return
     reason = "has different items or titles" if items.is_file() else "does not exist, to compare titles with"
     logger.warning("shipped text vectors for %s not used: %s %s", dataset, items, reason)

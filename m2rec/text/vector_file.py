@@ -84,8 +84,11 @@ def write_text_vectors(
     path: Path, tokens: Sequence[str], vectors: np.ndarray, provenance: dict[str, str]
 ) -> None:
     """Write a text-vector file with vectors (n, T) in half precision, which a power of two keeps in range."""
-    length = np.linalg.norm(np.asarray(vectors, dtype=np.float64), axis=1).mean() if len(vectors) else 1.0
-    scale = 2.0 ** round(np.log2(length)) if 0 < length < np.inf else 1.0
+    lengths = np.linalg.norm(np.asarray(vectors, dtype=np.float64), axis=1)
+    mean_length = lengths.mean() if len(lengths) else 1.0
+    scale = 1.0
+    if 0 < mean_length < np.inf:
+        scale = 2.0 ** round(np.log2(mean_length))
     encoded = [token.encode() for token in tokens]
     ends = np.cumsum(list(map(len, encoded)), dtype=np.int64)
     tensors = {
@@ -194,13 +197,10 @@ def load_item_vectors(
 def _match_tokens(file: RawVectors, id_tokens: Sequence[str]) -> tuple[list[int], list[int], list[str]]:
     """Ids of the items that have a vector, its row for each, and the tokens of the items that have none."""
     row_of_token = {}
-    for row, (token, has_text) in enumerate(zip(file.tokens, file.vectors.any(dim=1).tolist(), strict=True)):
-        if has_text:
-            row_of_token[token] = row
+    for row in file.vectors.any(dim=1).nonzero().flatten().tolist():  # a zero vector counts as no text
+        row_of_token[file.tokens[row]] = row
     ids, rows, missing = [], [], []
-    for item_id, token in enumerate(map(str, id_tokens)):
-        if item_id == 0:
-            continue
+    for item_id, token in enumerate(map(str, id_tokens[1:]), start=1):
         if token in row_of_token:
             ids.append(item_id)
             rows.append(row_of_token[token])

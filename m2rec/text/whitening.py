@@ -19,8 +19,10 @@ def fit_whitening(raw: Tensor, whitening: str, width: int) -> tuple[Tensor, Tens
     """
     mean = raw.mean(0)
     centred = (raw - mean).double()
-    if centred.norm() <= 1e-6 * raw.norm():  # one item, or all alike: nothing to decorrelate
-        return torch.zeros_like(mean), torch.eye(len(mean)) / mean.norm().clamp(min=1e-12)
+    is_constant = centred.norm() <= 1e-6 * raw.norm()
+    if is_constant:  # one item, or all alike: nothing to decorrelate
+        length = mean.norm().clamp(min=1e-12)
+        return torch.zeros_like(mean), torch.eye(len(mean)) / length
     if whitening == "none":
         basis = torch.eye(raw.shape[1], dtype=torch.float64)
     else:
@@ -28,8 +30,8 @@ def fit_whitening(raw: Tensor, whitening: str, width: int) -> tuple[Tensor, Tens
         basis = components.T / singular
         if whitening == "zca":
             basis = basis @ components
-    length = (centred @ basis).norm(dim=1).mean()
-    return mean, (basis / length.clamp(min=1e-12)).float()
+    length = (centred @ basis).norm(dim=1).mean().clamp(min=1e-12)
+    return mean, (basis / length).float()
 
 
 def _find_principal_components(centred: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -39,8 +41,9 @@ def _find_principal_components(centred: Tensor, width: int) -> tuple[Tensor, Ten
     distance from each other.
     """
     _, singular, components = torch.linalg.svd(centred, full_matrices=False)
-    n_nonzero = int((singular > 1e-6 * singular[0]).sum())
-    rank = max(min(n_nonzero, len(centred) // 4), 1)
+    is_nonzero = singular > 1e-6 * singular[0]
+    allowed = min(int(is_nonzero.sum()), len(centred) // 4)
+    rank = max(allowed, 1)
     if width > rank:
         raise UserError(
             f"text_width: {width} is more than the {rank} components that {len(centred)} vectors of "
