@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from m2rec import distributed
-from m2rec.compat import RECBOLE_FOLDER, Config, SequentialRecommender, argument_list, find_data_folder
+from m2rec.compat import RECBOLE_FOLDER, Config, argument_list, find_data_folder
 from m2rec.data import shipped
 from m2rec.data.dataset import EVAL_ARGS
 from m2rec.errors import UserError
-from m2rec.models.registry import find_model_class
+from m2rec.models.registry import Model, find_model_class
 from m2rec.ops import resolve_backend
 from m2rec.settings import (
     PROPERTIES_FOLDER,
@@ -111,35 +111,14 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
         UserError: a key is unknown, a value is wrong, or two don't go together.
     """
     user_values = _collect_user_values(given, default_file)
-    defaults = {**RunSettings.defaults(), **LoopSettings.defaults()}
-    name = str(user_values.get("model", defaults["model"]))
-    dataset = str(user_values.get("dataset", defaults["dataset"]))
+    name = str({**RunSettings.defaults(), **user_values}["model"])
     variant = _read_properties("model", name)
     model = find_model_class(str(variant.get("model", name)))
-    for key in _DERIVED_KEYS:
-        del defaults[key]
-    if settings_class := getattr(model, "settings_class", None):
-        defaults |= settings_class.defaults()
-    defaults |= _read_properties("model", model.__name__)
-    strong = {**variant, **user_values}
-    values = {**defaults, **_read_dataset_properties(dataset, {**defaults, **strong}), **strong}
-    _check_known_keys(values)
+    values = _merge_values(model, {**variant, **user_values})
     values.update(model=model.__name__, variant=name, **getattr(model, "fixed_settings", {}))
     _add_derived_defaults(values, model)
-    run = RunSettings.read(values)
-    LoopSettings.read(values)
-    DataSettings.read(values)
-    values["eval_args"] = dict(EVAL_ARGS)
-    check_machine(values)
-    settings = settings_class.read(values) if settings_class else None
-    if settings:
-        check_key_combination(settings, run)
-    if run.rows == "dense" and not getattr(model, "supports_dense_rows", False):
-        raise UserError(
-            f"rows: 'dense' is for M2Rec; {name} trains on its last position only, set rows: prefix"
-        )
-    check_model_inputs(name, {**DataSettings.defaults(), **_read_recbole_properties(model), **values})
-    config = RunConfig(model=model, dataset=dataset, config_dict=values)
+    run, settings = _check_values(values, model)
+    config = RunConfig(model=model, dataset=values["dataset"], config_dict=values)
     config.run_settings, config.model_settings = run, settings
     if settings:
         resolve_backend(settings.scan_backend, config["device"])
@@ -147,6 +126,45 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     if unused_keys:
         logger.warning("these keys are ignored by %s: %s", name, ", ".join(unused_keys))
     return config
+
+
+def _merge_values(model: Model, strong: Mapping[str, Any]) -> dict[str, Any]:
+    """All values: defaults, properties, and those of the user and of the model's variant.
+
+    Raises:
+        UserError: a key is unknown.
+    """
+    defaults = {**RunSettings.defaults(), **LoopSettings.defaults()}
+    for key in _DERIVED_KEYS:
+        del defaults[key]
+    if settings_class := getattr(model, "settings_class", None):
+        defaults |= settings_class.defaults()
+    weak = {**defaults, **_read_properties("model", model.__name__)}
+    values = {**weak, **_read_dataset_properties({**weak, **strong}), **strong}
+    for key in values:
+        _check_known_key(key)
+    return values
+
+
+def _check_values(values: dict[str, Any], model: Model) -> tuple[RunSettings, ModelSettings | None]:
+    """The typed settings, after all checks that need no data."""
+    run = RunSettings.read(values)
+    LoopSettings.read(values)
+    DataSettings.read(values)
+    values["eval_args"] = dict(EVAL_ARGS)
+    check_machine(values)
+    name = values["variant"]
+    if run.rows == "dense" and not getattr(model, "supports_dense_rows", False):
+        raise UserError(
+            f"rows: 'dense' is for M2Rec; {name} trains on its last position only, set rows: prefix"
+        )
+    check_model_inputs(name, {**DataSettings.defaults(), **_read_recbole_properties(model), **values})
+    settings_class = getattr(model, "settings_class", None)
+    if settings_class is None:
+        return run, None
+    settings = settings_class.read(values)
+    check_key_combination(settings, run)
+    return run, settings
 
 
 def resolve_settings(config: Config) -> dict[str, Any]:
@@ -196,19 +214,19 @@ def _read_properties(kind: str, name: str) -> dict[str, Any]:
     return read_yaml(known[name]) if name in known else {}
 
 
-def _read_recbole_properties(model: type[SequentialRecommender]) -> dict[str, Any]:
+def _read_recbole_properties(model: Model) -> dict[str, Any]:
     """RecBole's properties of that model, empty if there are none."""
     path = RECBOLE_FOLDER / "properties" / "model" / f"{model.__name__}.yaml"
     return read_yaml(path) if path.is_file() else {}
 
 
-def _read_dataset_properties(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The shipped properties of that data set; none if the data at hand is another one of that name.
+def _read_dataset_properties(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The shipped properties of the data set; none if the data at hand is another one of that name.
 
     Args:
-        name: the data set's.
         values: all other keys.
     """
+    name = str(values["dataset"])
     properties = _read_properties("dataset", name)
     properties.pop(shipped.ORIGIN_KEY, None)
     path = find_data_folder(Path(str(values["data_path"])), name) / f"{name}.inter"
@@ -230,7 +248,7 @@ def collect_known_keys() -> frozenset[str]:
     return frozenset(keys)
 
 
-def collect_model_keys(model: type[SequentialRecommender]) -> frozenset[str]:
+def collect_model_keys(model: Model) -> frozenset[str]:
     """The keys that a run of this model reads: the general ones and the model's own."""
     settings_class = getattr(model, "settings_class", None)
     keys = {*RunSettings.keys(), *_collect_recbole_keys(), *_read_recbole_properties(model)}
@@ -249,17 +267,16 @@ def _collect_recbole_keys() -> set[str]:
     return keys
 
 
-def _check_known_keys(values: Mapping[str, Any]) -> None:
-    for key in values:
-        if key in _OBSOLETE_KEYS:
-            successor = _OBSOLETE_KEYS[key]
-            cure = f"set {successor} in its place" if successor else "leave it out, nothing replaces it"
-            raise UserError(f"unknown key {key!r}: RecBole has renamed or dropped it; {cure}")
-        if key not in collect_known_keys():
-            raise UserError(describe_unknown(key, collect_known_keys()))
+def _check_known_key(key: str) -> None:
+    if key in _OBSOLETE_KEYS:
+        successor = _OBSOLETE_KEYS[key]
+        cure = f"set {successor} in its place" if successor else "leave it out, nothing replaces it"
+        raise UserError(f"unknown key {key!r}: RecBole has renamed or dropped it; {cure}")
+    if key not in collect_known_keys():
+        raise UserError(describe_unknown(key, collect_known_keys()))
 
 
-def _add_derived_defaults(values: dict[str, Any], model: type[SequentialRecommender]) -> None:
+def _add_derived_defaults(values: dict[str, Any], model: Model) -> None:
     """Add the defaults that depend on other keys or on the terminal."""
     presplit = values.get("benchmark_filename")
     supports_dense_rows = getattr(model, "supports_dense_rows", False)
