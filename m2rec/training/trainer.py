@@ -3,7 +3,7 @@
 import csv
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -25,7 +25,7 @@ from m2rec.errors import UserError
 from m2rec.evaluation.breakdown import tabulate_rows
 from m2rec.evaluation.metrics import DEFAULT_TAIL_RATIO, RankedLists, compute_metrics
 from m2rec.evaluation.protocols import Protocol
-from m2rec.evaluation.ranking import Ranking, rank_rows
+from m2rec.evaluation.ranking import RANKED_PROTOCOLS, Ranking, rank_rows
 from m2rec.git import COMMIT_SEPARATOR
 from m2rec.run_folder import CHECKPOINT_FILE, HISTORY_FILE, WEIGHTS_FILE
 from m2rec.storage import write_text
@@ -407,7 +407,7 @@ class RunTrainer(Trainer):
             raise UserError(f"model_file: {model_file!r} is not of this run; it has {self.saved_model_file}")
         if load_best_model:
             self.load_best_weights()
-        ranking = self._rank_rows(eval_data, show_progress, with_unseen=False)
+        ranking = self._rank_rows(eval_data, show_progress, (Protocol.ALL,))
         return self._protocol_metrics(ranking, Protocol.ALL, eval_data.dataset)
 
     def evaluate_protocols(self, data: Any) -> EvaluationResult:
@@ -423,12 +423,14 @@ class RunTrainer(Trainer):
         }
         return EvaluationResult(metrics, tabulate_rows(ranking, data.dataset))
 
-    def _rank_rows(self, data: Any, show_progress: bool, with_unseen: bool = True) -> Ranking:
+    def _rank_rows(
+        self, data: Any, show_progress: bool, protocols: Sequence[Protocol] = RANKED_PROTOCOLS
+    ) -> Ranking:
         self.model.eval()
         self.tot_item_num = data.dataset.item_num
         self.item_tensor = data.dataset.get_item_feature().to(self.device)
         progress = partial(self._progress_bar, what="evaluate  ", shown=show_progress)
-        return rank_rows(self.score, data, progress, with_unseen)
+        return rank_rows(self.score, data, progress, protocols)
 
     def score(self, interaction: Interaction) -> Tensor:
         """Rows -> (b, V), by the model's full ranking or item by item where it has none."""
