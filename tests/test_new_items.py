@@ -123,14 +123,16 @@ def test_ranks_by_hand(monkeypatch: pytest.MonkeyPatch):
     cases = EvaluationCases(
         ["u", "v", "w", "x"], [["a", "b"], ["b", "gone", "c"], ["gone"], ["a"]], ["c", "d", "a", "gone"]
     )
-    scores = torch.tensor([[-torch.inf, 9.0, 8.0, 5.0, 6.0, 7.0], [-torch.inf, 1.0, 9.0, 9.0, 3.0, 2.0]])
+    by_history = {
+        ("a", "b"): [-torch.inf, 9.0, 8.0, 5.0, 6.0, 7.0],
+        ("b", "c"): [-torch.inf, 1.0, 9.0, 9.0, 3.0, 2.0],
+    }
 
     class Fixed:
         tokens = ("[PAD]", "a", "b", "c", "d", "e")
 
         def scores(self, histories: list[list[str]]) -> torch.Tensor:
-            assert histories == [["a", "b"], ["b", "c"]][: len(histories)]
-            return scores[: len(histories)].clone()
+            return torch.tensor([by_history[tuple(history)] for history in histories])
 
     monkeypatch.setattr(cold_start, "K", 2)
     row = cold_start.evaluate_new_items(Fixed(), cases, {"c", "e"})

@@ -99,7 +99,7 @@ def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):
 
 def test_histories_are_taken_out_last(toy: Path, tmp_path: Path):
     trainer, loaders = made(toy, tmp_path / "run")
-    alone = trainer._rank_rows(loaders[2], False, with_unseen=False).items
+    alone = trainer._rank_rows(loaders[2], False, (Protocol.ALL,)).items
     both = trainer._rank_rows(loaders[2], False).items
     assert set(alone) == {Protocol.ALL} and (alone[Protocol.ALL] == both[Protocol.ALL]).all()
     assert (both[Protocol.ALL] != both[Protocol.UNSEEN]).any()

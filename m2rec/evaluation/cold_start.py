@@ -6,7 +6,7 @@ the items, write the remaining data, and measure the result.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from m2rec.data.histories import Histories
 from m2rec.errors import UserError
-from m2rec.evaluation.metrics import BoolArray, FloatArray, IntArray, RankedLists, compute_metrics
+from m2rec.evaluation.metrics import BoolArray, FloatArray, RankedLists, compute_metrics
 from m2rec.evaluation.protocols import Protocol
 from m2rec.evaluation.saved_model import EvaluationCases, Scorer, rank_cases
 
@@ -90,24 +90,22 @@ def evaluate_new_items(scorer: Scorer, cases: EvaluationCases, added: Collection
     Returns:
         By group and measure, such as `new.hit@10`; a metric is "" for a group without users.
     """
-    cases = _drop_unknown_cases(cases, scorer.tokens[1:])
+    items = scorer.tokens[1:]
+    cases = _drop_unknown_cases(cases, items)
     is_new = np.isin(cases.targets, list(added))
     new = cases.select_cases(np.flatnonzero(is_new))
-    ranks = _rank_unseen(scorer, cases, None)
-    chances = _compute_hit_chances(cases, scorer.tokens[1:])
+    old = cases.select_cases(np.flatnonzero(~is_new))
     return {
-        **_average_group("new", ranks[is_new], chances[is_new]),
-        **_average_group("new_among_new", _rank_unseen(scorer, new, added), _compute_hit_chances(new, added)),
-        **_average_group("old", ranks[~is_new], chances[~is_new]),
+        **_measure_group("new", scorer, new, items),
+        **_measure_group("new_among_new", scorer, new, added),
+        **_measure_group("old", scorer, old, items),
     }
 
 
-def _drop_unknown_cases(cases: EvaluationCases, tokens: Collection[str]) -> EvaluationCases:
-    known = set(tokens)
-    cases = cases.drop_unknown_items(known)
-    pairs = zip(cases.histories, cases.targets, strict=True)
-    can_be_ranked = [bool(history) and target in known for history, target in pairs]
-    kept = cases.select_cases(np.flatnonzero(can_be_ranked))
+def _drop_unknown_cases(cases: EvaluationCases, tokens: Sequence[str]) -> EvaluationCases:
+    cases = cases.drop_unknown_items(tokens)
+    has_history = np.array(list(map(len, cases.histories))) > 0
+    kept = cases.select_cases(np.flatnonzero(has_history & np.isin(cases.targets, tokens)))
     if left_out := len(cases.users) - len(kept.users):
         logger.warning("%s users are left out, whose items only left-out users have", f"{left_out:,}")
     if returning := int(kept.returning.sum()):
@@ -116,22 +114,27 @@ def _drop_unknown_cases(cases: EvaluationCases, tokens: Collection[str]) -> Eval
     return kept
 
 
-def _rank_unseen(scorer: Scorer, cases: EvaluationCases, candidates: Collection[str] | None) -> IntArray:
-    return rank_cases(scorer, cases, K, candidates=candidates).select_rows(Protocol.UNSEEN)[0]
+def _measure_group(
+    group: str, scorer: Scorer, cases: EvaluationCases, candidates: Collection[str]
+) -> dict[str, Any]:
+    """Number of users and mean measures of a group, among these candidates."""
+    measures: dict[str, Any] = dict.fromkeys(MEASURES, "")
+    measures["users"] = len(cases.users)
+    if cases.users:
+        candidates = set(candidates)
+        ranking = rank_cases(scorer, cases, K, candidates=candidates)
+        ranks, _ = ranking.select_rows(Protocol.UNSEEN)
+        measures |= compute_metrics(RankedLists(ranks), ("hit", "ndcg"), [K], digits=_DIGITS)
+        chances = _compute_hit_chances(cases, candidates)
+        measures[f"chance@{K}"] = round(float(chances.mean()), _DIGITS)
+    return {f"{group}.{name}": value for name, value in measures.items()}
 
 
-def _compute_hit_chances(cases: EvaluationCases, candidates: Collection[str]) -> FloatArray:
+def _compute_hit_chances(cases: EvaluationCases, candidates: set[str]) -> FloatArray:
     """Chance that a random ranking of the unseen candidates is a hit, (n,); 0 for a target that returns."""
-    candidates = set(candidates)
-    n_seen = np.array([len(candidates.intersection(history)) for history in cases.histories], dtype=np.int64)
-    return np.where(cases.returning, 0.0, np.minimum(1.0, K / np.maximum(len(candidates) - n_seen, 1)))
-
-
-def _average_group(group: str, ranks: IntArray, chances: FloatArray) -> dict[str, Any]:
-    """Number of users and mean measures of a group."""
-    metrics: dict[str, Any] = dict.fromkeys(MEASURES, "")
-    metrics["users"] = len(ranks)
-    if len(ranks):
-        metrics |= compute_metrics(RankedLists(ranks), ("hit", "ndcg"), [K], digits=_DIGITS)
-        metrics[f"chance@{K}"] = round(float(chances.mean()), _DIGITS)
-    return {f"{group}.{name}": value for name, value in metrics.items()}
+    n_unseen = []
+    for history in cases.histories:
+        n_seen = len(candidates.intersection(history))
+        n_unseen.append(len(candidates) - n_seen)
+    chances = K / np.maximum(n_unseen, K)
+    return np.where(cases.returning, 0.0, chances)

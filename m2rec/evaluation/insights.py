@@ -84,7 +84,7 @@ def _summarize_gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
         _, gate_weights = encoder.encode_with_gate_weights(items.to(device), lengths.to(device))
         position = torch.arange(1, items.shape[1] + 1).expand_as(items)
         is_item = position <= lengths[:, None]
-        by_layer = torch.stack([weights.mean(-1).cpu()[is_item] for weights in gate_weights])
+        by_layer = torch.stack(gate_weights).mean(-1).cpu()[:, is_item]  # layers, positions, K
         numbers = position[is_item].numpy()
         for means, weights in zip(layers, by_layer.numpy(), strict=True):
             means.add_weights(weights, numbers)
@@ -126,25 +126,29 @@ class _BucketMeans:
 def _summarize_filter(layer: CausalFilter, longest: int) -> dict[str, Any]:
     """How much of each period a layer's channels let through, and the periods of their modes."""
     size = max(2 * longest, 8)
-    gain = torch.fft.rfft(layer.kernel(size).double(), dim=1).abs()[:, 1:].cpu().numpy()  # (D, size / 2)
+    response = torch.fft.rfft(layer.kernel(size).double(), dim=1)
+    gain = response.abs()[:, 1:].cpu().numpy()  # (D, size / 2)
     period = size / np.arange(1, gain.shape[1] + 1)
     lower, median, upper = np.quantile(gain, [0.25, 0.5, 0.75], axis=0)
     shown = np.unique(np.geomspace(1, gain.shape[1], _N_PERIODS).round().astype(int)) - 1
-    gain_at_mode = torch.hypot(layer.cosine, layer.sine) / -torch.expm1(-layer.log_damping.exp())  # (D, M)
+    amplitude = torch.hypot(layer.cosine, layer.sine)  # (D, M)
+    gain_at_mode = amplitude / -torch.expm1(-layer.log_damping.exp())
     mode_period = 2 * math.pi / layer.frequency.abs().clamp(min=1e-9)
     # a period longer than the longest history can't be observed
     slowest = max(longest, 4)
     edges = np.geomspace(2, slowest, _N_PERIOD_BINS + 1)
-    clipped = mode_period.flatten().clamp(2, slowest).double().cpu().numpy()
-    strength, _ = np.histogram(clipped, edges, weights=gain_at_mode.flatten().double().cpu().numpy())
-    return {
-        "period": _round_values(period[shown]),
-        "lower": _round_values(lower[shown]),
-        "median": _round_values(median[shown]),
-        "upper": _round_values(upper[shown]),
-        "edges": _round_values(edges),
-        "strength": _round_values(strength / max(strength.sum(), 1e-12)),
+    clipped = mode_period.clamp(2, slowest).double().cpu().numpy()
+    weights = gain_at_mode.double().cpu().numpy()
+    strength, _ = np.histogram(clipped, edges, weights=weights)
+    curves = {
+        "period": period[shown],
+        "lower": lower[shown],
+        "median": median[shown],
+        "upper": upper[shown],
+        "edges": edges,
+        "strength": strength / max(strength.sum(), 1e-12),
     }
+    return {name: _round_values(values) for name, values in curves.items()}
 
 
 def _collect_examples(score: Callable[[Interaction], Tensor], test: HistoryDataset) -> list[dict[str, Any]]:

@@ -6,9 +6,8 @@ V       items including padding
 K       length of the ranking that is kept, the largest cut-off of the metrics
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,12 @@ from m2rec.evaluation.metrics import BoolArray, IntArray
 from m2rec.evaluation.protocols import Protocol
 
 NO_ITEM = 0  # padding, in a ranking that has no more items
+RANKED_PROTOCOLS = (Protocol.ALL, Protocol.UNSEEN)
+
+SeenItems = tuple[IntArray, IntArray]
+"""(m,) and (m,), row of a batch and id of an item in its history."""
+ScoredBatch = tuple[Tensor, SeenItems]
+"""Scores (b, V) and what the rows have seen."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,13 @@ class Ranking:
 
     def select_rows(self, protocol: Protocol) -> tuple[IntArray, IntArray]:
         """Rank of the target and top-K items of each row that a protocol includes."""
+        targets = self.targets
         if protocol is Protocol.NEW:
-            rows, items = ~self.returning, self.items[Protocol.UNSEEN]
+            items = self.items[Protocol.UNSEEN][~self.returning]
+            targets = targets[~self.returning]
         else:
-            rows, items = np.ones_like(self.returning), self.items[protocol]
-        return find_target_ranks(items[rows], self.targets[rows]), items[rows]
+            items = self.items[protocol]
+        return find_target_ranks(items, targets), items
 
 
 def find_target_ranks(items: IntArray, targets: IntArray) -> IntArray:
@@ -63,9 +70,10 @@ def find_target_ranks(items: IntArray, targets: IntArray) -> IntArray:
 
 def select_top_items(scores: Tensor, k: int) -> IntArray:
     """Ids of the best items of scores (b, V), (b, k); 0 where only masked items are left."""
-    top = scores.topk(min(k, scores.shape[1]))
-    items = top.indices.masked_fill(top.values == -torch.inf, NO_ITEM)
-    return np.asarray(F.pad(items, (0, k - items.shape[1]), value=NO_ITEM).cpu())
+    width = min(k, scores.shape[1])
+    values, items = scores.topk(width)
+    items = items.masked_fill(values == -torch.inf, NO_ITEM)
+    return np.asarray(F.pad(items, (0, k - width), value=NO_ITEM).cpu())
 
 
 def compute_full_ranks(scores: Tensor, items: IntArray, targets: Tensor) -> IntArray:
@@ -79,7 +87,8 @@ def compute_full_ranks(scores: Tensor, items: IntArray, targets: Tensor) -> IntA
         targets: (b,).
     """
     target_scores = scores.gather(1, targets.to(scores.device)[:, None])
-    below = (scores >= target_scores).sum(1).masked_fill(target_scores[:, 0] == -torch.inf, 0)
+    below = (scores >= target_scores).sum(1)
+    below[target_scores[:, 0] == -torch.inf] = 0
     ranks = find_target_ranks(items, targets.cpu().numpy())
     return np.where(ranks > 0, ranks, below.cpu().numpy())
 
@@ -91,8 +100,7 @@ def mask_seen(scores: Tensor, rows: IntArray, items: IntArray) -> None:
         scores: (b, V), changed in place.
         rows, items: (m,), row of `scores` and id of the item.
     """
-    device = scores.device
-    scores[torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)] = -torch.inf
+    scores[torch.as_tensor(rows), torch.as_tensor(items)] = -torch.inf
 
 
 def mask_history_scores(scores: Tensor, interaction: Interaction, part: HistoryDataset) -> None:
@@ -100,44 +108,37 @@ def mask_history_scores(scores: Tensor, interaction: Interaction, part: HistoryD
     mask_seen(scores, *_find_seen_items(interaction, part))
 
 
-def _find_seen_items(interaction: Interaction, part: HistoryDataset) -> tuple[IntArray, IntArray]:
+def _find_seen_items(interaction: Interaction, part: HistoryDataset) -> SeenItems:
     assert part.histories is not None and part.part is not None
-    return part.histories.items_before_target(interaction[part.owner_field].cpu().numpy(), part.part)
-
-
-ScoredBatch = tuple[Tensor, Callable[[], tuple[IntArray, IntArray]]]
-"""Scores (b, V), and a function that finds what the rows have seen, as `mask_seen` takes it."""
+    owners = interaction[part.owner_field].cpu().numpy()
+    return part.histories.items_before_target(owners, part.part)
 
 
 @torch.no_grad()
 def rank_batches(
-    batches: Iterable[ScoredBatch], k: int, with_unseen: bool = True
+    batches: Iterable[ScoredBatch], k: int, protocols: Sequence[Protocol] = RANKED_PROTOCOLS
 ) -> dict[Protocol, IntArray]:
-    """Top-K items under ALL and UNSEEN, (n, K) each, for all rows in the order of the batches.
+    """Top-K items by protocol, (n, K) each, for all rows in the order of the batches.
 
     Args:
         batches: scored rows.
         k: K.
-        with_unseen: whether to rank under UNSEEN, too, and not only under ALL.
+        protocols: ALL alone or ALL and UNSEEN, in this order, since masking changes the scores.
     """
-    nothing = np.empty((0, k), dtype=np.int64)
-    everything, unseen = [nothing], [nothing]
-    for scores, find_seen in batches:
-        everything.append(select_top_items(scores, k))
-        if with_unseen:
-            mask_seen(scores, *find_seen())
-            unseen.append(select_top_items(scores, k))
-    items = {Protocol.ALL: np.concatenate(everything)}
-    if with_unseen:
-        items[Protocol.UNSEEN] = np.concatenate(unseen)
-    return items
+    parts = {protocol: [np.empty((0, k), dtype=np.int64)] for protocol in protocols}
+    for scores, seen in batches:
+        for protocol in protocols:
+            if protocol is Protocol.UNSEEN:
+                mask_seen(scores, *seen)
+            parts[protocol].append(select_top_items(scores, k))
+    return {protocol: np.concatenate(batches) for protocol, batches in parts.items()}
 
 
 def rank_rows(
     score: Callable[[Interaction], Tensor],
     loader: Any,
     show_progress: Callable[[Iterable[Tensor]], Iterable[Tensor]],
-    with_unseen: bool = True,
+    protocols: Sequence[Protocol] = RANKED_PROTOCOLS,
 ) -> Ranking:
     """Rank all items for every row of a part; the rows are sharded across processes.
 
@@ -145,7 +146,7 @@ def rank_rows(
         score: rows -> (b, V) scores, padding's -inf.
         loader: the part's loader, of a `HistoryDataset`.
         show_progress: wraps the batches of row numbers.
-        with_unseen: as in `rank_batches`.
+        protocols: as in `rank_batches`.
     """
     part: HistoryDataset = loader.dataset
     assert part.histories is not None and part.part is not None
@@ -155,9 +156,9 @@ def rank_rows(
     def score_batches() -> Iterator[ScoredBatch]:
         for rows in show_progress(shard.split(loader.step) if len(shard) else ()):
             interaction = loader.collate_fn(rows.numpy())[0]
-            yield score(interaction), partial(_find_seen_items, interaction, part)
+            yield score(interaction), _find_seen_items(interaction, part)
 
-    items = rank_batches(score_batches(), max(loader.config["topk"]), with_unseen)
+    items = rank_batches(score_batches(), max(loader.config["topk"]), protocols)
     order = distributed.gather_rows(shard).argsort()
     for protocol, top in items.items():
         items[protocol] = distributed.gather_rows(torch.from_numpy(top))[order].numpy()

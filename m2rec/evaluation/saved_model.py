@@ -8,7 +8,7 @@ K       length of the ranking that is kept
 import typing
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 
 import numpy as np
 from torch import Tensor
@@ -41,9 +41,9 @@ class EvaluationCases:
         histories: (n,), each user's items before the target, oldest first.
     """
 
-    users: Sequence[str]
-    histories: Sequence[list[str]]
-    targets: Sequence[str]
+    users: list[str]
+    histories: list[list[str]]
+    targets: list[str]
 
     @property
     def returning(self) -> BoolArray:
@@ -53,13 +53,19 @@ class EvaluationCases:
 
     def select_cases(self, rows: Iterable[int]) -> "EvaluationCases":
         """Only these rows."""
-        cases = [(self.users[row], self.histories[row], self.targets[row]) for row in rows]
-        return EvaluationCases(*zip(*cases, strict=True)) if cases else EvaluationCases([], [], [])
+        chosen = EvaluationCases([], [], [])
+        for row in rows:
+            chosen.users.append(self.users[row])
+            chosen.histories.append(self.histories[row])
+            chosen.targets.append(self.targets[row])
+        return chosen
 
     def drop_unknown_items(self, tokens: Collection[str]) -> "EvaluationCases":
         """Without the items of histories that are not among these."""
         known = set(tokens)
-        histories = [[item for item in history if item in known] for history in self.histories]
+        histories = []
+        for history in self.histories:
+            histories.append([item for item in history if item in known])
         return EvaluationCases(self.users, histories, self.targets)
 
 
@@ -71,18 +77,14 @@ def collect_cases(part: HistoryDataset, rows: IntArray | None = None) -> Evaluat
         rows: numbers of the rows, in the wanted order; None for all.
     """
     assert part.histories is not None and part.part is not None
-    chosen = slice(None) if rows is None else rows
-    users, items, owners = (
-        part.inter_feat[field].numpy()[chosen] for field in (part.uid_field, part.iid_field, part.owner_field)
-    )
-    seen = part.histories.items_before_target(owners, part.part)[1]
+    feat = part.inter_feat if rows is None else part.inter_feat[rows]
+    owners = feat[part.owner_field].numpy()
+    _, seen = part.histories.items_before_target(owners, part.part)
     ends = part.histories.lengths_before_target(owners, part.part).cumsum()
-    tokens = part.field2id_token[part.iid_field]
-    return EvaluationCases(
-        part.field2id_token[part.uid_field][users].tolist(),
-        [tokens[history].tolist() for history in np.split(seen, ends)[:-1]],
-        tokens[items].tolist(),
-    )
+    users = part.id2token(part.uid_field, feat[part.uid_field])
+    targets = part.id2token(part.iid_field, feat[part.iid_field])
+    histories = np.split(part.id2token(part.iid_field, seen), ends)[:-1]
+    return EvaluationCases(users.tolist(), [history.tolist() for history in histories], targets.tolist())
 
 
 def sample_evenly(n: int, most: int | None = None) -> IntArray:
@@ -110,20 +112,23 @@ def rank_cases(
         shown: how many items of the history the model gets, the last ones; None for all.
         candidates: items to rank; None for all.
     """
-    ids = {token: number for number, token in enumerate(scorer.tokens) if number}
-    excluded = [] if candidates is None else [ids[token] for token in ids if token not in candidates]
-    histories = [[ids[item] for item in history if item in ids] for history in cases.histories]
-    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    ids = dict(zip(scorer.tokens[1:], range(1, len(scorer.tokens)), strict=True))
+    excluded: list[int] = []
+    if candidates is not None:
+        excluded = [number for token, number in ids.items() if token not in candidates]
+    known = cases.drop_unknown_items(ids).histories
+    lengths = np.array([len(history) for history in known], dtype=np.int64)
     by_length = np.argsort(lengths, kind="stable")  # little padding
     ranked = by_length[lengths[by_length] > 0]
 
     def score_batches() -> Iterator[ScoredBatch]:
         for start in range(0, len(ranked), _BATCH_SIZE):
-            batch = [histories[row] for row in ranked[start : start + _BATCH_SIZE]]
-            inputs = [history[-(shown or 0) :] for history in batch]
-            scores = scorer.scores([[scorer.tokens[item] for item in items] for items in inputs]).cpu()
+            rows = ranked[start : start + _BATCH_SIZE]
+            histories = [known[row] for row in rows]
+            scores = scorer.scores([history[-(shown or 0) :] for history in histories]).cpu()
             scores[:, excluded] = -np.inf
-            yield scores, partial(_pair_rows_with_items, batch)
+            seen = np.array([ids[item] for item in chain.from_iterable(histories)])
+            yield scores, (np.repeat(np.arange(len(rows)), lengths[rows]), seen)
 
     items = {}
     for protocol, top in rank_batches(score_batches(), k).items():
@@ -131,11 +136,6 @@ def rank_cases(
         items[protocol][ranked] = top
     targets = np.array([ids.get(target, UNKNOWN_TARGET) for target in cases.targets], dtype=np.int64)
     return Ranking(targets, cases.returning, items)
-
-
-def _pair_rows_with_items(histories: Sequence[list[int]]) -> tuple[IntArray, IntArray]:
-    lengths = [len(history) for history in histories]
-    return np.repeat(np.arange(len(histories)), lengths), np.concatenate(histories)
 
 
 def count_cases(cases: EvaluationCases, tokens: Collection[str]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """RecBole's Trainer with a plain training loop, checkpoints in the run folder and all test protocols."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,7 +23,7 @@ from m2rec.errors import UserError
 from m2rec.evaluation.breakdown import tabulate_rows
 from m2rec.evaluation.metrics import DEFAULT_TAIL_RATIO, RankedLists, compute_metrics
 from m2rec.evaluation.protocols import Protocol
-from m2rec.evaluation.ranking import Ranking, rank_rows
+from m2rec.evaluation.ranking import RANKED_PROTOCOLS, Ranking, rank_rows
 from m2rec.run_folder import RunFolder
 from m2rec.training import checkpoint
 from m2rec.training.ema import WeightEMA
@@ -445,7 +445,7 @@ class RunTrainer(Trainer):
             raise UserError(f"model_file: {model_file!r} is not of this run; it has {self.saved_model_file}")
         if load_best_model:
             self.load_best_weights()
-        ranking = self._rank_rows(eval_data, show_progress, with_unseen=False)
+        ranking = self._rank_rows(eval_data, show_progress, (Protocol.ALL,))
         return self._protocol_metrics(ranking, Protocol.ALL, eval_data.dataset)
 
     def evaluate_protocols(self, data: Any) -> EvaluationResult:
@@ -461,12 +461,14 @@ class RunTrainer(Trainer):
         }
         return EvaluationResult(metrics, tabulate_rows(ranking, data.dataset))
 
-    def _rank_rows(self, data: Any, show_progress: bool, with_unseen: bool = True) -> Ranking:
+    def _rank_rows(
+        self, data: Any, show_progress: bool, protocols: Sequence[Protocol] = RANKED_PROTOCOLS
+    ) -> Ranking:
         self.model.eval()
         self.tot_item_num = data.dataset.item_num
         self.item_tensor = data.dataset.get_item_feature().to(self.device)
         progress = partial(self._progress_bar, what="evaluate  ", shown=show_progress)
-        return rank_rows(self.score, data, progress, with_unseen)
+        return rank_rows(self.score, data, progress, protocols)
 
     def score(self, interaction: Interaction) -> Tensor:
         """Rows -> (b, V), by the model's full ranking or item by item where it has none."""
