@@ -31,6 +31,7 @@ TITLES = {
         ("star", ["50", "227", "222"]),
         ("retrun of the jedi", ["181"]),
         ("Star Wras", ["50"]),
+        ("Retrun of the Jedi (1983)", ["181"]),
         ("amélie 2001", ["1", "2"]),
         ("AMÉLIE", ["1", "2"]),
         ("nameless", ["nameless"]),

@@ -30,8 +30,11 @@ class TitleSearch:
     def __init__(self, tokens: Iterable[str], titles: Mapping[str, str]) -> None:
         self.names = {token: titles.get(token, token) for token in tokens}
         self._normalized_names = {token: normalize_title(name) for token, name in self.names.items()}
-        without_year = map(strip_year, self._normalized_names.values())
-        self._spellings = [*self._normalized_names.values(), *without_year]
+        # by token and kind, with and without the year
+        self._spellings: dict[tuple[str, str], str] = {}
+        for token, name in self._normalized_names.items():
+            self._spellings[token, "full"] = name
+            self._spellings[token, "plain"] = strip_year(name)
 
     def find(self, text: str) -> list[str]:
         """Tokens of the items that fit, best first: the token, the whole title, a part, or a similar one."""
@@ -66,9 +69,11 @@ class TitleSearch:
         )
         best = found[0][1] if found else 0
         lowest = best - _SIMILARITY_MARGIN if best >= _CONFIDENT_SIMILARITY else 0
-        tokens = list(self._normalized_names)
-        similar = [tokens[index % len(tokens)] for _, similarity, index in found if similarity > lowest]
-        return list(dict.fromkeys(similar))
+        similar: list[str] = []
+        for _, similarity, (token, _) in found:
+            if similarity > lowest and token not in similar:
+                similar.append(token)
+        return similar
 
 
 def normalize_title(text: str) -> str:

@@ -27,8 +27,9 @@ def format_as_table(history: Sequence[str], ranking: Ranking, titles: Mapping[st
     width = max(len(_shorten_token(token)) for token in shown)
     lines = [f"after {len(history):,} items, the last of them:"]
     for token in last:
-        lines.append(f"{'':>5}{_shorten_token(token):<{width}}  {titles.get(token, '')}")
-    lines += ["", f"{'':>3}  {'item':<{width}}  {'score':>8}  title"]
+        lines.append(f"     {_shorten_token(token):<{width}}  {titles.get(token, '')}")
+    lines.append("")
+    lines.append(f"     {'item':<{width}}     score  title")
     for rank, entry in enumerate(ranking, 1):
         token = _shorten_token(entry.item)
         lines.append(f"{rank:>3}  {token:<{width}}  {entry.score:>8.3f}  {entry.title}")

@@ -348,10 +348,12 @@ class Recommender:
         tokens, vectors, made_by = vector_file.read_text_vectors(path)
         vector_file.check_same_text_encoder(path, made_by, self.text_source)
         known = set(self.tokens)
-        rows = [row for row, token in enumerate(tokens) if token not in known and vectors[row].any()]
-        new = [tokens[row] for row in rows]
-        self.add_items(new, vectors[rows], titles)
-        return new
+        rows = {}
+        for row, token in enumerate(tokens):
+            if token not in known and vectors[row].any():
+                rows[token] = row
+        self.add_items(rows, vectors[list(rows.values())], titles)
+        return list(rows)
 
     def use_index(self, probes: int = 0) -> None:
         """Rank by an index from now on, for catalogues so large that scoring all items takes too long.
