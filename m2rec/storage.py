@@ -47,12 +47,15 @@ def write_text(path: Path, content: str) -> None:
 
 
 @contextmanager
-def lock_path(path: Path, patience: float = inf) -> Iterator[None]:
+def lock_path(path: Path, patience: float = inf) -> Iterator[int | None]:
     """Hold a file or folder against other processes that do the same, where the system can do that.
 
     Args:
         path: the file or folder.
         patience: seconds to wait for another one that holds it.
+
+    Yields:
+        the descriptor that holds the lock; a child process that inherits it holds it, too. None on Windows.
 
     Raises:
         BlockingIOError: it still does.
@@ -60,7 +63,7 @@ def lock_path(path: Path, patience: float = inf) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield None
         return
     handle, end, waits = os.open(path, os.O_RDONLY), monotonic() + patience, False
     try:
@@ -79,7 +82,7 @@ def lock_path(path: Path, patience: float = inf) -> Iterator[None]:
                 logger.debug("%s can't be locked: %s", path, error)
             break
         try:
-            yield
+            yield handle
         finally:
             with suppress(OSError):  # data-loader workers have copies of the handle
                 fcntl.flock(handle, fcntl.LOCK_UN)
