@@ -20,7 +20,6 @@ from m2rec.storage import write_text
 from m2rec.yaml_values import read_yaml
 
 if TYPE_CHECKING:
-    import pandas as pd
     from torch import Tensor
 
 ITEMS_FILE = "items.json"
@@ -181,22 +180,6 @@ class RunFolder:
     def write_insights(self, insights: Mapping[str, Any]) -> None:
         """Write insights.json."""
         _write_json(self.insights_file, insights)
-
-    def read_ranks(self, protocols: Sequence[str]) -> pd.DataFrame:
-        """The ranks of the test targets: `user` and `item` as text, and a column of numbers by protocol."""
-        import pandas as pd
-
-        types = {"user": "str", "item": "str", **dict.fromkeys(protocols, "uint32")}
-        path = self.ranks_file
-        try:
-            ranks = pd.read_csv(path, usecols=list(types), dtype=types, keep_default_na=False)
-        except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror}; run it again") from None
-        except ValueError as error:
-            raise UserError(f"{path} is not a CSV of ranks: {error}") from None
-        if ranks["user"].duplicated().any():
-            raise UserError(f"{path} is not a CSV of ranks: a user is duplicated")
-        return ranks
 
     def remove_temporary_files(self) -> None:
         """Remove what interrupted writes left."""

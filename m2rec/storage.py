@@ -47,12 +47,15 @@ def write_text(path: Path, content: str) -> None:
 
 
 @contextmanager
-def lock_path(path: Path, timeout: float = inf) -> Iterator[None]:
+def lock_path(path: Path, timeout: float = inf) -> Iterator[int | None]:
     """Exclusive advisory lock on a file or folder; a no-op on Windows.
 
     Args:
         path: the file or folder; no lock file is made.
         timeout: seconds to wait for a process that holds the lock.
+
+    Yields:
+        the descriptor that holds the lock; a child process that inherits it holds it, too. None on Windows.
 
     Raises:
         BlockingIOError: it still holds the lock.
@@ -60,7 +63,7 @@ def lock_path(path: Path, timeout: float = inf) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield None
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -71,7 +74,7 @@ def lock_path(path: Path, timeout: float = inf) -> Iterator[None]:
                 is_announced = True
             sleep(0.05)
         try:
-            yield
+            yield descriptor
         finally:
             with suppress(OSError):  # data-loader workers have copies of the descriptor
                 fcntl.flock(descriptor, fcntl.LOCK_UN)

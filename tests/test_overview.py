@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from m2rec.experiments.ledger import read_finished_runs
-from m2rec.experiments.overview import make_overview_table
+from m2rec.experiments.ledger import read_sweep_results
 from m2rec.experiments.sweep_plan import Sweep
+from m2rec.experiments.tables import make_table
 from tests.conftest import SWEEP, answer
 from tests.test_results import PAIRED
 from tests.test_tables import ROWS, published
@@ -16,8 +17,7 @@ Write = Callable[..., Path]
 
 
 def overview(path: Path, *rows: dict[str, str]) -> list[str]:
-    sweep = Sweep.read(path)
-    return make_overview_table([sweep], {sweep.name: read_finished_runs(sweep)}, rows).splitlines()
+    return make_table(read_sweep_results(Sweep.read(path)), "overview", pd.DataFrame(rows)).splitlines()
 
 
 def test_an_overview(write_sweep: Write):
@@ -56,7 +56,8 @@ def test_an_overview_of_a_split_by_time_and_without_text(write_sweep: Write):
 def test_an_overview_needs_one_reference(write_sweep: Write):
     sweep = Sweep.read(write_sweep(*ROWS))
     other = sweep.model_copy(update={"name": "others", "reference": "SASRec"})
-    answers = {name: read_finished_runs(sweep) for name in ("toys", "others")}
+    (results,) = read_sweep_results(sweep)
     for sweeps in ([sweep, other], [sweep.model_copy(update={"reference": None})]):
+        all_results = [results._replace(sweep=sweep) for sweep in sweeps]
         with pytest.raises(ValueError, match=r"same reference, got toys: (M2Rec, others: SASRec|None)$"):
-            make_overview_table(sweeps, answers, [])
+            make_table(all_results, "overview", pd.DataFrame())

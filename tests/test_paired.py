@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from m2rec.experiments import paired
-from m2rec.experiments.ledger import ResultRow
+from m2rec.experiments.ledger import PAIRED_COLUMNS, format_csv
 from m2rec.experiments.sweep_plan import Sweep, get_planned_run_folder
 
 USERS = [f"u{k}" for k in range(60)]
@@ -31,15 +32,19 @@ def write_run(runs: Path, variant: str, seed: int, ranks: list[int], users: list
 
 def compared(sweep: Sweep, runs: Path) -> list[dict[str, Any]]:
     """`paired.compare_with_baselines` with a CSV that has a row of each run."""
-    rows: dict[tuple[str, str], list[ResultRow]] = {("toy", variant): [] for variant in sweep.variants}
+    rows = []
     for variant in sweep.variants:
         for seed in sweep.seeds:
             for path in get_planned_run_folder(runs, "toy", variant, seed).glob("*/test_ranks.csv"):
                 ranks = [int(line.split(",")[-1]) for line in path.read_text().splitlines()[1:]]
                 gains = [1 / math.log2(rank + 1) if 0 < rank <= 10 else 0 for rank in ranks]
-                row = {"seed": str(seed), "test_unseen.ndcg@10": f"{sum(gains) / len(gains):.6f}"}
-                rows["toy", variant].append(row)
-    return paired.compare_with_baselines(sweep, rows, runs)
+                rows.append(finished_run(variant, seed, round(sum(gains) / len(gains), 6)))
+    return paired.compare_with_baselines(sweep, pd.DataFrame(rows), runs).to_dict("records")
+
+
+def finished_run(variant: str, seed: int, quality: float) -> dict[str, object]:
+    """A row of the frame of finished runs."""
+    return {"dataset": "toy", "variant": variant, "seed": str(seed), "test_unseen.ndcg@10": quality}
 
 
 @pytest.fixture
@@ -82,10 +87,9 @@ def test_a_run_that_is_not_in_the_csv_is_left_out(sweep: Sweep, tmp_path: Path):
     for seed in (1, 2):
         write_run(tmp_path, "M2Rec", seed, [1] * 60)
         write_run(tmp_path, "SASRec", seed, [seed] * 60)
-    ours = [{"seed": str(seed), "test_unseen.ndcg@10": "1.0"} for seed in (1, 2)]
-    rows = {("toy", variant): ours for variant in sweep.variants}
-    assert {row["seeds"] for row in paired.compare_with_baselines(sweep, rows, tmp_path)} == {"1"}
-    rows["toy", "SASRec"] = [ours[1]]
+    rows = pd.DataFrame([finished_run(name, seed, 1.0) for name in sweep.variants for seed in (1, 2)])
+    assert {*paired.compare_with_baselines(sweep, rows, tmp_path)["seeds"]} == {"1"}
+    rows = rows[(rows["variant"] != "SASRec") | (rows["seed"] == "2")]
     with pytest.raises(ValueError, match="has a finished run of the CSV"):
         paired.compare_with_baselines(sweep, rows, tmp_path)
 
@@ -100,9 +104,9 @@ def test_ranks_meet_their_users(sweep: Sweep, tmp_path: Path):
 def test_the_csv(sweep: Sweep, tmp_path: Path):
     write_run(tmp_path, "M2Rec", 1, [1] * 60)
     write_run(tmp_path, "no filter | gate", 1, [2] * 60)
-    text = paired.format_paired_tests(compared(sweep, tmp_path))
+    text = format_csv(pd.DataFrame(compared(sweep, tmp_path)))
     row = list(csv.DictReader(io.StringIO(text)))[3]
-    assert list(row) == list(paired.PAIRED_COLUMNS)
+    assert list(row) == list(PAIRED_COLUMNS)
     assert row["baseline"] == "no filter | gate" and row["variant_mean"] == "1.000000"
     assert row["baseline_mean"] == "0.630930" and row["p"] == "0.000100"
 
@@ -150,12 +154,13 @@ def test_one_user(sweep: Sweep, tmp_path: Path):
     ("text", "message"),
     [
         (None, "can't be read"),
-        ("", "is not a CSV of ranks"),
-        ("user,item,test\na,i,1\n", r"not a CSV of ranks: .*'test_unseen'"),
-        ("user,item,test,test_unseen\na,i,1,1.5\n", "not a CSV of ranks: cannot safely convert"),
-        ("user,item,test,test_unseen\na,i,-1,1\n", "not a CSV of ranks: cannot safely convert"),
-        ("user,item,test,test_unseen\na,i,,1\n", "not a CSV of ranks: invalid literal"),
-        ("user,item,test,test_unseen\na,i,1,1\na,i,1,1\n", "not a CSV of ranks: a user is duplicated"),
+        ("", "column 'user' is missing; expected user, item, test"),
+        ("user,item,test\na,i,1\n", "column 'test_unseen' is missing"),
+        ("user,item,test,test_unseen\na,i,1,1.5\n", "test_unseen is '1.5' in row 1, expected a whole number"),
+        ("user,item,test,test_unseen\na,i,-1,1\n", "test is '-1' in row 1"),
+        ("user,item,test,test_unseen\na,i,,1\n", "test is '' in row 1"),
+        ("user,item,test,test_unseen\na,i,1\n", "row 1 has more or fewer values than the header"),
+        ("user,item,test,test_unseen\na,i,1,1\na,i,1,1\n", "user 'a' is duplicated"),
     ],
 )
 def test_unusable_ranks(tmp_path: Path, text: str | None, message: str):

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from m2rec.experiments.ledger import read_finished_runs
+from m2rec.experiments.ledger import read_sweep_results
 from m2rec.experiments.plots import write_sweep_plots
 from m2rec.experiments.sweep_plan import Sweep
 from tests.conftest import SWEEP, answer
@@ -18,10 +18,8 @@ ROWS = [answer("M2Rec", 1, 0.1), answer("M2Rec", 2, 0.3), answer("no filter | ga
 
 
 def pictures(path: Path) -> dict[str, str]:
-    sweep = Sweep.read(path)
-    return {
-        p.name: p.read_text(encoding="utf-8") for p in write_sweep_plots(sweep, read_finished_runs(sweep))
-    }
+    written = write_sweep_plots(read_sweep_results(Sweep.read(path)))
+    return {p.name: p.read_text(encoding="utf-8") for p in written}
 
 
 def texts(svg: str) -> set[str]:

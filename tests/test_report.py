@@ -75,19 +75,19 @@ def test_all_kinds_of_markers(write_sweep: Write, call: Callable, tmp_path: Path
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("results:toys", "results:toy", "<!-- results:toy:main --> has no sweep, there is no"),
+        ("results:toys", "results:toy", "<!-- results:toy:main -->: unknown sweep 'toy'; known: toys"),
         (
             ":main",
             ":mian",
-            "<!-- results:toys:mian --> names no table; known: main, ablations, reported, buc",
+            "<!-- results:toys:mian -->: unknown table; known: main, ablations, reported, buc",
         ),
-        ("results:toys", "results:toys+toy", "<!-- results:toys+toy:main --> has no sweep, there is no"),
-        ("results:toys", "results:toys+toys", "toys+toys:main --> names no table; known: overview"),
-        ("<!-- /results -->", "", "'<!-- results:toys:main -->' is no pair of"),
-        ("<!-- results:toys:main -->", "", "'<!-- /results -->' is no pair of"),
-        ("old", "<!-- results:toys:main -->", "'<!-- results:toys:main -->' is no pair of"),
-        (":main", "", "'<!-- results:toys -->' is no pair of"),
-        (":main", ":reported", "reported.csv can't be read"),
+        ("results:toys", "results:toys+toy", "<!-- results:toys+toy:main -->: unknown sweep 'toy'"),
+        ("results:toys", "results:toys+toys", "toys+toys:main -->: unknown table; known: overview"),
+        ("<!-- /results -->", "", "'<!-- results:toys:main -->' is unmatched; expected"),
+        ("<!-- results:toys:main -->", "", "'<!-- /results -->' is unmatched; expected"),
+        ("old", "<!-- results:toys:main -->", "'<!-- results:toys:main -->' is unmatched; expected"),
+        (":main", "", "'<!-- results:toys -->' is unmatched; expected"),
+        (":main", ":reported", "reported.csv has no row of toy"),
     ],
 )
 @pytest.mark.parametrize("check", [["--check"], []])

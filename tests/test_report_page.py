@@ -70,8 +70,8 @@ def test_it_says_what_the_run_found(folder: Path):
     for part in ("valid", "test", "test_unseen", "test_new"):
         assert f"{metrics[part]['ndcg@5']:.4f}" in words
     for section in (
-        "Quality", "Training", "Who is served", "Which branch is trusted", "What the filter hears",
-        "Examples", "Settings",
+        "Quality", "Training", "Quality by group", "Gate weights by branch",
+        "Frequency response of the filter", "Examples", "Settings",
     ):  # fmt: skip
         assert section in words
     assert len(page.alternatives) == 9 and all(len(said) > 30 for said in page.alternatives)
@@ -80,7 +80,7 @@ def test_it_says_what_the_run_found(folder: Path):
     for caution in ("ties", "returning"):
         assert metrics["protocol"][caution] in words
     for example in json.loads((folder / "insights.json").read_text())["examples"]:
-        place = f"in place {example['place']:,}." if example["place"] else "which the user had before."
+        place = f"at rank {example['place']:,}." if example["place"] else "which the user had before."
         assert f"User {example['user']}" in words and place in " ".join(words.split())
     assert "<b>biscuits" not in text
 
@@ -132,7 +132,10 @@ def test_pictures_as_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     (other / "insights.json").unlink()
     assert script.main([str(other), f"--pictures={tmp_path / 'none'}"]) == 2
-    assert "has neither a gate nor a filter" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    assert (
+        "no gate, no learned filter, or no insights.json" in capsys.readouterr().err
+        and not (tmp_path / "none").exists()
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--check"], ["--paired=x"], ["--output=x.html"]])
@@ -198,7 +201,7 @@ def test_a_small_catalogue_has_its_curves(tmp_path: Path):
     )
     text = (run.run_experiment(build_config(keys)).folder / "report.html").read_text()
     page = Page(text)
-    assert "Who is served" in page.words and any("on valid by epoch" in said for said in page.alternatives)
+    assert "Quality by group" in page.words and any("on valid by epoch" in said for said in page.alternatives)
 
 
 @pytest.mark.parametrize("broken", ["metrics.json", "config.yaml", "insights.json", "titles.json"])

@@ -17,9 +17,10 @@ import psutil
 import pytest
 import yaml
 
-from m2rec.commands.sweep import SweepRunner, check_committed_code, main, parse_options
+from m2rec.commands.sweep import build_sweep_options, main, parse_options
 from m2rec.experiments.ledger import format_settings, read_finished_runs
-from m2rec.experiments.sweep_plan import PlannedRun, Sweep, get_planned_run_folder
+from m2rec.experiments.sweep_plan import Sweep, get_planned_run_folder
+from m2rec.experiments.sweep_runner import SweepRunner, check_committed_code
 from m2rec.git import is_same_code, read_commit
 from m2rec.training.checkpoint import CannotResume
 from tests.conftest import small
@@ -82,7 +83,7 @@ def test_a_sweep_end_to_end(tmp_path: Path, toy: Path):
     assert float(first["test_unseen.ndcg@10|history=6-20"]) == of_bucket["test_unseen"]["ndcg@10"]
     assert int(first["test_users|history=6-20"]) == of_bucket["users"]
     answers = read_finished_runs(Sweep.read(path))
-    assert len(answers["toy", "M2Rec"]) == 2
+    assert (answers["variant"] == "M2Rec").sum() == 2
 
     before = started(tmp_path)
     found[1]["test.hit@10"] = "0.5"  # whatever is in the CSV stays
@@ -184,25 +185,23 @@ def test_only_a_run_that_can_not_go_on_is_started_anew(
     left.mkdir(parents=True)
     (folder / "settings.json").write_text(format_settings(cell.keys))
     (folder / "log.txt").write_text("what went wrong")
-    tried: list[Path | None] = []
+    tried: list[object] = []
 
-    def call(
-        work: SweepRunner, cell: PlannedRun, folder: Path, gpu: str | None, resumes: Path | None, lock: int
-    ) -> int:
-        tried.append(resumes)
-        return status if resumes else 1
+    def call(runner: SweepRunner, values: dict[str, object], *_: object) -> int:
+        tried.append(values.get("resume"))
+        return status if "resume" in values else 1
 
-    monkeypatch.setattr("m2rec.commands.sweep.find_resumable_run", lambda folder: left)
-    monkeypatch.setattr(SweepRunner, "_run_training_process", call)
+    monkeypatch.setattr(SweepRunner, "_find_resumable_run", lambda runner, folder: left)
+    monkeypatch.setattr(SweepRunner, "_run_process", call)
     assert main(given(path, toy)) == 1
     anew = status == CannotResume.exit_status
-    assert tried == ([left, None] if anew else [left]) and left.exists() != anew
+    assert tried == ([str(left), None] if anew else [str(left)]) and left.exists() != anew
 
 
 def test_mistakes(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]):
     path = asked(tmp_path, toy)
     assert main(given(path, toy, "--only", "SASRec")) == 2
-    assert f"--only: {path} has no variant 'SASRec'" in capsys.readouterr().err
+    assert f"{path} has no variant 'SASRec'" in capsys.readouterr().err
     assert main(given(path, toy, "--datasets", "toyy")) == 2
     assert "has no data set 'toyy'; did you mean 'toy'?" in capsys.readouterr().err
     assert main(given(path, toy, "--seeds", "3")) == 2
@@ -227,7 +226,7 @@ def test_finished_runs_again(tmp_path: Path, toy: Path, capsys: pytest.CaptureFi
     path = asked(tmp_path, toy)
     again = ["--again", "--only", "M2Rec", "--seeds", "1"]
     assert main(given(path, toy, *again)) == 2
-    assert f"--again: {path.with_suffix('.csv')} has no row of these runs" in capsys.readouterr().err
+    assert f"{path.with_suffix('.csv')} has no row of these runs" in capsys.readouterr().err
     assert main(given(path, toy, "--seeds", "1")) == 0
     before = rows(path)
     before[0]["test_unseen.ndcg@10"] = "0.9876"
@@ -286,7 +285,7 @@ def test_results_and_readme_are_no_code(tmp_path: Path, monkeypatch: pytest.Monk
         and not is_same_code(third, read_commit())
         and is_same_code(read_commit(), read_commit())
     )
-    with pytest.raises(ValueError, match="commit it, or say --allow-dirty"):
+    with pytest.raises(ValueError, match="commit them or give --allow-dirty"):
         check_committed_code()
 
 
@@ -295,7 +294,7 @@ def test_a_file_that_changed_meanwhile_starts_nothing(
 ):
     """What another sweep of the new file has made is not taken away."""
     path = asked(tmp_path, toy, seeds=[1])
-    work = SweepRunner(Sweep.read(path), parse_options(given(path, toy)))
+    work = SweepRunner(Sweep.read(path), build_sweep_options(parse_options(given(path, toy))))
     variants = {"M2Rec": {}, "Popularity": {"model": "Popularity", "topk": [10]}}
     asked(tmp_path, toy, seeds=[1], variants=variants)
     assert work.run() == 1
@@ -329,7 +328,7 @@ def test_topk_without_10_is_refused(tmp_path: Path, toy: Path, capsys: pytest.Ca
     only = {"Popularity": {"model": "Popularity", "topk": [5], "valid_metric": "NDCG@5"}}
     path = asked(tmp_path, toy, seeds=[1], variants=only)
     assert main(given(path, toy)) == 1
-    assert "hit@10 was not measured, which tables and tests are made of" in capsys.readouterr().err
+    assert "hit@10 was not measured, but tables and paired tests need it" in capsys.readouterr().err
 
 
 def test_uncommitted_code_is_refused(
@@ -338,7 +337,7 @@ def test_uncommitted_code_is_refused(
     path = asked(tmp_path, toy)
     arguments = [a for a in given(path, toy) if a != "--allow-dirty"]
     for found in (None, "0123abc+dirty"):
-        monkeypatch.setattr("m2rec.commands.sweep.read_commit", lambda found=found: found)
+        monkeypatch.setattr("m2rec.experiments.sweep_runner.read_commit", lambda found=found: found)
         assert main(arguments) == 2
-        assert "commit it, or say --allow-dirty" in capsys.readouterr().err
+        assert "commit them or give --allow-dirty" in capsys.readouterr().err
     assert not path.with_suffix(".csv").exists()

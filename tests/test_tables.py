@@ -4,11 +4,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from m2rec.experiments.ledger import read_finished_runs
+from m2rec.experiments.ledger import read_sweep_results
 from m2rec.experiments.sweep_plan import Sweep
-from m2rec.experiments.tables import make_bucket_tables, make_published_table, make_result_table
+from m2rec.experiments.tables import make_table
 from tests.conftest import SWEEP, answer
 from tests.test_results import PAIRED
 
@@ -17,8 +18,7 @@ ROWS = [answer("M2Rec", 1, 0.1), answer("M2Rec", 2, 0.3), answer("SASRec", 1, 0.
 
 
 def table_of(path: Path, table: str = "main") -> list[str]:
-    sweep = Sweep.read(path)
-    return make_result_table(sweep, read_finished_runs(sweep), table).splitlines()
+    return make_table(read_sweep_results(Sweep.read(path)), table, pd.DataFrame()).splitlines()
 
 
 def test_a_result_table(write_sweep: Write):
@@ -95,8 +95,7 @@ def test_nothing_run_yet(write_sweep: Write):
     path = write_sweep()
     expected = "Not run: M2Rec; SASRec. Made by `python scripts/sweep.py results/toys.yaml`."
     assert table_of(path) == [expected]
-    sweep = Sweep.read(path)
-    assert make_bucket_tables(sweep, read_finished_runs(sweep)) == expected
+    assert table_of(path, "buckets") == [expected]
 
 
 def test_a_name_with_a_bar(write_sweep: Write):
@@ -141,8 +140,7 @@ def test_p_values(write_sweep: Write, p: str, shown: str):
 
 
 def test_buckets(write_sweep: Write):
-    sweep = Sweep.read(write_sweep(*ROWS))
-    lines = make_bucket_tables(sweep, read_finished_runs(sweep)).splitlines()
+    lines = table_of(write_sweep(*ROWS), "buckets")
     assert lines[:5] == [
         "| popularity | 0 | 1-5 | 101+ |",
         "| --- | --- | --- | --- |",
@@ -155,9 +153,8 @@ def test_buckets(write_sweep: Write):
 
 def test_runs_without_buckets(write_sweep: Write):
     row = {key: value for key, value in ROWS[0].items() if "|" not in key}
-    sweep = Sweep.read(write_sweep(row))
-    with pytest.raises(ValueError, match=r"no column test_unseen.ndcg@10\|popularity=... on toy"):
-        make_bucket_tables(sweep, read_finished_runs(sweep))
+    with pytest.raises(ValueError, match=r"no column test_unseen.ndcg@10\|popularity=...; run the sweep"):
+        table_of(write_sweep(row), "buckets")
 
 
 def published(protocol: str, model: str, ndcg: str) -> dict[str, str]:
@@ -172,10 +169,10 @@ def published(protocol: str, model: str, ndcg: str) -> dict[str, str]:
 
 
 def test_published_numbers_beside_ours(write_sweep: Write):
-    sweep = Sweep.read(write_sweep(*ROWS))
+    results = read_sweep_results(Sweep.read(write_sweep(*ROWS)))
     rows = [published("test_unseen", "SASRec, tuned", "0.4"), published("test_unseen", "Other", "")]
     rows += [published("test", "M2Rec (claimed)", "0.3")]
-    lines = make_published_table(sweep, read_finished_runs(sweep), rows).splitlines()
+    lines = make_table(results, "reported", pd.DataFrame(rows)).splitlines()
     assert lines[0] == (
         "| protocol | model | reported HR@10 | reported NDCG@10 | our HR@10 | our NDCG@10 | source |"
     )
@@ -186,4 +183,4 @@ def test_published_numbers_beside_ours(write_sweep: Write):
         "| test_unseen | M2Rec |  |  | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 | this project |",
     ]
     with pytest.raises(ValueError, match=r"reported.csv has no row of toy"):
-        make_published_table(sweep, read_finished_runs(sweep), [])
+        make_table(results, "reported", pd.DataFrame(rows)[:0])

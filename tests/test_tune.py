@@ -22,8 +22,10 @@ import optuna
 
 import run_mm
 from m2rec.commands import tune
+from m2rec.experiments import search
 from m2rec.experiments.search_plan import SearchPlan
 from m2rec.training.configuration import build_config, collect_known_keys
+from m2rec.yaml_values import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 ATTRIBUTES = {"trained_epochs", "best_epoch", "seconds", "commit", "parameters"}
@@ -177,8 +179,8 @@ def enqueue(toy: Path, drawn: list[dict[str, Any]], **others: Any) -> None:
     """Let the first trials of that study have these settings."""
     path = toy.parent / "enqueued.yaml"
     path.write_text(yaml.safe_dump(settings(toy, **others)))
-    plan = SearchPlan.read(path, {}, {"learning_rate"})
-    study = tune.open_study(plan, tune._find_valid_config(plan))
+    plan = SearchPlan.read(path, {}, {"learning_rate", "head_dim"})
+    study = tune.open_study(plan, tune.find_valid_config(plan), toy.parent / "runs" / "tune" / plan.study)
     for values in drawn:
         study.enqueue_trial(values)
 
@@ -252,7 +254,7 @@ def test_ctrl_c_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.Mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tune, "_report_epoch", interrupted)
+    monkeypatch.setattr(tune.run, "train_model", interrupted)
     status, out, err = study()
     assert status == 130 and out == ""
     assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
@@ -260,13 +262,10 @@ def test_ctrl_c_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.Mon
 
 
 def test_sigterm_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
-    watch = tune._report_epoch
-
-    def killed(*arguments: object) -> None:
+    def killed(trial: optuna.Trial, score: float, step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        watch(*arguments)
 
-    monkeypatch.setattr(tune, "_report_epoch", killed)
+    monkeypatch.setattr(optuna.Trial, "report", killed)
     status, out, err = study()
     assert status == 130 and out == ""
     assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
@@ -282,7 +281,7 @@ def test_a_range_of_whole_numbers_draws_whole_numbers():
         ("d", {"low": 16, "high": 64, "step": 16}, int),
         ("e", {"low": 1, "high": 64, "log": True}, int),
     ):
-        value = tune._suggest_setting(drawn, key, how)
+        value = search.suggest_setting(drawn, key, how)
         assert type(value) is kind and how["low"] <= value <= how["high"]
         assert value % how.get("step", value) == 0
 
@@ -291,7 +290,7 @@ def test_a_range_of_whole_numbers_draws_whole_numbers():
     "value", [1e-05, 0.1 + 0.2, "none", "no", "12", "a b", None, True, [1, "x"], {"a": 5}]
 )
 def test_an_argument_holds_its_value(value: object):
-    assert tune.parse_arguments(shlex.split(tune._format_arguments({"key": value}))) == {"key": value}
+    assert parse_arguments(shlex.split(search.format_arguments({"key": value}))) == {"key": value}
 
 
 @pytest.mark.parametrize(
@@ -403,7 +402,7 @@ def test_a_file_that_is_no_study(study: Study, toy: Path, content: str):
     path.write_text(content)
     status, _, err = study()
     assert status == 2 and "Traceback" not in err
-    assert f"{path} is no study of Optuna (" in err.splitlines()[-1]
+    assert f"{path} is not an Optuna study (" in err.splitlines()[-1]
 
 
 def test_data_without_validation_rows(study: Study, toy: Path):

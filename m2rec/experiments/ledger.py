@@ -1,15 +1,19 @@
-"""What is kept of finished runs: results/NAME.csv, NAME-paired.csv and reported.csv."""
+"""The ledger of finished runs as data frames: NAME.csv, NAME-paired.csv and reported.csv.
+
+Files are read as text. A frame of finished runs has its metrics, counts and times as floats, NaN where a
+cell is empty; its other columns stay text.
+"""
 
 import csv
-import io
 import json
 import logging
-import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, mode, stdev
 from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
 
 from m2rec.errors import UserError
 from m2rec.experiments.sweep_plan import PlannedRun, Sweep
@@ -18,123 +22,27 @@ from m2rec.storage import write_text
 
 logger = logging.getLogger(__name__)
 
-ResultRow = dict[str, str]
-# finished runs by data set and variant, one per seed, in the order of the sweep's seeds
-FinishedRuns = Mapping[tuple[str, str], Sequence[ResultRow]]
-
 PAIRED_COLUMNS = ("dataset", "protocol", "metric", "variant", "baseline", "seeds", "users", "variant_mean",
           "baseline_mean", "difference", "low", "high", "p")  # fmt: skip
 PUBLISHED_COLUMNS = ("dataset", "protocol", "model", "hit@10", "ndcg@10", "source")
 TEST_PROTOCOLS = ("test", "test_unseen")
 TABLE_METRICS = ("hit@10", "ndcg@10")
-"""What tables, tests over users and buckets are of."""
+"""The metrics of tables, paired tests and buckets."""
 HEADLINE_METRIC = "test_unseen.ndcg@10"
-"""The column of NAME.csv that comparisons are made by."""
+"""The column of NAME.csv that variants are compared by."""
 DATASET_COUNTS = ("users", "items", "interactions")
 
 _MACHINE_COLUMNS = ("peak_memory_mib", "device", "processes", "threads", "parameters")
 _ALL_PROTOCOLS = ("valid", "valid_unseen", "valid_new", *TEST_PROTOCOLS, "test_new")
-_RUN_KEY_COLUMNS = ("dataset", "variant", "seed")
-_NUMERIC_COLUMNS = ("best_epoch", "seconds_per_epoch", "seconds_training", "threads", *DATASET_COUNTS)
-# a mean that was rounded to six places, by seed, is within this of the same mean from ranks
+_RUN_COLUMNS = ["dataset", "variant", "seed"]
+_RUN_KEY_COLUMNS = [*_RUN_COLUMNS, "settings"]
+_PAIR_COLUMNS = ["dataset", "variant", "baseline"]
+_PAIRED_NUMBERS = ["variant_mean", "baseline_mean", "difference", "low", "high", "p"]
+_TEXT_COLUMNS = ("split", "time_order", "device", "text", "text_sha256")
+_NUMERIC_COLUMNS = ("best_epoch", "seconds_per_epoch", "seconds_training", "threads", "test_returning",
+                    HEADLINE_METRIC, *DATASET_COUNTS)  # fmt: skip
+# tolerance between a mean stored with six decimals and the same mean recomputed from ranks
 _MEAN_TOLERANCE = 1e-5
-
-
-def format_settings(keys: Mapping[str, Any]) -> str:
-    """A run's keys as the text that stands in the column `settings`."""
-    return json.dumps(keys, sort_keys=True, ensure_ascii=False)
-
-
-def make_run_key(cell: PlannedRun) -> tuple[str, ...]:
-    """Data set, variant, seed and settings of the rows that answer a cell."""
-    return cell.dataset, cell.variant, str(cell.seed), format_settings(cell.keys)
-
-
-def read_run_key(row: ResultRow) -> tuple[str, ...]:
-    """What `make_run_key` says of the cell that a row answers."""
-    return tuple(row[column] for column in (*_RUN_KEY_COLUMNS, "settings"))
-
-
-def build_result_row(cell: PlannedRun, folder: Path) -> ResultRow:
-    """The row of NAME.csv for a finished run.
-
-    Args:
-        cell: what was asked for.
-        folder: the run folder, with metrics.json and history.csv.
-
-    Raises:
-        ValueError: metrics.json can't be read.
-    """
-    try:
-        metrics = RunFolder(folder).read_metrics()
-        seconds = [float(row["seconds"]) for row in RunFolder(folder).read_history()]
-        if missing := [metric for metric in TABLE_METRICS if metric not in metrics["test"]]:
-            raise UserError(f"{missing[0]} was not measured, which tables and tests are made of; set topk")
-        row = {
-            "dataset": cell.dataset,
-            "model": metrics["model"],
-            "variant": cell.variant,
-            "seed": cell.seed,
-            "commit": metrics["commit"],
-            "settings": format_settings(cell.keys),
-            **{key: metrics["protocol"][key] for key in ("split", "time_order", "rows")},
-            "best_epoch": metrics["best_epoch"],
-            "epochs": metrics["epochs"],
-            "seconds_per_epoch": round(sum(seconds) / max(1, len(seconds)), 3),
-            "seconds_training": metrics["seconds"]["training"],
-            "seconds_total": metrics["seconds"]["total"],
-            **{key: metrics[key] for key in _MACHINE_COLUMNS},
-            **metrics["data"],
-            "text": _describe_text_vectors(metrics["text"] or {}),
-            "text_sha256": (metrics["text"] or {}).get("sha256", ""),
-            **metrics["versions"],
-            **{f"{part}.{k}": v for part in _ALL_PROTOCOLS for k, v in metrics.get(part, {}).items()},
-            **_flatten_bucket_metrics(metrics["test_by"]),
-        }
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder}: no finished run ({type(error).__name__}: {error}); run it again"
-        ) from error
-    return {key: "" if found is None else str(found) for key, found in row.items()}
-
-
-def _describe_text_vectors(about: Mapping[str, Any]) -> str:
-    """Which model made text vectors, and of what; nothing without text."""
-    made_of = about.get("template") or about.get("columns")
-    return f"{about.get('model', 'another source')}{f': {made_of}' if made_of else ''}" if about else ""
-
-
-def _flatten_bucket_metrics(test_by: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """`test_users|KIND=BUCKET`, and the metrics of each protocol in it."""
-    columns = {}
-    for kind, buckets in test_by.items():
-        for bucket, found in buckets.items():
-            where = f"{kind}={bucket}"
-            columns[f"test_users|{where}"] = found["users"]
-            for part in (*TEST_PROTOCOLS, "test_new"):
-                measured = found.get(part, {})
-                of_part = {m: measured[m] for m in TABLE_METRICS if m in measured}
-                columns.update({f"{part}.{metric}|{where}": value for metric, value in of_part.items()})
-    return columns
-
-
-def read_result_rows(path: Path) -> list[ResultRow]:
-    """The rows of NAME.csv, none if there is no file yet.
-
-    Raises:
-        ValueError: it can't be read, or a column that names the cell is missing.
-    """
-    return read_csv_table(path, (*_RUN_KEY_COLUMNS, "settings")) if path.exists() else []
-
-
-def write_result_rows(path: Path, rows: Sequence[ResultRow]) -> None:
-    """Write NAME.csv with every column that any row has."""
-    columns = dict.fromkeys(column for row in rows for column in row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
 
 
 class SeedStatistics(NamedTuple):
@@ -145,59 +53,215 @@ class SeedStatistics(NamedTuple):
     """Sample standard deviation; None for one seed."""
 
 
-def read_finished_runs(sweep: Sweep) -> FinishedRuns:
-    """The finished runs that a sweep asks for; no file is no runs.
+class DatasetResults(NamedTuple):
+    """The results of a sweep on one of its data sets."""
 
-    Of two rows of one cell the last counts; rows of cells or settings that the sweep does not ask for don't.
+    sweep: Sweep
+    dataset: str
+    runs: pd.DataFrame
+    """Finished runs, as `read_finished_runs` returns them."""
+    tests: pd.DataFrame
+    """Paired tests of the headline metric against the reference."""
+
+    def select_runs(self, variant: str | None) -> pd.DataFrame:
+        """The runs of a variant, seed by seed."""
+        return self.runs[self.runs["variant"] == variant]
+
+    def summarize_quality(self, variant: str | None) -> SeedStatistics | None:
+        """The headline metric of a variant."""
+        return summarize_seeds(self.select_runs(variant), HEADLINE_METRIC)
+
+    def compare_with_reference(self, variant: str) -> tuple[SeedStatistics, SeedStatistics] | None:
+        """The reference's headline metric, and how much more a variant has, over the seeds of both.
+
+        None if they have no seed in common.
+        """
+        base = self.select_runs(self.sweep.reference).set_index("seed")[HEADLINE_METRIC]
+        difference = (self.select_runs(variant).set_index("seed")[HEADLINE_METRIC] - base).dropna()
+        if difference.empty:
+            return None
+        return _compute_seed_statistics(base[difference.index]), _compute_seed_statistics(difference)
+
+
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """A run's settings as the text of the column `settings`."""
+    return json.dumps(settings, sort_keys=True, ensure_ascii=False)
+
+
+def make_run_key(planned: PlannedRun) -> tuple[str, ...]:
+    """Data set, variant, seed and settings, as `list_run_keys` gives them for a row of NAME.csv."""
+    return planned.dataset, planned.variant, str(planned.seed), format_settings(planned.keys)
+
+
+def list_run_keys(rows: pd.DataFrame) -> list[tuple[str, ...]]:
+    """The key of each row of NAME.csv."""
+    return list(rows[_RUN_KEY_COLUMNS].itertuples(index=False, name=None))
+
+
+def build_result_row(planned: PlannedRun, folder: Path) -> dict[str, str]:
+    """The row of NAME.csv for a finished run.
+
+    Args:
+        planned: the run in the sweep.
+        folder: the run folder, with metrics.json and history.csv.
 
     Raises:
-        ValueError: the file can't be read, a number is none, or rows that belong together differ.
+        ValueError: metrics.json or history.csv can't be read.
+    """
+    try:
+        metrics = RunFolder(folder).read_metrics()
+        seconds = read_csv_table(RunFolder(folder).history_file, ["seconds"])["seconds"].astype(float)
+        for metric in TABLE_METRICS:
+            if metric not in metrics["test"]:
+                raise UserError(f"{metric} was not measured, but tables and paired tests need it; set topk")
+        row = {
+            "dataset": planned.dataset,
+            "model": metrics["model"],
+            "variant": planned.variant,
+            "seed": planned.seed,
+            "commit": metrics["commit"],
+            "settings": format_settings(planned.keys),
+            **_select_keys(metrics["protocol"], ("split", "time_order", "rows")),
+            "best_epoch": metrics["best_epoch"],
+            "epochs": metrics["epochs"],
+            "seconds_per_epoch": round(seconds.sum() / max(1, len(seconds)), 3),
+            "seconds_training": metrics["seconds"]["training"],
+            "seconds_total": metrics["seconds"]["total"],
+            **_select_keys(metrics, _MACHINE_COLUMNS),
+            **metrics["data"],
+            **_describe_text_vectors(metrics["text"] or {}),
+            **metrics["versions"],
+            **_flatten_metrics(metrics),
+        }
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder}: not a finished run ({reason}); run it again") from error
+    return {column: "" if value is None else str(value) for column, value in row.items()}
+
+
+def _select_keys(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: values[key] for key in keys}
+
+
+def _describe_text_vectors(about: Mapping[str, Any]) -> dict[str, str]:
+    """The model and the template of text vectors, and their hash; empty without text."""
+    text = about.get("model", "another source") if about else ""
+    if template := about.get("template") or about.get("columns"):
+        text += f": {template}"
+    return {"text": text, "text_sha256": about.get("sha256", "")}
+
+
+def _flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """`PROTOCOL.METRIC`, then by bucket `test_users|KIND=BUCKET` and `PROTOCOL.METRIC|KIND=BUCKET`."""
+    columns = {}
+    for protocol in _ALL_PROTOCOLS:
+        for metric, value in metrics.get(protocol, {}).items():
+            columns[f"{protocol}.{metric}"] = value
+    for kind, buckets in metrics["test_by"].items():
+        for bucket, measured in buckets.items():
+            columns[f"test_users|{kind}={bucket}"] = measured["users"]
+            for protocol in (*TEST_PROTOCOLS, "test_new"):
+                for metric in TABLE_METRICS:
+                    if metric in measured.get(protocol, {}):
+                        columns[f"{protocol}.{metric}|{kind}={bucket}"] = measured[protocol][metric]
+    return columns
+
+
+def read_csv_table(path: Path, columns: Sequence[str], optional: bool = False) -> pd.DataFrame:
+    """A CSV file as text.
+
+    Args:
+        path: the file.
+        columns: columns that it must have.
+        optional: whether a missing file is an empty table.
+
+    Raises:
+        ValueError: the file can't be read, or a column or a value is missing.
+    """
+    if optional and not path.exists():
+        return pd.DataFrame(columns=list(columns), dtype=object)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = [line for line in csv.reader(file) if line]
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    header, *rows = lines or [[]]
+    for column in columns:
+        if column not in header:
+            raise UserError(f"{path}: column {column!r} is missing; expected {', '.join(columns)}")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise UserError(f"{path}: row {number} has more or fewer values than the header")
+    return pd.DataFrame(rows, columns=header, dtype=object)
+
+
+def read_result_rows(path: Path) -> pd.DataFrame:
+    """The rows of NAME.csv as text, none if there is no such file.
+
+    Raises:
+        ValueError: the file can't be read, or a column of the run's key is missing.
+    """
+    return read_csv_table(path, _RUN_KEY_COLUMNS, optional=True)
+
+
+def write_result_row(path: Path, sweep: Sweep, row: Mapping[str, str]) -> None:
+    """Put a row into NAME.csv in the sweep's order; it replaces an earlier row of its run."""
+    rows = pd.concat([read_result_rows(path), pd.DataFrame([row])]).fillna("")
+    rows = rows.drop_duplicates(_RUN_COLUMNS, keep="last")
+    order = {make_run_key(planned)[:3]: number for number, planned in enumerate(sweep.planned_runs())}
+    numbers = [order.get(key[:3], len(order)) for key in list_run_keys(rows)]
+    write_text(path, format_csv(rows.iloc[np.argsort(numbers, kind="stable")]))
+
+
+def format_csv(rows: pd.DataFrame) -> str:
+    """The rows as CSV, floats with six decimals."""
+    return str(rows.to_csv(index=False, lineterminator="\n", float_format="%.6f"))
+
+
+def read_sweep_results(sweep: Sweep) -> list[DatasetResults]:
+    """A sweep's finished runs and paired tests, by data set.
+
+    Raises:
+        ValueError: a file can't be read, or the tests were computed from other runs.
+    """
+    runs = read_finished_runs(sweep)
+    tests = read_headline_tests(sweep, runs)
+    results = []
+    for dataset in sweep.datasets:
+        own_runs = runs[runs["dataset"] == dataset]
+        own_tests = tests[tests["dataset"] == dataset].set_index("baseline")
+        results.append(DatasetResults(sweep, dataset, own_runs, own_tests))
+    return results
+
+
+def read_finished_runs(sweep: Sweep) -> pd.DataFrame:
+    """The finished runs that a sweep plans, in its order; none without a file.
+
+    Of two rows of one run the last counts. Rows that the sweep does not plan are ignored.
+
+    Raises:
+        ValueError: the file can't be read, a number is invalid, or rows that belong together differ.
     """
     path = sweep.path.with_suffix(".csv")
     rows = read_result_rows(path)
-    _check_numeric_columns(path, rows)
-    cells = {make_run_key(cell) for cell in sweep.planned_runs()}
-    found: dict[tuple[str, ...], ResultRow] = {}
-    others = 0
-    for row in rows:
-        if read_run_key(row) in cells:
-            found[read_run_key(row)[:3]] = row
-        else:
-            others += 1
-    if others:
+    for column in (*_TEXT_COLUMNS, *_NUMERIC_COLUMNS):
+        if column not in rows:
+            rows[column] = ""
+    numeric = [column for column in rows if "@" in column or "|" in column or column in _NUMERIC_COLUMNS]
+    rows = _parse_numbers(path, rows, numeric)
+    planned = pd.DataFrame(map(make_run_key, sweep.planned_runs()), columns=_RUN_KEY_COLUMNS)
+    runs = planned.merge(rows, on=_RUN_KEY_COLUMNS)
+    if ignored := len(rows) - len(runs):
         logger.warning(
-            "%s: %s rows are of no cell of %s, or of other settings", path, others, sweep.path.name
-        )
-    answers = {
-        (dataset, variant): [
-            found[dataset, variant, str(seed)]
-            for seed in sweep.seeds
-            if (dataset, variant, str(seed)) in found
-        ]
-        for dataset in sweep.datasets
-        for variant in sweep.variants
-    }
-    _check_same_data(path, answers)
-    return answers
-
-
-def read_headline_tests(sweep: Sweep, answers: FinishedRuns) -> dict[tuple[str, str], ResultRow]:
-    """By data set and variant, the test of its test_unseen ndcg@10 against the reference.
-
-    Raises:
-        ValueError: the file can't be read, or was made from other runs than `answers`.
-    """
-    path, found = get_paired_tests_path(sweep), {}
-    for row in read_paired_tests(path):
-        if not _is_headline_test(row) or row["variant"] != sweep.reference:
-            continue
-        if side := _find_outdated_side(row, answers):
-            raise UserError(
-                f"{path}: {row[side]!r} on {row['dataset']} is not of the runs in the sweep's CSV; "
-                "make it again with scripts/report.py --paired"
-            )
-        found[row["dataset"], row["baseline"]] = row
-    return found
+            "%s: ignored %s rows that %s does not plan (other run or other settings)",
+            path, ignored, sweep.path.name,
+        )  # fmt: skip
+    runs = runs.drop_duplicates(_RUN_COLUMNS, keep="last")
+    for dataset in sweep.datasets:
+        _check_same_data(path, dataset, runs[runs["dataset"] == dataset])
+    return runs
 
 
 def get_paired_tests_path(sweep: Sweep) -> Path:
@@ -205,185 +269,132 @@ def get_paired_tests_path(sweep: Sweep) -> Path:
     return sweep.path.with_name(f"{sweep.name}-paired.csv")
 
 
-def read_paired_tests(path: Path) -> list[ResultRow]:
-    """The rows of NAME-paired.csv; no file is no rows.
+def read_paired_tests(path: Path) -> pd.DataFrame:
+    """The rows of NAME-paired.csv, with their numbers as floats; none without a file.
 
     Raises:
-        ValueError: it can't be read, a column is missing, or a number is none.
+        ValueError: the file can't be read, a column is missing, or a number is invalid.
     """
-    rows = read_csv_table(path, PAIRED_COLUMNS) if path.exists() else []
-    for row in rows:
-        _check_finite_values(path, row, ("variant_mean", "baseline_mean", "p"), empty="nan")
-    return rows
+    rows = read_csv_table(path, PAIRED_COLUMNS, optional=True)
+    tests = _parse_numbers(path, rows, _PAIRED_NUMBERS, required=True)
+    return tests[list(PAIRED_COLUMNS)]
 
 
-def select_current_tests(pairs: Sequence[ResultRow], sweep: Sweep, answers: FinishedRuns) -> list[ResultRow]:
-    """Of paired tests those that compare the sweep's reference, over runs in `answers`."""
-    outdated = {
-        get_compared_pair(row)
-        for row in pairs
-        if _is_headline_test(row) and _find_outdated_side(row, answers)
-    }
-    return [
-        row for row in pairs if row["variant"] == sweep.reference and get_compared_pair(row) not in outdated
-    ]
-
-
-def get_compared_pair(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """What a paired test compares: data set, variant and baseline."""
-    return row["dataset"], row["variant"], row["baseline"]
-
-
-def read_published_results(path: Path) -> list[ResultRow]:
-    """Published numbers.
+def read_headline_tests(sweep: Sweep, runs: pd.DataFrame) -> pd.DataFrame:
+    """The paired tests of the headline metric against the sweep's reference.
 
     Raises:
-        ValueError: the file can't be read, a protocol is unknown, or a number is none.
+        ValueError: the file can't be read, or was computed from other runs than `runs`.
     """
-    rows = read_csv_table(path, PUBLISHED_COLUMNS)
-    for number, row in enumerate(rows, start=1):
-        if row["protocol"] not in TEST_PROTOCOLS:
+    path = get_paired_tests_path(sweep)
+    tests = _select_headline_tests(read_paired_tests(path), sweep)
+    for test in tests.to_dict("records"):
+        if side := _find_outdated_side(test, runs):
+            raise UserError(
+                f"{path}: {test[side]!r} on {test['dataset']} was computed from runs that are no longer in "
+                "the sweep's CSV; make it again with scripts/report.py --paired"
+            )
+    return tests
+
+
+def select_current_tests(tests: pd.DataFrame, sweep: Sweep, runs: pd.DataFrame) -> pd.DataFrame:
+    """The paired tests of the sweep's reference that were computed from these runs."""
+    outdated = pd.Series(False, index=tests.index)
+    for test in _select_headline_tests(tests, sweep).to_dict("records"):
+        if _find_outdated_side(test, runs):
+            outdated |= (tests[_PAIR_COLUMNS] == [test[column] for column in _PAIR_COLUMNS]).all(axis=1)
+    return tests[(tests["variant"] == sweep.reference) & ~outdated]
+
+
+def merge_paired_tests(tests: pd.DataFrame, earlier: pd.DataFrame) -> pd.DataFrame:
+    """Of the new and the earlier tests of a pair those over more seeds, the new ones if equal.
+
+    The runs of a sweep need not all be on one machine.
+    """
+    both = pd.concat([tests, earlier], ignore_index=True)
+    seeds = both["seeds"].str.split().str.len()
+    most = seeds.groupby([both[column] for column in _PAIR_COLUMNS]).transform("max")
+    return both[seeds == most].drop_duplicates([*_PAIR_COLUMNS, "protocol", "metric"])
+
+
+def _select_headline_tests(tests: pd.DataFrame, sweep: Sweep) -> pd.DataFrame:
+    protocol, metric = HEADLINE_METRIC.split(".")
+    is_headline = (tests["protocol"] == protocol) & (tests["metric"] == metric)
+    return tests[is_headline & (tests["variant"] == sweep.reference)]
+
+
+def _find_outdated_side(test: Mapping[str, Any], runs: pd.DataFrame) -> str | None:
+    """The column of a test that names a variant with other runs or none, if there is one."""
+    seeds = test["seeds"].split()
+    runs = runs[(runs["dataset"] == test["dataset"]) & runs["seed"].isin(seeds)]
+    for side in ("variant", "baseline"):
+        values = runs[HEADLINE_METRIC][runs["variant"] == test[side]]
+        if len(values) < len(seeds) or not is_same_mean(values.mean(), test[f"{side}_mean"]):
+            return side
+    return None
+
+
+def is_same_mean(first: float, second: float) -> bool:
+    """Whether two means differ by no more than their rounding."""
+    return abs(first - second) <= _MEAN_TOLERANCE
+
+
+def read_published_results(path: Path) -> pd.DataFrame:
+    """Published numbers, as text; none without a file.
+
+    Raises:
+        ValueError: the file can't be read, a protocol is unknown, or a number is invalid.
+    """
+    rows = read_csv_table(path, PUBLISHED_COLUMNS, optional=True)
+    for number, protocol in enumerate(rows["protocol"], start=1):
+        if protocol not in TEST_PROTOCOLS:
             expected = " or ".join(TEST_PROTOCOLS)
-            raise UserError(f"{path}: row {number}: protocol is {row['protocol']!r}, expected {expected}")
-        _check_finite_values(path, row, TABLE_METRICS)
+            raise UserError(f"{path}: row {number}: protocol is {protocol!r}, expected {expected}")
+    _parse_numbers(path, rows, list(TABLE_METRICS))
     return rows
 
 
-def read_csv_table(path: Path, columns: Sequence[str]) -> list[ResultRow]:
-    """A CSV file with at least these columns.
-
-    Raises:
-        ValueError: it can't be read, or a column or a value is missing.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            header, rows = reader.fieldnames or [], list(reader)
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no CSV in UTF-8: {error}") from None
-    missing = [column for column in columns if column not in header]
-    if missing:
-        raise UserError(f"{path}: column {missing[0]!r} is missing; expected {', '.join(columns)}")
-    for number, row in enumerate(rows, start=1):
-        if None in row or None in row.values():
-            raise UserError(f"{path}: row {number} has more or fewer values than the header")
-    return rows
-
-
-def parse_column_value(row: ResultRow, column: str) -> float | None:
-    """A number, None where there is none."""
-    text = row.get(column, "")
-    return float(text) if text else None
-
-
-def summarize_seeds(rows: Sequence[ResultRow], column: str) -> SeedStatistics | None:
-    """Mean and deviation over rows; None unless every row has the value."""
-    values = [found for row in rows if (found := parse_column_value(row, column)) is not None]
-    return _compute_seed_statistics(values) if values and len(values) == len(rows) else None
-
-
-def compare_with_reference(
-    rows: Sequence[ResultRow], reference: Sequence[ResultRow], column: str
-) -> tuple[SeedStatistics, SeedStatistics] | None:
-    """The reference's values, and what the rows have more, over the seeds of both; None if there is none."""
-    at = {row["seed"]: found for row in reference if (found := parse_column_value(row, column)) is not None}
-    both = [
-        (at[row["seed"]], found)
-        for row in rows
-        if (found := parse_column_value(row, column)) is not None and row["seed"] in at
-    ]
-    if not both:
+def summarize_seeds(runs: pd.DataFrame, column: str) -> SeedStatistics | None:
+    """Mean and deviation over runs; None unless every run has the value."""
+    if runs.empty or column not in runs or runs[column].isna().any():
         return None
-    return _compute_seed_statistics([base for base, _ in both]), _compute_seed_statistics(
-        [found - base for base, found in both]
-    )
+    return _compute_seed_statistics(runs[column])
 
 
-def list_unique_values(rows: Sequence[ResultRow], column: str) -> list[str]:
-    """The values of a column, each once, in order; empty ones left out."""
-    return list(dict.fromkeys(row[column] for row in rows if row.get(column)))
+def find_main_device(runs: pd.DataFrame) -> str:
+    """The device of most runs, the first of equals; times on different devices can't be compared."""
+    devices = runs["device"][runs["device"] != ""]
+    return "" if devices.empty else mode(devices)
 
 
-def find_main_device(rows: Sequence[ResultRow]) -> str:
-    """The device that most rows were measured on, the first of equals; times of several don't compare."""
-    devices = Counter(row["device"] for row in rows if row.get("device"))
-    return devices.most_common(1)[0][0] if devices else ""
-
-
-def select_rows_on_device(rows: Sequence[ResultRow], device: str) -> list[ResultRow]:
-    """The rows that were measured there."""
-    return [row for row in rows if row.get("device", "") == device]
-
-
-def collect_dataset_rows(answers: FinishedRuns, dataset: str) -> list[ResultRow]:
-    """All finished runs on a data set."""
-    return [row for (of, _), rows in answers.items() if of == dataset for row in rows]
-
-
-def _compute_seed_statistics(values: Sequence[float]) -> SeedStatistics:
+def _compute_seed_statistics(values: pd.Series) -> SeedStatistics:
     return SeedStatistics(mean(values), stdev(values) if len(values) > 1 else None)
 
 
-def _check_numeric_columns(path: Path, rows: Sequence[ResultRow]) -> None:
-    if rows:
-        columns = [
-            column for column in rows[0] if "@" in column or "|" in column or column in _NUMERIC_COLUMNS
-        ]
-        for row in rows:
-            _check_finite_values(path, row, columns)
+def _parse_numbers(
+    path: Path, rows: pd.DataFrame, columns: list[str], required: bool = False
+) -> pd.DataFrame:
+    """The rows with these columns as floats, NaN for an empty text unless it is required."""
+    numbers = rows[columns].apply(pd.to_numeric, errors="coerce").astype(float)
+    invalid = ~np.isfinite(numbers) & (required | (rows[columns] != ""))
+    for column in invalid.columns[invalid.any()]:
+        row = invalid[column].argmax()
+        value = rows[column].iloc[row]
+        raise UserError(f"{path}: row {row + 1}: {column} is {value!r}, expected a number")
+    return pd.concat([rows.drop(columns=columns), numbers], axis=1)
 
 
-def _check_finite_values(path: Path, row: ResultRow, columns: Sequence[str], empty: str = "0") -> None:
-    for column in columns:
-        try:
-            finite = math.isfinite(float(row[column] or empty))
-        except ValueError:
-            finite = False
-        if not finite:
-            where = ", ".join(
-                f"{key} {row[key]!r}" for key in (*_RUN_KEY_COLUMNS, "baseline", "model") if key in row
-            )
-            raise UserError(f"{path}: {where}: {column} is {row[column]!r}, expected a number")
-
-
-def _check_same_data(path: Path, answers: FinishedRuns) -> None:
-    """One data set has one size, and where targets return all rows have them as misses."""
-    for dataset in dict.fromkeys(dataset for dataset, _ in answers):
-        rows = collect_dataset_rows(answers, dataset)
-        if any(row.get("test_returning", "") not in ("", "0") for row in rows):
-            if old := next((row for row in rows if not row.get("test_returning")), None):
-                raise UserError(
-                    f"{path}: {old['variant']!r} on {dataset}, seed {old['seed']}, was measured when targets "
-                    f"that return were no misses in test_unseen; take the row out and run the sweep again"
-                )
-        for column in DATASET_COUNTS:
-            counts = list_unique_values(collect_dataset_rows(answers, dataset), column)
-            if len(counts) > 1:
-                raise UserError(f"{path}: rows on {dataset} differ in {column}: {' and '.join(counts)}")
-
-
-def _is_headline_test(row: ResultRow) -> bool:
-    """Whether a paired test is the one of the tables."""
-    return f"{row['protocol']}.{row['metric']}" == HEADLINE_METRIC
-
-
-def matches_result_row(row: ResultRow, mean_of_ranks: float) -> bool:
-    """Whether a mean over users of the headline's metric is that of a row of NAME.csv."""
-    return abs(mean_of_ranks - float(row[HEADLINE_METRIC])) <= _MEAN_TOLERANCE
-
-
-def _find_outdated_side(row: ResultRow, answers: FinishedRuns) -> str | None:
-    """Of a test that is shown, the column of a variant whose runs are not those in `answers`."""
-    seeds = row["seeds"].split()
-    for side in ("variant", "baseline"):
-        rows = [run for run in answers.get((row["dataset"], row[side]), []) if run["seed"] in seeds]
-        found = summarize_seeds(rows, HEADLINE_METRIC)
-        if (
-            len(rows) < len(seeds)
-            or not found
-            or abs(found.mean - float(row[f"{side}_mean"])) > _MEAN_TOLERANCE
-        ):
-            return side
-    return None
+def _check_same_data(path: Path, dataset: str, runs: pd.DataFrame) -> None:
+    """All rows on a data set have the same counts and the same rule for returning targets."""
+    old = runs[runs["test_returning"].isna()]
+    if (runs["test_returning"] > 0).any() and len(old):
+        variant, seed = old.iloc[0][["variant", "seed"]]
+        raise UserError(
+            f"{path}: {variant!r} on {dataset}, seed {seed}, was measured when targets that return were no "
+            "misses in test_unseen; take the row out and run the sweep again"
+        )
+    for column in DATASET_COUNTS:
+        counts = runs[column].dropna().unique()
+        if len(counts) > 1:
+            listed = " and ".join(f"{count:.0f}" for count in counts)
+            raise UserError(f"{path}: rows on {dataset} differ in {column}: {listed}")

@@ -1,7 +1,7 @@
 """Charts as SVG, legible on white and on black; the same numbers are the same file."""
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -46,88 +46,71 @@ def use_chart_style() -> Iterator[None]:
 
 def draw_lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> bytes:
     """Lines over whole numbers, such as epochs."""
+    from matplotlib.ticker import MaxNLocator
 
-    def onto(axes: "Axes") -> None:
-        from matplotlib.ticker import MaxNLocator
-
+    with _draw_svg(x, y) as (axes, file):
         for label, (xs, ys) in series.items():
             axes.plot(xs, ys, marker="." if len(xs) < 40 else "", label=label)
-        axes.set(xlabel=x, ylabel=y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
-        _add_legend(axes, series)
-
-    return _render_svg(onto)
+    return file.getvalue()
 
 
 def draw_grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str, y: str) -> bytes:
     """A bar per group and series, side by side."""
-
-    def onto(axes: "Axes") -> None:
-        width = 0.8 / max(len(series), 1)
+    width = 0.8 / max(len(series), 1)
+    with _draw_svg(x, y) as (axes, file):
         for k, (label, values) in enumerate(series.items()):
-            places = [g - 0.4 + (k + 0.5) * width for g in range(len(groups))]
-            axes.bar(places, values, width, label=label, alpha=0.8)
+            centers = [group - 0.4 + (k + 0.5) * width for group in range(len(groups))]
+            axes.bar(centers, values, width, label=label, alpha=0.8)
         _label_groups(axes, groups)
-        axes.set(xlabel=x, ylabel=y)
         axes.grid(axis="y")
-        _add_legend(axes, series)
-
-    return _render_svg(onto)
+    return file.getvalue()
 
 
 def draw_stacked_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], x: str) -> bytes:
     """Per group a bar of shares that add up to one."""
-
-    def onto(axes: "Axes") -> None:
-        base = [0.0] * len(groups)
+    base = [0.0] * len(groups)
+    with _draw_svg(x, "weight") as (axes, file):
         for label, values in series.items():
             axes.bar(range(len(groups)), values, 0.8, base, label=label, alpha=0.8)
             base = [low + value for low, value in zip(base, values, strict=True)]
         _label_groups(axes, groups)
-        axes.set(xlabel=x, ylabel="weight", ylim=(0, 1))
-        _add_legend(axes, series)
-
-    return _render_svg(onto)
+        axes.set_ylim(0, 1)
+    return file.getvalue()
 
 
 def draw_bands(series: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> bytes:
     """Per label x, lower, middle and upper values: lines with a band around, over two logarithmic axes."""
-
-    def onto(axes: "Axes") -> None:
+    with _draw_svg(x, y) as (axes, file):
         for label, (xs, lower, middle, upper) in series.items():
             (line,) = axes.plot(xs, middle, label=label)
             axes.fill_between(xs, lower, upper, color=line.get_color(), alpha=0.2, linewidth=0)
-        axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
-        _set_log_ticks(axes.xaxis, axes.yaxis)
+        axes.set(xscale="log", yscale="log")
+        set_log_ticks(axes.xaxis)
+        set_log_ticks(axes.yaxis)
         axes.grid()
-        _add_legend(axes, series)
-
-    return _render_svg(onto)
+    return file.getvalue()
 
 
 def draw_histograms(edges: Sequence[float], series: Mapping[str, Sequence[float]], x: str, y: str) -> bytes:
     """Histograms over a logarithmic axis; edges (n + 1,), values (n,) by label."""
-
-    def onto(axes: "Axes") -> None:
+    with _draw_svg(x, y) as (axes, file):
         for label, values in series.items():
             axes.stairs(values, edges, label=label, linewidth=1.5)
-        axes.set(xlabel=x, ylabel=y, xscale="log", ylim=(0, None))
-        _set_log_ticks(axes.xaxis)
+        axes.set(xscale="log", ylim=(0, None))
+        set_log_ticks(axes.xaxis)
         axes.grid()
-        _add_legend(axes, series)
-
-    return _render_svg(onto)
+    return file.getvalue()
 
 
-def _set_log_ticks(*many: "Axis") -> None:
+def set_log_ticks(axis: "Axis", number_format: str = "{x:g}") -> None:
     """1, 2, 5, 10 instead of powers of ten, and none between."""
     from matplotlib.ticker import LogLocator
 
-    for axis in many:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_locator(LogLocator(subs=()))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(number_format)
+    axis.set_minor_locator(LogLocator(subs=()))
 
 
 def _label_groups(axes: "Axes", groups: Sequence[str]) -> None:
@@ -136,9 +119,9 @@ def _label_groups(axes: "Axes", groups: Sequence[str]) -> None:
         axes.tick_params("x", rotation=45)
 
 
-def _add_legend(axes: "Axes", labels: Iterable[str]) -> None:
-    """Above the axes; long names each in a line of their own, for which the picture grows."""
-    names = list(labels)
+def _add_legend(axes: "Axes") -> None:
+    """Above the axes; each long name has its own line, for which the picture grows."""
+    _, names = axes.get_legend_handles_labels()
     if len(names) < 2:
         return
     columns = 3 if max(map(len, names)) < _LONG_LABEL_LENGTH else 1
@@ -148,12 +131,16 @@ def _add_legend(axes: "Axes", labels: Iterable[str]) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, fontsize=8)
 
 
-def _render_svg(draw: Callable[["Axes"], None]) -> bytes:
+@contextmanager
+def _draw_svg(x: str, y: str) -> Iterator[tuple["Axes", io.BytesIO]]:
+    """Axes to draw on, and the file that then has the SVG."""
     with use_chart_style():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=_FIGURE_SIZE, layout="constrained")
-        draw(figure.subplots())
         file = io.BytesIO()
+        figure = Figure(figsize=_FIGURE_SIZE, layout="constrained")
+        axes = figure.subplots()
+        axes.set(xlabel=x, ylabel=y)
+        yield axes, file
+        _add_legend(axes)
         figure.savefig(file, format="svg", metadata={"Date": None})
-        return file.getvalue()
