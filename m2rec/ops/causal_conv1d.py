@@ -1,12 +1,10 @@
 """Causal depthwise convolution over time, the short filter in front of each scan."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m2rec.ops.backend import resolve_backend
+from m2rec.ops.backend import Implementations, load_implementation
 from m2rec.ops.contracts import check_arguments, without_autocast
 
 
@@ -32,9 +30,7 @@ def causal_conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, sil
     y = torch.zeros_like(x, dtype=dtype)
     for k in range(taps):
         y = y + weight[:, k].to(dtype) * padded[:, k : k + length]
-    if bias is not None:
-        y = y + bias.to(dtype)
-    return (F.silu(y) if silu else y).to(x.dtype)
+    return _add_bias_and_activate(y, bias, silu).to(x.dtype)
 
 
 def causal_conv1d(
@@ -46,9 +42,9 @@ def causal_conv1d(
 ) -> Tensor:
     """Causal depthwise convolution; arguments and result as in `causal_conv1d_ref`."""
     _check_conv_arguments("causal_conv1d", "BLE", x, weight, bias)
-    run = _select_conv_function(resolve_backend(backend, x.device).name)
+    run = load_implementation(_IMPLEMENTATIONS, backend, x.device)
     with without_autocast(x.device):
-        return run(x, weight, bias, silu)
+        return run(x, weight, bias, silu)  # type: ignore[no-any-return]
 
 
 def causal_conv1d_step(
@@ -58,9 +54,13 @@ def causal_conv1d_step(
     _check_conv_arguments("causal_conv1d_step", "BKE", inputs, weight, bias)
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     y = (inputs.to(dtype) * weight.to(dtype).T).sum(1)
+    return _add_bias_and_activate(y, bias, silu).to(inputs.dtype)
+
+
+def _add_bias_and_activate(y: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     if bias is not None:
-        y = y + bias.to(dtype)
-    return (F.silu(y) if silu else y).to(inputs.dtype)
+        y = y + bias.to(y.dtype)
+    return F.silu(y) if silu else y
 
 
 def _check_conv_arguments(
@@ -69,24 +69,19 @@ def _check_conv_arguments(
     check_arguments(operator, x=(letters, x), weight=("EK", weight), bias=("E", bias))
 
 
-def _select_conv_function(backend: str) -> Callable[..., Tensor]:
-    if backend == "triton":
-        from m2rec.ops.causal_conv1d_triton import causal_conv1d_triton
-
-        return causal_conv1d_triton
-    if backend == "mamba_ssm":
-        from m2rec.ops.mamba_ssm_backend import causal_conv1d_mamba_ssm
-
-        return causal_conv1d_mamba_ssm
-    return causal_conv1d_ref if backend == "reference" else _causal_conv1d_torch
-
-
 def _causal_conv1d_torch(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     length, taps = x.shape[1], weight.shape[1]
     inputs, kernel = x.to(dtype).transpose(1, 2), weight.to(dtype).unsqueeze(1)
-    y = F.conv1d(
-        inputs, kernel, None if bias is None else bias.to(dtype), padding=taps - 1, groups=x.shape[2]
-    )
+    shift = None if bias is None else bias.to(dtype)
+    y = F.conv1d(inputs, kernel, shift, padding=taps - 1, groups=x.shape[2])
     y = y[..., :length].transpose(1, 2)
     return (F.silu(y) if silu else y).to(x.dtype)
+
+
+_IMPLEMENTATIONS: Implementations = {
+    "reference": causal_conv1d_ref,
+    "torch": _causal_conv1d_torch,
+    "triton": "causal_conv1d_triton:causal_conv1d_triton",
+    "mamba_ssm": "mamba_ssm_backend:causal_conv1d_mamba_ssm",
+}

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2rec.errors import UserError
-from m2rec.ops.contracts import first_derivative_only
+from m2rec.ops.contracts import first_derivative_only, make_last_dim_contiguous, refuse_float64
 
 _BLOCK_L = 16
 _BLOCK_E = 64
@@ -24,8 +23,7 @@ def causal_conv1d_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, 
     Raises:
         ValueError: x is float64, for which the kernels are not made.
     """
-    if x.dtype == torch.float64:
-        raise UserError("scan_backend: 'triton' computes in float32, got float64; use torch or reference")
+    refuse_float64(x)
     with torch.cuda.device_of(x):  # Triton launches on the current device; backward runs on that of forward
         return _Conv.apply(x, weight, bias, silu)  # type: ignore[no-any-return]
 
@@ -34,7 +32,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
         """x (B, L, E), weight (E, K), bias (E,) -> (B, L, E)."""
-        x, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, weight))
+        x, weight = make_last_dim_contiguous(x), make_last_dim_contiguous(weight)
         batch, length, channels = x.shape
         y = x.new_empty(x.shape)
         _forward_kernel[(batch, triton.cdiv(channels, _BLOCK_E))](
@@ -51,7 +49,7 @@ class _Conv(torch.autograd.Function):
         """Gradients of x, weight and bias."""
         x, weight, bias = ctx.saved_tensors
         batch, length, channels = x.shape
-        dy = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        dy = make_last_dim_contiguous(grads[0])
         dx, taps = x.new_empty(x.shape), weight.shape[1]
         dweight = x.new_empty(batch, taps, channels, dtype=torch.float32)
         dbias = x.new_empty(batch, channels, dtype=torch.float32)
@@ -127,8 +125,8 @@ def _backward_kernel(
             grad = grad.to(tl.float32)
             if SILU:
                 value = _convolve_tile(x, weight, shift, target, e, L, x_l, w_e, E, K)
-                open_ = tl.sigmoid(value)
-                grad *= open_ * (1.0 + value * (1.0 - open_))
+                sigmoid = tl.sigmoid(value)
+                grad *= sigmoid * (1.0 + value * (1.0 - sigmoid))
             tap = tl.load(weight + e * w_e + k, mask=in_e, other=0.0).to(tl.float32)
             total += tap[None, :] * grad
             here = tl.load(

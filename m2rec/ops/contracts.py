@@ -1,4 +1,4 @@
-"""What every operator keeps alike, whatever the backend."""
+"""Checks and conversions that all operators share, whatever the backend."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from m2rec.errors import UserError
 
 Backward = Callable[..., Any]
+
+LOG2_E = 1.4426950408889634
 
 
 def first_derivative_only(name: str, cure: str) -> Callable[[Backward], Backward]:
@@ -41,12 +43,12 @@ def first_derivative_only(name: str, cure: str) -> Callable[[Backward], Backward
 
 
 def check_arguments(operator: str, **arguments: tuple[str, Tensor | None]) -> None:
-    """Refuse tensors that an operator would broadcast, cut or round without a word.
+    """Refuse tensors that an operator would broadcast, cut or round silently.
 
     Args:
         operator: for the message.
         arguments: by name, the letters of its dimensions and the tensor, None where it is left out.
-            A letter is one size in all of them; there is at least one position L.
+            A letter is one size in all of them; L is at least 1.
 
     Raises:
         ValueError: one is not of real floating-point numbers, or not of its shape.
@@ -65,7 +67,22 @@ def check_arguments(operator: str, **arguments: tuple[str, Tensor | None]) -> No
             expected = ", ".join(f"{letter} = {sizes.get(letter, 'any')}" for letter in letters)
             raise UserError(f"{operator}: {name} has shape {tuple(shape)}, expected ({expected})")
     if sizes.get("L") == 0:
-        raise UserError(f"{operator}: there is no position, L = 0; expected at least one")
+        raise UserError(f"{operator}: the sequence is empty (L = 0); expected at least one position")
+
+
+def refuse_float64(x: Tensor) -> None:
+    """Refuse a type that the Triton kernels are not made for.
+
+    Raises:
+        ValueError: x is float64.
+    """
+    if x.dtype == torch.float64:
+        raise UserError("scan_backend: 'triton' computes in float32, got float64; use torch or reference")
+
+
+def make_last_dim_contiguous(x: Tensor) -> Tensor:
+    """x itself if its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -1,12 +1,10 @@
 """The operators on the kernels of `mamba-ssm` and `causal-conv1d`, in our layout and signatures.
 
-Their gradients leave out what comes through the last state.
+Gradients through the last state are not computed.
 """
 
-import torch
 from causal_conv1d import causal_conv1d_fn
 from torch import Tensor
-from torch.nn import functional as F
 
 from m2rec.errors import UserError
 
@@ -31,8 +29,11 @@ def selective_scan_mamba_ssm(
     """Arguments and result as in `selective_scan_ref`.
 
     Raises:
-        ValueError: mamba-ssm was built without its CUDA scan, as it is by default.
+        ValueError: mamba-ssm was built without its CUDA scan, as it is by default, or there is an
+            initial state, which its scan does not take.
     """
+    if initial_state is not None:
+        raise UserError("scan_backend: 'mamba_ssm' cannot continue from a state; set scan_backend: auto")
     try:
         import selective_scan_cuda  # noqa: F401
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -42,30 +43,19 @@ def selective_scan_mamba_ssm(
             f"MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-binary mamba-ssm mamba-ssm, "
             f"or set scan_backend: auto"
         ) from None
-    u_, delta_, B_, C_ = (t.mT.contiguous() for t in (u, delta, B, C))
-    z_ = None if z is None else z.mT.contiguous()
     y, last = selective_scan_fn(
-        u_,
-        delta_,
+        u.mT.contiguous(),
+        delta.mT.contiguous(),
         A.float(),
-        B_,
-        C_,
+        B.mT.contiguous(),
+        C.mT.contiguous(),
         _to_float32(D),
-        z_,
+        None if z is None else z.mT.contiguous(),
         _to_float32(delta_bias),
         delta_softplus,
         return_last_state=True,
     )
-    y = y.mT
-    if initial_state is not None:  # the recurrence is linear: what the first state leaves behind is added
-        step = delta.float() if delta_bias is None else delta.float() + delta_bias.float()
-        passed = (F.softplus(step) if delta_softplus else step).cumsum(1)  # (B, L, E)
-        echo = torch.zeros_like(passed)
-        for n in range(A.shape[1]):
-            echo = echo + C[..., n, None] * torch.exp(passed * A[:, n]) * initial_state[:, None, :, n]
-        y = y + (echo if z is None else echo * F.silu(z.float())).to(y.dtype)
-        last = last + torch.exp(passed[:, -1, :, None] * A) * initial_state
-    return (y, last) if return_last_state else y
+    return (y.mT, last) if return_last_state else y.mT
 
 
 def ssd_mamba_ssm(

@@ -8,19 +8,17 @@ Meaning and argument names are those of `mamba_ssm`'s `selective_scan_fn`; the l
 rule (delta * B) and the decay exactly (exp(delta * A)).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m2rec.ops.backend import resolve_backend
-from m2rec.ops.contracts import check_arguments, first_derivative_only, without_autocast
+from m2rec.ops.backend import Implementations, load_implementation
+from m2rec.ops.contracts import LOG2_E, check_arguments, first_derivative_only, without_autocast
 
 # Steps between two saved states: L / _CHUNK are kept, 2 * _CHUNK are recomputed at a time.
 _CHUNK = 4
-_LOG2_E = 1.4426950408889634
 
 
 def selective_scan_ref(
@@ -81,9 +79,9 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan on the chosen backend; arguments and result as in `selective_scan_ref`."""
     _check_scan_arguments("selective_scan", "BLE", u, delta, A, B, C, D, z, delta_bias, initial_state)
-    run = _select_scan_function(resolve_backend(backend, u.device).name)
+    run = load_implementation(_IMPLEMENTATIONS, backend, u.device)
     with without_autocast(u.device):
-        return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state)
+        return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state)  # type: ignore[no-any-return]
 
 
 def selective_scan_step(
@@ -134,18 +132,6 @@ def _check_scan_arguments(
         delta_bias=("E", delta_bias),
         state=("BEN", state),
     )
-
-
-def _select_scan_function(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-    if backend == "triton":
-        from m2rec.ops.selective_scan_triton import selective_scan_triton
-
-        return selective_scan_triton
-    if backend == "mamba_ssm":
-        from m2rec.ops.mamba_ssm_backend import selective_scan_mamba_ssm
-
-        return selective_scan_mamba_ssm
-    return selective_scan_ref if backend == "reference" else _selective_scan_torch
 
 
 def _selective_scan_torch(
@@ -216,18 +202,17 @@ class _Scan(torch.autograd.Function):
         ctx: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, save: bool
     ) -> Any:
         """x, delta (B, L, E); A (E, N); B, C (B, L, N); h (B, E, N) -> y (B, L, E), last h."""
-        A2 = A.T.contiguous() * _LOG2_E
+        A2 = A.T.contiguous() * LOG2_E
         h = h.mT.clone(memory_format=torch.contiguous_format)
         decay, y, saved = torch.empty_like(h), torch.empty_like(x), []
-        steps = zip(
-            *map(_split_into_row_vectors, (x, delta, C, y)), _split_into_column_vectors(B), strict=True
-        )
-        for t, (xt, dt, ct, yt, bt) in enumerate(steps):
+        xs, deltas, Cs, ys = map(_split_into_row_vectors, (x, delta, C, y))
+        B_columns = _split_into_column_vectors(B)
+        for t in range(x.shape[1]):
             if save and t % _CHUNK == 0:
                 saved.append(h.clone())
-            torch.mul(dt, A2, out=decay).exp2_()
-            h.mul_(decay).addcmul_(bt, xt)
-            yt.copy_(torch.bmm(ct, h))  # bmm into a strided view goes row by row
+            torch.mul(deltas[t], A2, out=decay).exp2_()
+            h.mul_(decay).addcmul_(B_columns[t], xs[t])
+            ys[t].copy_(torch.bmm(Cs[t], h))  # bmm into a strided view goes row by row
         ctx.save_for_backward(x, delta, A, B, C, *saved)
         return y, h.mT.contiguous()
 
@@ -238,14 +223,11 @@ class _Scan(torch.autograd.Function):
         x, delta, A, B, C, *saved = ctx.saved_tensors
         dy, g = grads[0], grads[1].mT.clone(memory_format=torch.contiguous_format)
         A1 = A.T.contiguous()
-        A2 = A1 * _LOG2_E
+        A2 = A1 * LOG2_E
         dx, ddelta, dB, dC = (torch.empty_like(t) for t in (x, delta, B, C))
         xs, deltas, dys, B_rows, dxs, dBs, dCs = map(_split_into_row_vectors, (x, delta, dy, B, dx, dB, dC))
-        B_columns, C_columns, ddeltas = (
-            _split_into_column_vectors(B),
-            _split_into_column_vectors(C),
-            ddelta.unbind(1),
-        )
+        B_columns, C_columns = _split_into_column_vectors(B), _split_into_column_vectors(C)
+        ddeltas = ddelta.unbind(1)
         dA, work = torch.zeros_like(g), torch.empty_like(g)
         states = g.new_empty(_CHUNK + 1, *g.shape).unbind()
         decays = g.new_empty(_CHUNK, *g.shape).unbind()
@@ -275,3 +257,11 @@ def _split_into_row_vectors(x: Tensor) -> tuple[Tensor, ...]:
 def _split_into_column_vectors(x: Tensor) -> tuple[Tensor, ...]:
     """(B, L, K) -> L views (B, K, 1)."""
     return x[..., None].unbind(1)
+
+
+_IMPLEMENTATIONS: Implementations = {
+    "reference": selective_scan_ref,
+    "torch": _selective_scan_torch,
+    "triton": "selective_scan_triton:selective_scan_triton",
+    "mamba_ssm": "mamba_ssm_backend:selective_scan_mamba_ssm",
+}

@@ -19,15 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2rec.errors import UserError
-from m2rec.ops.contracts import first_derivative_only
+from m2rec.ops.contracts import (
+    LOG2_E,
+    first_derivative_only,
+    make_last_dim_contiguous,
+    refuse_float64,
+)
 
 # Steps between saved states, which are also the steps of a backward tile: such a tile of 8 x 64
 # holds 16 values per thread of each of a dozen arrays, about as much as registers hold.
 _CHUNK = 8
 _FORWARD_BLOCK = 32
 _BACKWARD_BLOCK = 64
-_LOG2_E = 1.4426950408889634
 
 
 def selective_scan_triton(
@@ -48,8 +51,7 @@ def selective_scan_triton(
     Raises:
         ValueError: u is float64, for which the kernels are not made.
     """
-    if u.dtype == torch.float64:
-        raise UserError("scan_backend: 'triton' computes in float32, got float64; use torch or reference")
+    refuse_float64(u)
     save = torch.is_grad_enabled()
     with torch.cuda.device_of(u):  # Triton launches on the current device; backward runs on that of forward
         y, last = _Scan.apply(
@@ -75,11 +77,11 @@ class _Scan(torch.autograd.Function):
         save: bool,
     ) -> Any:
         """The arguments of `selective_scan_ref` -> y (B, L, E), last state (B, E, N)."""
-        u, delta, B, C = (_make_last_dim_contiguous(t) for t in (u, delta, B, C))
-        z = None if z is None else _make_last_dim_contiguous(z)
+        u, delta, B, C = (make_last_dim_contiguous(t) for t in (u, delta, B, C))
+        z = None if z is None else make_last_dim_contiguous(z)
         batch, length, channels = u.shape
         states = A.shape[1]
-        A2 = (A.T * _LOG2_E).contiguous()  # (N, E), for decays as powers of two
+        A2 = (A.T * LOG2_E).contiguous()  # (N, E), for decays as powers of two
         h = None if initial_state is None else initial_state.float().mT.contiguous()
         y = u.new_empty(u.shape)
         last = A.new_empty(batch, states, channels)
@@ -105,7 +107,7 @@ class _Scan(torch.autograd.Function):
         u, delta, A2, B, C, D, z, bias, saved = ctx.saved_tensors
         batch, length, channels = u.shape
         states, blocks = len(A2), triton.cdiv(channels, _BACKWARD_BLOCK)
-        dy = u.new_zeros(u.shape) if grads[0] is None else _make_last_dim_contiguous(grads[0])
+        dy = u.new_zeros(u.shape) if grads[0] is None else make_last_dim_contiguous(grads[0])
         # runs from the last state's gradient to the initial state's
         dstate = A2.new_zeros(batch, states, channels)
         if grads[1] is not None:
@@ -136,11 +138,6 @@ class _Scan(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _make_last_dim_contiguous(x: Tensor) -> Tensor:
-    """x itself if its last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _get_strides(x: Tensor | None) -> tuple[int, int]:
@@ -312,10 +309,10 @@ def _backward_kernel(
         tl.store(ddelta + here, dsize, mask=inside)
         if z is not None:
             gate = tl.load(z_t, mask=inside, other=0.0).to(tl.float32)
-            open_ = tl.sigmoid(gate)
+            sigmoid = tl.sigmoid(gate)
             grad = tl.load(dy_t, mask=inside, other=0.0).to(tl.float32)
             out += d[None, :] * x
-            tl.store(dz + here, grad * out * open_ * (1.0 + gate * (1.0 - open_)), mask=inside)
+            tl.store(dz + here, grad * out * sigmoid * (1.0 + gate * (1.0 - sigmoid)), mask=inside)
         sum_d += tl.sum(gated * x, axis=0)
         sum_shift += tl.sum(tl.where(inside, dsize, 0.0), axis=0)
     if D is not None:

@@ -8,14 +8,12 @@ is a product of matrices (section 6 of the paper). B and C are shared by all hea
 (`ngroups = 1` in `mamba_ssm`).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from m2rec.errors import UserError
-from m2rec.ops.backend import resolve_backend
+from m2rec.ops.backend import Implementations, load_implementation
 from m2rec.ops.contracts import check_arguments, without_autocast
 
 # Work inside a chunk grows with its length, the chain between chunks shrinks with it.
@@ -61,10 +59,8 @@ def ssd_ref(
         decay = torch.exp(dt[:, t] * A)[:, :, None, None]
         h = decay * h + (dt[:, t, :, None] * u[:, t])[..., None] * B[:, t, None, None, :]
         outputs.append((h * C[:, t, None, None, :]).sum(-1))
-    y = torch.stack(outputs, dim=1)
-    if D is not None:
-        y = y + D.to(u.dtype)[:, None] * u
-    return (y.to(x.dtype), h) if return_last_state else y.to(x.dtype)
+    y = _apply_skip(torch.stack(outputs, dim=1), u, D).to(x.dtype)
+    return (y, h) if return_last_state else y
 
 
 def ssd(
@@ -82,9 +78,9 @@ def ssd(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """SSD on the chosen backend; arguments and result as in `ssd_ref`."""
     _check_ssd_arguments("ssd", "BLHP", x, dt, A, B, C, D, dt_bias, initial_state)
-    run = _select_ssd_function(resolve_backend(backend, x.device).name)
+    run = load_implementation(_IMPLEMENTATIONS, backend, x.device)
     with without_autocast(x.device):
-        return run(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, return_last_state)
+        return run(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, return_last_state)  # type: ignore[no-any-return]
 
 
 def ssd_step(
@@ -105,9 +101,7 @@ def ssd_step(
         decay = torch.exp(dt * A)[..., None, None]
         h = decay * state + (dt[..., None] * u)[..., None] * B[:, None, None]
         y = torch.matmul(h.flatten(1, 2), C[..., None])[..., 0].view_as(u)
-        if D is not None:
-            y = y + D.to(u.dtype)[:, None] * u
-        return y.to(x.dtype), h
+        return _apply_skip(y, u, D).to(x.dtype), h
 
 
 def ssd_last(
@@ -132,17 +126,23 @@ def ssd_last(
     with without_autocast(x.device):
         u, dt, A, B, C = _prepare_ssd_inputs(x, dt, A, B, C, dt_bias, dt_softplus)
         rows = torch.arange(len(x), device=x.device)
-        to_go = (lengths[:, None] - torch.arange(x.shape[1], device=x.device))[..., None]
-        dt = dt.masked_fill(to_go <= 0, 0)
+        remaining = (lengths[:, None] - torch.arange(x.shape[1], device=x.device))[..., None]
+        dt = dt.masked_fill(remaining <= 0, 0)
         decay = dt * A
-        after = decay.flip(1).cumsum(1).flip(1) - decay  # (B, L, H), nothing but what comes after t
-        after = after.masked_fill(to_go <= 1, 0)  # zero in any case; its gradient is cut, as in _ssd_chunked
-        alike = torch.matmul(B, C[rows, lengths - 1, :, None])  # (B, L, 1)
-        weights = alike * dt * torch.exp(after)
+        after = decay.flip(1).cumsum(1).flip(1) - decay  # (B, L, H), of the positions after t only
+        # zero already; the mask cuts its gradient, as in _ssd_chunked
+        after = after.masked_fill(remaining <= 1, 0)
+        similarity = torch.matmul(B, C[rows, lengths - 1, :, None])  # (B, L, 1)
+        weights = similarity * dt * torch.exp(after)
         y = torch.einsum("blh,blhp->bhp", weights, u)
         if D is not None:
-            y = y + D.to(u.dtype)[:, None] * u[rows, lengths - 1]
+            y = _apply_skip(y, u[rows, lengths - 1], D)
         return y.to(x.dtype)
+
+
+def _apply_skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
+    """y + D x: y, x (..., H, P), D (H,)."""
+    return y if D is None else y + D.to(x.dtype)[:, None] * x
 
 
 def _check_ssd_arguments(
@@ -170,15 +170,6 @@ def _check_ssd_arguments(
         dt_bias=("H", dt_bias),
         state=("BHPN", state),
     )
-
-
-def _select_ssd_function(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-    """`triton` takes the form of `torch`, which is all products of matrices."""
-    if backend == "mamba_ssm":
-        from m2rec.ops.mamba_ssm_backend import ssd_mamba_ssm
-
-        return ssd_mamba_ssm
-    return ssd_ref if backend == "reference" else _ssd_chunked
 
 
 def _prepare_ssd_inputs(
@@ -222,9 +213,10 @@ def _ssd_chunked(
     if length > _MAX_CHUNK:
         n_chunks = -(-length // _MAX_CHUNK)
         size = -(-length // n_chunks)
+    missing = n_chunks * size - length
 
     def chunk(t: Tensor) -> Tensor:
-        if missing := n_chunks * size - length:
+        if missing:
             t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
         return t.reshape(t.shape[0], n_chunks, size, *t.shape[2:])
 
@@ -236,25 +228,46 @@ def _ssd_chunked(
 
     # what each chunk adds to the state at its end, and the chain of states, (B, H, N, P) here
     at_end = torch.arange(size, device=x.device) == size - 1
-    to_end = step * torch.exp((whole - log_decay).masked_fill(at_end, 0))
+    remaining_decay = (whole - log_decay).masked_fill(at_end, 0)
+    to_end = step * torch.exp(remaining_decay)
     added = (bq[:, :, None] * to_end[..., None]).mT @ uq
     h = _make_zero_state(u, B) if initial_state is None else initial_state.to(u.dtype)
     h, entering = h.mT, []
     for c in range(n_chunks):
         entering.append(h)
         h = torch.addcmul(added[:, c], torch.exp(whole[:, c, :, :, None]), h)
-    from_before = (cq[:, :, None] * torch.exp(log_decay)[..., None]) @ torch.stack(entering, 1)
+    decayed_queries = cq[:, :, None] * torch.exp(log_decay)[..., None]
+    from_before = decayed_queries @ torch.stack(entering, 1)
 
-    # inside the chunk: position i reads j < i, decayed by exp(s_i - s_j), and itself, undecayed, with D.
-    # The steps weigh these, because u is the larger tensor
-    not_before = torch.ones(size, size, dtype=torch.bool, device=x.device).triu()
+    weights = _compute_chunk_weights(log_decay, step, bq, cq, D)
+    y = torch.baddbmm(from_before.flatten(0, 2), weights.flatten(0, 2), uq.flatten(0, 2))
+    y = y.view_as(uq).transpose(2, 3).flatten(1, 2)
+    y = y[:, :length].to(x.dtype)
+    return (y, h.mT) if return_last_state else y
+
+
+def _compute_chunk_weights(log_decay: Tensor, step: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
+    """How position i of a chunk weighs j: log_decay, step (B, c, H, Q), B, C (B, c, Q, N) -> (B, c, H, Q, Q).
+
+    Position i reads j < i, decayed by exp(s_i - s_j), and itself, undecayed, with D. The steps are part of
+    the weights, because u is the larger tensor.
+    """
+    size = step.shape[-1]
+    not_before = torch.ones(size, size, dtype=torch.bool, device=step.device).triu()
     gap = log_decay[..., None] - log_decay[..., None, :]
     decay = gap.masked_fill_(not_before, -torch.inf).exp_()
-    alike = (cq @ bq.mT)[:, :, None]
-    weights = decay * alike * step[..., None, :]  # (B, c, H, Q, Q)
-    own = alike.diagonal(dim1=-2, dim2=-1) * step
-    weights.diagonal(dim1=-2, dim2=-1).add_(own if D is None else own + D.to(u.dtype)[:, None])
-    y = torch.baddbmm(*(t.flatten(0, 2) for t in (from_before, weights, uq)))
+    similarity = (C @ B.mT)[:, :, None]
+    weights = decay * similarity * step[..., None, :]
+    to_itself = similarity.diagonal(dim1=-2, dim2=-1) * step
+    if D is not None:
+        to_itself = to_itself + D.to(step.dtype)[:, None]
+    weights.diagonal(dim1=-2, dim2=-1).add_(to_itself)
+    return weights
 
-    y = y.view_as(uq).transpose(2, 3).flatten(1, 2)[:, :length].to(x.dtype)
-    return (y, h.mT) if return_last_state else y
+
+_IMPLEMENTATIONS: Implementations = {
+    "reference": ssd_ref,
+    "torch": _ssd_chunked,
+    "triton": _ssd_chunked,  # all products of matrices, which need no kernel of ours
+    "mamba_ssm": "mamba_ssm_backend:ssd_mamba_ssm",
+}

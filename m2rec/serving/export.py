@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
+from m2rec.nn.repeat_bias import add_to_all_scores
 from m2rec.run_folder import ITEMS_FILE
 from m2rec.serving.saved_model import SavedModel
 from m2rec.storage import write_atomically
@@ -50,10 +51,7 @@ class ScoringModule(nn.Module):
         x = self.encoder(items, lengths)
         last = (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2])
         scores = F.linear(x.gather(1, last)[:, 0], self.table)
-        bias = self.encoder.repeat_bias
-        if bias is not None:
-            seen = torch.zeros_like(scores).scatter(1, items, 1.0)
-            scores = scores + bias * seen
+        scores = add_to_all_scores(scores, items, self.encoder.repeat_bias)
         padding = torch.arange(scores.shape[1], device=scores.device) == 0
         return scores.masked_fill(padding, -torch.inf)
 

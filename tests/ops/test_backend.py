@@ -95,6 +95,8 @@ def test_the_interpreter_lets_triton_run_on_a_cpu(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["Torch", "", "cuda"])
 def test_an_unknown_backend_is_an_error(name: str):
-    message = f"scan_backend: {name!r} is no backend; choose one of auto, reference, torch, triton, mamba_ssm"
+    message = (
+        f"scan_backend: {name!r} is not a backend; choose one of auto, reference, torch, triton, mamba_ssm"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         selective_scan(**scan_inputs(2), backend=name)

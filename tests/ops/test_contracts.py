@@ -131,7 +131,7 @@ def spoilt(name: str, argument: str, what: str) -> tuple[dict[str, Tensor], str]
     if 0 not in shape:
         return inputs, f"{called} has shape {shape}, expected ("
     nothing = {key: value[:, :0] if key in OVER_TIME else value for key, value in inputs.items()}
-    return nothing, "there is no position, L = 0; expected at least one"
+    return nothing, "the sequence is empty (L = 0); expected at least one position"
 
 
 @pytest.mark.parametrize("what", ["shape", "complex64", "int64"])

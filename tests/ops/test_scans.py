@@ -191,7 +191,7 @@ def test_triton_refuses_float64(op: Callable[..., Any]):
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", ["scan", "ssd", "conv"])
 def test_mamba_ssm_equals_reference(name: str, length: int, dtype: torch.dtype):
-    """Outputs with an initial state; gradients of y without one, which is what their backward covers."""
+    """Outputs, those of SSD with an initial state; gradients of y without one, as their backward covers."""
     needs("mamba_ssm")
     op, ref, inputs, options = {
         "scan": (selective_scan, selective_scan_ref, scan_inputs(length), {"delta_softplus": True}),
@@ -199,11 +199,16 @@ def test_mamba_ssm_equals_reference(name: str, length: int, dtype: torch.dtype):
         "conv": (causal_conv1d, causal_conv1d_ref, conv_inputs(length, channels=8), {}),
     }[name]
     inputs = on_device(inputs, dtype)
+    if name == "scan":
+        with pytest.raises(ValueError, match="'mamba_ssm' cannot continue from a state"):
+            op(**inputs, **options, backend="mamba_ssm")
+        del inputs["initial_state"]
     wide = {key: value.double() for key, value in inputs.items()}
     if name != "conv":
         both = {**options, "return_last_state": True}
         assert_close([*op(**inputs, **both, backend="mamba_ssm")], [*ref(**wide, **both)], dtype)
-        del inputs["initial_state"], wide["initial_state"]
+        inputs.pop("initial_state", None)
+        wide.pop("initial_state", None)
     actual = outputs_and_gradients(op, inputs, backend="mamba_ssm", **options)
     assert_close(actual, outputs_and_gradients(ref, wide, **options), dtype)
 
