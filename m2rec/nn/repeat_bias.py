@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # positions are processed in blocks to bound memory: at most this many boolean flags
 _MAX_BLOCK_FLAGS = 2**21
@@ -48,8 +49,8 @@ def add_to_item_scores(scores: Tensor, wanted: Tensor, items: Tensor, bias: Tens
 def mark_first_occurrences(items: Tensor) -> Tensor:
     """items: (B, L) -> (B, L), True where an item occurs for the first time in its row; padding never."""
     ordered, order = items.sort(dim=1, stable=True)
-    new = ordered > 0
-    new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    previous = F.pad(ordered, (1, 0))[:, :-1]  # padding is 0, and sorts first
+    new = previous < ordered
     return torch.zeros_like(new).scatter(1, order, new)
 
 
