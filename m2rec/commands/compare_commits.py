@@ -6,7 +6,6 @@ The data are 200 users of ml-100k with their item text, or a data set of --data-
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ RUNS = {
     "SASRec": ["--model=SASRec"],
     "sampled": ["--loss_type=sampled"],
 }
-MEASURED_ANEW = {"seconds", "peak_memory_mib"}  # never the same twice
+MEASURED_ANEW = ["seconds", "peak_memory_mib"]  # differ between two equal runs
 
 
 def main() -> int:
@@ -40,12 +40,9 @@ def main() -> int:
     for run in options.runs:
         before = make_run(options, run, options.commit)
         after = make_run(options, run, None)
-        found = list(compare_values(read_values(before), read_values(after)))
-        sys.stdout.write(
-            f"{run}: {len(found)} values differ\n" + "".join(f"  {line}\n" for line in found[:10])
-        )
-        sys.stdout.flush()
-        differences += len(found)
+        changes = list(compare_values(read_values(before), read_values(after)))
+        print(f"{run}: {len(changes)} values differ", *changes[:10], sep="\n  ", flush=True)
+        differences += len(changes)
     return 1 if differences else 0
 
 
@@ -65,20 +62,19 @@ def parse_options() -> argparse.Namespace:
 
 
 def write_small_data(folder: Path, users: int = 200) -> None:
-    """The first users of the ml-100k that comes with RecBole, and all its items."""
+    """Write the first users of the ml-100k that comes with RecBole, and all its items."""
     spec = find_spec("recbole")
     assert spec and spec.origin
     source = Path(spec.origin).parent / "dataset_example" / "ml-100k"
-    header, *rows = (source / "ml-100k.inter").read_text().splitlines()
-    kept = set(list(dict.fromkeys(row.split("\t")[0] for row in rows))[:users])
+    rows = pd.read_csv(source / "ml-100k.inter", sep="\t", dtype=str)
+    kept = rows["user_id:token"].unique()[:users]
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in rows if row.split("\t")[0] in kept]
-    (folder / f"{SMALL}.inter").write_text("\n".join([header, *rows]) + "\n")
+    rows[rows["user_id:token"].isin(kept)].to_csv(folder / f"{SMALL}.inter", sep="\t", index=False)
     (folder / f"{SMALL}.item").write_bytes((source / "ml-100k.item").read_bytes())
 
 
 def make_run(options: argparse.Namespace, run: str, commit: str | None) -> Path:
-    """A finished run's folder; a commit's runs are kept, those of the working tree are made anew."""
+    """A finished run's folder; runs of a commit are reused, runs of the working tree are made again."""
     runs: Path = options.folder / (commit or "working-tree") / f"{options.dataset}-{options.epochs}-{run}"
     if commit and (finished := list(runs.glob("*/metrics.json"))):
         return finished[0].parent
@@ -99,13 +95,12 @@ def train_model(tree: Path, options: argparse.Namespace, run: str, runs: Path) -
         "run_mm.py",
         f"--dataset={options.dataset}",
         f"--data_path={options.data_path}",
-    ]
-    command += [
         f"--epochs={options.epochs}",
         f"--runs_dir={runs}",
         "--show_progress=false",
+        *RUNS[run],
+        *options.keys.split(),
     ]
-    command += [*RUNS[run], *options.keys.split()]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, text=True)
     return max(runs.iterdir(), key=lambda folder: folder.stat().st_mtime)
@@ -118,30 +113,28 @@ def read_values(folder: Path) -> dict[str, Any]:
         if (folder / name).exists():
             values |= flatten_numbers(name, json.loads((folder / name).read_text()))
     for name in ("history.csv", "test_ranks.csv"):
-        with (folder / name).open(newline="") as file:
-            for number, row in enumerate(csv.DictReader(file)):
-                values |= {f"{name} {number} {key}": row[key] for key in row if key not in MEASURED_ANEW}
+        rows = pd.read_csv(folder / name, dtype=str, keep_default_na=False)
+        for column in rows.columns.difference(MEASURED_ANEW):
+            values |= {f"{name} {number} {column}": value for number, value in rows[column].items()}
     for name, tensor in load_file(folder / "model.safetensors").items():
         values[f"weights {name}"] = (tensor.shape, tensor.tobytes())
     return values
 
 
 def flatten_numbers(name: str, value: Any) -> dict[str, float]:
-    if isinstance(value, dict):
-        items: Iterator[tuple[Any, Any]] = iter(value.items())
-    elif isinstance(value, list):
-        items = iter(enumerate(value))
-    else:
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
         return {name: value} if isinstance(value, int | float) else {}
     numbers: dict[str, float] = {}
-    for key, part in items:
+    for key, part in value.items():
         if key not in MEASURED_ANEW:
             numbers |= flatten_numbers(f"{name} {key}", part)
     return numbers
 
 
 def compare_values(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
-    """A line for each value that one side lacks or has otherwise."""
+    """A line for each value that is missing or different in one of them."""
     for name in before | after:
         old, new = before.get(name), after.get(name)
         if old != new:

@@ -77,7 +77,8 @@ class DatasetResults(NamedTuple):
         None if they have no seed in common.
         """
         base = self.select_runs(self.sweep.reference).set_index("seed")[HEADLINE_METRIC]
-        difference = (self.select_runs(variant).set_index("seed")[HEADLINE_METRIC] - base).dropna()
+        values = self.select_runs(variant).set_index("seed")[HEADLINE_METRIC]
+        difference = (values - base).dropna()
         if difference.empty:
             return None
         return _compute_seed_statistics(base[difference.index]), _compute_seed_statistics(difference)
@@ -159,11 +160,13 @@ def _flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
             columns[f"{protocol}.{metric}"] = value
     for kind, buckets in metrics["test_by"].items():
         for bucket, measured in buckets.items():
-            columns[f"test_users|{kind}={bucket}"] = measured["users"]
+            suffix = f"|{kind}={bucket}"
+            columns[f"test_users{suffix}"] = measured["users"]
             for protocol in (*TEST_PROTOCOLS, "test_new"):
+                values = measured.get(protocol, {})
                 for metric in TABLE_METRICS:
-                    if metric in measured.get(protocol, {}):
-                        columns[f"{protocol}.{metric}|{kind}={bucket}"] = measured[protocol][metric]
+                    if metric in values:
+                        columns[f"{protocol}.{metric}{suffix}"] = values[metric]
     return columns
 
 
@@ -208,11 +211,15 @@ def read_result_rows(path: Path) -> pd.DataFrame:
 
 def write_result_row(path: Path, sweep: Sweep, row: Mapping[str, str]) -> None:
     """Put a row into NAME.csv in the sweep's order; it replaces an earlier row of its run."""
-    rows = pd.concat([read_result_rows(path), pd.DataFrame([row])]).fillna("")
+    rows = pd.concat([read_result_rows(path), pd.DataFrame([row])])
     rows = rows.drop_duplicates(_RUN_COLUMNS, keep="last")
-    order = {make_run_key(planned)[:3]: number for number, planned in enumerate(sweep.planned_runs())}
-    numbers = [order.get(key[:3], len(order)) for key in list_run_keys(rows)]
-    write_text(path, format_csv(rows.iloc[np.argsort(numbers, kind="stable")]))
+    planned = [make_run_key(planned)[:3] for planned in sweep.planned_runs()]
+    numbers = []
+    for *run, _ in list_run_keys(rows):
+        key = tuple(run)
+        numbers.append(planned.index(key) if key in planned else len(planned))
+    order = np.argsort(numbers, kind="stable")
+    write_text(path, format_csv(rows.iloc[order]))
 
 
 def format_csv(rows: pd.DataFrame) -> str:
@@ -299,11 +306,13 @@ def read_headline_tests(sweep: Sweep, runs: pd.DataFrame) -> pd.DataFrame:
 
 def select_current_tests(tests: pd.DataFrame, sweep: Sweep, runs: pd.DataFrame) -> pd.DataFrame:
     """The paired tests of the sweep's reference that were computed from these runs."""
-    outdated = pd.Series(False, index=tests.index)
+    current = tests[tests["variant"] == sweep.reference]
     for test in _select_headline_tests(tests, sweep).to_dict("records"):
         if _find_outdated_side(test, runs):
-            outdated |= (tests[_PAIR_COLUMNS] == [test[column] for column in _PAIR_COLUMNS]).all(axis=1)
-    return tests[(tests["variant"] == sweep.reference) & ~outdated]
+            is_dataset = current["dataset"] == test["dataset"]
+            is_baseline = current["baseline"] == test["baseline"]
+            current = current[~(is_dataset & is_baseline)]
+    return current
 
 
 def merge_paired_tests(tests: pd.DataFrame, earlier: pd.DataFrame) -> pd.DataFrame:
@@ -326,10 +335,13 @@ def _select_headline_tests(tests: pd.DataFrame, sweep: Sweep) -> pd.DataFrame:
 def _find_outdated_side(test: Mapping[str, Any], runs: pd.DataFrame) -> str | None:
     """The column of a test that names a variant with other runs or none, if there is one."""
     seeds = test["seeds"].split()
-    runs = runs[(runs["dataset"] == test["dataset"]) & runs["seed"].isin(seeds)]
+    runs = runs[runs["dataset"] == test["dataset"]]
+    runs = runs[runs["seed"].isin(seeds)]
     for side in ("variant", "baseline"):
         values = runs[HEADLINE_METRIC][runs["variant"] == test[side]]
-        if len(values) < len(seeds) or not is_same_mean(values.mean(), test[f"{side}_mean"]):
+        if len(values) < len(seeds):
+            return side
+        if not is_same_mean(values.mean(), test[f"{side}_mean"]):
             return side
     return None
 

@@ -102,8 +102,7 @@ def _compare_on_dataset(sweep: Sweep, runs: pd.DataFrame, folder: Path) -> pd.Da
     rows, differences = [], []
     for baseline, pair in _pair_runs(sweep, runs, folder).items():
         differences.append(pair.reference_metrics - pair.baseline_metrics)
-        means = pair.reference_metrics.mean(axis=0), pair.baseline_metrics.mean(axis=0)
-        for (protocol, metric), variant_mean, baseline_mean in zip(PAIRED_MEASURES, *means, strict=True):
+        for column, (protocol, metric) in enumerate(PAIRED_MEASURES):
             rows.append(
                 {
                     "dataset": runs["dataset"].iloc[0],
@@ -113,8 +112,8 @@ def _compare_on_dataset(sweep: Sweep, runs: pd.DataFrame, folder: Path) -> pd.Da
                     "baseline": baseline,
                     "seeds": " ".join(pair.seeds),
                     "users": len(pair.reference_metrics),
-                    "variant_mean": variant_mean,
-                    "baseline_mean": baseline_mean,
+                    "variant_mean": pair.reference_metrics[:, column].mean(),
+                    "baseline_mean": pair.baseline_metrics[:, column].mean(),
                 }
             )
     if not rows:

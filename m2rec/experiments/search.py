@@ -1,15 +1,15 @@
 """Search settings with Optuna: a study in a journal file, its trials, and their table."""
 
-import csv
-import io
 import json
 import logging
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from random import Random
 from time import perf_counter
 from typing import Any
+
+import pandas as pd
 
 from m2rec.errors import UserError, format_one_line
 from m2rec.experiments.search_plan import SearchPlan
@@ -30,7 +30,8 @@ MAX_CONFIG_DRAWS = 20  # draws that are tried before the fixed settings are repo
 
 Watch = Callable[[int, float], bool]
 """Called after each epoch with its number and score; returns whether to stop the training."""
-Train = Callable[[dict[str, Any], Watch, dict[str, Any]], float | None]
+Settings = dict[str, Any]
+Train = Callable[[Settings, Watch, dict[str, Any]], float | None]
 """Train with settings and a watch; notes about the training go into the dict, also if it fails.
 
 Returns the best score, None if it was stopped.
@@ -183,15 +184,14 @@ def _log_trial(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None
 
 def format_trials_csv(trials: Iterable["optuna.trial.FrozenTrial"], searched: Iterable[str]) -> str:
     """All trials as CSV, in order: `TRIAL_COLUMNS`, then a column per searched key."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [*TRIAL_COLUMNS, *searched], extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for trial in trials:
         drawn = {key: format_value(value) for key, value in trial.params.items()}
         state = TRIAL_STATES.get(trial.state.name, "running")
         row = {"trial": trial.number, "state": state, "value": trial.value, **trial.user_attrs, **drawn}
-        writer.writerow(row)
-    return file.getvalue()
+        rows.append(row)
+    frame = pd.DataFrame(rows, columns=[*TRIAL_COLUMNS, *searched], dtype=object)
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def format_study_summary(study: "optuna.Study", plan: SearchPlan, metric: str) -> str:
@@ -206,29 +206,18 @@ def format_study_summary(study: "optuna.Study", plan: SearchPlan, metric: str) -
     if not complete:
         raise UserError(f"study: no trial of {plan.study!r} is complete ({counts})")
     complete.sort(key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")
-    titles = ["trial", metric, "trained_epochs", "best_epoch", *plan.search]
-    rows = [_list_trial_cells(trial, plan) for trial in complete[:MAX_SHOWN_TRIALS]]
+    rows = []
+    for trial in complete[:MAX_SHOWN_TRIALS]:
+        row = {"trial": trial.number, metric: f"{trial.value:.4f}"}
+        for key in ("trained_epochs", "best_epoch"):
+            row[key] = trial.user_attrs[key]
+        for key in plan.search:
+            value = trial.params[key]
+            row[key] = f"{value:.4g}" if isinstance(value, float) else format_value(value)
+        rows.append(row)
+    table = pd.DataFrame(rows).to_string(index=False)
     command = f"python run_mm.py {format_arguments({**plan.fixed, **complete[0].params})}"
-    return "\n".join(["", f"{plan.study}: {counts}; on validation:", *_align([titles, *rows]), command])
-
-
-def _list_trial_cells(trial: "optuna.trial.FrozenTrial", plan: SearchPlan) -> list[str]:
-    epochs = [str(trial.user_attrs[key]) for key in ("trained_epochs", "best_epoch")]
-    drawn = []
-    for key in plan.search:
-        value = trial.params[key]
-        drawn.append(f"{value:.4g}" if isinstance(value, float) else format_value(value))
-    return [str(trial.number), f"{trial.value:.4f}", *epochs, *drawn]
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines whose columns are flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells))
-    return lines
+    return f"\n{plan.study}: {counts}; on validation:\n{table}\n{command}"
 
 
 def format_arguments(settings: Mapping[str, Any]) -> str:

@@ -136,7 +136,7 @@ def _make_bucket_block(results: DatasetResults) -> str:
         cells = pd.DataFrame({kind: ["users", *found]})
         for bucket in buckets:
             column = MetricColumn(bucket, f"{HEADLINE_METRIC}|{kind}={bucket}", format_mean_std)
-            users = format_bucket_users(pd.concat(found.values()), kind, bucket)
+            users = format_bucket_users(results.runs, kind, bucket)
             cells[bucket] = [users, *_format_metric_column(column, found)]
         tables.append(cells)
     return _format_block(results, tables, [HEADLINE_TITLE], variants)
@@ -181,7 +181,8 @@ def _make_overview_row(results: DatasetResults, published: pd.DataFrame) -> list
     sweep = results.sweep
     assert sweep.reference is not None
     name = results.dataset
-    published = published[(published["dataset"] == name) & (published["protocol"] == "test_unseen")]
+    published = published[published["dataset"] == name]
+    published = published[published["protocol"] == "test_unseen"]
     if sweep.keys(name, sweep.reference).get("split") == "global_time":
         name, published = f"{name}, split by time", published.iloc[:0]
     return [
@@ -254,7 +255,8 @@ def _format_metric_column(column: MetricColumn, found: RunsByVariant) -> list[st
     texts = []
     for value in values:
         text = column.format(value) if value else ""
-        texts.append(f"**{text}**" if value and format_mean(value) == best else text)
+        is_best = value and format_mean(value) == best
+        texts.append(f"**{text}**" if is_best else text)
     return texts
 
 
@@ -269,7 +271,8 @@ def _format_epoch_seconds(runs: pd.DataFrame, device: str) -> str:
 
 
 def _format_seed_count(results: DatasetResults, variant: str) -> str:
-    done, planned = len(results.select_runs(variant)), len(results.sweep.seeds)
+    done = len(results.select_runs(variant))
+    planned = len(results.sweep.seeds)
     return str(done) if done == planned else f"{done} of {planned}"
 
 
@@ -293,10 +296,12 @@ def _format_p_value(results: DatasetResults, baseline: str) -> str:
     p, seeds = results.tests.loc[baseline, ["p", "seeds"]]
     text = "< 0.001" if p < 0.001 else f"{p:.3f}"
     tested = seeds.split()
-    ours, theirs = (results.select_runs(name)["seed"] for name in (results.sweep.reference, baseline))
-    if {*ours} & {*theirs} == {*tested}:
+    reference_seeds = {*results.select_runs(results.sweep.reference)["seed"]}
+    baseline_seeds = {*results.select_runs(baseline)["seed"]}
+    if reference_seeds & baseline_seeds == {*tested}:
         return text
-    return f"{text} ({'seed' if len(tested) == 1 else 'seeds'} {', '.join(tested)})"
+    word = "seed" if len(tested) == 1 else "seeds"
+    return f"{text} ({word} {', '.join(tested)})"
 
 
 def _match_variant(model: str, sweep: Sweep) -> str | None:
@@ -338,9 +343,12 @@ def _format_block(
     sweep = results.sweep
     parts = [f"**{results.dataset}**"] if len(sweep.datasets) > 1 else []
     parts += [format_markdown_table(list(table), table.to_numpy().tolist()) for table in tables]
+    sentences = [*notes]
     missing = [variant for variant in variants if results.select_runs(variant).empty]
-    not_run = [f"{_NOT_RUN.capitalize()}: {'; '.join(missing)}"] if missing else []
-    parts.append(" ".join(f"{note}." for note in [*notes, *not_run, f"Made by `{sweep.command}`"]))
+    if missing:
+        sentences.append(f"{_NOT_RUN.capitalize()}: {'; '.join(missing)}")
+    sentences.append(f"Made by `{sweep.command}`.")
+    parts.append(". ".join(sentences))
     return "\n\n".join(parts)
 
 
@@ -349,7 +357,9 @@ def _describe_protocol(runs: pd.DataFrame) -> str:
     split = " and ".join(_list_unique(runs, "split")).replace("_", "-")
     order = " and ".join(_list_unique(runs, "time_order"))
     ranking = [split, "full ranking", order and f"time order {order}"]
-    counts = [f"{count:,.0f} {name}" for name in DATASET_COUNTS for count in _list_unique(runs, name)]
+    counts = []
+    for name in DATASET_COUNTS:
+        counts += [f"{count:,.0f} {name}" for count in _list_unique(runs, name)]
     clauses = [", ".join(filter(None, ranking)), ", ".join(counts)]
     for count in _list_unique(runs, "test_returning"):
         clauses.append(f"{count:,.0f} test targets return, misses in test_unseen")

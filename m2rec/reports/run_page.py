@@ -232,7 +232,9 @@ def _draw_training_curves(runs: Mapping[str, RunRecord]) -> list[_Figure]:
                 epochs = [int(row["epoch"]) for row in rows]
                 series[name or label] = epochs, [float(row[column]) for row in rows]
         if series:
-            trends = [f"{name} from {ys[0]:.4g} to {ys[-1]:.4g}" for name, (_, ys) in series.items()]
+            trends = []
+            for name, (_, values) in series.items():
+                trends.append(f"{name} from {values[0]:.4g} to {values[-1]:.4g}")
             svg = charts.draw_lines(series, "epoch", label)
             figures.append(_Figure(svg, f"{label} by epoch: {'; '.join(trends)}", label))
     return figures
@@ -266,11 +268,12 @@ def _draw_gate_charts(run: RunRecord) -> dict[str, _Figure]:
     figures = {}
     for key, (x, caption) in _GATE_TITLES.items():
         table = gate[key]
-        series = {name: [row[k] for row in table.values()] for k, name in enumerate(gate["branches"])}
+        series = dict(zip(gate["branches"], zip(*table.values(), strict=True), strict=True))
         listed = []
         for bucket, weights in table.items():
             pairs = zip(gate["branches"], weights, strict=True)
-            listed.append(f"{bucket}: {', '.join(f'{name} {weight:.2f}' for name, weight in pairs)}")
+            texts = [f"{name} {weight:.2f}" for name, weight in pairs]
+            listed.append(f"{bucket}: {', '.join(texts)}")
         svg = charts.draw_stacked_bars(list(table), series, x)
         figures[f"gate_{key}"] = _Figure(svg, f"gate weights {caption}: {'; '.join(listed)}", caption)
     return figures
