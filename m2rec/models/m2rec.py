@@ -1,4 +1,4 @@
-"""M2Rec as a RecBole model: the encoder of `encoder.py` with RecBole's four methods.
+"""M2Rec as a RecBole model: the encoder of `m2rec.nn` with RecBole's four methods.
 
     e = item_table[s]                                item_table = id embedding + text part
     x = dropout(layer_norm(e))
@@ -7,7 +7,7 @@
                  x = layer_norm(x + feed_forward(x))
     scores = x[last] @ item_table.T + repeat_bias * (the history holds the item)
 
-Paper: M2Rec, arXiv 2505.04445. Deviations: the filter is causal (`fourier.py`), so that all
+Paper: M2Rec, arXiv 2505.04445. Deviations: the filter is causal (`nn/filters.py`), so that all
 positions of a history can be trained at once; see docs/model.md, "What differs from the paper".
 """
 
@@ -55,11 +55,10 @@ class M2Rec(SequentialRecommender):
         self.encoder = Encoder(
             self.settings, self.n_items, self.max_seq_length, None if text is None else text.vectors
         )
-        # kept with the weights, so that a later item's text can get the same treatment
         by_popularity = self.settings.negative_sampling == "popularity"
-        self.negatives = NegativeSampler(
-            self.n_items, self._count_item_targets(dataset) if by_popularity else None
-        )
+        counts = self._count_item_targets(dataset) if by_popularity else None
+        self.negatives = NegativeSampler(self.n_items, counts)
+        # kept with the weights, so that a later item's text can be whitened in the same way
         self.register_buffer("text_mean", None if text is None else text.mean)
         self.register_buffer("text_basis", None if text is None else text.basis)
 
@@ -118,12 +117,10 @@ class M2Rec(SequentialRecommender):
 
 
 def _warn_about_ignored_keys(config: Config) -> None:
-    """Say which keys have no effect on a data set of RecBole's own."""
-    stock = {"rows": "prefix", "time_order": "recbole", "split": "leave_one_out"}
-    given = [f"{key}: {config[key]}" for key, own in stock.items() if key in config and config[key] != own]
-    if given:
-        logger.warning(
-            "%s has no effect on RecBole's own data set; HistoryDataset(config) in place of "
-            "create_dataset(config) follows it",
-            ", ".join(given),
-        )
+    """Log the keys that have no effect on RecBole's data set."""
+    ignored = []
+    for key, default in {"rows": "prefix", "time_order": "recbole", "split": "leave_one_out"}.items():
+        if key in config and config[key] != default:
+            ignored.append(f"{key}: {config[key]}")
+    if ignored:
+        logger.warning("ignored with RecBole's data set: %s; use HistoryDataset(config)", ", ".join(ignored))

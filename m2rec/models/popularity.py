@@ -1,4 +1,4 @@
-"""The baseline that ranks items by how often training meets them."""
+"""The popularity baseline: ranks items by their count in training."""
 
 from typing import Any, ClassVar
 
@@ -10,10 +10,10 @@ from m2rec.data.dataset import HistoryDataset
 
 
 class Popularity(SequentialRecommender):
-    """Gives everybody the same ranking; of items that are met equally often the lower id is first.
+    """The same ranking for every user; of items with equal counts the lower id is first.
 
-    RecBole's Pop is no sequential model: it is evaluated without each user's history and on
-    RecBole's own split. This one stands in the same harness as all others.
+    RecBole's Pop is not a sequential model: it is evaluated without each user's history and on
+    RecBole's own split. This one is evaluated as every sequential model is.
 
     Args:
         config: a RecBole Config.
@@ -29,7 +29,7 @@ class Popularity(SequentialRecommender):
         assert dataset.histories is not None
         counts = torch.from_numpy(dataset.histories.training_counts(self.n_items)).double()
         self.register_buffer("ranked", counts - torch.arange(self.n_items) / self.n_items)
-        self.nothing = nn.Parameter(torch.zeros(1))  # an optimiser must have something
+        self.nothing = nn.Parameter(torch.zeros(1))  # the optimiser needs one parameter
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Zero: there is nothing to learn."""

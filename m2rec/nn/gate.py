@@ -1,4 +1,4 @@
-"""The learnable merge of any number of branches, and the plain mean it is compared with."""
+"""Softmax gate over branches, and its ablation, the mean."""
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,19 @@ class SoftmaxGate(nn.Module):
 
         Args:
             branches: (B, L, K, D).
-            available: (B, L, K), False where a branch has nothing to say; one at least is True.
-                None where all have.
+            available: (B, L, K), False where a branch has no input; at least one is True.
+                None if all branches have inputs everywhere.
 
         Returns:
             The merged (B, L, D) and the weights (B, L, K, D), which sum to 1 over K.
         """
-        logits = self.logits(branches.flatten(-2)).unflatten(-1, branches.shape[-2:])
+        logits = self.logits(branches.flatten(-2))
+        logits = logits.unflatten(-1, branches.shape[-2:])
         return _merge_by_logits(branches, logits, available)
 
 
 class MeanGate(nn.Module):
-    """The ablation without a gate: equal weights for the branches that are available."""
+    """Equal weights for the branches that are available; the ablation of the gate."""
 
     def forward(self, branches: Tensor, available: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Arguments and result as in `SoftmaxGate`."""
@@ -48,4 +49,5 @@ def _merge_by_logits(branches: Tensor, logits: Tensor, available: Tensor | None)
         logits = logits.masked_fill(~available[..., None], -torch.inf)
     dtype = torch.promote_types(logits.dtype, torch.float32)  # autocast on a CPU would leave bfloat16
     weights = logits.softmax(dim=-2, dtype=dtype)
-    return (weights * branches).sum(-2).to(branches.dtype), weights
+    merged = (weights * branches).sum(-2)
+    return merged.to(branches.dtype), weights

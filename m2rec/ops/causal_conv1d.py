@@ -7,6 +7,8 @@ from torch.nn import functional as F
 from m2rec.ops.backend import Implementations, load_implementation
 from m2rec.ops.contracts import check_arguments, without_autocast
 
+_SHAPES = {"x": "BLE", "weight": "EK", "bias": "E"}
+
 
 def causal_conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True) -> Tensor:
     """The definition: y[t] = bias + sum_k weight[k] * x[t - (K - 1) + k], then SiLU.
@@ -23,7 +25,7 @@ def causal_conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, sil
     Raises:
         ValueError: an argument is not of its shape, or complex or integer.
     """
-    _check_conv_arguments("causal_conv1d", "BLE", x, weight, bias)
+    check_arguments("causal_conv1d", _SHAPES, (x, weight, bias))
     dtype = torch.promote_types(x.dtype, torch.float32)
     length, taps = x.shape[1], weight.shape[1]
     padded = F.pad(x.to(dtype), (0, 0, taps - 1, 0))
@@ -41,7 +43,7 @@ def causal_conv1d(
     backend: str = "auto",
 ) -> Tensor:
     """Causal depthwise convolution; arguments and result as in `causal_conv1d_ref`."""
-    _check_conv_arguments("causal_conv1d", "BLE", x, weight, bias)
+    check_arguments("causal_conv1d", _SHAPES, (x, weight, bias))
     run = load_implementation(_IMPLEMENTATIONS, backend, x.device)
     with without_autocast(x.device):
         return run(x, weight, bias, silu)  # type: ignore[no-any-return]
@@ -51,7 +53,7 @@ def causal_conv1d_step(
     inputs: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True
 ) -> Tensor:
     """The last position of a whole window: inputs (B, K, E) -> y (B, E); types as in `causal_conv1d_ref`."""
-    _check_conv_arguments("causal_conv1d_step", "BKE", inputs, weight, bias)
+    check_arguments("causal_conv1d_step", {**_SHAPES, "x": "BKE"}, (inputs, weight, bias))
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     y = (inputs.to(dtype) * weight.to(dtype).T).sum(1)
     return _add_bias_and_activate(y, bias, silu).to(inputs.dtype)
@@ -61,12 +63,6 @@ def _add_bias_and_activate(y: Tensor, bias: Tensor | None, silu: bool) -> Tensor
     if bias is not None:
         y = y + bias.to(y.dtype)
     return F.silu(y) if silu else y
-
-
-def _check_conv_arguments(
-    operator: str, letters: str, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> None:
-    check_arguments(operator, x=(letters, x), weight=("EK", weight), bias=("E", bias))
 
 
 def _causal_conv1d_torch(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:

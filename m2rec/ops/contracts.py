@@ -1,6 +1,6 @@
 """Checks and conversions that all operators share, whatever the backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,32 +42,37 @@ def first_derivative_only(name: str, cure: str) -> Callable[[Backward], Backward
     return decorate
 
 
-def check_arguments(operator: str, **arguments: tuple[str, Tensor | None]) -> None:
+def check_arguments(operator: str, shapes: Mapping[str, str], tensors: Iterable[Tensor | None]) -> None:
     """Refuse tensors that an operator would broadcast, cut or round silently.
 
     Args:
         operator: for the message.
-        arguments: by name, the letters of its dimensions and the tensor, None where it is left out.
-            A letter is one size in all of them; L is at least 1.
+        shapes: by argument name, the letters of its dimensions. A letter is one size in all of them;
+            L is at least 1.
+        tensors: the arguments in the order of `shapes`; None for one that is left out.
 
     Raises:
         ValueError: one is not of real floating-point numbers, or not of its shape.
     """
     sizes: dict[str, int] = {}
-    for name, (letters, tensor) in arguments.items():
+    for (name, letters), tensor in zip(shapes.items(), tensors, strict=True):
         if tensor is None:
             continue
         if not tensor.is_floating_point():
             raise UserError(f"{operator}: {name} is {tensor.dtype}, expected real floating-point numbers")
-        shape = tensor.shape
-        fits = len(shape) == len(letters)
-        for letter, size in zip(letters, shape, strict=False):
+        fits = tensor.dim() == len(letters)
+        for letter, size in zip(letters, tensor.shape, strict=False):
             fits = sizes.setdefault(letter, size) == size and fits
         if not fits:
             expected = ", ".join(f"{letter} = {sizes.get(letter, 'any')}" for letter in letters)
-            raise UserError(f"{operator}: {name} has shape {tuple(shape)}, expected ({expected})")
+            raise UserError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected ({expected})")
     if sizes.get("L") == 0:
         raise UserError(f"{operator}: the sequence is empty (L = 0); expected at least one position")
+
+
+def drop_time(shapes: Mapping[str, str]) -> dict[str, str]:
+    """The shapes of one step."""
+    return {name: letters.replace("L", "") for name, letters in shapes.items()}
 
 
 def refuse_float64(x: Tensor) -> None:

@@ -15,10 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m2rec.ops.backend import Implementations, load_implementation
-from m2rec.ops.contracts import LOG2_E, check_arguments, first_derivative_only, without_autocast
+from m2rec.ops.contracts import LOG2_E, check_arguments, drop_time, first_derivative_only, without_autocast
 
 # Steps between two saved states: L / _CHUNK are kept, 2 * _CHUNK are recomputed at a time.
 _CHUNK = 4
+
+_SHAPES = {
+    "u": "BLE", "delta": "BLE", "A": "EN", "B": "BLN", "C": "BLN", "D": "E", "z": "BLE", "delta_bias": "E",
+    "state": "BEN",
+}  # fmt: skip
+_STEP_SHAPES = drop_time(_SHAPES)
 
 
 def selective_scan_ref(
@@ -52,7 +58,7 @@ def selective_scan_ref(
     Raises:
         ValueError: an argument is not of its shape, or complex or integer.
     """
-    _check_scan_arguments("selective_scan", "BLE", u, delta, A, B, C, D, z, delta_bias, initial_state)
+    check_arguments("selective_scan", _SHAPES, (u, delta, A, B, C, D, z, delta_bias, initial_state))
     x, delta, A, B, C, h = _prepare_scan_inputs(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
     outputs = []
     for t in range(u.shape[1]):
@@ -78,7 +84,7 @@ def selective_scan(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan on the chosen backend; arguments and result as in `selective_scan_ref`."""
-    _check_scan_arguments("selective_scan", "BLE", u, delta, A, B, C, D, z, delta_bias, initial_state)
+    check_arguments("selective_scan", _SHAPES, (u, delta, A, B, C, D, z, delta_bias, initial_state))
     run = load_implementation(_IMPLEMENTATIONS, backend, u.device)
     with without_autocast(u.device):
         return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state)  # type: ignore[no-any-return]
@@ -97,41 +103,12 @@ def selective_scan_step(
     delta_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step after `state` (B, E, N): u, delta, z (B, E) and B, C (B, N) -> y (B, E), new state."""
-    _check_scan_arguments("selective_scan_step", "BE", u, delta, A, B, C, D, z, delta_bias, state)
+    check_arguments("selective_scan_step", _STEP_SHAPES, (u, delta, A, B, C, D, z, delta_bias, state))
     with without_autocast(u.device):
         x, delta, A, B, C, h = _prepare_scan_inputs(u, delta, A, B, C, delta_bias, delta_softplus, state)
         h = torch.exp(delta[..., None] * A) * h + (delta * x)[..., None] * B[:, None]
         y = (h @ C[..., None])[..., 0]
         return _apply_skip_and_gate(y, x, D, z).to(u.dtype), h
-
-
-def _check_scan_arguments(
-    operator: str,
-    letters: str,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    state: Tensor | None,
-) -> None:
-    """Whether all arguments fit u, which is (B, L, E) or, for a step, (B, E)."""
-    shared = letters.replace("E", "N")
-    check_arguments(
-        operator,
-        u=(letters, u),
-        delta=(letters, delta),
-        A=("EN", A),
-        B=(shared, B),
-        C=(shared, C),
-        D=("E", D),
-        z=(letters, z),
-        delta_bias=("E", delta_bias),
-        state=("BEN", state),
-    )
 
 
 def _selective_scan_torch(

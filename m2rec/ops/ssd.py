@@ -14,10 +14,15 @@ from torch.nn import functional as F
 
 from m2rec.errors import UserError
 from m2rec.ops.backend import Implementations, load_implementation
-from m2rec.ops.contracts import check_arguments, without_autocast
+from m2rec.ops.contracts import check_arguments, drop_time, without_autocast
 
 # Work inside a chunk grows with its length, the chain between chunks shrinks with it.
 _MAX_CHUNK = 64
+
+_SHAPES = {
+    "x": "BLHP", "dt": "BLH", "A": "H", "B": "BLN", "C": "BLN", "D": "H", "dt_bias": "H", "state": "BHPN",
+}  # fmt: skip
+_STEP_SHAPES = drop_time(_SHAPES)
 
 
 def ssd_ref(
@@ -51,7 +56,7 @@ def ssd_ref(
     Raises:
         ValueError: an argument is not of its shape, or complex or integer.
     """
-    _check_ssd_arguments("ssd", "BLHP", x, dt, A, B, C, D, dt_bias, initial_state)
+    check_arguments("ssd", _SHAPES, (x, dt, A, B, C, D, dt_bias, initial_state))
     u, dt, A, B, C = _prepare_ssd_inputs(x, dt, A, B, C, dt_bias, dt_softplus)
     h = _make_zero_state(u, B) if initial_state is None else initial_state.to(u.dtype)
     outputs = []
@@ -77,7 +82,7 @@ def ssd(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """SSD on the chosen backend; arguments and result as in `ssd_ref`."""
-    _check_ssd_arguments("ssd", "BLHP", x, dt, A, B, C, D, dt_bias, initial_state)
+    check_arguments("ssd", _SHAPES, (x, dt, A, B, C, D, dt_bias, initial_state))
     run = load_implementation(_IMPLEMENTATIONS, backend, x.device)
     with without_autocast(x.device):
         return run(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, return_last_state)  # type: ignore[no-any-return]
@@ -95,7 +100,7 @@ def ssd_step(
     dt_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step after `state` (B, H, P, N): x (B, H, P), dt (B, H), B, C (B, N) -> y (B, H, P), new state."""
-    _check_ssd_arguments("ssd_step", "BHP", x, dt, A, B, C, D, dt_bias, state)
+    check_arguments("ssd_step", _STEP_SHAPES, (x, dt, A, B, C, D, dt_bias, state))
     with without_autocast(x.device):
         u, dt, A, B, C = _prepare_ssd_inputs(x, dt, A, B, C, dt_bias, dt_softplus)
         decay = torch.exp(dt * A)[..., None, None]
@@ -120,7 +125,7 @@ def ssd_last(
     One query over all positions needs no state: y = sum_t (C . B[t]) dt[t] exp(sum_{s > t} dt[s] A) x[t],
     (B, H, P).
     """
-    _check_ssd_arguments("ssd_last", "BLHP", x, dt, A, B, C, D, dt_bias, None)
+    check_arguments("ssd_last", _SHAPES, (x, dt, A, B, C, D, dt_bias, None))
     if lengths.shape != x.shape[:1]:
         raise UserError(f"ssd_last: lengths has shape {tuple(lengths.shape)}, expected (B = {len(x)})")
     with without_autocast(x.device):
@@ -143,33 +148,6 @@ def ssd_last(
 def _apply_skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
     """y + D x: y, x (..., H, P), D (H,)."""
     return y if D is None else y + D.to(x.dtype)[:, None] * x
-
-
-def _check_ssd_arguments(
-    operator: str,
-    letters: str,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor | None,
-) -> None:
-    """Whether all arguments fit x, which is (B, L, H, P) or, for a step, (B, H, P)."""
-    shared = letters.replace("HP", "N")
-    check_arguments(
-        operator,
-        x=(letters, x),
-        dt=(letters.removesuffix("P"), dt),
-        A=("H", A),
-        B=(shared, B),
-        C=(shared, C),
-        D=("H", D),
-        dt_bias=("H", dt_bias),
-        state=("BHPN", state),
-    )
 
 
 def _prepare_ssd_inputs(

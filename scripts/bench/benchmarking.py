@@ -4,7 +4,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,30 +13,52 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from m2rec.experiments.table_parts import format_markdown_table
 
 from m2rec.git import read_commit
 
 ROOT = Path(__file__).resolve().parents[2]
+# positions in a batch: enough to fill the machine, whatever the length of a sequence
+POSITIONS = {"cpu": 64 * 200, "cuda": 2048 * 200}
+
 Row = dict[str, Any]
+Series = dict[str, tuple[list[float], list[float]]]
 
 
 def build_benchmark_parser(description: str | None, name: str) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes: device, threads, repeats and where results go."""
+    """A parser with the flags of every benchmark: device, threads, repeats and the results' folder."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; each figure is their median")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "runs" / "bench", help="folder for JSON and picture"
-    )
+    folder = ROOT / "runs" / "bench"
+    parser.add_argument("--out", type=Path, default=folder, help="folder for JSON and picture")
     parser.add_argument("--name", default=name, help="results are NAME-DEVICE.json and .svg")
     return parser
 
 
-def set_threads_and_device(device: str, threads: int) -> None:
-    """Use so many threads, and the GPU that `device` names, in this process."""
+def parse_benchmark_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; this process then uses their device and threads."""
+    args = parser.parse_args()
+    _set_threads_and_device(args.device, args.threads)
+    return args
+
+
+def add_length_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of benchmarks over sequence lengths."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1000, 4000])
+    parser.add_argument("--positions", type=int, help="positions in a batch")
+
+
+def compute_batch_size(args: argparse.Namespace, length: int) -> int:
+    """Sequences of a batch that has about `--positions` positions."""
+    positions = args.positions or POSITIONS[args.device.split(":")[0]]
+    return max(1, round(positions / length))
+
+
+def _set_threads_and_device(device: str, threads: int) -> None:
     torch.set_num_threads(threads)
     if ":" in device:
         torch.cuda.set_device(device)
@@ -45,7 +67,7 @@ def set_threads_and_device(device: str, threads: int) -> None:
 def measure_median_seconds(
     functions: Mapping[str, Callable[[], object]], repeats: int, device: str, at_least: float = 0.0
 ) -> dict[str, float]:
-    """Median seconds of each function, all in turn in every round, so that noise meets them alike.
+    """Median seconds of each function, all in turn in every round, so that noise affects all alike.
 
     A function is called once before; one that runs out of a GPU's memory is left out. One that
     takes less than `at_least` seconds is called as often in a row as fills them.
@@ -57,7 +79,8 @@ def measure_median_seconds(
         except torch.OutOfMemoryError:
             print(f"without {name}: out of memory")
             continue
-        calls[name] = max(1, round(at_least / max(_time_calls(function, 1, device), 1e-9)))
+        seconds = _time_calls(function, 1, device)
+        calls[name] = max(1, round(at_least / max(seconds, 1e-9)))
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name in calls:
@@ -79,16 +102,23 @@ def _synchronize_device(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def run_in_child_process(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a fresh process, whose memory nothing else has touched."""
+def run_in_child_process(args: argparse.Namespace, function: Callable[..., float], *values: Any) -> float:
+    """function(*values, device) in a new process, in whose memory there is nothing else."""
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()  # what this process keeps, the other can't have
+        torch.cuda.empty_cache()  # memory that this process caches is not free for the other
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+        return pool.submit(_run_on_device, function, values, args.device, args.threads).result()
+
+
+def _run_on_device(
+    function: Callable[..., float], values: tuple[Any, ...], device: str, threads: int
+) -> float:
+    _set_threads_and_device(device, threads)
+    return function(*values, device)
 
 
 def measure_peak_mib(work: Callable[[], object], device: str) -> float:
-    """Most memory that `work` held above what was held before, in MiB; on a CPU in a fresh process only."""
+    """Peak memory of `work` above what was held before, in MiB; on a CPU only in a new process."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -97,7 +127,7 @@ def measure_peak_mib(work: Callable[[], object], device: str) -> float:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = _read_status_kib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the recorded peak
     work()
     return (_read_status_kib("VmHWM") - before) / 2**10
 
@@ -112,18 +142,38 @@ def _read_status_kib(key: str) -> int:
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, as a share of the largest expected value."""
     actual, expected = actual.detach().double(), expected.detach().double()
-    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    scale = expected.abs().max().clamp(min=1e-30)
+    return float((actual - expected).abs().max() / scale)
+
+
+def check_equal(
+    what: str, actual: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float
+) -> None:
+    """Stop the benchmark if tensors differ by more than `tolerance`, relative to the largest value."""
+    worst = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+    if worst > tolerance:
+        raise SystemExit(f"{what} differ: relative error {worst:.1e}")
+
+
+def print_row(row: Row) -> Row:
+    """Print a row as soon as it is measured."""
+    print(row, flush=True)
+    return row
 
 
 def write_benchmark_results(args: argparse.Namespace, rows: list[Row], note: str = "", **more: Any) -> None:
     """Print the table and write NAME-DEVICE.json with the command and the machine."""
-    table = format_benchmark_table(rows)
-    print(f"\n{table}\n{note}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = build_result_path(args).with_suffix(".json")
+    print(f"\n{format_benchmark_table(rows)}\n{note}")
+    path = _build_result_path(args).with_suffix(".json")
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
     record = {
-        "command": _format_command_line(),
-        **describe_benchmark_machine(args),
+        "command": " ".join(["python", str(shown), *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else _read_cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": read_commit(),
         "note": note,
         "rows": rows,
         **more,
@@ -132,41 +182,27 @@ def write_benchmark_results(args: argparse.Namespace, rows: list[Row], note: str
     print(path)
 
 
-def build_result_path(args: argparse.Namespace) -> Path:
-    """Path of the results without suffix."""
+def _build_result_path(args: argparse.Namespace) -> Path:
+    """Path of the results without suffix, in a folder that exists."""
+    args.out.mkdir(parents=True, exist_ok=True)
     return Path(args.out / f"{args.name}-{args.device.split(':')[0]}")
 
 
-def _format_command_line() -> str:
-    script = Path(sys.argv[0]).resolve()
-    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
-    return " ".join(["python", str(shown), *sys.argv[1:]])
+def _read_cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
 
 
-def describe_benchmark_machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Device, threads, versions and commit."""
-    if args.device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else platform.processor()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": read_commit(),
-    }
-
-
-def format_benchmark_table(rows: Iterable[Row]) -> str:
-    """Rows as a Markdown table; numbers with three digits that count."""
-    rows = list(rows)
+def format_benchmark_table(rows: list[Row]) -> str:
+    """Rows as a Markdown table; numbers with three significant digits."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[_format_table_value(row.get(column, "")) for column in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [columns]
+    for row in rows:
+        lines.append([_format_table_value(row.get(column, "")) for column in columns])
+    return format_markdown_table(lines)
 
 
 def _format_table_value(value: Any) -> str:
@@ -175,9 +211,18 @@ def _format_table_value(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def plot_benchmark_series(
-    args: argparse.Namespace, series: Mapping[str, tuple[list[float], list[float]]], x: str, y: str
-) -> None:
+def collect_series(rows: list[Row], label: str, x: str, y: str) -> Series:
+    """By label, the columns x and y of the rows that have a number in y."""
+    series: Series = {}
+    for row in rows:
+        if isinstance(row[y], float):
+            xs, ys = series.setdefault(label.format(**row), ([], []))
+            xs.append(row[x])
+            ys.append(row[y])
+    return series
+
+
+def plot_benchmark_series(args: argparse.Namespace, series: Series, x: str, y: str) -> None:
     """Lines over two logarithmic axes, as NAME-DEVICE.svg."""
     import matplotlib
 
@@ -194,5 +239,5 @@ def plot_benchmark_series(
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(build_result_path(args).with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(_build_result_path(args).with_suffix(".svg"), metadata={"Date": None})
     pyplot.close(figure)

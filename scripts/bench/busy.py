@@ -2,8 +2,8 @@
 
     python scripts/bench/busy.py
 
-Beside none, one and two busy loops, each in a fresh process, as PyTorch comes (`plain`) and as the
-project has it (`ours`): one thread for a question, threads that spin briefly in training (m2rec/threads.py).
+Beside none, one and two busy loops, each in a new process, with PyTorch's defaults (`plain`) and with the
+project's (`ours`): one thread for a question, threads that spin briefly in training (m2rec/threads.py).
 The model is untrained, at its default sizes; what is timed does not depend on weights.
 """
 
@@ -13,11 +13,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from statistics import median
 from time import perf_counter
 
 import torch
-from benchmarking import ROOT, Row, build_benchmark_parser, write_benchmark_results
+from benchmarking import ROOT, Row, build_benchmark_parser, print_row, write_benchmark_results
 
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.losses import cross_entropy
@@ -42,17 +43,13 @@ def run_busy_loops(loops: int) -> Iterator[None]:
 
 
 def time_calls_in_child_process(args: argparse.Namespace, way: str, what: str) -> list[float]:
-    """Milliseconds of each call, in a fresh process."""
-    command = [sys.executable, __file__, f"--child={what}", f"--items={args.items}", f"--calls={args.calls}"]
-    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run(
-        [*command, f"--way={way}"],
-        env={**kept, **THREAD_ENVIRONMENTS[way]},
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
+    """Milliseconds of each call, in a new process."""
+    environment = {**os.environ, **THREAD_ENVIRONMENTS[way]}
+    for name in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} - set(THREAD_ENVIRONMENTS[way]):
+        environment.pop(name, None)
+    command = [sys.executable, __file__, f"--child={what}", f"--way={way}"]
+    command += [f"--items={args.items}", f"--calls={args.calls}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
     return [float(word) for word in done.stdout.split()]
 
 
@@ -63,11 +60,10 @@ def print_call_times(args: argparse.Namespace) -> None:
     rows = BATCH_ROWS if args.child == "step" else 1
     items = torch.randint(1, args.items, (rows, LENGTH))
     lengths = torch.full((rows,), LENGTH)
-    call = (
-        build_training_call(encoder, items, lengths)
-        if args.child == "step"
-        else build_query_call(encoder, items, lengths, args.way)
-    )
+    if args.child == "step":
+        call = build_training_call(encoder, items, lengths)
+    else:
+        call = build_query_call(encoder, items, lengths, args.way)
     for number in range(args.calls + 3):
         start = perf_counter()
         call()
@@ -106,8 +102,22 @@ def build_training_call(encoder: Encoder, items: torch.Tensor, lengths: torch.Te
     return call
 
 
+def measure_beside_loops(args: argparse.Namespace, what: str, loops: int) -> Row:
+    """One kind of call beside so many busy loops."""
+    found: dict[str, list[float]] = {way: [] for way in THREAD_ENVIRONMENTS}
+    with run_busy_loops(loops):
+        for _ in range(args.repeats):
+            for way, milliseconds in found.items():
+                milliseconds += time_calls_in_child_process(args, way, what)
+    row: Row = {"what": what, "busy loops": loops}
+    for way, milliseconds in found.items():
+        row[f"{way}: ms"] = median(milliseconds)
+        row[f"{way}: 1 in 20 slower than"] = sorted(milliseconds)[int(0.95 * len(milliseconds))]
+    return print_row(row)
+
+
 def main() -> None:
-    """Measure, print, save."""
+    """Run the benchmark."""
     parser = build_benchmark_parser(__doc__, "bench_busy")
     parser.add_argument("--items", type=int, default=1_683)
     parser.add_argument("--calls", type=int, default=30, help="in each process, after three")
@@ -118,20 +128,8 @@ def main() -> None:
     if args.child:
         print_call_times(args)
         return
-    rows: list[Row] = []
-    for what in ("question", "step"):
-        for loops in args.loops:
-            found: dict[str, list[float]] = {way: [] for way in THREAD_ENVIRONMENTS}
-            with run_busy_loops(loops):
-                for _ in range(args.repeats):
-                    for way in THREAD_ENVIRONMENTS:
-                        found[way] += time_calls_in_child_process(args, way, what)
-            row: Row = {"what": what, "busy loops": loops}
-            for way, milliseconds in found.items():
-                row[f"{way}: ms"] = median(milliseconds)
-                row[f"{way}: 1 in 20 slower than"] = sorted(milliseconds)[int(0.95 * len(milliseconds))]
-            rows.append(row)
-            print(row, flush=True)
+    cases = product(("question", "step"), args.loops)
+    rows = [measure_beside_loops(args, what, loops) for what, loops in cases]
     cores = len(os.sched_getaffinity(0))
     note = f"{cores} cores; L = {LENGTH}, {args.items - 1:,} items; a step has {BATCH_ROWS} dense rows"
     write_benchmark_results(args, rows, note)

@@ -12,7 +12,6 @@ the dense vectors of M2Rec are compared with those of each prefix.
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,16 @@ from typing import Any
 import torch
 from benchmarking import (
     Row,
+    add_length_arguments,
     build_benchmark_parser,
+    check_equal,
+    collect_series,
+    compute_batch_size,
     measure_median_seconds,
     measure_peak_mib,
+    parse_benchmark_arguments,
     plot_benchmark_series,
-    relative_error,
-    set_threads_and_device,
+    print_row,
     write_benchmark_results,
 )
 from torch import nn
@@ -36,7 +39,6 @@ from m2rec.models.registry import find_model_class
 from m2rec.text import vector_file
 from m2rec.training.configuration import build_config
 
-POSITIONS = {"cpu": 64 * 200, "cuda": 2048 * 200}
 TEXT_WIDTH = 384
 # dense windows of at most L items that hold ml-1m's targets, and the targets themselves
 ML_1M_WINDOWS, ML_1M_TARGETS = {50: 22_532, 200: 8_617}, 981_491
@@ -92,10 +94,11 @@ def write_random_dataset(folder: Path, length: int, n_items: int) -> None:
     n_users = max(8, -(-n_items // per_user))
     items = torch.randint(n_items, (n_users * per_user,), generator=generator)
     items[:n_items] = torch.randperm(n_items, generator=generator)
-    lines = [f"u{i // per_user}\ti{item}\t{i}" for i, item in enumerate(items.tolist())]
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    for i, item in enumerate(items.tolist()):
+        lines.append(f"u{i // per_user}\ti{item}\t{i}")
     (folder / "bench").mkdir()
-    header = "user_id:token\titem_id:token\ttimestamp:float"
-    (folder / "bench" / "bench.inter").write_text("\n".join([header, *lines]) + "\n")
+    (folder / "bench" / "bench.inter").write_text("\n".join(lines) + "\n")
     vectors = torch.randn(n_items, TEXT_WIDTH, generator=generator)
     path = folder / "bench" / f"bench{vector_file.VECTOR_FILE_SUFFIX}"
     vector_file.write_text_vectors(path, [f"i{k}" for k in range(n_items)], vectors, {"model": "random"})
@@ -103,11 +106,12 @@ def write_random_dataset(folder: Path, length: int, n_items: int) -> None:
 
 def build_timed_model(name: str, folder: Path, length: int, batch: int, device: str) -> TimedModel:
     """The model that `name` stands for, on the data in `folder`."""
+    gpu = (device.partition(":")[2] or "0") if device.startswith("cuda") else ""
     values = {
         "dataset": "bench",
         "data_path": str(folder),
         "MAX_ITEM_LIST_LENGTH": length,
-        "gpu_id": device.partition(":")[2] or "0" if device.startswith("cuda") else "",
+        "gpu_id": gpu,
         "train_batch_size": batch,  # BERT4Rec masks every row it loads, one item after the other
         "eval_batch_size": 2**20,
         "show_progress": False,
@@ -118,7 +122,7 @@ def build_timed_model(name: str, folder: Path, length: int, batch: int, device: 
     train, _, test = data_preparation(config, HistoryDataset(config))
     model = find_model_class(config["model"])(config, train.dataset).to(config["device"])
     optimizer = torch.optim.Adam(model.parameters())
-    test_batch = next(iter(test))[0]
+    test_batch, *_ = next(iter(test))
     batches = [repeat_rows(rows, batch).to(config["device"]) for rows in (next(iter(train)), test_batch)]
     rows = train.dataset.rows if config["model"] == "M2Rec" else "prefix"
     return TimedModel(model, rows, *batches, optimizer)
@@ -129,72 +133,70 @@ def repeat_rows(rows: Interaction, batch: int) -> Interaction:
     return rows[torch.arange(batch) % len(rows)]
 
 
+@torch.no_grad()
 def check_dense_against_prefixes(encoder: nn.Module, length: int, n_items: int, device: str) -> None:
     """Stop unless a dense pass gives at each position what the prefix that ends there gives."""
     encoder.eval()
     last = min(length, 40)
     items = torch.randint(1, n_items, (2, last), device=device)
-    with torch.no_grad():
-        whole = encoder(items, torch.full((2,), last, device=device))
-        for n in (1, (last + 1) // 2, last):
-            prefix = encoder.last(items[:, :n], torch.full((2,), n, device=device))
-            if (worst := relative_error(whole[:, n - 1], prefix)) > TOLERANCE:
-                raise SystemExit(f"dense and prefix rows differ at position {n}: relative error {worst:.1e}")
+    whole = encoder(items, torch.full((2,), last, device=device))
+    for n in (1, (last + 1) // 2, last):
+        prefix = encoder.last(items[:, :n], torch.full((2,), n, device=device))
+        check_equal(f"dense and prefix rows at position {n}", [whole[:, n - 1]], [prefix], TOLERANCE)
 
 
-def measure_models(args: argparse.Namespace, length: int) -> list[Row]:
-    """All models at one length."""
-    batch = max(1, round(args.positions / length))
-    found: dict[str, TimedModel] = {}
+def build_timed_models(args: argparse.Namespace, length: int, batch: int) -> dict[str, TimedModel]:
+    """The models of `--models` that can run here."""
+    models = {}
     with tempfile.TemporaryDirectory() as folder:
         write_random_dataset(Path(folder), length, args.items)
         for name in args.models:
             try:
-                found[name] = build_timed_model(name, Path(folder), length, batch, args.device)
+                models[name] = build_timed_model(name, Path(folder), length, batch, args.device)
             except ValueError as error:
                 print(f"without {name}: {error}")
-    for made in found.values():
-        if hasattr(made.model, "encoder"):
-            check_dense_against_prefixes(made.model.encoder, length, args.items, args.device)
-    steps: dict[str, Callable[[], None]] = {name: made.train for name, made in found.items()}
-    queries = {name: made.infer for name, made in found.items()}
+    return models
+
+
+def measure_models(args: argparse.Namespace, length: int) -> list[Row]:
+    """All models at one length."""
+    batch = compute_batch_size(args, length)
+    models = build_timed_models(args, length, batch)
+    for timed in models.values():
+        if hasattr(timed.model, "encoder"):
+            check_dense_against_prefixes(timed.model.encoder, length, args.items, args.device)
+    steps = {name: timed.train for name, timed in models.items()}
     train = measure_median_seconds(steps, args.repeats, args.device)
+    queries = {name: models[name].infer for name in train}
     infer = measure_median_seconds(queries, args.repeats, args.device)
     rows = []
-    for name in (name for name in found if name in train and name in infer):
-        made = found[name]
-        row: Row = {"L": length, "B": batch, "model": name, "rows": made.rows}
+    for name in infer:
+        timed = models[name]
+        row: Row = {"L": length, "B": batch, "model": name, "rows": timed.rows}
         row["training ms per row"] = train[name] / batch * 1e3
         row["inference ms per history"] = infer[name] / batch * 1e3
         if length in ML_1M_WINDOWS:
-            epoch = ML_1M_WINDOWS[length] if made.rows == "dense" else ML_1M_TARGETS
+            epoch = ML_1M_WINDOWS[length] if timed.rows == "dense" else ML_1M_TARGETS
             row["minutes per epoch of ml-1m"] = train[name] / batch * epoch / 60
         if args.device.startswith("cuda"):
-            row["peak MiB of a step"] = measure_peak_mib(made.train, args.device)
-        rows.append(row)
-        print(row, flush=True)
+            row["peak MiB of a step"] = measure_peak_mib(timed.train, args.device)
+        rows.append(print_row(row))
     return rows
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Run the benchmark."""
     parser = build_benchmark_parser(__doc__, "bench_model")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1000, 4000])
-    parser.add_argument("--positions", type=int, help="positions in a batch")
+    add_length_arguments(parser)
     parser.add_argument("--items", type=int, default=3_416, help="catalogue, that of ml-1m by default")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    args = parser.parse_args()
-    set_threads_and_device(args.device, args.threads)
-    args.positions = args.positions or POSITIONS[args.device.split(":")[0]]
-    rows = [row for length in args.lengths for row in measure_models(args, length)]
-    write_benchmark_results(
-        args, rows, f"{args.items:,} items, float32; epochs are rows times the time per row"
-    )
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    for row in rows:
-        xs, ys = series.setdefault(row["model"], ([], []))
-        xs.append(row["L"])
-        ys.append(row["inference ms per history"])
+    args = parse_benchmark_arguments(parser)
+    rows = []
+    for length in args.lengths:
+        rows += measure_models(args, length)
+    note = f"{args.items:,} items, float32; epochs are rows times the time per row"
+    write_benchmark_results(args, rows, note)
+    series = collect_series(rows, "{model}", "L", "inference ms per history")
     plot_benchmark_series(args, series, "history length L", "inference, ms per history")
 
 

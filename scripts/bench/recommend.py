@@ -2,7 +2,7 @@
 
     python scripts/bench/recommend.py runs/NAME
 
-The rival is RecBole's full_sort_topk with the same model, which makes a test row of each user,
+The baseline is RecBole's full_sort_topk with the same model, which makes a test row of each user,
 padded to the longest history, and ranks all items, those of the history too. Before anything is
 timed, the best items of both are compared. The last rows are of the model with a million items: its
 own, and copies of them with noise of half the table's spread. Where faiss is installed they are
@@ -22,12 +22,12 @@ from benchmarking import (
     Row,
     build_benchmark_parser,
     measure_median_seconds,
-    set_threads_and_device,
+    parse_benchmark_arguments,
     write_benchmark_results,
 )
 
 from m2rec.models.m2rec import M2Rec
-from m2rec.nn.text_projection import ProjectedText
+from m2rec.nn.text_projection import TextBranch
 from m2rec.serving import saved_model
 from m2rec.serving.recommender import Recommender
 from m2rec.training.run import load_run_data
@@ -53,8 +53,10 @@ class RecBoleBaseline:
         rows = self.test.dataset.inter_feat[:users]
         self.users = rows[dataset.uid_field].numpy()
         self.device, tokens = device, dataset.item_tokens
-        pairs = zip(rows[dataset.history_field].tolist(), rows[dataset.item_list_length_field], strict=True)
-        self.histories = [[tokens[item] for item in items[:length]] for items, length in pairs]
+        self.histories = []
+        lengths = rows[dataset.item_list_length_field]
+        for items, length in zip(rows[dataset.history_field].tolist(), lengths, strict=True):
+            self.histories.append([tokens[item] for item in items[:length]])
 
     @torch.no_grad()
     def top_items(self, start: int, stop: int) -> torch.Tensor:
@@ -65,12 +67,11 @@ class RecBoleBaseline:
         return items
 
 
-def compare_top_items(recommender: Recommender, rival: RecBoleBaseline, n: int) -> None:
+def compare_top_items(recommender: Recommender, baseline: RecBoleBaseline, n: int) -> None:
     """Both must find the same items, but for ties."""
-    expected = rival.top_items(0, n).tolist()
-    for row, found in zip(
-        expected, recommender.recommend_batch(rival.histories[:n], K, exclude_seen=False), strict=True
-    ):
+    expected = baseline.top_items(0, n).tolist()
+    ranked = recommender.recommend_batch(baseline.histories[:n], K, exclude_seen=False)
+    for row, found in zip(expected, ranked, strict=True):
         ids = recommender.to_ids(item.item for item in found)
         if len(set(row) & set(ids)) < K - 1:
             raise SystemExit(f"the best items differ: {row} and {ids}")
@@ -96,10 +97,10 @@ def build_million_item_recommender(model: saved_model.SavedModel) -> Recommender
     table = model.table[source]
     table[n_items:] += noise.to(table) * model.table[1:].std() / 2
     encoder = model.encoder.make_inference_copy(table)
-    encoder.available = None if encoder.available is None else encoder.available[source]
-    for layer in encoder.layers:
-        if isinstance(layer.text, ProjectedText):
-            layer.text.rows = layer.text.rows[source]
+    for branch in encoder.iterate_branches():
+        if isinstance(branch, TextBranch):
+            encoder.available = encoder.available[source]
+            branch.projected = branch.projected[source]
     tokens = [*model.tokens, *(f"copy {number}" for number in range(len(copied)))]
     nothing: dict[str, Any] = {"titles": {}, "text_mean": None, "text_basis": None, "text_source": {}}
     return Recommender(
@@ -107,10 +108,15 @@ def build_million_item_recommender(model: saved_model.SavedModel) -> Recommender
     )
 
 
+def make_row(what: str, seconds: float, queries: int = 1, **more: float) -> Row:
+    """A row of the table: milliseconds for all queries, and how many a second."""
+    return {"what": what, "ms": seconds * 1e3, "per second": queries / seconds, **more}
+
+
 def measure_million_items(
     recommender: Recommender, histories: list[list[str]], args: argparse.Namespace
 ) -> Iterator[Row]:
-    """Exactly, and by indices that look at more and more."""
+    """Exactly, and by indices that search more and more lists."""
     past = (histories[0] * args.length)[: args.length]
     indices: list[int | None] = [None]
     if find_spec("faiss"):
@@ -121,59 +127,65 @@ def measure_million_items(
             start = perf_counter()
             recommender.use_index(probes)
             built = perf_counter() - start
-            kind = f"index, {f'{probes} lists' if probes else f'one list in 16, built in {built:.0f} s'}"
+            kind = f"index, {probes} lists" if probes else f"index, one list in 16, built in {built:.0f} s"
             found = {f"recall@{K}": recommender.recall(histories[:200], K)}
         some = {
             "recommend": lambda: recommender.recommend(past, K),
             "live event and ranking": build_live_event(recommender, past),
         }
         for name, seconds in measure_median_seconds(some, args.repeats, args.device, at_least=0.3).items():
-            what = f"{name}, {MILLION:,} items, {kind}"
-            yield {"what": what, "ms": seconds * 1e3, "per second": 1 / seconds, **found}
+            yield make_row(f"{name}, {MILLION:,} items, {kind}", seconds, **found)
+
+
+def measure_run(
+    recommender: Recommender, baseline: RecBoleBaseline, history: list[str], args: argparse.Namespace
+) -> Iterator[Row]:
+    """One history, one live event and many histories, against RecBole."""
+    short, long = f"{args.length:,} items", f"{50 * args.length:,} items"
+    one = {
+        f"recommend, {short}": lambda: recommender.recommend(history, K),
+        f"live event and ranking, {short}": build_live_event(recommender, history),
+        f"live event and ranking, {long}": build_live_event(recommender, 50 * history),
+        "RecBole, one user": lambda: baseline.top_items(0, 1),
+    }
+    for name, seconds in measure_median_seconds(one, args.repeats, args.device, at_least=0.3).items():
+        yield make_row(name, seconds)
+    n = len(baseline.users)
+
+    def rank_by_recbole() -> None:
+        for start in range(0, n, args.batch):
+            baseline.top_items(start, start + args.batch)
+
+    many = {
+        "recommend_batch": lambda: list(recommender.recommend_batch(baseline.histories, K)),
+        "RecBole, batches": rank_by_recbole,
+    }
+    for name, seconds in measure_median_seconds(many, args.repeats, args.device).items():
+        yield make_row(f"{name}, {n:,} users", seconds, queries=n)
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Run the benchmark."""
     parser = build_benchmark_parser(__doc__, "bench_recommend")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", type=Path)
     parser.add_argument("--users", type=int, default=2000, help="test users for the batch")
     parser.add_argument("--length", type=int, default=200, help="items of the one history")
-    parser.add_argument("--batch", type=int, default=256, help="users that the rival ranks together")
+    parser.add_argument("--batch", type=int, default=256, help="users that the baseline ranks together")
     parser.add_argument("--no-million", action="store_true", help="without the large catalogue")
-    args = parser.parse_args()
-    set_threads_and_device(args.device, args.threads)
-    recommender, rival = (
-        Recommender.load(args.run, args.device),
-        RecBoleBaseline(args.run, args.users, args.device),
-    )
-    compare_top_items(recommender, rival, min(len(rival.users), args.batch))
+    args = parse_benchmark_arguments(parser)
+    recommender = Recommender.load(args.run, args.device)
+    baseline = RecBoleBaseline(args.run, args.users, args.device)
+    compare_top_items(recommender, baseline, min(len(baseline.users), args.batch))
     tokens = recommender.tokens[1:]
     history = [tokens[(37 * i) % len(tokens)] for i in range(args.length)]
-    n = len(rival.users)
-    one = {
-        f"recommend, {args.length:,} items": lambda: recommender.recommend(history, K),
-        f"live event and ranking, {args.length:,} items": build_live_event(recommender, history),
-        f"live event and ranking, {50 * args.length:,} items": build_live_event(recommender, 50 * history),
-        "RecBole, one user": lambda: rival.top_items(0, 1),
-    }
-    many = {
-        "recommend_batch": lambda: list(recommender.recommend_batch(rival.histories, K)),
-        "RecBole, batches": lambda: [rival.top_items(i, i + args.batch) for i in range(0, n, args.batch)],
-    }
-    rows: list[Row] = [
-        {"what": name, "ms": seconds * 1e3, "per second": 1 / seconds}
-        for name, seconds in measure_median_seconds(one, args.repeats, args.device, at_least=0.3).items()
-    ]
-    for name, seconds in measure_median_seconds(many, args.repeats, args.device).items():
-        rows.append({"what": f"{name}, {n:,} users", "ms": seconds * 1e3, "per second": n / seconds})
+    rows = list(measure_run(recommender, baseline, history, args))
     if not args.no_million:
         model = saved_model.read_saved_model(args.run, torch.device(args.device))
-        rows += measure_million_items(build_million_item_recommender(model), rival.histories, args)
-    mean = sum(map(len, rival.histories)) / n
-    write_benchmark_results(
-        args, rows, f"{len(tokens):,} items; the users' histories have {mean:.0f} items on average"
-    )
+        rows += measure_million_items(build_million_item_recommender(model), baseline.histories, args)
+    mean = sum(map(len, baseline.histories)) / len(baseline.histories)
+    note = f"{len(tokens):,} items; the users' histories have {mean:.0f} items on average"
+    write_benchmark_results(args, rows, note)
 
 
 if __name__ == "__main__":

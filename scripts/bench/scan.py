@@ -1,9 +1,9 @@
-"""The operators against their rivals: forward, forward and backward, peak memory.
+"""The operators against their baselines: forward, forward and backward, peak memory.
 
     python scripts/bench/scan.py                # CPU or GPU, whichever is there
     python scripts/bench/scan.py --threads=2 --lengths 200
 
-Every rival computes the same function, which is checked before anything is timed: outputs and
+Every baseline computes the same function, which is checked before anything is timed: outputs and
 gradients against the reference. SSD computes another one (a decay per head, not per channel and
 state) at the same sizes. `mixer` rows time whole Mamba mixers, ours and the slow path of
 transformers.
@@ -17,13 +17,17 @@ from importlib.util import find_spec
 import torch
 from benchmarking import (
     Row,
+    add_length_arguments,
     build_benchmark_parser,
+    check_equal,
+    collect_series,
+    compute_batch_size,
     measure_median_seconds,
     measure_peak_mib,
+    parse_benchmark_arguments,
     plot_benchmark_series,
-    relative_error,
+    print_row,
     run_in_child_process,
-    set_threads_and_device,
     write_benchmark_results,
 )
 from torch import Tensor
@@ -32,10 +36,9 @@ from torch.nn import functional as F
 from m2rec.nn.mamba import Mamba
 from m2rec.ops import BACKENDS, resolve_backend, selective_scan, ssd
 
-# Positions in a batch: enough to fill the machine, whatever the length of a sequence.
-POSITIONS = {"cpu": 64 * 200, "cuda": 2048 * 200}
 TOLERANCE = 1e-4
 HEAD_DIM = 64
+TIME = "forward + backward ms"
 # transformers' slow path: its backward pass makes a whole tensor of zeros for each step's slice, so
 # time grows with the square of L; longer than this it is not timed
 LONGEST_TRANSFORMERS = 200
@@ -57,7 +60,7 @@ def run_mambapy_scan(
 
 @cache
 def find_unavailable_scans(device: str) -> dict[str, str]:
-    """The rivals that can't run here, and why."""
+    """The scans that can't run here, and why."""
     found = {}
     for backend in BACKENDS:
         try:
@@ -65,7 +68,7 @@ def find_unavailable_scans(device: str) -> dict[str, str]:
         except ValueError as error:
             found[backend] = str(error)
     if device == "cpu":
-        found["triton"] = "its interpreter is no rival in time"
+        found["triton"] = "its interpreter is too slow to be compared"
     if not find_spec("mambapy"):
         found["mambapy"] = "not installed: pip install mambapy"
     return found
@@ -73,11 +76,14 @@ def find_unavailable_scans(device: str) -> dict[str, str]:
 
 def build_scans(device: str) -> dict[str, Call]:
     """The selective scans that can run here, the reference first."""
-    found: dict[str, Call] = {
-        backend: partial(selective_scan, delta_softplus=True, backend=backend) for backend in BACKENDS
-    }
-    found["mambapy"] = run_mambapy_scan
-    return {name: call for name, call in found.items() if name not in find_unavailable_scans(device)}
+    unavailable = find_unavailable_scans(device)
+    scans: dict[str, Call] = {}
+    for backend in BACKENDS:
+        if backend not in unavailable:
+            scans[backend] = partial(selective_scan, delta_softplus=True, backend=backend)
+    if "mambapy" not in unavailable:
+        scans["mambapy"] = run_mambapy_scan
+    return scans
 
 
 def make_scan_inputs(batch: int, length: int, channels: int, states: int, device: str) -> list[Tensor]:
@@ -152,34 +158,33 @@ def build_scan_candidates(
 
 
 def check_against_reference(found: dict[str, tuple[Call, list[Tensor]]]) -> None:
-    """Stop unless every rival gives what the reference gives, gradients included; drop what has no room."""
-    leaders = {"": "reference", "ssd": "ssd: torch", "mixer": "mixer: m2rec"}
-    expected = {kind: run_forward_and_backward(*found[name]) for kind, name in leaders.items()}
-    for name, (call, inputs) in list(found.items()):
+    """Stop unless every scan gives what its reference gives, gradients included; drop what lacks memory."""
+    references = {"": "reference", "ssd": "ssd: torch", "mixer": "mixer: m2rec"}
+    expected = {}
+    for kind, name in references.items():
+        expected[kind] = run_forward_and_backward(*found[name])
+    for name, pair in list(found.items()):
         kind = name.split(":")[0] if ":" in name else ""
         try:
-            actual = run_forward_and_backward(call, inputs)
+            actual = run_forward_and_backward(*pair)
         except torch.OutOfMemoryError:
             print(f"without {name}: out of memory")
             del found[name]
             continue
-        worst = max(relative_error(a, e) for a, e in zip(actual, expected[kind], strict=True))
-        if worst > TOLERANCE:
-            raise SystemExit(f"{name} is not equal to {leaders[kind]}: relative error {worst:.1e}")
+        check_equal(f"{name} and {references[kind]}", actual, expected[kind], TOLERANCE)
 
 
-def measure_scan_memory(name: str, sizes: tuple[int, int, int, int], device: str, threads: int) -> float:
+def measure_scan_memory(name: str, sizes: tuple[int, int, int, int], device: str) -> float:
     """Peak of forward and backward in MiB."""
-    set_threads_and_device(device, threads)
-    small = build_scan_candidates(1, 8, sizes[2], sizes[3], device)
+    small = build_scan_candidates(1, 8, *sizes[2:], device)
     run_forward_and_backward(*small[name])  # libraries are loaded and set up before
-    call, inputs = build_scan_candidates(*sizes, device)[name]
-    return measure_peak_mib(lambda: run_forward_and_backward(call, inputs), device)
+    pair = build_scan_candidates(*sizes, device)[name]
+    return measure_peak_mib(lambda: run_forward_and_backward(*pair), device)
 
 
 def measure_scans(args: argparse.Namespace, length: int) -> list[Row]:
-    """All rivals at one length."""
-    batch = max(1, round(args.positions / length))
+    """All scans at one length."""
+    batch = compute_batch_size(args, length)
     sizes = (batch, length, args.channels, args.states)
     found = build_scan_candidates(*sizes, args.device)
     try:
@@ -187,52 +192,39 @@ def measure_scans(args: argparse.Namespace, length: int) -> list[Row]:
     except torch.OutOfMemoryError:
         print(f"without L = {length}: out of memory; give fewer --positions")
         return []
-    short = {name: partial(run_forward, *pair) for name, pair in found.items()}
     whole = {name: partial(run_forward_and_backward, *pair) for name, pair in found.items()}
-    seconds = (
-        measure_median_seconds(short, args.repeats, args.device),
-        measure_median_seconds(whole, args.repeats, args.device),
-    )
+    seconds = measure_median_seconds(whole, args.repeats, args.device)
+    short = {name: partial(run_forward, *found[name]) for name in seconds}
+    own = resolve_backend("auto", args.device).name
     rows = []
-    for name in [name for name in found if name in seconds[0] and name in seconds[1]]:  # what has room
-        own = "mixer: m2rec" if name.startswith("mixer") else args.own
-        row: Row = {"L": length, "B": batch, "what": name, "forward ms": seconds[0][name] * 1e3}
-        row["forward + backward ms"] = seconds[1][name] * 1e3
-        row[f"times the time of {args.own}"] = seconds[1][name] / seconds[1][own]
+    for name, forward in measure_median_seconds(short, args.repeats, args.device).items():
+        baseline = "mixer: m2rec" if name.startswith("mixer") else own
+        row: Row = {"L": length, "B": batch, "what": name, "forward ms": forward * 1e3}
+        row[TIME] = seconds[name] * 1e3
+        row[f"times the time of {own}"] = seconds[name] / seconds[baseline]
         if not args.no_memory:
-            row["peak MiB"] = run_in_child_process(
-                measure_scan_memory, name, sizes, args.device, args.threads
-            )
-        rows.append(row)
-        print(row, flush=True)
+            row["peak MiB"] = run_in_child_process(args, measure_scan_memory, name, sizes)
+        rows.append(print_row(row))
     return rows
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Run the benchmark."""
     parser = build_benchmark_parser(__doc__, "bench_scan")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1000, 4000])
-    parser.add_argument("--positions", type=int, help="positions in a batch")
+    add_length_arguments(parser)
     parser.add_argument("--channels", type=int, default=128, help="E")
     parser.add_argument("--states", type=int, default=32, help="N")
     parser.add_argument("--no-memory", action="store_true", help="times only")
-    args = parser.parse_args()
-    set_threads_and_device(args.device, args.threads)
-    args.positions = args.positions or POSITIONS[args.device.split(":")[0]]
-    args.own = resolve_backend("auto", args.device).name
+    args = parse_benchmark_arguments(parser)
     for name, reason in find_unavailable_scans(args.device).items():
         print(f"without {name}: {reason}")
-    rows = [row for length in args.lengths for row in measure_scans(args, length)]
+    rows = []
+    for length in args.lengths:
+        rows += measure_scans(args, length)
     note = f"E = {args.channels}, N = {args.states}, float32; mixer rows are relative to our mixer"
     write_benchmark_results(args, rows, note)
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    for row in rows:
-        xs, ys = series.setdefault(row["what"], ([], []))
-        xs.append(row["L"])
-        ys.append(row["forward + backward ms"])
-    plot_benchmark_series(
-        args, series, "sequence length L", f"ms per {args.positions:,} positions, forward + backward"
-    )
+    series = collect_series(rows, "{what}", "L", TIME)
+    plot_benchmark_series(args, series, "sequence length L", f"ms per batch of about equal size, {TIME[:-3]}")
 
 
 if __name__ == "__main__":
