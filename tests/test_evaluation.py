@@ -1,12 +1,18 @@
 """Ranks, and metrics by bucket; whole rankings are tested with the trainer."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
 from m2rec.evaluation.breakdown import HISTORY_BUCKETS, POPULARITY_BUCKETS, break_down_metrics
 from m2rec.evaluation.protocols import Protocol
 from m2rec.evaluation.ranking import Ranking, compute_full_ranks, mask_seen, select_top_items
+from m2rec.training.configuration import build_config
+from m2rec.training.run import load_data
+from tests.conftest import small
 
 
 def test_ranks():
@@ -69,3 +75,11 @@ def test_metrics_by_bucket():
         0.5,
         1,
     ]
+
+
+@pytest.mark.parametrize("keys", [{}, {"rows": "prefix"}, {"split": "global_time"}])
+def test_training_targets_are_counted_as_recbole_counts_them(toy: Path, keys: dict[str, str]):
+    dataset, (train, _, _) = load_data(build_config(small(toy, text_vectors="none", **keys)))
+    counts = dataset.histories.count_training_targets(dataset.item_num)
+    expected = train.dataset.item_counter
+    assert counts.tolist() == [expected[item] for item in range(dataset.item_num)]

@@ -80,6 +80,9 @@ def test_rows_are_those_of_whole_histories(data: Path):
         for d in (whole, given)
     ]
     assert counts[0] == counts[1]
+    for loader, dataset in ((own[0], given), (parts[0], whole)):
+        targets = dataset.histories.count_training_targets(dataset.item_num)
+        assert {i: n for i, n in enumerate(targets) if n} == loader.dataset.item_counter
 
 
 def test_unseen_takes_each_rows_own_whole_history_out(data: Path):
