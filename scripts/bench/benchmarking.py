@@ -13,9 +13,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from m2rec.experiments.table_parts import format_markdown_table
 
 from m2rec.git import read_commit
+from m2rec.reports.markdown import format_markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 # positions in a batch: enough to fill the machine, whatever the length of a sequence
@@ -199,10 +199,8 @@ def _read_cpu_name() -> str:
 def format_benchmark_table(rows: list[Row]) -> str:
     """Rows as a Markdown table; numbers with three significant digits."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns]
-    for row in rows:
-        lines.append([_format_table_value(row.get(column, "")) for column in columns])
-    return format_markdown_table(lines)
+    lines = [[_format_table_value(row.get(column, "")) for column in columns] for row in rows]
+    return format_markdown_table(columns, lines)
 
 
 def _format_table_value(value: Any) -> str:
