@@ -27,7 +27,7 @@ from benchmarking import (
 )
 
 from m2rec.models.m2rec import M2Rec
-from m2rec.nn.text_projection import ProjectedText
+from m2rec.nn.text_projection import TextBranch
 from m2rec.serving import saved_model
 from m2rec.serving.recommender import Recommender
 from m2rec.training.run import load_run_data
@@ -98,8 +98,9 @@ def build_million_item_recommender(model: saved_model.SavedModel) -> Recommender
     encoder = model.encoder.make_inference_copy(table)
     encoder.available = None if encoder.available is None else encoder.available[source]
     for layer in encoder.layers:
-        if isinstance(layer.text, ProjectedText):
-            layer.text.rows = layer.text.rows[source]
+        for branch in layer.branches.values():
+            if isinstance(branch, TextBranch) and branch.projected is not None:
+                branch.projected = branch.projected[source]
     tokens = [*model.tokens, *(f"copy {number}" for number in range(len(copied)))]
     nothing: dict[str, Any] = {"titles": {}, "text_mean": None, "text_basis": None, "text_source": {}}
     return Recommender(
