@@ -1,4 +1,4 @@
-"""M2Rec as a RecBole model: the encoder of `encoder.py` with RecBole's four methods.
+"""M2Rec as a RecBole model: the encoder of `nn/encoder.py` with RecBole's four methods.
 
     e = item_table[s]                                item_table = id embedding + text part
     x = dropout(layer_norm(e))
@@ -7,7 +7,7 @@
                  x = layer_norm(x + feed_forward(x))
     scores = x[last] @ item_table.T + repeat_bias * (the history holds the item)
 
-Paper: M2Rec, arXiv 2505.04445. Deviations: the filter is causal (`fourier.py`), so that all
+Paper: M2Rec, arXiv 2505.04445. Deviations: the filter is causal (`nn/filters.py`), so that all
 positions of a history can be trained at once; see docs/model.md, "What differs from the paper".
 """
 
