@@ -73,7 +73,7 @@ def collect_cases(part: HistoryDataset, rows: IntArray | None = None) -> Evaluat
     """The targets of a part with whole histories.
 
     Args:
-        part: validation or test rows.
+        part: validation or test rows, such as `loaders.test.dataset` from `m2rec.training.run.load_run_data`.
         rows: numbers of the rows, in the wanted order; None for all.
     """
     assert part.histories is not None and part.part is not None

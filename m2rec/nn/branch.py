@@ -38,7 +38,7 @@ class Branch(nn.Module):
     name: ClassVar[str]
     """Label of the gate's weights."""
     setting: ClassVar[str] = ""
-    """The setting that selects this class, for error messages."""
+    """The setting that selects this class, such as `mixer: 'attention'`, for the error without `advance`."""
 
     def forward(self, x: Tensor, batch: ItemBatch) -> Tensor:
         """x: (B, L, D) -> (B, L, D). A position must not depend on later ones, or on padding."""
@@ -79,10 +79,10 @@ class Branch(nn.Module):
             raise self._make_recurrence_error()
 
     def _make_recurrence_error(self) -> UserError:
-        setting = self.setting or self.name
+        cure = f"with another {self.setting.partition(':')[0]}" if self.setting else "without this branch"
         return UserError(
-            f"{setting} needs the whole history at once and cannot be updated event by event; use a model "
-            f"trained with another {setting.partition(':')[0]}"
+            f"{self.setting or self.name} needs the whole history at once and cannot be updated event by "
+            f"event; use a model trained {cure}"
         )
 
 

@@ -1,8 +1,9 @@
 """Published data sets, in the formats in which they are published, as typed records.
 
 To add a format, add one entry to `FORMATS`: a `RawFormat` names the columns of user, item, time and
-rating, the reader of the file's rows, and the text columns of its items. Nothing else knows the formats:
-the command line, its help and the tests' list of examples follow this table. `find_movielens_files`
+rating, the reader of the file's rows, and the text columns of its items. A reader raises `MalformedRowError`
+for a line that cannot be used. The command line and its help follow this table; `PUBLISHED` in
+tests/test_raw.py needs an example of each format, and docs/data.md names the formats. `find_movielens_files`
 finds out which of MovieLens's three formats a folder has, and `build_table_format` makes the format of
 any other table.
 """

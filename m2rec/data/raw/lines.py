@@ -114,7 +114,11 @@ def open_lines(tally: Tally, encodings: Sequence[str] = UTF8) -> Iterator[LineRe
 
 
 def parse_lines(lines: LineReader, parse: Callable[[str], object]) -> NumberedRows:
-    """One row per line; blank lines are skipped, malformed ones counted."""
+    """One row per line; blank lines are skipped, malformed ones counted.
+
+    Args:
+        parse: line -> row; raises `MalformedRowError` for a line that cannot be used.
+    """
     while True:
         try:
             line = next(lines)
