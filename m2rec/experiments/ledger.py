@@ -7,7 +7,7 @@ cell is empty; its other columns stay text.
 import csv
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, mode, stdev
 from typing import Any, NamedTuple
@@ -81,7 +81,8 @@ class DatasetResults(NamedTuple):
         difference = (values - base).dropna()
         if difference.empty:
             return None
-        return _compute_seed_statistics(base[difference.index]), _compute_seed_statistics(difference)
+        shared = base[difference.index]
+        return _compute_seed_statistics(shared), _compute_seed_statistics(difference)
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:
@@ -91,12 +92,14 @@ def format_settings(settings: Mapping[str, Any]) -> str:
 
 def make_run_key(planned: PlannedRun) -> tuple[str, ...]:
     """Data set, variant, seed and settings, as `list_run_keys` gives them for a row of NAME.csv."""
-    return planned.dataset, planned.variant, str(planned.seed), format_settings(planned.keys)
+    settings = format_settings(planned.keys)
+    return planned.dataset, planned.variant, str(planned.seed), settings
 
 
 def list_run_keys(rows: pd.DataFrame) -> list[tuple[str, ...]]:
     """The key of each row of NAME.csv."""
-    return list(rows[_RUN_KEY_COLUMNS].itertuples(index=False, name=None))
+    keys = rows[_RUN_KEY_COLUMNS]
+    return list(keys.itertuples(index=False, name=None))
 
 
 def build_result_row(planned: PlannedRun, folder: Path) -> dict[str, str]:
@@ -109,9 +112,13 @@ def build_result_row(planned: PlannedRun, folder: Path) -> dict[str, str]:
     Raises:
         ValueError: metrics.json or history.csv can't be read.
     """
+    files = RunFolder(folder)
     try:
-        metrics = RunFolder(folder).read_metrics()
-        seconds = read_csv_table(RunFolder(folder).history_file, ["seconds"])["seconds"].astype(float)
+        metrics = files.read_metrics()
+        history = read_csv_table(files.history_file, ["seconds"])
+        seconds = history["seconds"].astype(float)
+        epochs = max(1, len(seconds))  # 0: Popularity has no epochs
+        measured = metrics["seconds"]
         for metric in TABLE_METRICS:
             if metric not in metrics["test"]:
                 raise UserError(f"{metric} was not measured, but tables and paired tests need it; set topk")
@@ -122,13 +129,13 @@ def build_result_row(planned: PlannedRun, folder: Path) -> dict[str, str]:
             "seed": planned.seed,
             "commit": metrics["commit"],
             "settings": format_settings(planned.keys),
-            **_select_keys(metrics["protocol"], ("split", "time_order", "rows")),
+            **{key: metrics["protocol"][key] for key in ("split", "time_order", "rows")},
             "best_epoch": metrics["best_epoch"],
             "epochs": metrics["epochs"],
-            "seconds_per_epoch": round(seconds.sum() / max(1, len(seconds)), 3),
-            "seconds_training": metrics["seconds"]["training"],
-            "seconds_total": metrics["seconds"]["total"],
-            **_select_keys(metrics, _MACHINE_COLUMNS),
+            "seconds_per_epoch": round(seconds.sum() / epochs, 3),
+            "seconds_training": measured["training"],
+            "seconds_total": measured["total"],
+            **{key: metrics[key] for key in _MACHINE_COLUMNS},
             **metrics["data"],
             **_describe_text_vectors(metrics["text"] or {}),
             **metrics["versions"],
@@ -140,15 +147,14 @@ def build_result_row(planned: PlannedRun, folder: Path) -> dict[str, str]:
     return {column: "" if value is None else str(value) for column, value in row.items()}
 
 
-def _select_keys(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    return {key: values[key] for key in keys}
-
-
 def _describe_text_vectors(about: Mapping[str, Any]) -> dict[str, str]:
     """The model and the template of text vectors, and their hash; empty without text."""
-    text = about.get("model", "another source") if about else ""
-    if template := about.get("template") or about.get("columns"):
-        text += f": {template}"
+    if not about:
+        return {"text": "", "text_sha256": ""}
+    text = about.get("model", "another source")
+    template = about.get("template") or about.get("columns")
+    if template:
+        text = f"{text}: {template}"
     return {"text": text, "text_sha256": about.get("sha256", "")}
 
 
@@ -156,7 +162,8 @@ def _flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """`PROTOCOL.METRIC`, then by bucket `test_users|KIND=BUCKET` and `PROTOCOL.METRIC|KIND=BUCKET`."""
     columns = {}
     for protocol in _ALL_PROTOCOLS:
-        for metric, value in metrics.get(protocol, {}).items():
+        values = metrics.get(protocol, {})
+        for metric, value in values.items():
             columns[f"{protocol}.{metric}"] = value
     for kind, buckets in metrics["test_by"].items():
         for bucket, measured in buckets.items():
@@ -193,7 +200,8 @@ def read_csv_table(path: Path, columns: Sequence[str], optional: bool = False) -
     header, *rows = lines or [[]]
     for column in columns:
         if column not in header:
-            raise UserError(f"{path}: column {column!r} is missing; expected {', '.join(columns)}")
+            expected = ", ".join(columns)
+            raise UserError(f"{path}: column {column!r} is missing; expected {expected}")
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
             raise UserError(f"{path}: row {number} has more or fewer values than the header")
@@ -211,14 +219,17 @@ def read_result_rows(path: Path) -> pd.DataFrame:
 
 def write_result_row(path: Path, sweep: Sweep, row: Mapping[str, str]) -> None:
     """Put a row into NAME.csv in the sweep's order; it replaces an earlier row of its run."""
-    rows = pd.concat([read_result_rows(path), pd.DataFrame([row])])
+    earlier = read_result_rows(path)
+    rows = pd.concat([earlier, pd.DataFrame([row])])
     rows = rows.drop_duplicates(_RUN_COLUMNS, keep="last")
-    planned = [make_run_key(planned)[:3] for planned in sweep.planned_runs()]
-    numbers = []
+    numbers = {}
+    for number, planned in enumerate(sweep.planned_runs()):
+        numbers[make_run_key(planned)[:3]] = number
+    positions = []
     for *run, _ in list_run_keys(rows):
-        key = tuple(run)
-        numbers.append(planned.index(key) if key in planned else len(planned))
-    order = np.argsort(numbers, kind="stable")
+        position = numbers.get(tuple(run), len(numbers))
+        positions.append(position)
+    order = np.argsort(positions, kind="stable")
     write_text(path, format_csv(rows.iloc[order]))
 
 
@@ -256,9 +267,11 @@ def read_finished_runs(sweep: Sweep) -> pd.DataFrame:
     for column in (*_TEXT_COLUMNS, *_NUMERIC_COLUMNS):
         if column not in rows:
             rows[column] = ""
-    numeric = [column for column in rows if "@" in column or "|" in column or column in _NUMERIC_COLUMNS]
-    rows = _parse_numbers(path, rows, numeric)
-    planned = pd.DataFrame(map(make_run_key, sweep.planned_runs()), columns=_RUN_KEY_COLUMNS)
+    is_measured = rows.columns.str.contains(r"[@|]")
+    is_numeric = is_measured | rows.columns.isin(_NUMERIC_COLUMNS)
+    rows = _parse_numbers(path, rows, rows.columns[is_numeric])
+    keys = map(make_run_key, sweep.planned_runs())
+    planned = pd.DataFrame(keys, columns=_RUN_KEY_COLUMNS)
     runs = planned.merge(rows, on=_RUN_KEY_COLUMNS)
     if ignored := len(rows) - len(runs):
         logger.warning(
@@ -267,7 +280,8 @@ def read_finished_runs(sweep: Sweep) -> pd.DataFrame:
         )  # fmt: skip
     runs = runs.drop_duplicates(_RUN_COLUMNS, keep="last")
     for dataset in sweep.datasets:
-        _check_same_data(path, dataset, runs[runs["dataset"] == dataset])
+        own_runs = runs[runs["dataset"] == dataset]
+        _check_same_data(path, dataset, own_runs)
     return runs
 
 
@@ -307,7 +321,8 @@ def read_headline_tests(sweep: Sweep, runs: pd.DataFrame) -> pd.DataFrame:
 def select_current_tests(tests: pd.DataFrame, sweep: Sweep, runs: pd.DataFrame) -> pd.DataFrame:
     """The paired tests of the sweep's reference that were computed from these runs."""
     current = tests[tests["variant"] == sweep.reference]
-    for test in _select_headline_tests(tests, sweep).to_dict("records"):
+    headline = _select_headline_tests(tests, sweep)
+    for test in headline.to_dict("records"):
         if _find_outdated_side(test, runs):
             is_dataset = current["dataset"] == test["dataset"]
             is_baseline = current["baseline"] == test["baseline"]
@@ -321,27 +336,32 @@ def merge_paired_tests(tests: pd.DataFrame, earlier: pd.DataFrame) -> pd.DataFra
     The runs of a sweep need not all be on one machine.
     """
     both = pd.concat([tests, earlier], ignore_index=True)
-    seeds = both["seeds"].str.split().str.len()
-    most = seeds.groupby([both[column] for column in _PAIR_COLUMNS]).transform("max")
-    return both[seeds == most].drop_duplicates([*_PAIR_COLUMNS, "protocol", "metric"])
+    both["n"] = both["seeds"].str.split().str.len()
+    most = both.groupby(_PAIR_COLUMNS)["n"].transform("max")
+    longest = both[both["n"] == most].drop(columns="n")
+    return longest.drop_duplicates([*_PAIR_COLUMNS, "protocol", "metric"])
 
 
 def _select_headline_tests(tests: pd.DataFrame, sweep: Sweep) -> pd.DataFrame:
     protocol, metric = HEADLINE_METRIC.split(".")
-    is_headline = (tests["protocol"] == protocol) & (tests["metric"] == metric)
-    return tests[is_headline & (tests["variant"] == sweep.reference)]
+    is_protocol = tests["protocol"] == protocol
+    is_metric = tests["metric"] == metric
+    is_reference = tests["variant"] == sweep.reference
+    return tests[is_protocol & is_metric & is_reference]
 
 
 def _find_outdated_side(test: Mapping[str, Any], runs: pd.DataFrame) -> str | None:
     """The column of a test that names a variant with other runs or none, if there is one."""
     seeds = test["seeds"].split()
-    runs = runs[runs["dataset"] == test["dataset"]]
-    runs = runs[runs["seed"].isin(seeds)]
+    is_dataset = runs["dataset"] == test["dataset"]
+    is_tested = is_dataset & runs["seed"].isin(seeds)
     for side in ("variant", "baseline"):
-        values = runs[HEADLINE_METRIC][runs["variant"] == test[side]]
+        is_side = runs["variant"] == test[side]
+        values = runs[HEADLINE_METRIC][is_tested & is_side]
         if len(values) < len(seeds):
             return side
-        if not is_same_mean(values.mean(), test[f"{side}_mean"]):
+        tested_mean = test[f"{side}_mean"]
+        if not is_same_mean(values.mean(), tested_mean):
             return side
     return None
 
@@ -362,45 +382,52 @@ def read_published_results(path: Path) -> pd.DataFrame:
         if protocol not in TEST_PROTOCOLS:
             expected = " or ".join(TEST_PROTOCOLS)
             raise UserError(f"{path}: row {number}: protocol is {protocol!r}, expected {expected}")
-    _parse_numbers(path, rows, list(TABLE_METRICS))
+    _parse_numbers(path, rows, TABLE_METRICS)
     return rows
 
 
 def summarize_seeds(runs: pd.DataFrame, column: str) -> SeedStatistics | None:
     """Mean and deviation over runs; None unless every run has the value."""
-    if runs.empty or column not in runs or runs[column].isna().any():
+    if runs.empty or column not in runs:
         return None
-    return _compute_seed_statistics(runs[column])
+    values = runs[column]
+    return None if values.isna().any() else _compute_seed_statistics(values)
 
 
 def find_main_device(runs: pd.DataFrame) -> str:
     """The device of most runs, the first of equals; times on different devices can't be compared."""
-    devices = runs["device"][runs["device"] != ""]
-    return "" if devices.empty else mode(devices)
+    devices = runs["device"]
+    named = devices[devices != ""]
+    return "" if named.empty else mode(named)
 
 
 def _compute_seed_statistics(values: pd.Series) -> SeedStatistics:
-    return SeedStatistics(mean(values), stdev(values) if len(values) > 1 else None)
+    std = stdev(values) if len(values) > 1 else None
+    return SeedStatistics(mean(values), std)
 
 
 def _parse_numbers(
-    path: Path, rows: pd.DataFrame, columns: list[str], required: bool = False
+    path: Path, rows: pd.DataFrame, columns: Sequence[str], required: bool = False
 ) -> pd.DataFrame:
     """The rows with these columns as floats, NaN for an empty text unless it is required."""
-    numbers = rows[columns].apply(pd.to_numeric, errors="coerce").astype(float)
-    invalid = ~np.isfinite(numbers) & (required | (rows[columns] != ""))
+    texts = rows[[*columns]]
+    numbers = texts.apply(pd.to_numeric, errors="coerce").astype(float)
+    is_checked = texts != ""
+    invalid = ~np.isfinite(numbers) & (required | is_checked)
     for column in invalid.columns[invalid.any()]:
         row = invalid[column].argmax()
-        value = rows[column].iloc[row]
+        value = texts[column].iloc[row]
         raise UserError(f"{path}: row {row + 1}: {column} is {value!r}, expected a number")
-    return pd.concat([rows.drop(columns=columns), numbers], axis=1)
+    others = rows.drop(columns=texts.columns)
+    return pd.concat([others, numbers], axis=1)
 
 
 def _check_same_data(path: Path, dataset: str, runs: pd.DataFrame) -> None:
     """All rows on a data set have the same counts and the same rule for returning targets."""
-    old = runs[runs["test_returning"].isna()]
-    if (runs["test_returning"] > 0).any() and len(old):
-        variant, seed = old.iloc[0][["variant", "seed"]]
+    returning = runs["test_returning"]
+    old = runs[returning.isna()]
+    if len(old) and returning.max() > 0:
+        variant, seed = old[["variant", "seed"]].iloc[0]
         raise UserError(
             f"{path}: {variant!r} on {dataset}, seed {seed}, was measured when targets that return were no "
             "misses in test_unseen; take the row out and run the sweep again"
@@ -408,5 +435,5 @@ def _check_same_data(path: Path, dataset: str, runs: pd.DataFrame) -> None:
     for column in DATASET_COUNTS:
         counts = runs[column].dropna().unique()
         if len(counts) > 1:
-            listed = " and ".join(f"{count:.0f}" for count in counts)
+            listed = " and ".join(map("{:.0f}".format, counts))
             raise UserError(f"{path}: rows on {dataset} differ in {column}: {listed}")

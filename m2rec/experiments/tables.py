@@ -1,9 +1,8 @@
 """The result tables of README and docs, as Markdown."""
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -22,8 +21,6 @@ from m2rec.reports.markdown import format_markdown_table
 
 HEADLINE_TITLE = "test_unseen NDCG@10"
 
-_NOT_RUN = "not run"
-_P_VALUE_TITLE = "p"
 _BUCKET_KINDS = ("popularity", "history")
 _PUBLISHED_TITLES = ["protocol", "model", "reported HR@10", "reported NDCG@10", "our HR@10", "our NDCG@10",
                      "source"]  # fmt: skip
@@ -40,20 +37,21 @@ _OVERVIEW_NOTE = (
 RunsByVariant = Mapping[str, pd.DataFrame]
 
 
-def format_mean(quality: SeedStatistics) -> str:
-    """The mean with four decimals."""
-    return f"{quality.mean:.4f}"
+def format_mean(value: SeedStatistics | None) -> str:
+    """The mean with four decimals; empty without a value."""
+    return f"{value.mean:.4f}" if value else ""
 
 
-def format_mean_std(quality: SeedStatistics) -> str:
-    """The mean, and its deviation over several seeds."""
-    if quality.std is None:
-        return format_mean(quality)
-    return f"{format_mean(quality)} ± {quality.std:.4f}"
+def format_mean_std(value: SeedStatistics | None) -> str:
+    """The mean, and its deviation over several seeds; empty without a value."""
+    text = format_mean(value)
+    if value is None or value.std is None:
+        return text
+    return f"{text} ± {value.std:.4f}"
 
 
-def _format_epoch_count(best_epoch: SeedStatistics) -> str:
-    return f"{best_epoch.mean + 1:.0f}"  # epochs count from 0
+def _format_epoch_count(best_epoch: SeedStatistics | None) -> str:
+    return f"{best_epoch.mean + 1:.0f}" if best_epoch else ""  # epochs count from 0
 
 
 class MetricColumn(NamedTuple):
@@ -62,7 +60,7 @@ class MetricColumn(NamedTuple):
     title: str
     source: str
     """Column of NAME.csv."""
-    format: Callable[[SeedStatistics], str]
+    format: Callable[[SeedStatistics | None], str]
     mark_best: bool = True
     """Whether the highest value is in bold."""
 
@@ -94,31 +92,38 @@ def make_table(all_results: Sequence[DatasetResults], table: str, published: pd.
     blocks = []
     for results in all_results:
         if table == "reported":
-            blocks.append(_make_published_block(results, published))
+            block = _make_published_block(results, published)
         elif table == "buckets":
-            blocks.append(_make_bucket_block(results))
+            block = _make_bucket_block(results)
         else:
-            blocks.append(_make_variant_block(results, results.sweep.tables[table]))
+            block = _make_variant_block(results, table)
+        blocks.append(block)
     return "\n\n".join(blocks)
 
 
-def _make_variant_block(results: DatasetResults, variants: Sequence[str]) -> str:
+def _make_variant_block(results: DatasetResults, table: str) -> str:
     """A row per variant."""
+    variants = results.sweep.tables[table]
     found = _select_variants_with_runs(results, variants)
     if not found:
         return _format_block(results, [], [], variants)
-    runs = pd.concat(found.values())
-    device = find_main_device(runs)
-    cells = pd.DataFrame(index=list(found))
-    cells["n"] = [_format_seed_count(results, variant) for variant in found]
+    all_runs = pd.concat(found.values())
+    device = find_main_device(all_runs)
+    counts = []
+    seconds = []
+    comparisons = []
+    for variant, runs in found.items():
+        counts.append(_format_seed_count(results, variant))
+        seconds.append(_format_epoch_seconds(runs, device))
+        comparisons.append(_format_comparison(results, variant))
+    cells = pd.DataFrame({"variant": list(found), "n": counts})
     for column in METRIC_COLUMNS:
         cells[column.title] = _format_metric_column(column, found)
-    cells["s / epoch"] = [_format_epoch_seconds(own, device) for own in found.values()]
-    cells[_make_versus_title(results)] = [_format_relative_change(results, variant) for variant in found]
-    cells[_P_VALUE_TITLE] = [_format_p_value(results, variant) for variant in found]
-    filled = cells.loc[:, (cells != "").any()]
-    table = filled.reset_index(names="variant")
-    return _format_block(results, [table], [_describe_protocol(runs)], variants)
+    cells["s / epoch"] = seconds
+    cells[_list_comparison_titles(results)] = comparisons
+    is_filled = (cells != "").any()
+    note = _describe_protocol(all_runs)
+    return _format_block(results, [cells.loc[:, is_filled]], [note], variants)
 
 
 def _make_bucket_block(results: DatasetResults) -> str:
@@ -135,9 +140,11 @@ def _make_bucket_block(results: DatasetResults) -> str:
             raise UserError(f"{path}: no column {HEADLINE_METRIC}|{kind}=...; run the sweep again")
         cells = pd.DataFrame({kind: ["users", *found]})
         for bucket in buckets:
-            column = MetricColumn(bucket, f"{HEADLINE_METRIC}|{kind}={bucket}", format_mean_std)
+            source = f"{HEADLINE_METRIC}|{kind}={bucket}"
+            column = MetricColumn(bucket, source, format_mean_std)
             users = format_bucket_users(results.runs, kind, bucket)
-            cells[bucket] = [users, *_format_metric_column(column, found)]
+            texts = _format_metric_column(column, found)
+            cells[bucket] = [users, *texts]
         tables.append(cells)
     return _format_block(results, tables, [HEADLINE_TITLE], variants)
 
@@ -151,13 +158,18 @@ def _make_published_block(results: DatasetResults, published: pd.DataFrame) -> s
     published = published[published["dataset"] == results.dataset]
     if published.empty:
         raise UserError(f"reported.csv has no row of {results.dataset}; add one or remove the marker")
-    reference, rows = results.sweep.reference, []
+    reference = results.sweep.reference
+    rows = []
     for protocol, group in published.groupby("protocol"):
-        variants = [_match_variant(model, results.sweep) for model in group["model"]]
-        for row, variant in zip(group.to_dict("records"), variants, strict=True):
+        matched = []
+        for row in group.to_dict("records"):
+            model = row["model"]
+            variant = _match_variant(model, results.sweep)
+            matched.append(variant)
             ours = _format_our_metrics(results, variant, protocol)
-            rows.append([protocol, row["model"], row["hit@10"], row["ndcg@10"], *ours, row["source"]])
-        if reference and reference not in variants:
+            theirs = [row[metric] for metric in TABLE_METRICS]
+            rows.append([protocol, model, *theirs, *ours, row["source"]])
+        if reference and reference not in matched:
             ours = _format_our_metrics(results, reference, protocol)
             rows.append([protocol, reference, "", "", *ours, "this project"])
     table = pd.DataFrame(rows, columns=_PUBLISHED_TITLES)
@@ -167,30 +179,36 @@ def _make_published_block(results: DatasetResults, published: pd.DataFrame) -> s
 
 def _make_overview(all_results: Sequence[DatasetResults], published: pd.DataFrame) -> str:
     """Each data set's reference beside the best published numbers and the best of the sweep's baselines."""
-    references = {results.sweep.name: results.sweep.reference for results in all_results}
-    if None in references.values() or len({*references.values()}) > 1:
+    references = {}
+    for results in all_results:
+        references[results.sweep.name] = results.sweep.reference
+    distinct = set(references.values())
+    if None in distinct or len(distinct) > 1:
         listed = ", ".join(f"{name}: {reference}" for name, reference in references.items())
         raise UserError(f"an overview needs sweeps with the same reference, got {listed}")
-    versus = _make_versus_title(all_results[0])
+    titles = _list_comparison_titles(all_results[0])
     rows = [_make_overview_row(results, published) for results in all_results]
-    table = format_markdown_table([*_OVERVIEW_TITLES, versus, _P_VALUE_TITLE], rows)
-    return f"{table}\n\n{_OVERVIEW_NOTE.format(versus=versus)}"
+    table = format_markdown_table([*_OVERVIEW_TITLES, *titles], rows)
+    note = _OVERVIEW_NOTE.format(versus=titles[0])
+    return f"{table}\n\n{note}"
 
 
 def _make_overview_row(results: DatasetResults, published: pd.DataFrame) -> list[str]:
     sweep = results.sweep
-    assert sweep.reference is not None
+    reference = sweep.reference
+    assert reference is not None
     name = results.dataset
-    published = published[published["dataset"] == name]
-    published = published[published["protocol"] == "test_unseen"]
-    if sweep.keys(name, sweep.reference).get("split") == "global_time":
-        name, published = f"{name}, split by time", published.iloc[:0]
+    is_comparable = (published["dataset"] == name) & (published["protocol"] == "test_unseen")
+    if sweep.keys(name, reference).get("split") == "global_time":
+        name = f"{name}, split by time"
+        is_comparable[:] = False
+    comparable = published[is_comparable]
     return [
         name,
-        _format_seed_count(results, sweep.reference),
-        *_format_our_metrics(results, sweep.reference, "test_unseen"),
+        _format_seed_count(results, reference),
+        *_format_our_metrics(results, reference, "test_unseen"),
         _format_quality(results, sweep.without_text),
-        *(_format_best_published(published, metric) for metric in TABLE_METRICS),
+        *(_format_best_published(comparable, metric) for metric in TABLE_METRICS),
         *_format_best_baseline(results),
     ]
 
@@ -201,7 +219,8 @@ def _format_best_published(published: pd.DataFrame, metric: str) -> str:
     if values.empty:
         return ""
     best = published.loc[values.idxmax()]
-    return f"{best[metric]} ({_strip_model_details(best['model'])})"
+    model = _strip_model_details(best["model"])
+    return f"{best[metric]} ({model})"
 
 
 def _format_best_baseline(results: DatasetResults) -> list[str]:
@@ -213,79 +232,118 @@ def _format_best_baseline(results: DatasetResults) -> list[str]:
     if not means:
         return ["", "", ""]
     best = max(means, key=means.__getitem__)
-    quality_text = f"{_format_quality(results, best)}: {best}"
-    return [quality_text, _format_relative_change(results, best), _format_p_value(results, best)]
+    quality_text = _format_quality(results, best)
+    return [f"{quality_text}: {best}", *_format_comparison(results, best)]
 
 
 def _format_quality(results: DatasetResults, variant: str | None) -> str:
     """test_unseen NDCG@10 with the number of seeds."""
     quality = results.summarize_quality(variant)
-    return f"{format_mean_std(quality)} (n {len(results.select_runs(variant))})" if quality else ""
+    if quality is None:
+        return ""
+    n = len(results.select_runs(variant))
+    return f"{format_mean_std(quality)} (n {n})"
 
 
 def get_main_variants(sweep: Sweep) -> tuple[str, ...]:
     """The variants of the table `main`, or of the first table."""
-    return sweep.tables.get(MAIN_TABLE, next(iter(sweep.tables.values())))
+    first = next(iter(sweep.tables.values()))
+    return sweep.tables.get(MAIN_TABLE, first)
 
 
 def list_buckets(runs: pd.DataFrame, kind: str) -> list[str]:
     """The buckets of a kind in which runs were measured, from the lowest."""
     start = f"{HEADLINE_METRIC}|{kind}="
-    buckets = [column.removeprefix(start) for column in runs if column.startswith(start)]
-    return sorted(buckets, key=lambda bucket: int(re.split(r"\D", bucket)[0] or 0))
+    buckets = []
+    for column in runs:
+        if column.startswith(start):
+            buckets.append(column.removeprefix(start))
+    return sorted(buckets, key=_get_lower_end)
+
+
+def _get_lower_end(bucket: str) -> int:
+    """The first number of a bucket such as `6-20` or `101+`."""
+    return int(re.split(r"\D", bucket)[0])
 
 
 def format_bucket_users(runs: pd.DataFrame, kind: str, bucket: str) -> str:
     """How many test users are in a bucket; empty where they were not counted."""
     column = f"test_users|{kind}={bucket}"
-    users = runs[column].max() if column in runs else math.nan
-    return "" if math.isnan(users) else f"{users:,.0f}"
+    if column not in runs or runs[column].isna().all():
+        return ""
+    return f"{runs[column].max():,.0f}"
 
 
 def _select_variants_with_runs(results: DatasetResults, variants: Sequence[str]) -> RunsByVariant:
-    found = {variant: results.select_runs(variant) for variant in variants}
-    return {variant: runs for variant, runs in found.items() if len(runs)}
+    found = {}
+    for variant in variants:
+        runs = results.select_runs(variant)
+        if len(runs):
+            found[variant] = runs
+    return found
 
 
 def _format_metric_column(column: MetricColumn, found: RunsByVariant) -> list[str]:
     """A text per variant; the best in bold, unless all are equal."""
-    values = [summarize_seeds(runs, column.source) for runs in found.values()]
-    means = {format_mean(value) for value in values if value}
-    best = max(means) if column.mark_best and len(means) > 1 else None
     texts = []
-    for value in values:
-        text = column.format(value) if value else ""
-        is_best = value and format_mean(value) == best
-        texts.append(f"**{text}**" if is_best else text)
+    means = []
+    for runs in found.values():
+        value = summarize_seeds(runs, column.source)
+        texts.append(column.format(value))
+        means.append(format_mean(value))
+    distinct = set(means) - {""}
+    if not column.mark_best or len(distinct) < 2:
+        return texts
+    best = max(distinct)
+    for row, mean in enumerate(means):
+        if mean == best:
+            texts[row] = f"**{texts[row]}**"
     return texts
 
 
 def _format_epoch_seconds(runs: pd.DataFrame, device: str) -> str:
     """Seconds of an epoch on this device; falls back to the most common device, which is then named."""
-    used = device if device in {*runs["device"]} else find_main_device(runs)
-    seconds = summarize_seeds(runs[runs["device"] == used], "seconds_per_epoch")
+    used = device
+    if not (runs["device"] == device).any():
+        used = find_main_device(runs)
+    timed = runs[runs["device"] == used]
+    seconds = summarize_seeds(timed, "seconds_per_epoch")
     if seconds is None:
         return ""
-    text = f"{seconds.mean:,.0f}" if seconds.mean >= 99.5 else f"{seconds.mean:.2g}"
-    return text if used == device else f"{text} on {used or 'an unknown device'}"
+    number_format = ",.0f" if seconds.mean >= 99.5 else ".2g"
+    text = format(seconds.mean, number_format)
+    if used != device:
+        text += f" on {used or 'an unknown device'}"
+    return text
 
 
 def _format_seed_count(results: DatasetResults, variant: str) -> str:
     done = len(results.select_runs(variant))
     planned = len(results.sweep.seeds)
-    return str(done) if done == planned else f"{done} of {planned}"
+    if done == planned:
+        return str(done)
+    return f"{done} of {planned}"
 
 
-def _make_versus_title(results: DatasetResults) -> str:
-    return f"vs {results.sweep.reference}"
+def _list_comparison_titles(results: DatasetResults) -> list[str]:
+    return [f"vs {results.sweep.reference}", "p"]
+
+
+def _format_comparison(results: DatasetResults, variant: str) -> list[str]:
+    """A variant beside the reference: its relative change and its p."""
+    return [_format_relative_change(results, variant), _format_p_value(results, variant)]
 
 
 def _format_relative_change(results: DatasetResults, variant: str) -> str:
     """A variant's quality relative to the reference's on the same seeds."""
+    if variant == results.sweep.reference:
+        return ""
     compared = results.compare_with_reference(variant)
-    if compared is None or not compared[0].mean or variant == results.sweep.reference:
+    if compared is None:
         return ""
     base, difference = compared
+    if base.mean == 0:
+        return ""
     return f"{100 * difference.mean / base.mean:+.1f}%"
 
 
@@ -293,23 +351,25 @@ def _format_p_value(results: DatasetResults, baseline: str) -> str:
     """A test's p; lists the seeds used when both variants have others, too."""
     if baseline not in results.tests.index:
         return ""
-    p, seeds = results.tests.loc[baseline, ["p", "seeds"]]
+    test = results.tests.loc[baseline]
+    p = test["p"]
     text = "< 0.001" if p < 0.001 else f"{p:.3f}"
-    tested = seeds.split()
-    reference_seeds = {*results.select_runs(results.sweep.reference)["seed"]}
-    baseline_seeds = {*results.select_runs(baseline)["seed"]}
-    if reference_seeds & baseline_seeds == {*tested}:
-        return text
-    word = "seed" if len(tested) == 1 else "seeds"
-    return f"{text} ({word} {', '.join(tested)})"
+    reference_runs = results.select_runs(results.sweep.reference)
+    baseline_runs = results.select_runs(baseline)
+    shared = set(reference_runs["seed"]).intersection(baseline_runs["seed"])
+    tested = test["seeds"].split()
+    if shared != set(tested):
+        word = "seed" if len(tested) == 1 else "seeds"
+        text += f" ({word} {', '.join(tested)})"
+    return text
 
 
 def _match_variant(model: str, sweep: Sweep) -> str | None:
     """The variant that is the published model."""
-    for name in (model, _strip_model_details(model)):
-        if name in sweep.variants:
-            return name
-    return None
+    if model in sweep.variants:
+        return model
+    name = _strip_model_details(model)
+    return name if name in sweep.variants else None
 
 
 def _strip_model_details(model: str) -> str:
@@ -321,9 +381,12 @@ def _format_our_metrics(results: DatasetResults, variant: str | None, protocol: 
     """HR@10 and NDCG@10 of a variant."""
     runs = results.select_runs(variant)
     if variant and runs.empty:
-        return [_NOT_RUN, ""]
-    values = [summarize_seeds(runs, f"{protocol}.{metric}") for metric in TABLE_METRICS]
-    return [format_mean_std(value) if value else "" for value in values]
+        return ["not run", ""]
+    texts = []
+    for metric in TABLE_METRICS:
+        value = summarize_seeds(runs, f"{protocol}.{metric}")
+        texts.append(format_mean_std(value))
+    return texts
 
 
 def _format_block(
@@ -341,12 +404,17 @@ def _format_block(
         variants: those that the tables are about; the line names those without runs.
     """
     sweep = results.sweep
-    parts = [f"**{results.dataset}**"] if len(sweep.datasets) > 1 else []
-    parts += [format_markdown_table(list(table), table.to_numpy().tolist()) for table in tables]
+    parts = []
+    if len(sweep.datasets) > 1:
+        parts.append(f"**{results.dataset}**")
+    for table in tables:
+        rows = table.to_numpy().tolist()
+        parts.append(format_markdown_table(list(table), rows))
     sentences = [*notes]
-    missing = [variant for variant in variants if results.select_runs(variant).empty]
+    done = set(results.runs["variant"])
+    missing = "; ".join(variant for variant in variants if variant not in done)
     if missing:
-        sentences.append(f"{_NOT_RUN.capitalize()}: {'; '.join(missing)}")
+        sentences.append(f"Not run: {missing}")
     sentences.append(f"Made by `{sweep.command}`.")
     parts.append(". ".join(sentences))
     return "\n\n".join(parts)
@@ -354,32 +422,41 @@ def _format_block(
 
 def _describe_protocol(runs: pd.DataFrame) -> str:
     """Split, ranking, time order, counts, text and device."""
-    split = " and ".join(_list_unique(runs, "split")).replace("_", "-")
-    order = " and ".join(_list_unique(runs, "time_order"))
-    ranking = [split, "full ranking", order and f"time order {order}"]
+    ranking = [_join_unique(runs, "split").replace("_", "-"), "full ranking"]
+    if order := _join_unique(runs, "time_order"):
+        ranking.append(f"time order {order}")
     counts = []
     for name in DATASET_COUNTS:
-        counts += [f"{count:,.0f} {name}" for count in _list_unique(runs, name)]
+        for count in _list_unique(runs, name):
+            counts.append(f"{count:,.0f} {name}")
     clauses = [", ".join(filter(None, ranking)), ", ".join(counts)]
     for count in _list_unique(runs, "test_returning"):
         clauses.append(f"{count:,.0f} test targets return, misses in test_unseen")
-    clauses += [_describe_text_files(runs), _describe_devices(runs)]
+    clauses.append(_describe_text_files(runs))
+    clauses.append(_describe_devices(runs))
     text = "; ".join(filter(None, clauses))
     return text[0].upper() + text[1:]
 
 
-def _list_unique(runs: pd.DataFrame, column: str) -> list[Any]:
+def _list_unique(runs: pd.DataFrame, column: str) -> pd.Series:
     """The values of a column, each once, without empty ones and zero."""
-    return [value for value in runs[column].dropna().unique() if value]
+    values = runs[column].dropna().drop_duplicates()
+    return values[values.astype(bool)]
+
+
+def _join_unique(runs: pd.DataFrame, column: str) -> str:
+    return " and ".join(_list_unique(runs, column))
 
 
 def _describe_text_files(runs: pd.DataFrame) -> str:
     """What made text vectors; how many files of them there are, if not one."""
     texts = []
     for made_by in _list_unique(runs, "text"):
-        files = len(_list_unique(runs[runs["text"] == made_by], "text_sha256"))
+        own_runs = runs[runs["text"] == made_by]
+        files = len(_list_unique(own_runs, "text_sha256"))
         texts.append(f"{made_by} ({files} files)" if files > 1 else made_by)
-    return f"text by {' and '.join(texts)}" if texts else ""
+    listed = " and ".join(texts)
+    return f"text by {listed}" if listed else ""
 
 
 def _describe_devices(runs: pd.DataFrame) -> str:
@@ -387,15 +464,23 @@ def _describe_devices(runs: pd.DataFrame) -> str:
     main = find_main_device(runs)
     if not main:
         return ""
-    others = [_describe_device(runs, device) for device in _list_unique(runs, "device") if device != main]
     text = f"timed on {_describe_device(runs, main)}"
-    return f"{text}, and where a row says so on {' and '.join(others)}" if others else text
+    others = []
+    for device in _list_unique(runs, "device"):
+        if device != main:
+            others.append(_describe_device(runs, device))
+    if others:
+        listed = " and ".join(others)
+        text += f", and where a row says so on {listed}"
+    return text
 
 
 def _describe_device(runs: pd.DataFrame, device: str) -> str:
     """A device, and of a CPU how many threads runs had there."""
-    threads = sorted(_list_unique(runs[runs["device"] == device], "threads"))
-    if not (threads and device.startswith("cpu")):
+    own_runs = runs[runs["device"] == device]
+    threads = _list_unique(own_runs, "threads").sort_values()
+    if threads.empty or not device.startswith("cpu"):
         return device
     listed = " and ".join(f"{count:.0f}" for count in threads)
-    return f"{device}, {listed} thread{'' if threads == [1] else 's'}"
+    word = "thread" if listed == "1" else "threads"
+    return f"{device}, {listed} {word}"
