@@ -142,8 +142,10 @@ class HistoryDataset(SequentialDataset):
             ValueError: one that is required is missing or not loaded.
         """
         load, unload = self._get_load_and_unload_col(FeatureSource.INTERACTION)
-        columns = [name for name in header if load is None or name in load]
-        columns = [name for name in columns if not unload or name not in unload]
+        columns = []
+        for name in header:
+            if (load is None or name in load) and name not in (unload or ()):
+                columns.append(name)
         for key, kind in (("USER_ID_FIELD", "token"), ("ITEM_ID_FIELD", "token"), ("TIME_FIELD", "float")):
             name = self.config[key]
             inter_file.require_column(path, header, key, name, kind)
@@ -194,13 +196,13 @@ class HistoryDataset(SequentialDataset):
                 raise
         self.counts = self._count_sizes()
         self._check_sizes(before)
-        users, items = self.inter_feat[self.uid_field], self.inter_feat[self.iid_field]
-        for kind, ids in (("user", users), ("item", items)):
-            counts = ids.value_counts()
+        feat = self.inter_feat
+        for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
+            counts = feat[column].value_counts()
             warning = describe_dominant_entity(kind, counts.index, counts.to_numpy())
             if warning:
                 logger.warning("%s", warning)
-        self.gap_quartiles = measure_gap_quartiles(users, self.inter_feat[self.time_field])
+        self.gap_quartiles = measure_gap_quartiles(feat[self.uid_field], feat[self.time_field])
 
     def _check_sizes(self, before: dict[str, int]) -> None:
         """Check that something can be trained after filtering.
@@ -247,10 +249,11 @@ class HistoryDataset(SequentialDataset):
 
     def _change_feat_format(self) -> None:
         """Sort by exact time before RecBole rounds it to float32; its own sorts are stable."""
+        column = self.time_field
         if self.time_order == "exact":
-            self.inter_feat = self.inter_feat.sort_values(self.time_field, kind="stable", ignore_index=True)
+            self.inter_feat = self.inter_feat.sort_values(column, kind="stable", ignore_index=True)
         users = self.inter_feat[self.uid_field].to_numpy()
-        times = self.inter_feat[self.time_field].to_numpy()
+        times = self.inter_feat[column].to_numpy()
         if self.time_order != "exact":
             times = times.astype(np.float32)
         self.n_tied = count_tied_times(users, times)
@@ -267,7 +270,8 @@ class HistoryDataset(SequentialDataset):
         """
         self._aug_presets()
         self.sort(by=[self.uid_field, self.time_field], ascending=True)
-        users, items = self.inter_feat[self.uid_field].numpy(), self.inter_feat[self.iid_field].numpy()
+        users = self.inter_feat[self.uid_field].numpy()
+        items = self.inter_feat[self.iid_field].numpy()
         histories = Histories(users.copy(), items.copy())
         if self._period_counts is not None:
             n_train, n_valid = (counts[histories.users] for counts in self._period_counts)
@@ -279,18 +283,19 @@ class HistoryDataset(SequentialDataset):
 
     def _locate_targets(self, histories: Histories) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Positions of the targets and of their users' first items, for training, validation and test."""
-        second = np.minimum(histories.start + 1, len(histories.items) - 1)
+        times = self.inter_feat[self.time_field].numpy()
+        second = np.minimum(histories.start + 1, len(times) - 1)
         # stock order of users: time of their second interaction
-        order = np.argsort(self.inter_feat[self.time_field].numpy()[second], kind="stable")
-        start, train_stop = histories.start[order], histories.split.train_stop[order]
+        order = times[second].argsort(kind="stable")
+        start = histories.start[order]
+        train_stop = histories.split.train_stop[order]
         step = self.max_item_list_len if self.is_dense else 1
-        trained = []
-        for first, stop in zip(start, train_stop, strict=True):
-            trained.append(np.arange(stop - 1, first, -step)[::-1])
-        targets = [np.concatenate(trained)]
-        starts = [np.repeat(start, [len(part) for part in trained])]
-        for part in ("valid", "test"):
-            target = histories.split.targets[part][order]
+        n_rows = np.maximum((train_stop - start - 2) // step + 1, 0)
+        rows_after = n_rows.cumsum().repeat(n_rows) - np.arange(n_rows.sum()) - 1  # of the same user
+        targets = [train_stop.repeat(n_rows) - 1 - step * rows_after]
+        starts = [start.repeat(n_rows)]
+        for positions in histories.split.targets.values():
+            target = positions[order]
             exists = target != NO_TARGET
             targets.append(target[exists])
             starts.append(start[exists])
@@ -306,18 +311,16 @@ class HistoryDataset(SequentialDataset):
         lengths = target - begin
         position = np.arange(self.max_item_list_len)
         index = torch.from_numpy(np.minimum(begin[:, None] + position, len(self.inter_feat) - 1))
-        is_filled = torch.from_numpy(position < lengths[:, None])  # (rows, L)
+        is_padding = torch.from_numpy(position >= lengths[:, None])  # (rows, L)
         columns = {self.item_list_length_field: torch.from_numpy(lengths)}
         for column in self.inter_feat:
-            if column == self.uid_field:
-                continue
-            value = self.inter_feat[column]
-            mask = is_filled.view(*is_filled.shape, *[1] * (value.dim() - 1))
-            zero = torch.zeros((), dtype=value.dtype)
-            columns[getattr(self, f"{column}_list_field")] = torch.where(mask, value[index], zero)
+            if column != self.uid_field:
+                histories = self.inter_feat[column][index]
+                histories[is_padding] = 0
+                columns[getattr(self, f"{column}_list_field")] = histories
         if self.config["model"] == "DIEN":
             name, negatives = self._sample_negative_lists()
-            columns[name] = torch.where(is_filled, negatives[index], 0)
+            columns[name] = negatives[index].masked_fill(is_padding, 0)
         rows = self.inter_feat[target]
         rows.update(Interaction(columns))
         return rows
@@ -393,7 +396,8 @@ def drop_incomplete_rows(frame: pd.DataFrame, complete: pd.Series, name: object,
     """
     if complete.all():
         return frame
-    n_dropped, first = int((~complete).sum()), int(complete.to_numpy().argmin()) + 1
+    n_dropped = len(frame) - int(complete.sum())
+    first = complete.to_numpy().argmin() + 1
     logger.warning(
         "%s: %s of %s rows have no %s and are dropped; the first is row %s",
         name, f"{n_dropped:,}", f"{len(frame):,}", needed, f"{first:,}",
@@ -404,7 +408,7 @@ def drop_incomplete_rows(frame: pd.DataFrame, complete: pd.Series, name: object,
 def _check_eval_args(config: Config) -> None:
     """Refuse eval_args of a plain Config: the setting `split` decides which rows are tested."""
     given = {key: config["eval_args"][key] for key in ("split", "order", "group_by")}
-    if given != {key: EVAL_ARGS[key] for key in given}:
+    if EVAL_ARGS | given != EVAL_ARGS:
         raise UserError(
             f"eval_args: HistoryDataset does not support {given}; remove eval_args and set split, or use "
             f"RecBole's create_dataset(config)"

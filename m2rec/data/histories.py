@@ -19,15 +19,14 @@ class Split:
     """Where each user's targets lie, as positions in the sorted interactions.
 
     Attributes:
+        train_start: (m,), interactions before it are excluded from `Histories.training_counts`.
         train_stop: (m,), a user's interactions before it are for training; the first one has no target.
-        train_start: (m,), interactions before it are excluded from `Histories.training_counts`; None for
-            none.
         targets: `valid` and `test`, (m,) each: the position of the target, -1 for none.
     """
 
+    train_start: np.ndarray
     train_stop: np.ndarray
     targets: dict[str, np.ndarray]
-    train_start: np.ndarray | None = None
 
 
 def split_leave_one_out(start: np.ndarray, end: np.ndarray) -> Split:
@@ -42,7 +41,7 @@ def split_leave_one_out(start: np.ndarray, end: np.ndarray) -> Split:
     test = np.where(length >= 3, end - 1, NO_TARGET)
     valid = np.where(length >= 4, end - 2, NO_TARGET)
     n_held_out = np.clip(length - 2, 0, 2)
-    return Split(end - n_held_out, {"valid": valid, "test": test})
+    return Split(start, end - n_held_out, {"valid": valid, "test": test})
 
 
 def split_by_time(start: np.ndarray, end: np.ndarray, n_train: np.ndarray, n_valid: np.ndarray) -> Split:
@@ -62,7 +61,7 @@ def split_by_time(start: np.ndarray, end: np.ndarray, n_train: np.ndarray, n_val
     has_test = (end > valid_stop) & (end - start >= 2)
     valid = np.where(has_valid, valid_stop - 1, NO_TARGET)
     test = np.where(has_test, end - 1, NO_TARGET)
-    return Split(train_stop, {"valid": valid, "test": test})
+    return Split(start, train_stop, {"valid": valid, "test": test})
 
 
 def concatenate_ranges(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -98,23 +97,28 @@ class Histories:
 
     def lengths_before_target(self, users: np.ndarray, part: str) -> np.ndarray:
         """How many items each of these users had before the target of `part`."""
-        index = np.searchsorted(self.users, users)
-        return np.asarray(self.split.targets[part][index] - self.start[index])
+        start, target = self._find_histories(users, part)
+        lengths: np.ndarray = target - start
+        return lengths
 
     def items_before_target(self, users: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
         """All items before each user's target of `part`, as (index into users, item) pairs."""
-        start = self.start[np.searchsorted(self.users, users)]
-        lengths = self.lengths_before_target(users, part)
+        start, target = self._find_histories(users, part)
+        lengths = target - start
         user_index = np.repeat(np.arange(len(users)), lengths)
         return user_index, self.items[concatenate_ranges(start, lengths)]
 
     def target_returns(self, users: np.ndarray, part: str) -> np.ndarray:
         """Whether each user's target of `part` is among the items before it, (len(users),)."""
-        index = np.searchsorted(self.users, users)
-        targets = self.items[self.split.targets[part][index]]
+        _, target = self._find_histories(users, part)
         user_index, items = self.items_before_target(users, part)
-        is_target = items == targets[user_index]
+        is_target = items == self.items[target][user_index]
         return np.bincount(user_index[is_target], minlength=len(users)) > 0
+
+    def _find_histories(self, users: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of each user's first item and of the target of `part`."""
+        index = np.searchsorted(self.users, users)
+        return self.start[index], self.split.targets[part][index]
 
     def training_counts(self, n_items: int) -> np.ndarray:
         """Occurrences of each item in the training data, as input or target, (n_items,).
@@ -122,23 +126,19 @@ class Histories:
         Users with one training interaction are excluded.
         """
         is_trained = self.split.train_stop - self.start >= 2
-        stop = np.where(is_trained, self.split.train_stop, self.start)
-        start = self.start
-        if self.split.train_start is not None:
-            start = np.minimum(self.split.train_start, stop)
-        return self._count_items(start, stop, n_items)
+        first = np.where(is_trained, self.split.train_start, self.split.train_stop)
+        return self._count_training_items(first, n_items)
 
     def count_training_targets(self, n_items: int) -> np.ndarray:
         """How often each item is a target of training, (n_items,)."""
-        first = self.start + 1
-        if self.split.train_start is not None:
-            first = np.maximum(first, self.split.train_start)
-        stop = np.maximum(first, self.split.train_stop)
-        return self._count_items(first, stop, n_items)
+        first = np.maximum(self.start + 1, self.split.train_start)
+        return self._count_training_items(first, n_items)
 
-    def _count_items(self, start: np.ndarray, stop: np.ndarray, n_items: int) -> np.ndarray:
-        """How often each item is in the intervals [start, stop)."""
-        return np.bincount(self.items[concatenate_ranges(start, stop - start)], minlength=n_items)
+    def _count_training_items(self, first: np.ndarray, n_items: int) -> np.ndarray:
+        """How often each item is in the intervals [first, train_stop)."""
+        lengths = np.maximum(self.split.train_stop - first, 0)
+        positions = concatenate_ranges(first, lengths)
+        return np.bincount(self.items[positions], minlength=n_items)
 
 
 def shift_targets(items: Tensor, lengths: Tensor, last: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def _build_row_histories(
     }
     train_stop = np.where(part == 0, histories.end, histories.start)
     train_start = np.where(lengths == 1, histories.start, target)
-    histories.split = Split(train_stop, targets, train_start)
+    histories.split = Split(train_start, train_stop, targets)
     return histories
 
 

@@ -10,13 +10,8 @@ def count_tied_times(users: np.ndarray, times: np.ndarray) -> int:
     Args:
         users, times: (n,) each, in any order.
     """
-    order = np.lexsort((times, users))
-    users, times = users[order], times[order]
-    same_user = users[1:] == users[:-1]
-    same_time = times[1:] == times[:-1]
-    tied_with_previous = np.append(False, same_user & same_time)
-    tied_with_next = np.append(tied_with_previous[1:], False)
-    return int((tied_with_previous | tied_with_next).sum())
+    frame = pd.DataFrame({"user": users, "time": times})
+    return int(frame.duplicated(keep=False).sum())
 
 
 def count_per_period(
@@ -33,11 +28,12 @@ def count_per_period(
         Counts by user id, for training and for validation.
     """
     ordered = np.sort(times)
+    n = len(times)
     counts = []
     for share in (valid_share, test_share):
-        position = min(int(share * len(times)), len(times) - 1)
-        earlier = users[times < ordered[position]]
-        counts.append(np.bincount(earlier, minlength=int(users.max()) + 1))
+        position = min(int(share * n), n - 1)
+        earlier = times < ordered[position]
+        counts.append(np.bincount(users[earlier], minlength=users.max() + 1))
     before_valid, before_test = counts
     return before_valid, before_test - before_valid
 
@@ -48,7 +44,7 @@ def measure_gap_quartiles(users: pd.Series, times: pd.Series) -> tuple[float, fl
     frame = frame.sort_values(["user", "time"])
     same_user = frame["user"].diff() == 0
     gaps = frame["time"].diff()[same_user]
-    if not len(gaps):
+    if gaps.empty:
         return None
-    low, middle, high = gaps.quantile([0.25, 0.5, 0.75])
-    return float(low), float(middle), float(high)
+    low, middle, high = gaps.quantile([0.25, 0.5, 0.75]).tolist()
+    return low, middle, high

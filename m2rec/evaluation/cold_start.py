@@ -104,12 +104,14 @@ def evaluate_new_items(scorer: Scorer, cases: EvaluationCases, added: Collection
 
 def _drop_unknown_cases(cases: EvaluationCases, tokens: Sequence[str]) -> EvaluationCases:
     cases = cases.drop_unknown_items(tokens)
-    has_history = np.array(list(map(len, cases.histories))) > 0
-    kept = cases.select_cases(np.flatnonzero(has_history & np.isin(cases.targets, tokens)))
-    if left_out := len(cases.users) - len(kept.users):
+    is_kept = np.isin(cases.targets, tokens) & (cases.lengths > 0)
+    kept = cases.select_cases(np.flatnonzero(is_kept))
+    total = len(kept.users)
+    left_out = len(cases.users) - total
+    if left_out:
         logger.warning("%s users are left out, whose items only left-out users have", f"{left_out:,}")
-    if returning := int(kept.returning.sum()):
-        total = len(kept.users)
+    returning = int(kept.returning.sum())
+    if returning:
         logger.warning("%s of %s targets are in the user's history: misses", f"{returning:,}", f"{total:,}")
     return kept
 
@@ -125,8 +127,8 @@ def _measure_group(
         ranking = rank_cases(scorer, cases, K, candidates=candidates)
         ranks, _ = ranking.select_rows(Protocol.UNSEEN)
         measures |= compute_metrics(RankedLists(ranks), ("hit", "ndcg"), [K], digits=_DIGITS)
-        chances = _compute_hit_chances(cases, candidates)
-        measures[f"chance@{K}"] = round(float(chances.mean()), _DIGITS)
+        chance = float(_compute_hit_chances(cases, candidates).mean())
+        measures[f"chance@{K}"] = round(chance, _DIGITS)
     return {f"{group}.{name}": value for name, value in measures.items()}
 
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from m2rec.evaluation.breakdown import HISTORY_BUCKETS
 from m2rec.evaluation.metrics import RankedLists, compute_metrics
 from m2rec.evaluation.protocols import Protocol
@@ -24,8 +22,9 @@ def measure_input_lengths(scorer: Scorer, cases: EvaluationCases) -> list[dict[s
         scorer: a saved model that accepts histories of any length.
         cases: test users.
     """
-    lengths = np.array([len(history) for history in cases.histories])
-    groups = {"all": np.ones_like(lengths, dtype=bool), **dict(HISTORY_BUCKETS.group_numbers(lengths))}
+    lengths = cases.lengths
+    groups = {"all": lengths >= 0}
+    groups |= HISTORY_BUCKETS.group_numbers(lengths)
     inputs = [n for n in INPUT_LENGTHS if n < lengths.max()]
     table = []
     for shown in (*inputs, None):
@@ -33,9 +32,8 @@ def measure_input_lengths(scorer: Scorer, cases: EvaluationCases) -> list[dict[s
         row: dict[str, Any] = {"shown": shown or "all"}
         for name, users in groups.items():
             row[f"{name}: users"] = int(users.sum())
-            for metric, mean in compute_metrics(
-                RankedLists(ranks[users]), _METRICS, [_K], digits=_DIGITS
-            ).items():
+            metrics = compute_metrics(RankedLists(ranks[users]), _METRICS, [_K], digits=_DIGITS)
+            for metric, mean in metrics.items():
                 row[f"{name}: {metric}"] = mean
         table.append(row)
     return table

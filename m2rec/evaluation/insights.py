@@ -89,8 +89,9 @@ def _summarize_gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
         for means, weights in zip(layers, by_layer.numpy(), strict=True):
             means.add_weights(weights, numbers)
         mean = by_layer.mean(0).numpy()
+        item_counts = counts[items[is_item].numpy()]
         positions.add_weights(mean, numbers)
-        popularity.add_weights(mean, counts[items[is_item].numpy()])
+        popularity.add_weights(mean, item_counts)
     return {
         "branches": encoder.branches,
         "by_layer": {str(n): means.format_means()["1+"] for n, means in enumerate(layers, 1)},

@@ -8,7 +8,6 @@ K       length of the ranking that is kept
 import typing
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from torch import Tensor
@@ -44,6 +43,11 @@ class EvaluationCases:
     users: list[str]
     histories: list[list[str]]
     targets: list[str]
+
+    @property
+    def lengths(self) -> IntArray:
+        """Of the histories, (n,)."""
+        return np.array(list(map(len, self.histories)), dtype=np.int64)
 
     @property
     def returning(self) -> BoolArray:
@@ -83,8 +87,9 @@ def collect_cases(part: HistoryDataset, rows: IntArray | None = None) -> Evaluat
     ends = part.histories.lengths_before_target(owners, part.part).cumsum()
     users = part.id2token(part.uid_field, feat[part.uid_field])
     targets = part.id2token(part.iid_field, feat[part.iid_field])
-    histories = np.split(part.id2token(part.iid_field, seen), ends)[:-1]
-    return EvaluationCases(users.tolist(), [history.tolist() for history in histories], targets.tolist())
+    seen_tokens = part.id2token(part.iid_field, seen)
+    histories = [history.tolist() for history in np.split(seen_tokens, ends)[:-1]]
+    return EvaluationCases(users.tolist(), histories, targets.tolist())
 
 
 def sample_evenly(n: int, most: int | None = None) -> IntArray:
@@ -112,23 +117,30 @@ def rank_cases(
         shown: how many items of the history the model gets, the last ones; None for all.
         candidates: items to rank; None for all.
     """
-    ids = dict(zip(scorer.tokens[1:], range(1, len(scorer.tokens)), strict=True))
+    ids: dict[str, int] = {}
     excluded: list[int] = []
-    if candidates is not None:
-        excluded = [number for token, number in ids.items() if token not in candidates]
-    known = cases.drop_unknown_items(ids).histories
-    lengths = np.array([len(history) for history in known], dtype=np.int64)
+    for number, token in enumerate(scorer.tokens[1:], 1):
+        ids[token] = number
+        if candidates is not None and token not in candidates:
+            excluded.append(number)
+    known = cases.drop_unknown_items(ids)
+    lengths = known.lengths
     by_length = np.argsort(lengths, kind="stable")  # little padding
     ranked = by_length[lengths[by_length] > 0]
 
     def score_batches() -> Iterator[ScoredBatch]:
         for start in range(0, len(ranked), _BATCH_SIZE):
             rows = ranked[start : start + _BATCH_SIZE]
-            histories = [known[row] for row in rows]
-            scores = scorer.scores([history[-(shown or 0) :] for history in histories]).cpu()
+            seen: list[int] = []
+            inputs = []
+            for row in rows:
+                history = known.histories[row]
+                seen.extend(map(ids.__getitem__, history))
+                inputs.append(history[-(shown or 0) :])
+            scores = scorer.scores(inputs).cpu()
             scores[:, excluded] = -np.inf
-            seen = np.array([ids[item] for item in chain.from_iterable(histories)])
-            yield scores, (np.repeat(np.arange(len(rows)), lengths[rows]), seen)
+            row_of_seen = np.arange(len(rows)).repeat(lengths[rows])
+            yield scores, (row_of_seen, np.array(seen))
 
     items = {}
     for protocol, top in rank_batches(score_batches(), k).items():
@@ -140,9 +152,9 @@ def rank_cases(
 
 def count_cases(cases: EvaluationCases, tokens: Collection[str]) -> dict[str, int]:
     """Users, targets that return, and what is unknown to a model with these item tokens."""
+    n_items = int(cases.lengths.sum())
     known = set(tokens)
-    n_items = sum(map(len, cases.histories))
-    n_known = sum(map(len, cases.drop_unknown_items(known).histories))
+    n_known = int(cases.drop_unknown_items(known).lengths.sum())
     return {
         "users": len(cases.users),
         "returning": int(cases.returning.sum()),

@@ -26,15 +26,19 @@ class Explanation(NamedTuple):
 def explain_history(model: SavedModel, ids: list[int]) -> list[Explanation]:
     """Explain each event of a history of internal ids, at least one."""
     encoder = model.inference_encoder
-    items = torch.tensor([ids], device=model.table.device)
-    _, gates = encoder.encode_with_gate_weights(items, torch.tensor([len(ids)], device=items.device))
-    means = torch.stack([gate[0].mean(-1) for gate in gates], dim=1)  # (L, layers, K)
+    device = model.table.device
+    items = torch.tensor([ids], device=device)
+    lengths = torch.tensor([len(ids)], device=device)
+    _, gates = encoder.encode_with_gate_weights(items, lengths)
+    means = torch.stack(gates, dim=2)[0].mean(-1)  # (L, layers, K)
     explained = []
     for item, layers in zip(ids, means.tolist(), strict=True):
         by_layer = [dict(zip(encoder.branches, layer, strict=True)) for layer in layers]
         weights = {}
         for branch in encoder.branches:
-            weights[branch] = sum(layer[branch] for layer in by_layer) / len(by_layer)
+            total = sum(layer[branch] for layer in by_layer)
+            weights[branch] = total / len(by_layer)
         token = model.tokens[item]
-        explained.append(Explanation(token, model.titles.get(token, ""), weights, by_layer))
+        title = model.titles.get(token, "")
+        explained.append(Explanation(token, title, weights, by_layer))
     return explained

@@ -23,18 +23,26 @@ def format_as_table(history: Sequence[str], ranking: Ranking, titles: Mapping[st
         titles: by token, of the items that have one.
     """
     last = history[-_SHOWN_HISTORY:]
-    shown = ["item", *last, *(entry.item for entry in ranking)]
-    width = max(len(_shorten_token(token)) for token in shown)
+    lengths = [len("item")]
+    lengths += map(len, last)
+    for entry in ranking:
+        lengths.append(len(entry.item))
+    width = min(max(lengths), _MAX_TOKEN_WIDTH)
     lines = [f"after {len(history):,} items, the last of them:"]
     for token in last:
-        lines.append(f"     {_shorten_token(token):<{width}}  {titles.get(token, '')}")
+        name = _shorten_token(token)
+        title = titles.get(token, "")
+        lines.append(f"     {name:<{width}}  {title}")
     lines.append("")
     lines.append(f"     {'item':<{width}}     score  title")
     for rank, entry in enumerate(ranking, 1):
-        token = _shorten_token(entry.item)
-        lines.append(f"{rank:>3}  {token:<{width}}  {entry.score:>8.3f}  {entry.title}")
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+        name = _shorten_token(entry.item)
+        lines.append(f"{rank:>3}  {name:<{width}}  {entry.score:>8.3f}  {entry.title}")
+    stripped = map(str.rstrip, lines)
+    return "\n".join(stripped) + "\n"
 
 
 def _shorten_token(token: str) -> str:
-    return token if len(token) <= _MAX_TOKEN_WIDTH else token[: _MAX_TOKEN_WIDTH - 1] + "…"
+    if len(token) <= _MAX_TOKEN_WIDTH:
+        return token
+    return token[: _MAX_TOKEN_WIDTH - 1] + "…"

@@ -5,7 +5,7 @@ B, D    histories, model width
 V       items including padding
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -129,14 +129,19 @@ class Ranker:
     def _rank_histories(
         self, histories: list[list[int]], options: RankingOptions, warnings: InputWarnings
     ) -> list[Ranking]:
-        known = [history for history in histories if history]
+        known = list(filter(None, histories))
         seen = self._list_items(known)
         with self.limit_threads(sum(map(len, known)), len(known)):
-            ranked = self._rank_vectors(self.encode_histories(known), seen, options)
+            vectors = self.encode_histories(known)
+            ranked = self._rank_vectors(vectors, seen, options)
         return self._add_popular(histories, ranked, options, warnings)
 
     def _list_items(self, histories: list[list[int]]) -> list[HistoryItems]:
-        return [HistoryItems(set(history), set(self.truncate_history(history))) for history in histories]
+        listed = []
+        for history in histories:
+            visible = self.truncate_history(history)
+            listed.append(HistoryItems(set(history), set(visible)))
+        return listed
 
     def rank_sessions(self, states: Sequence[SessionState], options: RankingOptions) -> list[Ranking]:
         """Rank the items after each live user's events, in one pass.
@@ -145,11 +150,16 @@ class Ranker:
             ValueError: a user has no events, and the run has no item counts to fall back on.
         """
         warnings = InputWarnings()
-        vectors = [state.vector for state in states if state.vector is not None]
-        seen = [HistoryItems(state.seen, state.seen) for state in states if state.seen]
-        with self.limit_threads(0, len(vectors)):
-            ranked = self._rank_vectors(torch.cat([self.model.table[:0], *vectors]), seen, options)
-        ranked = self._add_popular([state.seen for state in states], ranked, options, warnings)
+        vectors = [self.model.table[:0]]
+        seen = []
+        for state in states:
+            if state.vector is not None:
+                vectors.append(state.vector)
+                seen.append(HistoryItems(state.seen, state.seen))
+        with self.limit_threads(0, len(seen)):
+            ranked = self._rank_vectors(torch.cat(vectors), seen, options)
+        histories = [state.seen for state in states]
+        ranked = self._add_popular(histories, ranked, options, warnings)
         warnings.log_warnings()
         return ranked
 
@@ -158,7 +168,8 @@ class Ranker:
         """Scores (B, V) of all items after histories, at least one item each; padding's are -inf."""
         with self.limit_threads(sum(map(len, histories)), len(histories)):
             scores = F.linear(self.encode_histories(histories), self.model.table)
-            adjustments = self._build_adjustments(self._list_items(histories), exclude_seen=False)
+            seen = self._list_items(histories)
+            adjustments = self._build_adjustments(seen, range(len(seen)), exclude_seen=False)
             adjustments.apply(scores, adjustments.items, 0)
         scores[:, 0] = -torch.inf
         return scores
@@ -186,7 +197,7 @@ class Ranker:
                 vectors[rest],
                 self.model.table,
                 options.k,
-                self._build_adjustments([seen[row] for row in rest], options.exclude_seen),
+                self._build_adjustments(seen, rest, options.exclude_seen),
                 options.excluded_ids,
                 options.candidate_ids,
             )
@@ -202,51 +213,55 @@ class Ranker:
         min_results = [n_ranked + len(items.all_ids) for items in seen]
         ranked: dict[int, Ranking] = {}
         for rows, retrieved in index.search_by_need(vectors, min_results):
-            histories = [seen[row] for row in rows]
-            # their repeat bias may lift items that the index does not find
-            visible = [torch.tensor([*items.visible_ids], dtype=torch.int64) for items in histories]
-            pools = torch.cat([retrieved, nn.utils.rnn.pad_sequence(visible, batch_first=True)], dim=1)
+            # a history's repeat bias may lift items that the index does not find
+            visible = _pad_rows([[*seen[row].visible_ids] for row in rows])
+            pools = torch.cat([retrieved, visible], dim=1)
             best = select_top_k_in_pools(
                 vectors[rows],
                 table,
                 options.k,
-                self._build_adjustments(histories, options.exclude_seen),
+                self._build_adjustments(seen, rows, options.exclude_seen),
                 options.excluded_ids,
                 pools.to(table.device),
             )
             ranked |= self._name_rows(rows, *best)
         return ranked
 
-    def _build_adjustments(self, histories: Sequence[HistoryItems], exclude_seen: bool) -> ScoreAdjustments:
-        """The repeat bias for the items that the model sees, and all items of a history taken out."""
+    def _build_adjustments(
+        self, seen: Sequence[HistoryItems], rows: Sequence[int], exclude_seen: bool
+    ) -> ScoreAdjustments:
+        """For these rows of `seen`: the repeat bias for visible items, and all items of a history removed."""
         bias = self.model.inference_encoder.repeat_bias
-        return ScoreAdjustments(
-            boosted=[items.visible_ids for items in histories],
-            hidden=[items.all_ids if exclude_seen else () for items in histories],
-            boost=0.0 if bias is None else bias.item(),
-            device=self.model.table.device,
-        )
+        boost = 0.0 if bias is None else bias.item()
+        boosted: list[Collection[int]] = []
+        hidden: list[Collection[int]] = []
+        for row in rows:
+            boosted.append(seen[row].visible_ids)
+            hidden.append(seen[row].all_ids if exclude_seen else ())
+        return ScoreAdjustments(boosted, hidden, boost, self.model.table.device)
 
     @torch.no_grad()
     def encode_histories(self, histories: list[list[int]]) -> Tensor:
         """The vectors (B, D) of histories that hold at least one item each."""
-        model = self.model
-        histories = [self.truncate_history(row) for row in histories]
-        vectors = model.table.new_empty(len(histories), model.table.shape[1])
+        encoder = self.model.inference_encoder
+        table = self.model.table
+        histories = list(map(self.truncate_history, histories))
+        vectors = table.new_empty(len(histories), table.shape[1])
+        batched_lengths = []  # 0 for a history that is encoded alone
         for row, history in enumerate(histories):
-            if len(history) > model.max_length:  # in pieces, however long
-                memory = SessionState()
-                session.advance_session(model.inference_encoder, history, memory)
-                assert memory.vector is not None
-                vectors[row] = memory.vector[0]
-        device = model.table.device
-        at_once = _POSITION_BUDGETS.get(device.type, _DEFAULT_POSITION_BUDGET)
-        short = [len(row) if len(row) <= model.max_length else 0 for row in histories]
-        for rows in batch_rows_by_length(short, at_once):
-            lengths = torch.tensor([len(histories[row]) for row in rows])
-            items = [torch.tensor(histories[row]) for row in rows]
-            padded = nn.utils.rnn.pad_sequence(items, batch_first=True)
-            vectors[rows] = model.inference_encoder.last(padded.to(device), lengths.to(device))
+            if len(history) <= self.model.max_length:
+                batched_lengths.append(len(history))
+                continue
+            batched_lengths.append(0)
+            memory = SessionState()
+            session.advance_session(encoder, history, memory)  # in pieces, however long
+            assert memory.vector is not None
+            vectors[row] = memory.vector[0]
+        at_once = _POSITION_BUDGETS.get(table.device.type, _DEFAULT_POSITION_BUDGET)
+        lengths = torch.tensor(batched_lengths, device=table.device)
+        for rows in batch_rows_by_length(batched_lengths, at_once):
+            items = _pad_rows([histories[row] for row in rows])
+            vectors[rows] = encoder.last(items.to(table.device), lengths[rows])
         return vectors
 
     def _add_popular(
@@ -294,5 +309,12 @@ class Ranker:
         for score, item in zip(scores, items, strict=True):
             if score > -torch.inf:
                 token = self.model.tokens[item]
-                found.append(Recommendation(token, score, self.model.titles.get(token, "")))
+                title = self.model.titles.get(token, "")
+                found.append(Recommendation(token, score, title))
         return found
+
+
+def _pad_rows(rows: Iterable[Sequence[int]]) -> Tensor:
+    """Ids as (B, n), shorter rows padded on the right."""
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True)

@@ -85,17 +85,19 @@ def advance_session_batch(encoder: Encoder, memories: Sequence[SessionState], it
         memories: one per user, each a different one.
         items: each one's next item.
     """
-    device = encoder.id_embedding.weight.device
-    fresh = [row for row, memory in enumerate(memories) if memory.states is None]
+    ids = torch.tensor(items, device=encoder.id_embedding.weight.device)
+    fresh, advanced, before = [], [], []
+    for row, memory in enumerate(memories):
+        if memory.states is None:
+            fresh.append(row)
+        else:
+            advanced.append(row)
+            before.append(memory.states)
     if fresh:
-        ids = torch.tensor([[items[row]] for row in fresh], device=device)
-        x, states = encoder.advance(ids)
+        x, states = encoder.advance(ids[fresh, None])
         _update_users(memories, fresh, states, x[:, 0], items)
-    advanced = sorted(set(range(len(memories))).difference(fresh))
     if advanced:
-        ids = torch.tensor([items[row] for row in advanced], device=device)
-        before = [memories[row].states for row in advanced]
-        x, states = encoder.step(ids, map_tensors(_concatenate, *before))
+        x, states = encoder.step(ids[advanced], map_tensors(_concatenate, *before))
         _update_users(memories, advanced, states, x, items)
 
 
@@ -131,7 +133,9 @@ def serialize_state(memory: SessionState, model: SavedModel) -> bytes:
     }
     if memory.states is not None and memory.vector is not None:
         tensors |= _name_state_tensors(memory.states, memory.vector)
-    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.detach().cpu().contiguous()
+    content = save(tensors)
     return hashlib.sha256(content).digest() + content
 
 
@@ -142,12 +146,14 @@ def deserialize_state(data: bytes, model: SavedModel) -> SessionState:
         ValueError: the data is damaged, not a saved session, or of another model.
     """
     tensors = _read_session_tensors(bytes(data))
-    made_by, names, seen = (tensors.pop(key) for key in (_MODEL_KEY, _TOKENS_KEY, _SEEN_KEY))
+    made_by = tensors.pop(_MODEL_KEY).numpy().tobytes()
+    tokens_hash = tensors.pop(_TOKENS_KEY).numpy().tobytes()
+    seen = tensors.pop(_SEEN_KEY)
     items = seen.tolist()
-    if made_by.numpy().tobytes() != model.fingerprint:
+    if made_by != model.fingerprint:
         raise UserError("session: it was saved with another model; start it again from the history")
-    known = all(0 < item < len(model.tokens) for item in items)
-    if not known or names.numpy().tobytes() != _hash_tokens(items, model.tokens):
+    is_known = (seen > 0) & (seen < len(model.tokens))
+    if not is_known.all() or tokens_hash != _hash_tokens(items, model.tokens):
         raise UserError("session: it has items that this model does not have; add them first")
     if not tensors:
         return SessionState()
