@@ -72,6 +72,15 @@ def test_it_is_trained_under_its_own_key(encoder: Encoder):
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
+def test_only_the_branch_without_an_input_is_masked(encoder: Encoder):
+    vectors = torch.randn(V, T)
+    vectors[5] = 0
+    encoder.set_text_vectors(vectors)
+    _, (weights, *_) = encoder.encode_with_gate_weights(torch.tensor([[3, 5]]), torch.tensor([2]))
+    missing = dict(zip(encoder.branches, (weights[0, 1] == 0).all(-1).tolist(), strict=True))
+    assert missing == {"temporal": False, "frequency": False, "semantic": True, "recent mean": False}
+
+
 def test_the_last_position_equals_the_whole_pass(encoder: Encoder):
     items, lengths = histories(1, L, 7, 2)
     whole = encoder(items, lengths)[torch.arange(4), lengths - 1]

@@ -121,6 +121,13 @@ def test_saved_and_restored(settings: dict):
     assert model.restore_session(model.session().to_bytes()).seen == []
 
 
+def test_saved_names_stay():
+    """Sessions that older versions saved are read."""
+    names = set(load(recommender().session(["i1"]).to_bytes()[32:]))
+    states = {f"{layer}.{part}" for layer in (0, 1) for part in ("mixer0", "mixer1", "filter")}
+    assert names == {"model", "tokens", "seen", "vector", *states}
+
+
 def test_it_does_not_grow_with_the_history():
     model = recommender()
     sizes = [len(model.session(["i1", "i2"] * n).to_bytes()) for n in (1, 500)]

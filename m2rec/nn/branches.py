@@ -1,7 +1,7 @@
 """The branches of a layer and the settings that choose them.
 
 To add a branch:
-1. Write a subclass of `Branch` in a file of its own, with `name`, `forward` and, for live users, `advance`.
+1. Write a subclass of `Branch` in a new file, with `name`, `forward` and, for live users, `advance`.
 2. Write a function (settings, max_length, text_dim) -> the branch, or None where its setting is off.
 3. Name it in `BRANCHES` under the branch's key: its prefix in the weights and in saved sessions.
 4. Add the setting, off by default; CONTRIBUTING.md has an example and the steps.

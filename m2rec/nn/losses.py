@@ -29,7 +29,7 @@ MIN_CHUNK_POSITIONS = 32  # positions for which the item table is read at once
 
 
 class LossInput(NamedTuple):
-    """What a training step knows of its positions."""
+    """The positions of a training step and what their loss needs."""
 
     encoder: Encoder
     x: Tensor

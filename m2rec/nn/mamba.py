@@ -34,7 +34,7 @@ from m2rec.settings import ModelSettings
 # The step size dt starts log-uniformly in this range (paper 2312.00752, section 3.6).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
-# What a mixer remembers of a history: the convolution's last inputs and the scan's state.
+# A mixer's state of a history: the convolution's last inputs and the scan's state.
 MixerState = tuple[Tensor, Tensor]
 
 # By a parameter's name, its attributes for the optimiser.
@@ -53,7 +53,8 @@ class MarkedParameters(nn.Module):
     def mark_parameters(self) -> None:
         """Set the marks, once the parameters are there."""
         for name, marks in self.marks.items():
-            if (parameter := getattr(self, name)) is not None:
+            parameter = getattr(self, name)
+            if parameter is not None:
                 vars(parameter).update(marks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ def causal_conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, sil
 
     Args:
         x: (B, L, E). Positions before the first count as zero.
-        weight: (E, K); its last tap meets the present position, as in `nn.Conv1d`.
+        weight: (E, K); its last tap weighs the present position, as in `nn.Conv1d`.
         bias: (E,) or None.
         silu: apply SiLU to the result.
 
