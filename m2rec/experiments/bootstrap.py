@@ -46,12 +46,17 @@ def paired_bootstrap(differences: FloatArray, resamples: int = N_RESAMPLES, seed
     if not np.isfinite(differences).all():
         raise UserError("the paired test needs a finite number for each user")
     mean = differences.mean(axis=0)
-    means = _resample_means(differences - mean, resamples, seed) + mean
-    low, high = np.quantile(means, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2], axis=0)
+    centered = differences - mean
+    means = mean + _resample_means(centered, resamples, seed)
+    ends = [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2]
+    low, high = np.quantile(means, ends, axis=0)
     # metrics take few values, so many draws are as far away as the mean: rounding must not decide
     slack = 1e-12 * np.abs(differences).max(axis=0)
-    extreme = (np.abs(means - mean) >= np.abs(mean) - slack).sum(axis=0)
-    return BootstrapResult(mean, low, high, (extreme + 1) / (resamples + 1))
+    distance = np.abs(means - mean)
+    is_extreme = distance >= np.abs(mean) - slack
+    extreme = is_extreme.sum(axis=0)
+    p = (extreme + 1) / (resamples + 1)
+    return BootstrapResult(mean, low, high, p)
 
 
 def _resample_means(values: FloatArray, resamples: int, seed: int) -> FloatArray:
@@ -62,7 +67,8 @@ def _resample_means(values: FloatArray, resamples: int, seed: int) -> FloatArray
     step = max(1, _MAX_COUNTS_IN_MEMORY // users)
     for start in range(0, resamples, step):
         n = min(step, resamples - start)
-        drawn = generator.integers(users, size=(n, users)) + users * np.arange(n)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=n * users).reshape(n, users)
-        means[start : start + n] = counts @ values / users
+        drawn = generator.integers(users, size=(n, users))
+        drawn += users * np.arange(n)[:, None]  # each draw counts in its own row
+        counts = np.bincount(drawn.ravel(), minlength=n * users)
+        means[start : start + n] = counts.reshape(n, users) @ values / users
     return means

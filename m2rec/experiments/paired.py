@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +26,8 @@ from m2rec.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-PAIRED_MEASURES = [(protocol, metric) for protocol in TEST_PROTOCOLS for metric in TABLE_METRICS]
-_HEADLINE_INDEX = [".".join(measure) for measure in PAIRED_MEASURES].index(HEADLINE_METRIC)
+PAIRED_MEASURES = list(product(TEST_PROTOCOLS, TABLE_METRICS))
+_HEADLINE_INDEX = list(map(".".join, PAIRED_MEASURES)).index(HEADLINE_METRIC)
 
 
 class TargetRanks(NamedTuple):
@@ -67,7 +68,8 @@ def compare_with_baselines(sweep: Sweep, runs: pd.DataFrame, folder: Path) -> pd
         raise UserError(f"{sweep.path}: reference: name the variant that others are compared with")
     tests = []
     for dataset in sweep.datasets:
-        rows = _compare_on_dataset(sweep, runs[runs["dataset"] == dataset], folder)
+        own_runs = runs[runs["dataset"] == dataset]
+        rows = _compare_on_dataset(sweep, own_runs, folder)
         if len(rows):
             tests.append(rows)
     if not tests:
@@ -88,18 +90,21 @@ def read_target_ranks(folder: Path) -> TargetRanks:
     path = RunFolder(folder).ranks_file
     rows = read_csv_table(path, ["user", "item", *TEST_PROTOCOLS])
     for column in TEST_PROTOCOLS:
-        wrong = rows[column][~rows[column].str.fullmatch(r"\d{1,9}").astype(bool)]
-        for row, value in wrong.items():
+        texts = rows[column]
+        is_rank = texts.str.fullmatch(r"\d{1,9}").astype(bool)
+        for row, value in texts[~is_rank].items():
             raise UserError(f"{path}: {column} is {value!r} in row {row + 1}, expected a whole number from 0")
     rows = rows.set_index("user").sort_index()
     for user in rows.index[rows.index.duplicated()]:
         raise UserError(f"{path}: user {user!r} is duplicated")
-    return TargetRanks(folder, rows["item"], rows[[*TEST_PROTOCOLS]].to_numpy().astype(np.int32))
+    ranks = rows[[*TEST_PROTOCOLS]].to_numpy()
+    return TargetRanks(folder, rows["item"], ranks.astype(np.int32))
 
 
 def _compare_on_dataset(sweep: Sweep, runs: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """The tests on one data set, from its runs; empty if no baseline has a seed of the reference."""
-    rows, differences = [], []
+    rows = []
+    differences = []
     for baseline, pair in _pair_runs(sweep, runs, folder).items():
         differences.append(pair.reference_metrics - pair.baseline_metrics)
         for column, (protocol, metric) in enumerate(PAIRED_MEASURES):
@@ -122,36 +127,41 @@ def _compare_on_dataset(sweep: Sweep, runs: pd.DataFrame, folder: Path) -> pd.Da
         results = paired_bootstrap(np.concatenate(differences, axis=1))
     except ValueError as error:
         raise UserError(f"{rows[0]['dataset']}: {error}") from None
-    return pd.concat([pd.DataFrame(rows), pd.DataFrame(results._asdict())], axis=1)
+    columns = results._asdict()
+    return pd.DataFrame(rows).assign(**columns)
 
 
 def _pair_runs(sweep: Sweep, runs: pd.DataFrame, folder: Path) -> dict[str, _Comparison]:
     """By baseline, its metrics and the reference's on the seeds of both."""
-    reference = _read_ranks_by_seed(runs[runs["variant"] == sweep.reference], folder)
+    reference = _read_ranks_by_seed(runs, sweep.reference, folder)
     for ranks in reference.values():
         _check_same_users(next(iter(reference.values())), ranks)
-    pairs, missing = {}, []
+    pairs = {}
+    missing = []
     for baseline in dict.fromkeys([*sweep.baselines, *sweep.variants]):
         if baseline == sweep.reference:
             continue
-        by_seed = _read_ranks_by_seed(runs[runs["variant"] == baseline], folder)
+        by_seed = _read_ranks_by_seed(runs, baseline, folder)
         seeds = [seed for seed in reference if seed in by_seed]
         for seed in seeds:
             _check_same_users(reference[seed], by_seed[seed])
         if seeds:
-            means = _average_user_metrics(reference, seeds), _average_user_metrics(by_seed, seeds)
-            pairs[baseline] = _Comparison(seeds, *means)
+            reference_metrics = _average_user_metrics(reference, seeds)
+            baseline_metrics = _average_user_metrics(by_seed, seeds)
+            pairs[baseline] = _Comparison(seeds, reference_metrics, baseline_metrics)
         else:
             missing.append(baseline)
     if missing:
-        logger.info("%s: no run with a seed of %s: %s", folder, sweep.reference, "; ".join(missing))
+        listed = "; ".join(missing)
+        logger.info("%s: no run with a seed of %s: %s", folder, sweep.reference, listed)
     return pairs
 
 
-def _read_ranks_by_seed(runs: pd.DataFrame, folder: Path) -> dict[str, TargetRanks]:
+def _read_ranks_by_seed(runs: pd.DataFrame, variant: str | None, folder: Path) -> dict[str, TargetRanks]:
     """By seed, the ranks of a variant's finished runs."""
     by_seed = {}
-    for run in runs.to_dict("records"):
+    own_runs = runs[runs["variant"] == variant]
+    for run in own_runs.to_dict("records"):
         planned = get_planned_run_folder(folder, run["dataset"], run["variant"], run["seed"])
         if finished := find_finished_run(planned):
             ranks = read_target_ranks(finished)
@@ -174,17 +184,19 @@ def _compute_user_metrics(ranks: TargetRanks) -> FloatArray:
 
 def _average_user_metrics(by_seed: Mapping[str, TargetRanks], seeds: Sequence[str]) -> FloatArray:
     """(users, measures), means over the seeds."""
-    return np.asarray(np.mean([_compute_user_metrics(by_seed[seed]) for seed in seeds], axis=0))
+    metrics = [_compute_user_metrics(by_seed[seed]) for seed in seeds]
+    return np.asarray(np.mean(metrics, axis=0))
 
 
 def _check_same_users(one: TargetRanks, other: TargetRanks) -> None:
-    odd = one.targets.index.symmetric_difference(other.targets.index)
+    users = one.targets.index
+    odd = users.symmetric_difference(other.targets.index)
     if len(odd):
         raise UserError(
             f"user {odd[0]!r} is in only one of {one.folder} and {other.folder}: "
             "they saw different data; run one again"
         )
-    differs = one.targets.index[one.targets.to_numpy() != other.targets.to_numpy()]
+    differs = users[one.targets != other.targets]
     if len(differs):
         raise UserError(
             f"user {differs[0]!r} has another test item in {one.folder} than in {other.folder}: "

@@ -1,6 +1,7 @@
 """Plots of a sweep's results, as SVG; the same results give the same file."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,7 +71,8 @@ def _write_plot(path: Path, panels: dict[str, Panel]) -> None:
         for (title, panel), axes in zip(panels.items(), grid[:, 0], strict=True):
             panel.draw(axes)
             axes.set_title(title)
-        write_atomically(path, lambda p: figure.savefig(p, format="svg", metadata={"Date": None}))
+        save = partial(figure.savefig, format="svg", metadata={"Date": None})
+        write_atomically(path, save)
 
 
 def _make_time_panel(results: DatasetResults) -> Panel | None:
@@ -92,7 +94,8 @@ def _make_time_panel(results: DatasetResults) -> Panel | None:
         set_log_ticks(axes.xaxis, "{x:,.0f}")
         axes.grid()
 
-    return Panel(max(3.5, 0.25 * len(points)), draw) if points else None
+    height = max(3.5, 0.25 * len(points))
+    return Panel(height, draw) if points else None
 
 
 def _make_ablation_panel(results: DatasetResults) -> Panel | None:
@@ -108,12 +111,12 @@ def _make_ablation_panel(results: DatasetResults) -> Panel | None:
 
     def draw(axes: "Axes") -> None:
         means = [difference.mean for difference in differences.values()]
-        axes.barh(
-            list(differences), means, xerr=_list_errors(differences), color="C0", alpha=0.7, ecolor=GREY
-        )
-        for y, (variant, mean) in enumerate(zip(differences, means, strict=True)):
-            text = "reference" if variant == reference else f"{mean:+.4f}"
-            axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
+        errors = _list_errors(differences)
+        axes.barh(list(differences), means, xerr=errors, color="C0", alpha=0.7, ecolor=GREY)
+        beside = axes.get_yaxis_transform()
+        for y, (variant, difference) in enumerate(differences.items()):
+            text = "reference" if variant == reference else f"{difference.mean:+.4f}"
+            axes.text(1.02, y, text, transform=beside, va="center")
         axes.axvline(0, color=GREY, linewidth=0.8)
         axes.invert_yaxis()
         seeds = f"on the same seeds (its mean: {base.mean:.4f})"
@@ -140,7 +143,8 @@ def _make_popularity_panel(results: DatasetResults) -> Panel | None:
         _draw_variants(axes, lines)
         labels = []
         for bucket in buckets:
-            labels.append(f"{bucket}\n{format_bucket_users(results.runs, 'popularity', bucket)} users")
+            users = format_bucket_users(results.runs, "popularity", bucket)
+            labels.append(f"{bucket}\n{users} users")
         axes.set_xticks(range(len(buckets)), labels)
         axes.set(xlabel="times that the target is in the training data", ylabel=HEADLINE_TITLE)
         axes.set_ylim(bottom=0)

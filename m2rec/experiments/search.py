@@ -4,6 +4,7 @@ import json
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from random import Random
 from time import perf_counter
@@ -51,17 +52,17 @@ def check_optuna() -> None:
 
 def list_example_settings(plan: SearchPlan) -> list[dict[str, Any]]:
     """Settings with the first value of each searched key, then with random values."""
-    choices = {}
-    for key, search_range in plan.search.items():
-        if isinstance(search_range, dict):
-            choices[key] = [search_range["low"], search_range["high"]]
-        else:
-            choices[key] = search_range
     random = Random(0)
-    examples = [{key: values[0] for key, values in choices.items()}]
-    for _ in range(MAX_CONFIG_DRAWS):
-        examples.append({key: random.choice(values) for key, values in choices.items()})
-    return [{**plan.fixed, **example} for example in examples]
+    examples = []
+    for number in range(1 + MAX_CONFIG_DRAWS):
+        example = dict(plan.fixed)
+        for key, search_range in plan.search.items():
+            values = search_range
+            if isinstance(search_range, dict):
+                values = [search_range["low"], search_range["high"]]
+            example[key] = random.choice(values) if number else values[0]
+        examples.append(example)
+    return examples
 
 
 def open_study(plan: SearchPlan, folder: Path, settings: Mapping[str, Any], maximize: bool) -> "optuna.Study":
@@ -81,8 +82,10 @@ def open_study(plan: SearchPlan, folder: Path, settings: Mapping[str, Any], maxi
     path.parent.mkdir(parents=True, exist_ok=True)
     pruner = optuna.pruners.NopPruner()
     if plan.pruner:
-        startup, warmup = plan.pruner.startup_trials, plan.pruner.warmup_epochs
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=warmup)
+        pruner = optuna.pruners.MedianPruner(
+            n_startup_trials=plan.pruner.startup_trials,
+            n_warmup_steps=plan.pruner.warmup_epochs,
+        )
     try:
         backend = optuna.storages.journal.JournalFileBackend(str(path))
         study = optuna.create_study(
@@ -105,17 +108,18 @@ def _check_same_settings(study: "optuna.Study", plan: SearchPlan, settings: Mapp
         study.set_user_attr("settings", now)
         return
     for key in {**before, **now}:
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"study: {plan.study!r} was started with {key}: {before.get(key)}, not {now.get(key)}; "
-                "name another study"
-            )
+        old = before.get(key)
+        new = now.get(key)
+        if old != new:
+            reason = f"was started with {key}: {old}, not {new}"
+            raise UserError(f"study: {plan.study!r} {reason}; name another study")
 
 
 def run_trials(study: "optuna.Study", plan: SearchPlan, train: Train) -> None:
     """Run trials until all of the plan have ended."""
     ended = tuple(optuna.trial.TrialState[name] for name in TRIAL_STATES)
-    if len(study.get_trials(deepcopy=False, states=ended)) >= plan.trials:
+    trials = study.get_trials(deepcopy=False, states=ended)
+    if len(trials) >= plan.trials:
         return
     enough = optuna.study.MaxTrialsCallback(plan.trials, states=ended)
     commit = read_commit()  # as it was imported, whatever is committed meanwhile
@@ -134,8 +138,11 @@ def _run_trial(trial: "optuna.Trial", plan: SearchPlan, train: Train, commit: st
         optuna.TrialPruned: the pruner ended it.
     """
     # a seed per trial: two workers draw differently, and a resumed study draws as one that never stopped
-    trial.study.sampler = optuna.samplers.TPESampler(seed=plan.seed + trial.number)
-    drawn = {key: suggest_setting(trial, key, search_range) for key, search_range in plan.search.items()}
+    seed = plan.seed + trial.number
+    trial.study.sampler = optuna.samplers.TPESampler(seed=seed)
+    drawn = {}
+    for key, search_range in plan.search.items():
+        drawn[key] = suggest_setting(trial, key, search_range)
 
     def watch(epoch: int, score: float) -> bool:
         trial.report(score, epoch)
@@ -162,33 +169,41 @@ def suggest_setting(trial: "optuna.Trial", key: str, search_range: dict[str, Any
     """A value of a list, or a number of a range; a whole number if all of the range are."""
     if isinstance(search_range, list):
         return trial.suggest_categorical(key, search_range)
-    numbers = [search_range.get(name, 1) for name in ("low", "high", "step")]
-    if all(type(number) is int for number in numbers):
-        return trial.suggest_int(key, **search_range)
-    return trial.suggest_float(key, **search_range)
+    for name in ("low", "high", "step"):
+        if type(search_range.get(name, 1)) is not int:
+            return trial.suggest_float(key, **search_range)
+    return trial.suggest_int(key, **search_range)
 
 
 def _log_trial(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
     """Log a trial that did not fail."""
-    if trial.state.name != "FAIL":
-        logger.info(
-            "trial %s %s, %s: %.4f after %s epochs, %s s",
-            trial.number,
-            TRIAL_STATES[trial.state.name],
-            format_arguments(trial.params),
-            trial.value,
-            trial.user_attrs["trained_epochs"],
-            trial.user_attrs["seconds"],
-        )
+    state = TRIAL_STATES[trial.state.name]
+    if state == "failed":
+        return
+    notes = trial.user_attrs
+    logger.info(
+        "trial %s %s, %s: %.4f after %s epochs, %s s",
+        trial.number,
+        state,
+        format_arguments(trial.params),
+        trial.value,
+        notes["trained_epochs"],
+        notes["seconds"],
+    )
 
 
 def format_trials_csv(trials: Iterable["optuna.trial.FrozenTrial"], searched: Iterable[str]) -> str:
     """All trials as CSV, in order: `TRIAL_COLUMNS`, then a column per searched key."""
     rows = []
     for trial in trials:
-        drawn = {key: format_value(value) for key, value in trial.params.items()}
-        state = TRIAL_STATES.get(trial.state.name, "running")
-        row = {"trial": trial.number, "state": state, "value": trial.value, **trial.user_attrs, **drawn}
+        row = {
+            "trial": trial.number,
+            "state": TRIAL_STATES.get(trial.state.name, "running"),
+            "value": trial.value,
+            **trial.user_attrs,
+        }
+        for key, value in trial.params.items():
+            row[key] = format_value(value)
         rows.append(row)
     frame = pd.DataFrame(rows, columns=[*TRIAL_COLUMNS, *searched], dtype=object)
     return str(frame.to_csv(index=False, lineterminator="\n"))
@@ -202,24 +217,33 @@ def format_study_summary(study: "optuna.Study", plan: SearchPlan, metric: str) -
     """
     states = [trial.state.name for trial in study.trials]
     counts = ", ".join(f"{states.count(state)} {word}" for state, word in TRIAL_STATES.items())
-    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
     if not complete:
         raise UserError(f"study: no trial of {plan.study!r} is complete ({counts})")
-    complete.sort(key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")
+    is_maximized = study.direction.name == "MAXIMIZE"
+    complete.sort(key=attrgetter("value"), reverse=is_maximized)
     rows = []
     for trial in complete[:MAX_SHOWN_TRIALS]:
-        row = {"trial": trial.number, metric: f"{trial.value:.4f}"}
-        for key in ("trained_epochs", "best_epoch"):
-            row[key] = trial.user_attrs[key]
+        row = {
+            "trial": trial.number,
+            metric: f"{trial.value:.4f}",
+            "trained_epochs": trial.user_attrs["trained_epochs"],
+            "best_epoch": trial.user_attrs["best_epoch"],
+        }
         for key in plan.search:
             value = trial.params[key]
             row[key] = f"{value:.4g}" if isinstance(value, float) else format_value(value)
         rows.append(row)
     table = pd.DataFrame(rows).to_string(index=False)
-    command = f"python run_mm.py {format_arguments({**plan.fixed, **complete[0].params})}"
+    settings = {**plan.fixed, **complete[0].params}
+    command = f"python run_mm.py {format_arguments(settings)}"
     return f"\n{plan.study}: {counts}; on validation:\n{table}\n{command}"
 
 
 def format_arguments(settings: Mapping[str, Any]) -> str:
     """Settings as arguments of run_mm.py in a shell."""
-    return " ".join(shlex.quote(format_argument(key, value)) for key, value in settings.items())
+    arguments = []
+    for key, value in settings.items():
+        argument = format_argument(key, value)
+        arguments.append(shlex.quote(argument))
+    return " ".join(arguments)

@@ -2,10 +2,9 @@
 
 import json
 from base64 import b64encode
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple, Self
@@ -76,7 +75,14 @@ class RunRecord:
     @property
     def metric(self) -> str:
         """The metric that the weights were chosen by."""
-        return str(self.metrics.get("valid_metric", self.config["valid_metric"])).lower()
+        configured = self.config["valid_metric"]
+        return str(self.metrics.get("valid_metric", configured)).lower()
+
+    @property
+    def test_returning(self) -> int | None:
+        """How many test targets are in their histories; None where they were not counted."""
+        count: int | None = self.metrics["data"].get("test_returning")
+        return count
 
     def title(self, token: str) -> str:
         """An item as a person knows it."""
@@ -101,12 +107,13 @@ def write_comparison_page(folders: Sequence[Path], path: Path) -> Path:
     Raises:
         ValueError: one is not a finished run or is given twice, or a file is damaged.
     """
-    if len({folder.resolve() for folder in folders}) < len(folders):
+    if len(set(map(Path.resolve, folders))) < len(folders):
         raise UserError("a run is given twice; name each once")
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    runs = {name: RunRecord.read(folder) for name, folder in zip(names, folders, strict=True)}
+    are_names_distinct = len({folder.name for folder in folders}) == len(folders)
+    runs = {}
+    for folder in folders:
+        name = folder.name if are_names_distinct else str(folder)
+        runs[name] = RunRecord.read(folder)
     with _report_damaged_files(*folders):
         write_text(path, _render_comparison_page(runs))
     return path
@@ -130,11 +137,15 @@ def write_insight_charts(folder: Path, into: Path) -> list[Path]:
     with _report_damaged_files(folder):
         figures = {**_draw_gate_charts(run), **_draw_filter_charts(run)}
     if not figures:
-        raise UserError(f"{folder}: no gate, no learned filter, or no {RunFolder(folder).insights_file.name}")
+        insights = RunFolder(folder).insights_file
+        raise UserError(f"{folder}: no gate, no learned filter, or no {insights.name}")
     into.mkdir(parents=True, exist_ok=True)
-    for name, shown in figures.items():
-        write_text(into / f"{name}.svg", shown.svg.decode())
-    return [into / f"{name}.svg" for name in figures]
+    written = []
+    for name, figure in figures.items():
+        path = into / f"{name}.svg"
+        write_text(path, figure.svg.decode())
+        written.append(path)
+    return written
 
 
 @contextmanager
@@ -146,7 +157,8 @@ def _report_damaged_files(*folders: Path) -> Iterator[None]:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, jinja2.TemplateError) as error:
         names = ", ".join(map(str, folders))
-        raise UserError(f"{names}: a file has unexpected content ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{names}: a file has unexpected content ({reason})") from None
 
 
 def _render_run_page(run: RunRecord) -> str:
@@ -164,13 +176,17 @@ def _render_run_page(run: RunRecord) -> str:
 
 def _render_comparison_page(runs: Mapping[str, RunRecord]) -> str:
     """The page of several runs by name."""
+    configs = [run.config for run in runs.values()]
     metrics = {}
     for protocol in _PAGE_PROTOCOLS:
-        metrics[protocol] = _merge_keys(run.metrics.get(protocol, {}) for run in runs.values())
+        names: dict[str, None] = {}  # a set in the order of the first run
+        for run in runs.values():
+            names.update(dict.fromkeys(run.metrics.get(protocol, ())))
+        metrics[protocol] = list(names)
     differences = {}
-    for key in sorted(_merge_keys(run.config for run in runs.values())):
-        values = [_format_setting_value(run.config.get(key)) for run in runs.values()]
-        if len({*values}) > 1:
+    for key in sorted(set().union(*configs)):
+        values = [_format_setting_value(config.get(key)) for config in configs]
+        if len(set(values)) > 1:
             differences[key] = values
     return _render_page(
         "Runs compared",
@@ -194,49 +210,52 @@ def _render_page(title: str, runs: Mapping[str, RunRecord], **context: Any) -> s
     environment.filters["setting"] = _format_setting_value
     environment.filters["quote"] = lambda path: quote(str(path))
     template = environment.get_template("run_page.html.j2")
-    return template.render(title=title, runs=runs, protocols=_select_protocols(runs.values()), **context)
-
-
-def _merge_keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(chain(*mappings)))
+    protocols = _select_protocols(runs.values())
+    return template.render(title=title, runs=runs, protocols=protocols, **context)
 
 
 def _select_protocols(runs: Collection[RunRecord]) -> list[str]:
     """The protocols that were measured; test_new only where it differs from test_unseen."""
-    returns = any(run.metrics["data"].get("test_returning") for run in runs)
-    selected = []
-    for protocol in _PAGE_PROTOCOLS:
-        is_measured = any(run.metrics.get(protocol) for run in runs)
-        if is_measured and (returns or protocol != "test_new"):
-            selected.append(protocol)
-    return selected
+    measured = set()
+    for run in runs:
+        for protocol in _PAGE_PROTOCOLS:
+            if run.metrics.get(protocol):
+                measured.add(protocol)
+    if not any(run.test_returning for run in runs):
+        measured.discard("test_new")
+    return sorted(measured, key=_PAGE_PROTOCOLS.index)
 
 
 def _list_incomparable_runs(runs: Mapping[str, RunRecord]) -> list[str]:
     """The runs that can't be compared with the others on test_unseen."""
-    counts = {name: run.metrics["data"].get("test_returning") for name, run in runs.items()}
-    if not any(counts.values()):
+    if not any(run.test_returning for run in runs.values()):
         return []
-    return [name for name, count in counts.items() if count is None]
+    return [name for name, run in runs.items() if run.test_returning is None]
 
 
 def _draw_training_curves(runs: Mapping[str, RunRecord]) -> list[_Figure]:
     """Loss and validation metric by epoch, a line per run."""
     metric = next(iter(runs.values())).metric
+    titles = {"loss": "training loss", f"valid.{metric}": f"{metric} on valid"}
     figures = []
-    for column, label in (("loss", "training loss"), (f"valid.{metric}", f"{metric} on valid")):
-        series: dict[str, tuple[list[int], list[float]]] = {}
+    for column, title in titles.items():
+        series = {}
+        trends = []
         for name, run in runs.items():
-            rows = [row for row in run.history if row.get(column)]
-            if rows:
-                epochs = [int(row["epoch"]) for row in rows]
-                series[name or label] = epochs, [float(row[column]) for row in rows]
+            epochs = []
+            values = []
+            for row in run.history:
+                if row.get(column):
+                    epochs.append(int(row["epoch"]))
+                    values.append(float(row[column]))
+            if values:
+                label = name or title
+                series[label] = epochs, values
+                trends.append(f"{label} from {values[0]:.4g} to {values[-1]:.4g}")
         if series:
-            trends = []
-            for name, (_, values) in series.items():
-                trends.append(f"{name} from {values[0]:.4g} to {values[-1]:.4g}")
-            svg = charts.draw_lines(series, "epoch", label)
-            figures.append(_Figure(svg, f"{label} by epoch: {'; '.join(trends)}", label))
+            svg = charts.draw_lines(series, "epoch", title)
+            trend = "; ".join(trends)
+            figures.append(_Figure(svg, f"{title} by epoch: {trend}", title))
     return figures
 
 
@@ -245,18 +264,24 @@ def _draw_bucket_charts(run: RunRecord) -> list[_Figure]:
     figures = []
     for kind, x in _BUCKET_TITLES.items():
         buckets = run.metrics.get("test_by", {}).get(kind, {})
-        measured: Mapping[str, float] = next((bucket["test"] for bucket in buckets.values()), {})
-        metric = run.metric if run.metric in measured else next(iter(measured), None)
-        if metric is None:
+        if not buckets:
             continue
-        groups = [f"{name}\n{bucket['users']:,}" for name, bucket in buckets.items()]
-        series = {}
-        for protocol in ("test", "test_unseen"):
-            series[protocol] = [bucket[protocol][metric] for bucket in buckets.values()]
-        values = zip(buckets, series["test_unseen"], strict=True)
-        listed = ", ".join(f"{name}: {value:.4f}" for name, value in values)
+        measured = next(iter(buckets.values()))["test"]
+        if not measured:
+            continue
+        metric = run.metric if run.metric in measured else next(iter(measured))
+        groups = []
+        listed = []
+        series: dict[str, list[float]] = {"test": [], "test_unseen": []}
+        for name, bucket in buckets.items():
+            groups.append(f"{name}\n{bucket['users']:,}")
+            for protocol, values in series.items():
+                values.append(bucket[protocol][metric])
+            listed.append(f"{name}: {series['test_unseen'][-1]:.4f}")
         svg = charts.draw_grouped_bars(groups, series, f"{x}; users below", metric)
-        figures.append(_Figure(svg, f"{metric} by {x}, test_unseen: {listed}", f"{metric} by {x}"))
+        caption = f"{metric} by {x}"
+        alt_text = f"{caption}, test_unseen: {', '.join(listed)}"
+        figures.append(_Figure(svg, alt_text, caption))
     return figures
 
 
@@ -268,44 +293,52 @@ def _draw_gate_charts(run: RunRecord) -> dict[str, _Figure]:
     figures = {}
     for key, (x, caption) in _GATE_TITLES.items():
         table = gate[key]
-        series = dict(zip(gate["branches"], zip(*table.values(), strict=True), strict=True))
+        series: dict[str, list[float]] = {branch: [] for branch in gate["branches"]}
         listed = []
         for bucket, weights in table.items():
-            pairs = zip(gate["branches"], weights, strict=True)
-            texts = [f"{name} {weight:.2f}" for name, weight in pairs]
+            texts = []
+            for branch, weight in zip(series, weights, strict=True):
+                series[branch].append(weight)
+                texts.append(f"{branch} {weight:.2f}")
             listed.append(f"{bucket}: {', '.join(texts)}")
         svg = charts.draw_stacked_bars(list(table), series, x)
-        figures[f"gate_{key}"] = _Figure(svg, f"gate weights {caption}: {'; '.join(listed)}", caption)
+        alt_text = f"gate weights {caption}: {'; '.join(listed)}"
+        figures[f"gate_{key}"] = _Figure(svg, alt_text, caption)
     return figures
 
 
 def _draw_filter_charts(run: RunRecord) -> dict[str, _Figure]:
     """By name, none without a learned filter."""
-    responses, strengths, peaks, strongest = {}, {}, [], []
-    for number, layer in enumerate(run.insights.get("filter") or [], start=1):
+    layers = run.insights.get("filter")
+    if not layers:
+        return {}
+    edges = layers[0]["edges"]
+    responses = {}
+    strengths = {}
+    peaks = []
+    strongest = []
+    for number, layer in enumerate(layers, start=1):
         name = f"layer {number}"
-        responses[name] = layer["period"], layer["lower"], layer["median"], layer["upper"]
+        periods = layer["period"]
+        median = layer["median"]
+        responses[name] = periods, layer["lower"], median, layer["upper"]
         strengths[name] = layer["strength"]
-        peak = layer["period"][_find_highest(layer["median"])]
+        peak = periods[_find_highest(median)]
         peaks.append(f"{name} has its highest gain at {peak:.3g} events")
         start = _find_highest(layer["strength"])
         low, high = layer["edges"][start : start + 2]
         strongest.append(f"{name} mostly {low:.3g} to {high:.3g} events")
-    if not responses:
-        return {}
-    edges = run.insights["filter"][0]["edges"]
-    return {
-        "filter_gain": _Figure(
-            charts.draw_bands(responses, "period, events", "gain"),
-            f"gain of the filter by period, median and quartiles over channels: {'; '.join(peaks)}",
-            "frequency response: line the median channel, band the middle half",
-        ),
-        "filter_periods": _Figure(
-            charts.draw_histograms(edges, strengths, "period, events", "share"),
-            f"periods of the filter's modes, weighted by their gain: {'; '.join(strongest)}",
-            "the periods found, weighted by how much of them passes",
-        ),
-    }
+    gain = _Figure(
+        charts.draw_bands(responses, "period, events", "gain"),
+        f"gain of the filter by period, median and quartiles over channels: {'; '.join(peaks)}",
+        "frequency response: line the median channel, band the middle half",
+    )
+    histogram = _Figure(
+        charts.draw_histograms(edges, strengths, "period, events", "share"),
+        f"periods of the filter's modes, weighted by their gain: {'; '.join(strongest)}",
+        "the periods found, weighted by how much of them passes",
+    )
+    return {"filter_gain": gain, "filter_periods": histogram}
 
 
 def _find_highest(values: Sequence[float]) -> int:
