@@ -7,6 +7,7 @@ V, T    items including padding, width of the text vectors
 K       branches of a layer
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class ItemBatch(NamedTuple):
     """(V, K), which branches have an input for each item; None if all have one for every item."""
 
 
-class Branch(nn.Module):
+class Branch(nn.Module, ABC):
     """Base class of the branches. A subclass needs `name` and `forward`, and `advance` for live users.
 
     The state of a history is a tensor or a tuple of tensors, batch first. Its size must not depend on
@@ -40,9 +41,9 @@ class Branch(nn.Module):
     setting: ClassVar[str] = ""
     """The setting that selects this class, such as `mixer: 'attention'`, for the error without `advance`."""
 
+    @abstractmethod
     def forward(self, x: Tensor, batch: ItemBatch) -> Tensor:
         """x: (B, L, D) -> (B, L, D). A position must not depend on later ones, or on padding."""
-        raise NotImplementedError
 
     def last(self, x: Tensor, batch: ItemBatch) -> Tensor:
         """As `forward` for each row's last position only, (B, D)."""
