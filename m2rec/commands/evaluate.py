@@ -40,7 +40,8 @@ def print_metrics(arguments: Sequence[str] | None) -> None:
     result = evaluate_run(options.run, options.part, options.device, **keys)
     print(format_metrics(result))
     if options.output:
-        write_text(options.output, json.dumps(result, indent=2) + "\n")
+        content = json.dumps(result, indent=2)
+        write_text(options.output, f"{content}\n")
 
 
 def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -52,8 +53,11 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, 
     parser.add_argument("--part", choices=("test", "valid"), default="test", help="default: test")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON, too")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    options, keys = parser.parse_known_args(arguments)
-    return options, {**parse_arguments(keys), "dataset": options.dataset, "data_path": options.data_path}
+    options, others = parser.parse_known_args(arguments)
+    keys = parse_arguments(others)
+    keys["dataset"] = options.dataset
+    keys["data_path"] = options.data_path
+    return options, keys
 
 
 def evaluate_run(run: Path, part: str = "test", device: str = "cpu", **keys: Any) -> dict[str, Any]:
@@ -73,17 +77,21 @@ def evaluate_run(run: Path, part: str = "test", device: str = "cpu", **keys: Any
         ValueError: the run or the data can't be loaded, or no user has a target.
     """
     recommender = Recommender.load(run, device)
-    rows = load_run_data(run, **keys)[2][PARTS.index(part)].dataset
+    _, _, loaders = load_run_data(run, **keys)
+    rows = loaders[PARTS.index(part)].dataset
     if not len(rows):
         raise UserError(f"dataset: no user has a {part} target; give other data, or --part")
-    cases = collect_cases(rows, rows.inter_feat[rows.owner_field].numpy().argsort())
+    owners = rows.inter_feat[rows.owner_field].numpy()
+    cases = collect_cases(rows, owners.argsort())
     topk = recommender.config["topk"]
     ranking = rank_cases(recommender, cases, max(topk))
     n_items = len(recommender.tokens)
+    measures = (*RANK_METRICS, "itemcoverage")
     metrics = {}
     for protocol in Protocol:
         lists = RankedLists(*ranking.select_rows(protocol), n_items)
-        metrics[protocol.get_name(part)] = compute_metrics(lists, (*RANK_METRICS, "itemcoverage"), topk)
+        name = protocol.get_name(part)
+        metrics[name] = compute_metrics(lists, measures, topk)
     return {
         "run": str(run),
         "dataset": keys.get("dataset") or recommender.config["dataset"],
@@ -95,10 +103,17 @@ def evaluate_run(run: Path, part: str = "test", device: str = "cpu", **keys: Any
 
 def format_metrics(result: dict[str, Any]) -> str:
     """The counts, and the metrics with a column per protocol."""
-    counts = ", ".join(f"{name} {count:,}" for name, count in result["counts"].items())
-    columns = {protocol: metrics for protocol, metrics in result["metrics"].items() if metrics}
-    lines = [f"{result['run']} on {result['dataset']}: {counts}"]
-    lines.append(f"{'metric':<18}" + "".join(f"{protocol:>13}" for protocol in columns))
+    counts = [f"{name} {count:,}" for name, count in result["counts"].items()]
+    columns = {}
+    for protocol, metrics in result["metrics"].items():
+        if metrics:
+            columns[protocol] = metrics
+    titles = "".join(map("{:>13}".format, columns))
+    lines = [
+        f"{result['run']} on {result['dataset']}: {', '.join(counts)}",
+        f"{'metric':<18}{titles}",
+    ]
     for name in next(iter(columns.values())):
-        lines.append(f"{name:<18}" + "".join(f"{metrics[name]:>13.4f}" for metrics in columns.values()))
+        cells = [f"{metrics[name]:>13.4f}" for metrics in columns.values()]
+        lines.append(f"{name:<18}{''.join(cells)}")
     return "\n".join(lines)

@@ -41,7 +41,9 @@ def print_measurements(options: argparse.Namespace) -> None:
     """Print a CSV line for each length of the input."""
     recommender = Recommender.load(options.run, whole_history=True)
     _, _, (_, _, test) = load_run_data(options.run, data_path=options.data_path)
-    cases = collect_cases(test.dataset, sample_evenly(len(test.dataset), options.users))
+    rows = test.dataset
+    chosen = sample_evenly(len(rows), options.users)
+    cases = collect_cases(rows, chosen)
     if returning := cases.returning.sum():
         sys.stderr.write(f"{returning:,} of {len(cases.users):,} targets are in their history: misses\n")
     table = pd.DataFrame(measure_input_lengths(recommender, cases))

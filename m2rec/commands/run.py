@@ -57,12 +57,15 @@ def _train(arguments: Sequence[str], log_level: int | None = None) -> int:
     if folder is None:
         config = build_config(given, DEFAULT_CONFIG)
     else:
-        config = build_resumed_config(folder, {key: given[key] for key in RESUME_KEYS if key in given})
+        overrides = {key: given[key] for key in RESUME_KEYS if key in given}
+        config = build_resumed_config(folder, overrides)
     logging.getLogger().setLevel(log_level or config["state"])
     try:
         result = run_experiment(config, folder)
     except RunInterrupted as stop:
-        cure = f"; resume with: python run_mm.py --resume={quote(str(stop.folder))}" if stop.folder else ""
+        cure = ""
+        if stop.folder:
+            cure = f"; resume with: python run_mm.py --resume={quote(str(stop.folder))}"
         sys.stderr.write(f"run_mm.py: stopped{cure}\n")
         return 128 + stop.signal
     print(format_metrics_table(result.metrics))
@@ -95,12 +98,13 @@ def format_metrics_table(metrics: dict[str, Any]) -> str:
     if "returning" in protocol:
         names.append("test_new")
     columns = {name: metrics[name] for name in names if metrics[name]}
-    width = max(len(name) for name in ("metric", *metrics["test"])) + 2
+    titles = "".join(map("{:>12}".format, columns))
+    width = 2 + max(map(len, ["metric", *metrics["test"]]))
     seconds = metrics["seconds"]["total"]
     lines = [
         "",
         f"{metrics['model']} on {metrics['dataset']}, seed {metrics['seed']}, {seconds:.0f} s",
-        "metric".ljust(width) + "".join(name.rjust(12) for name in columns),
+        "metric".ljust(width) + titles,
     ]
     for metric in metrics["test"]:
         values = [f"{column[metric]:12.4f}" for column in columns.values()]

@@ -20,7 +20,8 @@ def read_user_histories(run: Path, **keys: Any) -> list[tuple[str, list[str]]]:
     Raises:
         ValueError: the data can't be loaded.
     """
-    _, dataset, _ = load_run_data(run, **{**_KEEP_ALL_USERS, **keys})
+    keys = {**_KEEP_ALL_USERS, **keys}
+    _, dataset, _ = load_run_data(run, **keys)
     return list_user_histories(dataset)
 
 
@@ -36,8 +37,11 @@ def list_user_histories(dataset: HistoryDataset) -> list[tuple[str, list[str]]]:
         )
     histories = dataset.histories
     assert histories is not None
-    tokens, users = dataset.item_tokens, dataset.field2id_token[dataset.uid_field]
+    tokens = dataset.item_tokens
+    users = dataset.field2id_token[dataset.uid_field]
     found = []
     for user, start, end in zip(histories.users, histories.start, histories.end, strict=True):
-        found.append((str(users[user]), [tokens[item] for item in histories.items[start:end]]))
+        items = histories.items[start:end]
+        history = [tokens[item] for item in items]
+        found.append((str(users[user]), history))
     return found
