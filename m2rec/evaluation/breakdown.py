@@ -59,7 +59,8 @@ def tabulate_rows(ranking: Ranking, part: HistoryDataset) -> pd.DataFrame:
         before; by protocol, such as `test` and `test_unseen`, the rank of the target, 0 if not in the top K.
     """
     assert part.histories is not None and part.part is not None
-    users, owners = (part.inter_feat[field].numpy() for field in (part.uid_field, part.owner_field))
+    users = part.inter_feat[part.uid_field].numpy()
+    owners = part.inter_feat[part.owner_field].numpy()
     columns = {
         "user": part.field2id_token[part.uid_field][users],
         "item": part.field2id_token[part.iid_field][ranking.targets],
@@ -98,5 +99,6 @@ def _measure_bucket(rows: pd.DataFrame, topk: Sequence[int], digits: int) -> dic
     all_name, unseen_name, new_name = (protocol.get_name("test") for protocol in Protocol)
     ranks = {all_name: rows[all_name], unseen_name: rows[unseen_name], new_name: new[unseen_name]}
     for name, column in ranks.items():
-        metrics[name] = compute_metrics(RankedLists(column.to_numpy()), RANK_METRICS, topk, digits=digits)
+        lists = RankedLists(column.to_numpy())
+        metrics[name] = compute_metrics(lists, RANK_METRICS, topk, digits=digits)
     return metrics

@@ -95,7 +95,9 @@ def measure_gini(lists: RankedLists, k: int, first_item: int = 1) -> float:
     counts = np.sort(_count_exposures(lists, k)[first_item:])
     m = len(counts)
     weights = 2 * np.arange(1, m + 1) - m - 1
-    return float((weights * counts).sum() / (m * max(1, counts.sum())))
+    weighted = (weights * counts).sum()
+    total = max(1, counts.sum())
+    return float(weighted / (m * total))
 
 
 def measure_entropy(lists: RankedLists, k: int, first_item: int = 1) -> float:
@@ -172,4 +174,5 @@ def compute_rank_metric(metric: str, ranks: NDArray[np.integer]) -> FloatArray:
         ranks: any shape; 1 is first, 0 is not in the ranking.
     """
     name, _, k = metric.partition("@")
-    return np.asarray(_TEXTBOOK[name](RankedLists(ranks), int(k)))
+    values = _TEXTBOOK[name](RankedLists(ranks), int(k))
+    return np.asarray(values)

@@ -46,13 +46,12 @@ class Ranking:
 
     def select_rows(self, protocol: Protocol) -> tuple[IntArray, IntArray]:
         """Rank of the target and top-K items of each row that a protocol includes."""
-        targets = self.targets
-        if protocol is Protocol.NEW:
-            items = self.items[Protocol.UNSEEN][~self.returning]
-            targets = targets[~self.returning]
-        else:
+        if protocol is not Protocol.NEW:
             items = self.items[protocol]
-        return find_target_ranks(items, targets), items
+            return find_target_ranks(items, self.targets), items
+        is_new = ~self.returning
+        items = self.items[Protocol.UNSEEN][is_new]
+        return find_target_ranks(items, self.targets[is_new]), items
 
 
 def find_target_ranks(items: IntArray, targets: IntArray) -> IntArray:
@@ -65,7 +64,8 @@ def find_target_ranks(items: IntArray, targets: IntArray) -> IntArray:
         targets: (n,).
     """
     is_target = items == targets[:, None]
-    return np.where(is_target.any(axis=1), is_target.argmax(axis=1) + 1, 0)
+    rank = is_target.argmax(axis=1) + 1
+    return np.where(is_target.any(axis=1), rank, 0)
 
 
 def select_top_items(scores: Tensor, k: int) -> IntArray:

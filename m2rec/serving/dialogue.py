@@ -28,13 +28,17 @@ class TitleSearch:
     """
 
     def __init__(self, tokens: Iterable[str], titles: Mapping[str, str]) -> None:
-        self.names = {token: titles.get(token, token) for token in tokens}
-        self._normalized_names = {token: normalize_title(name) for token, name in self.names.items()}
+        self.names: dict[str, str] = {}
+        self._normalized_names: dict[str, str] = {}
         # by token and kind, with and without the year
         self._spellings: dict[tuple[str, str], str] = {}
-        for token, name in self._normalized_names.items():
-            self._spellings[token, "full"] = name
-            self._spellings[token, "plain"] = strip_year(name)
+        for token in tokens:
+            name = titles.get(token, token)
+            normalized = normalize_title(name)
+            self.names[token] = name
+            self._normalized_names[token] = normalized
+            self._spellings[token, "full"] = normalized
+            self._spellings[token, "plain"] = strip_year(normalized)
 
     def find(self, text: str) -> list[str]:
         """Tokens of the items that fit, best first: the token, the whole title, a part, or a similar one."""
@@ -99,7 +103,7 @@ class Dialogue:
         self.recommender, self.k, self.output = recommender, k, output
         self.catalogue = TitleSearch(recommender.tokens[1:], recommender.titles)
         self.history: list[str] = []
-        self.choices: list[str] = []
+        self.choices: dict[str, str] = {}  # tokens by the number to type
         self.ranking: Ranking = []
         self.commands: dict[str, Callable[[], None]] = {"why": self.why, "undo": self.undo, "new": self.new}
         self.new()
@@ -123,9 +127,8 @@ class Dialogue:
 
     def answer(self, text: str) -> None:
         """Handle one input line."""
-        numbers = [str(number) for number in range(1, 1 + len(self.choices))]
-        if text in numbers:
-            self.add(self.choices[numbers.index(text)])
+        if text in self.choices:
+            self.add(self.choices[text])
         elif text in self.commands:
             self.commands[text]()
         else:
@@ -137,15 +140,16 @@ class Dialogue:
         if len(found) == 1:
             self.add(found[0])
             return
-        self.choices = found
+        self.choices = {}
         for number, token in enumerate(found, 1):
+            self.choices[str(number)] = token
             self.say(f"{number:>3}  {self.catalogue.names[token]}")
         self.say("which number?" if found else f"nothing like {text!r}; type {HELP}")
 
     def add(self, token: str) -> None:
         """Append an item to the history and show the new ranking."""
         self.history.append(token)
-        self.choices = []
+        self.choices = {}
         self.say(f"+ {self.catalogue.names[token]}")
         self.show()
 
@@ -155,7 +159,8 @@ class Dialogue:
         self.ranking = self.recommender.recommend(self.history, self.k)
         for rank, item in enumerate(self.ranking, 1):
             change = format_rank_change(before.get(item.item), rank)
-            self.say(f"{rank:>3} {change:>4}  {item.title or item.item}")
+            name = item.title or item.item
+            self.say(f"{rank:>3} {change:>4}  {name}")
 
     def why(self) -> None:
         """Show the gate weight of each branch at the last events."""
@@ -163,8 +168,9 @@ class Dialogue:
             self.say("nothing to explain yet")
             return
         for event in self.recommender.explain(self.history)[-5:]:
-            weights = ", ".join(f"{name} {weight:.0%}" for name, weight in event.weights.items())
-            self.say(f"  {event.title or event.item}: {weights}")
+            weights = ", ".join(f"{branch} {weight:.0%}" for branch, weight in event.weights.items())
+            name = event.title or event.item
+            self.say(f"  {name}: {weights}")
 
     def undo(self) -> None:
         """Remove the last item."""
@@ -181,7 +187,9 @@ class Dialogue:
         write_escaped(text + "\n", self.output)
 
     def _reset_history(self, history: list[str]) -> None:
-        self.history, self.choices, self.ranking = history, [], []
+        self.history = history
+        self.choices = {}
+        self.ranking = []
 
 
 def format_rank_change(before: int | None, rank: int) -> str:

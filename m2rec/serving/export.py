@@ -66,7 +66,8 @@ def export_program(model: SavedModel, path: Path, batch_size: int | None = 1) ->
         batch_size = parse_whole_number("batch_size", batch_size, 1)
     examples = []
     for seed, size in enumerate(_CHECK_BATCH_SIZES):
-        examples.append(_sample_histories(model, batch_size or size, seed))
+        example = _sample_histories(model, batch_size or size, seed)
+        examples.append(example)
     dynamic = None if batch_size else [{0: torch.export.Dim("batch_size")}] * 2
     module = ScoringModule(_copy_portable_encoder(model)).eval()
     exported = torch.export.export(module, examples[0], dynamic_shapes=dynamic)
@@ -110,5 +111,6 @@ def _sample_histories(model: SavedModel, batch_size: int, seed: int) -> tuple[Te
     lengths = torch.randint(1, model.max_length + 1, (batch_size,), generator=random)
     if seed == 1:
         lengths.fill_(model.max_length)
-    items[torch.arange(model.max_length) >= lengths[:, None]] = 0
+    is_padding = torch.arange(model.max_length) >= lengths[:, None]
+    items[is_padding] = 0
     return items, lengths

@@ -50,12 +50,14 @@ class ItemIndex:
             raise UserError("index: there are no items")
         by_root = round(_CENTROIDS_PER_ROOT * math.sqrt(n_items))
         self.n_lists = max(1, min(by_root, n_items // _MIN_ITEMS_PER_CENTROID))
-        self._index = faiss.index_factory(width, f"IVF{self.n_lists},Flat", faiss.METRIC_INNER_PRODUCT)
-        self._index.cp.min_points_per_centroid = 1
-        self._index.cp.max_points_per_centroid = _TRAIN_ITEMS_PER_CENTROID
+        index = faiss.index_factory(width, f"IVF{self.n_lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        index.cp.min_points_per_centroid = 1
+        index.cp.max_points_per_centroid = _TRAIN_ITEMS_PER_CENTROID
+        rows = _table_to_numpy(table[1:])
+        index.train(rows)
+        index.add(rows)
+        self._index = index
         self.set_probes(0)
-        self._index.train(_table_to_numpy(table[1:]))
-        self._index.add(_table_to_numpy(table[1:]))
 
     def set_probes(self, probes: int) -> None:
         """Set how many lists are searched, the more the better and the slower; 0 for one in 16."""
@@ -90,9 +92,8 @@ class ItemIndex:
             if size <= limit:
                 groups.setdefault(size, []).append(row)
         for size, rows in groups.items():
-            step = max(1, _MAX_RETRIEVED_PER_SEARCH // size)
-            for start in range(0, len(rows), step):
-                part = torch.tensor(rows[start : start + step])
+            batch_size = max(1, _MAX_RETRIEVED_PER_SEARCH // size)
+            for part in torch.tensor(rows).split(batch_size):
                 ids = self.search_nearest(x[part], size)
                 is_full = (ids > 0).all(1)
                 if is_full.any():

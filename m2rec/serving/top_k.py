@@ -34,16 +34,13 @@ class ScoreAdjustments:
         boost: float,
         device: torch.device,
     ) -> None:
-        sizes: list[int] = []
-        items: list[int] = []
-        for group in chain(hidden, boosted):
-            sizes.append(len(group))
-            items.extend(group)
-        histories = torch.arange(len(hidden)).repeat(2)
+        groups = [*hidden, *boosted]
+        sizes = torch.tensor(list(map(len, groups)), dtype=torch.int64)
+        items = list(chain.from_iterable(groups))
+        rows = torch.arange(len(hidden)).repeat(2)
         values = torch.tensor([-torch.inf, boost]).repeat_interleave(len(hidden))
-        repeats = torch.tensor(sizes, dtype=torch.int64)
-        self.rows = histories.repeat_interleave(repeats).to(device)  # (R,)
-        self.values = values.repeat_interleave(repeats).to(device)
+        self.rows = rows.repeat_interleave(sizes).to(device)  # (R,)
+        self.values = values.repeat_interleave(sizes).to(device)
         self.items = torch.tensor(items, dtype=torch.int64, device=device)
 
     def apply(self, scores: Tensor, positions: Tensor, start: int) -> None:
@@ -88,22 +85,28 @@ def select_top_k(
     is_whole_table = len(pool) == len(table) - 1
     positions = _locate_items(pool, adjustments.items)
     excluded_positions = _locate_items(pool, excluded)
-    max_scores = _MAX_SCORES * _GPU_FACTOR if x.is_cuda else _MAX_SCORES
-    best_scores, best_items = [], []
+    max_scores = _MAX_SCORES
+    if x.is_cuda:
+        max_scores *= _GPU_FACTOR
     chunk_size = max(1, max_scores // max(1, len(x)))
+    best_scores = []
+    best_items = []
     for start in range(0, len(pool), chunk_size):
-        end = start + chunk_size
-        rows = table[1 + start : 1 + end] if is_whole_table else table[pool[start:end]]
+        chunk = pool[start : start + chunk_size]
+        first_row = start + 1
+        rows = table[first_row : first_row + len(chunk)] if is_whole_table else table[chunk]
         scores = F.linear(x, rows)
         adjustments.apply(scores, positions, start)
-        in_chunk = (excluded_positions >= start) & (excluded_positions < end)
-        scores[:, excluded_positions[in_chunk] - start] = -torch.inf
-        top = scores.topk(min(k, scores.shape[1]))
+        columns = excluded_positions - start
+        is_inside = (columns >= 0) & (columns < len(chunk))
+        scores[:, columns[is_inside]] = -torch.inf
+        top = scores.topk(min(k, len(chunk)))
         best_scores.append(top.values)
-        best_items.append(pool[start + top.indices])
+        best_items.append(chunk[top.indices])
     scores = torch.cat(best_scores, dim=1)
+    items = torch.cat(best_items, dim=1)
     top = scores.topk(min(k, scores.shape[1]))
-    return top.values, torch.cat(best_items, dim=1).gather(1, top.indices)
+    return top.values, items.gather(1, top.indices)
 
 
 def select_top_k_in_pools(
@@ -131,8 +134,7 @@ def select_top_k_in_pools(
     positions = _locate_items(keys, row_keys[adjustments.rows] + adjustments.items)
     adjustments.apply(scores, positions - adjustments.rows * items.shape[1], 0)
     is_hidden = torch.isin(items, excluded) | (items == 0)
-    is_duplicate = items[:, 1:] == items[:, :-1]
-    is_hidden[:, 1:] |= is_duplicate
+    is_hidden[:, 1:] |= items.diff() == 0  # a duplicate
     scores.masked_fill_(is_hidden, -torch.inf)
     top = scores.topk(min(k, items.shape[1]))
     return top.values, items.gather(1, top.indices)

@@ -178,7 +178,7 @@ def _split_frame(path: Path, frame: pd.DataFrame, id_column: str) -> tuple[list[
     Raises:
         ValueError: a column is missing, or can't be part of a vector.
     """
-    names = [str(name) for name in frame.columns]
+    names = list(map(str, frame.columns))
     if id_column not in names:
         raise UserError(
             f"id_column: {path} has no column {id_column!r}, only {', '.join(names)}; name one of them"
@@ -216,7 +216,8 @@ def _check_numbers(path: Path, tokens: list[str], column: pd.Series) -> None:
     """Check that a column is numeric, and name the first cell that is not."""
     if column.dtype.kind in "fiu":
         return
-    is_bad = pd.to_numeric(column, errors="coerce").isna() & column.notna()
+    numbers = pd.to_numeric(column, errors="coerce")
+    is_bad = numbers.isna() & column.notna()
     row = int(is_bad.to_numpy().argmax())
     token, cell = tokens[row], str(column.iloc[row])
     raise UserError(f"{path}: the vector of {token!r} has {cell!r}, not a number; repair or remove it")

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from m2rec.errors import UserError
 
@@ -30,7 +31,8 @@ def fit_whitening(raw: Tensor, whitening: str, width: int) -> tuple[Tensor, Tens
         basis = components.T / singular
         if whitening == "zca":
             basis = basis @ components
-    length = (centred @ basis).norm(dim=1).mean().clamp(min=1e-12)
+    whitened = centred @ basis
+    length = whitened.norm(dim=1).mean().clamp(min=1e-12)
     return mean, (basis / length).float()
 
 
@@ -41,8 +43,8 @@ def _find_principal_components(centred: Tensor, width: int) -> tuple[Tensor, Ten
     distance from each other.
     """
     _, singular, components = torch.linalg.svd(centred, full_matrices=False)
-    is_nonzero = singular > 1e-6 * singular[0]
-    allowed = min(int(is_nonzero.sum()), len(centred) // 4)
+    n_nonzero = int((singular > 1e-6 * singular[0]).sum())
+    allowed = min(n_nonzero, len(centred) // 4)
     rank = max(allowed, 1)
     if width > rank:
         raise UserError(
@@ -58,6 +60,8 @@ def compute_mean_cosine(vectors: Tensor) -> float:
     n = len(vectors)
     if n < 2:
         return 0.0
-    unit = torch.nn.functional.normalize(vectors.double(), dim=1)
-    pair_sum = unit.sum(0).square().sum() - unit.square().sum()
-    return float(pair_sum / (n * (n - 1)))
+    unit = F.normalize(vectors.double(), dim=1)
+    all_pairs = unit.sum(0).square().sum()
+    pair_sum = all_pairs - unit.square().sum()  # without each vector's pair with itself
+    n_pairs = n * (n - 1)
+    return float(pair_sum / n_pairs)
