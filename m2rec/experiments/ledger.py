@@ -118,10 +118,10 @@ def build_result_row(planned: PlannedRun, folder: Path) -> dict[str, str]:
         history = read_csv_table(files.history_file, ["seconds"])
         seconds = history["seconds"].astype(float)
         epochs = max(1, len(seconds))  # 0: Popularity has no epochs
-        measured = metrics["seconds"]
         for metric in TABLE_METRICS:
             if metric not in metrics["test"]:
                 raise UserError(f"{metric} was not measured, but tables and paired tests need it; set topk")
+        measured = metrics["seconds"]
         row = {
             "dataset": planned.dataset,
             "model": metrics["model"],
