@@ -146,7 +146,7 @@ def test_the_model_gets_the_vectors_that_training_loaded(
     monkeypatch.setattr(model_module, "load_text_vectors", None)
     caplog.set_level(logging.INFO)
     prepared = prepare_run(build_config(small(toy, runs_dir=str(tmp_path / "runs"))))
-    handed = prepared.parts[0].dataset.item_vectors
+    handed = prepared.loaders.train.dataset.item_vectors
     assert torch.equal(prepared.trainer.model.encoder.vectors, handed.vectors)
     assert prepared.trainer.model.text_source == handed.provenance
     assert caplog.text.count("text for 12 of 20 items") == 1

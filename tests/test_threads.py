@@ -167,7 +167,7 @@ def test_small_questions_take_one_thread(toy: Path, tmp_path: Path, monkeypatch:
 
     recommender = Recommender.load(trained(toy, tmp_path, text_vectors="none", epochs=1))
     threads: list[int] = []
-    for name in ("last", "advance", "step", "encode"):
+    for name in ("last", "advance", "step", "encode_with_gate_weights"):
         method = getattr(Encoder, name)
 
         def watched(*args: Any, method: Any = method, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from m2rec.data.column_names import LABEL_COLUMNS
-from m2rec.errors import UserError
+from m2rec.errors import UserError, format_one_line
 
 COLUMN_TYPES = ("token", "float", "token_seq", "float_seq")
 DOUBLE_DIGITS = 15  # decimal digits that a double always keeps
@@ -103,6 +103,9 @@ def read_text_columns(
         if match:
             reason = f"line {match[1]} has {match[2]} columns, the first line names {len(header)}"
         raise UserError(f"{path}: {reason}; repair or remove that line, or name the columns") from None
+    except ValueError as error:  # pandas' own about a surplus first column, where columns are chosen
+        surplus = f"does line 2 have more than the {len(header)} columns of the first line?"
+        raise UserError(f"{path}: can't be read ({format_one_line(error)}); {surplus}") from None
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes a surplus first column for an index
         raise UserError(f"{path}: line 2 has more than the {len(header)} columns of the first line")
     frame.columns = [column for column in header if columns is None or column in columns]
