@@ -81,6 +81,29 @@ def test_predict_is_a_column_of_full_sort_predict(toy: Path, form: str):
     assert torch.allclose(model.predict(interaction), columns, atol=1e-5)
 
 
+def test_evaluation_ranks_with_the_weights_of_now(toy: Path):
+    model, (batches, _, _) = made(toy)
+    rows = batches.dataset.inter_feat
+
+    def compare_scores() -> None:
+        with torch.no_grad():
+            history = rows[model.ITEM_SEQ]
+            expected = model.encoder.score_all_items(model(history, rows[model.ITEM_SEQ_LEN]), history)
+            found = model.full_sort_predict(rows)
+        torch.testing.assert_close(found[:, 1:], expected[:, 1:], atol=1e-5, rtol=1e-5)
+
+    for _ in range(2):
+        train(model.train(), [rows], 2)
+        model.eval()
+        compare_scores()
+        model.encoder.norm.weight.data *= 2
+        model.eval()
+        compare_scores()
+        with torch.no_grad():
+            model.encoder.norm.weight *= 2  # as weights are replaced within an evaluation
+        compare_scores()
+
+
 def test_dense_loss_is_the_prefix_loss_of_all_targets(tmp_path: Path):
     """Histories shorter than a window: the same targets with the same histories, so the same mean."""
     write_inter(tmp_path, "toy", random_rows(longest=9))

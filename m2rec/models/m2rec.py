@@ -12,6 +12,7 @@ positions of a history can be trained at once; see docs/model.md, "What differs 
 """
 
 import logging
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from m2rec.data.dataset import HistoryDataset
 from m2rec.data.histories import shift_targets
 from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
+from m2rec.nn.inference import PreparedEncoder, can_prepare
 from m2rec.nn.losses import LossInput, NegativeSampler, compute_loss
 from m2rec.nn.repeat_bias import RepeatBias, add_to_item_scores
 from m2rec.settings import ModelSettings, get_model_settings
@@ -61,6 +63,7 @@ class M2Rec(SequentialRecommender):
         # kept with the weights, so that a later item's text can be whitened in the same way
         self.register_buffer("text_mean", None if text is None else text.mean)
         self.register_buffer("text_basis", None if text is None else text.basis)
+        self._prepared: PreparedEncoder | None = None
 
     def _get_item_vectors(self, config: Config, dataset: SequentialDataset) -> TextVectors | None:
         """The vectors that training put on the data set; in RecBole's own flow load them."""
@@ -110,10 +113,29 @@ class M2Rec(SequentialRecommender):
             ValueError: a score is not finite; RecBole would rank such rows as if they were good.
         """
         history = interaction[self.ITEM_SEQ]
-        scores = self.encoder.score_all_items(self(history, interaction[self.ITEM_SEQ_LEN]), history)
+        lengths = interaction[self.ITEM_SEQ_LEN]
+        prepared = self._find_prepared_encoder()
+        if prepared is None:
+            scores = self.encoder.score_all_items(self(history, lengths), history)
+        else:
+            scores = prepared.score_all_items(history, lengths)
         if not torch.isfinite(scores).all():
             raise UserError("scores are NaN or infinite: training diverged; lower learning_rate")
         return scores
+
+    def train(self, mode: bool = True) -> Self:
+        """As in `nn.Module`; forgets the prepared network, which has the weights of before."""
+        self._prepared = None
+        super().train(mode)
+        return self
+
+    def _find_prepared_encoder(self) -> PreparedEncoder | None:
+        """The network for evaluation on a CPU, made again when weights have changed; None elsewhere."""
+        if self.training or torch.is_grad_enabled() or not can_prepare(self.encoder):
+            return None
+        if self._prepared is None or not self._prepared.is_current(self.encoder):
+            self._prepared = PreparedEncoder(self.encoder, self.encoder.item_table())
+        return self._prepared
 
 
 def _warn_about_ignored_keys(config: Config) -> None:

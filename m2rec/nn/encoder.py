@@ -76,6 +76,11 @@ class Encoder(MarkedParameters):
         first = cast(Layer, self.layers[0])
         return [branch.name for branch in first.branches.values()]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.id_embedding.weight.device
+
     def iterate_branches(self) -> Iterator[Branch]:
         """The branches of all layers."""
         for layer in self.layers:

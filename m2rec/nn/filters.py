@@ -95,7 +95,7 @@ class CausalFilter(Branch):
         """
         length = x.shape[1]
         y = self(x)
-        powers = self._compute_mode_powers(torch.arange(length + 1, device=x.device))  # (D, M, L + 1)
+        powers = self.compute_mode_powers(torch.arange(length + 1, device=x.device))  # (D, M, L + 1)
         backwards = powers[..., :length].flip(-1)
         added = torch.einsum("bld,dml->bdm", x.to(powers.dtype), backwards)
         if state is None:
@@ -107,12 +107,12 @@ class CausalFilter(Branch):
 
     def step(self, x: Tensor, state: Tensor, batch: ItemBatch | None = None) -> tuple[Tensor, Tensor]:
         """As `advance` for one position: x (B, D) -> y (B, D) and the state after it."""
-        poles = self._compute_mode_powers(torch.ones((), device=x.device))
+        poles = self.compute_mode_powers(torch.ones((), device=x.device))
         state = poles * state + x[..., None]
         y = (self.cosine * state.real + self.sine * state.imag).sum(-1)
         return y.to(x.dtype), state
 
-    def _compute_mode_powers(self, tau: Tensor) -> Tensor:
+    def compute_mode_powers(self, tau: Tensor) -> Tensor:
         """p_m to the powers tau (...), (D, M, ...) complex."""
         dtype = torch.promote_types(self.cosine.dtype, torch.float32)
         shape = (..., *(None,) * tau.dim())

@@ -124,7 +124,7 @@ class Mamba(MarkedParameters, Branch):
         y, h = selective_scan(
             u,
             self.dt_proj(dt),
-            _compute_decay_rates(self.A_log),
+            compute_decay_rates(self.A_log),
             B,
             C,
             self.D,
@@ -142,7 +142,7 @@ class Mamba(MarkedParameters, Branch):
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, window = _apply_causal_conv_step(u, state[0], self.conv1d)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        A = _compute_decay_rates(self.A_log)
+        A = compute_decay_rates(self.A_log)
         y, h = selective_scan_step(state[1], u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_proj.bias, True)
         return self.out_proj(y), (window, h)
 
@@ -213,7 +213,7 @@ class Mamba2(MarkedParameters, Branch):
         y, h = ssd(
             u,
             dt,
-            _compute_decay_rates(self.A_log),
+            compute_decay_rates(self.A_log),
             B,
             C,
             self.D,
@@ -231,7 +231,7 @@ class Mamba2(MarkedParameters, Branch):
         z, xBC, dt = self._project_for_last(x, batch.lengths)
         xBC, _ = _apply_causal_conv(xBC, None, self.conv1d, self.backend)
         u, B, C = self._split_channels(xBC)
-        A = _compute_decay_rates(self.A_log)
+        A = compute_decay_rates(self.A_log)
         y = ssd_last(u, dt, A, B, C, batch.lengths, self.D, self.dt_bias, True)
         return self._project_output(y, z)
 
@@ -240,7 +240,7 @@ class Mamba2(MarkedParameters, Branch):
         z, xBC, dt = self._project_inputs(x)
         xBC, window = _apply_causal_conv_step(xBC, state[0], self.conv1d)
         u, B, C = self._split_channels(xBC)
-        A = _compute_decay_rates(self.A_log)
+        A = compute_decay_rates(self.A_log)
         y, h = ssd_step(state[1], u, dt, A, B, C, self.D, self.dt_bias, True)
         return self._project_output(y, z), (window, h)
 
@@ -285,7 +285,7 @@ class GatedRMSNorm(nn.Module):
         return F.rms_norm(gated, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
-def _compute_decay_rates(A_log: Tensor) -> Tensor:
+def compute_decay_rates(A_log: Tensor) -> Tensor:
     """A of the recurrence, negative, in float32 at least."""
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 

@@ -25,7 +25,7 @@ class Explanation(NamedTuple):
 @torch.no_grad()
 def explain_history(model: SavedModel, ids: list[int]) -> list[Explanation]:
     """Explain each event of a history of internal ids, at least one."""
-    encoder = model.inference_encoder
+    encoder = model.encoder
     device = model.table.device
     items = torch.tensor([ids], device=device)
     lengths = torch.tensor([len(ids)], device=device)

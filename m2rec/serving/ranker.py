@@ -107,7 +107,7 @@ class Ranker:
             rows: histories to rank all items for.
         """
         model = self.model
-        if model.inference_encoder.id_embedding.weight.is_cuda:
+        if model.table.is_cuda:
             return nullcontext()
         work = positions * model.n_layer_parameters + rows * model.table.numel()
         return use_one_thread() if work <= _MAX_SINGLE_THREAD_WORK else nullcontext()

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from m2rec import __version__
 from m2rec.errors import UserError, format_one_line
 from m2rec.nn.encoder import Encoder
+from m2rec.nn.inference import PreparedEncoder, prepare_encoder
 from m2rec.run_folder import RunFolder
 from m2rec.settings import ModelSettings, RunSettings
 
@@ -57,9 +58,9 @@ class SavedModel:
     """What made the run's text vectors."""
 
     @cached_property
-    def inference_encoder(self) -> Encoder:
-        """The network for inference, with each item's text projected once; made at first use."""
-        return self.encoder.make_inference_copy(self.table)
+    def inference_encoder(self) -> Encoder | PreparedEncoder:
+        """The network for inference, with tables of what depends on an item alone; made at first use."""
+        return prepare_encoder(self.encoder, self.table)
 
     @cached_property
     def n_layer_parameters(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
+from m2rec.nn.inference import PreparedEncoder
 from m2rec.nn.layer import LayerState
 from m2rec.nn.states import map_tensors, name_tensors
 from m2rec.serving.saved_model import SavedModel
@@ -57,14 +58,14 @@ def check_is_recurrent(encoder: Encoder) -> None:
 
 
 @torch.no_grad()
-def advance_session(encoder: Encoder, items: Sequence[int], memory: SessionState) -> None:
+def advance_session(encoder: Encoder | PreparedEncoder, items: Sequence[int], memory: SessionState) -> None:
     """Update the state by some items, in pieces, so that a history of millions needs little memory.
 
     Raises:
         ValueError: a branch needs the whole history at once.
     """
     states, vector = memory.states, memory.vector
-    device = encoder.id_embedding.weight.device
+    device = encoder.device
     for start in range(0, len(items), _CHUNK_SIZE):
         piece = torch.tensor(items[start : start + _CHUNK_SIZE], device=device)
         if states is not None and len(piece) == 1:
@@ -77,7 +78,9 @@ def advance_session(encoder: Encoder, items: Sequence[int], memory: SessionState
 
 
 @torch.no_grad()
-def advance_session_batch(encoder: Encoder, memories: Sequence[SessionState], items: Sequence[int]) -> None:
+def advance_session_batch(
+    encoder: Encoder | PreparedEncoder, memories: Sequence[SessionState], items: Sequence[int]
+) -> None:
     """Update many users by one event each, in one pass.
 
     Args:
@@ -85,7 +88,7 @@ def advance_session_batch(encoder: Encoder, memories: Sequence[SessionState], it
         memories: one per user, each a different one.
         items: each one's next item.
     """
-    ids = torch.tensor(items, device=encoder.id_embedding.weight.device)
+    ids = torch.tensor(items, device=encoder.device)
     fresh, advanced, before = [], [], []
     for row, memory in enumerate(memories):
         if memory.states is None:
