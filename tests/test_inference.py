@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from m2rec.nn import inference
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.inference import PreparedEncoder, can_prepare, prepare_encoder
+from m2rec.nn.states import name_tensors
 from m2rec.ops import ssd_last, ssd_ref
 from m2rec.ops.ssd_inference import split_into_chunks, ssd_by_head, ssd_last_by_head
 from m2rec.settings import ModelSettings
@@ -115,12 +116,19 @@ def test_autocast_does_not_reach_the_prepared_network():
         assert torch.equal(prepared.last(items, lengths), expected)
 
 
-def test_live_users_continue_as_in_the_plain_network():
-    made, (items, _) = build_encoder(), draw_histories(9, 9)
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba"])
+@pytest.mark.parametrize("text", [True, False])
+def test_live_users_continue_as_in_the_plain_network(mixer: str, text: bool):
+    made, (items, _) = build_encoder(mixer=mixer, text=text), draw_histories(70, 70)
     prepared = PreparedEncoder(made, made.item_table())
-    _, states = prepared.advance(items[:, :8])
-    vector, _ = prepared.step(items[:, 8], states)
-    torch.testing.assert_close(vector, made.last(items, torch.tensor([9, 9])))
+    x, states = prepared.advance(items[:, :66])
+    torch.testing.assert_close(x, made(items[:, :66], torch.tensor([66, 66])))
+    expected, plain_states = made(items, torch.tensor([70, 70])), states
+    for t in range(66, 70):
+        vector, states = prepared.step(items[:, t], states)
+        torch.testing.assert_close(vector, expected[:, t])
+        _, plain_states = made.step(items[:, t], plain_states)
+        torch.testing.assert_close(name_tensors(states), name_tensors(plain_states))
 
 
 def test_a_changed_weight_is_noticed():

@@ -16,7 +16,7 @@ M       oscillation modes per channel in the causal filter
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from m2rec.nn.encoder import Encoder
 from m2rec.nn.filters import CausalFilter
 from m2rec.nn.gate import SoftmaxGate
 from m2rec.nn.layer import Layer, LayerState
-from m2rec.nn.mamba import Mamba2, compute_decay_rates
+from m2rec.nn.mamba import Mamba2, MixerState, compute_decay_rates
 from m2rec.nn.text_projection import TextBranch
 from m2rec.ops.contracts import LOG2_E, without_autocast
 from m2rec.ops.ssd_inference import MAX_CHUNK, split_into_chunks, ssd_by_head, ssd_last_by_head
@@ -69,6 +69,10 @@ class PreparedBranch(ABC):
     def last(self, x: Tensor, batch: ItemBatch) -> Tensor:
         """As `encode` for each row's last position only, (B, D)."""
 
+    @abstractmethod
+    def step(self, x: Tensor, state: Any, batch: ItemBatch) -> tuple[Tensor, Any]:
+        """As `Branch.step`: x (B, D) -> (B, D) and the new state."""
+
 
 class PlainBranch(PreparedBranch):
     """A branch without a prepared form.
@@ -91,6 +95,10 @@ class PlainBranch(PreparedBranch):
         """As `encode` for each row's last position only, (B, D)."""
         x, batch, _ = self._remove_filling(x, batch)
         return self.branch.last(x, batch)
+
+    def step(self, x: Tensor, state: Any, batch: ItemBatch) -> tuple[Tensor, Any]:
+        """x (B, D) -> (B, D) and the new state."""
+        return self.branch.step(x, state, batch)
 
     def _remove_filling(self, x: Tensor, batch: ItemBatch) -> tuple[Tensor, ItemBatch, int]:
         """Without the positions after the longest row's end, of which a branch may know no weights."""
@@ -122,6 +130,10 @@ class PreparedText(PreparedBranch):
         assert batch.lengths is not None
         return self.encode(x, batch._replace(items=select_last_positions(batch.items, batch.lengths)))
 
+    def step(self, x: Tensor, state: Any, batch: ItemBatch) -> tuple[Tensor, Any]:
+        """x (B, D) -> (B, D); the state is empty."""
+        return self.encode(x, batch), state
+
 
 class PreparedMamba2(PreparedBranch):
     """The Mamba-2 mixer; in the first layer its input projection is a table.
@@ -139,10 +151,9 @@ class PreparedMamba2(PreparedBranch):
     def __init__(self, mixer: Mamba2, inputs: Tensor | None, budget: TableBudget) -> None:
         inner, states, heads = mixer.inner, mixer.d_state, len(mixer.D)
         self.inner, self.states, self.width = inner, states, mixer.head_dim
-        weight = mixer.in_proj.weight
-        self.gate_weight, self.mixed_weight, self.step_weight = weight.split(
-            [inner, inner + 2 * states, heads]
-        )
+        self.weight = weight = mixer.in_proj.weight
+        self.widths = [inner, inner + 2 * states, heads]
+        self.gate_weight, self.mixed_weight, self.step_weight = weight.split(self.widths)
         self.scan_weight = weight[inner:]
         self.taps = mixer.conv1d.weight[:, 0].T.contiguous()  # (taps, E + 2N)
         assert mixer.conv1d.bias is not None
@@ -175,7 +186,7 @@ class PreparedMamba2(PreparedBranch):
             gate = F.embedding(batch.items, self.gate_table)
         else:
             gate = F.silu(F.linear(x, self.gate_weight), inplace=True)
-        return self._project_heads(y.flatten(1, 2), gate.flatten(0, 1)).view_as(x)
+        return self._project_heads(y.flatten(1, 2), self._split_heads(gate)).view_as(x)
 
     def last(self, x: Tensor, batch: ItemBatch) -> Tensor:
         """As `encode` for each row's last position only, (B, D)."""
@@ -185,7 +196,22 @@ class PreparedMamba2(PreparedBranch):
         y = ssd_last_by_head(u, steps, self.A, B, query, lengths)
         y += self.skip[:, None] * select_last_positions(u, lengths).unflatten(1, (-1, self.width))
         gate = F.silu(F.linear(select_last_positions(x, lengths), self.gate_weight))
-        return self._project_heads(y.transpose(0, 1).contiguous(), gate)
+        return self._project_heads(y.transpose(0, 1), self._split_heads(gate))
+
+    def step(self, x: Tensor, state: MixerState, batch: ItemBatch) -> tuple[Tensor, MixerState]:
+        """x (B, D) -> (B, D) and the new state, as `Mamba2.step`."""
+        window, h = state
+        z, mixed, steps = F.linear(x, self.weight).split(self.widths, dim=-1)
+        inputs = torch.cat([window, mixed[:, None]], dim=1)
+        mixed = F.silu((inputs * self.taps).sum(1).add_(self.bias), inplace=True)
+        u, B, C = mixed.split([self.inner, self.states, self.states], dim=-1)
+        u = u.view(len(x), -1, self.width)
+        steps = F.softplus(steps + self.step_bias)
+        h = h * torch.exp(steps * self.A)[..., None, None]
+        h.addcmul_((u * steps[..., None])[..., None], B[:, None, None])
+        y = torch.bmm(h.flatten(1, 2), C[..., None]).view_as(u)
+        y.addcmul_(u, self.skip[:, None])
+        return self._project_heads(y.transpose(0, 1), self._split_heads(F.silu(z))), (inputs[:, 1:], h)
 
     def _prepare_last_scan(self, x: Tensor, items: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """u (B, L, E), B (B, L, N), the last positions' C (B, N), the step sizes (B, L, H)."""
@@ -227,9 +253,13 @@ class PreparedMamba2(PreparedBranch):
         mixed = F.linear(window, self.mixed_weight[channels])
         return F.silu((mixed * taps).sum(1) + self.bias[channels])
 
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """x (..., E) -> (H, n, P), a view."""
+        return x.view(-1, self.inner // self.width, self.width).transpose(0, 1)
+
     def _project_heads(self, y: Tensor, gate: Tensor) -> Tensor:
-        """The scan's output y (H, n, P), changed in place, gated by (n, E) -> (n, D)."""
-        y.mul_(gate.unflatten(1, (-1, self.width)).transpose(0, 1))
+        """The scan's output y (H, n, P), changed in place, gated by (H, n, P) -> (n, D)."""
+        y.mul_(gate)
         squares = torch.linalg.vector_norm(y, dim=-1).square_().sum(0)
         scale = (squares / self.inner + self.eps).rsqrt_()
         projected = torch.mm(y[0], self.output_weight[0])
@@ -262,7 +292,9 @@ class PreparedFilter(PreparedBranch):
         self.toeplitz = kernel[:, lags.clamp(min=0)] * (lags >= 0)  # (D, Q, Q), from and to
         powers = branch.compute_mode_powers(torch.arange(MAX_CHUNK + 1))  # (D, M, Q + 1)
         self.powers = powers.mT.contiguous()  # (D, Q + 1, M)
-        readout = torch.complex(branch.cosine, -branch.sine)[..., None] * powers
+        self.poles = powers[..., 1].contiguous()
+        self.coefficients = torch.complex(branch.cosine, -branch.sine)
+        readout = self.coefficients[..., None] * powers
         readout = torch.view_as_real(readout.conj().resolve_conj())  # (D, M, Q + 1, 2)
         self.readout = readout.transpose(2, 3).flatten(1, 2).contiguous()  # (D, 2M, Q + 1)
 
@@ -296,6 +328,11 @@ class PreparedFilter(PreparedBranch):
         lags = batch.lengths[:, None] - 1 - torch.arange(length, device=x.device)
         lags = lags.masked_fill(lags < 0, len(self.lagged) - 1)
         return F.embedding(lags, self.lagged).mul_(x).sum(1)
+
+    def step(self, x: Tensor, state: Tensor, batch: ItemBatch) -> tuple[Tensor, Tensor]:
+        """x (B, D) -> (B, D) and the new state (B, D, M), as `CausalFilter.step`."""
+        state = (state * self.poles).add_(x[..., None])
+        return (state * self.coefficients).sum(-1).real, state
 
 
 def _append_zero_row(kernel: Tensor) -> Tensor:
@@ -419,6 +456,14 @@ class PreparedLayer:
         ends = batch._replace(items=select_last_positions(batch.items, batch.lengths))
         return self._merge_and_feed_forward(select_last_positions(x, batch.lengths), outputs, ends)
 
+    def step(self, x: Tensor, state: LayerState, batch: ItemBatch) -> tuple[Tensor, LayerState]:
+        """x: (B, D), changed in place -> (B, D) and the new state, as `Layer.step`."""
+        outputs, after = [], {}
+        for key, branch in zip(self.layer.branch_keys, self.branches, strict=True):
+            y, after[key] = branch.step(x, state[key], batch)
+            outputs.append(y)
+        return self._merge_and_feed_forward(x, outputs, batch), after
+
     def _merge_and_feed_forward(self, x: Tensor, outputs: list[Tensor], batch: ItemBatch) -> Tensor:
         """The gate and what follows it; x is changed in place."""
         flat = [output.reshape(-1, output.shape[-1]) for output in outputs]
@@ -511,9 +556,16 @@ class PreparedEncoder:
         """As `Encoder.advance`."""
         return self._source.advance(items, states)
 
+    @torch.no_grad()
     def step(self, items: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
-        """As `Encoder.step`."""
-        return self._source.step(items, states)
+        """As `Encoder.step`: items (B,) -> vectors (B, D) and new states."""
+        batch = ItemBatch(items, None, self._source.vectors, self._source.available)
+        x = F.embedding(items, self._inputs)
+        after = []
+        for layer, state in zip(self._layers, states, strict=True):
+            x, new = layer.step(x, state, batch)
+            after.append(new)
+        return x, after
 
 
 def _read_versions(encoder: Encoder) -> list[tuple[int, int]]:

@@ -99,7 +99,10 @@ def advance_session_batch(
     if fresh:
         x, states = encoder.advance(ids[fresh, None])
         _update_users(memories, fresh, states, x[:, 0], items)
-    if advanced:
+    if len(memories) == len(advanced) == 1:
+        x, states = encoder.step(ids, before[0])
+        memories[0].update_state(states, x, items)  # new tensors, nobody else's
+    elif advanced:
         x, states = encoder.step(ids[advanced], map_tensors(_concatenate, *before))
         _update_users(memories, advanced, states, x, items)
 

@@ -9,6 +9,7 @@ R       pairs of a history and an item
 from collections.abc import Collection, Sequence
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,13 +36,13 @@ class ScoreAdjustments:
         device: torch.device,
     ) -> None:
         groups = [*hidden, *boosted]
-        sizes = torch.tensor(list(map(len, groups)), dtype=torch.int64)
-        items = list(chain.from_iterable(groups))
-        rows = torch.arange(len(hidden)).repeat(2)
-        values = torch.tensor([-torch.inf, boost]).repeat_interleave(len(hidden))
-        self.rows = rows.repeat_interleave(sizes).to(device)  # (R,)
-        self.values = values.repeat_interleave(sizes).to(device)
-        self.items = torch.tensor(items, dtype=torch.int64, device=device)
+        sizes = list(map(len, groups))  # NumPy's small calls cost less than PyTorch's
+        rows = np.repeat(np.tile(np.arange(len(hidden)), 2), sizes)
+        values = np.repeat(np.repeat([-np.inf, boost], len(hidden)), sizes)
+        items = np.fromiter(chain.from_iterable(groups), dtype=np.int64, count=len(rows))
+        self.rows = torch.from_numpy(rows).to(device)  # (R,)
+        self.values = torch.from_numpy(values).to(device, torch.float32)
+        self.items = torch.from_numpy(items).to(device)
 
     def apply(self, scores: Tensor, positions: Tensor, start: int) -> None:
         """Change scores (B, n) in place.
@@ -51,9 +52,8 @@ class ScoreAdjustments:
             positions: (R,), of `items`; negative for an item without a score.
             start: position of the first score.
         """
-        columns = positions - start
-        is_inside = (columns >= 0) & (columns < scores.shape[1])
-        where = (self.rows[is_inside], columns[is_inside])
+        is_inside, columns = _find_columns(positions, start, scores.shape[1])
+        where = (self.rows[is_inside], columns)
         scores.index_put_(where, self.values[is_inside].to(scores.dtype), accumulate=True)
 
 
@@ -78,35 +78,39 @@ def select_top_k(
     Returns:
         Scores and ids (B, min(k, P)); minus infinity where nothing is left.
     """
-    if pool is None:
-        pool = torch.arange(1, len(table), device=table.device)
-    if not len(pool):
-        return x.new_empty(len(x), 0), pool.new_empty(len(x), 0)
-    is_whole_table = len(pool) == len(table) - 1
-    positions = _locate_items(pool, adjustments.items)
-    excluded_positions = _locate_items(pool, excluded)
+    size = len(table) - 1 if pool is None else len(pool)
+    if not size:
+        return x.new_empty(len(x), 0), excluded.new_empty(len(x), 0)
+    positions, excluded_positions = (_locate_items(pool, items) for items in (adjustments.items, excluded))
     max_scores = _MAX_SCORES
     if x.is_cuda:
         max_scores *= _GPU_FACTOR
     chunk_size = max(1, max_scores // max(1, len(x)))
     best_scores = []
     best_items = []
-    for start in range(0, len(pool), chunk_size):
-        chunk = pool[start : start + chunk_size]
-        first_row = start + 1
-        rows = table[first_row : first_row + len(chunk)] if is_whole_table else table[chunk]
-        scores = F.linear(x, rows)
+    for start in range(0, size, chunk_size):
+        chunk = slice(start, start + chunk_size)
+        scores = F.linear(x, table[1:][chunk] if pool is None else table[pool[chunk]])
         adjustments.apply(scores, positions, start)
-        columns = excluded_positions - start
-        is_inside = (columns >= 0) & (columns < len(chunk))
-        scores[:, columns[is_inside]] = -torch.inf
-        top = scores.topk(min(k, len(chunk)))
+        if len(excluded):
+            _, columns = _find_columns(excluded_positions, start, scores.shape[1])
+            scores[:, columns] = -torch.inf
+        top = scores.topk(min(k, scores.shape[1]))
         best_scores.append(top.values)
-        best_items.append(chunk[top.indices])
+        best_items.append(start + 1 + top.indices if pool is None else pool[chunk][top.indices])
+    if len(best_scores) == 1:
+        return best_scores[0], best_items[0]
     scores = torch.cat(best_scores, dim=1)
     items = torch.cat(best_items, dim=1)
     top = scores.topk(min(k, scores.shape[1]))
     return top.values, items.gather(1, top.indices)
+
+
+def _find_columns(positions: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which positions lie in `start` to `start + width`, and those less start."""
+    columns = positions - start
+    is_inside = (columns >= 0) & (columns < width)
+    return is_inside, columns[is_inside]
 
 
 def select_top_k_in_pools(
@@ -140,7 +144,9 @@ def select_top_k_in_pools(
     return top.values, items.gather(1, top.indices)
 
 
-def _locate_items(pool: Tensor, items: Tensor) -> Tensor:
-    """The first position of each item in an ascending pool, -1 where it is absent."""
+def _locate_items(pool: Tensor | None, items: Tensor) -> Tensor:
+    """The first position of each item in an ascending pool, -1 where it is absent; None for all items."""
+    if pool is None:
+        return items - 1
     positions = torch.searchsorted(pool, items).clamp(max=len(pool) - 1)
     return torch.where(pool[positions] == items, positions, -1)

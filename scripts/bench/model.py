@@ -82,8 +82,7 @@ class TimedModel:
 
     @torch.no_grad()
     def infer(self) -> None:
-        """The scores of all items for each history."""
-        self.model.eval()
+        """The scores of all items for each history; the model is in evaluation mode."""
         self.model.full_sort_predict(self.test_batch)
 
 
@@ -167,6 +166,8 @@ def measure_models(args: argparse.Namespace, length: int) -> list[Row]:
             check_dense_against_prefixes(timed.model.encoder, length, args.items, args.device)
     steps = {name: timed.train for name, timed in models.items()}
     train = measure_median_seconds(steps, args.repeats, args.device)
+    for timed in models.values():
+        timed.model.eval()
     queries = {name: models[name].infer for name in train}
     infer = measure_median_seconds(queries, args.repeats, args.device)
     rows = []
