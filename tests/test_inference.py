@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from m2rec.nn import inference
 from m2rec.nn.encoder import Encoder
-from m2rec.nn.inference import PreparedEncoder, can_prepare, prepare_encoder
+from m2rec.nn.inference import PreparedEncoder, can_prepare
+from m2rec.nn.live import LiveEncoder, prepare_encoder
 from m2rec.nn.states import name_tensors
 from m2rec.ops import ssd_last, ssd_ref
 from m2rec.ops.ssd_inference import split_into_chunks, ssd_by_head, ssd_last_by_head
@@ -116,19 +117,31 @@ def test_autocast_does_not_reach_the_prepared_network():
         assert torch.equal(prepared.last(items, lengths), expected)
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "mamba"])
-@pytest.mark.parametrize("text", [True, False])
-def test_live_users_continue_as_in_the_plain_network(mixer: str, text: bool):
-    made, (items, _) = build_encoder(mixer=mixer, text=text), draw_histories(70, 70)
-    prepared = PreparedEncoder(made, made.item_table())
+@pytest.mark.parametrize("users", [1, 2])
+@pytest.mark.parametrize("settings", [{}, {"text": False}, {"mixer": "mamba"}, {"gate": "mean"}])
+def test_live_users_continue_as_in_the_plain_network(users: int, settings: dict[str, Any]):
+    made, (items, lengths) = build_encoder(**settings), draw_histories(*[70] * users)
+    prepared = LiveEncoder(made, made.item_table())
+    items[:, 68] = 5  # has no text
     x, states = prepared.advance(items[:, :66])
-    torch.testing.assert_close(x, made(items[:, :66], torch.tensor([66, 66])))
-    expected, plain_states = made(items, torch.tensor([70, 70])), states
+    torch.testing.assert_close(x, made(items[:, :66], lengths - 4))
+    expected, plain_states = made(items, lengths), states
     for t in range(66, 70):
         vector, states = prepared.step(items[:, t], states)
         torch.testing.assert_close(vector, expected[:, t])
         _, plain_states = made.step(items[:, t], plain_states)
         torch.testing.assert_close(name_tensors(states), name_tensors(plain_states))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_live_user_with_extreme_activations():
+    made, (items, lengths) = build_encoder(), draw_histories(9)
+    for layer in made.layers:
+        layer.mixer.in_proj.weight.data *= 1e4
+    prepared = LiveEncoder(made, made.item_table())
+    _, states = prepared.advance(items[:, :8])
+    vector, _ = prepared.step(items[:, 8], states)
+    torch.testing.assert_close(vector, made(items, lengths)[:, 8])
 
 
 def test_a_changed_weight_is_noticed():

@@ -366,7 +366,8 @@ class PreparedGate:
         budget: TableBudget,
     ) -> None:
         width = gate.logits.out_features // len(branches)
-        weight = (gate.logits.weight * LOG2_E).T.contiguous()  # (K D, K D)
+        self.weight = gate.logits.weight * LOG2_E  # (K D, K D), outputs first
+        weight = self.weight.T.contiguous()
         self.available = None if available is None or available.all() else available
         self.weights: list[Tensor | None] = list(weight.split(width))
         self.bias = gate.logits.bias * LOG2_E
@@ -499,12 +500,12 @@ class PreparedEncoder:
         self.table = table
         self._versions = _read_versions(encoder)
         self._source = encoder.make_inference_copy(table)
-        self._inputs = self._source.norm(table)
-        self._layers = self._prepare_layers()
+        self.inputs = self._source.norm(table)
+        self.layers = self._prepare_layers()
 
     def _prepare_layers(self) -> list[PreparedLayer]:
         budget = TableBudget(len(self.table), self.table.itemsize)
-        inputs = self._inputs if budget.reserve(self.table.shape[1]) else None
+        inputs = self.inputs if budget.reserve(self.table.shape[1]) else None
         layers = []
         for layer in self._source.layers:
             layers.append(PreparedLayer(cast(Layer, layer), inputs, self._source.available, budget))
@@ -539,8 +540,8 @@ class PreparedEncoder:
         n_chunks, size = split_into_chunks(items.shape[1])
         items = F.pad(items, (0, n_chunks * size - items.shape[1]))
         batch = ItemBatch(items, lengths, self._source.vectors, self._source.available)
-        x = F.embedding(items, self._inputs)
-        *lower, top = self._layers
+        x = F.embedding(items, self.inputs)
+        *lower, top = self.layers
         for layer in lower:
             x = layer.encode(x, batch)
         return top.last(x, batch)
@@ -560,9 +561,9 @@ class PreparedEncoder:
     def step(self, items: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
         """As `Encoder.step`: items (B,) -> vectors (B, D) and new states."""
         batch = ItemBatch(items, None, self._source.vectors, self._source.available)
-        x = F.embedding(items, self._inputs)
+        x = F.embedding(items, self.inputs)
         after = []
-        for layer, state in zip(self._layers, states, strict=True):
+        for layer, state in zip(self.layers, states, strict=True):
             x, new = layer.step(x, state, batch)
             after.append(new)
         return x, after
@@ -586,10 +587,3 @@ def _is_unmodified(module: nn.Module) -> bool:
         module._backward_pre_hooks,
     )
     return type(module).__module__.startswith(_OWN_MODULES) and not any(hooks)
-
-
-def prepare_encoder(encoder: Encoder, table: Tensor) -> Encoder | PreparedEncoder:
-    """The network for inference: prepared if it can be, else with each item's text projected once."""
-    if can_prepare(encoder):
-        return PreparedEncoder(encoder, table)
-    return encoder.make_inference_copy(table)
