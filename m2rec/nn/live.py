@@ -59,8 +59,7 @@ class LiveMamba2:
 
     def __init__(self, branch: PreparedMamba2) -> None:
         self.weight = branch.weight
-        self.ends = np.cumsum(branch.widths)[:-1].tolist()
-        self.channel_ends = [branch.inner, branch.inner + branch.states]
+        self.inner, self.states = branch.inner, branch.states
         self.shape = (-1, branch.width)
         self.taps, self.bias = _to_array(branch.taps), _to_array(branch.bias)
         self.step_bias, self.A = _to_array(branch.step_bias), _to_array(branch.A)
@@ -71,11 +70,12 @@ class LiveMamba2:
     def step(self, x: Array, state: MixerState, item: int) -> tuple[Array, MixerState]:
         """x (D,) -> (D,) and the new state, as `Mamba2.step`."""
         projected = torch.mv(self.weight, torch.from_numpy(x)).numpy()
-        z, mixed, steps = np.split(projected, self.ends)
+        z, mixed = projected[: self.inner], projected[self.inner : -len(self.A)]
         inputs = np.concatenate([state[0][0].numpy(), mixed[None]])  # (taps, E + 2N)
-        u, B, C = np.split(_apply_silu((inputs * self.taps).sum(0) + self.bias), self.channel_ends)
-        u = u.reshape(self.shape)
-        steps = np.logaddexp(steps + self.step_bias, 0)  # softplus
+        mixed = _apply_silu((inputs * self.taps).sum(0) + self.bias)
+        u = mixed[: self.inner].reshape(self.shape)
+        B, C = mixed[self.inner : -self.states], mixed[-self.states :]
+        steps = np.logaddexp(projected[-len(self.A) :] + self.step_bias, 0)  # softplus
         h = state[1][0].numpy() * np.exp(steps * self.A)[:, None, None]  # (H, P, N)
         h += (u * steps[:, None])[..., None] * B
         y = (h @ C + u * self.skip).ravel() * _apply_silu(z)
