@@ -51,17 +51,27 @@ def test_cross_entropy_in_chunks_equals_the_whole(n_items: int, repeated: bool):
 def test_cross_entropy_holds_no_more_scores_than_asked(monkeypatch: pytest.MonkeyPatch):
     """The largest product made inside stays within `memory` MiB."""
     sizes: list[int] = []
-    original = torch.Tensor.logsumexp
+    original = torch.softmax
 
     def spy(scores: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         sizes.append(scores.numel() * scores.element_size())
+        assert kwargs["out"] is scores  # no second copy
         return original(scores, *args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "logsumexp", spy)
+    monkeypatch.setattr(torch, "softmax", spy)
     cross_entropy(
-        torch.randn(5_000, D), torch.ones(5_000, dtype=torch.int64), torch.randn(1_000, D), memory=2
+        torch.randn(5_000, D), torch.ones(5_000, dtype=torch.int64), torch.randn(1_000, D), memory=1
     )
     assert len(sizes) == 20 and max(sizes) <= 2**20
+
+
+def test_cross_entropy_of_scores_far_apart():
+    """A target whose probability is zero in float32 has a finite loss, and the whole gradient."""
+    x, table = torch.tensor([[300.0]]), torch.tensor([[0.0], [1.0], [-1.0], [0.5]])
+    x.requires_grad_()
+    loss = cross_entropy(x, torch.tensor([2]), table)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert loss.item() == 600 and gradient.item() == 2
 
 
 def test_cross_entropy_leaves_padding_out():

@@ -1,6 +1,7 @@
 """Threads on busy machines: what a command sets, what the library leaves alone, who computes alone."""
 
 import ast
+import platform
 import subprocess
 import sys
 import threading
@@ -201,3 +202,31 @@ def test_the_size_of_a_question(toy: Path, tmp_path: Path):
         with recommender._ranker.limit_threads(positions, rows):
             found.append(torch.get_num_threads())
     assert found == [1, 2]
+
+
+IS_GLIBC = platform.libc_ver()[0] == "glibc"
+COUNT_FAULTS = """
+import os, resource
+import numpy as np
+{first}
+from m2rec.commands.own_process import keep_freed_memory
+for _ in range(2):
+    np.ones(2**22) + 1
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    np.ones(2**22) + 1
+print(keep_freed_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not IS_GLIBC, reason="another C library")
+@pytest.mark.parametrize("own", [{}, {"MALLOC_TOP_PAD_": "0"}, {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}])
+def test_a_command_keeps_freed_memory(own: dict[str, str]):
+    """20 blocks of 32 MiB, of 8,192 pages each; what the user sets stays."""
+    kept, faults = said(COUNT_FAULTS.format(first=""), **own)
+    assert kept == str(not own) and (int(faults) < 1_000) == (not own)
+
+
+def test_the_memory_of_another_c_library_stays():
+    kept, _ = said(COUNT_FAULTS.format(first="os.confstr = lambda name: None"))
+    assert kept == "False"

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from m2rec.nn.batching import group_rows_by_length
 from m2rec.nn.branch import Branch, ItemBatch
+from m2rec.nn.dropout import Dropout
 from m2rec.nn.layer import Layer, LayerState
 from m2rec.nn.mamba import MarkedParameters, ParameterMarks
 from m2rec.nn.repeat_bias import BIAS_MARKS, add_to_all_scores, create_repeat_bias
@@ -62,7 +63,7 @@ class Encoder(MarkedParameters):
         self.table_text = TextProjection(text_dim, width, _INITIAL_STD) if in_table else None
         self.repeat_bias = create_repeat_bias(settings.repeat_bias)
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(settings.dropout_prob)
+        self.dropout = Dropout(settings.dropout_prob)
         self.layers = nn.ModuleList(Layer(settings, max_length, text_dim) for _ in range(settings.n_layers))
         self.register_buffer("available", None, persistent=False)
         self.set_text_vectors(vectors)

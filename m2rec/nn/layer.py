@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from m2rec.nn.branch import Branch, ItemBatch, select_last_positions
 from m2rec.nn.branches import BRANCHES
+from m2rec.nn.dropout import Dropout
 from m2rec.nn.gate import MeanGate, SoftmaxGate
 from m2rec.settings import ModelSettings
 
@@ -36,7 +37,7 @@ class Layer(nn.Module):
         gated = settings.gate == "softmax" and n_branches > 1
         self.gate = SoftmaxGate(n_branches, width) if gated else MeanGate()
         self.feed_forward = FeedForward(width, settings.inner_size, settings.dropout_prob)
-        self.dropout = nn.Dropout(settings.dropout_prob)
+        self.dropout = Dropout(settings.dropout_prob)
         self.norm = nn.LayerNorm(width)
 
     @property
@@ -98,7 +99,7 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(hidden_size, inner_size)
         self.down = nn.Linear(inner_size, hidden_size)
         self.activation = nn.GELU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -113,15 +113,14 @@ def cross_entropy(
 ) -> Tensor:
     """As `cross_entropy_ref`, holding at most `memory` MiB of scores (one position's at least).
 
-    Scores are held twice for a moment, when their logarithms are summed. With 0 MiB the device decides:
-    a CPU's cache, or enough that a GPU's calls are few; but at least MIN_CHUNK_POSITIONS positions, to
-    amortise reading the item table.
+    With 0 MiB the device decides: a CPU's cache, or enough that a GPU's calls are few; but at least
+    MIN_CHUNK_POSITIONS positions, to amortise reading the item table.
     """
     min_rows = 1
     if not memory:
-        min_rows, memory = MIN_CHUNK_POSITIONS, 512 if x.is_cuda else 16
+        min_rows, memory = MIN_CHUNK_POSITIONS, 512 if x.is_cuda else 8
     dtype = torch.promote_types(item_table.dtype, torch.float32)
-    bytes_per_position = 2 * dtype.itemsize * len(item_table)
+    bytes_per_position = dtype.itemsize * len(item_table)
     rows = max(min_rows, memory * 2**20 // bytes_per_position)
     bias = None
     if repeats is not None:
@@ -151,39 +150,40 @@ class _CrossEntropy(torch.autograd.Function):
         """x (S, D), table (V - 1, D), bias (), classes (S,), rows per chunk -> the mean loss."""
         dx, dtable = torch.empty_like(x), torch.zeros_like(table)
         dbias, total = x.new_zeros(()), x.new_zeros(())
+        buffer = x.new_empty(min(rows, len(x)), len(table))
         for start in range(0, len(x), rows):
             chunk = slice(start, start + rows)
             part = x[chunk]
-            scores = part @ table.T
+            scores = torch.mm(part, table.T, out=buffer[: len(part)])
             seen = None
             if repeats is not None and bias is not None:
                 position, item = repeats.find_seen_pairs(start, start + rows)
-                seen = (position, item - 1)
-                scores[seen] += bias
+                seen = (position * len(table)).add_(item).sub_(1)  # each once
+                scores.view(-1).scatter_add_(0, seen, bias.expand_as(seen))
             loss, error = _compute_loss_and_error(scores, classes[chunk, None])
             total += loss
             if seen is not None:
-                dbias += error[seen].sum()
-            dx[chunk] = error @ table
+                dbias += error.view(-1).index_select(0, seen).sum()
+            torch.mm(error, table, out=dx[chunk])
             dtable.addmm_(error.T, part)
-        ctx.save_for_backward(dx / len(x), dtable / len(x), None if bias is None else dbias / len(x))
+        ctx.save_for_backward(*(gradient.div_(len(x)) for gradient in (dx, dtable, dbias)))
         return total / len(x)
 
     @staticmethod
     @first_derivative_only("cross_entropy", "cross_entropy_ref")
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gradients of x, table and bias."""
-        scaled = [None if saved is None else saved * grads[0] for saved in ctx.saved_tensors]
-        return *scaled, None, None, None
+        dx, dtable, dbias = (saved * grads[0] for saved in ctx.saved_tensors)
+        return dx, dtable, dbias if ctx.needs_input_grad[2] else None, None, None, None
 
 
 def _compute_loss_and_error(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """scores (s, C), targets (s, 1) -> the summed loss, and its gradient in place of the scores."""
-    normaliser = scores.logsumexp(1, keepdim=True)
-    loss = (normaliser - scores.gather(1, targets)).sum()
-    error = scores.sub_(normaliser).exp_()  # softmax less one at the target
-    error.scatter_add_(1, targets, -torch.ones_like(normaliser))
-    return loss, error
+    largest, at_target = scores.amax(1, keepdim=True), scores.gather(1, targets)
+    error = torch.softmax(scores, 1, out=scores)
+    log_sum = largest - error.amax(1, keepdim=True).log_()  # the largest probability is exp(largest) / sum
+    error.scatter_add_(1, targets, -torch.ones_like(largest))
+    return (log_sum - at_target).sum(), error
 
 
 class NegativeSampler(nn.Module):

@@ -66,7 +66,12 @@ class RepeatBias:
 
     def __init__(self, items: Tensor, rows: Tensor, times: Tensor, bias: Tensor) -> None:
         self.items, self.rows, self.times, self.bias = items, rows, times, bias
-        self._first = mark_first_occurrences(items)
+        first = mark_first_occurrences(items)
+        n_seen = first.cumsum(1)  # (B, L), how many different items up to each position
+        self._distinct = items[first]  # the items of all rows, each once per row, in order of time
+        ends = n_seen[:, -1].cumsum(0)
+        self._starts = (ends - n_seen[:, -1])[rows]  # (S,), where the row's items begin
+        self._counts = n_seen[rows, times]  # (S,)
 
     @property
     def block_size(self) -> int:
@@ -75,10 +80,11 @@ class RepeatBias:
 
     def find_seen_pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Each item that positions `start` to `stop` have seen, once: position less start, item (R,)."""
-        rows, times = self.rows[start:stop], self.times[start:stop]
-        past = torch.arange(self.items.shape[1], device=self.items.device) <= times[:, None]
-        position, column = (past & self._first[rows]).nonzero(as_tuple=True)
-        return position, self.items[rows[position], column]
+        counts = self._counts[start:stop]
+        position = torch.repeat_interleave(counts)
+        offsets = self._starts[start:stop] - (counts.cumsum(0) - counts)
+        slots = offsets[position].add_(torch.arange(len(position), device=counts.device))
+        return position, self._distinct[slots]
 
     def iterate_seen_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All pairs, a block of positions at a time: position, item (R,)."""

@@ -1,6 +1,6 @@
 """Checks and conversions that all operators share, whatever the backend."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,6 +40,32 @@ def first_derivative_only(name: str, cure: str) -> Callable[[Backward], Backward
         return checked
 
     return decorate
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a result of these tensors will be differentiated."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def differentiate_reference(
+    reference: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """A backward pass that autograd can differentiate again, for `create_graph=True`.
+
+    Args:
+        reference: computes from the inputs as many results as there are gradients.
+        inputs: those of a `torch.autograd.Function`, as its backward pass finds them.
+        grads: the gradients of the results.
+
+    Returns:
+        The gradients of the inputs, None for one that needs none.
+    """
+    with torch.enable_grad():
+        # views, so that each argument has its own gradient where two are one tensor
+        views = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [view for view in views if view is not None and view.requires_grad]
+        found = iter(torch.autograd.grad(reference(*views), wanted, grads, create_graph=True))
+        return [next(found) if view is not None and view.requires_grad else None for view in views]
 
 
 def check_arguments(operator: str, shapes: Mapping[str, str], tensors: Iterable[Tensor | None]) -> None:

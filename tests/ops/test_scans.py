@@ -1,5 +1,6 @@
 """selective_scan, ssd and causal_conv1d: every backend against its reference, outputs and all gradients."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -378,6 +379,31 @@ def test_causal_conv1d_triton_equals_reference(
     actual = outputs_and_gradients(causal_conv1d, inputs, silu=silu, backend="triton")
     assert actual[0].dtype == dtype
     assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("left_out", [(), ("bias",)])
+@pytest.mark.parametrize(("rows", "length", "taps"), [(5, 3, 1), (5, 2, 6), (4, 7, 3), (1, 1, 4)])
+def test_causal_conv1d_in_blocks(
+    rows: int, length: int, taps: int, left_out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    """Two rows a block, the last of one; a part of a wider tensor, as a mixer's split gives it."""
+    monkeypatch.setattr(sys.modules["m2rec.ops.causal_conv1d"], "_BLOCK_BYTES", 2 * length * 5 * 8 + 1)
+    wide = torch.randn(rows, length, 9, dtype=torch.float64)
+    inputs = {"x": wide[..., 2:7], "weight": torch.randn(5, taps).double(), "bias": torch.randn(5).double()}
+    inputs = {name: value for name, value in inputs.items() if name not in left_out}
+    expected = outputs_and_gradients(causal_conv1d_ref, inputs)
+    assert_close(outputs_and_gradients(causal_conv1d, inputs), expected, torch.float64)
+    with torch.no_grad():
+        assert_close([causal_conv1d(**inputs)], expected[:1], torch.float64)
+
+
+@pytest.mark.parametrize("trained", ["x", "weight", "bias"])
+def test_causal_conv1d_of_which_a_part_is_trained(trained: str):
+    inputs = conv_inputs(6)
+    inputs[trained].requires_grad_()
+    results = [op(**inputs) for op in (causal_conv1d_ref, causal_conv1d)]
+    gradients = [torch.autograd.grad(y.square().sum(), inputs[trained])[0] for y in results]
+    assert torch.allclose(*gradients)
 
 
 def test_causal_conv1d_is_torch_conv1d():
