@@ -1,5 +1,6 @@
 """What is loaded, and so how long a start takes: an import that nothing needs is found here."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ def find_after_command(script: str, *arguments: str) -> set[str]:
     return find_loaded(
         f"import runpy\nsys.argv = {[script, *arguments]!r}\n"
         f"try:\n    runpy.run_path({script!r}, run_name='__main__')\n"
-        "except SystemExit as end:\n    assert not end.code, end.code"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "import gc\nassert gc.isenabled()"
     )
 
 
@@ -57,6 +59,14 @@ def test_a_run_loads_only_what_it_uses(toy: Path):
     loaded = find_after_command("run_mm.py", "--config_files=config.yaml", *as_arguments(keys))
     assert HEAVY & loaded == {"pandas", "recbole", "torch"}
     assert not {"sympy", "tensorboard", "torch._dynamo"} & loaded
+
+
+def test_garbage_is_collected_where_pytorch_was_loaded_before():
+    from m2rec.commands.own_process import pause_garbage_collection
+
+    with pause_garbage_collection():
+        assert gc.isenabled()
+    assert not gc.get_freeze_count()
 
 
 def test_what_recbole_calls_later_is_there():
