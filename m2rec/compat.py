@@ -6,10 +6,14 @@ Each work-around names its upstream issue and when it can go.
 import copy
 import csv
 import functools
+import inspect
 import re
+import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +35,58 @@ for _old, _new in (("float_", np.float64), ("complex_", np.complex128), ("unicod
     if _old not in np.__dict__:
         setattr(np, _old, _new)
 
-try:
-    import recbole
-except ModuleNotFoundError as error:
-    raise UserError(INSTALL_RECBOLE) from error
+# RecBole imports these at once and calls a function or two of each, for GAUC, RMSE and graphs. They take as
+# long to import as PyTorch. Permanent: they are imported when they are called.
+_DEFERRED = ("sklearn.metrics", "scipy.sparse", "torch.utils.tensorboard")
 
-import recbole.data.dataset.dataset as _dataset
-import recbole.data.utils as _data
-import recbole.model.sequential_recommender.s3rec as _s3rec
-import recbole.trainer.trainer as _trainer
-from recbole.config import Config
-from recbole.data import data_preparation
-from recbole.data.dataset import SequentialDataset
-from recbole.data.dataset.dataset import Dataset
-from recbole.data.interaction import Interaction
-from recbole.evaluator.collector import Collector, DataStruct
-from recbole.model import sequential_recommender
-from recbole.model.abstract_recommender import SequentialRecommender
-from recbole.sampler import SeqSampler
-from recbole.trainer import Trainer
-from recbole.utils import FeatureSource, FeatureType, InputType, argument_list, init_seed
-from recbole.utils.url import download_url, extract_zip, rename_atomic_files
+
+class _DeferredModule(types.ModuleType):
+    """A module whose names are functions that import the real module when they are called."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return getattr(import_module(self.__name__), name)(*args, **kwargs)
+
+        return call
+
+
+@contextmanager
+def _defer_imports() -> Iterator[None]:
+    """While RecBole is imported, put a `_DeferredModule` in the place of each module not loaded yet."""
+    absent = [name for name in _DEFERRED if name not in sys.modules]
+    sys.modules.update({name: _DeferredModule(name) for name in absent})
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+with _defer_imports():
+    try:
+        import recbole
+    except ModuleNotFoundError as error:
+        raise UserError(INSTALL_RECBOLE) from error
+
+    import recbole.data.dataset.dataset as _dataset
+    import recbole.data.utils as _data
+    import recbole.model.sequential_recommender.s3rec as _s3rec
+    import recbole.trainer.trainer as _trainer
+    from recbole.config import Config
+    from recbole.data import data_preparation
+    from recbole.data.dataset import SequentialDataset
+    from recbole.data.dataset.dataset import Dataset
+    from recbole.data.interaction import Interaction
+    from recbole.evaluator.collector import Collector, DataStruct
+    from recbole.model import sequential_recommender
+    from recbole.model.abstract_recommender import SequentialRecommender
+    from recbole.sampler import SeqSampler
+    from recbole.trainer import Trainer
+    from recbole.utils import FeatureSource, FeatureType, InputType, argument_list, init_seed
+    from recbole.utils.url import download_url, extract_zip, rename_atomic_files
 
 RECBOLE_FOLDER = Path(recbole.__file__).parent
 
@@ -222,6 +257,29 @@ def _init_with_safetensors(self: Trainer, config: Config, model: torch.nn.Module
 
 
 Trainer.__init__ = _init_with_safetensors
+
+
+@functools.cache
+def _bypass_dynamo(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The optimizer without its guards for torch.compile, which load all of torch._dynamo at the first call.
+
+    That takes as long as `import torch`. Permanent: no optimizer is compiled here. Found in PyTorch 2.13,
+    torch/_compile.py and torch/optim/optimizer.py; a method without a guard is left as it is.
+    """
+    guarded = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(optimizer, name)) for name in guarded}
+    step = torch.no_grad()(inspect.unwrap(optimizer.step))
+    return type(optimizer.__name__, (optimizer,), {**methods, "step": step})
+
+
+class _PlainOptimizers:
+    """`torch.optim` for RecBole's trainer: see `_bypass_dynamo`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _bypass_dynamo(getattr(torch.optim, name))
+
+
+_trainer.optim = _PlainOptimizers()
 
 _build_optimizer = Trainer._build_optimizer
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from m2rec.commands import new_items
+from m2rec.commands import new_items, new_items_trial
 from m2rec.evaluation import cold_start
 from m2rec.evaluation.saved_model import EvaluationCases
 from m2rec.serving.recommender import Recommender
@@ -44,10 +44,10 @@ def arguments(data: Path, **others: Any) -> list[str]:
 def test_what_is_tested_is_not_trained(data: Path, monkeypatch: pytest.MonkeyPatch):
     """The rows of the inner run, and the users and targets of the evaluation, by token."""
     trained, tested = set(), set()
-    run, ranked = new_items.run_experiment, new_items.evaluate_new_items
+    run, ranked = new_items_trial.run_experiment, new_items_trial.evaluate_new_items
 
     def watched_run(config: Any) -> Any:
-        dataset, (train, _, _) = new_items.load_data(config)
+        dataset, (train, _, _) = new_items_trial.load_data(config)
         names, users = dataset.field2id_token["item_id"], dataset.field2id_token["user_id"]
         rows = train.dataset.inter_feat
         for user, items, n, last in zip(
@@ -64,8 +64,8 @@ def test_what_is_tested_is_not_trained(data: Path, monkeypatch: pytest.MonkeyPat
         assert added and not set(added) & {item for _, item in trained}
         return ranked(made, cases, added)
 
-    monkeypatch.setattr(new_items, "run_experiment", watched_run)
-    monkeypatch.setattr(new_items, "evaluate_new_items", watched_ranked)
+    monkeypatch.setattr(new_items_trial, "run_experiment", watched_run)
+    monkeypatch.setattr(new_items_trial, "evaluate_new_items", watched_ranked)
     assert new_items.main([*arguments(data, epochs=1), "--share=0.3"]) == 0
     assert len(tested) == 60 and trained and not trained & tested
 
@@ -113,7 +113,7 @@ def test_a_stop_is_said_in_a_line(
     def stopped(config: Any) -> Any:
         raise RunInterrupted(2)
 
-    monkeypatch.setattr(new_items, "run_experiment", stopped)
+    monkeypatch.setattr(new_items_trial, "run_experiment", stopped)
     assert new_items.main(arguments(data)) == 130
     assert capsys.readouterr().err.endswith("new_items.py: stopped; finished seeds have their lines\n")
 

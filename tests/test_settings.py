@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from m2rec.commands.new_items import NON_SETTING_KEYS
+from m2rec.commands.new_items_trial import NON_SETTING_KEYS
 from m2rec.commands.run import RESUME_KEYS
 from m2rec.settings import (
     MACHINE_KEYS,

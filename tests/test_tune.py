@@ -21,10 +21,11 @@ pytest.importorskip("optuna")
 import optuna
 
 import run_mm
-from m2rec.commands import tune
+from m2rec.commands import tune, tune_study
 from m2rec.experiments import search
 from m2rec.experiments.search_plan import SearchPlan
 from m2rec.training.configuration import build_config, collect_known_keys
+from m2rec.training.run import PreparedRun
 from m2rec.yaml_values import parse_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +181,9 @@ def enqueue(toy: Path, drawn: list[dict[str, Any]], **others: Any) -> None:
     path = toy.parent / "enqueued.yaml"
     path.write_text(yaml.safe_dump(settings(toy, **others)))
     plan = SearchPlan.read(path, {}, {"learning_rate", "head_dim"})
-    study = tune.open_study(plan, tune.find_valid_config(plan), toy.parent / "runs" / "tune" / plan.study)
+    study = tune_study.open_study(
+        plan, tune_study.find_valid_config(plan), toy.parent / "runs" / "tune" / plan.study
+    )
     for values in drawn:
         study.enqueue_trial(values)
 
@@ -254,7 +257,7 @@ def test_ctrl_c_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.Mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tune.run.PreparedRun, "train", interrupted)
+    monkeypatch.setattr(PreparedRun, "train", interrupted)
     status, out, err = study()
     assert status == 130 and out == ""
     assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
@@ -414,7 +417,7 @@ def test_data_without_validation_rows(study: Study, toy: Path):
 def test_the_shipped_example_is_one(tmp_path: Path):
     plan = SearchPlan.read(ROOT / "results" / "tune" / "ml-100k.yaml", {}, collect_known_keys())
     assert plan.study == "m2rec-ml-100k" and plan.trials == 30
-    config = build_config({**plan.fixed, "gpu_id": ""}, tune.CONFIG_PATH)
+    config = build_config({**plan.fixed, "gpu_id": ""}, tune_study.CONFIG_PATH)
     assert set(plan.search) <= set(config.final_config_dict)
 
 

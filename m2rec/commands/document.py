@@ -10,7 +10,6 @@ from pathlib import Path
 
 from m2rec.settings import ModelSettings, RunSettings, describe_allowed_values
 from m2rec.storage import write_text
-from m2rec.training.configuration import build_config, resolve_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE_PATH = ROOT / "docs" / "settings.md"
@@ -41,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_settings_page(config: str) -> str:
     """The whole page from the text of config.yaml."""
+    from m2rec.training.configuration import build_config, resolve_settings  # load PyTorch and RecBole
+
     fields = {**ModelSettings.model_fields, **RunSettings.model_fields}
     defaults = resolve_settings(build_config({}, ROOT / "config.yaml"))
     lines = [PAGE_HEADER]

@@ -16,19 +16,17 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from m2rec.cli import Parser, run_command
-from m2rec.compat import find_data_folder
-from m2rec.data.item_file import read_item_tokens
 from m2rec.errors import UserError
 from m2rec.storage import lock_path
-from m2rec.text.build import build_text_vectors, import_text_vectors
-from m2rec.text.imported import ImportedVectors
-from m2rec.text.item_text import read_item_texts
-from m2rec.text.language_model import TextEncoder
-from m2rec.text.lsa import LsaEncoder
 from m2rec.text.sentence_model import DEVICES, DTYPES, POOLINGS, TextEncoderOptions
-from m2rec.text.vector_file import LSA_NAME, VECTOR_FILE_SUFFIX, read_text_vectors
+
+if TYPE_CHECKING:
+    from m2rec.text.imported import ImportedVectors
+    from m2rec.text.language_model import TextEncoder
+    from m2rec.text.lsa import LsaEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +98,12 @@ def make_vector_file(options: argparse.Namespace) -> None:
     Raises:
         ValueError: an option or a file can't be used.
     """
+    from m2rec.compat import find_data_folder
+    from m2rec.data.item_file import read_item_tokens
+    from m2rec.text.build import build_text_vectors, import_text_vectors
+    from m2rec.text.item_text import read_item_texts
+    from m2rec.text.vector_file import VECTOR_FILE_SUFFIX
+
     name, data_path = options.dataset, Path(options.data_path)
     folder = find_data_folder(data_path, name)
     output = Path(options.output or data_path / name / f"{name}{VECTOR_FILE_SUFFIX}")
@@ -121,12 +125,14 @@ def make_vector_file(options: argparse.Namespace) -> None:
         build_text_vectors(output, items, create_encoder(options), interaction_items, options.force)
 
 
-def open_imported_vectors(options: argparse.Namespace) -> ImportedVectors:
+def open_imported_vectors(options: argparse.Namespace) -> "ImportedVectors":
     """The file of --vectors.
 
     Raises:
         ValueError: an option does not go with it, or the file can't be used.
     """
+    from m2rec.text.imported import ImportedVectors
+
     if options.vectors is None:
         raise UserError(f"--ids: {options.ids} needs --vectors, the file with the vectors")
     for key in TEXT_OPTIONS:
@@ -135,8 +141,12 @@ def open_imported_vectors(options: argparse.Namespace) -> ImportedVectors:
     return ImportedVectors(options.vectors, options.ids, options.id_column, options.model_name)
 
 
-def create_encoder(options: argparse.Namespace) -> TextEncoder | LsaEncoder:
+def create_encoder(options: argparse.Namespace) -> "TextEncoder | LsaEncoder":
     """The encoder of --text-encoder, lsa by default."""
+    from m2rec.text.language_model import TextEncoder
+    from m2rec.text.lsa import LsaEncoder
+    from m2rec.text.vector_file import LSA_NAME
+
     if options.text_encoder in (None, LSA_NAME):
         return LsaEncoder(options.lsa_width)
     values = {key: getattr(options, key) for key in ENCODER_OPTIONS}
@@ -149,6 +159,8 @@ def check_replaces_lsa(output: Path, force: bool) -> None:
     Raises:
         ValueError: it would.
     """
+    from m2rec.text.vector_file import LSA_NAME, read_text_vectors
+
     logger.info(
         "no --text-encoder: lsa, from word counts; for a language model give its name, for example "
         "--text-encoder=sentence-transformers/all-MiniLM-L6-v2"

@@ -17,14 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from m2rec.cli import Parser, run_command
-from m2rec.data.dataset import PARTS
 from m2rec.errors import UserError
-from m2rec.evaluation.metrics import RANK_METRICS, RankedLists, compute_metrics
-from m2rec.evaluation.protocols import Protocol
-from m2rec.evaluation.saved_model import collect_cases, count_cases, rank_cases
-from m2rec.serving.recommender import Recommender
 from m2rec.storage import write_text
-from m2rec.training.run import load_run_data
 from m2rec.yaml_values import parse_arguments
 
 
@@ -76,6 +70,13 @@ def evaluate_run(run: Path, part: str = "test", device: str = "cpu", **keys: Any
     Raises:
         ValueError: the run or the data can't be loaded, or no user has a target.
     """
+    from m2rec.data.dataset import PARTS
+    from m2rec.evaluation.metrics import RANK_METRICS, RankedLists, compute_metrics
+    from m2rec.evaluation.protocols import Protocol
+    from m2rec.evaluation.saved_model import collect_cases, count_cases, rank_cases
+    from m2rec.serving.recommender import Recommender
+    from m2rec.training.run import load_run_data
+
     recommender = Recommender.load(run, device)
     _, _, loaders = load_run_data(run, **keys)
     rows = loaders[PARTS.index(part)].dataset

@@ -14,13 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from m2rec.cli import Parser, run_command
-from m2rec.evaluation.history_length import measure_input_lengths
-from m2rec.evaluation.saved_model import collect_cases, sample_evenly
-from m2rec.serving.recommender import Recommender
-from m2rec.training.run import load_run_data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +33,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def print_measurements(options: argparse.Namespace) -> None:
     """Print a CSV line for each length of the input."""
+    import pandas as pd
+
+    from m2rec.evaluation.history_length import measure_input_lengths
+    from m2rec.evaluation.saved_model import collect_cases, sample_evenly
+    from m2rec.serving.recommender import Recommender
+    from m2rec.training.run import load_run_data
+
     recommender = Recommender.load(options.run, whole_history=True)
     _, _, (_, _, test) = load_run_data(options.run, data_path=options.data_path)
     rows = test.dataset

@@ -15,12 +15,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from m2rec.cli import Parser, run_command, write_escaped
 from m2rec.errors import UserError
-from m2rec.serving.dialogue import Dialogue
-from m2rec.serving.formatting import format_as_json, format_as_table
-from m2rec.serving.recommender import Recommender
+
+if TYPE_CHECKING:
+    from m2rec.serving.recommender import Recommender
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def answer_request(options: argparse.Namespace) -> None:
     """Load the run and print or write the recommendations."""
+    from m2rec.serving.dialogue import Dialogue
+    from m2rec.serving.recommender import Recommender
+
     recommender = Recommender.load(options.run, options.device)
     if options.interactive:
         Dialogue(recommender, options.k, sys.stdout).run(sys.stdin)
@@ -40,7 +44,7 @@ def answer_request(options: argparse.Namespace) -> None:
         write_escaped(rank_items(options, recommender), sys.stdout)
 
 
-def write_rankings(options: argparse.Namespace, recommender: Recommender) -> int:
+def write_rankings(options: argparse.Namespace, recommender: "Recommender") -> int:
     """Rank for many users into a file; returns their number."""
     exclude_seen = not options.keep_seen
     if options.input:
@@ -58,8 +62,10 @@ def write_rankings(options: argparse.Namespace, recommender: Recommender) -> int
     return recommender.recommend_users(histories, options.output, options.k, exclude_seen, skip_unknown=True)
 
 
-def rank_items(options: argparse.Namespace, recommender: Recommender) -> str:
+def rank_items(options: argparse.Namespace, recommender: "Recommender") -> str:
     """The ranking after one history, as text."""
+    from m2rec.serving.formatting import format_as_json, format_as_table
+
     if options.user is None:
         history = split_tokens(options.history, recommender)
     else:
@@ -70,7 +76,7 @@ def rank_items(options: argparse.Namespace, recommender: Recommender) -> str:
     return format_as_json(ranking) if options.json else format_as_table(history, ranking, recommender.titles)
 
 
-def split_tokens(texts: Sequence[str], recommender: Recommender) -> list[str]:
+def split_tokens(texts: Sequence[str], recommender: "Recommender") -> list[str]:
     """The item tokens in arguments; one with spaces that is not a token itself holds several."""
     known = set(recommender.tokens)
     tokens = []

@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m2rec.cli import Parser, run_command
-from m2rec.experiments.pages import update_pages, write_paired_tests
-from m2rec.reports import run_page
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKED_PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
@@ -34,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write_pages(options: argparse.Namespace) -> int:
     """Write the page of runs, the paired tests, or the result tables; returns 1 if a page would change."""
+    from m2rec.experiments.pages import update_pages, write_paired_tests
+
     if options.runs_shown:
         written = write_run_pages(options)
     elif options.paired:
@@ -47,6 +47,8 @@ def write_pages(options: argparse.Namespace) -> int:
 
 def write_run_pages(options: argparse.Namespace) -> list[Path]:
     """Write a page of one run or of several, or the charts of one."""
+    from m2rec.reports import run_page
+
     runs = options.runs_shown
     if options.pictures:
         return run_page.write_insight_charts(runs[0], options.pictures)

@@ -44,11 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: Sequence[str], log_level: int | None = None) -> int:
     """Train and print the result; `log_level` is stronger than the key `state`."""
-    import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
-    from m2rec.training.configuration import build_config
-    from m2rec.training.run import build_resumed_config, run_experiment
-    from m2rec.training.signals import RunInterrupted
-    from m2rec.yaml_values import parse_arguments
+    from m2rec.commands.own_process import pause_garbage_collection  # before PyTorch is loaded
+
+    with pause_garbage_collection():
+        from m2rec.training.configuration import build_config
+        from m2rec.training.run import build_resumed_config, run_experiment
+        from m2rec.training.signals import RunInterrupted
+        from m2rec.yaml_values import parse_arguments
 
     given = parse_arguments(arguments)
     if given.get("state") == "DEBUG":  # before anything can fail

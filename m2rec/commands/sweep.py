@@ -15,15 +15,14 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from m2rec.cli import Parser, run_command
-from m2rec.experiments.sweep_plan import Sweep
-from m2rec.experiments.sweep_runner import SweepOptions, SweepRunner
 from m2rec.git import join_commits
-from m2rec.training import checkpoint
 from m2rec.training.signals import StopRequest
+
+if TYPE_CHECKING:
+    from m2rec.experiments.sweep_runner import SweepOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,14 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_sweep(options: argparse.Namespace) -> int:
     """Run what the sweep plans; returns 1 if a run failed."""
+    from m2rec.experiments.sweep_plan import Sweep
+    from m2rec.experiments.sweep_runner import SweepRunner
+
     runner = SweepRunner(Sweep.read(options.sweep), build_sweep_options(options))
     failures = runner.run()
     print(runner.output_csv)
     return int(failures > 0)
 
 
-def build_sweep_options(options: argparse.Namespace) -> SweepOptions:
+def build_sweep_options(options: argparse.Namespace) -> "SweepOptions":
     """How the command line and this machine run a sweep."""
+    import torch
+
+    from m2rec.experiments.sweep_runner import SweepOptions
+
     gpus = torch.cuda.device_count()
     return SweepOptions(
         runs=options.runs,
@@ -67,6 +73,8 @@ def build_sweep_options(options: argparse.Namespace) -> SweepOptions:
 
 def read_checkpoint_commit(path: Path) -> str | None:
     """The commit that a checkpoint notes; an empty one if it can't be read."""
+    from m2rec.training import checkpoint  # loads PyTorch
+
     try:
         notes = checkpoint.read_checkpoint_numbers(path)["notes"]
         return join_commits(checkpoint.read_commits(notes))

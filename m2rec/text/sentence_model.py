@@ -1,6 +1,6 @@
 """Load a language model with sentence-transformers, from safetensors only and without code of the model.
 
-`sentence_transformers` is imported when a model is loaded.
+`torch` and `sentence_transformers` are imported when a model is loaded.
 """
 
 from collections.abc import Iterator
@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from unittest.mock import patch
 
-import torch
-
 from m2rec.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 POOLINGS = ("auto", "mean", "cls", "last")
 DEVICES = ("auto", "cpu", "cuda")
@@ -58,7 +59,7 @@ def resolve_commit(options: TextEncoderOptions) -> str:
         return str(resolve_revision(options.encoder, revision=options.revision or None).resolved)
 
 
-def load_sentence_model(options: TextEncoderOptions, revision: str, device: str, dtype: torch.dtype) -> Any:
+def load_sentence_model(options: TextEncoderOptions, revision: str, device: str, dtype: "torch.dtype") -> Any:
     """Load the `SentenceTransformer` with the pooling and token limit of the options.
 
     Raises:
@@ -179,6 +180,7 @@ def _require_complete_safetensors() -> Iterator[None]:
     sentence-transformers has no switch for it: its Dense and other layers fall back to
     pytorch_model.bin, and missing weights are drawn at random.
     """
+    import torch
     from transformers import PreTrainedModel
 
     load = PreTrainedModel.from_pretrained.__func__

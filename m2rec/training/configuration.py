@@ -253,9 +253,14 @@ def collect_model_keys(model: Model) -> frozenset[str]:
     settings_class = getattr(model, "settings_class", None)
     keys = {*RunSettings.keys(), *_collect_recbole_keys(), *_read_recbole_properties(model)}
     keys.update(settings_class.keys() if settings_class else ["loss_type"])
-    for file in _SEQUENTIAL_PROPERTIES:
-        keys.update(read_yaml(RECBOLE_FOLDER / "properties" / file))
-    return frozenset(keys - collect_keys(Role.IGNORED))
+    return frozenset((keys | _collect_sequential_keys()) - collect_keys(Role.IGNORED))
+
+
+@cache
+def _collect_sequential_keys() -> frozenset[str]:
+    """The keys in RecBole's properties of every sequential model; its files are long."""
+    files = [read_yaml(RECBOLE_FOLDER / "properties" / file) for file in _SEQUENTIAL_PROPERTIES]
+    return frozenset().union(*files)
 
 
 def _collect_recbole_keys() -> set[str]:

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from m2rec import __version__, distributed
@@ -160,6 +159,8 @@ def describe_machine(config: Config) -> dict[str, Any]:
 def read_peak_memory() -> int:
     """Peak memory of this process in bytes."""
     if sys.platform == "win32":
+        import psutil
+
         return int(psutil.Process().memory_info().peak_wset)
     import resource  # there is none on Windows
 

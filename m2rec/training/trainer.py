@@ -13,7 +13,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from m2rec import distributed
@@ -107,6 +106,8 @@ class RunTrainer(Trainer):
             if not is_resumed:
                 self.files.append_history(self._history_columns)
             if config["tensorboard"]:
+                from torch.utils.tensorboard import SummaryWriter  # takes a moment
+
                 self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
     @property

@@ -6,7 +6,8 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -106,8 +107,17 @@ def run_in_child_process(args: argparse.Namespace, function: Callable[..., float
     """function(*values, device) in a new process, in whose memory there is nothing else."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # memory that this process caches is not free for the other
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max_workers=1, mp_context=_get_start_context()) as pool:
         return pool.submit(_run_on_device, function, values, args.device, args.threads).result()
+
+
+def _get_start_context() -> BaseContext:
+    """New processes are forks of one that has PyTorch loaded and has done nothing; Windows has none."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return context
 
 
 def _run_on_device(
