@@ -2,6 +2,7 @@
 
     reference   the definition, a plain loop
     torch       plain PyTorch with a backward pass of its own, for any device
+    native      C for a CPU, compiled at its first use; operators without C code take torch
     triton      our kernels for CUDA; TRITON_INTERPRET=1 runs them on a CPU, slowly, for tests
     mamba_ssm   the kernels of the packages mamba-ssm and causal-conv1d, for CUDA
 
@@ -22,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 
 from m2rec.errors import UserError
+from m2rec.ops.native import SCAN, find_obstacle
 
-BACKENDS = ("reference", "torch", "triton", "mamba_ssm")
+BACKENDS = ("reference", "torch", "native", "triton", "mamba_ssm")
 
 # by backend: the function, or `module:function` of m2rec.ops, imported at the first call
 Implementations = Mapping[str, Callable[..., Any] | str]
@@ -36,8 +38,13 @@ class Backend(NamedTuple):
     reason: str
 
 
-def resolve_backend(requested: str, device: torch.device | str) -> Backend:
+def resolve_backend(requested: str, device: torch.device | str, has_native: bool = True) -> Backend:
     """Turn `auto` or a backend's name into the backend that runs on `device`.
+
+    Args:
+        requested: `auto` or one of `BACKENDS`.
+        device: where the tensors are.
+        has_native: whether the operator has C code; if not, `auto` compiles nothing.
 
     Raises:
         ValueError: `requested` is not a backend or can't run. A named backend is never replaced
@@ -45,7 +52,7 @@ def resolve_backend(requested: str, device: torch.device | str) -> Backend:
     """
     kind = torch.device(device).type
     if requested == "auto":
-        return _choose_backend(kind)
+        return _choose_backend(kind, has_native)
     if requested not in BACKENDS:
         raise UserError(
             f"scan_backend: {requested!r} is not a backend; choose one of auto, {', '.join(BACKENDS)}"
@@ -59,7 +66,8 @@ def load_implementation(
     implementations: Implementations, requested: str, device: torch.device
 ) -> Callable[..., Any]:
     """An operator's function for the backend that `requested` resolves to."""
-    found = implementations[resolve_backend(requested, device).name]
+    name = resolve_backend(requested, device, "native" in implementations).name
+    found = implementations.get(name, implementations["torch"])
     if not isinstance(found, str):
         return found
     module, name = found.split(":")
@@ -67,20 +75,32 @@ def load_implementation(
     return function
 
 
-def _choose_backend(kind: str) -> Backend:
-    """Our kernels on CUDA, else plain PyTorch."""
-    if kind != "cuda":
+def _choose_backend(kind: str, has_native: bool) -> Backend:
+    """Our kernels where they run, else plain PyTorch."""
+    ours = {"cuda": "triton", "cpu": "native"}.get(kind)
+    if ours is None or (ours == "native" and not has_native):
         return Backend("torch", f"auto: the fastest here for device type {kind}")
-    if obstacle := _find_missing_requirement("triton", kind):
-        return Backend("torch", f"auto: triton would be faster, but needs {obstacle}")
-    return Backend("triton", "auto: the fastest here for device type cuda")
+    if obstacle := _find_missing_requirement(ours, kind):
+        return Backend("torch", f"auto: {ours} would be faster, but needs {obstacle}")
+    return Backend(ours, f"auto: the fastest here for device type {kind}")
+
+
+def _find_missing_requirement(name: str, kind: str) -> str:
+    """What a backend lacks to run on a device of this type, with the cure; empty if nothing."""
+    return _look_for_requirement(name, kind)
+
+
+# torch.compile takes the answer and does not trace how it is found: torch.compiler.assume_constant_result
+# sets the same mark, but takes two seconds to import
+_find_missing_requirement._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache
-def _find_missing_requirement(name: str, kind: str) -> str:
-    """What a backend lacks to run on a device of this type, with the cure; empty if nothing."""
+def _look_for_requirement(name: str, kind: str) -> str:
     if name in ("reference", "torch"):
         return ""
+    if name == "native":
+        return find_obstacle(SCAN) if kind == "cpu" else f"a CPU and this is {kind}: run on a CPU"
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if kind != "cuda" and not interpreted:
         return f"a CUDA device and this is {kind}: run on a GPU"

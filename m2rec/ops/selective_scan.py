@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from m2rec.ops.backend import Implementations, load_implementation
 from m2rec.ops.contracts import LOG2_E, check_arguments, drop_time, first_derivative_only, without_autocast
+from m2rec.ops.selective_scan_native import selective_scan_native
 
 # Steps between two saved states: L / _CHUNK are kept, 2 * _CHUNK are recomputed at a time.
 _CHUNK = 4
@@ -132,6 +133,12 @@ def _selective_scan_torch(
     return (y, last_state) if return_last_state else y
 
 
+def _selective_scan_native(u: Tensor, *others: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Our C code; float64, which it does not have, goes to PyTorch."""
+    run = _selective_scan_torch if u.dtype == torch.float64 else selective_scan_native
+    return run(u, *others)
+
+
 def _prepare_scan_inputs(
     u: Tensor,
     delta: Tensor,
@@ -239,6 +246,7 @@ def _split_into_column_vectors(x: Tensor) -> tuple[Tensor, ...]:
 _IMPLEMENTATIONS: Implementations = {
     "reference": selective_scan_ref,
     "torch": _selective_scan_torch,
+    "native": _selective_scan_native,
     "triton": "selective_scan_triton:selective_scan_triton",
     "mamba_ssm": "mamba_ssm_backend:selective_scan_mamba_ssm",
 }

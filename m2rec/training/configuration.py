@@ -121,7 +121,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     config = RunConfig(model=model, dataset=values["dataset"], config_dict=values)
     config.run_settings, config.model_settings = run, settings
     if settings:
-        resolve_backend(settings.scan_backend, config["device"])
+        resolve_backend(settings.scan_backend, config["device"], has_native=settings.mixer == "mamba")
     unused_keys = sorted(set(user_values) - collect_model_keys(model))
     if unused_keys:
         logger.warning("these keys are ignored by %s: %s", name, ", ".join(unused_keys))

@@ -81,7 +81,8 @@ def describe_device(config: Config) -> str:
         where = f"cpu ({why}), {describe_threads()}"
     if config.model_settings is None:
         return f"device {where}"
-    backend = resolve_backend(config.model_settings.scan_backend, device)
+    settings = config.model_settings
+    backend = resolve_backend(settings.scan_backend, device, has_native=settings.mixer == "mamba")
     return f"device {where}; scan backend {backend.name} ({backend.reason})"
 
 

@@ -14,9 +14,9 @@ from tests.ops.test_scans import scan_inputs
 def _fresh(monkeypatch: pytest.MonkeyPatch):
     """No answer remembered from another environment."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    backend._find_missing_requirement.cache_clear()
+    backend._look_for_requirement.cache_clear()
     yield
-    backend._find_missing_requirement.cache_clear()
+    backend._look_for_requirement.cache_clear()
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -24,15 +24,36 @@ def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(backend, "_find_missing_compiler", lambda: "")
 
 
-def test_auto_on_a_cpu_is_torch():
+def test_auto_on_a_cpu_is_native_where_it_compiles(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend, "find_obstacle", lambda source: "")
+    assert resolve_backend("auto", torch.device("cpu")).name == "native"
+    backend._look_for_requirement.cache_clear()
+    monkeypatch.setattr(backend, "find_obstacle", lambda source: "a C compiler: install gcc, or set CC")
     chosen = resolve_backend("auto", torch.device("cpu"))
+    assert chosen.name == "torch" and "native would be faster, but needs a C compiler" in chosen.reason
+    with pytest.raises(
+        ValueError, match=r"^scan_backend: 'native' needs a C compiler: install gcc, .* or set"
+    ):
+        resolve_backend("native", "cpu")
+
+
+def test_auto_compiles_nothing_for_an_operator_without_c_code(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend, "find_obstacle", lambda source: pytest.fail("looked for a compiler"))
+    chosen = resolve_backend("auto", "cpu", has_native=False)
     assert chosen.name == "torch" and "auto" in chosen.reason
+    implementations = {"torch": len}
+    assert backend.load_implementation(implementations, "auto", torch.device("cpu")) is len
+
+
+def test_an_operator_without_c_code_takes_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend, "find_obstacle", lambda source: "")
+    assert backend.load_implementation({"torch": len}, "native", torch.device("cpu")) is len
 
 
 def test_auto_on_cuda_is_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
     installed(monkeypatch, "triton")
     assert resolve_backend("auto", "cuda:0").name == "triton"
-    backend._find_missing_requirement.cache_clear()
+    backend._look_for_requirement.cache_clear()
     installed(monkeypatch)
     chosen = resolve_backend("auto", "cuda:0")
     assert chosen.name == "torch" and "pip install triton" in chosen.reason
@@ -55,13 +76,14 @@ def test_auto_does_without_triton_where_it_can_not_compile(
         resolve_backend("triton", "cuda")
     if missing == "header":
         (tmp_path / "Python.h").touch()
-        backend._find_missing_requirement.cache_clear()
+        backend._look_for_requirement.cache_clear()
         assert resolve_backend("auto", "cuda").name == "triton"
 
 
 @pytest.mark.parametrize(
     ("name", "device", "packages", "cure"),
     [
+        ("native", "cuda", [], "needs a CPU and this is cuda: run on a CPU, or set"),
         ("triton", "cpu", ["triton"], "needs a CUDA device and this is cpu: run on a GPU, or set"),
         ("triton", "cuda", [], "needs triton, which is not installed: pip install triton, or set"),
         ("mamba_ssm", "cpu", ["mamba_ssm", "causal_conv1d"], "needs a CUDA device and this is cpu"),
@@ -84,7 +106,8 @@ def test_a_named_backend_that_cannot_run_says_how_to_get_it(
 
 def test_a_named_backend_that_can_run_is_taken(monkeypatch: pytest.MonkeyPatch):
     installed(monkeypatch, "triton", "mamba_ssm", "causal_conv1d")
-    assert [resolve_backend(name, "cuda").name for name in BACKENDS] == list(BACKENDS)
+    names = [name for name in BACKENDS if name != "native"]
+    assert [resolve_backend(name, "cuda").name for name in names] == names
 
 
 def test_the_interpreter_lets_triton_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
@@ -95,8 +118,7 @@ def test_the_interpreter_lets_triton_run_on_a_cpu(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["Torch", "", "cuda"])
 def test_an_unknown_backend_is_an_error(name: str):
-    message = (
-        f"scan_backend: {name!r} is not a backend; choose one of auto, reference, torch, triton, mamba_ssm"
-    )
+    known = "auto, reference, torch, native, triton, mamba_ssm"
+    message = f"scan_backend: {name!r} is not a backend; choose one of {known}"
     with pytest.raises(ValueError, match=re.escape(message)):
         selective_scan(**scan_inputs(2), backend=name)

@@ -21,7 +21,17 @@ from m2rec.ops import (
     ssd_ref,
     ssd_step,
 )
-from tests.ops.test_scans import DEVICE, OVER_TIME, conv_inputs, needs, on_device, scan_inputs, ssd_inputs
+from m2rec.ops.native import SCAN, find_obstacle
+from tests.ops.test_scans import (
+    DEVICE,
+    FLOAT32_ONLY,
+    OVER_TIME,
+    conv_inputs,
+    needs,
+    on_device,
+    scan_inputs,
+    ssd_inputs,
+)
 
 OPERATORS = {
     "selective_scan": (selective_scan, scan_inputs),
@@ -32,7 +42,12 @@ OPERATORS = {
 TRITON = find_spec("triton") is not None
 REFERENCES = {"selective_scan": selective_scan_ref, "ssd": ssd_ref, "causal_conv1d": causal_conv1d_ref}
 # whose backward pass is written by hand
-BY_HAND = {("selective_scan", "torch"), ("selective_scan", "triton"), ("causal_conv1d", "triton")}
+BY_HAND = {
+    ("selective_scan", "torch"),
+    ("selective_scan", "native"),
+    ("selective_scan", "triton"),
+    ("causal_conv1d", "triton"),
+}
 
 
 def gradient_penalty(function: Callable[..., Any], inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
@@ -43,7 +58,7 @@ def gradient_penalty(function: Callable[..., Any], inputs: dict[str, Tensor], **
     return list(torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values())))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_second_derivatives_are_right_or_refused(name: str, backend: str):
     """Never silently wrong: either those of the reference, or one line that names the way out."""
@@ -52,19 +67,15 @@ def test_second_derivatives_are_right_or_refused(name: str, backend: str):
     for decayed in ("delta", "dt"):
         if decayed in inputs:
             inputs[decayed] = inputs[decayed].abs()
-    inputs = on_device(inputs, torch.float32 if backend == "triton" else torch.float64)
-    if (name, backend) in {
-        ("selective_scan", "torch"),
-        ("selective_scan", "triton"),
-        ("causal_conv1d", "triton"),
-    }:
+    inputs = on_device(inputs, torch.float32 if backend in FLOAT32_ONLY else torch.float64)
+    if (name, backend) in BY_HAND:
         with pytest.raises(ValueError, match=rf"^{name} has no second derivative .*; use scan_backend: "):
             gradient_penalty(operator, inputs, backend=backend)
         return
     expected = gradient_penalty(operator, inputs, backend="reference")
     actual = gradient_penalty(operator, inputs, backend=backend)
     for a, e in zip(actual, expected, strict=True):
-        assert torch.allclose(a, e, rtol=1e-4 if backend == "triton" else 1e-8, atol=1e-6)
+        assert torch.allclose(a, e, rtol=1e-4 if backend in FLOAT32_ONLY else 1e-8, atol=1e-6)
 
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -144,8 +155,8 @@ def test_operators_refuse_alike(name: str, argument: str, what: str):
     expected = "^" + re.escape(f"{name}: {message}")
     with pytest.raises(ValueError, match=expected):
         REFERENCES[name](**inputs)
-    for backend in ("reference", "torch", "triton"):
-        if backend == "triton" and not TRITON:
+    for backend in ("reference", "torch", "native", "triton"):
+        if (backend == "triton" and not TRITON) or (backend == "native" and find_obstacle(SCAN)):
             continue
         with pytest.raises(ValueError, match=expected):
             OPERATORS[name][0](**inputs, backend=backend)

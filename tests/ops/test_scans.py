@@ -27,6 +27,7 @@ LENGTHS = [1, 2, 63, 200]
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+FLOAT32_ONLY = ("native", "triton")
 Inputs = dict[str, Any]
 OVER_TIME = {"u", "x", "delta", "dt", "B", "C", "z"}
 
@@ -137,10 +138,26 @@ def test_selective_scan_triton_equals_reference(length: int, dtype: torch.dtype)
     assert_close(actual, expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [*LENGTHS, 15, 16, 17])
+def test_selective_scan_native_equals_reference(length: int, dtype: torch.dtype):
+    """Chunks that are full and not; float64 as well, which goes to PyTorch."""
+    needs("native")
+    inputs = scan_inputs(length, dtype)
+    options = {"delta_softplus": True, "return_last_state": True}
+    wide = {name: value.double() for name, value in inputs.items()}
+    expected = outputs_and_gradients(selective_scan_ref, wide, **options)
+    actual = outputs_and_gradients(selective_scan, inputs, backend="native", **options)
+    assert actual[0].dtype == dtype
+    assert actual[1].dtype == torch.promote_types(dtype, torch.float32)
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("backend", FLOAT32_ONLY)
 @pytest.mark.parametrize(("channels", "states"), [(70, 3), (1, 1), (33, 17)])
-def test_selective_scan_triton_of_awkward_sizes(channels: int, states: int):
+def test_selective_scan_of_awkward_sizes(channels: int, states: int, backend: str):
     """Several blocks of channels, blocks that are not full, strided inputs as a mixer's splits give them."""
-    needs("triton")
+    needs(backend)
     wide = torch.randn(2, 9, 2 * channels + 2 * states + 1, dtype=torch.float64)
     x, delta, B, C, _ = wide.split([channels, channels, states, states, 1], dim=-1)
     inputs = {"u": x, "delta": delta.abs(), "A": -torch.rand(channels, states).double(), "B": B, "C": C}
@@ -150,24 +167,25 @@ def test_selective_scan_triton_of_awkward_sizes(channels: int, states: int):
     x, delta, B, C, _ = joined.split([channels, channels, states, states, 1], dim=-1)
     actual = {"u": x, "delta": delta.abs(), "A": inputs["A"].to(DEVICE, torch.float32), "B": B, "C": C}
     assert not x.is_contiguous()
-    y = selective_scan(**actual, backend="triton")
+    y = selective_scan(**actual, backend=backend)
     assert_close([y], expected[:1], torch.float32)
-    assert_close(outputs_and_gradients(selective_scan, actual, backend="triton"), expected, torch.float32)
+    assert_close(outputs_and_gradients(selective_scan, actual, backend=backend), expected, torch.float32)
 
 
-def test_selective_scan_triton_keeps_small_steps_exact():
+@pytest.mark.parametrize("backend", FLOAT32_ONLY)
+def test_selective_scan_keeps_small_steps_exact(backend: str):
     """softplus of -12 is 6e-6: log(1 + exp(x)) in float32 would be off by a hundredth of it."""
-    needs("triton")
+    needs(backend)
     inputs = on_device(scan_inputs(3), torch.float32)
     inputs["delta"] = torch.full_like(inputs["delta"], -12.0)
     del inputs["delta_bias"], inputs["D"], inputs["initial_state"]
-    y = selective_scan(**inputs, delta_softplus=True, backend="triton").double()
+    y = selective_scan(**inputs, delta_softplus=True, backend=backend).double()
     wide = {name: value.double() for name, value in inputs.items()}
     expected = selective_scan_ref(**wide, delta_softplus=True)
     assert ((y - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 def test_selective_scan_without_gradients(backend: str):
     """The same result where no states are kept for a backward pass."""
     needs(backend)
@@ -215,10 +233,10 @@ def test_mamba_ssm_equals_reference(name: str, length: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("left_out", [("D",), ("z",), ("delta_bias",), ("initial_state",), ("D", "z")])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 def test_selective_scan_optional_arguments(backend: str, left_out: tuple[str, ...]):
     needs(backend)
-    dtype = torch.float64 if backend == "torch" else torch.float32
+    dtype = torch.float32 if backend in FLOAT32_ONLY else torch.float64
     inputs = {k: v for k, v in scan_inputs(17).items() if k not in left_out}
     inputs["delta"] = inputs["delta"].abs()
     expected = outputs_and_gradients(selective_scan_ref, inputs)
@@ -413,9 +431,10 @@ def test_causal_conv1d_is_torch_conv1d():
     assert torch.allclose(causal_conv1d_ref(x, conv.weight[:, 0], conv.bias), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["scan", "ssd"])
-def test_autocast_does_not_reach_the_recurrence(name: str):
+@pytest.mark.parametrize(("name", "backend"), [("scan", "torch"), ("scan", "native"), ("ssd", "torch")])
+def test_autocast_does_not_reach_the_recurrence(name: str, backend: str):
     """Under bfloat16 autocast the result keeps float32 precision."""
+    needs(backend)
     if name == "scan":
         inputs, op, ref = scan_inputs(100, torch.float32), selective_scan, selective_scan_ref
         inputs["delta_softplus"] = True
@@ -424,7 +443,7 @@ def test_autocast_does_not_reach_the_recurrence(name: str):
         inputs["dt_softplus"] = True
     expected = ref(**inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = op(**inputs, backend="torch")
+        actual = op(**inputs, backend=backend)
     assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -441,7 +460,7 @@ def test_autocast_does_not_reach_a_step(name: str):
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "native", "triton"])
 @pytest.mark.parametrize("name", ["scan", "ssd", "conv"])
 def test_the_future_does_not_reach_the_past(name: str, backend: str):
     def run(x: Tensor) -> Tensor:
@@ -450,7 +469,7 @@ def test_the_future_does_not_reach_the_past(name: str, backend: str):
         return (selective_scan if name == "scan" else ssd)(x, *inputs[1:5], backend=backend)
 
     needs(backend)
-    dtype = torch.float32 if backend == "triton" else torch.float64
+    dtype = torch.float32 if backend in FLOAT32_ONLY else torch.float64
     weight = torch.randn(5, 4).to(DEVICE, dtype)
     made = ssd_inputs(20) if name == "ssd" else scan_inputs(20)
     made = on_device(made, dtype)
