@@ -210,8 +210,8 @@ def by_aot(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "others",
     [
-        {"average_epochs": 0.5},
-        {"rows": "prefix", "enable_amp": True, "stopping_step": 0},
+        {"average_epochs": 0.5, "n_layers": 1},
+        {"rows": "prefix", "enable_amp": True, "stopping_step": 0, "filter": "none"},
     ],
     ids=["dense", "prefix"],
 )
@@ -235,7 +235,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
 def test_a_compiled_run_equals_a_plain_one(command: Command, toy: Path, by_aot: None):
     folders = {}
     for answer in (True, False):
-        values = small(toy, dropout_prob=0.0, text_vectors="none", compile=answer)
+        values = small(toy, dropout_prob=0.0, n_layers=1, text_vectors="none", compile=answer)
         status, out, err = command(*as_arguments(values))
         assert status == 0, err
         folders[answer] = Path(out.splitlines()[-1])

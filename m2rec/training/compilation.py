@@ -13,7 +13,7 @@ import os
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,13 +83,13 @@ class _TrainedLayer:
 
     def __init__(self, layer: nn.Module, backend: str) -> None:
         self.is_warming = False
-        self._plain = layer._call_impl
+        self._plain: Callable[..., Any] = layer._call_impl
         self._compiled = torch.compile(self._plain, backend=backend)
 
     def __call__(self, x: Tensor, batch: Any) -> Any:
         """x: (B, L, D), batch: the items behind it."""
         if not torch.is_grad_enabled():
-            return self._plain(x, batch)  # type: ignore[no-untyped-call]
+            return self._plain(x, batch)
         if self.is_warming:
             _mark_dynamic_sizes(x, batch)
             return self._compiled(x, batch)
