@@ -40,8 +40,8 @@ class Role(Enum):
     )  # fmt: skip
     # how the network is trained, and on which rows
     TRAINING = (
-        "MAX_ITEM_LIST_LENGTH", "average_epochs", "clip_grad_norm", "enable_amp", "eval_step", "learner",
-        "learning_rate", "reproducibility", "rows", "shuffle", "train_batch_size", "weight_decay",
+        "MAX_ITEM_LIST_LENGTH", "average_epochs", "clip_grad_norm", "compile", "enable_amp", "eval_step",
+        "learner", "learning_rate", "reproducibility", "rows", "shuffle", "train_batch_size", "weight_decay",
     )  # fmt: skip
     LENGTH = ("epochs", "stopping_step")
     # where the text vectors come from; a run stores a hash of the vectors themselves
@@ -211,6 +211,7 @@ class ModelSettings(Settings):
     negatives_shared: Count = 128
     negative_sampling: Literal["uniform", "popularity"] = "uniform"
     gbce_t: Annotated[float, Field(ge=0, le=1)] = 0.75
+    compile: bool | Literal["auto"] = Field("auto", description="auto, True or False")
 
     @model_validator(mode="after")
     def _check_text_and_loss(self) -> Self:

@@ -59,6 +59,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("gbce_t", 1.5, "a number in [0, 1]"),
     ("negatives_shared", 0, "a whole number from 1 to "),
     ("n_negatives", 0, "a whole number from 1 to "),
+    ("compile", "yes", "auto, True or False"),
 ]
 
 

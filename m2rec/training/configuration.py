@@ -79,6 +79,11 @@ class RunConfig(Config):
     model_settings: ModelSettings | None
     """None for a model that is not made of M2Rec's parts."""
 
+    def settle(self, key: str, value: Any) -> None:
+        """Replace what `auto` has left open; `resolve_settings` then gives the answer."""
+        self.external_config_dict[key] = value
+        self[key] = value
+
     def _load_cmd_line(self) -> dict[str, Any]:
         return {}
 

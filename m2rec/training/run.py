@@ -27,6 +27,7 @@ from m2rec.run_folder import RunFolder
 from m2rec.settings import Role, get_defaults
 from m2rec.text.source import ensure_text_vectors, find_vector_file, load_text_vectors
 from m2rec.training.checkpoint import CannotResume
+from m2rec.training.compilation import resolve_compile
 from m2rec.training.configuration import build_config
 from m2rec.training.new_run import create_run_folder, lock_run_folder, update_eval_batch_size
 from m2rec.training.provenance import (
@@ -248,6 +249,7 @@ def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
     """
     timer = _PhaseTimer()
     logger.info("%s", describe_device(config))
+    _settle_compile(config)
     dataset, loaders, data_counts = _load_and_describe_data(config)
     timer.lap("data")
     if config.model_settings:
@@ -260,6 +262,15 @@ def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
     model = _build_model(config, loaders.train.dataset)
     trainer = _build_trainer(config, model, dataset, loaders, folder)
     return PreparedRun(config, dataset, loaders, data_counts, trainer, timer)
+
+
+def _settle_compile(config: Config) -> None:
+    """Decide whether the layers are compiled; a run that is resumed has the answer in its config."""
+    if config.model_settings is None:
+        return
+    choice = resolve_compile(config["compile"], config["device"])
+    logger.info("layers %scompiled (%s)", "" if choice.is_compiled else "not ", choice.reason)
+    config.settle("compile", choice.is_compiled)
 
 
 def _load_and_describe_data(config: Config) -> tuple[HistoryDataset, Loaders, dict[str, int]]:

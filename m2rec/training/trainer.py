@@ -25,6 +25,7 @@ from m2rec.evaluation.protocols import Protocol
 from m2rec.evaluation.ranking import RANKED_PROTOCOLS, Ranking, rank_rows
 from m2rec.run_folder import RunFolder
 from m2rec.training import checkpoint
+from m2rec.training.compilation import compile_layers
 from m2rec.training.ema import WeightEMA
 from m2rec.training.signals import RunInterrupted, StopRequest
 
@@ -181,6 +182,10 @@ class RunTrainer(Trainer):
             self.ema = WeightEMA(self.model, max(1.0, ema_steps))
         if self._is_resumed:
             self._load_checkpoint()
+        if self.config["compile"] is True:
+            rows = self.config["train_batch_size"] // distributed.world_size()
+            length = self.config["MAX_ITEM_LIST_LENGTH"]
+            compile_layers(self.model, rows, length, self._precision())
         self._checkpointed_at = perf_counter()
         self._started_at = perf_counter() - self.train_seconds
 
@@ -333,7 +338,7 @@ class RunTrainer(Trainer):
         shard, weight = self._shard_batch(batch, is_dense)
         loss = torch.zeros((), device=self.device)
         if len(shard):
-            with torch.autocast(self.device.type) if self.enable_amp else nullcontext():
+            with self._precision():
                 losses = self.model.calculate_loss(shard)
             if isinstance(losses, tuple):
                 losses = torch.stack(losses).sum()
@@ -347,6 +352,10 @@ class RunTrainer(Trainer):
         if self.ema is not None:
             self.ema.update()
         return loss
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Of the forward pass in training."""
+        return torch.autocast(self.device.type) if self.enable_amp else nullcontext()
 
     def _shard_batch(self, batch: Interaction, is_dense: bool) -> tuple[Interaction, float]:
         """This process's rows of a batch, and the share of the batch's targets in them."""
