@@ -285,9 +285,16 @@ _build_optimizer = Trainer._build_optimizer
 
 
 def _build_grouped_optimizer(self: Trainer, **kwargs: Any) -> torch.optim.Optimizer:
-    """Trainer._build_optimizer, with the model's parameters in groups by how they are marked. Permanent."""
+    """Trainer._build_optimizer, with the model's parameters in groups by how they are marked. Permanent.
+
+    On a CPU Adam takes its step in PyTorch's fused form.
+    """
     kwargs.setdefault("params", _group_parameters(self))
-    return _build_optimizer(self, **kwargs)  # type: ignore[no-any-return]
+    optimizer: torch.optim.Optimizer = _build_optimizer(self, **kwargs)
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and self.device.type == "cpu":
+        for group in optimizer.param_groups:
+            group["fused"] = True  # one pass over each parameter instead of ten
+    return optimizer
 
 
 def _group_parameters(trainer: Trainer) -> list[dict[str, Any]]:

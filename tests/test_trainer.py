@@ -1,5 +1,6 @@
 """Evaluation under both protocols, checkpoints, and honest stops."""
 
+import copy
 import csv
 import math
 import os
@@ -225,6 +226,26 @@ def test_the_repeat_bias_moves_at_its_own_rate(toy: Path, tmp_path: Path, learne
     (group,) = (g for g in trainer.optimizer.param_groups if any(p is bias for p in g["params"]))
     assert group["lr"] == pytest.approx(0.01 * multiplier)
     assert {g["lr"] for g in trainer.optimizer.param_groups} == {0.01, group["lr"]}
+
+
+@pytest.mark.parametrize("learner", ["adam", "adamw"])
+def test_adam_is_fused_on_a_cpu_and_takes_the_same_step(learner: str, toy: Path, tmp_path: Path):
+    trainer, loaders = made(toy, tmp_path / "run", learner=learner, use_gpu=False)
+    assert all(group["fused"] for group in trainer.optimizer.param_groups)
+    batch = next(iter(loaders[0]))
+    before = copy.deepcopy(trainer.model.state_dict())
+    results = []
+    for fused in (True, False):
+        for group in trainer.optimizer.param_groups:
+            group["fused"] = fused
+        trainer.model.load_state_dict(before)
+        trainer.optimizer.state.clear()
+        for _ in range(3):
+            torch.manual_seed(1)
+            trainer._train_step(batch, True)
+        results.append(copy.deepcopy(trainer.model.state_dict()))
+    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-4) for name in before)
+    assert not torch.equal(results[0]["encoder.id_embedding.weight"], before["encoder.id_embedding.weight"])
 
 
 def test_the_weights_of_another_file_are_not_evaluated(toy: Path, tmp_path: Path):
