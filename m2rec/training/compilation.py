@@ -13,6 +13,7 @@ import os
 import sys
 import sysconfig
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
@@ -153,7 +154,8 @@ def _compiling(calls: list[_TrainedLayer]) -> Iterator[None]:
     for call in calls:
         call.is_warming = True
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):  # the compiler's own, about its internals
+            yield
     except Exception as error:  # dynamo's, the backend's, the C++ compiler's: they share no class
         what = f"{type(error).__name__}: {_shorten(format_one_line(error))}"
         raise UserError(
