@@ -123,8 +123,8 @@ def check_unchanged_inputs(saved: Values, current: Values, files: RunFolder) -> 
         if saved.get(key) != current.get(key):
             raise CannotResume(f"resume: the {name} of {files.path} have changed since it stopped; {cure}")
     saved_settings, settings = saved.get("settings", {}), current.get("settings", {})
-    for key in {**saved_settings, **settings}:
-        before, now = saved_settings.get(key), settings.get(key)
+    for key, before in saved_settings.items():  # a key that is newer than the run can't have changed
+        now = settings.get(key)
         if before != now:
             raise CannotResume(f"resume: {key} was {before} and is {now} in {files.config_file}; {cure}")
 
