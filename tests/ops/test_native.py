@@ -240,6 +240,11 @@ def test_callers_on_several_threads():
     assert all(torch.equal(y, expected) for y in found)
 
 
+def test_python_and_c_agree_on_the_chunk():
+    """Python allocates the memory that the C code writes."""
+    assert f"#define CHUNK {selective_scan_native._CHUNK} " in native.SCAN.read_text()
+
+
 @native_scan
 def test_no_sequence_at_all():
     inputs = scan_inputs(4, torch.float32, batch=0)
