@@ -160,6 +160,7 @@ def test_modified_modules_are_not_prepared():
     hook = made.layers[0].norm.register_forward_hook(lambda *_: None)
     assert not can_prepare(made)
     hook.remove()
+    assert not can_prepare(build_encoder().bfloat16())
     made = made.float()
     torch.ao.quantization.quantize_dynamic(made, {nn.Linear}, dtype=torch.qint8, inplace=True)
     assert not can_prepare(made)

@@ -575,8 +575,9 @@ def _read_versions(encoder: Encoder) -> list[tuple[int, int]]:
 
 
 def can_prepare(encoder: Encoder) -> bool:
-    """Whether the network is on a CPU and made of unmodified modules, without hooks or quantized layers."""
-    return encoder.device.type == "cpu" and all(map(_is_unmodified, encoder.modules()))
+    """Whether the network is on a CPU, in float32 or float64, without hooks, quantized or foreign layers."""
+    has_type = encoder.id_embedding.weight.dtype in (torch.float32, torch.float64)
+    return encoder.device.type == "cpu" and has_type and all(map(_is_unmodified, encoder.modules()))
 
 
 def _is_unmodified(module: nn.Module) -> bool:

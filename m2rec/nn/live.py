@@ -155,7 +155,7 @@ class LiveEncoder(PreparedEncoder):
     def __init__(self, encoder: Encoder, table: Tensor) -> None:
         super().__init__(encoder, table)
         self._live_layers: list[LiveLayer] | None = None
-        if table.dtype in (torch.float32, torch.float64) and all(map(can_run_live, self.layers)):
+        if all(map(can_run_live, self.layers)):
             self._live_layers = list(map(LiveLayer, self.layers))
 
     @torch.no_grad()
