@@ -139,7 +139,7 @@ def install_packages(python: Path, constraints: Path, packages: tuple[str, ...])
     """
     if not packages:
         return
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
     command = [*pip, "-c", str(constraints), *packages]
     done = subprocess.run(command, env=build_clean_environment(), capture_output=True, text=True)
     if done.returncode:
@@ -315,10 +315,8 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def measure_peers(args: argparse.Namespace, folder: Path) -> dict[str, TimedPeer]:
+def measure_peers(args: argparse.Namespace, frame: pd.DataFrame, folder: Path) -> dict[str, TimedPeer]:
     """All models in turn in every round; the first round warms up and does not count."""
-    frame = draw_interactions(args.users) if args.data_path is None else read_interactions(args.data_path)
-    frame = frame[frame["user"].isin(frame["user"].unique()[: args.users])]
     path = folder / "interactions.npz"
     write_interactions(frame, path)
     names = ("length", "width", "layers", "heads", "dropout", "batch", "threads")
@@ -344,22 +342,29 @@ def measure_round(peers: dict[str, TimedPeer], steps: int) -> None:
             del peers[model]
 
 
-def main() -> None:
-    """Run the benchmark."""
-    args = parse_arguments()
-    with tempfile.TemporaryDirectory() as folder:
-        peers = measure_peers(args, Path(folder))
-    if not peers:
-        raise SystemExit("no model could run")
-    reference = next(iter(peers.values()))
-    rows = [print_row(make_row(model, peer, reference)) for model, peer in peers.items()]
-    note = (
+def describe_run(args: argparse.Namespace, frame: pd.DataFrame) -> str:
+    """The sizes, and what differs between the libraries."""
+    return (
+        f"{frame['user'].nunique():,} users, {frame['item'].nunique():,} items, {len(frame):,} interactions; "
         f"D = {args.width}, {args.layers} layers, {args.heads} heads, L = {args.length}, {args.batch} rows a "
         "step, whole softmax; ratios are to the first row. The feed-forward parts are D wide in RecTools and "
         "RePlay, 4 D in M2Rec and RecBole."
     )
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = parse_arguments()
+    frame = draw_interactions(args.users) if args.data_path is None else read_interactions(args.data_path)
+    frame = frame[frame["user"].isin(frame["user"].unique()[: args.users])]
+    with tempfile.TemporaryDirectory() as folder:
+        peers = measure_peers(args, frame, Path(folder))
+    if not peers:
+        raise SystemExit("no model could run")
+    reference = next(iter(peers.values()))
+    rows = [print_row(make_row(model, peer, reference)) for model, peer in peers.items()]
     versions = {model: peer.versions for model, peer in peers.items()}
-    write_benchmark_results(args, rows, note, versions=versions)
+    write_benchmark_results(args, rows, describe_run(args, frame), versions=versions)
 
 
 if __name__ == "__main__":
