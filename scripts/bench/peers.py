@@ -280,7 +280,7 @@ def write_interactions(frame: pd.DataFrame, path: Path) -> None:
 
 
 def make_row(model: str, peer: TimedPeer, reference: TimedPeer) -> Row:
-    """A row of the table: medians over the rounds, and their ratios to those of `reference`."""
+    """A row of the table: medians over the rounds, of times and of their ratios to those of `reference`."""
     row: Row = {"model": model}
     if peer.training:
         seconds = median(peer.training)
@@ -288,10 +288,15 @@ def make_row(model: str, peer: TimedPeer, reference: TimedPeer) -> Row:
         row["targets per epoch"] = peer.epoch_targets
         row["training, s per epoch"] = seconds * peer.epoch_targets
         if reference.training:
-            row["training, ratio"] = seconds / median(reference.training)
+            row["training, ratio"] = compute_median_ratio(peer.training, reference.training)
     row["inference, ms per history"] = median(peer.inference) * 1e3
-    row["inference, ratio"] = median(peer.inference) / median(reference.inference)
+    row["inference, ratio"] = compute_median_ratio(peer.inference, reference.inference)
     return row
+
+
+def compute_median_ratio(times: list[float], reference: list[float]) -> float:
+    """The median of the rounds' ratios: within a round the machine's speed hardly changes."""
+    return median(time / other for time, other in zip(times, reference, strict=True))
 
 
 def parse_arguments() -> argparse.Namespace:
