@@ -1,11 +1,14 @@
 """Every benchmark runs, checks its rivals, and leaves a table, JSON and a picture."""
 
+import importlib
 import json
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
+import numpy
 import pytest
 import torch
 
@@ -104,3 +107,78 @@ def test_a_rival_without_room_is_left_out(
 
     assert list(measure_median_seconds({"small": lambda: None, "large": no_room}, 1, "cpu")) == ["small"]
     assert capsys.readouterr().out == "without large: out of memory\n"
+
+
+PEER_SIZES = {"length": 9, "width": 32, "layers": 2, "heads": 2, "dropout": 0.2, "threads": 1}
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
+    return importlib.import_module("peers")
+
+
+def test_peers_take_turns(tmp_path: Path):
+    sizes = ["--users=12", "--length=9", "--width=32", "--histories=3", "--repeats=2", "--threads=1"]
+    command = [sys.executable, "scripts/bench/peers.py", "--models", "M2Rec", "RecBole GRU4Rec", *sizes]
+    done = subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "bench_peers-cpu.json").read_text())
+    assert [row["model"] for row in record["rows"]] == ["M2Rec", "RecBole GRU4Rec"]
+    assert record["rows"][0]["training, ratio"] == record["rows"][0]["inference, ratio"] == 1
+    assert all(row["training, s per epoch"] > 0 for row in record["rows"])
+    assert record["versions"]["RecBole GRU4Rec"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("model", ["M2Rec", "RecBole SASRec"])
+def test_a_peer_counts_the_targets_of_an_epoch(model: str, peers: ModuleType, tmp_path: Path):
+    peers.write_interactions(peers.draw_interactions(4), tmp_path / "data.npz")
+    task = {**PEER_SIZES, "data": str(tmp_path / "data.npz"), "batch": 10_000, "histories": 4}
+    with peers.start_workers([model], task, tmp_path) as ready:
+        epoch = ready[model].worker.ask("train 1")  # all rows are one batch
+    n_items = len(peers.draw_interactions(4))
+    assert epoch["targets"] == ready[model].epoch_targets == n_items - 3 * 4
+
+
+@pytest.mark.skipif(find_spec("pip") is None, reason="pip is not installed")
+def test_a_peer_that_cannot_be_installed_is_left_out(
+    peers: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    def install_nothing(*_: object) -> None:
+        (tmp_path / "constraints.txt").touch()
+        peers.install_packages(Path(sys.executable), tmp_path / "constraints.txt", ("./no-such-package",))
+
+    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr(peers, "create_environment", install_nothing)
+    with peers.start_workers(["RecTools SASRec", "RecTools HSTU"], {}, tmp_path) as ready:
+        assert ready == {}
+    printed = capsys.readouterr().out
+    assert printed.count("without rectools: ERROR: ") == 1 and "no-such-package" in printed
+
+
+def test_interactions_are_sorted_and_numbered(peers: ModuleType, tmp_path: Path):
+    rows = [f"u{user}\ti{item}\t{100 - item}\t5" for item in range(6) for user in range(5)]
+    path = tmp_path / "toy.inter"
+    header = "user_id:token\titem_id:token\ttimestamp:float\trating:float"
+    path.write_text("\n".join([header, *rows, "u0\trare\t0\t5"]) + "\n")
+    peers.write_interactions(peers.read_interactions(path), tmp_path / "data.npz")
+    columns = numpy.load(tmp_path / "data.npz")
+    assert columns["user"].tolist() == [user for user in range(5) for _ in range(6)]
+    assert columns["item"].tolist() == 5 * list(range(6))  # by time: item 5 is the first, and gets id 0
+    assert columns["time"].tolist() == 5 * [95, 96, 97, 98, 99, 100]
+
+
+@pytest.mark.parametrize("wrong", ["shape", "nan", "order", "twice"])
+def test_wrong_rankings_are_refused(wrong: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench" / "peer_workers")
+    worker = importlib.import_module("worker")
+    items, scores = numpy.arange(20).reshape(2, 10), numpy.zeros((2, 10))
+    worker.check_ranked(worker.Ranked(items, scores), 2)
+    if wrong == "twice":
+        items[1, 3] = items[1, 4]
+    elif wrong == "nan":
+        scores[0, 2] = numpy.nan
+    elif wrong == "order":
+        scores[1, 9] = 1
+    with pytest.raises(ValueError):
+        worker.check_ranked(worker.Ranked(items, scores), 3 if wrong == "shape" else 2)
