@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from m2rec.nn.encoder import Encoder
+from m2rec.nn.layer import Layer
+from m2rec.nn.live import LiveEncoder
 from m2rec.serving import ranker
 from m2rec.threads import read_cpu_quota, use_one_thread
 from tests.test_recommender import trained
@@ -168,14 +169,15 @@ def test_small_questions_take_one_thread(toy: Path, tmp_path: Path, monkeypatch:
 
     recommender = Recommender.load(trained(toy, tmp_path, text_vectors="none", epochs=1))
     threads: list[int] = []
-    for name in ("last", "advance", "step", "encode_with_gate_weights"):
-        method = getattr(Encoder, name)
+    methods = {"last": LiveEncoder, "advance": LiveEncoder, "step": LiveEncoder, "forward": Layer}
+    for name, owner in methods.items():
+        method = getattr(owner, name)
 
         def watched(*args: Any, method: Any = method, **kwargs: Any) -> Any:
             threads.append(torch.get_num_threads())
             return method(*args, **kwargs)
 
-        monkeypatch.setattr(Encoder, name, watched)
+        monkeypatch.setattr(owner, name, watched)
     torch.set_num_threads(2)
     recommender.recommend(["i1", "i2"])
     recommender.scores([["i1"], ["i2"]])

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -20,6 +21,8 @@ from m2rec.run_folder import RunFolder
 from m2rec.settings import Role, collect_keys
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
+_MISTAKE = 2  # exit status
+_SECONDS_TO_REPORT = 20  # at most: torchrun ends the others when the first process has printed and failed
 # keys that may be given together with --resume
 RESUME_KEYS = collect_keys(Role.LOCAL, Role.START)
 
@@ -39,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_command("run_mm.py", lambda: _train(arguments))
     _start_logging(logging.ERROR)  # of torchrun's processes only the first one prints
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        return run_command("run_mm.py", lambda: _train(arguments, logging.ERROR))
+        status = run_command("run_mm.py", lambda: _train(arguments, logging.ERROR))
+    if status == _MISTAKE:
+        time.sleep(_SECONDS_TO_REPORT)  # torchrun ends all processes as soon as one has failed
+    return status
 
 
 def _train(arguments: Sequence[str], log_level: int | None = None) -> int:
