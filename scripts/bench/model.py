@@ -44,6 +44,7 @@ TEXT_WIDTH = 384
 # dense windows of at most L items that hold ml-1m's targets, and the targets themselves
 ML_1M_WINDOWS, ML_1M_TARGETS = {50: 22_532, 200: 8_617}, 981_491
 TOLERANCE = 1e-4
+INFERENCE_SECONDS = 0.3  # of calls in a row: many users are ranked one batch after the other
 
 MIXER_ONLY = {"filter": "none", "text_vectors": "none", "gate": "mean"}
 MODELS: dict[str, dict[str, Any]] = {
@@ -170,7 +171,7 @@ def measure_models(args: argparse.Namespace, length: int) -> list[Row]:
     for timed in models.values():
         timed.model.eval()
     queries = {name: models[name].infer for name in train}
-    infer = measure_median_seconds(queries, args.repeats, args.device)
+    infer = measure_median_seconds(queries, args.repeats, args.device, at_least=INFERENCE_SECONDS)
     rows = []
     for name in infer:
         timed = models[name]
