@@ -10,7 +10,6 @@ of ml-1m (5-core, 981,491 training targets) times the time per row. Before anyth
 the dense vectors of M2Rec are compared with those of each prefix.
 """
 
-import m2rec.commands.own_process  # noqa: F401, I001 - before PyTorch: threads and memory as in a run
 import argparse
 import tempfile
 from dataclasses import dataclass

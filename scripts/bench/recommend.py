@@ -9,7 +9,6 @@ own, and copies of them with noise of half the table's spread. Where faiss is in
 ranked by an index too, whose recall is of the test users' best items.
 """
 
-import m2rec.commands.own_process  # noqa: F401, I001 - before PyTorch: threads and memory as in a run
 import argparse
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
