@@ -124,8 +124,9 @@ class M2Rec(SequentialRecommender):
         return scores
 
     def train(self, mode: bool = True) -> Self:
-        """As in `nn.Module`; forgets the prepared network, which has the weights of before."""
-        self._prepared = None
+        """As in `nn.Module`; training forgets the prepared network."""
+        if mode:
+            self._prepared = None
         super().train(mode)
         return self
 
