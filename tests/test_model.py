@@ -99,6 +99,19 @@ def test_evaluation_ranks_with_the_weights_of_now(toy: Path):
         with torch.no_grad():
             model.encoder.norm.weight *= 2  # as weights are replaced within an evaluation
         compare_scores()
+        model.calculate_loss(rows).backward()
+        torch.optim.Adam(model.parameters(), fused=True).step()  # does not count as a change of a tensor
+        compare_scores()
+
+
+def test_evaluation_runs_a_forward_of_ones_own(toy: Path):
+    model, (batches, _, _) = made(toy)
+    rows = batches.dataset.inter_feat
+    model.eval()
+    with torch.no_grad():
+        plain = model.full_sort_predict(rows)
+        model.register_forward_hook(lambda module, given, x: 2 * x)
+        assert not torch.allclose(model.full_sort_predict(rows)[:, 1:], plain[:, 1:])
 
 
 def test_dense_loss_is_the_prefix_loss_of_all_targets(tmp_path: Path):

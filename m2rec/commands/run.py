@@ -21,7 +21,7 @@ from m2rec.run_folder import RunFolder
 from m2rec.settings import Role, collect_keys
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
-_MISTAKE = 2  # exit status
+_FIRST_SIGNAL_STATUS = 128  # a lower exit status is that of a mistake
 _SECONDS_TO_REPORT = 20  # at most: torchrun ends the others when the first process has printed and failed
 # keys that may be given together with --resume
 RESUME_KEYS = collect_keys(Role.LOCAL, Role.START)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _start_logging(logging.ERROR)  # of torchrun's processes only the first one prints
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         status = run_command("run_mm.py", lambda: _train(arguments, logging.ERROR))
-    if status == _MISTAKE:
+    if 0 < status < _FIRST_SIGNAL_STATUS:
         time.sleep(_SECONDS_TO_REPORT)  # torchrun ends all processes as soon as one has failed
     return status
 

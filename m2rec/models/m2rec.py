@@ -85,6 +85,7 @@ class M2Rec(SequentialRecommender):
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Mean loss over the targets of a batch: all positions of dense rows, else the last."""
+        self._prepared = None  # a step follows, and a fused optimiser's is not counted as a change
         items, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         targets = interaction[self.ITEM_ID]
         if self.dense:
@@ -132,7 +133,8 @@ class M2Rec(SequentialRecommender):
 
     def _find_prepared_encoder(self) -> PreparedEncoder | None:
         """The network for evaluation on a CPU, made again when weights have changed; None elsewhere."""
-        if self.training or torch.is_grad_enabled() or not can_prepare(self.encoder):
+        is_own = type(self).forward is M2Rec.forward and not (self._forward_hooks or self._forward_pre_hooks)
+        if self.training or torch.is_grad_enabled() or not (is_own and can_prepare(self.encoder)):
             return None
         if self._prepared is None or not self._prepared.is_current(self.encoder):
             self._prepared = PreparedEncoder(self.encoder, self.encoder.item_table())

@@ -31,12 +31,17 @@ from m2rec.nn.layer import Layer, LayerState
 from m2rec.nn.mamba import Mamba2, MixerState, compute_decay_rates
 from m2rec.nn.text_projection import TextBranch
 from m2rec.ops.contracts import LOG2_E, without_autocast
-from m2rec.ops.ssd_inference import MAX_CHUNK, split_into_chunks, ssd_by_head, ssd_last_by_head
+from m2rec.ops.ssd_inference import (
+    MAX_CHUNK,
+    MIN_EXPONENT,
+    split_into_chunks,
+    ssd_by_head,
+    ssd_last_by_head,
+)
 
 # tables by item that a prepared network may hold, in bytes
 TABLE_BYTES = 2**30
 
-_MIN_EXPONENT = -120.0
 _OWN_MODULES = ("m2rec.nn.", "torch.nn.modules.")
 
 
@@ -322,12 +327,12 @@ class PreparedFilter(PreparedBranch):
     def last(self, x: Tensor, batch: ItemBatch) -> Tensor:
         """As `encode` for each row's last position only, (B, D)."""
         assert batch.lengths is not None
-        length = x.shape[1]
-        if len(self.lagged) <= length:
-            self.lagged = _append_zero_row(self.branch.kernel(length).T)
+        length, lagged = x.shape[1], self.lagged  # another thread may replace it
+        if len(lagged) <= length:
+            self.lagged = lagged = _append_zero_row(self.branch.kernel(length).T)
         lags = batch.lengths[:, None] - 1 - torch.arange(length, device=x.device)
-        lags = lags.masked_fill(lags < 0, len(self.lagged) - 1)
-        return F.embedding(lags, self.lagged).mul_(x).sum(1)
+        lags = lags.masked_fill(lags < 0, len(lagged) - 1)
+        return F.embedding(lags, lagged).mul_(x).sum(1)
 
     def step(self, x: Tensor, state: Tensor, batch: ItemBatch) -> tuple[Tensor, Tensor]:
         """x (B, D) -> (B, D) and the new state (B, D, M), as `CausalFilter.step`."""
@@ -372,8 +377,7 @@ class PreparedGate:
         self.weights: list[Tensor | None] = list(weight.split(width))
         self.bias = gate.logits.bias * LOG2_E
         self.table: Tensor | None = None
-        has_table = available is not None and budget.reserve(len(weight))
-        if available is not None and has_table:
+        if available is not None and budget.reserve(len(weight)):
             self.table = self.bias.repeat(len(available), 1)
             for k, branch in enumerate(branches):
                 part = self.weights[k]
@@ -392,7 +396,7 @@ class PreparedGate:
             torch.maximum(top, part, out=top)
         logits.sub_(top[:, None])
         if self.available is not None:
-            logits.clamp_(min=_MIN_EXPONENT)  # minus infinity takes a slow path
+            logits.clamp_(min=MIN_EXPONENT)  # minus infinity takes a slow path
         logits.exp2_()
         total = torch.add(parts[0], parts[1])
         merged = parts[0] * outputs[0]
@@ -491,7 +495,7 @@ class PreparedEncoder:
     """A trained network without gradients: what `Encoder` computes for histories and live users.
 
     Args:
-        encoder: a trained network; later changes of its weights have no effect.
+        encoder: a trained network. Weights are shared: after a change, make a new one (`is_current`).
         table: (V, D), the item table.
     """
 

@@ -12,6 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from shutil import which
@@ -23,7 +24,7 @@ import torch
 from m2rec.storage import write_atomically
 
 SCAN = Path(__file__).with_name("selective_scan_native.c")
-# vectors are written out in the code; NaN and infinite values keep their meaning
+# vectors are written out in the code; NaN stays NaN
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-std=gnu11", "-w")
 _SECONDS = 120
 _lock = Lock()
@@ -56,7 +57,10 @@ def _try_library(source: Path) -> ctypes.CDLL | str:
     """The library, or what is missing: a compiler is not asked twice."""
     if sys.platform != "linux":
         return f"Linux and this is {sys.platform}: choose torch"
-    compiler = _find_compiler()
+    try:
+        compiler = _find_compiler()
+    except ValueError as error:
+        return f"a C compiler, and CC is not a command ({error}): set CC=gcc"
     if compiler is None:
         return "a C compiler: install gcc, or set CC"
     path = _get_cache_folder() / f"{source.stem}-{_compute_key(source, compiler)}.so"
@@ -79,12 +83,11 @@ def _build_library(source: Path, compiler: list[str], path: Path) -> ctypes.CDLL
         _run_compiler([*compiler, *_FLAGS, "-c", str(source), "-o", str(objects)])
         # without -fopenmp, which would link another OpenMP than PyTorch's
         _run_compiler([*compiler, "-shared", str(objects), "-o", str(library)])
-        try:
+        loaded = ctypes.CDLL(str(library))  # only what can be loaded is kept
+        with suppress(OSError):  # a folder that can't be written: the next process compiles again
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda temporary: temporary.write_bytes(library.read_bytes()))
-            return ctypes.CDLL(str(path))
-        except OSError:  # the folder can't be written, or holds no programs: the next process compiles again
-            return ctypes.CDLL(str(library))
+        return loaded
 
 
 def _run_compiler(command: list[str]) -> None:
@@ -127,4 +130,5 @@ def _read_cpu_flags() -> list[str]:
 def _get_cache_folder() -> Path:
     """The user's cache folder."""
     folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(folder) if folder else Path("~/.cache").expanduser()) / "m2rec"
+    # os.path leaves ~ as it is where there is no home; such a folder is not written
+    return Path(folder or os.path.expanduser("~/.cache")) / "m2rec"

@@ -74,7 +74,8 @@ static inline float sum_lanes(vec v) {
     return total;
 }
 
-/* 2^v to 1e-7 of its value: exactly 1 for 0; 0 below -127, so no denormals; infinite above 128; NaN for NaN.
+/* 2^v to 1e-7 of its value: exactly 1 for 0; 0 below -127, so no denormals; infinite above 128; NaN for NaN
+   and for infinite v, whose rest f is none.
    The sum with 1.5 * 2^23 has the nearest whole number in its last bits. That integer is limited and not v,
    because a limit of floats that keeps NaN takes two instructions. */
 static inline vec exp2_of(vec v) {

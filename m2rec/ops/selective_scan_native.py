@@ -63,7 +63,13 @@ def _scan(
     """y (B, L, E), the last state (B, E, N) and, with `save`, the states before every chunk."""
     y, last, saved = _make_scan_outputs(u, A, save)
     arguments = _collect_arguments(u, delta, A, B, C, D, z, bias, softplus)
-    arguments |= {"state": _make_contiguous(state), "y": y, "last": last, "saved": saved if save else None}
+    arguments |= {
+        "groups": _count_groups(u),
+        "state": _make_contiguous(state),
+        "y": y,
+        "last": last,
+        "saved": saved if save else None,
+    }
     _call("scan_forward", u, A, arguments)
     return y, last, saved
 
@@ -105,6 +111,7 @@ def _scan_backward(
     dB, dC = u.new_empty(groups, *B.shape), u.new_empty(groups, *C.shape)
     dD, dbias = (u.new_empty(batch, len(A) if t is not None else 0) for t in (D, bias))
     arguments = _collect_arguments(u, delta, A, B, C, D, z, bias, softplus)
+    arguments |= {"groups": groups}  # counted once: threads may change meanwhile
     arguments |= {"saved": saved, "dy": make_last_dim_contiguous(dy), "dlast": _make_contiguous(dlast)}
     arguments |= {"du": du, "ddelta": ddelta, "dA": dA, "dB": dB, "dC": dC}
     arguments |= {"dD": dD, "dz": dz, "dbias": dbias, "dstate": dstate}
@@ -187,7 +194,6 @@ def _call(name: str, u: Tensor, A: Tensor, arguments: dict[str, Any]) -> None:
         MemoryError: there is none for the states of a chunk.
     """
     fields: dict[str, Any] = dict(zip(("rows", "L", "E", "N"), (*u.shape, A.shape[1]), strict=True))
-    fields["groups"] = _count_groups(u)
     for key, value in arguments.items():
         fields[key] = value.data_ptr() if isinstance(value, Tensor) else value
         if key in _STRIDED and value is not None:

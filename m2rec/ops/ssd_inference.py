@@ -17,7 +17,7 @@ from torch import Tensor
 from m2rec.ops.contracts import LOG2_E
 
 MAX_CHUNK = 64
-_MIN_EXPONENT = -120.0
+MIN_EXPONENT = -120.0
 
 
 def split_into_chunks(length: int) -> tuple[int, int]:
@@ -51,12 +51,12 @@ def ssd_by_head(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
     for h in range(heads):
         values = inputs[..., h * width : (h + 1) * width]
         torch.sub(log_decay[h, :, :, None], log_decay[h, :, None], out=weights)
-        weights.clamp_(_MIN_EXPONENT, 0).exp2_().mul_(similarity).mul_(steps[h, :, None]).tril_()
+        weights.clamp_(MIN_EXPONENT, 0).exp2_().mul_(similarity).mul_(steps[h, :, None]).tril_()
         weights.diagonal(dim1=1, dim2=2).add_(D[h])
         torch.bmm(weights, values, out=y[h])
         if n_chunks > 1:
             entering = _compute_entering_states(values, keys, steps[h], log_decay[h], n_chunks)
-            decay = log_decay[h].clamp(min=_MIN_EXPONENT).exp2_()
+            decay = log_decay[h].clamp(min=MIN_EXPONENT).exp2_()
             y[h].baddbmm_(queries * decay[..., None], entering)
     return y.view(heads, batch, length, width)
 
@@ -71,9 +71,9 @@ def _compute_entering_states(
     values: Tensor, keys: Tensor, steps: Tensor, log_decay: Tensor, n_chunks: int
 ) -> Tensor:
     """The state of one head before each chunk: values (B c, Q, P), keys (B c, Q, N) -> (B c, N, P)."""
-    to_end = (log_decay[:, -1:] - log_decay).clamp_(min=_MIN_EXPONENT).exp2_().mul_(steps)
+    to_end = (log_decay[:, -1:] - log_decay).clamp_(min=MIN_EXPONENT).exp2_().mul_(steps)
     added = torch.bmm((keys * to_end[..., None]).mT, values).unflatten(0, (-1, n_chunks))
-    decay = log_decay[:, -1].clamp(min=_MIN_EXPONENT).exp2_().view(-1, n_chunks, 1, 1)
+    decay = log_decay[:, -1].clamp(min=MIN_EXPONENT).exp2_().view(-1, n_chunks, 1, 1)
     entering = torch.zeros_like(added)
     for c in range(1, n_chunks):
         torch.addcmul(added[:, c - 1], decay[:, c - 1], entering[:, c - 1], out=entering[:, c])
@@ -92,7 +92,7 @@ def ssd_last_by_head(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, query: Tensor,
     positions = torch.arange(dt.shape[1], device=dt.device)
     steps = dt * (positions < lengths[:, None])[..., None]
     log_decay = (steps * (A * LOG2_E)).cumsum(1)
-    after = (log_decay[:, -1:] - log_decay).clamp_(min=_MIN_EXPONENT).exp2_().mul_(steps)  # (B, L, H)
+    after = (log_decay[:, -1:] - log_decay).clamp_(min=MIN_EXPONENT).exp2_().mul_(steps)  # (B, L, H)
     weights = torch.bmm(B, query[..., None]).mul(after).mT.contiguous()  # (B, H, L)
     parts = []
     for h in range(heads):

@@ -123,7 +123,7 @@ def check_unchanged_inputs(saved: Values, current: Values, files: RunFolder) -> 
         if saved.get(key) != current.get(key):
             raise CannotResume(f"resume: the {name} of {files.path} have changed since it stopped; {cure}")
     saved_settings, settings = saved.get("settings", {}), current.get("settings", {})
-    for key, before in saved_settings.items():  # a key that is newer than the run can't have changed
+    for key, before in saved_settings.items():  # a key that is newer than the run is not compared
         now = settings.get(key)
         if before != now:
             raise CannotResume(f"resume: {key} was {before} and is {now} in {files.config_file}; {cure}")

@@ -109,6 +109,7 @@ def test_processes_at_once_do_not_collide(source: Path, tmp_path: Path):
     ("compiler", "message"),
     [
         ("", r"^a C compiler: install gcc, or set CC$"),
+        ('gcc "x', r"^a C compiler, and CC is not a command \(.*\): set CC=gcc$"),
         ("no-such-compiler -O", "a C compiler that works, and no-such-compiler does not: .*No such file"),
         ("false", "a C compiler that works, and false does not: .*non-zero exit status 1"),
         ("true", "a C compiler that works, and true does not: .*cannot open shared object file"),
