@@ -24,6 +24,7 @@ from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.inference import PreparedEncoder, can_prepare
 from m2rec.nn.losses import LossInput, NegativeSampler, compute_loss
+from m2rec.nn.mamba import has_hooks
 from m2rec.nn.repeat_bias import RepeatBias, add_to_item_scores
 from m2rec.settings import ModelSettings, get_model_settings
 from m2rec.text.source import find_vector_file, load_text_vectors
@@ -133,7 +134,7 @@ class M2Rec(SequentialRecommender):
 
     def _find_prepared_encoder(self) -> PreparedEncoder | None:
         """The network for evaluation on a CPU, made again when weights have changed; None elsewhere."""
-        is_own = type(self).forward is M2Rec.forward and not (self._forward_hooks or self._forward_pre_hooks)
+        is_own = type(self).forward is M2Rec.forward and not has_hooks(self)
         if self.training or torch.is_grad_enabled() or not (is_own and can_prepare(self.encoder)):
             return None
         if self._prepared is None or not self._prepared.is_current(self.encoder):

@@ -28,7 +28,7 @@ from m2rec.nn.encoder import Encoder
 from m2rec.nn.filters import CausalFilter
 from m2rec.nn.gate import SoftmaxGate
 from m2rec.nn.layer import Layer, LayerState
-from m2rec.nn.mamba import Mamba2, MixerState, compute_decay_rates
+from m2rec.nn.mamba import Mamba2, MixerState, compute_decay_rates, has_hooks
 from m2rec.nn.text_projection import TextBranch
 from m2rec.ops.contracts import LOG2_E, without_autocast
 from m2rec.ops.ssd_inference import (
@@ -585,10 +585,4 @@ def can_prepare(encoder: Encoder) -> bool:
 
 
 def _is_unmodified(module: nn.Module) -> bool:
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return type(module).__module__.startswith(_OWN_MODULES) and not any(hooks)
+    return type(module).__module__.startswith(_OWN_MODULES) and not has_hooks(module)

@@ -292,13 +292,18 @@ def compute_decay_rates(A_log: Tensor) -> Tensor:
 
 def _is_unhooked_linear(linear: nn.Module) -> bool:
     """True if the layer is a plain nn.Linear without hooks, so that its weight may be used directly."""
+    return type(linear) is nn.Linear and not has_hooks(linear)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its own code."""
     hooks = (
-        linear._forward_hooks,
-        linear._forward_pre_hooks,
-        linear._backward_hooks,
-        linear._backward_pre_hooks,
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
-    return type(linear) is nn.Linear and not any(hooks)
+    return any(hooks)
 
 
 def _apply_causal_conv(
