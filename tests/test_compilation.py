@@ -70,7 +70,7 @@ def compiled(model: M2Rec, backend: Any = "eager") -> M2Rec:
 def gradients(model: M2Rec, items: Tensor, lengths: Tensor) -> list[Tensor]:
     """The vectors of all positions, and the gradient of each parameter of the layers."""
     model.train()
-    x = model.encoder(items, lengths)
+    x = model.encoder(items, lengths, model.encoder.prepare_step(items))
     found = torch.autograd.grad(x.square().sum(), list(model.encoder.layers.parameters()), allow_unused=True)
     return [x, *(g for g in found if g is not None)]
 

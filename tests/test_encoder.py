@@ -235,7 +235,7 @@ def test_item_rows_and_table_agree_and_padding_is_zero():
     projection = TextProjection(T, 16, 1.0)
     many = torch.randint(0, V, (4, V))  # more lookups than items: the other way round inside
     assert torch.allclose(
-        projection.project_items(many, vectors()), projection.project_all_items(vectors())[many], atol=1e-6
+        projection.project_items(many, vectors()), projection.project_vectors(vectors())[many], atol=1e-6
     )
 
 

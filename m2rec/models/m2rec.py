@@ -23,9 +23,10 @@ from m2rec.data.histories import shift_targets
 from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.inference import PreparedEncoder, can_prepare
-from m2rec.nn.losses import LossInput, NegativeSampler, compute_loss
+from m2rec.nn.losses import LossInput, Negatives, NegativeSampler, compute_loss, draw_negatives
 from m2rec.nn.mamba import has_hooks
 from m2rec.nn.repeat_bias import RepeatBias, add_to_item_scores
+from m2rec.nn.step_items import StepItems
 from m2rec.settings import ModelSettings, get_model_settings
 from m2rec.text.source import find_vector_file, load_text_vectors
 from m2rec.text.vector_file import TextVectors
@@ -80,9 +81,12 @@ class M2Rec(SequentialRecommender):
             counts[item] = count
         return counts
 
-    def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """items: (B, L), lengths: (B,) -> the vector of each last position, (B, D)."""
-        return self.encoder.last(items, lengths)
+    def forward(self, items: Tensor, lengths: Tensor, step: StepItems | None = None) -> Tensor:
+        """items: (B, L), lengths: (B,) -> the vector of each last position, (B, D).
+
+        What depends on an item alone is looked up in `step`, or computed anew.
+        """
+        return self.encoder.last(items, lengths, step)
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Mean loss over the targets of a batch: all positions of dense rows, else the last."""
@@ -91,15 +95,25 @@ class M2Rec(SequentialRecommender):
         targets = interaction[self.ITEM_ID]
         if self.dense:
             targets = shift_targets(items, lengths, targets)
-            x, rows, times = self.encoder.encode_target_positions(items, lengths, targets)
-            targets, negatives = targets[rows, times], None
+        negatives = self._draw_negatives(interaction, targets)
+        step = self.encoder.prepare_step(items, None if negatives is None else [targets, negatives.ids])
+        if self.dense:
+            x, rows, times = self.encoder.encode_target_positions(items, lengths, targets, step)
+            targets = targets[rows, times]
+            negatives = None if negatives is None else negatives.select_positions(rows, times)
         else:
-            x, times = self(items, lengths), lengths - 1
+            x, times = self(items, lengths, step), lengths - 1
             rows = torch.arange(len(items), device=items.device)
-            negatives = interaction[self.NEG_ITEM_ID] if self.NEG_ITEM_ID in interaction else None
         bias = self.encoder.repeat_bias
         repeats = None if bias is None else RepeatBias(items, rows, times, bias)
-        return compute_loss(LossInput(self.encoder, x, targets, repeats, self.negatives, negatives))
+        return compute_loss(LossInput(self.encoder, step, x, targets, repeats, negatives))
+
+    def _draw_negatives(self, interaction: Interaction, targets: Tensor) -> Negatives | None:
+        """As `draw_negatives`; those of a data set that has drawn one for each row are taken for BPR."""
+        is_drawn = not self.dense and self.NEG_ITEM_ID in interaction
+        if is_drawn and self.settings.loss_type == "BPR":
+            return Negatives(interaction[self.NEG_ITEM_ID])
+        return draw_negatives(self.settings, targets, self.negatives)
 
     def predict(self, interaction: Interaction) -> Tensor:
         """The score of each row's ITEM_ID, (B,)."""

@@ -27,6 +27,15 @@ class ItemBatch(NamedTuple):
     """(V, T), frozen text vectors; None without text."""
     available: Tensor | None = None
     """(V, K), which branches have an input for each item; None if all have one for every item."""
+    text: Tensor | None = None
+    """(B, L, D), the projected text of the items in this layer, if a training step has it already."""
+
+    def select_last_positions(self) -> "ItemBatch":
+        """The items of each row's last position, (B,)."""
+        assert self.lengths is not None
+        items = select_last_positions(self.items, self.lengths)
+        text = None if self.text is None else select_last_positions(self.text, self.lengths)
+        return self._replace(items=items, text=text)
 
 
 class Branch(nn.Module, ABC):

@@ -23,7 +23,9 @@ from m2rec.nn.dropout import Dropout
 from m2rec.nn.layer import Layer, LayerState
 from m2rec.nn.mamba import MarkedParameters, ParameterMarks
 from m2rec.nn.repeat_bias import BIAS_MARKS, add_to_all_scores, create_repeat_bias
-from m2rec.nn.text_projection import TextProjection, mask_items_with_text
+from m2rec.nn.step_items import DistinctItems, StepItems, TableRows, find_distinct_items, list_all_items
+from m2rec.nn.text_projection import TextBranch, TextProjection, mask_items_with_text
+from m2rec.ops.contracts import without_autocast
 from m2rec.settings import ModelSettings
 
 _INITIAL_STD = 0.02
@@ -146,22 +148,58 @@ class Encoder(MarkedParameters):
         with torch.no_grad():
             self.id_embedding.weight[0] = 0
 
-    def embed_items(self, ids: Tensor) -> Tensor:
-        """ids of any shape (...) -> their rows of the item table (..., D)."""
-        rows: Tensor = self.id_embedding(ids)
-        if self.table_text is not None:
-            assert self.vectors is not None
-            rows = self._drop_ids(rows, ids) + self.table_text.project_items(ids, self.vectors)
-        return rows
+    def prepare_step(self, items: Tensor, scored: Sequence[Tensor] | None = None) -> StepItems:
+        """Compute once what a training step looks up of its items; each item's text is projected once.
 
-    def item_table(self) -> Tensor:
-        """The whole item table, (V, D); row 0 is zero."""
-        table: Tensor = self.id_embedding.weight
-        if self.table_text is not None:
-            assert self.vectors is not None
-            table = self._drop_ids(table, torch.arange(len(table), device=table.device))
-            table = table + self.table_text.project_all_items(self.vectors)
-        return table
+        Args:
+            items: (B, L), the histories.
+            scored: ids of any shapes, the items that the loss compares; None for all items.
+        """
+        n_items = len(self.id_embedding.weight)
+        with without_autocast(self.device):
+            if scored is None:
+                in_table = list_all_items(n_items, items.device)
+            else:
+                in_table = find_distinct_items([items, *scored], n_items)
+            table = self._compute_table_rows(in_table)
+            branches = [cast(Layer, layer).branches.get("text") for layer in self.layers]
+            if self.vectors is None or not any(branches):
+                return StepItems(table, None, [None] * len(branches))
+            in_histories = find_distinct_items([items], n_items)
+            vectors = in_histories.select(self.vectors)
+            texts = []
+            for branch in branches:
+                texts.append(branch.project_vectors(vectors) if isinstance(branch, TextBranch) else None)
+        return StepItems(table, in_histories, texts)
+
+    def _compute_table_rows(self, items: DistinctItems) -> TableRows:
+        rows = items.select(self.id_embedding.weight)
+        if self.table_text is None:
+            return TableRows(items, rows)
+        assert self.vectors is not None
+        text = self.table_text.project_vectors(items.select(self.vectors))
+        if self.training and self.settings.id_dropout:
+            return TableRows(items, rows, text)
+        return TableRows(items, rows + text)
+
+    def embed_items(self, ids: Tensor, step: StepItems | None = None) -> Tensor:
+        """ids of any shape (...) -> their rows of the item table (..., D); of `step`, if they are there."""
+        text: Tensor | None = None
+        if step is not None:
+            rows, text = step.table.look_up(ids)
+        else:
+            rows = self.id_embedding(ids)
+            if self.table_text is not None:
+                assert self.vectors is not None
+                text = self.table_text.project_items(ids, self.vectors)
+        return rows if text is None else self._drop_ids(rows, ids) + text
+
+    def item_table(self, step: StepItems | None = None) -> Tensor:
+        """The whole item table, (V, D); row 0 is zero. Of `step`, if it has all items."""
+        every_item = list_all_items(len(self.id_embedding.weight), self.device)
+        table = self._compute_table_rows(every_item) if step is None else step.table
+        assert table.items.ids is None
+        return table.rows if table.text is None else self._drop_ids(table.rows, every_item.rows) + table.text
 
     def _drop_ids(self, rows: Tensor, ids: Tensor) -> Tensor:
         """In training, drop the ID embedding of some items with text, as for cold-start items."""
@@ -172,24 +210,35 @@ class Encoder(MarkedParameters):
         dropped = (torch.rand(ids.shape, device=ids.device) < share) & self.has_text[ids]
         return rows.masked_fill(dropped[..., None], 0)
 
-    def _embed_inputs(self, items: Tensor) -> Tensor:
+    def _embed_inputs(self, items: Tensor, step: StepItems | None = None) -> Tensor:
         """items (...) -> the first layer's input (..., D)."""
-        return self.dropout(self.norm(self.embed_items(items)))  # type: ignore[no-any-return]
+        return self.dropout(self.norm(self.embed_items(items, step)))  # type: ignore[no-any-return]
 
     def _make_batch(self, items: Tensor, lengths: Tensor | None = None) -> ItemBatch:
         return ItemBatch(items, lengths, self.vectors, self.available)
 
-    def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """items: (B, L), lengths: (B,) -> (B, L, D). Padding never reaches a valid position."""
-        x, _ = self.encode_with_gate_weights(items, lengths)
+    def _make_batches(self, items: Tensor, lengths: Tensor, step: StepItems | None) -> list[ItemBatch]:
+        """A batch for each layer, with its text where `step` has it."""
+        batch = self._make_batch(items, lengths)
+        if step is None:
+            return [batch] * len(self.layers)
+        return [batch._replace(text=text) for text in step.look_up_layer_texts(items)]
+
+    def forward(self, items: Tensor, lengths: Tensor, step: StepItems | None = None) -> Tensor:
+        """items: (B, L), lengths: (B,) -> (B, L, D). Padding never reaches a valid position.
+
+        What depends on an item alone is looked up in `step`, or computed anew.
+        """
+        x, _ = self.encode_with_gate_weights(items, lengths, step)
         return x
 
-    def encode_with_gate_weights(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def encode_with_gate_weights(
+        self, items: Tensor, lengths: Tensor, step: StepItems | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """As `forward`, with the gate's weights (B, L, K, D) of every layer."""
-        batch = self._make_batch(items, lengths)
-        x = self._embed_inputs(items)
+        x = self._embed_inputs(items, step)
         weights = []
-        for layer in self.layers:
+        for layer, batch in zip(self.layers, self._make_batches(items, lengths, step), strict=True):
             x, w = layer(x, batch)
             weights.append(w)
         return x, weights
@@ -223,25 +272,25 @@ class Encoder(MarkedParameters):
             after.append(new)
         return x, after
 
-    def last(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """items: (B, L), lengths: (B,) -> the vector of each last position, (B, D)."""
+    def last(self, items: Tensor, lengths: Tensor, step: StepItems | None = None) -> Tensor:
+        """items: (B, L), lengths: (B,) -> each row's last vector (B, D); `step` as in `forward`."""
         order, parts = [], []
         for rows, longest in group_rows_by_length(lengths, items.shape[1]):
             order.append(rows)
-            parts.append(self._encode_last_positions(items[rows, :longest], lengths[rows]))
+            parts.append(self._encode_last_positions(items[rows, :longest], lengths[rows], step))
         return torch.cat(parts)[torch.cat(order).argsort()]
 
-    def _encode_last_positions(self, items: Tensor, lengths: Tensor) -> Tensor:
+    def _encode_last_positions(self, items: Tensor, lengths: Tensor, step: StepItems | None = None) -> Tensor:
         """`last` for rows of similar length; the last layer computes the final position only."""
-        batch = self._make_batch(items, lengths)
-        x = self._embed_inputs(items)
-        *lower, top = self.layers
-        for layer in lower:
+        x = self._embed_inputs(items, step)
+        *lower, top = zip(self.layers, self._make_batches(items, lengths, step), strict=True)
+        for layer, batch in lower:
             x, _ = layer(x, batch)
-        return cast(Layer, top).last(x, batch)
+        layer, batch = top
+        return cast(Layer, layer).last(x, batch)
 
     def encode_target_positions(
-        self, items: Tensor, lengths: Tensor, targets: Tensor
+        self, items: Tensor, lengths: Tensor, targets: Tensor, step: StepItems | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The vectors of all positions that have a target.
 
@@ -249,6 +298,7 @@ class Encoder(MarkedParameters):
             items: (B, L).
             lengths: (B,).
             targets: (B, L), 0 where there is none.
+            step: as in `forward`.
 
         Returns:
             x (S, D), rows (S,) and times (S,), in no particular order.
@@ -256,7 +306,7 @@ class Encoder(MarkedParameters):
         parts, row_parts, time_parts = [], [], []
         for rows, longest in group_rows_by_length(lengths, items.shape[1]):
             row, time = (targets[rows, :longest] > 0).nonzero(as_tuple=True)
-            x = self(items[rows, :longest], lengths[rows])
+            x = self(items[rows, :longest], lengths[rows], step)
             parts.append(x[row, time])
             row_parts.append(rows[row])
             time_parts.append(time)

@@ -132,8 +132,7 @@ class PreparedText(PreparedBranch):
 
     def last(self, x: Tensor, batch: ItemBatch) -> Tensor:
         """As `encode` for each row's last position only, (B, D)."""
-        assert batch.lengths is not None
-        return self.encode(x, batch._replace(items=select_last_positions(batch.items, batch.lengths)))
+        return self.encode(x, batch.select_last_positions())
 
     def step(self, x: Tensor, state: Any, batch: ItemBatch) -> tuple[Tensor, Any]:
         """x (B, D) -> (B, D); the state is empty."""
@@ -458,8 +457,8 @@ class PreparedLayer:
         """As `encode` for each row's last position only, (B, D)."""
         assert batch.lengths is not None
         outputs = [branch.last(x, batch) for branch in self.branches]
-        ends = batch._replace(items=select_last_positions(batch.items, batch.lengths))
-        return self._merge_and_feed_forward(select_last_positions(x, batch.lengths), outputs, ends)
+        ends = select_last_positions(x, batch.lengths)
+        return self._merge_and_feed_forward(ends, outputs, batch.select_last_positions())
 
     def step(self, x: Tensor, state: LayerState, batch: ItemBatch) -> tuple[Tensor, LayerState]:
         """x: (B, D), changed in place -> (B, D) and the new state, as `Layer.step`."""

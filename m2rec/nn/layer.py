@@ -54,8 +54,8 @@ class Layer(nn.Module):
         """As `forward` for each row's last position only, (B, D)."""
         assert batch.lengths is not None
         outputs = [branch.last(x, batch) for branch in self.branches.values()]
-        ends = batch._replace(items=select_last_positions(batch.items, batch.lengths))
-        x, _ = self._merge_and_feed_forward(select_last_positions(x, batch.lengths), outputs, ends)
+        ends = select_last_positions(x, batch.lengths)
+        x, _ = self._merge_and_feed_forward(ends, outputs, batch.select_last_positions())
         return x
 
     def advance(self, x: Tensor, state: LayerState | None, batch: ItemBatch) -> tuple[Tensor, LayerState]:

@@ -7,7 +7,7 @@ Padding is never a class: row 0 of the item table takes no part. With `repeats`,
 that the position has seen is raised by the repeat bias.
 
 To add a loss, write a function `LossInput -> Tensor`, name it in `LOSSES`, and add the name to
-`ModelSettings.loss_type`.
+`ModelSettings.loss_type`. A loss over some items also names the function that draws its negatives.
 """
 
 import math
@@ -21,25 +21,50 @@ from torch.nn import functional as F
 from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.repeat_bias import RepeatBias
+from m2rec.nn.step_items import StepItems
 from m2rec.ops.contracts import first_derivative_only, without_autocast
+from m2rec.settings import ModelSettings
 
 ItemLookup = Callable[[Tensor], Tensor]
 
 MIN_CHUNK_POSITIONS = 32  # positions for which the item table is read at once
 
 
+class Negatives(NamedTuple):
+    """The items that targets are compared with."""
+
+    ids: Tensor
+    """(G, n), a set for each group of positions; or one item for each target, in the shape of the targets."""
+    log_probability: Tensor | None = None
+    """(G, n), log of the probability with which each was drawn; None for one item for each target."""
+
+    def select_positions(self, rows: Tensor, times: Tensor) -> "Negatives":
+        """Those of the positions (S,) among (B, L); sets of groups stay."""
+        return self if self.log_probability is not None else Negatives(self.ids[rows, times])
+
+
 class LossInput(NamedTuple):
     """The positions of a training step and what their loss needs."""
 
     encoder: Encoder
+    step: StepItems
+    """With every item for a loss over all items, else with the targets and the negatives."""
     x: Tensor
     """(S, D), in float32 at least."""
     targets: Tensor
     """(S,), ids from 1."""
     repeats: RepeatBias | None
-    sampler: "NegativeSampler"
-    negatives: Tensor | None = None
-    """(S,), one negative per position, if the data set has drawn them."""
+    negatives: Negatives | None
+    """None for a loss over all items."""
+
+    def embed_items(self, ids: Tensor) -> Tensor:
+        """ids (...) of targets or negatives -> their rows of the item table (..., D)."""
+        return self.encoder.embed_items(ids, self.step)
+
+    @property
+    def n_items(self) -> int:
+        """V."""
+        return len(self.encoder.id_embedding.weight)
 
 
 def compute_loss(given: LossInput) -> Tensor:
@@ -47,46 +72,70 @@ def compute_loss(given: LossInput) -> Tensor:
     weight = given.encoder.id_embedding.weight
     loss = LOSSES[given.encoder.settings.loss_type]
     with without_autocast(weight.device):
-        return loss(given._replace(x=given.x.to(weight.dtype)))
+        return loss.compute(given._replace(x=given.x.to(weight.dtype)))
+
+
+def draw_negatives(settings: ModelSettings, targets: Tensor, sampler: "NegativeSampler") -> Negatives | None:
+    """The negatives of a training step, which don't depend on the network; None for a loss over all items.
+
+    Args:
+        settings: of the model.
+        targets: ids of any shape, 0 where there is none.
+        sampler: draws items.
+    """
+    draw = LOSSES[settings.loss_type].draw_negatives
+    return None if draw is None else draw(settings, targets, sampler)
 
 
 def _compute_cross_entropy(given: LossInput) -> Tensor:
     memory = given.encoder.settings.loss_memory
-    return cross_entropy(given.x, given.targets, given.encoder.item_table(), given.repeats, memory)
+    return cross_entropy(given.x, given.targets, given.encoder.item_table(given.step), given.repeats, memory)
 
 
 def _compute_sampled(given: LossInput) -> Tensor:
-    ids, log_probability = _draw_shared_negatives(given)
-    embed = given.encoder.embed_items
-    return sampled_cross_entropy(given.x, given.targets, embed, ids, log_probability, given.repeats)
+    assert given.negatives is not None
+    ids, log_probability = given.negatives
+    assert log_probability is not None
+    return sampled_cross_entropy(
+        given.x, given.targets, given.embed_items, ids, log_probability, given.repeats
+    )
 
 
 def _compute_gbce(given: LossInput) -> Tensor:
-    ids, _ = _draw_shared_negatives(given)
-    embed, t = given.encoder.embed_items, given.encoder.settings.gbce_t
-    return gbce(given.x, given.targets, embed, ids, given.sampler.n_items, t, given.repeats)
+    assert given.negatives is not None
+    ids, t = given.negatives.ids, given.encoder.settings.gbce_t
+    return gbce(given.x, given.targets, given.embed_items, ids, given.n_items, t, given.repeats)
 
 
 def _compute_bpr(given: LossInput) -> Tensor:
-    negatives = given.negatives
-    if negatives is None:
-        negatives = draw_other_items(given.targets, given.sampler.n_items)
-    return bpr(given.x, given.targets, given.encoder.embed_items, negatives, given.repeats)
+    assert given.negatives is not None
+    return bpr(given.x, given.targets, given.embed_items, given.negatives.ids, given.repeats)
 
 
-def _draw_shared_negatives(given: LossInput) -> tuple[Tensor, Tensor]:
-    """Ids (G, n) and log-probabilities of negatives, one set for each group of positions."""
-    settings = given.encoder.settings
-    groups = -(-len(given.x) // settings.negatives_shared)
-    drawn: tuple[Tensor, Tensor] = given.sampler(groups, settings.n_negatives)
-    return drawn
+def _draw_shared_negatives(settings: ModelSettings, targets: Tensor, sampler: "NegativeSampler") -> Negatives:
+    """A set for each group of positions."""
+    n_positions = int((targets > 0).sum())
+    groups = -(-n_positions // settings.negatives_shared)
+    return Negatives(*sampler(groups, settings.n_negatives))
 
 
-LOSSES: dict[str, Callable[[LossInput], Tensor]] = {
-    "CE": _compute_cross_entropy,
-    "sampled": _compute_sampled,
-    "gBCE": _compute_gbce,
-    "BPR": _compute_bpr,
+def _draw_own_negatives(settings: ModelSettings, targets: Tensor, sampler: "NegativeSampler") -> Negatives:
+    """One item for each target."""
+    return Negatives(draw_other_items(targets, sampler.n_items).masked_fill(targets == 0, 0))
+
+
+class Loss(NamedTuple):
+    """A loss, and how its negatives are drawn; None for a loss over all items."""
+
+    compute: Callable[[LossInput], Tensor]
+    draw_negatives: Callable[[ModelSettings, Tensor, "NegativeSampler"], Negatives] | None = None
+
+
+LOSSES: dict[str, Loss] = {
+    "CE": Loss(_compute_cross_entropy),
+    "sampled": Loss(_compute_sampled, _draw_shared_negatives),
+    "gBCE": Loss(_compute_gbce, _draw_shared_negatives),
+    "BPR": Loss(_compute_bpr, _draw_own_negatives),
 }
 
 

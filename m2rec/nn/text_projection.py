@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m2rec.nn.branch import Branch, ItemBatch, select_last_positions
+from m2rec.nn.branch import Branch, ItemBatch
 
 
 class TextProjection(nn.Module):
@@ -30,10 +30,10 @@ class TextProjection(nn.Module):
         """items: ids of any shape (...), vectors: (V, T) -> (..., D)."""
         if items.numel() < len(vectors):
             return self.linear(F.embedding(items, vectors))  # type: ignore[no-any-return]
-        return F.embedding(items, self.project_all_items(vectors))
+        return F.embedding(items, self.project_vectors(vectors))
 
-    def project_all_items(self, vectors: Tensor) -> Tensor:
-        """vectors: (V, T) -> (V, D), every item's projection."""
+    def project_vectors(self, vectors: Tensor) -> Tensor:
+        """vectors: (n, T) -> (n, D)."""
         return self.linear(vectors)  # type: ignore[no-any-return]
 
 
@@ -50,6 +50,8 @@ class TextBranch(TextProjection, Branch):
 
     def forward(self, x: Tensor, batch: ItemBatch) -> Tensor:
         """batch.items (...) -> (..., D), whatever x is."""
+        if batch.text is not None:
+            return batch.text
         if self.projected is not None:
             return F.embedding(batch.items, self.projected)
         assert batch.vectors is not None
@@ -57,8 +59,7 @@ class TextBranch(TextProjection, Branch):
 
     def last(self, x: Tensor, batch: ItemBatch) -> Tensor:
         """As `forward` for each row's last position only, (B, D)."""
-        assert batch.lengths is not None
-        return self(x, batch._replace(items=select_last_positions(batch.items, batch.lengths)))  # type: ignore[no-any-return]
+        return self(x, batch.select_last_positions())  # type: ignore[no-any-return]
 
     def advance(self, x: Tensor, state: Any, batch: ItemBatch) -> tuple[Tensor, Any]:
         """As `forward`; the state is empty."""
@@ -74,7 +75,7 @@ class TextBranch(TextProjection, Branch):
         """Project every item's text once."""
         if self.projected is None:
             assert vectors is not None
-            self.projected = self.project_all_items(vectors)
+            self.projected = self.project_vectors(vectors)
             del self.linear
 
 

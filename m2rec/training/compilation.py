@@ -101,7 +101,10 @@ class _TrainedLayer:
 def _mark_dynamic_sizes(x: Tensor, batch: Any) -> None:
     """Let the code serve any B and L; all other sizes are the run's."""
     mark: Any = torch._dynamo.maybe_mark_dynamic
-    for tensor, dimensions in ((x, (0, 1)), (batch.items, (0, 1)), (batch.lengths, (0,))):
+    given = [(x, (0, 1)), (batch.items, (0, 1)), (batch.lengths, (0,))]
+    if batch.text is not None:
+        given.append((batch.text, (0, 1)))
+    for tensor, dimensions in given:
         for dimension in dimensions:
             mark(tensor, dimension)
 
@@ -185,6 +188,6 @@ def _run_training_pass(model: M2Rec, n_rows: int, length: int) -> None:
     encoder, device = model.encoder, next(model.parameters()).device
     items = torch.randint(1, max(2, model.n_items), (n_rows, length), device=device)
     lengths = torch.full((n_rows,), length, device=device)
-    x, _, _ = encoder.encode_target_positions(items, lengths, items)
+    x, _, _ = encoder.encode_target_positions(items, lengths, items, encoder.prepare_step(items))
     torch.autograd.grad(x.sum(), list(encoder.layers.parameters()), allow_unused=True)
     model.train(was_training)

@@ -1,0 +1,84 @@
+"""The items of one training step: what depends on an item alone is computed once and then looked up.
+
+A step reads the same items many times: in the input, in each layer, as targets and as negatives, and group
+of rows by group of rows. Here each item has one row in a table of the step.
+
+letter  meaning
+B, L    batch, sequence length
+D       model width
+V       items including padding
+n       items of a table of the step
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class DistinctItems(NamedTuple):
+    """Some items, each once, padding first."""
+
+    ids: Tensor | None
+    """(n,), ascending; None for all V."""
+    rows: Tensor
+    """(V,), the place of each item among them; -1, which no lookup accepts, for all other items."""
+
+    def select(self, values: Tensor) -> Tensor:
+        """values (V, K) -> those of these items (n, K); padding gets no gradient."""
+        return values if self.ids is None else F.embedding(self.ids, values, padding_idx=0)
+
+
+def list_all_items(n_items: int, device: torch.device) -> DistinctItems:
+    """All V items."""
+    return DistinctItems(None, torch.arange(n_items, device=device))
+
+
+def find_distinct_items(ids: Sequence[Tensor], n_items: int) -> DistinctItems:
+    """The items among ids of any shapes and padding; all V items where the ids are not fewer."""
+    merged = torch.cat([part.flatten() for part in ids])
+    merged = merged[merged > 0]
+    if len(merged) >= n_items:
+        return list_all_items(n_items, merged.device)
+    distinct = F.pad(merged.unique(), (1, 0))
+    rows = merged.new_full((n_items,), -1)
+    rows[distinct] = torch.arange(len(distinct), device=rows.device)
+    return DistinctItems(distinct, rows)
+
+
+class TableRows(NamedTuple):
+    """Rows of the item table."""
+
+    items: DistinctItems
+    rows: Tensor
+    """(n, D), whole rows; with `text` the ID embeddings alone."""
+    text: Tensor | None = None
+    """(n, D), the text parts where ID embeddings are dropped, which is drawn for each appearance."""
+
+    def look_up(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """ids (...) -> `rows` and `text` of each (..., D)."""
+        places = self.items.rows[ids]
+        rows = F.embedding(places, self.rows, padding_idx=0)
+        return rows, None if self.text is None else F.embedding(places, self.text)
+
+
+class StepItems(NamedTuple):
+    """What a training step computes of its items once."""
+
+    table: TableRows
+    items: DistinctItems | None = None
+    """Those of the histories; None if no layer reads text."""
+    layer_texts: Sequence[Tensor | None] = ()
+    """(n, D) by layer: the projected texts of `items`."""
+
+    def look_up_layer_texts(self, ids: Tensor) -> list[Tensor | None]:
+        """ids (B, L) -> (B, L, D) by layer; None in a layer that reads no text."""
+        if self.items is None:
+            return [None] * len(self.layer_texts)
+        places = self.items.rows[ids]
+        found = []
+        for texts in self.layer_texts:
+            found.append(None if texts is None else F.embedding(places, texts))
+        return found
