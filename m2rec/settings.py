@@ -191,7 +191,7 @@ class ModelSettings(Settings):
     expand: Repeats = 2
     head_dim: Size = 64
     n_heads: Size = 2
-    scan_backend: Text = "auto"
+    scan_backend: Literal["auto", "reference", "torch", "native", "triton", "mamba_ssm"] = "auto"
     filter: Literal["causal", "low_pass", "residual", "none"] = "causal"
     filter_modes: Size = 16
     filter_cutoff: Annotated[float, Field(gt=0, le=1)] = 0.5

@@ -12,7 +12,8 @@ from m2rec.nn.inference import PreparedEncoder, can_prepare
 from m2rec.nn.live import LiveEncoder, prepare_encoder
 from m2rec.nn.states import name_tensors
 from m2rec.ops import ssd_last, ssd_ref
-from m2rec.ops.ssd_inference import split_into_chunks, ssd_by_head, ssd_last_by_head
+from m2rec.ops.ssd import split_into_chunks
+from m2rec.ops.ssd_inference import ssd_by_head, ssd_last_by_head
 from m2rec.settings import ModelSettings
 
 V, T, LONGEST = 40, 6, 150

@@ -38,7 +38,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("expand", 0, "a whole number from 1 to "),
     ("n_heads", 0, "a whole number from 1 to "),
     ("head_dim", None, "a whole number from 1 to "),
-    ("scan_backend", 3, "some text"),
+    ("scan_backend", "cuda", "one of auto, reference, torch, native, triton, mamba_ssm"),
     ("filter", "fft", "one of causal, low_pass, residual, none"),
     ("filter_modes", 0, "a whole number from 1 to "),
     ("filter_cutoff", 0, "a number in (0, 1]"),

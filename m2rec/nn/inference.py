@@ -31,13 +31,8 @@ from m2rec.nn.layer import Layer, LayerState
 from m2rec.nn.mamba import Mamba2, MixerState, compute_decay_rates, has_hooks
 from m2rec.nn.text_projection import TextBranch
 from m2rec.ops.contracts import LOG2_E, without_autocast
-from m2rec.ops.ssd_inference import (
-    MAX_CHUNK,
-    MIN_EXPONENT,
-    split_into_chunks,
-    ssd_by_head,
-    ssd_last_by_head,
-)
+from m2rec.ops.ssd import MAX_CHUNK, split_into_chunks
+from m2rec.ops.ssd_inference import MIN_EXPONENT, ssd_by_head, ssd_last_by_head
 
 # tables by item that a prepared network may hold, in bytes
 TABLE_BYTES = 2**30

@@ -6,8 +6,8 @@
     triton      our kernels for CUDA; TRITON_INTERPRET=1 runs them on a CPU, slowly, for tests
     mamba_ssm   the kernels of the packages mamba-ssm and causal-conv1d, for CUDA
 
-To add a backend: name it in `BACKENDS`, say in `_find_missing_requirement` what it needs, and name its
-functions in each operator's `_IMPLEMENTATIONS`.
+To add a backend: name it in `BACKENDS` and in `ModelSettings.scan_backend`, say in
+`_find_missing_requirement` what it needs, and name its functions in each operator's `_IMPLEMENTATIONS`.
 """
 
 import os

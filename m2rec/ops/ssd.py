@@ -25,7 +25,7 @@ from m2rec.ops.contracts import (
 )
 
 # Work inside a chunk grows with its length, the chain between chunks shrinks with it.
-_MAX_CHUNK = 64
+MAX_CHUNK = 64
 
 _SHAPES = {
     "x": "BLHP", "dt": "BLH", "A": "H", "B": "BLN", "C": "BLN", "D": "H", "dt_bias": "H", "state": "BHPN",
@@ -227,6 +227,14 @@ class _Products(NamedTuple):
     """(B, c, H, Q, Q), how position i weighs j."""
 
 
+def split_into_chunks(length: int) -> tuple[int, int]:
+    """The number of chunks and their equal size; together they are `length` positions or a few more."""
+    if length <= MAX_CHUNK:
+        return 1, length
+    n_chunks = -(-length // MAX_CHUNK)
+    return n_chunks, -(-length // n_chunks)
+
+
 def _compute_by_chunks(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -243,17 +251,9 @@ def _compute_by_chunks(
     return _join_chunks(_sum_outputs(chunks, products), u.shape[1]), h.mT
 
 
-def _find_chunk_size(length: int) -> tuple[int, int]:
-    """The number of chunks and their equal length; the last may have a tail to fill."""
-    if length <= _MAX_CHUNK:
-        return 1, length
-    n_chunks = -(-length // _MAX_CHUNK)
-    return n_chunks, -(-length // n_chunks)
-
-
 def _cut_time(t: Tensor) -> Tensor:
     """(B, L, ...) -> (B, c, Q, ...), the tail filled with zeros: a step of 0 changes no state."""
-    n_chunks, size = _find_chunk_size(t.shape[1])
+    n_chunks, size = split_into_chunks(t.shape[1])
     missing = n_chunks * size - t.shape[1]
     if missing:
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))

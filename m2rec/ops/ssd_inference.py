@@ -15,15 +15,9 @@ import torch
 from torch import Tensor
 
 from m2rec.ops.contracts import LOG2_E
+from m2rec.ops.ssd import split_into_chunks
 
-MAX_CHUNK = 64
 MIN_EXPONENT = -120.0
-
-
-def split_into_chunks(length: int) -> tuple[int, int]:
-    """The number of chunks and their size for `length` positions; c * Q is `length` or a few more."""
-    n_chunks = -(-length // MAX_CHUNK)
-    return n_chunks, -(-length // n_chunks)
 
 
 def ssd_by_head(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:

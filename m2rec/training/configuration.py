@@ -20,7 +20,7 @@ from m2rec.data import shipped
 from m2rec.data.dataset import EVAL_ARGS
 from m2rec.errors import UserError
 from m2rec.models.registry import Model, find_model_class
-from m2rec.ops import resolve_backend
+from m2rec.ops import Backend, resolve_backend
 from m2rec.settings import (
     PROPERTIES_FOLDER,
     ModelSettings,
@@ -126,11 +126,20 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     config = RunConfig(model=model, dataset=values["dataset"], config_dict=values)
     config.run_settings, config.model_settings = run, settings
     if settings:
-        resolve_backend(settings.scan_backend, config["device"], has_native=settings.mixer == "mamba")
+        resolve_scan_backend(settings, config["device"])
     unused_keys = sorted(set(user_values) - collect_model_keys(model))
     if unused_keys:
         logger.warning("these keys are ignored by %s: %s", name, ", ".join(unused_keys))
     return config
+
+
+def resolve_scan_backend(settings: ModelSettings, device: torch.device) -> Backend:
+    """The backend of the mixer's scan; only that of S6 has C code.
+
+    Raises:
+        UserError: the backend that `scan_backend` names can't run here.
+    """
+    return resolve_backend(settings.scan_backend, device, has_native=settings.mixer == "mamba")
 
 
 def _merge_values(model: Model, strong: Mapping[str, Any]) -> dict[str, Any]:

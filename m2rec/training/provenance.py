@@ -14,10 +14,9 @@ import torch
 from m2rec import __version__, distributed
 from m2rec.compat import Config
 from m2rec.data.dataset import HistoryDataset
-from m2rec.ops import resolve_backend
 from m2rec.settings import MACHINE_KEYS, Role, collect_keys
 from m2rec.threads import describe_threads
-from m2rec.training.configuration import resolve_settings
+from m2rec.training.configuration import resolve_scan_backend, resolve_settings
 
 # keys that may differ when a run is resumed
 _RESUME_OVERRIDES = MACHINE_KEYS | collect_keys(Role.LENGTH, Role.DEFINITION, Role.TEXT_SOURCE)
@@ -81,8 +80,7 @@ def describe_device(config: Config) -> str:
         where = f"cpu ({why}), {describe_threads()}"
     if config.model_settings is None:
         return f"device {where}"
-    settings = config.model_settings
-    backend = resolve_backend(settings.scan_backend, device, has_native=settings.mixer == "mamba")
+    backend = resolve_scan_backend(config.model_settings, device)
     return f"device {where}; scan backend {backend.name} ({backend.reason})"
 
 

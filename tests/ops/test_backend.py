@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from m2rec.ops import BACKENDS, backend, resolve_backend, selective_scan
+from m2rec.settings import ModelSettings
 from tests.ops.test_scans import scan_inputs
 
 
@@ -122,3 +124,7 @@ def test_an_unknown_backend_is_an_error(name: str):
     message = f"scan_backend: {name!r} is not a backend; choose one of {known}"
     with pytest.raises(ValueError, match=re.escape(message)):
         selective_scan(**scan_inputs(2), backend=name)
+
+
+def test_the_setting_allows_what_there_is():
+    assert get_args(ModelSettings.model_fields["scan_backend"].annotation) == ("auto", *BACKENDS)
