@@ -22,7 +22,7 @@ from m2rec.settings import ModelSettings
 from tests.test_encoder import SMALL, L, T
 
 LENGTHS = (12, 1, 9, 8, 2, 10)  # two groups; 42 items
-FEW, MANY = 30, 500  # items: fewer and more than those of a step
+FEW, MANY = 12, 500  # items: nearly all are in a step, and few are
 
 
 def make_encoder(n_items: int, **settings: Any) -> Encoder:
@@ -151,8 +151,10 @@ def test_distinct_items():
     assert found.ids is not None and found.ids.tolist() == [0, 3, 7, 9]
     assert found.rows.tolist() == [0, -1, -1, 1, -1, -1, -1, 2, -1, 3]
     assert found.select(torch.arange(20.0).view(10, 2)).tolist() == [[0, 1], [6, 7], [14, 15], [18, 19]]
-    every = find_distinct_items([torch.tensor([3, 3, 3, 0])], 3)
-    assert every.ids is None and every.rows.tolist() == [0, 1, 2]
+    most = find_distinct_items([torch.tensor([3, 1, 3, 3])], 4)
+    assert most.ids is not None and most.ids.tolist() == [0, 1, 3]
+    every = find_distinct_items([torch.tensor([3, 1, 2])], 4)
+    assert every.ids is None and every.rows.tolist() == [0, 1, 2, 3]
 
 
 def test_autocast_does_not_reach_what_is_computed_once():
