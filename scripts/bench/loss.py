@@ -34,8 +34,8 @@ from m2rec.settings import ModelSettings
 TOLERANCE = 1e-5
 # the whole matrix of scores and its gradient, above which it is not tried
 MAX_SCORES = 500_000_000
-# MiB of scores held by the whole softmax over the largest catalogue: with the default of 16, two positions
-# at a time, the gradient of the whole table would be read and written for every two
+# MiB of scores held by the whole softmax over the largest catalogue: with less, few positions at a time,
+# the gradient of the whole table would be read and written for each few
 LARGEST_CATALOGUE_MIB = 512
 WINDOW = 200
 POSITIONS_PER_NEGATIVE_SET = ModelSettings().negatives_shared
