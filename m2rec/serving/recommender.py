@@ -252,7 +252,7 @@ class Recommender:
         Raises:
             ValueError: the history is empty or holds an unknown item token.
         """
-        ids = self._ranker.truncate_history(self._to_known_ids(history))
+        ids = self._to_known_ids(history)[-self._ranker.visible_length :]
         with self._ranker.limit_threads(len(ids), 0):
             return explain_history(self.model, ids)
 
