@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from m2rec import __version__
 from m2rec.errors import UserError, format_one_line
 from m2rec.nn.encoder import Encoder
-from m2rec.nn.inference import PreparedEncoder
+from m2rec.nn.inference.encoder import PreparedEncoder
 from m2rec.nn.live import prepare_encoder
 from m2rec.run_folder import RunFolder
 from m2rec.settings import ModelSettings, RunSettings
