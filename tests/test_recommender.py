@@ -589,6 +589,26 @@ def test_questions_to_an_index_that_have_no_answer(large: Recommender, monkeypat
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
+def test_int8_finds_what_is_then_ranked_exactly(
+    large: Recommender, exclude_seen: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("m2rec.serving.int8_table._MIN_ITEMS", 0)
+    coarse = Recommender(large.model, precision="int8")
+    histories = [[f"i{k}" for k in range(start, start + 15)] for start in range(0, 600, 15)]
+    expected = list(large.recommend_batch(histories, 10, exclude_seen, exclude=["i7"]))
+    with monkeypatch.context() as patch:
+        patch.setattr("m2rec.serving.ranker.select_top_k", None)  # would score all items
+        found = [coarse.recommend(history, 10, exclude_seen, exclude=["i7"]) for history in histories]
+    for one, other in zip(found, expected, strict=True):
+        assert [entry.item for entry in one] == [entry.item for entry in other]
+        assert [entry.score for entry in one] == pytest.approx([entry.score for entry in other], abs=1e-5)
+    assert list(coarse.recommend_batch(histories, 10, exclude_seen, exclude=["i7"])) == expected
+    assert len(coarse.recommend(histories[0], 5000)) == 4000 - 15
+    with pytest.raises(ValueError, match="precision: 'int4' is not one of float32, int8"):
+        Recommender(large.model, precision="int4")
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
 def test_a_batch_ranks_as_item_by_item(large: Recommender, exclude_seen: bool):
     """To the last bit, with duplicates and with items before those that the model sees, which get no bias."""
     generator = np.random.default_rng(0)

@@ -22,6 +22,7 @@ from m2rec.nn.batching import batch_rows_by_length
 from m2rec.serving import session
 from m2rec.serving.arguments import InputWarnings
 from m2rec.serving.id_lists import IdLists
+from m2rec.serving.int8_table import Int8Table
 from m2rec.serving.item_index import ItemIndex
 from m2rec.serving.saved_model import SavedModel
 from m2rec.serving.session import SessionState
@@ -81,7 +82,7 @@ class Ranker:
     model: SavedModel
     whole_history: bool = False
     """Whether all of a history counts, or at most the last `max_length` items."""
-    index: ItemIndex | None = None
+    index: ItemIndex | Int8Table | None = None
     """Finds items where scoring all takes too long; None to score all."""
 
     def with_index(self, probes: int) -> "Ranker":
@@ -91,7 +92,7 @@ class Ranker:
             ValueError: faiss is not installed.
         """
         table = self.model.table
-        index = self.index.extended(table) if self.index else ItemIndex(table)
+        index = self.index.extended(table) if isinstance(self.index, ItemIndex) else ItemIndex(table)
         index.set_probes(probes)
         return replace(self, index=index)
 
@@ -201,7 +202,7 @@ class Ranker:
         return [ranked[row] for row in range(len(ranked))]
 
     def _rank_by_index(
-        self, index: ItemIndex, vectors: Tensor, seen: SeenItems, options: RankingOptions
+        self, index: ItemIndex | Int8Table, vectors: Tensor, seen: SeenItems, options: RankingOptions
     ) -> dict[int, Ranking]:
         """Rankings by row, without the rows that the index can't answer."""
         table = self.model.table
@@ -289,7 +290,7 @@ class Ranker:
 
     def _name_items(self, scores: Tensor, items: Tensor) -> list[Ranking]:
         """Items by name: scores and ids (B, k), without the items whose score is minus infinity."""
-        values, ids = scores.numpy(force=True), items.numpy(force=True)
+        values, ids = scores.double().numpy(force=True), items.numpy(force=True)
         is_found = values > -np.inf
         names, titles = self.model.names[:, ids[is_found]].tolist()
         found = map(Recommendation._make, zip(names, values[is_found].tolist(), titles, strict=True))
