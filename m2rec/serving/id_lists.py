@@ -38,7 +38,7 @@ class IdLists:
 
     def number_rows(self) -> Ids:
         """The list of each id, (N,)."""
-        return np.repeat(np.arange(len(self)), self.lengths)
+        return np.repeat(np.arange(len(self), dtype=np.int64), self.lengths)
 
     def select(self, rows: Sequence[int]) -> "IdLists":
         """These lists, in this order."""
