@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m2rec.nn import inference
 from m2rec.nn.encoder import Encoder
-from m2rec.nn.inference import PreparedEncoder, can_prepare
+from m2rec.nn.inference.encoder import PreparedEncoder, can_prepare
+from m2rec.nn.inference.gate import PreparedGate
+from m2rec.nn.inference.mamba import PreparedMamba2
 from m2rec.nn.live import LiveEncoder, prepare_encoder
 from m2rec.nn.states import name_tensors
 from m2rec.ops import ssd_last, ssd_ref
@@ -83,11 +84,17 @@ def test_padding_does_not_matter():
     torch.testing.assert_close(prepared.last(garbage, lengths), prepared.last(items, lengths))
 
 
-@pytest.mark.parametrize("memory", [0, V * 8 * 16, V * 8 * (16 + 64), V * 8 * 1000])
-def test_tables_that_do_not_fit_change_nothing(memory: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(inference, "TABLE_BYTES", memory)
+@pytest.mark.parametrize(("width", "tables"), [(0, []), (16, []), (80, ["gate"]), (1000, ["mixer", "gate"])])
+def test_tables_that_do_not_fit_change_nothing(
+    width: int, tables: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("m2rec.nn.inference.encoder.TABLE_BYTES", V * 8 * width)
     made, (items, lengths) = build_encoder(), draw_histories(*LENGTHS)
     prepared = PreparedEncoder(made, made.item_table())
+    mixer, gate = prepared.layers[0].branches[0], prepared.layers[0].gate
+    assert isinstance(mixer, PreparedMamba2) and isinstance(gate, PreparedGate)
+    held = {"mixer": mixer.mixed_table, "gate": gate.table}
+    assert [name for name, table in held.items() if table is not None] == tables
     torch.testing.assert_close(prepared.last(items, lengths), made.last(items, lengths))
 
 

@@ -11,6 +11,7 @@ import pandas
 import pytest
 
 from m2rec.commands import recommend
+from m2rec.serving import int8_table
 from m2rec.serving.recommender import Recommender
 from m2rec.training.configuration import build_config
 from m2rec.training.run import run_experiment
@@ -105,6 +106,17 @@ def test_unknown_items_can_be_skipped(folder: Path, said: pytest.CaptureFixture[
         assert recommend.main([str(folder), "--json", "--history", *arguments]) == 0
     first, second = [line for line in said.readouterr().out.splitlines() if line.startswith("[")]
     assert first == second
+
+
+def test_int8_finds_the_same(folder: Path, said: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(int8_table, "_MIN_ITEMS", 0)
+    monkeypatch.setattr(int8_table, "_SPARE_ITEMS", 0)
+    request = [str(folder), "--json", "-k=1", "--keep-seen", "--history", "i1"]
+    assert recommend.main(request) == 0
+    monkeypatch.setattr("m2rec.serving.ranker.select_top_k", None)  # would score all items
+    assert recommend.main([*request, "--precision=int8"]) == 0
+    first, second = [line for line in said.readouterr().out.splitlines() if line.startswith("[")]
+    assert [item["item"] for item in json.loads(first)] == [item["item"] for item in json.loads(second)]
 
 
 def test_a_file_of_histories(folder: Path, tmp_path: Path, said: pytest.CaptureFixture[str]):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import m2rec
 from m2rec.nn.encoder import Encoder
+from m2rec.serving.id_lists import IdLists
 from m2rec.serving.recommender import Recommender
 from m2rec.serving.saved_model import build_saved_model
 from m2rec.settings import ModelSettings
@@ -585,6 +586,50 @@ def test_questions_to_an_index_that_have_no_answer(large: Recommender, monkeypat
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match=r"index: faiss is not installed; run: pip install faiss-cpu"):
         Recommender(large.model).use_index()
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_int8_finds_what_is_then_ranked_exactly(
+    large: Recommender, exclude_seen: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("m2rec.serving.int8_table._MIN_ITEMS", 0)
+    coarse = Recommender(large.model, precision="int8")
+    histories = [[f"i{k}" for k in range(start, start + 15)] for start in range(0, 600, 15)]
+    expected = list(large.recommend_batch(histories, 10, exclude_seen, exclude=["i7"]))
+    with monkeypatch.context() as patch:
+        patch.setattr("m2rec.serving.ranker.select_top_k", None)  # would score all items
+        found = [coarse.recommend(history, 10, exclude_seen, exclude=["i7"]) for history in histories]
+    for one, other in zip(found, expected, strict=True):
+        assert [entry.item for entry in one] == [entry.item for entry in other]
+        assert [entry.score for entry in one] == pytest.approx([entry.score for entry in other], abs=1e-5)
+    assert list(coarse.recommend_batch(histories, 10, exclude_seen, exclude=["i7"])) == expected
+    assert len(coarse.recommend(histories[0], 5000)) == 4000 - 15
+    with pytest.raises(ValueError, match="precision: 'int4' is not one of float32, int8"):
+        Recommender(large.model, precision="int4")
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_a_batch_ranks_as_item_by_item(large: Recommender, exclude_seen: bool):
+    """To the last bit, with duplicates and with items before those that the model sees, which get no bias."""
+    generator = np.random.default_rng(0)
+    histories = [[f"i{k}" for k in generator.integers(0, 60, size)] for size in (1, 5, 12, 13, 40, 200, 2)]
+    ids = [large.to_ids(history) for history in histories]
+    vectors = large._ranker._encode_histories(IdLists.build(ids).truncate(12))
+    table, bias = large.model.table, np.float32(2)
+    found = large.recommend_batch(histories, 50, exclude_seen)
+    scores = torch.nn.functional.linear(vectors, table[1:]).detach().numpy()
+    for history, row, ranking in zip(ids, scores, found, strict=True):
+        expected = []
+        for item, score in enumerate(row, start=1):
+            if exclude_seen and item in history:
+                continue
+            if not exclude_seen and item in history[-12:]:
+                score += bias
+            expected.append((large.tokens[item], float(score), ""))
+        expected.sort(key=lambda entry: -entry[1])
+        assert ranking == expected[:50]
+        alone = large.recommend([large.tokens[item] for item in history], 50, exclude_seen)
+        assert [entry.item for entry in alone] == [entry.item for entry in ranking]
 
 
 def test_histories_of_all_lengths_in_any_order(large: Recommender, monkeypatch: pytest.MonkeyPatch):

@@ -34,7 +34,7 @@ def answer_request(options: argparse.Namespace) -> None:
     from m2rec.serving.dialogue import Dialogue
     from m2rec.serving.recommender import Recommender
 
-    recommender = Recommender.load(options.run, options.device)
+    recommender = Recommender.load(options.run, options.device, precision=options.precision)
     if options.interactive:
         Dialogue(recommender, options.k, sys.stdout).run(sys.stdin)
     elif options.output:
@@ -128,6 +128,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--skip-unknown", action="store_true", help="skip items that are unknown to the run")
     add("--json", action="store_true", help="a list of objects with item, score and title")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add(
+        "--precision",
+        default="float32",
+        choices=("float32", "int8"),
+        help="int8: large catalogues are searched in int8 first, then the best items are ranked exactly",
+    )
     options = parser.parse_args(arguments)
     check_option_combinations(options, parser)
     return options

@@ -22,7 +22,7 @@ from m2rec.data.dataset import HistoryDataset
 from m2rec.data.histories import shift_targets
 from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
-from m2rec.nn.inference import PreparedEncoder, can_prepare
+from m2rec.nn.inference.encoder import PreparedEncoder, can_prepare
 from m2rec.nn.losses import LossInput, Negatives, NegativeSampler, compute_loss, draw_negatives
 from m2rec.nn.mamba import has_hooks
 from m2rec.nn.repeat_bias import RepeatBias, add_to_item_scores

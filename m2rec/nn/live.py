@@ -19,16 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from m2rec.nn.encoder import Encoder
-from m2rec.nn.inference import (
-    PreparedBranch,
-    PreparedEncoder,
-    PreparedFilter,
-    PreparedGate,
-    PreparedLayer,
-    PreparedMamba2,
-    PreparedText,
-    can_prepare,
-)
+from m2rec.nn.inference.branch import PreparedBranch
+from m2rec.nn.inference.encoder import PreparedEncoder, can_prepare
+from m2rec.nn.inference.filters import PreparedFilter
+from m2rec.nn.inference.gate import PreparedGate
+from m2rec.nn.inference.layer import PreparedLayer
+from m2rec.nn.inference.mamba import PreparedMamba2
+from m2rec.nn.inference.text_projection import PreparedText
 from m2rec.nn.layer import LayerState
 from m2rec.nn.mamba import MixerState
 

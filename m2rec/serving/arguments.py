@@ -1,7 +1,7 @@
 """Validate and convert the arguments of Recommender's methods."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 
@@ -63,8 +63,19 @@ def tokens_to_ids(
     Raises:
         ValueError: an unknown item token, or a single string.
     """
+    tokens = to_token_list(tokens)
+    try:
+        return list(map(ids.__getitem__, tokens))
+    except (KeyError, TypeError):  # a token is unknown, or not even hashable
+        return _skip_unknown_tokens(ids, tokens, warnings, argument)
+
+
+def _skip_unknown_tokens(
+    ids: Mapping[str, int], tokens: Sequence[str], warnings: InputWarnings | None, argument: str
+) -> list[int]:
+    """As `tokens_to_ids`, token by token."""
     found = []
-    for token in to_token_list(tokens):
+    for token in tokens:
         item = ids.get(token) if isinstance(token, str) else None
         if item is not None:
             found.append(item)

@@ -5,24 +5,28 @@ B, D    histories, model width
 V       items including padding
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from m2rec.errors import UserError
 from m2rec.nn.batching import batch_rows_by_length
 from m2rec.serving import session
 from m2rec.serving.arguments import InputWarnings
+from m2rec.serving.id_lists import IdLists
+from m2rec.serving.int8_table import Int8Table
 from m2rec.serving.item_index import ItemIndex
 from m2rec.serving.saved_model import SavedModel
 from m2rec.serving.session import SessionState
-from m2rec.serving.top_k import ScoreAdjustments, select_top_k, select_top_k_in_pools
+from m2rec.serving.top_k import ScoreAdjustment, select_top_k, select_top_k_in_pools
 from m2rec.threads import use_one_thread
 
 # histories that are ranked together
@@ -59,12 +63,16 @@ class RankingOptions(NamedTuple):
     """Ascending ids of the candidates; None for all items."""
 
 
-class HistoryItems(NamedTuple):
-    """The distinct items of a history."""
+class SeenItems(NamedTuple):
+    """The items of histories; duplicates are allowed."""
 
-    all_ids: Collection[int]
-    visible_ids: Collection[int]
+    all_ids: IdLists
+    visible_ids: IdLists
     """Those in the part that the model sees, to which its repeat bias applies."""
+
+    def select(self, rows: Sequence[int]) -> "SeenItems":
+        """Those of these histories."""
+        return SeenItems(self.all_ids.select(rows), self.visible_ids.select(rows))
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Ranker:
     model: SavedModel
     whole_history: bool = False
     """Whether all of a history counts, or at most the last `max_length` items."""
-    index: ItemIndex | None = None
+    index: ItemIndex | Int8Table | None = None
     """Finds items where scoring all takes too long; None to score all."""
 
     def with_index(self, probes: int) -> "Ranker":
@@ -84,7 +92,7 @@ class Ranker:
             ValueError: faiss is not installed.
         """
         table = self.model.table
-        index = self.index.extended(table) if self.index else ItemIndex(table)
+        index = self.index.extended(table) if isinstance(self.index, ItemIndex) else ItemIndex(table)
         index.set_probes(probes)
         return replace(self, index=index)
 
@@ -93,9 +101,10 @@ class Ranker:
         index = self.index.extended(model.table) if self.index else None
         return replace(self, model=model, index=index)
 
-    def truncate_history(self, ids: list[int]) -> list[int]:
-        """The part of a history that the model sees."""
-        return ids if self.whole_history else ids[-self.model.max_length :]
+    @property
+    def visible_length(self) -> int:
+        """How many of a history's last items the model sees."""
+        return sys.maxsize if self.whole_history else self.model.max_length
 
     def limit_threads(self, positions: int, rows: int) -> AbstractContextManager[None]:
         """Context manager: one thread for small work.
@@ -129,19 +138,12 @@ class Ranker:
     def _rank_histories(
         self, histories: list[list[int]], options: RankingOptions, warnings: InputWarnings
     ) -> list[Ranking]:
-        known = list(filter(None, histories))
-        seen = self._list_items(known)
-        with self.limit_threads(sum(map(len, known)), len(known)):
-            vectors = self.encode_histories(known)
+        known = IdLists.build(filter(None, histories))
+        seen = SeenItems(known, known.truncate(self.visible_length))
+        with self.limit_threads(len(known.ids), len(known)):
+            vectors = self._encode_histories(seen.visible_ids)
             ranked = self._rank_vectors(vectors, seen, options)
         return self._add_popular(histories, ranked, options, warnings)
-
-    def _list_items(self, histories: list[list[int]]) -> list[HistoryItems]:
-        listed = []
-        for history in histories:
-            visible = self.truncate_history(history)
-            listed.append(HistoryItems(set(history), set(visible)))
-        return listed
 
     def rank_sessions(self, states: Sequence[SessionState], options: RankingOptions) -> list[Ranking]:
         """Rank the items after each live user's events, in one pass.
@@ -150,15 +152,11 @@ class Ranker:
             ValueError: a user has no events, and the run has no item counts to fall back on.
         """
         warnings = InputWarnings()
-        vectors = [self.model.table[:0]]
-        seen = []
-        for state in states:
-            if state.vector is not None:
-                vectors.append(state.vector)
-                seen.append(HistoryItems(state.seen, state.seen))
-        with self.limit_threads(0, len(seen)):
-            ranked = self._rank_vectors(torch.cat(vectors), seen, options)
+        vectors = [self.model.table[:0], *(state.vector for state in states if state.vector is not None)]
         histories = [state.seen for state in states]
+        known = IdLists.build(filter(None, histories))
+        with self.limit_threads(0, len(known)):
+            ranked = self._rank_vectors(torch.cat(vectors), SeenItems(known, known), options)
         ranked = self._add_popular(histories, ranked, options, warnings)
         warnings.log_warnings()
         return ranked
@@ -166,11 +164,11 @@ class Ranker:
     @torch.no_grad()
     def score_items(self, histories: list[list[int]]) -> Tensor:
         """Scores (B, V) of all items after histories, at least one item each; padding's are -inf."""
+        visible = IdLists.build(histories).truncate(self.visible_length)
         with self.limit_threads(sum(map(len, histories)), len(histories)):
-            scores = F.linear(self.encode_histories(histories), self.model.table)
-            seen = self._list_items(histories)
-            adjustments = self._build_adjustments(seen, range(len(seen)), exclude_seen=False)
-            adjustments.apply(scores, adjustments.items, 0)
+            scores = F.linear(self._encode_histories(visible), self.model.table)
+            adjustment = self._build_adjustment(SeenItems(visible, visible), exclude_seen=False)
+            adjustment.apply(scores, adjustment.items, 0)
         scores[:, 0] = -torch.inf
         return scores
 
@@ -181,86 +179,76 @@ class Ranker:
             cosines = F.cosine_similarity(table, table[item], dim=1)
             cosines[[0, item]] = -torch.inf
             best = cosines.topk(min(k, len(cosines)))
-        return self._name_items(best.values.tolist(), best.indices.tolist())
+        (ranking,) = self._name_items(best.values[None], best.indices[None])
+        return ranking
 
     @torch.no_grad()
-    def _rank_vectors(
-        self, vectors: Tensor, seen: Sequence[HistoryItems], options: RankingOptions
-    ) -> list[Ranking]:
+    def _rank_vectors(self, vectors: Tensor, seen: SeenItems, options: RankingOptions) -> list[Ranking]:
         """The best items for vectors (B, D) of histories that hold these items."""
         ranked: dict[int, Ranking] = {}
         if self.index is not None and options.candidate_ids is None:
             ranked = self._rank_by_index(self.index, vectors, seen, options)
-        rest = [row for row in range(len(seen)) if row not in ranked]
+        rest = [row for row in range(len(vectors)) if row not in ranked]
         if rest:
             best = select_top_k(
                 vectors[rest],
                 self.model.table,
                 options.k,
-                self._build_adjustments(seen, rest, options.exclude_seen),
+                self._build_adjustment(seen.select(rest), options.exclude_seen),
                 options.excluded_ids,
                 options.candidate_ids,
             )
-            ranked |= self._name_rows(rest, *best)
-        return [ranked[row] for row in range(len(seen))]
+            ranked |= zip(rest, self._name_items(*best), strict=True)
+        return [ranked[row] for row in range(len(ranked))]
 
     def _rank_by_index(
-        self, index: ItemIndex, vectors: Tensor, seen: Sequence[HistoryItems], options: RankingOptions
+        self, index: ItemIndex | Int8Table, vectors: Tensor, seen: SeenItems, options: RankingOptions
     ) -> dict[int, Ranking]:
         """Rankings by row, without the rows that the index can't answer."""
         table = self.model.table
+        seen = SeenItems(*(items.remove_duplicates() for items in seen))
         n_ranked = options.k + len(options.excluded_ids)
-        min_results = [n_ranked + len(items.all_ids) for items in seen]
         ranked: dict[int, Ranking] = {}
-        for rows, retrieved in index.search_by_need(vectors, min_results):
+        for rows, retrieved in index.search_by_need(vectors, (n_ranked + seen.all_ids.lengths).tolist()):
+            selected = seen.select(rows)
             # a history's repeat bias may lift items that the index does not find
-            visible = _pad_rows([[*seen[row].visible_ids] for row in rows])
-            pools = torch.cat([retrieved, visible], dim=1)
+            pools = torch.cat([retrieved, selected.visible_ids.pad()], dim=1)
             best = select_top_k_in_pools(
                 vectors[rows],
                 table,
                 options.k,
-                self._build_adjustments(seen, rows, options.exclude_seen),
+                self._build_adjustment(selected, options.exclude_seen),
                 options.excluded_ids,
                 pools.to(table.device),
             )
-            ranked |= self._name_rows(rows, *best)
+            ranked |= zip(rows, self._name_items(*best), strict=True)
         return ranked
 
-    def _build_adjustments(
-        self, seen: Sequence[HistoryItems], rows: Sequence[int], exclude_seen: bool
-    ) -> ScoreAdjustments:
-        """For these rows of `seen`: the repeat bias for visible items, and all items of a history removed."""
+    def _build_adjustment(self, seen: SeenItems, exclude_seen: bool) -> ScoreAdjustment:
+        """All items of a history removed, or else the repeat bias for visible items."""
+        device = self.model.table.device
+        if exclude_seen:
+            return ScoreAdjustment(seen.all_ids, -torch.inf, device)
         bias = self.model.inference_encoder.repeat_bias
-        boost = 0.0 if bias is None else bias.item()
-        boosted: list[Collection[int]] = []
-        hidden: list[Collection[int]] = []
-        for row in rows:
-            boosted.append(seen[row].visible_ids)
-            hidden.append(seen[row].all_ids if exclude_seen else ())
-        return ScoreAdjustments(boosted, hidden, boost, self.model.table.device)
+        return ScoreAdjustment(seen.visible_ids, 0.0 if bias is None else bias.item(), device)
 
     @torch.no_grad()
-    def encode_histories(self, histories: list[list[int]]) -> Tensor:
+    def _encode_histories(self, histories: IdLists) -> Tensor:
         """The vectors (B, D) of histories that hold at least one item each."""
         encoder = self.model.inference_encoder
         table = self.model.table
-        histories = list(map(self.truncate_history, histories))
         vectors = table.new_empty(len(histories), table.shape[1])
-        batched_lengths = []  # 0 for a history that is encoded alone
-        for row, history in enumerate(histories):
-            if len(history) <= self.model.max_length:
-                batched_lengths.append(len(history))
-                continue
-            batched_lengths.append(0)
+        is_long = histories.lengths > self.model.max_length
+        for row in is_long.nonzero()[0].tolist():
             memory = SessionState()
-            session.advance_session(encoder, history, memory)  # in pieces, however long
+            session.advance_session(encoder, histories.select([row]).ids.tolist(), memory)  # in pieces
             assert memory.vector is not None
             vectors[row] = memory.vector[0]
         at_once = _POSITION_BUDGETS.get(table.device.type, _DEFAULT_POSITION_BUDGET)
-        lengths = torch.tensor(batched_lengths, device=table.device)
-        for rows in batch_rows_by_length(batched_lengths, at_once):
-            items = _pad_rows([histories[row] for row in rows])
+        batched_lengths = histories.lengths * ~is_long  # 0 for a history that is encoded alone
+        lengths = torch.from_numpy(batched_lengths).to(table.device)
+        for rows in batch_rows_by_length(batched_lengths.tolist(), at_once):
+            items = histories.select(rows).pad()
             vectors[rows] = encoder.last(items.to(table.device), lengths[rows])
         return vectors
 
@@ -295,26 +283,15 @@ class Ranker:
         order = order[~torch.isin(order, options.excluded_ids.cpu())]
         if options.candidate_ids is not None:
             order = order[torch.isin(order, options.candidate_ids.cpu())]
-        best = order[: options.k].tolist()
-        return self._name_items([float(model.item_counts[item]) for item in best], best)
+        best = order[: options.k]
+        counts = torch.tensor([model.item_counts[item] for item in best.tolist()], dtype=torch.float64)
+        (ranking,) = self._name_items(counts[None], best[None])
+        return ranking
 
-    def _name_rows(self, rows: Sequence[int], scores: Tensor, items: Tensor) -> dict[int, Ranking]:
-        """Recommendations by row of scores and ids (B, k)."""
-        named = map(self._name_items, scores.tolist(), items.tolist())
-        return dict(zip(rows, named, strict=True))
-
-    def _name_items(self, scores: Sequence[float], items: Sequence[int]) -> Ranking:
-        """Items by name, without those whose score is minus infinity."""
-        found = []
-        for score, item in zip(scores, items, strict=True):
-            if score > -torch.inf:
-                token = self.model.tokens[item]
-                title = self.model.titles.get(token, "")
-                found.append(Recommendation(token, score, title))
-        return found
-
-
-def _pad_rows(rows: Iterable[Sequence[int]]) -> Tensor:
-    """Ids as (B, n), shorter rows padded on the right."""
-    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    def _name_items(self, scores: Tensor, items: Tensor) -> list[Ranking]:
+        """Items by name: scores and ids (B, k), without the items whose score is minus infinity."""
+        values, ids = scores.double().numpy(force=True), items.numpy(force=True)
+        is_found = values > -np.inf
+        names, titles = self.model.names[:, ids[is_found]].tolist()
+        found = map(Recommendation._make, zip(names, values[is_found].tolist(), titles, strict=True))
+        return [list(islice(found, n)) for n in is_found.sum(1).tolist()]

@@ -25,12 +25,16 @@ from m2rec.serving.arguments import (
     tokens_to_ids,
 )
 from m2rec.serving.explanation import Explanation, explain_history
+from m2rec.serving.int8_table import Int8Table
+from m2rec.serving.item_index import ItemIndex
 from m2rec.serving.ranker import Ranker, Ranking, RankingOptions, Recommendation
 from m2rec.serving.saved_model import SavedModel
 from m2rec.serving.session import SessionState
 from m2rec.text import vector_file
 
 __all__ = ["Explanation", "Recommendation", "Recommender", "Session"]
+
+PRECISIONS = ("float32", "int8")
 
 
 class Recommender:
@@ -43,24 +47,34 @@ class Recommender:
         model: a trained model.
         whole_history: whether all of a history counts, or of one that is longer than those in
             training (`MAX_ITEM_LIST_LENGTH`) the end alone.
+        precision: "int8" for a first pass over the item table in int8, where few histories are ranked
+            at a time on a CPU; its best items are ranked exactly. "float32" to score all items exactly.
     """
 
-    def __init__(self, model: SavedModel, whole_history: bool = False) -> None:
+    def __init__(self, model: SavedModel, whole_history: bool = False, precision: str = "float32") -> None:
         if whole_history:
             session.check_is_recurrent(model.encoder)
-        self._ranker = Ranker(model, whole_history)
+        if precision not in PRECISIONS:
+            raise UserError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
+        index = Int8Table(model.table) if precision == "int8" else None
+        self._ranker = Ranker(model, whole_history, index)
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: str | torch.device = "cpu", whole_history: bool = False
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        whole_history: bool = False,
+        precision: str = "float32",
     ) -> "Recommender":
         """Load the model of a run folder, or of a folder that `save` wrote.
 
         Raises:
             ValueError: a file is missing, damaged, or of another model; the device is not available; or
-                whole_history for a model with a part that never sees more than in training.
+                whole_history for a model with a part that never sees more than in training; or an
+                unknown precision, or int8 on a GPU.
         """
-        return cls(saved_model.read_saved_model(Path(folder), parse_device(device)), whole_history)
+        return cls(saved_model.read_saved_model(Path(folder), parse_device(device)), whole_history, precision)
 
     @property
     def model(self) -> SavedModel:
@@ -252,7 +266,7 @@ class Recommender:
         Raises:
             ValueError: the history is empty or holds an unknown item token.
         """
-        ids = self._ranker.truncate_history(self._to_known_ids(history))
+        ids = self._to_known_ids(history)[-self._ranker.visible_length :]
         with self._ranker.limit_threads(len(ids), 0):
             return explain_history(self.model, ids)
 
@@ -361,6 +375,7 @@ class Recommender:
         Only the lists of items nearest to a history are searched, so some of the best are missed;
         `recall` measures how many are found. What the index can't answer is still ranked exactly:
         candidates, and histories so long, or so much to exclude, that little would be saved.
+        The index takes the place of `precision="int8"`.
         A `recommend_batch` that is under way ends as it began. `save` does not keep the index.
 
         Args:
@@ -380,7 +395,7 @@ class Recommender:
         Raises:
             ValueError: there is no index (`use_index`), or no history; see also `recommend`.
         """
-        if self._ranker.index is None:
+        if not isinstance(self._ranker.index, ItemIndex):
             raise UserError("recall: there is no index; call use_index first")
         exact = Recommender(self.model, self.whole_history)
         histories = [tokens for tokens in map(to_token_list, histories) if tokens]

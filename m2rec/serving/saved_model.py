@@ -15,14 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from m2rec import __version__
 from m2rec.errors import UserError, format_one_line
 from m2rec.nn.encoder import Encoder
-from m2rec.nn.inference import PreparedEncoder
+from m2rec.nn.inference.encoder import PreparedEncoder
 from m2rec.nn.live import prepare_encoder
 from m2rec.run_folder import RunFolder
 from m2rec.settings import ModelSettings, RunSettings
@@ -62,6 +64,12 @@ class SavedModel:
     def inference_encoder(self) -> Encoder | PreparedEncoder:
         """The network for inference, with tables of what depends on an item alone; made at first use."""
         return prepare_encoder(self.encoder, self.table)
+
+    @cached_property
+    def names(self) -> NDArray[np.object_]:
+        """(2, V), tokens and titles by internal id, empty where an item has no title; made at first use."""
+        titles = [self.titles.get(token, "") for token in self.tokens]
+        return np.array([self.tokens, titles], dtype=object)
 
     @cached_property
     def n_layer_parameters(self) -> int:

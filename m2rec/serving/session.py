@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
-from m2rec.nn.inference import PreparedEncoder
+from m2rec.nn.inference.encoder import PreparedEncoder
 from m2rec.nn.layer import LayerState
 from m2rec.nn.states import map_tensors, name_tensors
 from m2rec.serving.saved_model import SavedModel

@@ -6,62 +6,50 @@ V, P    items including padding, items that may be recommended
 R       pairs of a history and an item
 """
 
-from collections.abc import Collection, Sequence
-from itertools import chain
-
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from m2rec.serving.id_lists import IdLists
 
 # scores held at a time; on a GPU this times the factor, because few big calls cost less than many
 _MAX_SCORES, _GPU_FACTOR = 2**22, 32
 
 
-class ScoreAdjustments:
-    """What is added to the scores of some items, by history; minus infinity takes an item out.
+class ScoreAdjustment:
+    """A number that is added to the scores of each history's items; minus infinity takes them out.
 
     Args:
-        boosted: by history, ids of the items that get the boost, each once.
-        hidden: by history, ids of the items that are taken out, each once.
-        boost: is added to the scores of boosted items.
+        items: of each history; a duplicate counts once.
+        added: the number.
         device: of the scores.
     """
 
-    def __init__(
-        self,
-        boosted: Sequence[Collection[int]],
-        hidden: Sequence[Collection[int]],
-        boost: float,
-        device: torch.device,
-    ) -> None:
-        groups = [*hidden, *boosted]
-        sizes = list(map(len, groups))  # NumPy's small calls cost less than PyTorch's
-        rows = np.repeat(np.tile(np.arange(len(hidden)), 2), sizes)
-        values = np.repeat(np.repeat([-np.inf, boost], len(hidden)), sizes)
-        items = np.fromiter(chain.from_iterable(groups), dtype=np.int64, count=len(rows))
-        self.rows = torch.from_numpy(rows).to(device)  # (R,)
-        self.values = torch.from_numpy(values).to(device, torch.float32)
-        self.items = torch.from_numpy(items).to(device)
+    def __init__(self, items: IdLists, added: float, device: torch.device) -> None:
+        self.rows = torch.from_numpy(items.number_rows()).to(device)  # (R,)
+        self.items = torch.from_numpy(items.ids).to(device)
+        self.added = added
 
     def apply(self, scores: Tensor, positions: Tensor, start: int) -> None:
         """Change scores (B, n) in place.
 
         Args:
-            scores: of the items at positions `start` to `start + n`.
+            scores: of the items at positions `start` to `start + n`; contiguous.
             positions: (R,), of `items`; negative for an item without a score.
             start: position of the first score.
         """
         is_inside, columns = _find_columns(positions, start, scores.shape[1])
-        where = (self.rows[is_inside], columns)
-        scores.index_put_(where, self.values[is_inside].to(scores.dtype), accumulate=True)
+        where = self.rows[is_inside] * scores.shape[1] + columns
+        flat = scores.view(-1)
+        adjusted = flat.index_select(0, where) + self.added
+        flat.scatter_(0, where, adjusted)  # duplicates write the same number
 
 
 def select_top_k(
     x: Tensor,
     table: Tensor,
     k: int,
-    adjustments: ScoreAdjustments,
+    adjustment: ScoreAdjustment,
     excluded: Tensor,
     pool: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +59,7 @@ def select_top_k(
         x: (B, D), the vectors of the histories.
         table: (V, D), the item table; padding's row 0 is never found.
         k: how many; fewer are found where there are fewer.
-        adjustments: added to the scores.
+        adjustment: is added to the scores.
         excluded: ids of items that are never found.
         pool: (P,), ascending ids of the items to choose from; None for all.
 
@@ -81,7 +69,7 @@ def select_top_k(
     size = len(table) - 1 if pool is None else len(pool)
     if not size:
         return x.new_empty(len(x), 0), excluded.new_empty(len(x), 0)
-    positions, excluded_positions = (_locate_items(pool, items) for items in (adjustments.items, excluded))
+    positions, excluded_positions = (_locate_items(pool, items) for items in (adjustment.items, excluded))
     max_scores = _MAX_SCORES
     if x.is_cuda:
         max_scores *= _GPU_FACTOR
@@ -91,7 +79,7 @@ def select_top_k(
     for start in range(0, size, chunk_size):
         chunk = slice(start, start + chunk_size)
         scores = F.linear(x, table[1:][chunk] if pool is None else table[pool[chunk]])
-        adjustments.apply(scores, positions, start)
+        adjustment.apply(scores, positions, start)
         if len(excluded):
             _, columns = _find_columns(excluded_positions, start, scores.shape[1])
             scores[:, columns] = -torch.inf
@@ -117,14 +105,14 @@ def select_top_k_in_pools(
     x: Tensor,
     table: Tensor,
     k: int,
-    adjustments: ScoreAdjustments,
+    adjustment: ScoreAdjustment,
     excluded: Tensor,
     pools: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As `select_top_k`, with a small pool for each history.
 
     Args:
-        x, table, k, adjustments, excluded: as there.
+        x, table, k, adjustment, excluded: as there.
         pools: (B, P), ids in any order, duplicates allowed; 0 is ignored.
 
     Returns:
@@ -135,8 +123,8 @@ def select_top_k_in_pools(
     # a key for each pair of row and item, ascending over all rows, so that one search finds them all
     row_keys = torch.arange(len(x), device=x.device) * len(table)
     keys = (row_keys[:, None] + items).flatten()
-    positions = _locate_items(keys, row_keys[adjustments.rows] + adjustments.items)
-    adjustments.apply(scores, positions - adjustments.rows * items.shape[1], 0)
+    positions = _locate_items(keys, row_keys[adjustment.rows] + adjustment.items)
+    adjustment.apply(scores, positions - adjustment.rows * items.shape[1], 0)
     is_hidden = torch.isin(items, excluded) | (items == 0)
     is_hidden[:, 1:] |= items.diff() == 0  # a duplicate
     scores.masked_fill_(is_hidden, -torch.inf)

@@ -5,12 +5,14 @@
 The baseline is RecBole's full_sort_topk with the same model, which makes a test row of each user,
 padded to the longest history, and ranks all items, those of the history too. Before anything is
 timed, the best items of both are compared. The last rows are of the model with a million items: its
-own, and copies of them with noise of half the table's spread. Where faiss is installed they are
-ranked by an index too, whose recall is of the test users' best items.
+own, and copies of them with noise of half the table's spread. On a CPU they are ranked with
+`precision="int8"` too, and where faiss is installed by an index, whose recall is of the test users'
+best items.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -116,25 +118,29 @@ def make_row(what: str, seconds: float, queries: int = 1, **more: float) -> Row:
 def measure_million_items(
     recommender: Recommender, histories: list[list[str]], args: argparse.Namespace
 ) -> Iterator[Row]:
-    """Exactly, and by indices that search more and more lists."""
+    """Exactly and in int8 in turns, then by indices that search more and more lists."""
     past = (histories[0] * args.length)[: args.length]
-    indices: list[int | None] = [None]
-    if find_spec("faiss"):
-        indices += [0, *PROBES]
-    for probes in indices:
-        kind, found = "exact", {}
-        if probes is not None:
-            start = perf_counter()
-            recommender.use_index(probes)
-            built = perf_counter() - start
-            kind = f"index, {probes} lists" if probes else f"index, one list in 16, built in {built:.0f} s"
-            found = {f"recall@{K}": recommender.recall(histories[:200], K)}
-        some = {
-            "recommend": lambda: recommender.recommend(past, K),
-            "live event and ranking": build_live_event(recommender, past),
-        }
+
+    def measure(recommenders: dict[str, Recommender], **more: float) -> Iterator[Row]:
+        some: dict[str, Callable[[], object]] = {}
+        for kind, one in recommenders.items():
+            some[f"recommend, {MILLION:,} items, {kind}"] = partial(one.recommend, past, K)
+            some[f"live event and ranking, {MILLION:,} items, {kind}"] = build_live_event(one, past)
         for name, seconds in measure_median_seconds(some, args.repeats, args.device, at_least=0.3).items():
-            yield make_row(f"{name}, {MILLION:,} items, {kind}", seconds, **found)
+            yield make_row(name, seconds, **more)
+
+    exact = {"exact": recommender}
+    if args.device == "cpu":
+        exact["int8"] = Recommender(recommender.model, precision="int8")
+    yield from measure(exact)
+    if not find_spec("faiss"):
+        return
+    for probes in (0, *PROBES):
+        start = perf_counter()
+        recommender.use_index(probes)
+        built = perf_counter() - start
+        kind = f"index, {probes} lists" if probes else f"index, one list in 16, built in {built:.0f} s"
+        yield from measure({kind: recommender}, **{f"recall@{K}": recommender.recall(histories[:200], K)})
 
 
 def measure_run(
