@@ -21,11 +21,12 @@ from m2rec.compat import Config, InputType, Interaction, SequentialDataset, Sequ
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.histories import shift_targets
 from m2rec.errors import UserError
+from m2rec.nn.batching import PaddedBatch, pad_training_rows
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.inference import PreparedEncoder, can_prepare
 from m2rec.nn.losses import LossInput, NegativeSampler, compute_loss
 from m2rec.nn.mamba import has_hooks
-from m2rec.nn.repeat_bias import RepeatBias, add_to_item_scores
+from m2rec.nn.repeat_bias import PaddedRepeatBias, RepeatBias, add_to_item_scores
 from m2rec.settings import ModelSettings, get_model_settings
 from m2rec.text.source import find_vector_file, load_text_vectors
 from m2rec.text.vector_file import TextVectors
@@ -100,6 +101,32 @@ class M2Rec(SequentialRecommender):
         bias = self.encoder.repeat_bias
         repeats = None if bias is None else RepeatBias(items, rows, times, bias)
         return compute_loss(LossInput(self.encoder, x, targets, repeats, self.negatives, negatives))
+
+    def pad_batch(self, interaction: Interaction, n_rows: int) -> PaddedBatch:
+        """The rows of a batch for `calculate_padded_loss`, in full batches of `n_rows`."""
+        items, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        targets = interaction[self.ITEM_ID]
+        if self.dense:
+            return pad_training_rows(items, lengths, shift_targets(items, lengths, targets), n_rows)
+        negatives = interaction[self.NEG_ITEM_ID] if self.NEG_ITEM_ID in interaction else None
+        return pad_training_rows(items, lengths, targets, n_rows, negatives)
+
+    def calculate_padded_loss(self, batch: PaddedBatch) -> Tensor:
+        """As `calculate_loss`, without an operation whose shape or path depends on a value on the device.
+
+        Without dropout and sampling the loss is that of `calculate_loss` up to rounding.
+        """
+        items, lengths, is_target = batch.items, batch.lengths, batch.targets > 0
+        if self.dense:
+            x = self.encoder(items, lengths).flatten(0, 1).index_select(0, batch.positions)
+        else:
+            x = self.encoder.encode_last_positions(items, lengths).index_select(0, batch.rows)
+        x = x.masked_fill(~is_target[:, None], 0)
+        bias, repeats = self.encoder.repeat_bias, None
+        if bias is not None:
+            repeats = PaddedRepeatBias(items, batch.rows, batch.times, is_target, bias)
+        given = LossInput(self.encoder, x, batch.targets, repeats, self.negatives, batch.negatives)
+        return compute_loss(given)
 
     def predict(self, interaction: Interaction) -> Tensor:
         """The score of each row's ITEM_ID, (B,)."""

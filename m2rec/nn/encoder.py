@@ -228,11 +228,11 @@ class Encoder(MarkedParameters):
         order, parts = [], []
         for rows, longest in group_rows_by_length(lengths, items.shape[1]):
             order.append(rows)
-            parts.append(self._encode_last_positions(items[rows, :longest], lengths[rows]))
+            parts.append(self.encode_last_positions(items[rows, :longest], lengths[rows]))
         return torch.cat(parts)[torch.cat(order).argsort()]
 
-    def _encode_last_positions(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """`last` for rows of similar length; the last layer computes the final position only."""
+    def encode_last_positions(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """`last` for rows of similar length: (B, L), (B,) -> (B, D); the top layer computes one position."""
         batch = self._make_batch(items, lengths)
         x = self._embed_inputs(items)
         *lower, top = self.layers

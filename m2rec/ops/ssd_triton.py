@@ -27,9 +27,9 @@ from m2rec.ops.contracts import (
     refuse_float64,
 )
 
-# Steps of a chunk and channels of a block: with 128 states, a tile has 32 x 128 numbers, of which the backward
-# pass holds eight. Matrix units take no side below 16.
-_CHUNK = 32
+# Steps of a chunk, and channels of a block at most: with 32 states the compiled backward pass then just fits
+# into a thread's 255 registers, and with chunks of 32 it does not. `tl.dot` takes no side below 16.
+_CHUNK = 16
 _MAX_BLOCK_P = 32
 _MIN_BLOCK = 16
 
@@ -83,7 +83,7 @@ def _ssd(
         _forward_kernel[(batch, heads, triton.cdiv(width, sizes["BLOCK_P"]))](
             x, dt.contiguous(), A.contiguous(), B, C, _make_contiguous(D), _make_contiguous(state),
             y, last, saved, length, saved.shape[2], heads, *_get_strides(x, B, C), **sizes,
-            num_warps=_choose_warps(sizes),
+            num_warps=_choose_warps(sizes), num_stages=1,
         )  # fmt: skip
     return y, last, saved
 
@@ -128,7 +128,7 @@ def _ssd_backward(
         _backward_kernel[(batch, heads, blocks)](
             x, dt.contiguous(), A.contiguous(), B, C, _make_contiguous(D), saved, dy, _make_contiguous(dlast),
             dx, ddt, dA, dB, dC, dD, dstate, batch, length, saved.shape[2], heads,
-            *_get_strides(x, B, C, dy), **sizes, num_warps=_choose_warps(sizes),
+            *_get_strides(x, B, C, dy), **sizes, num_warps=_choose_warps(sizes), num_stages=1,
         )  # fmt: skip
     dD_sum = dt.new_empty(0) if dD is None else dD.sum((0, 1))
     return dx, ddt.sum(0), dA.sum((0, 1)), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD_sum, dstate

@@ -18,6 +18,7 @@ FLOAT32 = "A A2 D dt h0 last saved dlast dstate dA dB dC dD ddt dbias dweight".s
 
 
 def compile_for(kernel: Any, dtype: str, absent: tuple[str, ...], num_warps: int, **constants: Any) -> None:
+    """Compile with these constants, without the arguments that are absent."""
     signature, known = {}, {}
     for name in kernel.arg_names:
         if name in absent:
