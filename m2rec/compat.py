@@ -287,7 +287,7 @@ _build_optimizer = Trainer._build_optimizer
 def _build_grouped_optimizer(self: Trainer, **kwargs: Any) -> torch.optim.Optimizer:
     """Trainer._build_optimizer, with the model's parameters in groups by how they are marked. Permanent.
 
-    Adam takes its step in PyTorch's fused form on a CPU, and on CUDA where steps are captured (`compile: true`).
+    Adam takes its step in PyTorch's fused form on a CPU, and on CUDA with `compile: true`.
     """
     kwargs.setdefault("params", _group_parameters(self))
     optimizer: torch.optim.Optimizer = _build_optimizer(self, **kwargs)

@@ -3,9 +3,9 @@
 A program takes one sequence, one head and a block of the head's width, and walks over time in chunks with
 the state in registers; inside a chunk everything is a product of matrices. Forward saves the state before
 every chunk. Backward takes the chunks from the last to the first with the gradient of the state in registers.
-Sums over heads and over the batch are partial sums, added up by torch: no atomics, so the same result on every
-run. The gradients of the decays are sums of what each decay is part of, without differences, so that float32
-is enough where decay is fast.
+Sums over heads and over the batch are partial sums, added up by torch: no atomics, so the same result on
+every run. The gradients of the decays are sums of what each decay is part of, without differences, so that
+float32 is enough where decay is fast.
 
 `m2rec::ssd` and `m2rec::ssd_backward` have shapes that PyTorch can compute without running them, so
 `torch.compile` and `torch.export` see one call. x, B and C are read in place, whatever their strides over

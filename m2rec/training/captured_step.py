@@ -1,16 +1,16 @@
 """`compile: true` on CUDA: the gradients of a training step as one CUDA graph.
 
-A step of this model is about 800 short kernels, and the GPU waits for Python between them. A CUDA graph is
-recorded once for each shape of a batch and then launched by a single call: forward pass, loss and backward pass.
-This was chosen over `torch.compile(mode="reduce-overhead")`, which records graphs as well, but around the code
-of a second compiler and only where nothing keeps it from doing so, which shows on a GPU alone. An explicit graph
-runs the same kernels as the plain step, and has two conditions that are tested on a CPU: few shapes
-(`m2rec.nn.batching.pad_training_rows`) and no operation that reads a value back from the device
-(`M2Rec.calculate_padded_loss`, which is traced as one graph).
+A step of this model is about 800 short kernels, and the GPU waits for Python between them. A CUDA graph
+is recorded once for each shape of a batch and then launched by a single call: forward pass, loss and
+backward pass. `torch.compile(mode="reduce-overhead")` records graphs as well, but around the code of a
+compiler, and silently leaves out whatever keeps it from recording, which shows on a GPU alone. An explicit
+graph launches the kernels of the plain step. It needs two things, and tests on a CPU can show both: few shapes
+(`m2rec.nn.batching.pad_training_rows`), and no operation that reads a value back from the device
+(`M2Rec.calculate_padded_loss`, which is traced as one graph). None of it has run on a GPU yet.
 
-All else stays outside: clipping, optimiser, average of the weights. They see ordinary gradients, and their
-few kernels are fused over all parameters. Random numbers come from PyTorch's generator, whose state a graph reads
-when it is launched; recording leaves the state as it was, so that a resumed run ends the same.
+All else stays outside: clipping, optimiser, average of the weights. They see ordinary gradients, and their few
+kernels are fused over all parameters. Random numbers come from PyTorch's generator, whose state a graph
+reads when it is launched; recording leaves the state as it was, so that a resumed run ends the same.
 """
 
 import logging
@@ -114,7 +114,9 @@ class CapturedSteps:
         start = perf_counter()
         with explain_failure(), restore_random_state(self._model):
             launch = self._record_graph(compute)
-        logger.info("recorded training steps of %s x %s items in %.1f s", *batch.items.shape, perf_counter() - start)
+        logger.info(
+            "recorded training steps of %s x %s items in %.1f s", *batch.items.shape, perf_counter() - start
+        )
         return _Recording(batch, launch)
 
     def _record_graph(self, compute: Callable[[], None]) -> Callable[[], None]:

@@ -394,7 +394,10 @@ def test_ssd_triton_keeps_the_gradient_of_A_exact_where_decay_is_fast():
     """As `test_ssd_gradient_of_A_stays_exact_where_decay_is_fast`, over several chunks."""
     needs("triton")
     inputs = {key: value.abs() for key, value in ssd_inputs(40, heads=(4, 2, 3)).items()}
-    inputs["A"], inputs["dt"] = -torch.tensor([1.0, 4.0, 8.0, 16.0]).double(), torch.full((2, 40, 4), 0.69).double()
+    inputs["A"], inputs["dt"] = (
+        -torch.tensor([1.0, 4.0, 8.0, 16.0]).double(),
+        torch.full((2, 40, 4), 0.69).double(),
+    )
     del inputs["dt_bias"], inputs["initial_state"]
     made = on_device(inputs, torch.float32)
     inputs = {key: value.double().cpu() for key, value in made.items()}
@@ -432,12 +435,16 @@ def test_ssd_triton_is_one_call_to_a_compiler():
     """Traced whole, and shapes without running it."""
     needs("triton")
     inputs = on_device(ssd_inputs(5), torch.float32)
-    whole = torch.compile(partial(ssd, dt_softplus=True, backend="triton"), backend="aot_eager", fullgraph=True)
+    whole = torch.compile(
+        partial(ssd, dt_softplus=True, backend="triton"), backend="aot_eager", fullgraph=True
+    )
     expected = outputs_and_gradients(ssd, inputs, dt_softplus=True, backend="triton")
     assert_close(outputs_and_gradients(whole, inputs), expected, torch.float32)
     torch.compiler.reset()
     tensors = [inputs[key] for key in ("x", "dt", "A", "B", "C", "D", "initial_state")]
-    torch.library.opcheck(torch.ops.m2rec.ssd, (*tensors, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.m2rec.ssd, (*tensors, True), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_ssd_is_the_selective_scan_with_one_decay_per_head():
