@@ -1,4 +1,4 @@
-"""`compile: true` on CUDA without a GPU: padded batches, few shapes, one graph, runs whose steps are padded."""
+"""`compile: true` on CUDA without a GPU: padded batches, few shapes, one graph, whole runs of padded steps."""
 
 import logging
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def made(data_path: Path, **others: Any) -> tuple[M2Rec, Any]:
 
 
 def dense_rows(n: int, length: int, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Items (n, length), lengths up to `longest`, one row with all of them, and the targets of all positions."""
+    """Items (n, length), lengths up to `longest`, the first of which is, and the targets of all positions."""
     lengths = torch.randint(1, longest + 1, (n,))
     lengths[0] = longest
     items = torch.randint(1, 12, (n, length)) * (torch.arange(length) < lengths[:, None])
@@ -173,7 +173,7 @@ def test_losses_leave_padding_out(name: str, monkeypatch: pytest.MonkeyPatch):
     "variant", [VARIANTS[0], VARIANTS[1], VARIANTS[5]], ids=[NAMES[0], NAMES[1], NAMES[5]]
 )
 def test_a_padded_step_equals_a_plain_one(toy: Path, variant: dict[str, Any]):
-    """Loss and gradients of every batch of an epoch, the last one smaller; nothing is left of the one before."""
+    """Loss and gradients of every batch of an epoch, the last one smaller."""
     model, train = made(toy, **variant)
     steps = CapturedSteps(model, 8, nullcontext)
     sizes = []

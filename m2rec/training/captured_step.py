@@ -4,12 +4,12 @@ A step of this model is about 800 short kernels, and the GPU waits for Python be
 is recorded once for each shape of a batch and then launched by a single call: forward pass, loss and
 backward pass. `torch.compile(mode="reduce-overhead")` records graphs as well, but around the code of a
 compiler, and silently leaves out whatever keeps it from recording, which shows on a GPU alone. An explicit
-graph launches the kernels of the plain step. It needs two things, and tests on a CPU can show both: few shapes
-(`m2rec.nn.batching.pad_training_rows`), and no operation that reads a value back from the device
+graph launches the kernels of the plain step. It needs two things, and tests on a CPU can show both: few
+shapes (`m2rec.nn.batching.pad_training_rows`), and no operation that reads a value back from the device
 (`M2Rec.calculate_padded_loss`, which is traced as one graph). None of it has run on a GPU yet.
 
-All else stays outside: clipping, optimiser, average of the weights. They see ordinary gradients, and their few
-kernels are fused over all parameters. Random numbers come from PyTorch's generator, whose state a graph
+All else stays outside: clipping, optimiser, average of the weights. They see ordinary gradients, and their
+few kernels are fused over all parameters. Random numbers come from PyTorch's generator, whose state a graph
 reads when it is launched; recording leaves the state as it was, so that a resumed run ends the same.
 """
 
