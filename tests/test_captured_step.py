@@ -1,4 +1,4 @@
-"""`compile: true` on CUDA without a GPU: padded batches, few shapes, one graph, whole runs of padded steps."""
+"""`compile: true` on CUDA without a GPU: padded batches, few shapes, one graph, runs of padded steps."""
 
 import logging
 from collections.abc import Callable
