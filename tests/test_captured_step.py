@@ -123,6 +123,8 @@ def test_padded_repeats_equal_repeats():
         assert counts is not None
         assert sorted(found[counts].tolist()) == sorted(flat.tolist())
     wanted = torch.randint(1, 12, (len(is_target),))
+    wanted[n:] = items[0, 0]  # a position of padding stands at the first item of all
+    assert n < len(wanted)
     found = padded.bias_for_items(wanted)
     assert torch.equal(found[:n], plain.bias_for_items(wanted[:n])) and not found[n:].any()
     for size in (4, 7):

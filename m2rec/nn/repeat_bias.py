@@ -182,7 +182,7 @@ class PaddedRepeatBias(RepeatBias):
         ordered, order = items.sort(dim=1)
         first_slot = torch.searchsorted(ordered, ordered)  # of duplicates: the one slot that is marked
         column = torch.empty_like(first_slot).scatter(1, order, first_slot)
-        found = []
+        found: list[Tensor] = []
         n_groups = max(1, self.block_size // size)
         for keys, columns in zip(ordered.split(n_groups), column.split(n_groups), strict=True):
             start = len(found) * n_groups * size

@@ -321,9 +321,7 @@ def _backward_kernel(
 
         # what each decay is part of: pairs around it, the past that later positions read, what earlier
         # positions leave in the state, the state itself
-        strict = tl.where(earlier, 0.0, dsimilarity * similarity)
-        strict = tl.where(row[:, None] == row[None, :], 0.0, strict)
-        pairs = _dot(strict, tl.where(earlier, 1.0, 0.0))  # (i, t): of i with all before t
+        pairs = _dot(dsimilarity * similarity, tl.where(earlier, 1.0, 0.0))  # (i, t): of i with all before t
         per_added = tl.sum(added * key, 1)
         dlog_decay = tl.sum(tl.where(earlier, 0.0, pairs), 0)
         dlog_decay += tl.sum(tl.where(earlier, 0.0, tl.sum(read * query, 1)[:, None]), 0)

@@ -84,7 +84,7 @@ class CapturedSteps:
         if recording is None:
             recording = self._recordings[padded.sizes] = self._record(padded)
         for place, value in zip(recording.batch, padded, strict=True):
-            if value is not None:
+            if place is not None and value is not None:
                 place.copy_(value, non_blocking=True)
         recording.launch()
         for p, gradient, is_used in zip(self._parameters, self._gradients, self._is_used, strict=True):
@@ -97,7 +97,8 @@ class CapturedSteps:
         Raises:
             UserError: it can't be recorded.
         """
-        batch = PaddedBatch(*(None if t is None else t.to(self._device, copy=True) for t in padded))
+        places: list[Any] = [None if t is None else t.to(self._device, copy=True) for t in padded]
+        batch = PaddedBatch(*places)
 
         def compute() -> None:
             with self._precision():
