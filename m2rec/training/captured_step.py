@@ -24,7 +24,6 @@ from torch import Tensor
 
 from m2rec.compat import Interaction
 from m2rec.models.m2rec import M2Rec
-from m2rec.nn.batching import PaddedBatch
 from m2rec.training.compilation import explain_failure, restore_random_state
 
 logger = logging.getLogger(__name__)
@@ -36,8 +35,8 @@ _WARM_UP_STEPS = 3
 class _Recording(NamedTuple):
     """One shape's step."""
 
-    batch: PaddedBatch
-    """What the step reads, at fixed addresses."""
+    batch: tuple[Tensor | None, ...]
+    """A `PaddedBatch` that the step reads, at fixed addresses."""
     launch: Callable[[], None]
     """Computes the loss and the gradients of the batch."""
 
@@ -91,14 +90,13 @@ class CapturedSteps:
             p.grad = gradient if is_used else None
         return self._loss.clone()
 
-    def _record(self, padded: PaddedBatch) -> _Recording:
-        """A step for batches of this shape.
+    def _record(self, padded: Any) -> _Recording:
+        """A step for batches of the shape of `padded`, from `M2Rec.pad_batch`.
 
         Raises:
             UserError: it can't be recorded.
         """
-        places: list[Any] = [None if t is None else t.to(self._device, copy=True) for t in padded]
-        batch = PaddedBatch(*places)
+        batch = padded._make(None if t is None else t.to(self._device, copy=True) for t in padded)
 
         def compute() -> None:
             with self._precision():
@@ -115,9 +113,8 @@ class CapturedSteps:
         start = perf_counter()
         with explain_failure(), restore_random_state(self._model):
             launch = self._record_graph(compute)
-        logger.info(
-            "recorded training steps of %s x %s items in %.1f s", *batch.items.shape, perf_counter() - start
-        )
+        seconds = perf_counter() - start
+        logger.info("captured a step of %s rows, %s items, %s targets in %.1f s", *batch.sizes, seconds)
         return _Recording(batch, launch)
 
     def _record_graph(self, compute: Callable[[], None]) -> Callable[[], None]:
