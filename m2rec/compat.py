@@ -287,11 +287,12 @@ _build_optimizer = Trainer._build_optimizer
 def _build_grouped_optimizer(self: Trainer, **kwargs: Any) -> torch.optim.Optimizer:
     """Trainer._build_optimizer, with the model's parameters in groups by how they are marked. Permanent.
 
-    On a CPU Adam takes its step in PyTorch's fused form.
+    Adam takes its step in PyTorch's fused form on a CPU, and on CUDA with `compile: true`.
     """
     kwargs.setdefault("params", _group_parameters(self))
     optimizer: torch.optim.Optimizer = _build_optimizer(self, **kwargs)
-    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and self.device.type == "cpu":
+    is_fused = self.device.type == "cpu" or (self.device.type == "cuda" and self.config["compile"] is True)
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and is_fused:
         for group in optimizer.param_groups:
             group["fused"] = True  # one pass over each parameter instead of ten
     return optimizer

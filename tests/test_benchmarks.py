@@ -57,6 +57,27 @@ def test_a_benchmark_leaves_its_results(name: str, tmp_path: Path):
     assert f"| {column} |" in done.stdout
 
 
+def test_steps(tmp_path: Path):
+    """Of our loop and RecBole's; what has no GPU is left out."""
+    models = ["M2Rec", "M2Rec, mamba_ssm", "M2Rec, RecBole's loop", "SASRec", "SASRec, RecBole's loop"]
+    sizes = ["--lengths=7", "--positions=14", "--items=20", "--steps=2", "--repeats=1", "--threads=1"]
+    command = [sys.executable, "scripts/bench/step.py", "--device=cpu", "--dropout=0", *sizes]
+    done = subprocess.run(
+        [*command, f"--out={tmp_path}", "--models", *models], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "without M2Rec, mamba_ssm: " in done.stdout
+    rows = json.loads((tmp_path / "bench_step-cpu.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == [name for name in models if "mamba_ssm" not in name]
+    assert all(row["ms per step"] > 0 for row in rows)
+
+
+def test_busy_time_counts_no_moment_twice(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
+    step = importlib.import_module("step")
+    assert step.sum_spans([(5, 7), (0, 2), (1, 3), (1, 2), (7, 8)]) == 6
+
+
 def test_busy_cores(tmp_path: Path):
     command = [
         sys.executable,

@@ -336,7 +336,7 @@ def test_shapes_on_the_meta_device(mixer: str):
     made = encoder(mixer=mixer).to("meta")
     items, lengths = torch.ones(2, 7, dtype=torch.int64, device="meta"), torch.ones(2, device="meta").long()
     assert made(items, lengths).shape == (2, 7, 16)
-    assert made._encode_last_positions(items, lengths).shape == (2, 16)
+    assert made.encode_last_positions(items, lengths).shape == (2, 16)
     _, states = made.advance(items)
     assert made.step(items[:, 0], states)[0].shape == (2, 16)
 

@@ -36,6 +36,12 @@ def on_gpu(toy: Path, tmp_path: Path, write_vectors: Callable[..., Path]) -> dic
         {"loss_type": "gBCE", "n_negatives": 8},
         {"id_dropout": 0.3, "average_epochs": 0.5},
         {"enable_amp": True},
+        {"scan_backend": "triton"},
+        {"compile": True, "average_epochs": 0.5},
+        {"compile": True, "mixer": "mamba", "enable_amp": True},
+        {"compile": True, "mixer": "attention", "loss_type": "sampled", "n_negatives": 8},
+        {"compile": True, "rows": "prefix", "filter": "low_pass", "loss_type": "BPR"},
+        {"compile": True, "loss_type": "gBCE", "n_negatives": 8, "id_dropout": 0.3},
         {"model": "SASRec"},
     ],
 )
@@ -46,13 +52,47 @@ def test_runs(on_gpu: dict[str, Any], keys: dict[str, Any]):
 
 
 def test_a_run_learns_as_on_a_cpu(on_gpu: dict[str, Any]):
-    """Without dropout the first epochs are the same up to rounding."""
+    """Without dropout the first epochs are the same up to rounding, captured as graphs, too."""
     losses = {}
-    for gpu in ("", 0):
-        prepared = prepare_run(build_config({**on_gpu, "gpu_id": gpu, "dropout_prob": 0.0, "epochs": 2}))
+    for gpu, captured in (("", False), (0, False), (0, True)):
+        keys = {"gpu_id": gpu, "compile": captured, "dropout_prob": 0.0, "epochs": 2, "train_batch_size": 8}
+        prepared = prepare_run(build_config({**on_gpu, **keys}))
         prepared.train()
-        losses[gpu] = list(prepared.trainer.train_loss_dict.values())
-    assert losses[0] == pytest.approx(losses[""], rel=1e-3)
+        losses[gpu, captured] = list(prepared.trainer.train_loss_dict.values())
+    for found in losses.values():
+        assert found == pytest.approx(losses["", False], rel=1e-3)
+
+
+def test_captured_steps_draw_new_masks_and_never_wait(on_gpu: dict[str, Any]):
+    prepared = prepare_run(build_config({**on_gpu, "compile": True, "dropout_prob": 0.5}))
+    trainer, train = prepared.trainer, prepared.loaders.train
+    trainer._prepare_fit(train)
+    trainer.model.train()
+    batch = next(iter(train))
+    steps = trainer._captured
+    assert steps is not None
+    state = torch.cuda.get_rng_state()
+    first = steps.compute_gradients(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [steps.compute_gradients(batch) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len({float(loss) for loss in (first, *losses)}) == 4 and steps.n_shapes == 1
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(steps.compute_gradients(batch), first)  # recording has drawn nothing
+
+
+def test_a_captured_run_goes_on_as_never_stopped(on_gpu: dict[str, Any]):
+    keys = {**on_gpu, "compile": True, "epochs": 3, "train_batch_size": 8}
+    whole = prepare_run(build_config(keys))
+    whole.train()
+    stopped = prepare_run(build_config({**keys, "epochs": 1}))
+    stopped.train()
+    config = build_config({**keys, "config_files": [str(stopped.trainer.folder / "config.yaml")]})
+    resumed = prepare_run(config, stopped.trainer.folder)
+    resumed.train()
+    assert resumed.trainer.train_loss_dict == whole.trainer.train_loss_dict
 
 
 def test_a_run_goes_on(on_gpu: dict[str, Any], command: Command):

@@ -21,11 +21,12 @@ from m2rec.compat import Config, InputType, Interaction, SequentialDataset, Sequ
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.histories import shift_targets
 from m2rec.errors import UserError
+from m2rec.nn.batching import PaddedBatch, pad_training_rows
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.inference.encoder import PreparedEncoder, can_prepare
 from m2rec.nn.losses import LossInput, Negatives, NegativeSampler, compute_loss, draw_negatives
 from m2rec.nn.mamba import has_hooks
-from m2rec.nn.repeat_bias import RepeatBias, add_to_item_scores
+from m2rec.nn.repeat_bias import PaddedRepeatBias, RepeatBias, add_to_item_scores
 from m2rec.nn.step_items import StepItems
 from m2rec.settings import ModelSettings, get_model_settings
 from m2rec.text.source import find_vector_file, load_text_vectors
@@ -95,7 +96,7 @@ class M2Rec(SequentialRecommender):
         targets = interaction[self.ITEM_ID]
         if self.dense:
             targets = shift_targets(items, lengths, targets)
-        negatives = self._draw_negatives(interaction, targets)
+        negatives = self._draw_negatives(targets, self._find_drawn_negatives(interaction))
         step = self.encoder.prepare_step(items, None if negatives is None else [targets, negatives.ids])
         if self.dense:
             x, rows, times = self.encoder.encode_target_positions(items, lengths, targets, step)
@@ -108,12 +109,44 @@ class M2Rec(SequentialRecommender):
         repeats = None if bias is None else RepeatBias(items, rows, times, bias)
         return compute_loss(LossInput(self.encoder, step, x, targets, repeats, negatives))
 
-    def _draw_negatives(self, interaction: Interaction, targets: Tensor) -> Negatives | None:
-        """As `draw_negatives`; those of a data set that has drawn one for each row are taken for BPR."""
+    def _find_drawn_negatives(self, interaction: Interaction) -> Tensor | None:
+        """(B,), one negative for each row of a single target, if the data set has drawn them."""
         is_drawn = not self.dense and self.NEG_ITEM_ID in interaction
-        if is_drawn and self.settings.loss_type == "BPR":
-            return Negatives(interaction[self.NEG_ITEM_ID])
-        return draw_negatives(self.settings, targets, self.negatives)
+        return interaction[self.NEG_ITEM_ID] if is_drawn else None
+
+    def _draw_negatives(
+        self, targets: Tensor, drawn: Tensor | None, n_positions: int | None = None
+    ) -> Negatives | None:
+        """As `losses.draw_negatives`; those that the data set has drawn are taken for BPR."""
+        if drawn is not None and self.settings.loss_type == "BPR":
+            return Negatives(drawn)
+        return draw_negatives(self.settings, targets, self.negatives, n_positions)
+
+    def pad_batch(self, interaction: Interaction, n_rows: int) -> PaddedBatch:
+        """The rows of a batch for `calculate_padded_loss`, in full batches of `n_rows`."""
+        items, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        targets = interaction[self.ITEM_ID]
+        if self.dense:
+            targets = shift_targets(items, lengths, targets)
+        drawn = self._find_drawn_negatives(interaction)
+        return pad_training_rows(items, lengths, targets, n_rows, drawn)
+
+    def calculate_padded_loss(self, batch: PaddedBatch) -> Tensor:
+        """As `calculate_loss`, without an operation whose shape or path depends on a value on the device.
+
+        Without dropout and sampling the loss is that of `calculate_loss` up to rounding.
+        """
+        items, lengths, is_target = batch.items, batch.lengths, batch.targets > 0
+        if self.dense:
+            x = self.encoder(items, lengths).flatten(0, 1).index_select(0, batch.positions)
+        else:
+            x = self.encoder.encode_last_positions(items, lengths).index_select(0, batch.rows)
+        x = x.masked_fill(~is_target[:, None], 0)
+        bias, repeats = self.encoder.repeat_bias, None
+        if bias is not None:
+            repeats = PaddedRepeatBias(items, batch.rows, batch.times, is_target, bias)
+        negatives = self._draw_negatives(batch.targets, batch.negatives, len(batch.targets))
+        return compute_loss(LossInput(self.encoder, None, x, batch.targets, repeats, negatives))
 
     def predict(self, interaction: Interaction) -> Tensor:
         """The score of each row's ITEM_ID, (B,)."""

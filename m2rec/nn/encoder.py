@@ -277,11 +277,11 @@ class Encoder(MarkedParameters):
         order, parts = [], []
         for rows, longest in group_rows_by_length(lengths, items.shape[1]):
             order.append(rows)
-            parts.append(self._encode_last_positions(items[rows, :longest], lengths[rows], step))
+            parts.append(self.encode_last_positions(items[rows, :longest], lengths[rows], step))
         return torch.cat(parts)[torch.cat(order).argsort()]
 
-    def _encode_last_positions(self, items: Tensor, lengths: Tensor, step: StepItems | None = None) -> Tensor:
-        """`last` for rows of similar length; the last layer computes the final position only."""
+    def encode_last_positions(self, items: Tensor, lengths: Tensor, step: StepItems | None = None) -> Tensor:
+        """`last` for rows of similar length: (B, L), (B,) -> (B, D); the top layer computes one position."""
         x = self._embed_inputs(items, step)
         *lower, top = zip(self.layers, self._make_batches(items, lengths, step), strict=True)
         for layer, batch in lower:

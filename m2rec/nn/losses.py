@@ -47,12 +47,12 @@ class LossInput(NamedTuple):
     """The positions of a training step and what their loss needs."""
 
     encoder: Encoder
-    step: StepItems
-    """With every item for a loss over all items, else with the targets and the negatives."""
+    step: StepItems | None
+    """With every item for a loss over all items, else with the targets and the negatives; None to compute."""
     x: Tensor
-    """(S, D), in float32 at least."""
+    """(S, D), in float32 at least; 0 at a position without target."""
     targets: Tensor
-    """(S,), ids from 1."""
+    """(S,), ids from 1; 0 for a position of padding, which is left out of the mean."""
     repeats: RepeatBias | None
     negatives: Negatives | None
     """None for a loss over all items."""
@@ -75,16 +75,19 @@ def compute_loss(given: LossInput) -> Tensor:
         return loss.compute(given._replace(x=given.x.to(weight.dtype)))
 
 
-def draw_negatives(settings: ModelSettings, targets: Tensor, sampler: "NegativeSampler") -> Negatives | None:
+def draw_negatives(
+    settings: ModelSettings, targets: Tensor, sampler: "NegativeSampler", n_positions: int | None = None
+) -> Negatives | None:
     """The negatives of a training step, which don't depend on the network; None for a loss over all items.
 
     Args:
         settings: of the model.
         targets: ids of any shape, 0 where there is none.
         sampler: draws items.
+        n_positions: S; None to count the targets, for which a GPU has to be waited for.
     """
     draw = LOSSES[settings.loss_type].draw_negatives
-    return None if draw is None else draw(settings, targets, sampler)
+    return None if draw is None else draw(settings, targets, sampler, n_positions)
 
 
 def _compute_cross_entropy(given: LossInput) -> Tensor:
@@ -112,14 +115,19 @@ def _compute_bpr(given: LossInput) -> Tensor:
     return bpr(given.x, given.targets, given.embed_items, given.negatives.ids, given.repeats)
 
 
-def _draw_shared_negatives(settings: ModelSettings, targets: Tensor, sampler: "NegativeSampler") -> Negatives:
+def _draw_shared_negatives(
+    settings: ModelSettings, targets: Tensor, sampler: "NegativeSampler", n_positions: int | None
+) -> Negatives:
     """A set for each group of positions."""
-    n_positions = int((targets > 0).sum())
+    if n_positions is None:
+        n_positions = int((targets > 0).sum())
     groups = -(-n_positions // settings.negatives_shared)
     return Negatives(*sampler(groups, settings.n_negatives))
 
 
-def _draw_own_negatives(settings: ModelSettings, targets: Tensor, sampler: "NegativeSampler") -> Negatives:
+def _draw_own_negatives(
+    settings: ModelSettings, targets: Tensor, sampler: "NegativeSampler", n_positions: int | None
+) -> Negatives:
     """One item for each target."""
     return Negatives(draw_other_items(targets, sampler.n_items).masked_fill(targets == 0, 0))
 
@@ -128,7 +136,7 @@ class Loss(NamedTuple):
     """A loss, and how its negatives are drawn; None for a loss over all items."""
 
     compute: Callable[[LossInput], Tensor]
-    draw_negatives: Callable[[ModelSettings, Tensor, "NegativeSampler"], Negatives] | None = None
+    draw_negatives: Callable[[ModelSettings, Tensor, "NegativeSampler", int | None], Negatives] | None = None
 
 
 LOSSES: dict[str, Loss] = {
@@ -145,8 +153,8 @@ def cross_entropy_ref(
     """Mean softmax cross-entropy over all items, with all scores (S, V) at once.
 
     Args:
-        x: (S, D).
-        targets: (S,), ids from 1.
+        x: (S, D), 0 at a position without target.
+        targets: (S,), ids from 1; 0 where there is none.
         item_table: (V, D).
         repeats: what each position has seen.
     """
@@ -154,7 +162,7 @@ def cross_entropy_ref(
     if repeats is not None:
         seen = repeats.find_seen_pairs(0, len(x))
         scores = scores.index_put(seen, repeats.bias, accumulate=True)
-    return F.cross_entropy(scores[:, 1:], targets - 1)
+    return F.cross_entropy(scores[:, 1:], targets - 1, ignore_index=-1)
 
 
 def cross_entropy(
@@ -196,7 +204,10 @@ class _CrossEntropy(torch.autograd.Function):
         rows: int,
         repeats: RepeatBias | None,
     ) -> Tensor:
-        """x (S, D), table (V - 1, D), bias (), classes (S,), rows per chunk -> the mean loss."""
+        """x (S, D), table (V - 1, D), bias (), classes (S,) or -1, rows per chunk -> the mean loss."""
+        is_target = classes >= 0
+        count = is_target.sum()
+        classes = classes.clamp(min=0)
         dx, dtable = torch.empty_like(x), torch.zeros_like(table)
         dbias, total = x.new_zeros(()), x.new_zeros(())
         buffer = x.new_empty(min(rows, len(x)), len(table))
@@ -204,19 +215,20 @@ class _CrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             part = x[chunk]
             scores = torch.mm(part, table.T, out=buffer[: len(part)])
-            seen = None
+            seen = counts = None
             if repeats is not None and bias is not None:
-                position, item = repeats.find_seen_pairs(start, start + rows)
-                seen = (position * len(table)).add_(item).sub_(1)  # each once
-                scores.view(-1).scatter_add_(0, seen, bias.expand_as(seen))
-            loss, error = _compute_loss_and_error(scores, classes[chunk, None])
-            total += loss
+                seen, counts = repeats.find_seen_scores(start, start + len(part), len(table))
+                raised = bias.expand_as(seen) if counts is None else bias * counts
+                scores.view(-1).scatter_add_(0, seen, raised)
+            losses, error = _compute_losses_and_error(scores, classes[chunk, None])
+            total += (losses[:, 0] * is_target[chunk]).sum()
             if seen is not None:
-                dbias += error.view(-1).index_select(0, seen).sum()
+                errors = error.view(-1).index_select(0, seen)
+                dbias += (errors if counts is None else errors * counts).sum()
             torch.mm(error, table, out=dx[chunk])
             dtable.addmm_(error.T, part)
-        ctx.save_for_backward(*(gradient.div_(len(x)) for gradient in (dx, dtable, dbias)))
-        return total / len(x)
+        ctx.save_for_backward(*(gradient.div_(count) for gradient in (dx, dtable, dbias)))
+        return total / count
 
     @staticmethod
     @first_derivative_only("cross_entropy", "cross_entropy_ref")
@@ -226,13 +238,13 @@ class _CrossEntropy(torch.autograd.Function):
         return dx, dtable, dbias if ctx.needs_input_grad[2] else None, None, None, None
 
 
-def _compute_loss_and_error(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """scores (s, C), targets (s, 1) -> the summed loss, and its gradient in place of the scores."""
+def _compute_losses_and_error(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """scores (s, C), targets (s, 1) -> the losses (s, 1), and their gradient in place of the scores."""
     largest, at_target = scores.amax(1, keepdim=True), scores.gather(1, targets)
     error = torch.softmax(scores, 1, out=scores)
     log_sum = largest - error.amax(1, keepdim=True).log_()  # the largest probability is exp(largest) / sum
     error.scatter_add_(1, targets, -torch.ones_like(largest))
-    return (log_sum - at_target).sum(), error
+    return log_sum - at_target, error
 
 
 class NegativeSampler(nn.Module):
@@ -296,7 +308,7 @@ def sampled_cross_entropy(
 
     Args:
         x: (S, D).
-        targets: (S,), ids from 1.
+        targets: (S,), ids from 1; 0 for a position of padding.
         embed: ids (...) -> their rows of the item table (..., D).
         negatives: (G, n), ids from 1, drawn with replacement: one set for each of G groups, into
             which the positions are cut in their order.
@@ -304,8 +316,8 @@ def sampled_cross_entropy(
         repeats: what each position has seen.
     """
     positive, scores = _score_sampled_items(x, targets, embed, negatives, repeats, log_probability)
-    first = torch.zeros_like(targets)
-    return F.cross_entropy(torch.cat([positive, scores], dim=1), first)
+    first = torch.zeros_like(targets).masked_fill_(targets == 0, -1)
+    return F.cross_entropy(torch.cat([positive, scores], dim=1), first, ignore_index=-1)
 
 
 def gbce(
@@ -327,7 +339,7 @@ def gbce(
 
     Args:
         x: (S, D).
-        targets: (S,), ids from 1.
+        targets: (S,), ids from 1; 0 for a position of padding.
         embed: ids (...) -> their rows of the item table (..., D).
         negatives: (G, n), ids from 1, uniform over all items, as in `sampled_cross_entropy`.
         n_items: V.
@@ -338,8 +350,11 @@ def gbce(
     n = negatives.shape[1]
     alpha = min(1.0, n / (n_items - 1))
     beta = 1 - t * (1 - alpha)
+    is_padding = (targets == 0)[:, None]
+    positive = positive.masked_fill(is_padding, torch.inf)
+    scores = scores.masked_fill(is_padding, -torch.inf)
     total = beta * F.softplus(-positive).sum() + F.softplus(scores).sum()
-    return total / (len(x) * (n + 1))
+    return total / (_count_targets(targets) * (n + 1))
 
 
 def _score_sampled_items(
@@ -378,14 +393,19 @@ def bpr(
 
     Args:
         x: (S, D).
-        targets, negatives: (S,), ids from 1.
+        targets, negatives: (S,), ids from 1; a target of 0 is padding.
         embed: ids (...) -> their rows of the item table (..., D).
         repeats: what each position has seen.
     """
     difference = (x * (embed(targets) - embed(negatives))).sum(-1)
     if repeats is not None:
         difference = difference + repeats.bias_for_items(targets) - repeats.bias_for_items(negatives)
-    return -F.logsigmoid(difference).mean()
+    return -(F.logsigmoid(difference) * (targets > 0)).sum() / _count_targets(targets)
+
+
+def _count_targets(targets: Tensor) -> Tensor:
+    """How many positions are not padding, ()."""
+    return (targets > 0).sum()
 
 
 def draw_other_items(targets: Tensor, n_items: int) -> Tensor:

@@ -86,6 +86,15 @@ class RepeatBias:
         slots = offsets[position].add_(torch.arange(len(position), device=counts.device))
         return position, self._distinct[slots]
 
+    def find_seen_scores(self, start: int, stop: int, n_classes: int) -> tuple[Tensor, Tensor | None]:
+        """Where scores (stop - start, C) of items 1 to C belong to seen items.
+
+        Returns:
+            Flat indices (R,), and (R,) True for those that count; None if all do, each once.
+        """
+        position, item = self.find_seen_pairs(start, stop)
+        return (position * n_classes).add_(item).sub_(1), None
+
     def iterate_seen_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All pairs, a block of positions at a time: position, item (R,)."""
         for start in range(0, len(self.rows), self.block_size):
@@ -127,3 +136,62 @@ class RepeatBias:
         column = torch.empty_like(first_slot).scatter(1, order, first_slot)
         columns = column[:, None].expand(-1, size, -1)
         return seen.view(groups, size, n).gather(2, columns) * self.bias
+
+
+class PaddedRepeatBias(RepeatBias):
+    """As `RepeatBias`, in tensors whose shapes depend on no value, for code that is recorded once.
+
+    Args:
+        items: (B, L).
+        rows, times: (S,), as of `RepeatBias`.
+        is_target: (S,), False for positions of padding, which have seen nothing.
+        bias: scalar.
+    """
+
+    def __init__(self, items: Tensor, rows: Tensor, times: Tensor, is_target: Tensor, bias: Tensor) -> None:
+        self.items, self.rows, self.times, self.bias = items, rows, times, bias
+        self.is_target = is_target
+        self._first = mark_first_occurrences(items)
+
+    def find_seen_scores(self, start: int, stop: int, n_classes: int) -> tuple[Tensor, Tensor | None]:
+        """As of `RepeatBias`; what does not count is spread over the classes, so that few writes collide."""
+        history, is_seen = self._read_histories(slice(start, stop))
+        column = torch.arange(history.shape[1], device=history.device) % n_classes
+        column = torch.where(is_seen, history - 1, column)
+        row = torch.arange(len(history), device=history.device) * n_classes
+        return (row[:, None] + column).flatten(), is_seen.flatten()
+
+    def _read_histories(self, block: slice) -> tuple[Tensor, Tensor]:
+        """The items (s, L) of a block of positions' rows, and which of them each has seen, once each."""
+        rows = self.rows[block]
+        in_past = torch.arange(self.items.shape[1], device=rows.device) <= self.times[block, None]
+        return self.items[rows], self._first[rows] & in_past & self.is_target[block, None]
+
+    def bias_for_items(self, items: Tensor) -> Tensor:
+        """As of `RepeatBias`."""
+        seen = []
+        for start in range(0, len(items), self.block_size):
+            block = slice(start, start + self.block_size)
+            history, is_seen = self._read_histories(block)
+            seen.append((is_seen & (history == items[block, None])).any(1))
+        return torch.cat(seen) * self.bias
+
+    def bias_for_shared_items(self, items: Tensor, size: int) -> Tensor:
+        """As of `RepeatBias`."""
+        n = items.shape[1]
+        ordered, order = items.sort(dim=1)
+        first_slot = torch.searchsorted(ordered, ordered)  # of duplicates: the one slot that is marked
+        column = torch.empty_like(first_slot).scatter(1, order, first_slot)
+        found: list[Tensor] = []
+        n_groups = max(1, self.block_size // size)
+        for keys, columns in zip(ordered.split(n_groups), column.split(n_groups), strict=True):
+            start = len(found) * n_groups * size
+            history, is_seen = self._read_histories(slice(start, start + len(keys) * size))
+            missing = len(keys) * size - len(history)  # the last group may have fewer positions
+            history, is_seen = (F.pad(t, (0, 0, 0, missing)).view(len(keys), -1) for t in (history, is_seen))
+            slot = torch.searchsorted(keys, history).clamp_(max=n - 1)
+            slot = torch.where(is_seen & (keys.gather(1, slot) == history), slot, n)
+            seen = torch.zeros(len(keys), size, n + 1, dtype=torch.bool, device=items.device)
+            seen.scatter_(2, slot.view(len(keys), size, -1), True)
+            found.append(seen.gather(2, columns[:, None].expand(-1, size, -1)))
+        return torch.cat(found) * self.bias

@@ -27,6 +27,10 @@ from m2rec.ops.contracts import (
 # Work inside a chunk grows with its length, the chain between chunks shrinks with it.
 MAX_CHUNK = 64
 
+# of the Triton kernels: L, which a program walks alone, and P and N, whose tiles lie in registers
+_MAX_TRITON_LENGTH = 256
+_MAX_TRITON_SIZE = 128
+
 _SHAPES = {
     "x": "BLHP", "dt": "BLH", "A": "H", "B": "BLN", "C": "BLN", "D": "H", "dt_bias": "H", "state": "BHPN",
 }  # fmt: skip
@@ -89,9 +93,12 @@ def ssd(
     return_last_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """SSD on the chosen backend; arguments and result as in `ssd_ref`."""
+    """SSD on the chosen backend; arguments and result as in `ssd_ref`.
+
+    `auto` is PyTorch on every device: the Triton kernels are not timed yet.
+    """
     check_arguments("ssd", _SHAPES, (x, dt, A, B, C, D, dt_bias, initial_state))
-    run = load_implementation(_IMPLEMENTATIONS, backend, x.device)
+    run = load_implementation(_IMPLEMENTATIONS, "torch" if backend == "auto" else backend, x.device)
     with without_autocast(x.device):
         return run(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, return_last_state)  # type: ignore[no-any-return]
 
@@ -423,9 +430,18 @@ def _sum_heads(t: Tensor, factor: Tensor) -> Tensor:
     return total
 
 
+def _ssd_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *others: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Our kernels; long sequences and wide states, for which they are not made, go to PyTorch."""
+    if x.shape[1] > _MAX_TRITON_LENGTH or max(x.shape[3], B.shape[2]) > _MAX_TRITON_SIZE:
+        return _ssd_torch(x, dt, A, B, *others)
+    from m2rec.ops.ssd_triton import ssd_triton  # needs triton
+
+    return ssd_triton(x, dt, A, B, *others)
+
+
 _IMPLEMENTATIONS: Implementations = {
     "reference": ssd_ref,
     "torch": _ssd_torch,
-    "triton": _ssd_torch,  # all products of matrices, which need no kernel of ours
+    "triton": _ssd_triton,
     "mamba_ssm": "mamba_ssm_backend:ssd_mamba_ssm",
 }

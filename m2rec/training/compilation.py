@@ -1,4 +1,6 @@
-"""torch.compile for the training of M2Rec's layers: the key `compile`.
+"""The key `compile`: `torch.compile` for the training of M2Rec's layers.
+
+On CUDA the key means another thing, graphs of whole steps: see `m2rec.training.captured_step`.
 
 Only calls that record a gradient are compiled. Validation, test and saved models run the plain layers, so
 that a metric never depends on the compiler, and a copy of a layer is a plain layer.
@@ -16,7 +18,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 from time import perf_counter
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from m2rec import distributed
 from m2rec.errors import UserError, format_one_line
 from m2rec.models.m2rec import M2Rec
 
@@ -34,7 +36,7 @@ _CXX = {"darwin": "clang++", "win32": "cl"}
 
 
 class CompileChoice(NamedTuple):
-    """Whether the layers are compiled and, for the log, why."""
+    """Whether training is compiled and, for the log, why."""
 
     is_compiled: bool
     reason: str
@@ -63,10 +65,11 @@ def _choose_for_device(kind: str) -> CompileChoice:
 
 def _find_obstacle(kind: str) -> str:
     """What torch.compile lacks for this type of device, with the cure; empty if nothing."""
+    if kind == "cuda":  # graphs, no compiler
+        alone = distributed.local_rank() is None
+        return "" if alone else "one process on CUDA and this is torchrun: start python run_mm.py"
     if not hasattr(torch.compiler, "set_stance"):
         return f"torch 2.6 or newer and this is {torch.__version__}: pip install -U torch"
-    if kind == "cuda" and find_spec("triton") is None:
-        return "triton, which is not installed: pip install triton"
     compiler = os.environ.get("CXX") or _CXX.get(sys.platform, "g++")
     if which(compiler) is None:
         return f"a C++ compiler and there is no {compiler}: install one, or set CXX"
@@ -138,7 +141,7 @@ def compile_layers(
         calls.append(call)
     logger.info("%s", _describe_cost())
     start = perf_counter()
-    with _compiling(calls), _restored_random_state(model), precision:
+    with _compiling(calls), restore_random_state(model), precision:
         _run_training_pass(model, max(2, n_rows), length)
     logger.info("compiled in %.1f s", perf_counter() - start)
 
@@ -153,20 +156,30 @@ def _describe_cost() -> str:
 
 @contextmanager
 def _compiling(calls: list[_TrainedLayer]) -> Iterator[None]:
-    """Let the calls compile; what fails is one line."""
+    """Let the calls compile."""
     for call in calls:
         call.is_warming = True
     try:
         with warnings.catch_warnings(action="ignore"):  # the compiler's own, about its internals
-            yield
-    except Exception as error:  # dynamo's, the backend's, the C++ compiler's: they share no class
+            with explain_failure():
+                yield
+    finally:
+        for call in calls:
+            call.is_warming = False
+
+
+@contextmanager
+def explain_failure() -> Iterator[None]:
+    """Make one line of what fails inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # with a cure of its own
+        raise
+    except Exception as error:  # dynamo's, the backend's, the C++ compiler's, CUDA's: they share no class
         what = f"{type(error).__name__}: {_shorten(format_one_line(error))}"
         raise UserError(
             f"compile: True does not work here ({what}); set compile: false, or see --state=DEBUG"
         ) from error
-    finally:
-        for call in calls:
-            call.is_warming = False
 
 
 def _shorten(message: str, most: int = 200) -> str:
@@ -174,7 +187,7 @@ def _shorten(message: str, most: int = 200) -> str:
 
 
 @contextmanager
-def _restored_random_state(model: nn.Module) -> Iterator[None]:
+def restore_random_state(model: nn.Module) -> Iterator[None]:
     """Leave the generators as they were: a compiled run starts with the random numbers of a plain one."""
     devices = [p.device.index or 0 for p in model.parameters() if p.is_cuda][:1]
     with torch.random.fork_rng(devices=devices):

@@ -265,11 +265,12 @@ def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
 
 
 def _settle_compile(config: Config) -> None:
-    """Decide whether the layers are compiled; a run that is resumed has the answer in its config."""
+    """Decide whether training is compiled; a run that is resumed has the answer in its config."""
     if config.model_settings is None:
         return
     choice = resolve_compile(config["compile"], config["device"])
-    logger.info("layers %scompiled (%s)", "" if choice.is_compiled else "not ", choice.reason)
+    what = "steps %scaptured" if config["device"].type == "cuda" else "layers %scompiled"
+    logger.info(f"{what} (%s)", "" if choice.is_compiled else "not ", choice.reason)
     config.settle("compile", choice.is_compiled)
 
 

@@ -23,13 +23,18 @@ from m2rec.evaluation.breakdown import tabulate_rows
 from m2rec.evaluation.metrics import DEFAULT_TAIL_RATIO, RankedLists, compute_metrics
 from m2rec.evaluation.protocols import Protocol
 from m2rec.evaluation.ranking import RANKED_PROTOCOLS, Ranking, rank_rows
+from m2rec.models.m2rec import M2Rec
 from m2rec.run_folder import RunFolder
 from m2rec.training import checkpoint
+from m2rec.training.captured_step import CapturedSteps
 from m2rec.training.compilation import compile_layers
 from m2rec.training.ema import WeightEMA
 from m2rec.training.signals import RunInterrupted, StopRequest
 
 logger = logging.getLogger(__name__)
+
+# between checks of the loss where steps are captured: a check waits until the GPU is done
+_CHECKED_STEPS = 50
 
 Metrics = dict[str, float]
 
@@ -94,6 +99,7 @@ class RunTrainer(Trainer):
         self.train_seconds = 0.0
         self.run_inputs: dict[str, Any] = {}
         self.ema: WeightEMA | None = None
+        self._captured: CapturedSteps | None = None
         self._is_resumed = is_resumed
         self._stop_request = StopRequest()
         self._generator = torch.Generator()  # replaced by the training loader's
@@ -183,11 +189,27 @@ class RunTrainer(Trainer):
         if self._is_resumed:
             self._load_checkpoint()
         if self.config["compile"] is True:
-            rows = self.config["train_batch_size"] // distributed.world_size()
-            length = self.config["MAX_ITEM_LIST_LENGTH"]
-            compile_layers(self.model, rows, length, self._precision())
+            self._compile(len(train_data.dataset))
         self._checkpointed_at = perf_counter()
         self._started_at = perf_counter() - self.train_seconds
+
+    def _compile(self, n_rows: int) -> None:
+        """Compile the layers, or on CUDA capture the steps; `n_rows` are all training rows."""
+        batch = self.config["train_batch_size"]
+        if self.device.type == "cuda":
+            self._captured = self._capture_steps(min(batch, n_rows))
+        else:
+            length = self.config["MAX_ITEM_LIST_LENGTH"]
+            compile_layers(self.model, batch // distributed.world_size(), length, self._precision())
+
+    def _capture_steps(self, n_rows: int) -> CapturedSteps | None:
+        if not isinstance(self.model, M2Rec):
+            return None
+        if type(self.model).calculate_loss is not M2Rec.calculate_loss:
+            name = type(self.model).__name__
+            logger.warning("compile: %s has a calculate_loss of its own, so that steps run as without", name)
+            return None
+        return CapturedSteps(self.model, n_rows, self._precision)
 
     def _begin_epoch(self, epoch: int) -> _EpochProgress:
         return _EpochProgress(epoch, loss=torch.tensor(0.0, device=self.device))
@@ -286,10 +308,14 @@ class RunTrainer(Trainer):
         description = f"train {epoch_idx:>4}"
         for batch in self._progress_bar(batches, description, show_progress, n_steps - progress.steps):
             progress.steps += 1
-            progress.loss += self._train_step(batch.to(self.device), is_dense)
+            progress.loss += self._train_step(batch, is_dense)
             progress.seconds = perf_counter() - start
             signal = self._global_stop_signal()
-            if progress.steps < n_steps and (signal or self._is_checkpoint_due()):
+            is_saved = progress.steps < n_steps and (signal or self._is_checkpoint_due())
+            is_due = is_saved or progress.steps == n_steps or progress.steps % _CHECKED_STEPS == 0
+            if self._captured is not None and is_due:
+                self._check_nan(progress.loss)
+            if is_saved:
                 self._write_checkpoint()
                 if signal:
                     raise RunInterrupted(signal)
@@ -335,6 +361,19 @@ class RunTrainer(Trainer):
     def _train_step(self, batch: Interaction, is_dense: bool) -> Tensor:
         """One step of the optimizer on this process's shard of a batch; returns the loss of the batch."""
         self.optimizer.zero_grad()
+        if self._captured is None:
+            loss = self._compute_gradients(batch.to(self.device), is_dense)
+        else:
+            loss = self._captured.compute_gradients(batch)
+        if self.clip_grad_norm:
+            clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        return loss
+
+    def _compute_gradients(self, batch: Interaction, is_dense: bool) -> Tensor:
+        """Set the gradients of a batch's loss, on every process; returns the loss."""
         shard, weight = self._shard_batch(batch, is_dense)
         loss = torch.zeros((), device=self.device)
         if len(shard):
@@ -346,11 +385,6 @@ class RunTrainer(Trainer):
             loss.backward()
         loss = distributed.sum_gradients(self.model.parameters(), loss.detach())
         self._check_nan(loss)
-        if self.clip_grad_norm:
-            clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update()
         return loss
 
     def _precision(self) -> AbstractContextManager[Any]:

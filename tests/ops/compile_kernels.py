@@ -4,18 +4,21 @@ interpreter, which the tests use on a CPU, takes some things that the compiler d
 
 from typing import Any
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
 from m2rec.ops import causal_conv1d_triton as conv
 from m2rec.ops import selective_scan_triton as scan
+from m2rec.ops import ssd_triton as ssd
 
 INPUTS = "u delta B C z y dy du ddelta dz x weight bias dx".split()  # in the type of the model's activations
-FLOAT32 = "A2 D h0 last saved dstate dA dB dC dD dbias dweight".split()
+FLOAT32 = "A A2 D dt h0 last saved dlast dstate dA dB dC dD ddt dbias dweight".split()
 
 
 def compile_for(kernel: Any, dtype: str, absent: tuple[str, ...], num_warps: int, **constants: Any) -> None:
+    """Compile with these constants, without the arguments that are absent."""
     signature, known = {}, {}
     for name in kernel.arg_names:
         if name in absent:
@@ -45,3 +48,11 @@ if __name__ == "__main__":
     for dtype in ("fp32", "bf16"):
         compile_for(conv._forward_kernel, dtype, (), 2, **taps)
         compile_for(conv._backward_kernel, dtype, (), 4, **taps, BLOCK_K=4)
+    for dtype, absent, P, N in (
+        ("fp32", (), 64, 32),
+        ("bf16", (), 64, 128),
+        ("fp32", ("D", "h0", "dD", "dlast"), 5, 3),
+    ):
+        tiles = ssd._choose_block_sizes(torch.empty(1, 1, 1, P), torch.empty(1, 1, N))
+        for kernel in (ssd._forward_kernel, ssd._backward_kernel):
+            compile_for(kernel, dtype, absent, ssd._choose_warps(tiles), **tiles)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m2rec.ops import (
+    Backend,
     causal_conv1d,
     causal_conv1d_ref,
     causal_conv1d_step,
@@ -197,6 +199,12 @@ def test_selective_scan_without_gradients(backend: str):
         assert torch.equal(selective_scan(**inputs, backend=backend), expected)
 
 
+def test_ssd_triton_refuses_float64():
+    needs("triton")
+    with pytest.raises(ValueError, match="scan_backend: 'triton' computes in float32, got float64"):
+        ssd(**ssd_inputs(2), backend="triton")
+
+
 @pytest.mark.parametrize("op", [selective_scan, causal_conv1d])
 def test_triton_refuses_float64(op: Callable[..., Any]):
     needs("triton")
@@ -322,6 +330,121 @@ def test_ssd_last_equals_the_reference_at_each_rows_end(length: int, dtype: torc
     wide = {k: v.double() for k, v in inputs.items()}
     expected = outputs_and_gradients(at_the_end, wide, dt_softplus=True)
     assert_close(outputs_and_gradients(ssd_last, inputs, lengths=lengths, dt_softplus=True), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [*LENGTHS, 15, 16, 17, 256] if GPU else [1, 16, 35])
+def test_ssd_triton_equals_reference(length: int, dtype: torch.dtype):
+    needs("triton")
+    inputs = on_device(ssd_inputs(length), dtype)
+    options = {"dt_softplus": True, "return_last_state": True}
+    wide = {name: value.double() for name, value in inputs.items()}
+    expected = outputs_and_gradients(ssd_ref, wide, **options)
+    actual = outputs_and_gradients(ssd, inputs, backend="triton", **options)
+    assert actual[0].dtype == dtype and actual[1].dtype == torch.float32
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize(("heads", "width", "states"), [(1, 1, 1), (2, 33, 17), (1, 16, 128)])
+def test_ssd_triton_of_awkward_sizes(heads: int, width: int, states: int):
+    """Several blocks of a head, blocks that are not full, strided inputs as a mixer's split gives them."""
+    needs("triton")
+    inner, length = heads * width, 18
+    wide = torch.randn(2, length, inner + 2 * states + 1, dtype=torch.float64)
+    others = {"dt": torch.rand(2, length, heads).double(), "A": -torch.rand(heads).double()}
+
+    def run(operator: Callable[..., Tensor], mixed: Tensor, **given: Any) -> Tensor:
+        x, B, C, _ = mixed.split([inner, states, states, 1], dim=-1)
+        return operator(x.unflatten(-1, (heads, width)), given.pop("dt"), given.pop("A"), B, C, **given)
+
+    inputs = {"mixed": wide, **others}
+    expected = outputs_and_gradients(partial(run, ssd_ref), inputs)
+    actual = outputs_and_gradients(partial(run, ssd), on_device(inputs, torch.float32), backend="triton")
+    assert_close(actual, expected, torch.float32)
+
+
+@pytest.mark.parametrize("left_out", [("D",), ("dt_bias",), ("initial_state",), ("D", "initial_state")])
+def test_ssd_triton_optional_arguments(left_out: tuple[str, ...]):
+    needs("triton")
+    inputs = {k: v for k, v in ssd_inputs(17).items() if k not in left_out}
+    inputs["dt"] = inputs["dt"].abs()
+    expected = outputs_and_gradients(ssd_ref, inputs)
+    actual = outputs_and_gradients(ssd, on_device(inputs, torch.float32), backend="triton")
+    assert_close(actual, expected, torch.float32)
+
+
+def test_ssd_triton_of_which_a_part_is_used():
+    """The last state alone; and nothing that needs a gradient."""
+    needs("triton")
+    inputs = ssd_inputs(19)
+    inputs["dt"] = inputs["dt"].abs()
+    del inputs["D"], inputs["C"]
+
+    def run(operator: Callable[..., Any], **given: Any) -> Tensor:
+        return operator(**given, C=given["B"].detach(), return_last_state=True)[1]
+
+    made = on_device(inputs, torch.float32)
+    expected = outputs_and_gradients(partial(run, ssd_ref), inputs)
+    kernels = partial(run, partial(ssd, backend="triton"))
+    assert_close(outputs_and_gradients(kernels, made), expected, torch.float32)
+    assert_close([kernels(**made)], expected[:1], torch.float32)
+
+
+def test_ssd_triton_keeps_the_gradient_of_A_exact_where_decay_is_fast():
+    """As `test_ssd_gradient_of_A_stays_exact_where_decay_is_fast`, over several chunks."""
+    needs("triton")
+    inputs = {key: value.abs() for key, value in ssd_inputs(40, heads=(4, 2, 3)).items()}
+    inputs["A"], inputs["dt"] = (
+        -torch.tensor([1.0, 4.0, 8.0, 16.0]).double(),
+        torch.full((2, 40, 4), 0.69).double(),
+    )
+    del inputs["dt_bias"], inputs["initial_state"]
+    made = on_device(inputs, torch.float32)
+    inputs = {key: value.double().cpu() for key, value in made.items()}
+    gradients = []
+    for given, options in ((made, {"backend": "triton"}), (inputs, {"backend": "reference"})):
+        A = given["A"].clone().requires_grad_()
+        gradients.append(torch.autograd.grad(ssd(**{**given, "A": A}, **options).sum(), A)[0].double().cpu())
+    assert ((gradients[0] - gradients[1]) / gradients[1]).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize(("length", "width", "states"), [(257, 1, 1), (2, 129, 1), (2, 1, 129)])
+def test_ssd_triton_leaves_what_is_too_large_to_pytorch(length: int, width: int, states: int):
+    needs("triton")
+    inputs = on_device(ssd_inputs(length, heads=(1, width, states)), torch.float32)
+    results = [ssd(**inputs, dt_softplus=True, backend=backend) for backend in ("triton", "torch")]
+    assert torch.equal(*results)
+
+
+def test_ssd_takes_its_kernels_only_where_they_are_named(monkeypatch: pytest.MonkeyPatch):
+    """They are not timed yet."""
+    needs("triton")
+    calls: list[str] = []
+    known = sys.modules["m2rec.ops.ssd"]._IMPLEMENTATIONS
+    for name in ("torch", "triton"):
+        run = partial(lambda run, name, *given: calls.append(name) or run(*given), known[name], name)
+        monkeypatch.setitem(known, name, run)
+    monkeypatch.setattr("m2rec.ops.backend._choose_backend", lambda kind, has_native: Backend("triton", ""))
+    inputs = on_device(ssd_inputs(2), torch.float32)
+    for backend in ("auto", "triton"):
+        ssd(**inputs, backend=backend)
+    assert calls == ["torch", "triton"]
+
+
+def test_ssd_triton_is_one_call_to_a_compiler():
+    """Traced whole, and shapes without running it."""
+    needs("triton")
+    inputs = on_device(ssd_inputs(5), torch.float32)
+    whole = torch.compile(
+        partial(ssd, dt_softplus=True, backend="triton"), backend="aot_eager", fullgraph=True
+    )
+    expected = outputs_and_gradients(ssd, inputs, dt_softplus=True, backend="triton")
+    assert_close(outputs_and_gradients(whole, inputs), expected, torch.float32)
+    torch.compiler.reset()
+    tensors = [inputs[key] for key in ("x", "dt", "A", "B", "C", "D", "initial_state")]
+    torch.library.opcheck(
+        torch.ops.m2rec.ssd, (*tensors, True), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_ssd_is_the_selective_scan_with_one_decay_per_head():
