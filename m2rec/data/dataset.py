@@ -250,7 +250,7 @@ class HistoryDataset(SequentialDataset):
         }
 
     def _change_feat_format(self) -> None:
-        """Sort by time before RecBole does, to order ties and to keep full precision; its own sorts are stable."""
+        """Sort by exact time and order ties before RecBole rounds and sorts, which it does stably."""
         times = self.inter_feat[self.time_field].to_numpy()
         if self.time_order != "exact":
             times = times.astype(np.float32)
@@ -270,9 +270,11 @@ class HistoryDataset(SequentialDataset):
         super()._change_feat_format()
 
     def _hash_interactions(self) -> np.ndarray:
-        columns = [self.inter_feat[name].to_numpy() for name in (self.uid_field, self.iid_field, self.time_field)]
+        feat = self.inter_feat
+        users, items = feat[self.uid_field].to_numpy(), feat[self.iid_field].to_numpy()
         user_tokens = [str(token) for token in self.field2id_token[self.uid_field]]
-        return hash_interactions(*columns, user_tokens, self.item_tokens)
+        times = feat[self.time_field].to_numpy()
+        return hash_interactions(users, items, times, user_tokens, self.item_tokens)
 
     def data_augmentation(self) -> None:
         """Make the rows: one per target as stock RecBole for `prefix`, windows for `dense`.

@@ -34,7 +34,7 @@ def hash_interactions(
         "time": times,
     }
     hashes = pd.util.hash_pandas_object(pd.DataFrame(columns), index=False)
-    return hashes.to_numpy()
+    return np.asarray(hashes)
 
 
 def _hash_tokens(tokens: Sequence[str]) -> np.ndarray:
@@ -86,9 +86,11 @@ class Ties:
 
 def _rank_tokens(tokens: Sequence[str]) -> np.ndarray:
     """The position of each token in their order: as numbers if all are, else as texts; padding's is 0."""
-    are_numbers = all(token.isdecimal() for token in tokens[1:])
     ids = range(1, len(tokens))
-    ordered = sorted(ids, key=lambda i: int(tokens[i])) if are_numbers else sorted(ids, key=tokens.__getitem__)
+    if all(tokens[i].isdecimal() for i in ids):
+        ordered = sorted(ids, key=lambda i: int(tokens[i]))
+    else:
+        ordered = sorted(ids, key=tokens.__getitem__)
     rank = np.zeros(len(tokens), dtype=np.int64)
     rank[ordered] = np.arange(1, len(tokens))
     return rank

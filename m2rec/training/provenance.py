@@ -136,7 +136,7 @@ def describe_caveats(data: Mapping[str, int], dataset: HistoryDataset) -> dict[s
 
 
 def _describe_tie_order(dataset: HistoryDataset) -> tuple[str, str]:
-    """What decides the order of ties, and what that means for a target that is tied; two ends of sentences."""
+    """What decides the order of ties, and what that means for a tied target: two ends of sentences."""
     if dataset.tie_order == "shuffled":
         return "their order is random, the same in every run (ties: shuffled)", ""
     if dataset.time_order == "recbole" and dataset.config["rm_dup_inter"]:
