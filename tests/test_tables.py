@@ -38,7 +38,8 @@ def test_a_result_table(write_sweep: Write):
     )
     assert lines[5] == (
         "Leave-one-out, full ranking, time order exact, ties in file order; "
-        "2,000 users, 50 items, 123,456 interactions; timed on cpu. Made by `python scripts/sweep.py results/toys.yaml`."
+        "2,000 users, 50 items, 123,456 interactions; timed on cpu. "
+        "Made by `python scripts/sweep.py results/toys.yaml`."
     )
     assert len(lines) == 6
 
