@@ -28,7 +28,7 @@ class Role(Enum):
     # which targets are ranked, and which metric compares models
     PROTOCOL = (
         "ITEM_ID_FIELD", "TIME_FIELD", "USER_ID_FIELD", "filter_inter_by_user_or_item",
-        "item_inter_num_interval", "rm_dup_inter", "split", "test_from", "time_order",
+        "item_inter_num_interval", "rm_dup_inter", "split", "test_from", "ties", "time_order",
         "user_inter_num_interval", "val_interval", "valid_from", "valid_metric",
     )  # fmt: skip
     # the network and its loss
@@ -261,6 +261,7 @@ class RunSettings(Settings):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 2020
     rows: Literal["dense", "prefix"] = "dense"
     time_order: Literal["exact", "recbole"] = "exact"
+    ties: Literal["file", "shuffled"] = "file"
     split: Literal["leave_one_out", "global_time"] = "leave_one_out"
     valid_from: Share = 0.8
     test_from: Share = 0.9

@@ -27,6 +27,7 @@ def test_an_overview(write_sweep: Write):
     path.with_name("toys-paired.csv").write_text(PAIRED + line)
     rows = [published("test_unseen", "Low", "0.31"), published("test_unseen", "High, tuned", "0.32")]
     rows += [published("test_unseen", "Lower", ""), published("test", "Other", "0.9")]
+    rows += [published("test_unseen", "Draft", "0.8", "unpublished")]
     heads, _, toy, _, words = overview(path, *rows)
     assert heads == (
         "| data set | n | HR@10 | NDCG@10 | NDCG@10 without text | published HR@10 | published NDCG@10 "

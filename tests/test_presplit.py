@@ -135,6 +135,7 @@ def test_rows_that_say_nothing_are_counted(data: Path, caplog: pytest.LogCapture
         ({"benchmark_filename": ["train", "x"]}, "toy.x.inter; put it there, or leave x out"),
         ({"rows": "dense"}, "rows: dense needs complete user histories"),
         ({"split": "global_time"}, "split: 'global_time' contradicts benchmark_filename"),
+        ({"ties": "shuffled"}, "ties: 'shuffled' has no effect on the files of benchmark_filename"),
         ({"user_inter_num_interval": "[5,inf)"}, "user_inter_num_interval: '[5,inf)' has no effect"),
         ({"rm_dup_inter": "first"}, "rm_dup_inter: 'first' has no effect"),
         ({"alias_of_item_id": ["x"]}, "alias_of_item_id: add item_id_list"),

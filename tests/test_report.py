@@ -58,8 +58,8 @@ def test_check_writes_nothing(write_sweep: Write, call: Callable, tmp_path: Path
 
 def test_all_kinds_of_markers(write_sweep: Write, call: Callable, tmp_path: Path):
     path = write_sweep(*ROWS)
-    head = "dataset,protocol,model,hit@10,ndcg@10,source\n"
-    path.with_name("reported.csv").write_text(head + "toy,test,SASRec,0.5,0.4,paper\n")
+    head = "dataset,protocol,model,hit@10,ndcg@10,status,confidence,source\n"
+    path.with_name("reported.csv").write_text(head + "toy,test,SASRec,0.5,0.4,published,A,paper\n")
     marks = "".join(
         README[README.index("<!--") :].replace("main", t)
         for t in ("ablations", "reported", "buckets", "overview")
@@ -67,7 +67,7 @@ def test_all_kinds_of_markers(write_sweep: Write, call: Callable, tmp_path: Path
     assert call(readme=marks)[0] == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Not run: no filter | gate." in text and "| popularity | 0 | 1-5 | 101+ |" in text
-    assert "| test | SASRec | 0.5 | 0.4 | 0.1250 | 0.0625 | paper |" in text
+    assert "| test | SASRec | 0.5 | 0.4 | 0.1250 | 0.0625 | A | paper |" in text
     assert text.count("<!-- /results -->") == text.count("After.") == 4
     assert "| toy | 1 of 2 | 0.5000 | 0.2500 |" in text
 

@@ -110,12 +110,17 @@ def test_the_test_that_tables_show(write_sweep: Callable[..., Path]):
 
 def test_published_numbers(tmp_path: Path):
     path = tmp_path / "reported.csv"
-    head = "dataset,protocol,model,hit@10,ndcg@10,source\n"
-    path.write_text(head + "toy,test,A,0.1,,paper\n")
+    head = "dataset,protocol,model,hit@10,ndcg@10,status,confidence,source\n"
+    path.write_text(head + "toy,test,A,0.1,,published,,paper\n")
     assert read_published_results(path)["ndcg@10"].tolist() == [""]
-    path.write_text(head + "toy,UNMASK,A,0.1,,paper\n")
-    with pytest.raises(ValueError, match="row 1: protocol is 'UNMASK', expected test or test_unseen"):
-        read_published_results(path)
+    for row, message in {
+        "toy,UNMASK,A,0.1,,published,A,paper": "protocol is 'UNMASK', expected test or test_unseen",
+        "toy,test,A,0.1,,,A,paper": "status is '', expected published or unpublished",
+        "toy,test,A,0.1,,published,sure,paper": "confidence is 'sure', expected A or B or C",
+    }.items():
+        path.write_text(f"{head}{row}\n")
+        with pytest.raises(ValueError, match=f"row 1: {message}"):
+            read_published_results(path)
 
 
 def test_the_published_numbers_of_the_project():
@@ -125,6 +130,19 @@ def test_the_published_numbers_of_the_project():
         assert row["source"] and row["model"]
         assert row["hit@10"] or row["ndcg@10"]
         assert 0 < float(row["ndcg@10"] or 0.01) < float(row["hit@10"] or 0.99) < 1
+
+
+def test_rows_from_before_there_was_a_choice_of_ties(write_sweep: Callable[..., Path]):
+    """They count as ties in file order; rows of another protocol are refused beside them."""
+    old, new = answer("M2Rec", 1, 0.1), answer("M2Rec", 2, 0.2, ties="file")
+    runs = read_finished_runs(Sweep.read(write_sweep(old)))
+    assert runs["ties"].tolist() == ["file"]
+    runs = read_finished_runs(Sweep.read(write_sweep(old, new)))
+    assert runs["ties"].tolist() == ["file", "file"]
+    for column, value in {"ties": "shuffled", "time_order": "recbole", "split": "global_time"}.items():
+        path = write_sweep(old, {**new, column: value})
+        with pytest.raises(ValueError, match=f"rows on toy differ in {column}: .* and {value}; make a sweep"):
+            read_finished_runs(Sweep.read(path))
 
 
 def test_rows_from_before_returning_targets_were_misses(write_sweep: Callable[..., Path]):

@@ -91,6 +91,7 @@ def test_every_model_key_has_a_wrong_value_above():
         ("seed", -1),
         ("rows", "all"),
         ("time_order", "stable"),
+        ("ties", "random"),
         ("learner", "lion"),
         ("dataset", 5),
         ("tensorboard", "no"),
@@ -159,7 +160,7 @@ def test_the_lists_of_keys():
     assert collect_keys(Role.LOCAL) == {"gpu_id", "show_progress"}
     measured = {
         "ITEM_ID_FIELD", "TIME_FIELD", "USER_ID_FIELD", "dataset", "filter_inter_by_user_or_item",
-        "item_inter_num_interval", "rm_dup_inter", "seed", "split", "test_from", "time_order",
+        "item_inter_num_interval", "rm_dup_inter", "seed", "split", "test_from", "ties", "time_order",
         "user_inter_num_interval", "val_interval", "valid_from", "valid_metric",
     }  # fmt: skip
     assert measured == collect_keys(Role.DATASET, Role.SEED, Role.PROTOCOL)

@@ -109,6 +109,11 @@ def test_the_newest_finished_run_counts(tmp_path: Path):
         ),
         ("A: {}", "A: [1]", "variants: A: input should be a valid dictionary, got \\[1\\]"),
         ("A: {}", "A: {seed: 3}", "variants: A: seed belongs to the list seeds"),
+        (
+            "A: {}",
+            "A: {ties: shuffled}",
+            "'B' has no keys of the protocol, 'A' has {'ties': 'shuffled'}; put",
+        ),
         ("A: {}", "on: {}", "input should be a valid string, got True; put it into quotes"),
         ("A: {}", "A: {1: 2}", "variants: A: 1: .*input should be a valid string, got 1"),
         ("A: {}", "A: {text_vectors: 2024-01-01}", "variants: A: text_vectors: .*put it into quotes"),

@@ -1,5 +1,6 @@
 """The tables of README and docs, cell by cell."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +37,9 @@ def test_a_result_table(write_sweep: Write):
         "| SASRec | 1 of 2 | 0.3000 | 0.1500 | 0.1500 | 0.0750 | 0.6000 | 0.2500 | 4 | 1.2 | +50.0% |"
     )
     assert lines[5] == (
-        "Leave-one-out, full ranking, time order exact; 2,000 users, 50 items, 123,456 interactions; "
-        "timed on cpu. Made by `python scripts/sweep.py results/toys.yaml`."
+        "Leave-one-out, full ranking, time order exact, ties in file order; "
+        "2,000 users, 50 items, 123,456 interactions; timed on cpu. "
+        "Made by `python scripts/sweep.py results/toys.yaml`."
     )
     assert len(lines) == 6
 
@@ -157,8 +159,10 @@ def test_runs_without_buckets(write_sweep: Write):
         table_of(write_sweep(row), "buckets")
 
 
-def published(protocol: str, model: str, ndcg: str) -> dict[str, str]:
+def published(protocol: str, model: str, ndcg: str, status: str = "published") -> dict[str, str]:
     return {
+        "status": status,
+        "confidence": "B",
         "dataset": "toy",
         "protocol": protocol,
         "model": model,
@@ -171,16 +175,100 @@ def published(protocol: str, model: str, ndcg: str) -> dict[str, str]:
 def test_published_numbers_beside_ours(write_sweep: Write):
     results = read_sweep_results(Sweep.read(write_sweep(*ROWS)))
     rows = [published("test_unseen", "SASRec, tuned", "0.4"), published("test_unseen", "Other", "")]
-    rows += [published("test", "M2Rec (claimed)", "0.3")]
+    rows += [
+        published("test", "M2Rec (claimed)", "0.3"),
+        published("test_unseen", "Draft", "0.6", "unpublished"),
+    ]
     lines = make_table(results, "reported", pd.DataFrame(rows)).splitlines()
     assert lines[0] == (
-        "| protocol | model | reported HR@10 | reported NDCG@10 | our HR@10 | our NDCG@10 | source |"
+        "| protocol | model | reported HR@10 | reported NDCG@10 | our HR@10 | our NDCG@10 "
+        "| confidence | source |"
     )
-    assert lines[2:6] == [
-        "| test | M2Rec (claimed) | 0.5 | 0.3 | 0.2000 ± 0.1414 | 0.1000 ± 0.0707 | S |",
-        "| test_unseen | SASRec, tuned | 0.5 | 0.4 | 0.3000 | 0.1500 | S |",
-        "| test_unseen | Other | 0.5 |  |  |  | S |",
-        "| test_unseen | M2Rec |  |  | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 | this project |",
+    assert lines[2:7] == [
+        "| test | M2Rec (claimed) | 0.5 | 0.3 | 0.2000 ± 0.1414 | 0.1000 ± 0.0707 | B | S |",
+        "| test_unseen | SASRec, tuned | 0.5 | 0.4 | 0.3000 | 0.1500 | B | S |",
+        "| test_unseen | Other | 0.5 |  |  |  | B | S |",
+        "| test_unseen | Draft, unpublished | 0.5 | 0.6 |  |  | B | S |",
+        "| test_unseen | M2Rec |  |  | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 |  | this project |",
     ]
     with pytest.raises(ValueError, match=r"reported.csv has no row of toy"):
         make_table(results, "reported", pd.DataFrame(rows)[:0])
+
+
+def write_shuffled(
+    path: Path, *rows: dict[str, object], variants: str = "{M2Rec: {}, SASRec: {model: SASRec}}"
+) -> Path:
+    """Add a sweep of the same variants with shuffled ties, and name it in the sweep."""
+    path.write_text(path.read_text() + "ties_shuffled: mixed\n")
+    other = path.with_name("mixed.yaml")
+    other.write_text(
+        f"title: Mixed\ndatasets: [toy]\nseeds: [1]\ncommon: {{ties: shuffled}}\nvariants: {variants}\n"
+        "reference: M2Rec\n"
+    )
+    shuffled = []
+    for row in rows:
+        settings = {**json.loads(str(row["settings"])), "ties": "shuffled"}
+        shuffled.append({**row, "ties": "shuffled", "settings": json.dumps(settings, sort_keys=True)})
+    frame = pd.DataFrame(shuffled)
+    if len(frame):
+        frame.to_csv(other.with_suffix(".csv"), index=False)
+    return other
+
+
+def test_shuffled_ties_stand_in_columns_of_their_own(write_sweep: Write):
+    path = write_sweep(*ROWS)
+    before = table_of(path)
+    write_shuffled(path)
+    assert table_of(path) == before
+    path = write_sweep(*ROWS)
+    write_shuffled(path, answer("SASRec", 1, 0.12))
+    lines = table_of(path)
+    assert lines[0] == (
+        f"{before[0]} ties shuffled: test_unseen HR@10 | ties shuffled: test_unseen NDCG@10 "
+        "| ties shuffled: n |"
+    )
+    assert lines[2] == f"{before[2]}  |  |  |" and lines[3] == f"{before[3]} 0.2400 | 0.1200 | 1 |"
+    assert lines[5].startswith(
+        before[5].removesuffix(" Made by `python scripts/sweep.py results/toys.yaml`.")
+    )
+    assert (
+        " Ties shuffled: another protocol, made by `python scripts/sweep.py results/mixed.yaml`." in lines[5]
+    )
+
+
+def test_a_table_of_shuffled_ties_says_so(write_sweep: Write):
+    other = write_shuffled(write_sweep(*ROWS), answer("M2Rec", 1, 0.2))
+    assert "time order exact, ties shuffled; " in table_of(other)[-1]
+    results = read_sweep_results(Sweep.read(other))
+    given = pd.DataFrame([published("test_unseen", "SASRec", "0.4")])
+    assert (
+        make_table(results, "overview", given).splitlines()[2]
+        == "| toy, ties shuffled | 1 | 0.4000 | 0.2000 |  |  |  |  |  |  |"
+    )
+    with pytest.raises(
+        ValueError, match="mixed: published numbers are of another protocol than toy, ties shuffled"
+    ):
+        make_table(results, "reported", given)
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        (
+            "{M2Rec: {hidden_size: 32}}",
+            "mixed.yaml: 'M2Rec' on toy differs from .*toys.yaml in more than ties: shuffled",
+        ),
+        ("{M2Rec: {}, GRU4Rec: {model: GRU4Rec}}", "mixed.yaml: variants: .*GRU4Rec"),
+    ],
+)
+def test_shuffled_ties_of_other_settings_are_refused(write_sweep: Write, variants: str, message: str):
+    path = write_sweep(*ROWS)
+    write_shuffled(path, variants=variants)
+    with pytest.raises(ValueError, match=message):
+        table_of(path)
+
+
+def test_a_shuffled_sweep_has_no_shuffled_sweep(write_sweep: Write):
+    path = write_sweep(*ROWS, text=SWEEP + "common: {ties: shuffled}\nties_shuffled: toys\n")
+    with pytest.raises(ValueError, match="ties_shuffled: the sweep is itself shuffled; leave it out"):
+        table_of(path)

@@ -118,7 +118,8 @@ def format_metrics_table(metrics: dict[str, Any]) -> str:
         values = [f"{column[metric]:12.4f}" for column in columns.values()]
         lines.append(metric.ljust(width) + "".join(values))
     lines.append(
-        f"split {protocol['split']}, full ranking, time order {protocol['time_order']}; "
+        f"split {protocol['split']}, full ranking, time order {protocol['time_order']}, "
+        f"ties {protocol['tie_order']}; "
         "test: history stays in the ranking, test_unseen: history removed"
     )
     if "returning" in protocol:

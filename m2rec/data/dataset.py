@@ -19,7 +19,8 @@ from m2rec.compat import Config, FeatureSource, FeatureType, Interaction, SeqSam
 from m2rec.data import download, inter_file, shipped
 from m2rec.data.dominant import describe_dominant_entity
 from m2rec.data.histories import NO_TARGET, Histories, shift_targets, split_by_time
-from m2rec.data.time_statistics import count_per_period, count_tied_times, measure_gap_quartiles
+from m2rec.data.ties import Ties, hash_interactions
+from m2rec.data.time_statistics import count_per_period, measure_gap_quartiles
 from m2rec.errors import UserError
 from m2rec.settings import get_run_settings
 
@@ -32,18 +33,19 @@ EVAL_ARGS = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "
 
 
 class HistoryDataset(SequentialDataset):
-    """A SequentialDataset with `rows`, `time_order` and `split`.
+    """A SequentialDataset with `rows`, `time_order`, `tie_order` and `split`.
 
     Attributes:
         rows: `dense`: one training row per window of at most MAX_ITEM_LIST_LENGTH items,
             trained at all its positions; `prefix`: one row per target, as stock RecBole.
-        time_order: `exact`: by full-precision time, ties in file order; `recbole`: by time
-            as float32, as stock RecBole.
+        time_order: `exact`: by full-precision time; `recbole`: by time as float32, as stock RecBole.
+        tie_order: of a user's interactions at the same time, after rounding for `recbole`. `file`: as in
+            the file; `shuffled`: random, the same in every run.
         split: `leave_one_out`: each user's last item is the test, the one before validation;
             `global_time`: one moment ends all users' training, another one validation.
         part: `train`, `valid` or `test` after `build`.
         counts: users, items and interactions after filtering.
-        n_tied: interactions that share their time with another one of the same user.
+        ties: in the order of `histories`; None before `build`, and for files that are split already.
         gap_quartiles: of the time between neighbouring interactions of a user, in the file's unit;
             None where no user has two.
         histories: each user's items in order.
@@ -55,7 +57,7 @@ class HistoryDataset(SequentialDataset):
 
     def __init__(self, config: Config) -> None:
         settings = get_run_settings(config)
-        self.rows, self.time_order = settings.rows, settings.time_order
+        self.rows, self.time_order, self.tie_order = settings.rows, settings.time_order, settings.ties
         self.split: str = settings.split
         _check_eval_args(config)
         if config["benchmark_filename"] and type(self) is HistoryDataset:
@@ -65,7 +67,7 @@ class HistoryDataset(SequentialDataset):
         self._split_shares = settings.valid_from, settings.test_from
         self.part: str | None = None
         self.counts: dict[str, int] = {}
-        self.n_tied = 0
+        self.ties: Ties | None = None
         self.gap_quartiles: tuple[float, float, float] | None = None
         self.histories: Histories | None = None
         # set by RecBole's hooks: each user's interactions before validation and within it (`global_time`),
@@ -248,18 +250,31 @@ class HistoryDataset(SequentialDataset):
         }
 
     def _change_feat_format(self) -> None:
-        """Sort by exact time before RecBole rounds it to float32; its own sorts are stable."""
-        column = self.time_field
-        if self.time_order == "exact":
-            self.inter_feat = self.inter_feat.sort_values(column, kind="stable", ignore_index=True)
-        users = self.inter_feat[self.uid_field].to_numpy()
-        times = self.inter_feat[column].to_numpy()
+        """Sort by exact time and order ties before RecBole rounds and sorts, which it does stably."""
+        times = self.inter_feat[self.time_field].to_numpy()
         if self.time_order != "exact":
             times = times.astype(np.float32)
-        self.n_tied = count_tied_times(users, times)
+        if self.tie_order == "shuffled":
+            order = np.lexsort((self._hash_interactions(), times))
+        else:
+            order = times.argsort(kind="stable")
+        self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
+        times = times[order]
+        users = self.inter_feat[self.uid_field].to_numpy()
+        by_user = users.argsort(kind="stable")
+        self.ties = Ties.find(users[by_user], times[by_user])
+        if self.tie_order == "shuffled" and not self.ties.n_tied:
+            logger.warning("ties: shuffled changes nothing: no user has two interactions at the same time")
         if self.split == "global_time":
             self._period_counts = count_per_period(users, times, *self._split_shares)
         super()._change_feat_format()
+
+    def _hash_interactions(self) -> np.ndarray:
+        feat = self.inter_feat
+        users, items = feat[self.uid_field].to_numpy(), feat[self.iid_field].to_numpy()
+        user_tokens = [str(token) for token in self.field2id_token[self.uid_field]]
+        times = feat[self.time_field].to_numpy()
+        return hash_interactions(users, items, times, user_tokens, self.item_tokens)
 
     def data_augmentation(self) -> None:
         """Make the rows: one per target as stock RecBole for `prefix`, windows for `dense`.
@@ -340,11 +355,25 @@ class HistoryDataset(SequentialDataset):
         return len(self)
 
     @property
-    def tie_order(self) -> str:
-        """How ties in time are ordered, as half a sentence."""
-        if self.time_order == "recbole" and self.config["rm_dup_inter"]:
-            return "their order is left to RecBole, which drops repeats by a sort that is not stable"
-        return "their order is that of the file"
+    def n_tied(self) -> int:
+        """Interactions that share their time with another one of the same user."""
+        return self.ties.n_tied if self.ties else 0
+
+    @property
+    def n_tied_targets(self) -> int:
+        """Targets of this part, validation or test, that share their time with the user's item before."""
+        if self.ties is None:
+            return 0
+        assert self.histories is not None and self.part is not None
+        targets = self.histories.split.targets[self.part]
+        return int(self.ties.with_previous[targets[targets != NO_TARGET]].sum())
+
+    @property
+    def ascending_ties(self) -> float | None:
+        """The share of tied neighbours in a history that ascend by item id; None without any."""
+        if self.ties is None or self.histories is None:
+            return None
+        return self.ties.measure_ascending_share(self.histories.items, self.item_tokens)
 
     @property
     def n_returning(self) -> int:

@@ -149,6 +149,11 @@ def _check_presplit_keys(config: Config) -> None:
         )
     if config["split"] not in (None, "leave_one_out"):
         raise UserError(f"split: {config['split']!r} contradicts benchmark_filename, which is the split")
+    if config["ties"] == "shuffled":
+        raise UserError(
+            "ties: 'shuffled' has no effect on the files of benchmark_filename, whose histories are in order "
+            "already; leave ties out"
+        )
     for key in ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter"):
         if config[key] not in (None, _NO_FILTER):
             raise UserError(

@@ -1,17 +1,7 @@
-"""Times of interactions: ties, gaps, and how many of a user's interactions lie in each period."""
+"""Times of interactions: gaps, and how many of a user's interactions lie in each period."""
 
 import numpy as np
 import pandas as pd
-
-
-def count_tied_times(users: np.ndarray, times: np.ndarray) -> int:
-    """Count the interactions that share their time with another one of the same user.
-
-    Args:
-        users, times: (n,) each, in any order.
-    """
-    frame = pd.DataFrame({"user": users, "time": times})
-    return int(frame.duplicated(keep=False).sum())
 
 
 def count_per_period(

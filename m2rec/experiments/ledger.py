@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 PAIRED_COLUMNS = ("dataset", "protocol", "metric", "variant", "baseline", "seeds", "users", "variant_mean",
           "baseline_mean", "difference", "low", "high", "p")  # fmt: skip
-PUBLISHED_COLUMNS = ("dataset", "protocol", "model", "hit@10", "ndcg@10", "source")
+PUBLISHED_COLUMNS = ("dataset", "protocol", "model", "hit@10", "ndcg@10", "status", "confidence", "source")
+PUBLISHED, UNPUBLISHED = "published", "unpublished"
+CONFIDENCES = ("A", "B", "C", "")
+"""How a published number was read: by the authors, another's run, second-hand, not noted."""
 TEST_PROTOCOLS = ("test", "test_unseen")
 TABLE_METRICS = ("hit@10", "ndcg@10")
 """The metrics of tables, paired tests and buckets."""
@@ -38,7 +41,8 @@ _RUN_COLUMNS = ["dataset", "variant", "seed"]
 _RUN_KEY_COLUMNS = [*_RUN_COLUMNS, "settings"]
 _PAIR_COLUMNS = ["dataset", "variant", "baseline"]
 _PAIRED_NUMBERS = ["variant_mean", "baseline_mean", "difference", "low", "high", "p"]
-_TEXT_COLUMNS = ("split", "time_order", "device", "text", "text_sha256")
+_PROTOCOL_COLUMNS = ("split", "time_order", "ties")
+_TEXT_COLUMNS = (*_PROTOCOL_COLUMNS, "device", "text", "text_sha256")
 _NUMERIC_COLUMNS = ("best_epoch", "seconds_per_epoch", "seconds_training", "threads", "test_returning",
                     HEADLINE_METRIC, *DATASET_COUNTS)  # fmt: skip
 # tolerance between a mean stored with six decimals and the same mean recomputed from ranks
@@ -62,6 +66,8 @@ class DatasetResults(NamedTuple):
     """Finished runs, as `read_finished_runs` returns them."""
     tests: pd.DataFrame
     """Paired tests of the headline metric against the reference."""
+    shuffled: "DatasetResults | None" = None
+    """Those of the sweep `ties_shuffled`."""
 
     def select_runs(self, variant: str | None) -> pd.DataFrame:
         """The runs of a variant, seed by seed."""
@@ -130,6 +136,7 @@ def build_result_row(planned: PlannedRun, folder: Path) -> dict[str, str]:
             "commit": metrics["commit"],
             "settings": format_settings(planned.keys),
             **{key: metrics["protocol"][key] for key in ("split", "time_order", "rows")},
+            "ties": metrics["protocol"].get("tie_order", "file"),
             "best_epoch": metrics["best_epoch"],
             "epochs": metrics["epochs"],
             "seconds_per_epoch": round(seconds.sum() / epochs, 3),
@@ -246,11 +253,14 @@ def read_sweep_results(sweep: Sweep) -> list[DatasetResults]:
     """
     runs = read_finished_runs(sweep)
     tests = read_headline_tests(sweep, runs)
+    shuffled = {}
+    if other := sweep.read_ties_shuffled():
+        shuffled = {results.dataset: results for results in read_sweep_results(other)}
     results = []
     for dataset in sweep.datasets:
         own_runs = runs[runs["dataset"] == dataset]
         own_tests = tests[tests["dataset"] == dataset].set_index("baseline")
-        results.append(DatasetResults(sweep, dataset, own_runs, own_tests))
+        results.append(DatasetResults(sweep, dataset, own_runs, own_tests, shuffled.get(dataset)))
     return results
 
 
@@ -260,7 +270,8 @@ def read_finished_runs(sweep: Sweep) -> pd.DataFrame:
     Of two rows of one run the last counts. Rows that the sweep does not plan are ignored.
 
     Raises:
-        ValueError: the file can't be read, a number is invalid, or rows that belong together differ.
+        ValueError: the file can't be read, a number is invalid, or rows that belong together differ in
+            their data or their protocol.
     """
     path = sweep.path.with_suffix(".csv")
     rows = read_result_rows(path)
@@ -270,6 +281,7 @@ def read_finished_runs(sweep: Sweep) -> pd.DataFrame:
     is_measured = rows.columns.str.contains(r"[@|]")
     is_numeric = is_measured | rows.columns.isin(_NUMERIC_COLUMNS)
     rows = _parse_numbers(path, rows, rows.columns[is_numeric])
+    rows.loc[rows["ties"] == "", "ties"] = "file"  # rows from before there was a choice
     keys = map(make_run_key, sweep.planned_runs())
     planned = pd.DataFrame(keys, columns=_RUN_KEY_COLUMNS)
     runs = planned.merge(rows, on=_RUN_KEY_COLUMNS)
@@ -282,6 +294,7 @@ def read_finished_runs(sweep: Sweep) -> pd.DataFrame:
     for dataset in sweep.datasets:
         own_runs = runs[runs["dataset"] == dataset]
         _check_same_data(path, dataset, own_runs)
+        _check_same_protocol(path, dataset, own_runs)
     return runs
 
 
@@ -375,13 +388,16 @@ def read_published_results(path: Path) -> pd.DataFrame:
     """Published numbers, as text; none without a file.
 
     Raises:
-        ValueError: the file can't be read, a protocol is unknown, or a number is invalid.
+        ValueError: the file can't be read, a protocol, status or confidence is unknown, or a number is
+            invalid.
     """
     rows = read_csv_table(path, PUBLISHED_COLUMNS, optional=True)
-    for number, protocol in enumerate(rows["protocol"], start=1):
-        if protocol not in TEST_PROTOCOLS:
-            expected = " or ".join(TEST_PROTOCOLS)
-            raise UserError(f"{path}: row {number}: protocol is {protocol!r}, expected {expected}")
+    allowed = {"protocol": TEST_PROTOCOLS, "status": (PUBLISHED, UNPUBLISHED), "confidence": CONFIDENCES}
+    for column, values in allowed.items():
+        for number, value in enumerate(rows[column], start=1):
+            if value not in values:
+                expected = " or ".join(filter(None, values))
+                raise UserError(f"{path}: row {number}: {column} is {value!r}, expected {expected}")
     _parse_numbers(path, rows, TABLE_METRICS)
     return rows
 
@@ -420,6 +436,15 @@ def _parse_numbers(
         raise UserError(f"{path}: row {row + 1}: {column} is {value!r}, expected a number")
     others = rows.drop(columns=texts.columns)
     return pd.concat([others, numbers], axis=1)
+
+
+def _check_same_protocol(path: Path, dataset: str, runs: pd.DataFrame) -> None:
+    """All rows on a data set rank the same targets, so that they may share a column."""
+    for column in _PROTOCOL_COLUMNS:
+        values = [value for value in runs[column].unique() if value]
+        if len(values) > 1:
+            listed = " and ".join(values)
+            raise UserError(f"{path}: rows on {dataset} differ in {column}: {listed}; make a sweep for each")
 
 
 def _check_same_data(path: Path, dataset: str, runs: pd.DataFrame) -> None:

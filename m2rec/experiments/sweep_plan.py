@@ -19,6 +19,7 @@ OVERVIEW_TABLE = "overview"
 RESERVED_TABLES = ("reported", "buckets", OVERVIEW_TABLE)
 
 _LISTED_KEYS = collect_keys(Role.DATASET, Role.SEED)
+_PROTOCOL_KEYS = collect_keys(Role.PROTOCOL)
 
 
 class PlannedRun(NamedTuple):
@@ -122,6 +123,8 @@ class Sweep(CheckedModel):
     baselines: Names = ()
     without_text: str | None = None
     """The reference without text, for comparison with models that do not use text."""
+    ties_shuffled: str | None = None
+    """The sweep in the same folder with some of these variants under `ties: shuffled`, shown beside them."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -154,6 +157,45 @@ class Sweep(CheckedModel):
             raise UserError("baselines: there is nothing to compare them with; name a reference")
         return self
 
+    @model_validator(mode="after")
+    def _check_one_protocol(self) -> Self:
+        """All variants rank the same targets on a data set, or their numbers could not share a column."""
+        first = next(iter(self.variants))
+        for dataset in self.datasets:
+            expected = _select_protocol_keys(self.keys(dataset, first))
+            for variant in self.variants:
+                found = _select_protocol_keys(self.keys(dataset, variant))
+                if found != expected:
+                    raise UserError(
+                        f"variants: {variant!r} has {found or 'no keys'} of the protocol, {first!r} has "
+                        f"{expected or 'none'}; put the keys into common, or make a sweep for each protocol"
+                    )
+        return self
+
+    def read_ties_shuffled(self) -> "Sweep | None":
+        """The sweep `ties_shuffled`, None without one.
+
+        Raises:
+            UserError: it can't be read, or a variant of both does not differ in `ties` alone.
+        """
+        if self.ties_shuffled is None:
+            return None
+        other = Sweep.read(self.path.with_name(f"{self.ties_shuffled}.yaml"))
+        for dataset in other.datasets:
+            _require_known("datasets", [dataset], self.datasets, "data set")
+            for variant in other.variants:
+                _require_known(f"{other.path}: variants", [variant], self.variants)
+                own = self.keys(dataset, variant)
+                if own.get("ties") == "shuffled":
+                    raise UserError(f"{self.path}: ties_shuffled: the sweep is itself shuffled; leave it out")
+                expected = {**own, "ties": "shuffled"}
+                if other.keys(dataset, variant) != expected:
+                    raise UserError(
+                        f"{other.path}: {variant!r} on {dataset} differs from {self.path} in more than ties: "
+                        f"shuffled; give it the same keys"
+                    )
+        return other
+
     def planned_runs(self) -> Iterator[PlannedRun]:
         """All runs, seed by seed, so that an early stop leaves every variant with as many seeds."""
         for dataset in self.datasets:
@@ -164,6 +206,10 @@ class Sweep(CheckedModel):
     def keys(self, dataset: str, variant: str) -> dict[str, Any]:
         """Keys of run_mm.py for a variant, without dataset and seed."""
         return {**self.common, **self.dataset_keys.get(dataset, {}), **self.variants[variant]}
+
+
+def _select_protocol_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key in _PROTOCOL_KEYS}
 
 
 def _require_known(key: str, names: Iterable[str], known: Iterable[str], what: str = "variant") -> None:

@@ -10,6 +10,7 @@ from m2rec.errors import UserError
 from m2rec.experiments.ledger import (
     DATASET_COUNTS,
     HEADLINE_METRIC,
+    PUBLISHED,
     TABLE_METRICS,
     DatasetResults,
     SeedStatistics,
@@ -23,14 +24,14 @@ HEADLINE_TITLE = "test_unseen NDCG@10"
 
 _BUCKET_KINDS = ("popularity", "history")
 _PUBLISHED_TITLES = ["protocol", "model", "reported HR@10", "reported NDCG@10", "our HR@10", "our NDCG@10",
-                     "source"]  # fmt: skip
+                     "confidence", "source"]  # fmt: skip
 _OVERVIEW_TITLES = ("data set", "n", "HR@10", "NDCG@10", "NDCG@10 without text", "published HR@10",
                     "published NDCG@10", "NDCG@10 of the strongest baseline here")  # fmt: skip
 _OVERVIEW_NOTE = (
     "test_unseen, full ranking. n: seeds; ±: their standard deviation. Published: the highest in "
-    "`results/reported.csv`, of whichever model. Strongest baseline: the highest here of those that were "
-    "run; {versus}: over the seeds that both have. p: paired bootstrap over users, these runs held fixed; "
-    "blank: not tested."
+    "`results/reported.csv` with the status `published`, of whichever model. Strongest baseline: the highest "
+    "here of those that were run; {versus}: over the seeds that both have. p: paired bootstrap over users, "
+    "these runs held fixed; blank: not tested."
 )
 
 # the runs of each variant that has any, in the order of a table
@@ -73,6 +74,10 @@ METRIC_COLUMNS = (
     MetricColumn("valid NDCG@10", "valid.ndcg@10", format_mean),
     MetricColumn("item coverage@10", "test_unseen.itemcoverage@10", format_mean),
     MetricColumn("epochs to best", "best_epoch", _format_epoch_count, mark_best=False),
+)
+_SHUFFLED_COLUMNS = (
+    MetricColumn("ties shuffled: test_unseen HR@10", "test_unseen.hit@10", format_mean_std),
+    MetricColumn(f"ties shuffled: {HEADLINE_TITLE}", HEADLINE_METRIC, format_mean_std),
 )
 
 
@@ -121,9 +126,29 @@ def _make_variant_block(results: DatasetResults, table: str) -> str:
         cells[column.title] = _format_metric_column(column, found)
     cells["s / epoch"] = seconds
     cells[_list_comparison_titles(results)] = comparisons
+    notes = [_describe_protocol(all_runs)]
+    if shuffled := _make_shuffled_cells(results, list(found)):
+        cells = cells.assign(**shuffled)
+        assert results.shuffled is not None
+        notes.append(f"Ties shuffled: another protocol, made by `{results.shuffled.sweep.command}`")
     is_filled = (cells != "").any()
-    note = _describe_protocol(all_runs)
-    return _format_block(results, [cells.loc[:, is_filled]], [note], variants)
+    return _format_block(results, [cells.loc[:, is_filled]], notes, variants)
+
+
+def _make_shuffled_cells(results: DatasetResults, variants: Sequence[str]) -> dict[str, list[str]]:
+    """By title, the same variants' quality where ties are shuffled; empty if none was run."""
+    if results.shuffled is None:
+        return {}
+    found = _select_variants_with_runs(results.shuffled, variants)
+    if not found:
+        return {}
+    columns = {column.title: _format_metric_column(column, found) for column in _SHUFFLED_COLUMNS}
+    columns["ties shuffled: n"] = [_format_seed_count(results.shuffled, variant) for variant in found]
+    cells = {}
+    for title, texts in columns.items():
+        by_variant = dict(zip(found, texts, strict=True))
+        cells[title] = [by_variant.get(variant, "") for variant in variants]
+    return cells
 
 
 def _make_bucket_block(results: DatasetResults) -> str:
@@ -155,6 +180,11 @@ def _make_published_block(results: DatasetResults, published: pd.DataFrame) -> s
     A published model stands beside the variant of the same name; what follows a comma or a bracket is
     detail. The reference has its own row where nothing was published of it.
     """
+    if deviation := _describe_deviation(results):
+        raise UserError(
+            f"{results.sweep.name}: published numbers are of another protocol than {results.dataset}"
+            f"{deviation}; remove the marker of the table reported"
+        )
     published = published[published["dataset"] == results.dataset]
     if published.empty:
         raise UserError(f"reported.csv has no row of {results.dataset}; add one or remove the marker")
@@ -168,10 +198,12 @@ def _make_published_block(results: DatasetResults, published: pd.DataFrame) -> s
             matched.append(variant)
             ours = _format_our_metrics(results, variant, protocol)
             theirs = [row[metric] for metric in TABLE_METRICS]
-            rows.append([protocol, model, *theirs, *ours, row["source"]])
+            if row["status"] != PUBLISHED:
+                model = f"{model}, {row['status']}"
+            rows.append([protocol, model, *theirs, *ours, row["confidence"], row["source"]])
         if reference and reference not in matched:
             ours = _format_our_metrics(results, reference, protocol)
-            rows.append([protocol, reference, "", "", *ours, "this project"])
+            rows.append([protocol, reference, "", "", *ours, "", "this project"])
     table = pd.DataFrame(rows, columns=_PUBLISHED_TITLES)
     note = "Published numbers are of their authors' data, tuning and often one seed"
     return _format_block(results, [table], [note])
@@ -197,20 +229,27 @@ def _make_overview_row(results: DatasetResults, published: pd.DataFrame) -> list
     sweep = results.sweep
     reference = sweep.reference
     assert reference is not None
-    name = results.dataset
-    is_comparable = (published["dataset"] == name) & (published["protocol"] == "test_unseen")
-    if sweep.keys(name, reference).get("split") == "global_time":
-        name = f"{name}, split by time"
-        is_comparable[:] = False
-    comparable = published[is_comparable]
+    comparable = published[:0]
+    deviation = _describe_deviation(results)
+    if not deviation:
+        is_own = (published["dataset"] == results.dataset) & (published["protocol"] == "test_unseen")
+        comparable = published[is_own & (published["status"] == PUBLISHED)]
     return [
-        name,
+        f"{results.dataset}{deviation}",
         _format_seed_count(results, reference),
         *_format_our_metrics(results, reference, "test_unseen"),
         _format_quality(results, sweep.without_text),
         *(_format_best_published(comparable, metric) for metric in TABLE_METRICS),
         *_format_best_baseline(results),
     ]
+
+
+def _describe_deviation(results: DatasetResults) -> str:
+    """How a sweep's protocol on a data set differs from that of published numbers; empty if it does not."""
+    keys = results.sweep.keys(results.dataset, next(iter(results.sweep.variants)))
+    deviations = {"split": ("global_time", ", split by time"), "ties": ("shuffled", ", ties shuffled")}
+    words = [word for key, (value, word) in deviations.items() if keys.get(key) == value]
+    return "".join(words)
 
 
 def _format_best_published(published: pd.DataFrame, metric: str) -> str:
@@ -425,6 +464,7 @@ def _describe_protocol(runs: pd.DataFrame) -> str:
     ranking = [_join_unique(runs, "split").replace("_", "-"), "full ranking"]
     if order := _join_unique(runs, "time_order"):
         ranking.append(f"time order {order}")
+    ranking.append({"file": "ties in file order", "shuffled": "ties shuffled"}[_join_unique(runs, "ties")])
     counts = []
     for name in DATASET_COUNTS:
         for count in _list_unique(runs, name):

@@ -192,7 +192,8 @@ class M2Rec(SequentialRecommender):
 def _warn_about_ignored_keys(config: Config) -> None:
     """Log the keys that have no effect on RecBole's data set."""
     ignored = []
-    for key, default in {"rows": "prefix", "time_order": "recbole", "split": "leave_one_out"}.items():
+    stock = {"rows": "prefix", "time_order": "recbole", "ties": "file", "split": "leave_one_out"}
+    for key, default in stock.items():
         if key in config and config[key] != default:
             ignored.append(f"{key}: {config[key]}")
     if ignored:

@@ -21,6 +21,9 @@ from m2rec.training.configuration import resolve_scan_backend, resolve_settings
 # keys that may differ when a run is resumed
 _RESUME_OVERRIDES = MACHINE_KEYS | collect_keys(Role.LENGTH, Role.DEFINITION, Role.TEXT_SOURCE)
 
+# the share of tied neighbours in the order of item ids from which a file counts as sorted by them
+_SORTED_SHARE = 0.95
+
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
 
 # the parts of a run's protocol that do not depend on its settings
@@ -89,7 +92,8 @@ def describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) ->
 
     Returns:
         `valid_returning` and `test_returning` count targets that their user had before, `tied`
-        interactions that share their time with another one of the same user.
+        interactions that share their time with another one of the same user, `test_tied` test targets that
+        share it with the item before.
     """
     return {
         **dataset.counts,
@@ -100,29 +104,54 @@ def describe_data(dataset: HistoryDataset, train: Any, valid: Any, test: Any) ->
         "valid_returning": valid.dataset.n_returning,
         "test_returning": test.dataset.n_returning,
         "tied": dataset.n_tied,
+        "test_tied": test.dataset.n_tied_targets,
     }
 
 
-def describe_caveats(data: Mapping[str, int], tie_order: str) -> dict[str, str]:
+def describe_caveats(data: Mapping[str, int], dataset: HistoryDataset) -> dict[str, str]:
     """Sentences that a reader of the metrics needs.
 
     Args:
         data: the counts of `describe_data`.
-        tie_order: what decides the order of equal times.
+        dataset: says in which order ties are.
 
     Returns:
-        `ties` and `returning`, each only if the data has any.
+        `ties`, `tied_targets` and `returning`, each only if the data has any.
     """
     caveats = {}
     if data["tied"]:
         share = _format_share(data["tied"], data["interactions"], "interactions")
-        caveats["ties"] = f"{share} share their time with another one of the same user; {tie_order}"
+        order, consequence = _describe_tie_order(dataset)
+        caveats["ties"] = f"{share} share their time with another one of the same user; {order}"
+        share = _format_share(data["test_tied"], data["test_rows"], "test targets")
+        caveats["tied_targets"] = f"{share} share their time with the item before{consequence}"
     if data["test_returning"]:
         share = _format_share(data["test_returning"], data["test_rows"], "test targets")
         caveats["returning"] = (
             f"{share} are in their user's history: misses in test_unseen, left out of test_new"
         )
     return caveats
+
+
+def _describe_tie_order(dataset: HistoryDataset) -> tuple[str, str]:
+    """What decides the order of ties, and what that means for a tied target: two ends of sentences."""
+    if dataset.tie_order == "shuffled":
+        return "their order is random, the same in every run (ties: shuffled)", ""
+    if dataset.time_order == "recbole" and dataset.config["rm_dup_inter"]:
+        return "their order is left to RecBole, which drops repeats by a sort that is not stable", ""
+    order = "their order is that of the file"
+    ascending = dataset.ascending_ties
+    if ascending is None:
+        return order, ""
+    order = f"{order}, and {ascending:.0%} of tied neighbours ascend by item id"
+    for end, share in (("largest", ascending), ("smallest", 1 - ascending)):
+        if share >= _SORTED_SHARE:
+            mostly = "" if share == 1 else "mostly "
+            return order, (
+                f"; such a target is {mostly}the {end} item id of its time, which models learn; "
+                f"ties: shuffled takes this order away"
+            )
+    return order, ""
 
 
 def _format_share(count: int, total: int, noun: str) -> str:
@@ -137,6 +166,7 @@ def describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]
         "targets": _TARGETS[dataset.split].format(**shares),
         **_FIXED_PROTOCOL,
         "time_order": dataset.time_order,
+        "tie_order": dataset.tie_order,
         "rows": dataset.rows,
         "chosen_by": f"best {config['valid_metric']} on valid",
     }

@@ -174,7 +174,7 @@ class PreparedRun:
             "epochs": len(trainer.train_loss_dict),
             "protocol": {
                 **describe_protocol(config, self.dataset),
-                **describe_caveats(self.data_counts, self.dataset.tie_order),
+                **describe_caveats(self.data_counts, self.dataset),
             },
             "seed": config["seed"],
             "commit": join_commits(trainer.run_inputs["commits"]),
@@ -281,7 +281,7 @@ def _load_and_describe_data(config: Config) -> tuple[HistoryDataset, Loaders, di
     counts = describe_data(dataset, *loaders)
     formatted = [f"{name} {count:,}" for name, count in counts.items()]
     logger.info("data: %s", ", ".join(formatted))
-    for caveat in describe_caveats(counts, dataset.tie_order).values():
+    for caveat in describe_caveats(counts, dataset).values():
         logger.info("%s", caveat)
     return dataset, loaders, counts
 
