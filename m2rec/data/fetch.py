@@ -155,7 +155,13 @@ def _write_response(response: HTTPResponse, part: Path, start: int) -> None:
         with (
             part.open("ab" if start else "wb") as file,
             tqdm(
-                total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None, leave=False
+                total=total,
+                initial=start,
+                unit="B",
+                unit_scale=True,
+                desc=part.stem,
+                disable=None,
+                leave=False,
             ) as bar,
         ):
             while chunk := response.read(CHUNK_BYTES):
