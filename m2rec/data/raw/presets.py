@@ -69,7 +69,7 @@ def prepare_preset(
     if "interactions" in options:
         files = {}
     else:
-        files = _obtain_files(name, preset, chosen, folder, log)
+        files = _obtain_files(preset, chosen, folder, log)
     settings = chosen.options | {"dataset": name} | files | dict(options)
     prepared = PreparationOptions(**settings)
     statistics = prepare_dataset(prepared, log)
@@ -86,7 +86,7 @@ def _choose_source(preset: Preset, name: str | None) -> PresetSource:
 
 
 def _obtain_files(
-    name: str, preset: Preset, source: PresetSource, folder: RawFolder, log: Callable[[str], object]
+    preset: Preset, source: PresetSource, folder: RawFolder, log: Callable[[str], object]
 ) -> dict[str, Path]:
     """The paths of the interactions and the items; missing files are downloaded or are an error.
 
