@@ -65,12 +65,15 @@ def test_a_core_is_the_largest_part_that_is_one(seed: int):
 
 
 def test_orders_and_times():
-    rows = interactions(*REVIEWS)
+    rows = interactions(
+        *REVIEWS, ("ann", "A9", 100)
+    )  # ties stay in the file's order, not that of their codes
     by_user = [(x.user, x.item, int(x.time)) for x in sort_by_user(rows)]
     assert by_user == [
-        ("bob", "B3", 100), ("bob", "B1", 200), ("ann", "B2", 100), ("ann", "B3", 100), ("ann", "B1", 300),
+        ("bob", "B3", 100), ("bob", "B1", 200), ("ann", "B2", 100), ("ann", "B3", 100), ("ann", "A9", 100),
+        ("ann", "B1", 300),
     ]  # fmt: skip
-    assert [int(x.time) for x in subtract_first_times(rows)] == [100, 200, 0, 0, 0]
+    assert [int(x.time) for x in subtract_first_times(rows)] == [100, 200, 0, 0, 0, 0]
 
 
 def read(tmp_path: Path, suffix: str = "inter") -> str:
