@@ -86,7 +86,7 @@ with _defer_imports():
     from recbole.sampler import SeqSampler
     from recbole.trainer import Trainer
     from recbole.utils import FeatureSource, FeatureType, InputType, argument_list, init_seed
-    from recbole.utils.url import download_url, extract_zip, rename_atomic_files
+    from recbole.utils.url import extract_zip, rename_atomic_files
 
 RECBOLE_FOLDER = Path(recbole.__file__).parent
 
@@ -401,7 +401,6 @@ __all__ = [
     "Trainer",
     "argument_list",
     "data_preparation",
-    "download_url",
     "extract_zip",
     "find_data_folder",
     "init_seed",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m2rec.data import download, inter_file
+from m2rec.data import download, fetch, inter_file
 
 HEADER = {"user_id": "token", "item_id": "token", "timestamp": "float"}
 FIRST = "user_id:token\titem_id:token\ttimestamp:float\n"
@@ -147,7 +147,8 @@ def test_a_failed_download_leaves_nothing(tmp_path: Path):
 
 
 def test_a_silent_server_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(fetch, "TIMEOUT", 0.5)
+    monkeypatch.setattr(fetch, "PAUSES", ())
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/x.zip"
         start = time.perf_counter()

@@ -377,7 +377,7 @@ def test_a_stop_leaves_nothing(tmp_path: Path, prepare: Prepare, monkeypatch: py
 
     monkeypatch.setattr(RawFormat, "interactions", stopped)
     status, _, err = prepare(*CSV, events(tmp_path, "u,a,1"))
-    assert status == 130 and "stopped; nothing was written" in err and left(tmp_path) == []
+    assert status == 130 and "stopped; no data set was written" in err and left(tmp_path) == []
 
 
 def test_the_raw_file_is_not_replaced(tmp_path: Path, prepare: Prepare):

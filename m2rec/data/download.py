@@ -1,26 +1,21 @@
 """Download the data sets that RecBole has a link for."""
 
 import logging
-import socket
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from m2rec.compat import download_url, extract_zip, rename_atomic_files
+from m2rec.compat import extract_zip, rename_atomic_files
+from m2rec.data.fetch import RemoteFile, fetch_file
 from m2rec.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-DOWNLOAD_TIMEOUT = 15  # seconds without an answer from the server
 
 
 def download_dataset(name: str, folder: Path, url: str | None) -> None:
     """Download a data set into `folder`, atomically.
 
     Raises:
-        ValueError: there is no link, the download failed, or the server did not answer for
-            `DOWNLOAD_TIMEOUT` seconds.
+        ValueError: there is no link, or the download failed.
     """
     target = folder / f"{name}.inter"
     missing = f"dataset: {name!r} not found: there is no {target}"
@@ -30,7 +25,7 @@ def download_dataset(name: str, folder: Path, url: str | None) -> None:
     logger.info("%s does not exist; downloading %s", target, url)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _limit_waiting(), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             unpacked = _download_files(name, url, Path(temporary))
             try:
                 unpacked.rename(folder)
@@ -44,19 +39,9 @@ def _download_files(name: str, url: str, temporary: Path) -> Path:
     """Download and unpack an archive; returns the folder that holds NAME.inter."""
     unpacked = temporary / name
     unpacked.mkdir()
-    archive = Path(download_url(url, str(temporary)))
+    archive = temporary / url.rpartition("/")[2]
+    fetch_file(RemoteFile(url), archive)
     extract_zip(archive, unpacked)
     rename_atomic_files(unpacked, archive.stem, name)
     (unpacked / f"{name}.inter").stat()
     return unpacked
-
-
-@contextmanager
-def _limit_waiting() -> Iterator[None]:
-    """Limit the time that sockets wait: RecBole sets no timeout."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

@@ -23,7 +23,7 @@ from m2rec.yaml_values import suggest_spelling
 MOVIELENS = "movielens"
 FORMAT_NAMES = (MOVIELENS, *FORMATS, *TABLE_KINDS)
 _TABLE_OPTIONS = (
-    "user", "item", "time", "rating", "item_id", "text", "time_format", "columns", "separator",
+    "user", "item", "time", "rating", "item_id", "time_format", "columns", "separator",
     "item_columns", "item_separator",
 )  # fmt: skip
 _KIND_BY_SUFFIX = {
@@ -45,11 +45,16 @@ class PreparationOptions:
         time_unit: of times that are numbers, one of `times.TIME_UNITS`; inferred by default.
         keep: conditions on rows of interactions, see `filters.RowCondition`.
         drop_repeats: keep one of exact duplicates.
+        core: keep the part in which every user and item has at least so many interactions; 0 for all.
+        by_user: write user by user in chronological order, ties in file order; by default in file order.
+        relative_times: write times as the distance from the user's first interaction.
+        no_rating: write no ratings, though the format has them.
         max_bad: largest share of malformed lines.
         text_limit: characters of a text column.
         user, item, time, rating: columns of a table, or paths into them; without a time file order is used.
         time_format: of a table's dates, in strptime's codes.
-        item_id, text: columns of a table of items.
+        item_id: column of a table of items.
+        text: columns of a table of items; of a published format, those of its text columns to write.
         columns, item_columns: names by position of CSV files without a header, `-` for an unused column.
         separator, item_separator: of CSV files, one or two characters.
     """
@@ -63,6 +68,10 @@ class PreparationOptions:
     time_unit: str | None = None
     keep: Sequence[str] = ()
     drop_repeats: bool = False
+    core: int = 0
+    by_user: bool = False
+    relative_times: bool = False
+    no_rating: bool = False
     max_bad: float = 0.01
     text_limit: int = 2000
     user: str | None = None
@@ -107,6 +116,8 @@ def select_source(options: PreparationOptions) -> RawSource:
 def _check_numbers(options: PreparationOptions) -> None:
     if not 0 <= options.max_bad <= 1:
         raise UserError(f"max_bad: expected a share from 0 to 1, got {options.max_bad:g}")
+    if options.core < 0:
+        raise UserError(f"core: expected a whole number from 0, got {options.core}")
     if options.text_limit < 1:
         raise UserError(f"text_limit: expected a whole number from 1, got {options.text_limit}")
     if options.min_rating is not None and not math.isfinite(options.min_rating):
@@ -118,7 +129,7 @@ def _select_movielens(options: PreparationOptions) -> RawSource:
     if options.items is not None:
         raise UserError("items: movielens takes the films from the folder; leave it out")
     movielens_format, ratings, films = find_movielens_files(options.interactions)
-    return RawSource(replace(movielens_format, keep=_parse_conditions(options)), ratings, films)
+    return RawSource(_adapt_format(movielens_format, options), ratings, films)
 
 
 def _select_files(options: PreparationOptions) -> RawSource:
@@ -132,10 +143,21 @@ def _select_files(options: PreparationOptions) -> RawSource:
         hint = suggest_spelling(options.format, FORMAT_NAMES)
         raise UserError(f"format: expected one of {', '.join(FORMAT_NAMES)}, got {options.format!r}{hint}")
     _check_no_table_options(options)
-    raw_format = replace(FORMATS[options.format], keep=_parse_conditions(options))
+    raw_format = _adapt_format(FORMATS[options.format], options)
     if options.items is not None and not raw_format.token:
         raise UserError(f"items: {options.format} has no file of items; leave it out")
     return RawSource(raw_format, options.interactions, options.items)
+
+
+def _adapt_format(raw_format: RawFormat, options: PreparationOptions) -> RawFormat:
+    """A published format with the options' conditions and text columns."""
+    texts = {column.column: column for column in raw_format.texts}
+    for name in options.text:
+        if name not in texts:
+            known = f"expected some of {', '.join(texts)}" if texts else "leave it out"
+            raise UserError(f"text: {options.format} has no text column {name!r}; {known}")
+    chosen = tuple(texts[name] for name in dict.fromkeys(options.text)) or raw_format.texts
+    return replace(raw_format, keep=_parse_conditions(options), texts=chosen)
 
 
 def _check_no_table_options(options: PreparationOptions) -> None:
@@ -151,7 +173,7 @@ def _parse_conditions(options: PreparationOptions) -> tuple[RowCondition, ...]:
 def _check_times(options: PreparationOptions, raw_format: RawFormat) -> None:
     """Check that the options for times fit the times of the format."""
     if not raw_format.time:
-        for name in ("time_unit", "time_format", "drop_repeats"):
+        for name in ("time_unit", "time_format", "drop_repeats", "relative_times"):
             if getattr(options, name):
                 raise UserError(f"{name}: needs a time column, and there is none; leave it out")
     if raw_format.time_format is not None:

@@ -2,13 +2,14 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
 from m2rec.data.dominant import describe_dominant_entity
+from m2rec.data.raw.arrange import select_core, sort_by_user, subtract_first_times
 from m2rec.data.raw.formats import RawInteraction
 from m2rec.data.raw.options import PreparationOptions, RawSource, select_source
 from m2rec.data.raw.tally import Tally, iterate_with_progress
@@ -97,7 +98,7 @@ class _DatasetWriter:
             write_atomically(item, self._write_items)
 
     def _write_interactions(self, path: Path) -> None:
-        has_rating = bool(self.source.format.rating)
+        has_rating = bool(self.source.format.rating) and not self.options.no_rating
         columns = ["user_id:token", "item_id:token", "rating:float", "timestamp:float"]
         if not has_rating:
             columns.remove("rating:float")
@@ -105,7 +106,8 @@ class _DatasetWriter:
         records = self.source.format.interactions(tally, self.options.time_unit)
         with path.open("w", encoding="utf-8", newline="\n") as file:
             _write_row(file.write, columns)
-            for record in self._select_interactions(iterate_with_progress(records, tally), tally):
+            selected = self._select_interactions(iterate_with_progress(records, tally), tally)
+            for record in self._arrange_interactions(selected, tally):
                 cells = [record.user, record.item]
                 if has_rating:
                     cells.append("" if record.rating is None else format_decimal(record.rating))
@@ -119,8 +121,9 @@ class _DatasetWriter:
                 tally.notes.append(warning)
         tally.log_remarks(self.log)
         if not self.statistics.interactions:
-            is_limited = self.options.keep or self.options.min_rating is not None
-            cure = "loosen keep=CONDITION or min_rating=NUMBER" if is_limited else "is it the right file?"
+            is_limited = self.options.keep or self.options.min_rating is not None or self.options.core
+            limits = "keep=CONDITION or min_rating=NUMBER" + (" or core=NUMBER" if self.options.core else "")
+            cure = f"loosen {limits}" if is_limited else "is it the right file?"
             raise UserError(f"{tally.path}: no interactions are left; {cure}")
 
     def _select_interactions(
@@ -140,6 +143,28 @@ class _DatasetWriter:
             yield record
         if n_duplicates:
             tally.notes.append(f"exact duplicates removed: {n_duplicates:,}")
+
+    def _arrange_interactions(
+        self, interactions: Iterable[RawInteraction], tally: Tally
+    ) -> Iterable[RawInteraction]:
+        """The interactions of the core, in the order and with the times that the options ask for."""
+        options = self.options
+        if not (options.core or options.by_user or options.relative_times):
+            return interactions  # one at a time, not held in memory
+        arranged = list(interactions)
+        if options.core:
+            core = select_core(arranged, options.core)
+            removed = len(arranged) - len(core.interactions)
+            tally.notes.append(
+                f"removed for a {options.core}-core: {removed:,} interactions in {core.rounds:,} rounds"
+            )
+            arranged = core.interactions
+        if options.by_user:
+            arranged = sort_by_user(arranged)
+        if options.relative_times:
+            arranged = subtract_first_times(arranged)
+            tally.notes.append("times are written as the distance from each user's first interaction")
+        return arranged
 
     def _write_items(self, path: Path) -> None:
         """Write the items that occur and have text; of several lines for one the first with text."""

@@ -1,0 +1,231 @@
+"""Fetching a file from a local server: whole, in parts, with every failure said in one line."""
+
+import hashlib
+import http.server
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from m2rec.data import fetch
+from m2rec.data.fetch import RemoteFile, fetch_file
+from m2rec.errors import UserError
+
+CONTENT = random.Random(0).randbytes(700_000)
+DATE = "Wed, 01 Oct 2014 10:00:00 GMT"
+
+
+@dataclass
+class Server:
+    """What a local server has and does."""
+
+    url: str = ""
+    content: bytes = CONTENT
+    date: str | None = DATE
+    has_ranges: bool = True
+    cut_after: list[int] = field(default_factory=list)
+    """Bytes of the body after which the connection breaks, one for each of the next requests."""
+    statuses: list[int] = field(default_factory=list)
+    """Errors to answer the next requests with."""
+    length: int | None = None
+    """Content-Length, if it is not that of the content."""
+    when_cut: Callable[[], object] = lambda: None
+    ranges: list[str | None] = field(default_factory=list)
+    """The Range header of each request."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    state = Server()
+    monkeypatch.setattr(fetch, "PAUSES", (0.0, 0.0))
+    monkeypatch.setenv("no_proxy", "*")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            state.ranges.append(asked := self.headers["Range"])
+            if state.statuses:
+                self.send_error(state.statuses.pop(0))
+                return
+            start = 0
+            if asked and state.has_ranges and self.headers.get("If-Range", state.date) == state.date:
+                start = int(asked.removeprefix("bytes=").removesuffix("-"))
+                if start >= len(state.content):
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{len(state.content)}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+            self.send_response(206 if start else 200)
+            if start:
+                last = len(state.content) - 1
+                self.send_header("Content-Range", f"bytes {start}-{last}/{last + 1}")
+            if state.date:
+                self.send_header("Last-Modified", state.date)
+            body = state.content[start:]
+            self.send_header("Content-Length", str(len(body) if state.length is None else state.length))
+            self.end_headers()
+            if state.cut_after:
+                self.wfile.write(body[: state.cut_after.pop(0)])
+                self.wfile.flush()
+                state.when_cut()
+                return
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.block_on_close = False
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        state.url = f"http://127.0.0.1:{running.server_port}/a.bin"
+        yield state
+        running.shutdown()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_arrives_whole(tmp_path: Path, server: Server):
+    checksums = {name: hashlib.new(name, CONTENT).hexdigest() for name in ("md5", "sha256")}
+    fetch_file(RemoteFile(server.url, len(CONTENT), checksums), tmp_path / "raw" / "a.bin")
+    assert (tmp_path / "raw" / "a.bin").read_bytes() == CONTENT and names(tmp_path / "raw") == ["a.bin"]
+    fetch_file(RemoteFile(server.url, len(CONTENT), checksums), tmp_path / "raw" / "a.bin")
+    assert server.ranges == [None], "a file that exists is not asked for again"
+
+
+def test_a_broken_connection_continues(tmp_path: Path, server: Server):
+    server.cut_after = [300_000, 100_000]
+    fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=300000-", "bytes=400000-"]
+
+
+@pytest.mark.parametrize("change", ["no ranges", "another version", "no date"])
+def test_a_server_that_does_not_continue_sends_the_file_again(tmp_path: Path, server: Server, change: str):
+    server.cut_after = [300_000]
+    new = CONTENT[::-1] if change == "another version" else CONTENT
+
+    def cut() -> None:
+        server.content = new
+        if change == "another version":
+            server.date = "Thu, 02 Oct 2014 10:00:00 GMT"
+
+    server.when_cut, server.has_ranges = cut, change != "no ranges"
+    if change == "no date":
+        server.date = None
+    fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == new
+    assert server.ranges == [None, "bytes=300000-"]
+
+
+def test_a_server_that_always_breaks_is_given_up_on(tmp_path: Path, server: Server):
+    server.cut_after = [1000, 1000, 1000]
+    with pytest.raises(UserError, match=r"after 3,000 of 700,000 bytes; try later; .*part has 3,000 bytes"):
+        fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    assert names(tmp_path) == ["a.bin.part"]
+    fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT and server.ranges[-1] == "bytes=3000-"
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals for a thread")
+def test_a_stop_leaves_what_has_arrived(tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture):
+    def interrupt() -> None:
+        part, deadline = tmp_path / "a.bin.part", time.monotonic() + 5
+        while time.monotonic() < deadline and not (part.exists() and part.stat().st_size):
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.2)  # the connection stays open meanwhile
+
+    main = threading.main_thread().ident
+    assert main is not None and threading.get_ident() == main
+    server.cut_after, server.when_cut = [600_000], interrupt
+    with pytest.raises(KeyboardInterrupt):
+        fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    part = (tmp_path / "a.bin.part").read_bytes()
+    assert 0 < len(part) < len(CONTENT) and CONTENT.startswith(part) and names(tmp_path) == ["a.bin.part"]
+    assert f"a.bin.part has {len(part):,} bytes; the same command continues from there" in caplog.text
+    fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT and server.ranges[-1] == f"bytes={len(part)}-"
+
+
+@pytest.mark.parametrize("size", [len(CONTENT), None])
+def test_a_stop_after_the_last_byte(tmp_path: Path, server: Server, size: int | None):
+    server.cut_after = [len(CONTENT)]
+    fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    (tmp_path / "a.bin").rename(tmp_path / "a.bin.part")
+    fetch_file(RemoteFile(server.url, size), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+    assert server.ranges == [None] if size else [None, f"bytes={len(CONTENT)}-"]
+
+
+def test_a_part_that_is_too_long_begins_again(tmp_path: Path, server: Server):
+    server.cut_after = [300_000]
+    server.when_cut = lambda: setattr(server, "content", CONTENT[:200_000])
+    fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT[:200_000]
+    assert server.ranges == [None, "bytes=300000-", None]
+
+
+@pytest.mark.parametrize(
+    ("size", "checksums", "message"),
+    [
+        (7, {}, "it has 700,000 bytes, not 7;"),
+        (None, {"sha256": "0" * 64}, f"its sha256 is {hashlib.sha256(CONTENT).hexdigest()}, not 00"),
+        (7, {"md5": "f" * 32}, "bytes, not 7, and its md5 is"),
+    ],
+)
+def test_another_file_is_kept_aside(
+    tmp_path: Path, server: Server, size: int | None, checksums: dict[str, str], message: str
+):
+    with pytest.raises(UserError) as error:
+        fetch_file(RemoteFile(server.url, size, checksums), tmp_path / "a.bin")
+    assert message in str(error.value)
+    assert str(error.value).endswith(f"the file is kept as {tmp_path / 'a.bin.rejected'} and is not used")
+    assert names(tmp_path) == ["a.bin.rejected"]
+
+
+def test_an_address_that_is_gone(tmp_path: Path, server: Server):
+    server.statuses = [404]
+    with pytest.raises(UserError, match=r"a\.bin: 404 Not Found; is the address still right\?$"):
+        fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    assert server.ranges == [None] and names(tmp_path) == []
+
+
+def test_an_error_that_passes(tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture):
+    server.statuses = [503, 429]
+    fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT and "503 Service Unavailable; trying" in caplog.text
+    server.statuses = [503, 503, 503]
+    with pytest.raises(UserError, match=r"503 Service Unavailable; try later$"):
+        fetch_file(RemoteFile(server.url), tmp_path / "b.bin")
+
+
+def test_no_connection(tmp_path: Path, server: Server):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"no connection \(.*refused\); is there a network\?$"):
+        fetch_file(RemoteFile(f"http://127.0.0.1:{port}/a.bin"), tmp_path / "a.bin")
+    with pytest.raises(UserError, match=r"no connection \(.*\); is there a network\?$"):
+        fetch_file(RemoteFile("http://name.invalid/a.bin"), tmp_path / "a.bin")
+    assert time.perf_counter() - start < 5 and names(tmp_path) == []
+
+
+def test_a_file_larger_than_the_disk(tmp_path: Path, server: Server):
+    server.length = 10**18
+    with pytest.raises(UserError, match=r"needs 1,000,000,000,000,000,000 bytes, and the disk has .*room$"):
+        fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_disk_that_fills_up(tmp_path: Path, server: Server):
+    (tmp_path / "a.bin.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"a\.bin\.part: the disk is full; make room, and the same command"):
+        fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
