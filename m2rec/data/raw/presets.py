@@ -118,7 +118,7 @@ def _download(file: RawFile, path: Path, preset: Preset, folder: RawFolder) -> N
         fetch_file(file.to_remote(), path)
     except UserError as error:
         raise UserError(
-            f"{error}; or get the file from {preset.page} and put it into {path.parent}"
+            f"{error} (or get the file from {preset.page} and put it into {path.parent})"
         ) from error
 
 
