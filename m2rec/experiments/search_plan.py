@@ -90,7 +90,8 @@ class SearchPlan(CheckedModel):
         if "trials" in stronger:
             content["trials"] = stronger.pop("trials")
         if isinstance(content["fixed"], dict):
-            content["fixed"] = {**content["fixed"], **stronger}
+            # without auto, trials differ in the searched keys alone
+            content["fixed"] = {"auto": False, **content["fixed"], **stronger}
         try:
             plan = cls(**{str(key): value for key, value in content.items()})
             for key, drawn in plan.search.items():

@@ -320,9 +320,11 @@ def _read_dataset_properties(values: Mapping[str, Any]) -> dict[str, Any]:
     properties = _read_properties("dataset", name)
     properties.pop(shipped.ORIGIN_KEY, None)
     path = find_data_folder(Path(str(values["data_path"])), name) / f"{name}.inter"
-    if not properties or not path.is_file():  # when it is downloaded, `HistoryDataset` compares
+    if not properties or path.is_relative_to(RECBOLE_FOLDER):
         return properties
-    columns = shipped.InterColumns.from_config({**DataSettings.defaults(), **values})
+    if not path.is_file():  # when it is downloaded, `HistoryDataset` compares
+        return properties
+    columns = shipped.InterColumns.from_config(DataSettings.read(values).model_dump())
     if difference := shipped.describe_difference(name, path, columns):
         logger.warning("the settings shipped for %s are not used: %s has %s", name, path, difference)
         return {}
