@@ -122,7 +122,7 @@ def _scale_steps(data: DataStatistics, profile: dict[str, Choice]) -> dict[str, 
     per_step = min(max(round(data.targets / STEPS_PER_EPOCH), low), high)
     epochs = 3 if profile["average_targets"].value else 10  # the average is smooth, and needs less patience
     patience = max(epochs * data.targets, MIN_PATIENCE_STEPS * per_step)
-    n_steps = -(-data.targets // per_step)
+    n_steps = max(1, round(data.targets / per_step))
     choices = {
         "targets_per_step": Choice(per_step, f"{n_steps:,} steps an epoch"),
         "patience_targets": Choice(patience, f"{patience / max(data.targets, 1):.3g} epochs"),
