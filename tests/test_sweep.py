@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 def asked(tmp_path: Path, toy: Path, **others: Any) -> Path:
     """A sweep of two small variants; returns its file."""
-    common = {k: v for k, v in small(toy).items() if k not in ("dataset", "data_path", "gpu_id")}
+    common = {k: v for k, v in small(toy).items() if k not in ("auto", "dataset", "data_path", "gpu_id")}
     content = {
         "title": "Toy",
         "datasets": ["toy"],
@@ -73,6 +73,14 @@ def test_a_sweep_end_to_end(tmp_path: Path, toy: Path):
     assert (first["split"], first["time_order"], first["ties"]) == ("leave_one_out", "exact", "file")
     assert (first["users"], first["items"]) == ("30", "20")
     assert (first["text"], first["text_sha256"]) == ("", "")
+    assert "auto" not in first["settings"]
+    (config,) = (tmp_path / "runs" / "toy" / "toy" / "m2rec" / "1").glob("*/config.yaml")
+    left_open = yaml.safe_load(config.read_text())  # the fixed defaults, whatever a rule would choose
+    assert (left_open["train_batch_size"], left_open["patience_targets"], left_open["stopping_step"]) == (
+        64,
+        0,
+        10,
+    )
     assert float(first["peak_memory_mib"]) > 50 and float(first["seconds_total"]) > 0
     folder = get_planned_run_folder(tmp_path / "runs" / "toy", "toy", "M2Rec", 1)
     (metrics,) = folder.glob("*/metrics.json")
@@ -315,7 +323,7 @@ def test_a_second_interrupt_is_no_traceback(tmp_path: Path, toy: Path, monkeypat
 def test_rows_say_what_made_their_text_vectors(tmp_path: Path, toy: Path):
     lines = [f"i{i}\tword{i % 7} word{i % 5} word{i % 3}" for i in range(20)]
     (toy / "toy" / "toy.item").write_text("\n".join(["item_id:token\ttitle:token_seq", *lines]) + "\n")
-    common = {k: v for k, v in small(toy).items() if k not in ("dataset", "data_path", "gpu_id")}
+    common = {k: v for k, v in small(toy).items() if k not in ("auto", "dataset", "data_path", "gpu_id")}
     variants = {"M2Rec": {"text_encoder": "lsa"}}
     path = asked(tmp_path, toy, seeds=[1], common={**common, "epochs": 1}, variants=variants)
     assert main(given(path, toy)) == 0

@@ -35,7 +35,7 @@ Study = Callable[..., tuple[int, str, str]]
 
 def settings(toy: Path, **others: Any) -> dict[str, Any]:
     fixed = {**small(toy, epochs=2, text_vectors="none"), "runs_dir": str(toy.parent / "runs")}
-    del fixed["n_layers"]
+    del fixed["n_layers"], fixed["auto"]  # a study leaves auto off unless its file says otherwise
     search = {"learning_rate": {"low": 0.001, "high": 0.1, "log": True}, "n_layers": [1, 2]}
     return {"study": "small", "trials": 3, "seed": 1, "fixed": fixed, "search": search, **others}
 
@@ -89,7 +89,7 @@ def test_a_study_from_file_to_table(study: Study, toy: Path):
 
 def test_the_command_of_the_best_repeats_it(study: Study, toy: Path, capsys: pytest.CaptureFixture[str]):
     command = shlex.split(study()[1].splitlines()[-1])
-    assert command[:2] == ["python", "run_mm.py"]
+    assert command[:2] == ["python", "run_mm.py"] and "--auto=false" in command
     assert run_mm.main(command[2:]) == 0
     folder = Path(capsys.readouterr().out.splitlines()[-1])
     metrics = json.loads((folder / "metrics.json").read_text())

@@ -107,8 +107,7 @@ def _check_same_settings(study: "optuna.Study", plan: SearchPlan, settings: Mapp
     if before is None:
         study.set_user_attr("settings", now)
         return
-    for key in {**before, **now}:
-        old = before.get(key)
+    for key, old in before.items():  # a key that is newer than the study is not compared
         new = now.get(key)
         if old != new:
             reason = f"was started with {key}: {old}, not {new}"

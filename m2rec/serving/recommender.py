@@ -118,7 +118,7 @@ class Recommender:
         self,
         history: Iterable[str],
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         skip_unknown: bool = False,
@@ -131,7 +131,7 @@ class Recommender:
         Args:
             history: item tokens, oldest first.
             k: how many; fewer are returned where there are fewer.
-            exclude_seen: leave out the history's own items.
+            exclude_seen: leave out the history's own items; None: as the run's key `exclude_seen` says.
             candidates: choose from these items only; from all by default.
             exclude: leave out these items too; unknown tokens are ignored.
             skip_unknown: skip unknown tokens in history and candidates.
@@ -147,7 +147,7 @@ class Recommender:
         self,
         histories: Iterable[Iterable[str]],
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         skip_unknown: bool = False,
@@ -167,7 +167,7 @@ class Recommender:
         histories: str | Path,
         output: str | Path,
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         skip_unknown: bool = False,
         progress: bool = False,
     ) -> int:
@@ -196,7 +196,7 @@ class Recommender:
         histories: Iterable[tuple[str, Iterable[str]]],
         output: str | Path,
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         skip_unknown: bool = False,
         source: str = "histories",
     ) -> int:
@@ -317,7 +317,7 @@ class Recommender:
         self,
         sessions: Sequence["Session"],
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
     ) -> list[Ranking]:
@@ -425,7 +425,7 @@ class Recommender:
     def _parse_options(
         self,
         k: int,
-        exclude_seen: bool,
+        exclude_seen: bool | None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         warnings: InputWarnings | None = None,
@@ -435,6 +435,8 @@ class Recommender:
         candidate_ids = None
         if candidates is not None:
             candidate_ids = self._to_sorted_ids(candidates, warnings, "candidates")
+        if exclude_seen is None:  # a run of before the key did
+            exclude_seen = self.config.get("exclude_seen") is not False
         return RankingOptions(k, exclude_seen, excluded_ids, candidate_ids)
 
     def _to_sorted_ids(
@@ -482,7 +484,7 @@ class Session:
     def recommend(
         self,
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
     ) -> Ranking:

@@ -19,7 +19,7 @@ from m2rec.threads import describe_threads
 from m2rec.training.configuration import resolve_scan_backend, resolve_settings
 
 # keys that may differ when a run is resumed
-_RESUME_OVERRIDES = MACHINE_KEYS | collect_keys(Role.LENGTH, Role.DEFINITION, Role.TEXT_SOURCE)
+_RESUME_OVERRIDES = MACHINE_KEYS | collect_keys(Role.LENGTH, Role.DEFINITION, Role.TEXT_SOURCE, Role.SERVING)
 
 # the share of tied neighbours in the order of item ids from which a file counts as sorted by them
 _SORTED_SHARE = 0.95
