@@ -21,15 +21,17 @@ pytest.importorskip("optuna")
 import optuna
 
 import run_mm
-from m2rec.commands import tune, tune_study
+from m2rec.commands import trials as trial_runs
+from m2rec.commands import tune
 from m2rec.experiments import search
+from m2rec.experiments import study as study_module
 from m2rec.experiments.search_plan import SearchPlan
 from m2rec.training.configuration import build_config, collect_known_keys
 from m2rec.training.run import PreparedRun
 from m2rec.yaml_values import parse_arguments
 
 ROOT = Path(__file__).parent.parent
-ATTRIBUTES = {"trained_epochs", "best_epoch", "seconds", "commit", "parameters"}
+ATTRIBUTES = {"trained_epochs", "best_epoch", "seconds", "commit", "parameters", "settings", "worker"}
 Study = Callable[..., tuple[int, str, str]]
 
 
@@ -83,7 +85,7 @@ def test_a_study_from_file_to_table(study: Study, toy: Path):
         assert set(trial.user_attrs) == ATTRIBUTES
         assert trial.user_attrs["trained_epochs"] == 2 and trial.user_attrs["parameters"] > 1000
         scores = trial.intermediate_values
-        assert trial.value == max(scores.values()) == scores[trial.user_attrs["best_epoch"]]
+        assert trial.value == max(scores.values()) == scores[trial.user_attrs["best_epoch"] + 1]
     assert trials(toy)[0].user_attrs["parameters"] != trials(toy)[1].user_attrs["parameters"]
 
 
@@ -167,13 +169,13 @@ def test_two_workers_at_once(toy: Path):
     assert len(rows(toy)) == len(done)
 
 
-def test_the_trial_of_a_killed_worker_is_not_counted(study: Study, toy: Path):
+def test_the_trial_of_a_killed_worker_is_resumed(study: Study, toy: Path):
     study("--trials=1")
     backend = optuna.storages.journal.JournalFileBackend(str(toy.parent / "runs" / "tune" / "small.log"))
     optuna.load_study(study_name="small", storage=optuna.storages.JournalStorage(backend)).ask()
     status, out, _ = study("--trials=2")
     assert status == 0 and "2 complete, 0 pruned, 0 failed" in out
-    assert [row["state"] for row in rows(toy)] == ["complete", "running", "complete"]
+    assert [row["state"] for row in rows(toy)] == ["complete", "complete"]
 
 
 def enqueue(toy: Path, drawn: list[dict[str, Any]], **others: Any) -> None:
@@ -181,9 +183,7 @@ def enqueue(toy: Path, drawn: list[dict[str, Any]], **others: Any) -> None:
     path = toy.parent / "enqueued.yaml"
     path.write_text(yaml.safe_dump(settings(toy, **others)))
     plan = SearchPlan.read(path, {}, {"learning_rate", "head_dim"})
-    study = tune_study.open_study(
-        plan, tune_study.find_valid_config(plan), toy.parent / "runs" / "tune" / plan.study
-    )
+    study = study_module.open_study(toy.parent / "runs" / "tune" / plan.study, True, None)
     for values in drawn:
         study.enqueue_trial(values)
 
@@ -253,7 +253,7 @@ def test_a_metric_whose_best_is_the_smallest(study: Study, toy: Path):
     assert float(out.splitlines()[3].split()[1]) == pytest.approx(min(values), abs=1e-4)
 
 
-def test_ctrl_c_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_leaves_the_trial_to_the_next_start(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -261,7 +261,7 @@ def test_ctrl_c_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.Mon
     status, out, err = study()
     assert status == 130 and out == ""
     assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
-    assert [t.state.name for t in trials(toy)] == ["FAIL"]
+    assert [t.state.name for t in trials(toy)] == ["RUNNING"]
 
 
 def test_sigterm_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
@@ -293,7 +293,7 @@ def test_a_range_of_whole_numbers_draws_whole_numbers():
     "value", [1e-05, 0.1 + 0.2, "none", "no", "12", "a b", None, True, [1, "x"], {"a": 5}]
 )
 def test_an_argument_holds_its_value(value: object):
-    assert parse_arguments(shlex.split(search.format_arguments({"key": value}))) == {"key": value}
+    assert parse_arguments(shlex.split(study_module.format_arguments({"key": value}))) == {"key": value}
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_data_without_validation_rows(study: Study, toy: Path):
 def test_the_shipped_example_is_one(tmp_path: Path):
     plan = SearchPlan.read(ROOT / "results" / "tune" / "ml-100k.yaml", {}, collect_known_keys())
     assert plan.study == "m2rec-ml-100k" and plan.trials == 30
-    config = build_config({**plan.fixed, "gpu_id": ""}, tune_study.CONFIG_PATH)
+    config = build_config({**plan.fixed, "gpu_id": ""}, trial_runs.CONFIG_PATH)
     assert set(plan.search) <= set(config.final_config_dict)
 
 

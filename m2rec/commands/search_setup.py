@@ -1,0 +1,191 @@
+"""What a search of run_mm.py --search tries, and with how many workers."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from m2rec.commands.profiles import PLAIN, PROFILES
+from m2rec.commands.trials import CONFIG_PATH, check_data
+from m2rec.compat import Config
+from m2rec.errors import UserError
+from m2rec.experiments.search import SearchTask
+from m2rec.experiments.search_budget import Budget, RunLength
+from m2rec.experiments.search_space import Choices, SpaceAround, build_space
+from m2rec.settings import MACHINE_KEYS
+from m2rec.text.source import ensure_text_vectors
+from m2rec.training.configuration import build_config, collect_user_values, resolve_settings
+from m2rec.training.provenance import hash_training_data
+
+logger = logging.getLogger(__name__)
+
+# targets that are trained before the profiles are compared for the first time, and the epochs for it at most
+_FIRST_TARGETS = 400_000
+_MAX_FIRST_EPOCHS = 8
+_COVERED_SHARE = 0.98  # of the histories that fit into a length: a longer one is not worth trying
+_MEMORY_FACTOR = 1.5  # a worker's memory, by that of this process when it had the data
+_TRIAL_SETTINGS = {"report": False, "show_progress": False, "tensorboard": False, "log_wandb": False}
+_M2REC = "M2Rec"
+
+
+@dataclass(frozen=True)
+class SearchSetup:
+    """A search that is ready to start."""
+
+    config: Config
+    """Of the plain run."""
+    given: dict[str, Any]
+    """The keys of the command line."""
+    task: SearchTask
+    profiles: dict[str, dict[str, Any]]
+    data_hash: str
+    gpus: list[str | None]
+    """One for each worker."""
+    threads: int
+    """Of each worker."""
+
+    @property
+    def fixed_settings(self) -> dict[str, Any]:
+        """What all runs of the search have in common, and must have when it is resumed."""
+        varied = {key for profile in self.profiles.values() for key in profile}
+        varied |= {*MACHINE_KEYS, *self.task.space.make_ranges(self.task.plain)}
+        return {key: value for key, value in self.task.plain.items() if key not in varied}
+
+    @property
+    def n_workers(self) -> int:
+        """How many processes train at a time."""
+        return len(self.gpus)
+
+
+def plan_search(given: Mapping[str, Any], budget: Budget) -> SearchSetup:
+    """Check keys and data, and choose profiles, ranges and workers.
+
+    Args:
+        given: the keys of the command line but `search`.
+        budget: of the search.
+
+    Raises:
+        ValueError: keys or data can't be used, or nothing is left to search.
+    """
+    config = build_config(given, CONFIG_PATH)
+    user_keys = set(collect_user_values(given, CONFIG_PATH))
+    dataset, loaders = check_data(config)
+    if config.model_settings:
+        ensure_text_vectors(config, dataset.item_tokens[1:])  # once, not in each worker
+    plain = resolve_settings(config)
+    histories = dataset.histories
+    length = int(np.quantile(histories.end - histories.start, _COVERED_SHARE))
+    profiles = choose_profiles(given, plain, user_keys, length)
+    space = build_space(plain["model"] == _M2REC, plain, profiles.values(), user_keys)
+    if not space.make_ranges(plain):
+        if len(profiles) == 1:
+            raise UserError(f"search: {plain['model']} has no key to search that you have not set yourself")
+        budget = Budget(min(budget.trials or len(profiles), len(profiles)), budget.seconds)
+    _log_choices(profiles, space, user_keys)
+    gpus, threads = _share_machine(config, user_keys, budget)
+    first_epochs = math.ceil(_FIRST_TARGETS / loaders.train.dataset.n_targets)
+    first_epochs = max(min(first_epochs, _MAX_FIRST_EPOCHS, plain["epochs"]), plain["eval_step"])
+    task = SearchTask(
+        folder=Path(config["runs_dir"]) / "search" / _name_search(config, given, user_keys, profiles, space),
+        fixed={**given, **_TRIAL_SETTINGS},
+        space=space,
+        plain=plain,
+        trials=budget.trials,
+        length=RunLength(plain["epochs"], plain["stopping_step"] * plain["eval_step"]),
+        seed=plain["seed"],
+        first_epochs=first_epochs,
+        startup_trials=len(profiles),
+        is_maximized=bool(config["valid_metric_bigger"]),
+    )
+    data_hash = hash_training_data(dataset, loaders)
+    return SearchSetup(config, dict(given), task, profiles, data_hash, gpus, threads)
+
+
+def choose_profiles(
+    given: Mapping[str, Any], plain: Mapping[str, Any], user_keys: Collection[str], history_length: int
+) -> dict[str, dict[str, Any]]:
+    """The profiles that differ from each other for this user and these data.
+
+    Args:
+        given: the keys of the command line.
+        plain: all settings of the plain run.
+        user_keys: what the user has set, which no profile changes.
+        history_length: nearly all histories are at most that long.
+    """
+    if plain["model"] != _M2REC:
+        return {PLAIN: {}}
+    chosen: dict[str, dict[str, Any]] = {}
+    for name, profile in PROFILES.items():
+        settings = {key: value for key, value in profile.items() if key not in user_keys}
+        longest = settings.get("MAX_ITEM_LIST_LENGTH", 0)
+        if longest > plain["MAX_ITEM_LIST_LENGTH"] >= history_length:
+            del settings["MAX_ITEM_LIST_LENGTH"]
+        if any({**plain, **settings} == {**plain, **other} for other in chosen.values()):
+            continue
+        try:
+            build_config({**given, **settings}, CONFIG_PATH)
+        except ValueError as error:
+            logger.info("profile %s is left out: %s", name, error)
+            continue
+        chosen[name] = settings
+    return chosen
+
+
+def _name_search(
+    config: Config,
+    given: Mapping[str, Any],
+    user_keys: Collection[str],
+    profiles: Mapping[str, dict[str, Any]],
+    space: SpaceAround,
+) -> str:
+    """The same for the same command, another one where other keys are set or searched."""
+    values = collect_user_values(given, CONFIG_PATH)
+    fixed = {key: values[key] for key in sorted(user_keys) if key not in MACHINE_KEYS}
+    text = json.dumps([fixed, profiles, sorted(space.rules), repr(space)], default=str)
+    digest = sha256(text.encode()).hexdigest()[:6]
+    return f"{config['variant']}-{config['dataset']}-{digest}"
+
+
+def _log_choices(
+    profiles: Mapping[str, dict[str, Any]], space: SpaceAround, user_keys: Collection[str]
+) -> None:
+    logger.info("search: %s profiles race: %s", len(profiles), ", ".join(profiles))
+    logger.info("search: around the best, these keys are drawn: %s", ", ".join(space.rules))
+    lengths = space.rules.get("MAX_ITEM_LIST_LENGTH")
+    if isinstance(lengths, Choices) and len(lengths.choices) > 1:
+        logger.info("search: a worker loads the data anew when MAX_ITEM_LIST_LENGTH changes")
+    logger.info("search: fixed, because you set them: %s", ", ".join(sorted(user_keys)) or "none")
+
+
+def _share_machine(
+    config: Config, user_keys: Collection[str], budget: Budget
+) -> tuple[list[str | None], int]:
+    """A GPU for each worker, None on a CPU; and the threads of each."""
+    threads = torch.get_num_threads()
+    if config["device"].type == "cuda":
+        gpus: list[str | None] = [str(gpu) for gpu in range(torch.cuda.device_count())]
+        if "gpu_id" in user_keys:
+            gpus = [str(config["gpu_id"])]
+        gpus = gpus[: budget.trials]
+        return gpus, max(1, threads // len(gpus))
+    memory = psutil.Process(os.getpid()).memory_info().rss * _MEMORY_FACTOR
+    fitting = max(1, int(psutil.virtual_memory().available // memory))
+    n_workers = min(threads, fitting, budget.trials or threads)
+    logger.info(
+        "search: %s worker%s on %s thread%s; the memory is enough for %s",
+        n_workers,
+        "s" if n_workers != 1 else "",
+        threads,
+        "s" if threads != 1 else "",
+        fitting,
+    )
+    return [None] * n_workers, max(1, threads // n_workers)
