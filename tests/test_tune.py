@@ -26,12 +26,13 @@ from m2rec.commands import tune
 from m2rec.experiments import search
 from m2rec.experiments import study as study_module
 from m2rec.experiments.search_plan import SearchPlan
+from m2rec.experiments.study import get_progress
 from m2rec.training.configuration import build_config, collect_known_keys
 from m2rec.training.run import PreparedRun
 from m2rec.yaml_values import parse_arguments
 
 ROOT = Path(__file__).parent.parent
-ATTRIBUTES = {"trained_epochs", "best_epoch", "seconds", "commit", "parameters", "settings", "worker"}
+PROGRESS = {"trained_epochs", "best_epoch", "seconds", "commit", "parameters", "worker", "paused"}
 Study = Callable[..., tuple[int, str, str]]
 
 
@@ -82,11 +83,11 @@ def test_a_study_from_file_to_table(study: Study, toy: Path):
         (f"{t.value:.4f}" for t in trials(toy)), reverse=True
     )
     for trial in trials(toy):
-        assert set(trial.user_attrs) == ATTRIBUTES
-        assert trial.user_attrs["trained_epochs"] == 2 and trial.user_attrs["parameters"] > 1000
+        assert set(get_progress(trial)) == PROGRESS
+        assert get_progress(trial)["trained_epochs"] == 2 and get_progress(trial)["parameters"] > 1000
         scores = trial.intermediate_values
-        assert trial.value == max(scores.values()) == scores[trial.user_attrs["best_epoch"] + 1]
-    assert trials(toy)[0].user_attrs["parameters"] != trials(toy)[1].user_attrs["parameters"]
+        assert trial.value == max(scores.values()) == scores[get_progress(trial)["best_epoch"] + 1]
+    assert get_progress(trials(toy)[0])["parameters"] != get_progress(trials(toy)[1])["parameters"]
 
 
 def test_the_command_of_the_best_repeats_it(study: Study, toy: Path, capsys: pytest.CaptureFixture[str]):
@@ -97,8 +98,8 @@ def test_the_command_of_the_best_repeats_it(study: Study, toy: Path, capsys: pyt
     metrics = json.loads((folder / "metrics.json").read_text())
     best = max(trials(toy), key=lambda trial: trial.value)
     assert metrics["valid"]["ndcg@10"] == best.value
-    assert metrics["best_epoch"] == best.user_attrs["best_epoch"]
-    assert metrics["parameters"] == best.user_attrs["parameters"]
+    assert metrics["best_epoch"] == get_progress(best)["best_epoch"]
+    assert metrics["parameters"] == get_progress(best)["parameters"]
 
 
 def test_the_test_items_change_nothing(study: Study, toy: Path):
@@ -197,8 +198,8 @@ def test_a_hopeless_trial_is_pruned(study: Study, toy: Path):
     assert status == 0, err
     first, second = trials(toy)
     assert (first.state.name, second.state.name) == ("COMPLETE", "PRUNED")
-    assert first.user_attrs["trained_epochs"] == 6 and second.user_attrs["trained_epochs"] >= 4
-    assert set(second.user_attrs) == ATTRIBUTES
+    assert get_progress(first)["trained_epochs"] == 6 and get_progress(second)["trained_epochs"] >= 4
+    assert set(get_progress(second)) == PROGRESS
     assert "1 complete, 1 pruned, 0 failed" in out
     assert [row["state"] for row in rows(toy)] == ["complete", "pruned"]
     assert "--learning_rate=0.05" in out.splitlines()[-1]
@@ -221,7 +222,7 @@ def test_refused_and_diverging_settings_are_failed_trials(study: Study, toy: Pat
     assert status == 0, err
     assert [t.params for t in trials(toy)] == drawn
     assert [t.state.name for t in trials(toy)] == ["FAIL", "FAIL", "FAIL", "COMPLETE"]
-    assert all({"seconds", "commit"} <= set(t.user_attrs) for t in trials(toy))
+    assert all({"seconds", "commit"} <= set(get_progress(t)) for t in trials(toy))
     assert "1 complete, 0 pruned, 3 failed" in out
     assert "trial 1 failed, --head_dim=5 --learning_rate=0.01: head_dim: 5 does not divide" in err
     assert "trial 2 failed, --head_dim=16 --learning_rate=1e+30: scores are NaN or infinite" in err
@@ -253,7 +254,31 @@ def test_a_metric_whose_best_is_the_smallest(study: Study, toy: Path):
     assert float(out.splitlines()[3].split()[1]) == pytest.approx(min(values), abs=1e-4)
 
 
-def test_ctrl_c_leaves_the_trial_to_the_next_start(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stopped_trial_is_resumed(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """SIGTERM in the second trial's first epoch; the study then ends as one that never stopped."""
+    assert study(study="whole")[0] == 0
+    report, calls = optuna.Trial.report, []
+
+    def report_and_stop(trial: optuna.Trial, score: float, step: int) -> None:
+        report(trial, score, step)
+        calls.append(trial.number)
+        if calls.count(1) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(optuna.Trial, "report", report_and_stop)
+    status, out, err = study()
+    assert status == 130 and out == ""
+    assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
+    assert [t.state.name for t in trials(toy)] == ["COMPLETE", "RUNNING"]
+    monkeypatch.undo()
+    assert study()[0] == 0
+    assert [t.intermediate_values for t in trials(toy)] == [
+        t.intermediate_values for t in trials(toy, "whole")
+    ]
+    assert [t.params for t in trials(toy)] == [t.params for t in trials(toy, "whole")]
+
+
+def test_ctrl_c_between_two_epochs(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -264,15 +289,10 @@ def test_ctrl_c_leaves_the_trial_to_the_next_start(study: Study, toy: Path, monk
     assert [t.state.name for t in trials(toy)] == ["RUNNING"]
 
 
-def test_sigterm_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
-    def killed(trial: optuna.Trial, score: float, step: int) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(optuna.Trial, "report", killed)
-    status, out, err = study()
-    assert status == 130 and out == ""
-    assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
-    assert [t.state.name for t in trials(toy)] == ["FAIL"]
+def test_of_a_trial_settings_and_history_stay(study: Study, toy: Path):
+    assert study(trials=1)[0] == 0
+    (folder,) = (toy.parent / "runs" / "tune" / "small").glob("trial-*/*/")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "history.csv"]
 
 
 def test_a_range_of_whole_numbers_draws_whole_numbers():
@@ -384,7 +404,7 @@ def test_an_empty_file_lacks_its_keys(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_command_line_is_stronger_than_fixed(study: Study, toy: Path):
     status, out, _ = study("--trials=1", "--epochs=1")
-    assert status == 0 and trials(toy)[0].user_attrs["trained_epochs"] == 1
+    assert status == 0 and get_progress(trials(toy)[0])["trained_epochs"] == 1
     assert "--epochs=1" in shlex.split(out.splitlines()[-1])
     assert "learning_rate is fixed too, to 1" in study("--learning_rate=1")[2]
 

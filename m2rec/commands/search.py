@@ -139,9 +139,9 @@ def _open_study(setup: "SearchSetup") -> "optuna.Study":
 
 
 def _describe_start(opened: "optuna.Study") -> str:
-    from m2rec.experiments.study import count_states
+    from m2rec.experiments.study import count_states, get_progress
 
-    return f"resumed with {count_states(opened)}" if opened.trials[0].user_attrs.get("worker") else "new"
+    return f"resumed with {count_states(opened)}" if get_progress(opened.trials[0]) else "new"
 
 
 def _check_outcome(opened: "optuna.Study", setup: "SearchSetup", budget: Budget) -> None:
@@ -161,11 +161,12 @@ def _check_outcome(opened: "optuna.Study", setup: "SearchSetup", budget: Budget)
     best = study.find_best_trial(opened)
     if best is None:
         raise UserError(f"{text}: no epoch was finished; the same command with more time resumes")
-    epoch = float(best.user_attrs["seconds"]) / best.user_attrs["trained_epochs"]
+    progress = study.get_progress(best)
+    epoch = progress["seconds"] / progress["trained_epochs"]
     rounds = epoch * setup.task.first_epochs * len(setup.profiles) / setup.n_workers
     total = 2 * (rounds + search.estimate_final_seconds(opened, setup.task.length))
     raise UserError(
-        f"{text}: {n_trained} of them have trained an epoch or more, which takes {format_duration(epoch)}; the "
+        f"{text}: {n_trained} of them have trained an epoch, which takes {format_duration(epoch)}; the "
         f"same command with more time, such as --search={math.ceil(total / 60)}m, resumes"
     )
 

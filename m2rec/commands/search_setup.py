@@ -20,7 +20,7 @@ from m2rec.compat import Config
 from m2rec.errors import UserError
 from m2rec.experiments.search import SearchTask
 from m2rec.experiments.search_budget import Budget, RunLength
-from m2rec.experiments.search_space import Choices, SpaceAround, build_space
+from m2rec.experiments.search_space import RULES, Choices, SpaceAround, build_space
 from m2rec.settings import MACHINE_KEYS
 from m2rec.text.source import ensure_text_vectors
 from m2rec.training.configuration import build_config, collect_user_values, resolve_settings
@@ -77,6 +77,10 @@ def plan_search(given: Mapping[str, Any], budget: Budget) -> SearchSetup:
         ValueError: keys or data can't be used, or nothing is left to search.
     """
     config = build_config(given, CONFIG_PATH)
+    if epochs := getattr(config.model_class, "fixed_settings", {}).get("epochs"):
+        raise UserError(
+            f"search: {config['variant']} is not trained (epochs: {epochs}), so nothing is searched"
+        )
     user_keys = set(collect_user_values(given, CONFIG_PATH))
     dataset, loaders = check_data(config)
     if config.model_settings:
@@ -90,7 +94,7 @@ def plan_search(given: Mapping[str, Any], budget: Budget) -> SearchSetup:
         if len(profiles) == 1:
             raise UserError(f"search: {plain['model']} has no key to search that you have not set yourself")
         budget = Budget(min(budget.trials or len(profiles), len(profiles)), budget.seconds)
-    _log_choices(profiles, space, user_keys)
+    _log_choices(profiles, space, plain, user_keys)
     gpus, threads = _share_machine(config, user_keys, budget)
     first_epochs = math.ceil(_FIRST_TARGETS / loaders.train.dataset.n_targets)
     first_epochs = max(min(first_epochs, _MAX_FIRST_EPOCHS, plain["epochs"]), plain["eval_step"])
@@ -156,14 +160,22 @@ def _name_search(
 
 
 def _log_choices(
-    profiles: Mapping[str, dict[str, Any]], space: SpaceAround, user_keys: Collection[str]
+    profiles: Mapping[str, dict[str, Any]],
+    space: SpaceAround,
+    plain: Mapping[str, Any],
+    user_keys: Collection[str],
 ) -> None:
-    logger.info("search: %s profiles race: %s", len(profiles), ", ".join(profiles))
-    logger.info("search: around the best, these keys are drawn: %s", ", ".join(space.rules))
+    if len(profiles) > 1:
+        logger.info("search: %s profiles race: %s", len(profiles), ", ".join(profiles))
+    ranges = [space.make_ranges({**plain, **profile}) for profile in profiles.values()]
+    drawn = dict.fromkeys(key for found in ranges for key in found)
+    logger.info("search: around the best, these keys are drawn: %s", ", ".join(drawn) or "none")
     lengths = space.rules.get("MAX_ITEM_LIST_LENGTH")
     if isinstance(lengths, Choices) and len(lengths.choices) > 1:
         logger.info("search: a worker loads the data anew when MAX_ITEM_LIST_LENGTH changes")
-    logger.info("search: fixed, because you set them: %s", ", ".join(sorted(user_keys)) or "none")
+    could_vary = {key for profile in PROFILES.values() for key in profile} | {*RULES}
+    if kept := sorted(could_vary & set(user_keys)):
+        logger.info("search: these keys stay as you set them: %s", ", ".join(kept))
 
 
 def _share_machine(

@@ -20,9 +20,9 @@ study, trials and search must be there. What the file leaves open is as for run_
 the defaults. The first ten trials are random, the others Optuna's TPE; with one worker the same file and
 seed give the same trials.
 
-A trial is a run without its test, so no test row is scored. Its value is valid_metric at the best epoch;
-of a pruned one, at its last. Settings that are refused, or that diverge, are a failed trial, and the study
-continues; fixed keys or data that can't be used end it before the first. At the end the best five are
+A trial is a run without its test, so no test row is scored. Its value is valid_metric at the best epoch,
+of a pruned one at its best so far. Settings that are refused, or that diverge, are a failed trial, and the
+study continues; fixed keys or data that can't be used end it before the first. At the end the best five are
 printed, with the command that trains and tests the best, and all trials are in FILE.csv.
 
 The study is a file, runs/tune/NAME.log (Optuna's JournalStorage), and its runs are in runs/tune/NAME/;

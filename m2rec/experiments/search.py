@@ -20,11 +20,13 @@ from m2rec.experiments.search_budget import Deadline, RunLength, estimate_run_se
 from m2rec.experiments.search_plan import SearchPlan
 from m2rec.experiments.search_space import Range, Settings, Space
 from m2rec.experiments.study import (
+    PROGRESS_KEY,
     TRIAL_STATES,
     end_trial,
     find_best_trial,
     find_study_file,
     find_trial_folder,
+    get_progress,
     is_maximized,
 )
 from m2rec.git import read_commit
@@ -37,13 +39,14 @@ except ModuleNotFoundError:  # study.check_optuna says how to get it
 
 MAX_CONFIG_DRAWS = 20  # draws that are tried before the fixed settings are reported as invalid
 MAX_FAILURES_IN_A_ROW = 20
+MAX_DRAWS = 20  # of new settings that no trial has had
 VARIED_SHARE = 1 / 3  # of the keys of the best settings that a new trial draws anew
 _WAIT_SECONDS = 0.3  # between two looks for a trial that another worker may leave
 
 Watch = Callable[[int, float], bool]
 """Called after each epoch with its number, from 0, and its score; returns whether to stop the training."""
 Train = Callable[[Settings, Path, Watch, dict[str, Any]], float | None]
-"""Train with settings in a folder; notes about the training go into the dict before each call of the watch.
+"""Train with settings in a folder; its progress goes into the dict before each call of the watch.
 
 If the folder has an unfinished run of these settings, it is resumed. Returns the best score, None if the
 watch stopped it.
@@ -64,7 +67,7 @@ class SearchTask:
     trials: int | None = None
     """How many in all, over all workers; None: as many as the time allows."""
     deadline: Deadline = field(default_factory=Deadline)
-    length: RunLength = field(default_factory=lambda: RunLength(1, 0))
+    length: RunLength = field(default_factory=lambda: RunLength(2**31, 0))
     seed: int = 2020
     first_epochs: int = 1
     """Of the race of the profiles."""
@@ -93,11 +96,17 @@ def enqueue_profiles(study: "optuna.Study", profiles: Mapping[str, Settings], ta
     """Let the first trials be those of the profiles, unless they are there already."""
     known = {trial.user_attrs["origin"] for trial in study.get_trials(deepcopy=False) if is_profile(trial)}
     for name, settings in profiles.items():
-        if name in known:
-            continue
-        values = {**task.plain, **settings}
-        kept = {key: values[key] for key in task.space.make_ranges(values)}
-        study.enqueue_trial(kept, {"base": settings, "settings": settings, "origin": name, "profile": True})
+        if name not in known:
+            enqueue_settings(study, settings, {"origin": name, "profile": True}, task)
+
+
+def enqueue_settings(
+    study: "optuna.Study", settings: Settings, notes: Mapping[str, Any], task: SearchTask
+) -> None:
+    """Let a trial to come have these settings."""
+    values = {**task.plain, **settings}
+    searched = {key: values[key] for key in task.space.make_ranges(values)}
+    study.enqueue_trial(searched, {"settings": settings, **notes})
 
 
 def run_trials(study: "optuna.Study", task: SearchTask, train: Train, may_wait: bool = True) -> None:
@@ -215,78 +224,90 @@ class _Worker:
         self.study.sampler = optuna.samplers.TPESampler(seed=self.task.seed + number, **options)
 
     def _enqueue_draw(self, number: int) -> None:
-        """Choose which keys of the best settings the next trial draws anew; it keeps the others."""
+        """Let the next trial have the best settings with some keys drawn anew, as no trial had them yet."""
         best = find_best_trial(self.study)
         base = best.user_attrs["settings"] if best else {}
-        values = {**self.task.plain, **base}
-        keys = list(self.task.space.make_ranges(values))
+        known = [trial.user_attrs["settings"] for trial in self.study.get_trials(deepcopy=False)]
         random = Random(self.task.seed + number)
-        varied = [key for key in keys if random.random() < VARIED_SHARE] or [random.choice(keys)]
-        kept = {key: values[key] for key in keys if key not in varied}
+        for _ in range(MAX_DRAWS):
+            settings = self._draw_around(base, random)
+            if not any({**self.task.plain, **settings} == {**self.task.plain, **other} for other in known):
+                break
         origin = f"trial {best.number}" if best else "plain"
-        self.study.enqueue_trial(kept, {"base": base, "kept": list(kept), "origin": origin})
+        enqueue_settings(self.study, settings, {"origin": origin}, self.task)
+
+    def _draw_around(self, base: Settings, random: Random) -> Settings:
+        ranges = self.task.space.make_ranges({**self.task.plain, **base})
+        keys = list(ranges)
+        varied = [key for key in keys if random.random() < VARIED_SHARE] or [random.choice(keys)]
+        scratch = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
+        settings = dict(base)
+        for key in varied:
+            value = self.study.sampler.sample_independent(
+                self.study, scratch, key, make_distribution(ranges[key])
+            )
+            settings[key] = round_setting(value)
+        return settings
 
     def _draw_settings(self, trial: "optuna.Trial") -> Settings:
-        """The trial's settings, drawn at its first start."""
+        """The trial's settings, with the values of the searched keys as Optuna's parameters."""
         notes = trial.user_attrs
-        if "settings" in notes and not is_profile(trial):
-            return dict(notes["settings"])
-        settings = dict(notes.get("base", {}))
-        values = {**self.task.plain, **settings}
-        for key, search_range in self.task.space.make_ranges(values).items():
-            if is_profile(trial) or key in notes.get("kept", ()):
+        if "settings" not in notes:
+            ranges = self.task.space.make_ranges(self.task.plain)
+            drawn = {key: round_setting(suggest_setting(trial, key, ranges[key])) for key in ranges}
+            trial.set_user_attr("settings", drawn)
+            return drawn
+        if self.task.space.is_moving:
+            values = {**self.task.plain, **notes["settings"]}
+            for key, search_range in self.task.space.make_ranges(values).items():
                 suggest_setting(trial, key, _narrow_range(search_range, values[key]))
-            else:
-                settings[key] = round_setting(suggest_setting(trial, key, search_range))
-        trial.set_user_attr("settings", settings)
-        return settings
+        return dict(notes["settings"])
 
     def run_trial(self, claim: _Claim) -> None:
         """Train until the end of the trial, its pause, or the end of the time; store the outcome."""
-        trial, number = claim.trial, claim.trial.number
-        folder = find_trial_folder(self.task.folder, number)
-        before = float(trial.user_attrs.get("seconds", 0.0))
-        start = perf_counter()
-        pruned = False
-        _store_notes(trial, {"worker": os.getpid(), "paused": False})
-        settings = {**self.task.fixed, **self._draw_settings(trial)}
-        notes: dict[str, Any] = {}
+        trial = claim.trial
+        limit = claim.limit
+        if limit is not None and limit >= self.task.length.epochs:
+            limit = None  # the last epoch ends the trial, it need not pause there
+        choose_best = max if is_maximized(self.study) else min
+        scores = list(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values.values())
+        progress = {**get_progress(trial), "worker": os.getpid(), "paused": False, "commit": self.commit}
+        before, start = progress.get("seconds", 0.0), perf_counter()
+        is_pruned = False
+
+        def store_progress(**others: Any) -> None:
+            progress.update(others, seconds=round(before + perf_counter() - start, 1))
+            trial.set_user_attr(PROGRESS_KEY, dict(progress))
 
         def watch(epoch: int, score: float) -> bool:
-            nonlocal pruned
-            seconds = round(before + perf_counter() - start, 1)
-            epochs = epoch + 1
-            trial.report(score, epochs)
-            _store_notes(trial, {**notes, "seconds": seconds})
-            pruned = bool(trial.should_prune()) and not is_profile(trial)  # profiles are judged by their race
-            return pruned or (claim.limit is not None and epochs >= claim.limit) or self.is_time_over()
+            nonlocal is_pruned
+            scores.append(score)
+            trial.report(choose_best(scores), epoch + 1)  # the best, so that a dip does not end it
+            store_progress()
+            is_hopeless = bool(trial.should_prune())
+            is_pruned = is_hopeless and not is_profile(trial)  # profiles are judged by their race
+            return is_pruned or (limit is not None and epoch + 1 >= limit) or self.is_time_over()
 
+        def end(state: str, score: float | None = None, reason: str = "") -> None:
+            store_progress()
+            end_trial(self.study, self.task.folder, trial.number, state, score, reason)
+
+        settings = {**self.task.fixed, **self._draw_settings(trial)}
+        store_progress()
         try:
-            score = self.train(settings, folder, watch, notes)
+            best = self.train(settings, find_trial_folder(self.task.folder, trial.number), watch, progress)
         except KeyboardInterrupt:
-            trial.set_user_attr("paused", True)
+            store_progress(paused=True)
             raise
         except ValueError as error:
-            self._store_end(trial, notes, before + perf_counter() - start)
-            end_trial(self.study, self.task.folder, number, "FAIL", reason=format_one_line(error))
+            end("FAIL", reason=format_one_line(error))
             return
-        self._store_end(trial, notes, before + perf_counter() - start)
-        if score is not None:
-            end_trial(self.study, self.task.folder, number, "COMPLETE", score)
-        elif pruned:
-            end_trial(self.study, self.task.folder, number, "PRUNED")
+        if best is not None:
+            end("COMPLETE", best)
+        elif is_pruned:
+            end("PRUNED")
         else:
-            trial.set_user_attr("paused", True)
-
-    def _store_end(self, trial: Any, notes: Mapping[str, Any], seconds: float) -> None:
-        _store_notes(trial, {**notes, "seconds": round(seconds, 1), "commit": self.commit})
-
-
-def _store_notes(trial: Any, notes: Mapping[str, Any]) -> None:
-    before = trial.user_attrs
-    for key, value in notes.items():
-        if key not in before or before[key] != value:
-            trial.set_user_attr(key, value)
+            store_progress(paused=True)
 
 
 def judge_profiles(study: "optuna.Study", task: SearchTask) -> Standing:
@@ -307,7 +328,7 @@ def estimate_final_seconds(study: "optuna.Study", length: RunLength) -> float:
     best = find_best_trial(study)
     if best is None:
         return 0.0
-    return estimate_run_seconds(best.user_attrs, best.state.name == "COMPLETE", length)
+    return estimate_run_seconds(get_progress(best), best.state.name == "COMPLETE", length)
 
 
 def is_profile(trial: Any) -> bool:
@@ -334,14 +355,24 @@ def check_failures(trials: Sequence["optuna.trial.FrozenTrial"]) -> None:
     raise UserError(f"study: {len(failed)} of {len(ended)} trials failed, the last one: {reason}")
 
 
-def suggest_setting(trial: "optuna.Trial", key: str, search_range: Range) -> Any:
-    """A value of a list, or a number of a range; a whole number if all of the range are."""
+def make_distribution(search_range: Range) -> Any:
+    """Optuna's distribution of a list or of a range; of whole numbers if all of the range are."""
     if isinstance(search_range, list):
-        return trial.suggest_categorical(key, search_range)
+        return optuna.distributions.CategoricalDistribution(search_range)
     for name in ("low", "high", "step"):
         if type(search_range.get(name, 1)) is not int:
-            return trial.suggest_float(key, **search_range)
-    return trial.suggest_int(key, **search_range)
+            return optuna.distributions.FloatDistribution(**search_range)
+    return optuna.distributions.IntDistribution(**search_range)
+
+
+def suggest_setting(trial: "optuna.Trial", key: str, search_range: Range) -> Any:
+    """A value of a list, or a number of a range; a whole number if all of the range are."""
+    distribution = make_distribution(search_range)
+    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        return trial.suggest_categorical(key, distribution.choices)
+    is_whole = isinstance(distribution, optuna.distributions.IntDistribution)
+    suggest = trial.suggest_int if is_whole else trial.suggest_float
+    return suggest(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
 
 def _narrow_range(search_range: Range, value: Any) -> Range:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from m2rec.errors import UserError
 from m2rec.experiments.search import SearchTask, check_failures
 from m2rec.experiments.search_view import SearchView
-from m2rec.experiments.study import end_trial, find_study_file
+from m2rec.experiments.study import end_trial, find_study_file, get_progress
 from m2rec.storage import lock_path
 
 if TYPE_CHECKING:
@@ -146,8 +146,8 @@ class SearchPool:
 
 
 def _is_in_work(trial: Any, worker: WorkerProcess) -> bool:
-    notes = trial.user_attrs
-    return bool(notes.get("worker") == worker.pid and not notes.get("paused"))
+    progress = get_progress(trial)
+    return bool(progress.get("worker") == worker.pid and not progress["paused"])
 
 
 def _describe_death(folder: Path, index: int, worker: WorkerProcess) -> str:

@@ -12,11 +12,12 @@ from m2rec.experiments.study import (
     count_states,
     find_best_trial,
     get_best_score,
+    get_progress,
     is_maximized,
     log_trial,
     rank_trials,
 )
-from m2rec.experiments.trial_tables import format_setting
+from m2rec.experiments.trial_tables import describe_state, format_setting
 
 if TYPE_CHECKING:
     import optuna
@@ -117,7 +118,7 @@ def format_live_table(study: "optuna.Study", task: SearchTask, metric: str, stat
     rows = [("trial", "state", "epochs", metric, "seconds", "from", "settings")]
     for trial in [*running, *best][: max(MAX_LINES, len(running))]:
         score = get_best_score(trial, maximize)
-        notes = trial.user_attrs
+        notes = {**trial.user_attrs, **get_progress(trial)}
         rows.append(
             (
                 str(trial.number),
@@ -135,13 +136,6 @@ def format_live_table(study: "optuna.Study", task: SearchTask, metric: str, stat
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  ".join([*cells, row[-1]]).rstrip())
     return [*lines, status]
-
-
-def describe_state(trial: Any) -> str:
-    """`complete`, `pruned`, `failed`, `running`, or `paused` for one that no worker is training."""
-    if trial.state.name == "RUNNING":
-        return "paused" if trial.user_attrs.get("paused") else "running"
-    return TRIAL_STATES[trial.state.name]
 
 
 def format_changes(settings: Mapping[str, Any], plain: Mapping[str, Any]) -> str:

@@ -21,6 +21,8 @@ except ModuleNotFoundError:  # check_optuna says how to get it
 logger = logging.getLogger(__name__)
 
 TRIAL_STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}  # those that have ended
+PROGRESS_KEY = "progress"
+"""A trial's note of its seconds, its epochs and who trains it; one note, as each is a write to the disk."""
 
 
 def check_optuna() -> None:
@@ -170,21 +172,25 @@ def find_best_trial(study: "optuna.Study") -> "optuna.trial.FrozenTrial | None":
 
 def log_trial(trial: "optuna.trial.FrozenTrial") -> None:
     """Log a trial that has ended."""
-    state, notes = TRIAL_STATES[trial.state.name], trial.user_attrs
-    settings = format_arguments(notes.get("settings", {}))
-    name = f"{trial.number} ({notes['origin']})" if "origin" in notes else f"{trial.number}"
+    state, notes, progress = TRIAL_STATES[trial.state.name], trial.user_attrs, get_progress(trial)
+    text = f"{trial.number} ({notes['origin']}) {state}" if "origin" in notes else f"{trial.number} {state}"
+    if settings := format_arguments(notes.get("settings", {})):
+        text += f", {settings}"
     if state == "failed":
-        logger.warning("trial %s failed, %s: %s", name, settings, notes.get("reason", "stopped"))
+        logger.warning("trial %s: %s", text, notes.get("reason", "stopped"))
         return
     logger.info(
-        "trial %s %s, %s: %.4f after %s epochs, %s s",
-        name,
-        state,
-        settings,
+        "trial %s: %.4f after %s epochs, %s s",
+        text,
         trial.value,
-        notes["trained_epochs"],
-        notes["seconds"],
+        progress.get("trained_epochs", "some"),
+        progress["seconds"],
     )
+
+
+def get_progress(trial: Any) -> dict[str, Any]:
+    """`worker`, `paused`, `commit`, `seconds`, `trained_epochs`, `best_epoch`, `parameters`, as far as known."""
+    return dict(trial.user_attrs.get(PROGRESS_KEY, {}))
 
 
 def count_states(study: "optuna.Study") -> str:

@@ -12,6 +12,7 @@ from m2rec.experiments.study import (
     count_states,
     format_arguments,
     get_best_score,
+    get_progress,
     is_maximized,
     rank_trials,
 )
@@ -34,7 +35,7 @@ def format_trials_csv(trials: Iterable["optuna.trial.FrozenTrial"], searched: It
             "trial": trial.number,
             "state": TRIAL_STATES.get(trial.state.name, "running"),
             "value": trial.value,
-            **trial.user_attrs,
+            **get_progress(trial),
         }
         for key, value in trial.user_attrs.get("settings", {}).items():
             row[key] = format_value(value)
@@ -75,16 +76,30 @@ def format_trial_table(
     for trial in trials:
         row = {
             "trial": trial.number,
-            **({"from": trial.user_attrs["origin"]} if "origin" in trial.user_attrs else {}),
+            **_describe_origin(trial),
             metric: f"{get_best_score(trial, maximize):.4f}",
-            "trained_epochs": trial.user_attrs["trained_epochs"],
-            "best_epoch": trial.user_attrs["best_epoch"],
+            "trained_epochs": get_progress(trial).get("trained_epochs", ""),
+            "best_epoch": get_progress(trial).get("best_epoch", ""),
         }
         settings = trial.user_attrs["settings"]
         for key in keys:
             row[key] = format_setting(settings[key]) if key in settings else ""
         rows.append(row)
     return str(pd.DataFrame(rows).to_string(index=False))
+
+
+def _describe_origin(trial: "optuna.trial.FrozenTrial") -> dict[str, str]:
+    """What a trial of a search around profiles started from, and how it ended."""
+    if "origin" not in trial.user_attrs:
+        return {}
+    return {"from": trial.user_attrs["origin"], "state": describe_state(trial)}
+
+
+def describe_state(trial: "optuna.trial.FrozenTrial") -> str:
+    """`complete`, `pruned`, `failed`, `running`, or `paused` for one that no worker is training."""
+    if trial.state.name == "RUNNING":
+        return "paused" if get_progress(trial).get("paused") else "running"
+    return TRIAL_STATES[trial.state.name]
 
 
 def format_setting(value: Any) -> str:
