@@ -1,6 +1,5 @@
 """The engine of a search, with a training that is a formula: the race, the draws, the end, failures."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ pytest.importorskip("optuna")
 import optuna
 
 from m2rec.errors import UserError
+from m2rec.experiments import search, search_budget
 from m2rec.experiments.race import Runner, judge_race
 from m2rec.experiments.search import (
     SearchTask,
@@ -34,7 +34,7 @@ from m2rec.experiments.search_space import RULES, Choices, Factor, SpaceAround, 
 from m2rec.experiments.study import check_same_settings, get_progress, make_halving_pruner, open_study
 
 Settings = dict[str, Any]
-PLAIN = {"learning_rate": 0.001, "dropout_prob": 0.4, "mixer": "mamba2", "weight_decay": 0.0}
+PLAIN: Settings = {"learning_rate": 0.001, "dropout_prob": 0.4, "mixer": "mamba2", "weight_decay": 0.0}
 RULES_HERE = {
     "learning_rate": Factor(4, high=0.05),
     "dropout_prob": Steps(0.1, 2, low=0.0, high=0.8),
@@ -204,22 +204,27 @@ def test_two_workers_share_a_search(tmp_path: Path):
     assert len(set(keys)) == len(keys)  # no epoch was trained twice
 
 
-def test_the_end_of_the_time_leaves_the_final_run_its_share(tmp_path: Path):
-    """An epoch takes 0.05 s, a run of 12 epochs 0.6 s: of 1.5 s about 0.9 are for the trials."""
-    task = make_task(tmp_path, trials=None, deadline=Deadline(time.time() + 1.5))
+def test_the_end_of_the_time_leaves_the_final_run_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An epoch takes 1 s, a run 12 s: of 60 s about 48 are for the trials."""
+    clock = [0.0]
+    monkeypatch.setattr(search_budget, "time", lambda: clock[0])
+    monkeypatch.setattr(search, "perf_counter", lambda: clock[0])
+
+    def tick(settings: Settings, epoch: int) -> None:
+        clock[0] += 1.0
+
+    task = make_task(tmp_path, trials=None, deadline=Deadline(60.0))
     study = start(task)
-    began = time.time()
-    run_trials(study, task, Formula(before_epoch=lambda settings, epoch: time.sleep(0.05)))
-    seconds = time.time() - began
-    reserved = estimate_final_seconds(study, task.length)
-    assert seconds < 1.5 and seconds + reserved > 1.2
-    paused = [t for t in study.trials if t.state.name == "RUNNING"]
-    assert paused and all(get_progress(t)["paused"] for t in paused)
-    best = find_best_trial(study).user_attrs["settings"]
-    task = replace(task, deadline=Deadline(time.time() + 1.0))
-    run_trials(study, task, Formula())  # more time continues with those
-    assert Formula.height(find_best_trial(study).user_attrs["settings"]) >= Formula.height(best)
-    assert [t.number for t in study.trials if t.state.name == "RUNNING"] != [t.number for t in paused]
+    run_trials(study, task, Formula(before_epoch=tick))
+    stopped_at = clock[0]
+    assert 60 <= stopped_at + estimate_final_seconds(study, task.length) <= 61
+    (paused,) = (t for t in study.trials if t.state.name == "RUNNING")
+    assert get_progress(paused)["paused"] and get_progress(paused)["trained_epochs"] >= 1
+    run_trials(study, task, Formula(before_epoch=tick))  # the time is over
+    assert clock[0] == stopped_at
+    run_trials(study, replace(task, deadline=Deadline(90.0)), Formula(before_epoch=tick))
+    assert study.trials[paused.number].state.name != "RUNNING"  # more time continues with that trial
+    assert 90 <= clock[0] + estimate_final_seconds(study, task.length) <= 91
 
 
 def test_failures_are_counted_and_the_search_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -189,7 +189,7 @@ def log_trial(trial: "optuna.trial.FrozenTrial") -> None:
 
 
 def get_progress(trial: Any) -> dict[str, Any]:
-    """`worker`, `paused`, `commit`, `seconds`, `trained_epochs`, `best_epoch`, `parameters`, as far as known."""
+    """`worker`, `paused`, `commit`, `seconds`, `trained_epochs`, `best_epoch`, `parameters`, if known."""
     return dict(trial.user_attrs.get(PROGRESS_KEY, {}))
 
 
