@@ -76,7 +76,7 @@ def run_search(
 def _search(setup: "SearchSetup", budget: Budget, started_at: float) -> "optuna.Study":
     """Run trials until the budget is used up; trials of earlier starts count."""
     from m2rec.commands.search_worker import start_worker
-    from m2rec.experiments import search_pool, study, trial_tables
+    from m2rec.experiments import search, search_pool, study, trial_tables
     from m2rec.experiments.search_view import SearchView
     from m2rec.storage import write_text
 
@@ -86,7 +86,8 @@ def _search(setup: "SearchSetup", budget: Budget, started_at: float) -> "optuna.
         used = float(opened.user_attrs.get(search_pool.SECONDS_KEY, 0.0))
         task = replace(task, deadline=Deadline(started_at + budget.seconds - used))
     logger.info("search: %s, %s; trials are in %s", _describe_start(opened), budget, task.folder)
-    if float(opened.user_attrs.get(_DONE_KEY, 0.0)) < (budget.seconds or float("inf")):
+    is_used_up = float(opened.user_attrs.get(_DONE_KEY, 0.0)) >= (budget.seconds or math.inf)
+    if not is_used_up and not search.is_all_done(opened, task):
         is_live = bool(setup.config["show_progress"]) and sys.stderr.isatty()
         view = SearchView(sys.stderr, is_live, task, budget, setup.config["valid_metric"])
 

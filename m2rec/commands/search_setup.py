@@ -78,9 +78,7 @@ def plan_search(given: Mapping[str, Any], budget: Budget) -> SearchSetup:
     """
     config = build_config(given, CONFIG_PATH)
     if epochs := getattr(config.model_class, "fixed_settings", {}).get("epochs"):
-        raise UserError(
-            f"search: {config['variant']} is not trained (epochs: {epochs}), so nothing is searched"
-        )
+        raise UserError(f"search: {config['variant']} always has epochs: {epochs}, nothing can be searched")
     user_keys = set(collect_user_values(given, CONFIG_PATH))
     dataset, loaders = check_data(config)
     if config.model_settings:
@@ -96,8 +94,8 @@ def plan_search(given: Mapping[str, Any], budget: Budget) -> SearchSetup:
         budget = Budget(min(budget.trials or len(profiles), len(profiles)), budget.seconds)
     _log_choices(profiles, space, plain, user_keys)
     gpus, threads = _share_machine(config, user_keys, budget)
-    first_epochs = math.ceil(_FIRST_TARGETS / loaders.train.dataset.n_targets)
-    first_epochs = max(min(first_epochs, _MAX_FIRST_EPOCHS, plain["epochs"]), plain["eval_step"])
+    first_epochs = min(math.ceil(_FIRST_TARGETS / loaders.train.dataset.n_targets), _MAX_FIRST_EPOCHS)
+    first_epochs = max(min(first_epochs, plain["epochs"] // 4), plain["eval_step"])
     task = SearchTask(
         folder=Path(config["runs_dir"]) / "search" / _name_search(config, given, user_keys, profiles, space),
         fixed={**given, **_TRIAL_SETTINGS},

@@ -152,18 +152,13 @@ class _Worker:
                 with claim.locks:
                     self.run_trial(claim)
                 gc.collect()
-            elif self.is_all_done():
+            elif is_all_done(self.study, self.task):
                 return
             else:
                 sleep(_WAIT_SECONDS)
 
     def is_time_over(self) -> bool:
         return self.task.deadline.is_over(estimate_final_seconds(self.study, self.task.length))
-
-    def is_all_done(self) -> bool:
-        """Whether no trial is left that this worker could take later."""
-        trials = self.study.get_trials(deepcopy=False)
-        return self._has_all_trials(trials) and all(trial.state.name != "RUNNING" for trial in trials)
 
     def claim_trial(self) -> _Claim | None:
         """Lock a trial that was left, or a new one; None if there is none now.
@@ -183,16 +178,12 @@ class _Worker:
                 limit = standing.limits.get(trial.number)
                 if (claim := self._lock_trial(trial, limit)) is not None:
                     return claim
-        if self._has_all_trials(trials):
+        if has_all_trials(trials, self.task):
             return None
         is_profile_next = any(trial.state.name == "WAITING" for trial in trials)
         if self.may_wait and not standing.is_decided and not is_profile_next:
             return None
         return self._start_trial(trials, standing)
-
-    def _has_all_trials(self, trials: Sequence["optuna.trial.FrozenTrial"]) -> bool:
-        n_started = sum(trial.state.name != "WAITING" for trial in trials)
-        return self.task.trials is not None and n_started >= self.task.trials
 
     def _lock_trial(self, trial: Any, limit: int | None = None) -> _Claim | None:
         """A trial that was started and that no process is training; None if one is."""
@@ -308,6 +299,18 @@ class _Worker:
             end("PRUNED")
         else:
             store_progress(paused=True)
+
+
+def has_all_trials(trials: Sequence["optuna.trial.FrozenTrial"], task: SearchTask) -> bool:
+    """Whether as many trials have begun as there should be."""
+    n_begun = sum(trial.state.name != "WAITING" for trial in trials)
+    return task.trials is not None and n_begun >= task.trials
+
+
+def is_all_done(study: "optuna.Study", task: SearchTask) -> bool:
+    """Whether all trials have ended."""
+    trials = study.get_trials(deepcopy=False)
+    return has_all_trials(trials, task) and all(trial.state.name != "RUNNING" for trial in trials)
 
 
 def judge_profiles(study: "optuna.Study", task: SearchTask) -> Standing:

@@ -88,13 +88,14 @@ class SearchView:
         logger.info("race, round %s: %s %s", standing.rounds, ", ".join(left), verb)
 
     def _describe(self, study: "optuna.Study", seconds: float) -> str:
-        """Such as `3 complete, 4 pruned, 0 failed, 2 running; best 0.1293; 14m 2s of 30m`."""
+        """Such as `search, 14m 2s of 30m: best 0.1293; 3 complete, 4 pruned, 0 failed, 2 running`."""
         trials = study.get_trials(deepcopy=False)
         n_running = sum(trial.state.name == "RUNNING" for trial in trials)
-        text = f"search: {count_states(study)}, {n_running} running"
-        if best := find_best_trial(study):
-            text += f"; best {self.metric} {get_best_score(best, is_maximized(study)):.4f}"
-        return f"{text}; {format_duration(seconds)} of {self.budget}"
+        best = find_best_trial(study)
+        score = None if best is None else get_best_score(best, is_maximized(study))
+        shown = "" if score is None else f"best {score:.4f}; "
+        counts = f"{count_states(study)}, {n_running} running"
+        return f"search, {format_duration(seconds)} of {self.budget}: {shown}{counts}"
 
     def _draw(self, lines: Sequence[str]) -> None:
         self._erase()
