@@ -40,12 +40,15 @@ class Role(Enum):
     )  # fmt: skip
     # how the network is trained, and on which rows
     TRAINING = (
-        "MAX_ITEM_LIST_LENGTH", "average_epochs", "clip_grad_norm", "compile", "enable_amp", "eval_step",
-        "learner", "learning_rate", "reproducibility", "rows", "shuffle", "train_batch_size", "weight_decay",
+        "MAX_ITEM_LIST_LENGTH", "auto", "average_epochs", "average_targets", "clip_grad_norm", "compile",
+        "decay_per_epoch", "enable_amp", "eval_step", "learner", "learning_rate", "reproducibility", "rows",
+        "shuffle", "targets_per_step", "train_batch_size", "weight_decay",
     )  # fmt: skip
-    LENGTH = ("epochs", "stopping_step")
+    LENGTH = ("epochs", "patience_targets", "stopping_step")
     # where the text vectors come from; a run stores a hash of the vectors themselves
     TEXT_SOURCE = ("text_encoder", "text_vectors")
+    # how a trained model recommends unless it is told otherwise
+    SERVING = ("exclude_seen",)
     METRICS = ("metric_decimal_place", "metrics", "topk")
     DEFINITION = ("metric_definitions",)
     # where files are
@@ -74,6 +77,14 @@ def collect_keys(*roles: Role) -> frozenset[str]:
 
 # keys that affect where and how a run executes, not its result
 MACHINE_KEYS = collect_keys(Role.FOLDER, Role.LOCAL, Role.START, Role.MACHINE)
+
+# keys that hold for data of any size, and the key that each is turned into once the training rows are counted
+SCALE_FREE_KEYS = {
+    "decay_per_epoch": "weight_decay",
+    "targets_per_step": "train_batch_size",
+    "average_targets": "average_epochs",
+    "patience_targets": "stopping_step",
+}
 
 
 class KeyValues(Protocol):
@@ -148,6 +159,8 @@ Text = Annotated[str, Field(min_length=1)]
 Size = Annotated[int, Field(ge=1, le=262_144)]
 Repeats = Annotated[int, Field(ge=1, le=1_000)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+OptionalCount = Annotated[int, Field(ge=0, le=2**53)]
+"""0: not used."""
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, lt=float("inf"))]
@@ -176,6 +189,15 @@ class Settings(CheckedModel):
             UserError: a value has the wrong type or lies outside its range, or two don't fit together.
         """
         return cls(**{key: values[key] for key in cls.model_fields if key in values})
+
+    def replace(self, values: Mapping[str, Any]) -> Self:
+        """These settings with other values for the keys that they have; all other keys are ignored.
+
+        Raises:
+            UserError: as `read`.
+        """
+        own = {key: value for key, value in values.items() if key in type(self).model_fields}
+        return type(self)(**{**self.model_dump(), **own}) if own else self
 
 
 class ModelSettings(Settings):
@@ -212,6 +234,7 @@ class ModelSettings(Settings):
     negative_sampling: Literal["uniform", "popularity"] = "uniform"
     gbce_t: Annotated[float, Field(ge=0, le=1)] = 0.75
     compile: bool | Literal["auto"] = Field("auto", description="auto, True or False")
+    exclude_seen: bool | Literal["auto"] = Field(True, description="auto, True or False")
 
     @model_validator(mode="after")
     def _check_text_and_loss(self) -> Self:
@@ -251,6 +274,9 @@ class ModelSettings(Settings):
         return self.text_vectors != "none" and (self.text_in_sequence or self.text_in_table)
 
 
+MAX_LENGTH = 1_000_000
+
+
 class RunSettings(Settings):
     """The keys of a run that both RecBole and this project read, whatever the model."""
 
@@ -258,13 +284,16 @@ class RunSettings(Settings):
     dataset: Text = "ml-100k"
     data_path: Text = "dataset"
     runs_dir: Text = "runs"
+    auto: bool = True
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 2020
     rows: Literal["dense", "prefix"] = "dense"
     time_order: Literal["exact", "recbole"] = "exact"
     split: Literal["leave_one_out", "global_time"] = "leave_one_out"
     valid_from: Share = 0.8
     test_from: Share = 0.9
-    MAX_ITEM_LIST_LENGTH: Annotated[int, Field(ge=1, le=1_000_000)] = 50
+    MAX_ITEM_LIST_LENGTH: Annotated[int, Field(ge=1, le=MAX_LENGTH)] | Literal["auto"] = Field(
+        50, description=f"auto or a whole number from 1 to {MAX_LENGTH}"
+    )
     epochs: Count = 200
     stopping_step: Annotated[int, Field(ge=0, le=2**31 - 1)] = 10
     eval_step: Count = 1
@@ -273,7 +302,11 @@ class RunSettings(Settings):
     eval_batch_size: Count = 256
     learning_rate: Annotated[float, Field(gt=0, lt=float("inf"))] = 0.001
     weight_decay: Weight = 0.0
+    decay_per_epoch: Rate = 0.0
+    targets_per_step: OptionalCount = 0
     average_epochs: Weight = 0.0
+    average_targets: OptionalCount = 0
+    patience_targets: OptionalCount = 0
     learner: Literal["adam", "adamw", "sgd", "adagrad", "rmsprop"] = "adam"
     shuffle: bool = True
     worker: Annotated[int, Field(ge=0, le=1_000)] = 0
@@ -297,6 +330,18 @@ class RunSettings(Settings):
             )
         return self
 
+    @property
+    def max_length(self) -> int:
+        """MAX_ITEM_LIST_LENGTH as a number, which it is once the data has been loaded.
+
+        Raises:
+            UserError: it is still `auto`.
+        """
+        length = self.MAX_ITEM_LIST_LENGTH
+        if isinstance(length, str):
+            raise UserError(f"MAX_ITEM_LIST_LENGTH: {length!r} is only for new runs; set a number")
+        return length
+
 
 _MAX_LOW_PASS_LENGTH = 10_000
 
@@ -310,9 +355,10 @@ def check_key_combination(model: ModelSettings, run: RunSettings) -> None:
             "filter: 'low_pass' sees the future and can't be trained with rows: 'dense'; "
             "set rows: prefix, or filter: causal"
         )
-    if run.MAX_ITEM_LIST_LENGTH > _MAX_LOW_PASS_LENGTH:
+    length = run.MAX_ITEM_LIST_LENGTH
+    if isinstance(length, int) and length > _MAX_LOW_PASS_LENGTH:
         raise UserError(
-            f"MAX_ITEM_LIST_LENGTH: {run.MAX_ITEM_LIST_LENGTH} is too long for filter: 'low_pass', whose "
+            f"MAX_ITEM_LIST_LENGTH: {length} is too long for filter: 'low_pass', whose "
             f"memory grows with its square; set at most {_MAX_LOW_PASS_LENGTH}, or filter: causal"
         )
 

@@ -100,8 +100,9 @@ def write_vectors() -> Callable[..., Path]:
 
 
 def small(data_path: Path, dataset: str = "toy", **others: object) -> dict[str, object]:
-    """Values for a quick run."""
+    """Values for a quick run; all others are the fixed defaults."""
     return {
+        "auto": False,
         "dataset": dataset,
         "data_path": str(data_path),
         "MAX_ITEM_LIST_LENGTH": 10,

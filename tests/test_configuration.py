@@ -9,10 +9,17 @@ import torch
 
 from m2rec import models
 from m2rec.compat import RECBOLE_FOLDER
-from m2rec.data.shipped import ORIGIN_KEY
+from m2rec.data.shipped import ORIGIN_KEY, RECIPE_KEY
 from m2rec.models.m2rec import M2Rec
 from m2rec.models.registry import find_model_class
-from m2rec.settings import ModelSettings, RunSettings, get_model_settings, get_run_settings
+from m2rec.settings import (
+    SCALE_FREE_KEYS,
+    ModelSettings,
+    RunSettings,
+    get_model_settings,
+    get_run_settings,
+)
+from m2rec.training.automatic_settings import RULE_KEYS
 from m2rec.training.configuration import PROPERTIES_FOLDER, build_config
 from m2rec.training.recbole_keys import DataSettings, LoopSettings
 from m2rec.yaml_values import parse_arguments, read_yaml
@@ -65,8 +72,9 @@ def test_every_shipped_yaml_builds_a_config(path: Path):
     kind = path.parent.name
     given = {"model": path.stem} if kind == "model" else {"dataset": path.stem} if kind == "dataset" else {}
     config = build_config(given)
-    for key, value in read_yaml(path).items():
-        if key not in ("data_path", ORIGIN_KEY):  # RecBole adds the data set's name
+    properties = read_yaml(path)
+    for key, value in {**properties, **properties.get(RECIPE_KEY, {})}.items():
+        if key not in ("data_path", ORIGIN_KEY, RECIPE_KEY):  # RecBole adds the data set's name
             assert config[key] == value, key
 
 
@@ -86,12 +94,15 @@ def test_config_yaml_documents_every_key_of_ours():
     assert set(ModelSettings.keys()) | set(RunSettings.keys()) <= set(active) | set(commented)
 
 
-def test_config_yaml_does_not_silence_the_properties():
-    """An active key would be stronger than any properties file, so none may be in one."""
+def test_config_yaml_does_not_silence_the_properties_nor_the_rule():
+    """An active key would be stronger than any properties file and the rule, so none may be in one."""
     active, _ = documented()
     for path in SHIPPED:
         if path.parent.name in ("dataset", "model"):
-            assert (set(read_yaml(path)) & set(active)) - {"model"} == set(), path
+            properties = read_yaml(path)
+            keys = {*properties, *properties.get(RECIPE_KEY, {})}
+            assert (keys & set(active)) - {"model"} == set(), path
+    assert not {*RULE_KEYS, *SCALE_FREE_KEYS, *SCALE_FREE_KEYS.values(), "learner"} & set(active)
 
 
 def test_mamba4rec_is_m2rec_with_settings():
@@ -268,7 +279,7 @@ def test_own_files_come_before_the_ml_100k_inside_recbole(tmp_path: Path):
     assert "dataset_example" in build_config({"data_path": str(tmp_path)})["data_path"]
     own = tmp_path / "ml-100k" / "ml-100k.inter"
     own.parent.mkdir()
-    own.touch()
+    own.write_text("user_id:token\titem_id:token\ttimestamp:float\n")
     assert build_config({"data_path": str(tmp_path)})["data_path"] == str(own.parent)
 
 

@@ -139,7 +139,10 @@ def test_a_conversation(folder: Path, said: pytest.CaptureFixture[str], monkeypa
         (["--history", "i1", "--data-path=x"], "--data-path requires --user"),
         (["--history", "i1", "--dataset=x"], "--dataset requires --all-users"),
         (["--all-users"], "--output requires --input or --all-users, and they require --output"),
-        (["--interactive", "--keep-seen"], "--interactive can't be combined with --keep-seen or"),
+        (
+            ["--interactive", "--keep-seen"],
+            "--interactive can't be combined with --keep-seen, --exclude-seen or",
+        ),
         (
             ["--history", "i1", "--output", "a.parquet"],
             "--output requires --input or --all-users, and they require --output",

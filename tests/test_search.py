@@ -87,7 +87,7 @@ class Formula:
 def make_task(tmp_path: Path, trials: int | None = 12, **others: Any) -> SearchTask:
     folder = tmp_path / "searches" / "one"
     task = SearchTask(folder, {"epochs": 12}, SpaceAround(RULES_HERE), PLAIN, trials, startup_trials=4)
-    return replace(task, first_epochs=2, length=RunLength(12, 3), **others)
+    return replace(task, first_epochs=2, plain={**PLAIN, "epochs": 12, "stopping_step": 3}, **others)
 
 
 def start(task: SearchTask, profiles: Mapping[str, Settings] = PROFILES) -> optuna.Study:
@@ -217,14 +217,14 @@ def test_the_end_of_the_time_leaves_the_final_run_its_share(tmp_path: Path, monk
     study = start(task)
     run_trials(study, task, Formula(before_epoch=tick))
     stopped_at = clock[0]
-    assert 60 <= stopped_at + estimate_final_seconds(study, task.length) <= 61
+    assert 60 <= stopped_at + estimate_final_seconds(study, task) <= 61
     (paused,) = (t for t in study.trials if t.state.name == "RUNNING")
     assert get_progress(paused)["paused"] and get_progress(paused)["trained_epochs"] >= 1
     run_trials(study, task, Formula(before_epoch=tick))  # the time is over
     assert clock[0] == stopped_at
     run_trials(study, replace(task, deadline=Deadline(90.0)), Formula(before_epoch=tick))
     assert study.trials[paused.number].state.name != "RUNNING"  # more time continues with that trial
-    assert 90 <= clock[0] + estimate_final_seconds(study, task.length) <= 91
+    assert 90 <= clock[0] + estimate_final_seconds(study, task) <= 91
 
 
 def test_failures_are_counted_and_the_search_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -23,13 +23,14 @@ import optuna
 
 import run_mm
 from m2rec.commands.profiles import PROFILES
-from m2rec.commands.search_setup import choose_profiles, plan_search
+from m2rec.commands.search_setup import plan_search
 from m2rec.experiments.search import SearchTask, enqueue_profiles
 from m2rec.experiments.search_budget import Budget
 from m2rec.experiments.search_pool import SearchPool
 from m2rec.experiments.search_space import SpaceAround
 from m2rec.experiments.search_view import SearchView
 from m2rec.experiments.study import get_progress, make_halving_pruner, open_study
+from m2rec.settings import SCALE_FREE_KEYS
 from m2rec.storage import lock_path
 from m2rec.training.configuration import build_config
 from m2rec.training.data_cache import DataCache
@@ -85,13 +86,14 @@ def test_a_search_ends_with_the_run_of_the_best(searched: tuple[Path, list[str],
     assert metrics["test"] and metrics["parameters"] == get_progress(winner)["parameters"]
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert winner.user_attrs["settings"].items() <= config.items() and "search" not in config
+    assert config["auto"] is False
     line = (run / "config.yaml").read_text().splitlines()[1]
     assert line.startswith(f"# settings of trial {winner.number} of {folder}/runs/search/M2Rec-toy-")
     assert "python run_mm.py" in line and "--search=7" in line
     assert out[1] == f"{sum(t.state.name == 'COMPLETE' for t in study.trials)} complete, " + ", ".join(
         [f"{sum(t.state.name == 'PRUNED' for t in study.trials)} pruned", "0 failed; on validation:"]
     )
-    assert f"trial {winner.number} wins: python run_mm.py" in "\n".join(out)
+    assert f"trial {winner.number} wins: " in "\n".join(out)
     assert len(study.trials) == 7 and any("race, round 1" in line for line in err)
 
 
@@ -244,32 +246,47 @@ def plan(toy: Path, **others: object) -> Any:
     return plan_search(given, Budget(trials=50))
 
 
-def test_profiles_that_are_the_same_here_race_once(toy: Path):
-    """No history is longer than 50: 200 makes no difference."""
-    assert list(plan(toy).profiles) == [name for name in PROFILES if name != "long histories"]
+def test_profiles_become_plain_settings(toy: Path):
+    """Steps of 1,500 targets, and a share of the weights that an epoch takes, as numbers of these data."""
+    setup = plan(toy, auto=False)
+    assert list(setup.profiles) == [name for name in PROFILES if name not in ("defaults", "long histories")]
+    assert setup.profiles["plain"] == {}
+    rare = setup.profiles["rare items"]
+    assert rare["hidden_size"] == 128 and rare["learner"] == "adamw" and rare["train_batch_size"] == 28
+    # an epoch is one step, whose learning rate times the decay is the share of an epoch
+    assert rare["learning_rate"] * rare["weight_decay"] == pytest.approx(0.16, rel=1e-3)
+    assert not set(SCALE_FREE_KEYS) & {key for profile in setup.profiles.values() for key in profile}
+
+
+def test_longer_histories_are_tried_where_there_are_any(toy: Path):
     rows = [("u", f"i{k % 9}", k) for k in range(300)] + [("v", f"i{k % 9}", k) for k in range(300)]
     write_inter(toy, "long", rows)
-    setup = plan(toy, dataset="long")
-    assert setup.profiles == PROFILES
+    setup = plan(toy, dataset="long", auto=False)
+    assert setup.profiles["long histories"] == {"MAX_ITEM_LIST_LENGTH": 200, "train_batch_size": 16}
     assert setup.task.space.make_ranges(setup.task.plain)["MAX_ITEM_LIST_LENGTH"] == [50, 200]
 
 
+def test_the_plain_run_is_what_the_data_say(toy: Path):
+    """`auto` is settled before the search, so that a trial differs from it in its own keys alone."""
+    setup = plan(toy)
+    assert setup.task.plain["train_batch_size"] != 64 and setup.base["auto"] is False
+    for key in ("train_batch_size", "stopping_step", "MAX_ITEM_LIST_LENGTH"):
+        assert setup.task.fixed[key] == setup.task.plain[key]
+
+
 def test_a_profile_gives_way_to_the_user(toy: Path):
-    profiles = plan(toy, learning_rate=0.1, filter="causal", gate="softmax").profiles
-    assert not any({"learning_rate", "filter", "gate"} & set(profile) for profile in profiles.values())
-    assert "mean of branches" not in profiles  # nothing is left of it
+    profiles = plan(toy, learning_rate=0.1, train_batch_size=8, filter="causal", gate="softmax").profiles
+    for profile in profiles.values():
+        assert not {"learning_rate", "train_batch_size", "filter", "gate"} & set(profile)
+    assert "no filter, mean" not in profiles  # nothing is left of it
 
 
 def test_a_profile_that_does_not_fit_is_left_out(toy: Path, caplog: pytest.LogCaptureFixture):
-    """2 * 128 is no multiple of 96."""
+    """Those with decay need adamw."""
     caplog.set_level("INFO")
-    assert list(plan(toy, head_dim=96, expand=3).profiles) == [
-        *("plain", "rare items", "much data", "small data", "mean of branches")
-    ]
-    given = {"dataset": "toy", "data_path": str(toy), "gpu_id": "", "head_dim": 96, "expand": 1}
-    chosen = choose_profiles(given, {"model": "M2Rec", "MAX_ITEM_LIST_LENGTH": 50}, {"head_dim", "expand"}, 9)
-    assert chosen == {}
-    assert "profile rare items is left out: head_dim: 96 does not divide expand * hidden_size" in caplog.text
+    profiles = plan(toy, auto=False, learner="sgd").profiles
+    assert not {"rare items", "rare items with text"} & set(profiles) and "much data" in profiles
+    assert "search: profile rare items is left out: decay_per_epoch: 0.16 needs learner: adamw" in caplog.text
 
 
 def test_other_keys_are_another_search(toy: Path):

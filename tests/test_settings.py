@@ -60,6 +60,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("negatives_shared", 0, "a whole number from 1 to "),
     ("n_negatives", 0, "a whole number from 1 to "),
     ("compile", "yes", "auto, True or False"),
+    ("exclude_seen", "no", "auto, True or False"),
 ]
 
 
@@ -88,6 +89,12 @@ def test_every_model_key_has_a_wrong_value_above():
         ("weight_decay", -1),
         ("MAX_ITEM_LIST_LENGTH", "abc"),
         ("MAX_ITEM_LIST_LENGTH", 0),
+        ("MAX_ITEM_LIST_LENGTH", "automatic"),
+        ("auto", "yes"),
+        ("decay_per_epoch", 1),
+        ("targets_per_step", -1),
+        ("average_targets", 1.5),
+        ("patience_targets", None),
         ("seed", -1),
         ("rows", "all"),
         ("time_order", "stable"),
@@ -152,7 +159,10 @@ def test_the_lists_of_keys():
         "scan_backend", "show_progress", "state", "tensorboard", "use_gpu", "worker",
     }  # fmt: skip
     assert machine == MACHINE_KEYS
-    lasting = {"epochs", "metric_definitions", "stopping_step", "text_encoder", "text_vectors"}
+    lasting = {
+        "epochs", "exclude_seen", "metric_definitions", "patience_targets", "stopping_step", "text_encoder",
+        "text_vectors",
+    }  # fmt: skip
     assert machine | lasting == provenance._RESUME_OVERRIDES
     assert set(RESUME_KEYS) == {"eval_batch_size", "gpu_id", "use_gpu", "show_progress", "state"}
     assert set(NON_SETTING_KEYS) == {"dataset", "seed", "data_path", "runs_dir"}

@@ -8,6 +8,7 @@ The data are 200 users of ml-100k with their item text, or a data set of --data-
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,7 @@ def make_run(options: argparse.Namespace, run: str, commit: str | None) -> Path:
 
 
 def train_model(tree: Path, options: argparse.Namespace, run: str, runs: Path) -> Path:
+    knows_auto = re.search(r"^# auto: ", (tree / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     command = [
         sys.executable,
         "run_mm.py",
@@ -98,6 +100,7 @@ def train_model(tree: Path, options: argparse.Namespace, run: str, runs: Path) -
         f"--epochs={options.epochs}",
         f"--runs_dir={runs}",
         "--show_progress=false",
+        *(["--auto=false"] if knows_auto else []),
         *RUNS[run],
         *options.keys.split(),
     ]

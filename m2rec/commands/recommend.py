@@ -1,7 +1,8 @@
 """Recommend items by a trained run: python scripts/recommend.py runs/NAME --history TOKEN ...
 
 The history is item tokens, oldest first: apart, or between quotes with spaces between them. With
---user=ID it is the whole history of that user in the run's data set. Items of the history are left out.
+--user=ID it is the whole history of that user in the run's data set. Items of the history are left out if the
+run's key exclude_seen says so.
 --interactive takes titles from the keyboard and shows how the ranking changes. --input=FILE ranks after
 every history of a CSV or Parquet file with the columns user and history, into the Parquet file --output;
 --all-users does so for all users of the run's data set, or of --dataset, each after the whole history,
@@ -46,7 +47,7 @@ def answer_request(options: argparse.Namespace) -> None:
 
 def write_rankings(options: argparse.Namespace, recommender: "Recommender") -> int:
     """Rank for many users into a file; returns their number."""
-    exclude_seen = not options.keep_seen
+    exclude_seen = choose_exclude_seen(options)
     if options.input:
         return recommender.recommend_file(
             options.input,
@@ -71,9 +72,14 @@ def rank_items(options: argparse.Namespace, recommender: "Recommender") -> str:
     else:
         history = read_user_history(options.run, options.user, options.data_path)
     ranking = recommender.recommend(
-        history, options.k, exclude_seen=not options.keep_seen, skip_unknown=options.skip_unknown
+        history, options.k, choose_exclude_seen(options), skip_unknown=options.skip_unknown
     )
     return format_as_json(ranking) if options.json else format_as_table(history, ranking, recommender.titles)
+
+
+def choose_exclude_seen(options: argparse.Namespace) -> bool | None:
+    """What --keep-seen and --exclude-seen say; None leaves it to the run."""
+    return not options.keep_seen if options.keep_seen or options.exclude_seen else None
 
 
 def split_tokens(texts: Sequence[str], recommender: "Recommender") -> list[str]:
@@ -124,7 +130,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--output", metavar="FILE", help="for --input and --all-users: Parquet file with user, items, scores")
     add("-k", type=int, default=10, help="how many; default: 10")
-    add("--keep-seen", action="store_true", help="also recommend items of the history")
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument("--keep-seen", action="store_true", help="also recommend items of the history")
+    seen.add_argument("--exclude-seen", action="store_true", help="leave out the items of the history")
     add("--skip-unknown", action="store_true", help="skip items that are unknown to the run")
     add("--json", action="store_true", help="a list of objects with item, score and title")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
@@ -148,5 +156,5 @@ def check_option_combinations(options: argparse.Namespace, parser: Parser) -> No
         parser.error("--data-path requires --user or --all-users")
     if options.dataset and not options.all_users:
         parser.error("--dataset requires --all-users")
-    if options.interactive and (options.keep_seen or options.skip_unknown):
-        parser.error("--interactive can't be combined with --keep-seen or --skip-unknown")
+    if options.interactive and (options.keep_seen or options.exclude_seen or options.skip_unknown):
+        parser.error("--interactive can't be combined with --keep-seen, --exclude-seen or --skip-unknown")

@@ -165,7 +165,7 @@ def _check_outcome(opened: "optuna.Study", setup: "SearchSetup", budget: Budget)
     progress = study.get_progress(best)
     epoch = progress["seconds"] / progress["trained_epochs"]
     rounds = epoch * setup.task.first_epochs * len(setup.profiles) / setup.n_workers
-    total = 2 * (rounds + search.estimate_final_seconds(opened, setup.task.length))
+    total = 2 * (rounds + search.estimate_final_seconds(opened, setup.task))
     raise UserError(
         f"{text}: {n_trained} of them have trained an epoch, which takes {format_duration(epoch)}; the "
         f"same command with more time, such as --search={math.ceil(total / 60)}m, resumes"
@@ -183,8 +183,9 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
     winner = find_best_trial(opened)
     assert winner is not None
     print(format_search_summary(opened, setup.config["valid_metric"]))
-    settings = {**setup.given, **winner.user_attrs["settings"]}
-    print(f"trial {winner.number} wins: python run_mm.py {format_arguments(settings)}", flush=True)
+    settings = {**setup.base, **winner.user_attrs["settings"]}
+    changes = format_arguments(winner.user_attrs["settings"]) or "the plain run"
+    print(f"trial {winner.number} wins: {changes}", flush=True)
     comment = f"settings of trial {winner.number} of {setup.task.folder}: {command}"
     before = _find_run(
         Path(setup.config["runs_dir"]), f"settings of trial {winner.number} of {setup.task.folder}:"

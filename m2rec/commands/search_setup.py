@@ -17,14 +17,16 @@ import torch
 from m2rec.commands.profiles import PLAIN, PROFILES
 from m2rec.commands.trials import CONFIG_PATH, check_data
 from m2rec.compat import Config
+from m2rec.data.dataset import HistoryDataset
 from m2rec.errors import UserError
 from m2rec.experiments.search import SearchTask
-from m2rec.experiments.search_budget import Budget, RunLength
+from m2rec.experiments.search_budget import Budget
 from m2rec.experiments.search_space import RULES, Choices, SpaceAround, build_space
-from m2rec.settings import MACHINE_KEYS
+from m2rec.settings import MACHINE_KEYS, SCALE_FREE_KEYS
 from m2rec.text.source import ensure_text_vectors
 from m2rec.training.configuration import build_config, collect_user_values, resolve_settings
 from m2rec.training.provenance import hash_training_data
+from m2rec.training.settling import resolve_scale_free_keys
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,8 @@ class SearchSetup:
 
     config: Config
     """Of the plain run."""
-    given: dict[str, Any]
-    """The keys of the command line."""
+    base: dict[str, Any]
+    """Keys that make the plain run, without asking the data."""
     task: SearchTask
     profiles: dict[str, dict[str, Any]]
     data_hash: str
@@ -79,81 +81,110 @@ def plan_search(given: Mapping[str, Any], budget: Budget) -> SearchSetup:
     config = build_config(given, CONFIG_PATH)
     if epochs := getattr(config.model_class, "fixed_settings", {}).get("epochs"):
         raise UserError(f"search: {config['variant']} always has epochs: {epochs}, nothing can be searched")
-    user_keys = set(collect_user_values(given, CONFIG_PATH))
+    user_values = collect_user_values(given, CONFIG_PATH)
     dataset, loaders = check_data(config)
     if config.model_settings:
         ensure_text_vectors(config, dataset.item_tokens[1:])  # once, not in each worker
-    plain = resolve_settings(config)
-    histories = dataset.histories
-    length = int(np.quantile(histories.end - histories.start, _COVERED_SHARE))
-    profiles = choose_profiles(given, plain, user_keys, length)
-    space = build_space(plain["model"] == _M2REC, plain, profiles.values(), user_keys)
+    plain = resolve_settings(config)  # `load_data` has settled what depends on the data
+    own = {key: value for key, value in user_values.items() if key in MACHINE_KEYS}
+    base = {**plain, **own, "auto": False}
+    profiles = {PLAIN: dict[str, Any]()}
+    if plain["model"] == _M2REC:
+        profiles = choose_profiles(base, set(user_values), dataset, loaders.train.dataset)
+    space = build_space(plain["model"] == _M2REC, plain, profiles.values(), user_values)
     if not space.make_ranges(plain):
         if len(profiles) == 1:
             raise UserError(f"search: {plain['model']} has no key to search that you have not set yourself")
         budget = Budget(min(budget.trials or len(profiles), len(profiles)), budget.seconds)
-    _log_choices(profiles, space, plain, user_keys)
-    gpus, threads = _share_machine(config, user_keys, budget)
+    _log_choices(profiles, space, plain, user_values)
+    gpus, threads = _share_machine(config, user_values, budget)
     first_epochs = min(math.ceil(_FIRST_TARGETS / loaders.train.dataset.n_targets), _MAX_FIRST_EPOCHS)
     first_epochs = max(min(first_epochs, plain["epochs"] // 4), plain["eval_step"])
     task = SearchTask(
-        folder=Path(config["runs_dir"]) / "search" / _name_search(config, given, user_keys, profiles, space),
-        fixed={**given, **_TRIAL_SETTINGS},
+        folder=Path(config["runs_dir"]) / "search" / _name_search(config, user_values),
+        fixed={**base, **_TRIAL_SETTINGS},
         space=space,
         plain=plain,
         trials=budget.trials,
-        length=RunLength(plain["epochs"], plain["stopping_step"] * plain["eval_step"]),
         seed=plain["seed"],
         first_epochs=first_epochs,
         startup_trials=len(profiles),
         is_maximized=bool(config["valid_metric_bigger"]),
     )
     data_hash = hash_training_data(dataset, loaders)
-    return SearchSetup(config, dict(given), task, profiles, data_hash, gpus, threads)
+    return SearchSetup(config, base, task, profiles, data_hash, gpus, threads)
 
 
 def choose_profiles(
-    given: Mapping[str, Any], plain: Mapping[str, Any], user_keys: Collection[str], history_length: int
+    base: Mapping[str, Any], user_keys: Collection[str], dataset: HistoryDataset, train: HistoryDataset
 ) -> dict[str, dict[str, Any]]:
-    """The profiles that differ from each other for this user and these data.
+    """What each profile changes in the plain run, in plain keys; one that changes nothing new is left out.
 
     Args:
-        given: the keys of the command line.
-        plain: all settings of the plain run.
+        base: keys that make the plain run.
         user_keys: what the user has set, which no profile changes.
-        history_length: nearly all histories are at most that long.
+        dataset: with rows.
+        train: its training part.
     """
-    if plain["model"] != _M2REC:
-        return {PLAIN: {}}
     chosen: dict[str, dict[str, Any]] = {}
     for name, profile in PROFILES.items():
-        settings = {key: value for key, value in profile.items() if key not in user_keys}
-        longest = settings.get("MAX_ITEM_LIST_LENGTH", 0)
-        if longest > plain["MAX_ITEM_LIST_LENGTH"] >= history_length:
-            del settings["MAX_ITEM_LIST_LENGTH"]
-        if any({**plain, **settings} == {**plain, **other} for other in chosen.values()):
-            continue
         try:
-            build_config({**given, **settings}, CONFIG_PATH)
+            settings = _resolve_profile(profile, base, user_keys, train)
         except ValueError as error:
-            logger.info("profile %s is left out: %s", name, error)
+            logger.info("search: profile %s is left out: %s", name, error)
             continue
-        chosen[name] = settings
+        if _adapt_length(settings, base, user_keys, dataset) and settings not in chosen.values():
+            chosen[name] = settings
     return chosen
 
 
-def _name_search(
-    config: Config,
-    given: Mapping[str, Any],
-    user_keys: Collection[str],
-    profiles: Mapping[str, dict[str, Any]],
-    space: SpaceAround,
-) -> str:
+def _resolve_profile(
+    profile: Mapping[str, Any], base: Mapping[str, Any], user_keys: Collection[str], train: HistoryDataset
+) -> dict[str, Any]:
+    """The plain keys in which a profile differs from the plain run.
+
+    Raises:
+        ValueError: it does not go together with what the user has set.
+    """
+    values = dict(base)
+    for key, value in profile.items():
+        plain_key = SCALE_FREE_KEYS.get(key, key)
+        if key not in user_keys and plain_key not in user_keys:
+            values.pop(plain_key, None)
+            values[key] = value
+    if values["decay_per_epoch"] and "learner" not in user_keys:
+        values["learner"] = "adamw"
+    config = build_config(values, CONFIG_PATH)
+    resolved = resolve_settings(config)
+    resolved |= resolve_scale_free_keys(config.run_settings, len(train), train.n_targets)
+    settings = {}
+    for key, value in resolved.items():
+        if key not in SCALE_FREE_KEYS and value != base.get(key):
+            settings[key] = float(f"{value:.4g}") if type(value) is float else value
+    return settings
+
+
+def _adapt_length(
+    settings: dict[str, Any], base: Mapping[str, Any], user_keys: Collection[str], dataset: HistoryDataset
+) -> bool:
+    """Whether histories are long enough for a profile's length; its steps then keep their targets."""
+    length, plain_length = settings.get("MAX_ITEM_LIST_LENGTH", 0), base["MAX_ITEM_LIST_LENGTH"]
+    if length <= plain_length:
+        return True
+    histories = dataset.histories
+    assert histories is not None
+    if np.quantile(histories.end - histories.start, _COVERED_SHARE) <= plain_length:
+        return False
+    if "train_batch_size" not in user_keys:
+        batch_size = settings.get("train_batch_size", base["train_batch_size"])
+        settings["train_batch_size"] = max(1, round(batch_size * plain_length / length))
+    return True
+
+
+def _name_search(config: Config, user_values: Mapping[str, Any]) -> str:
     """The same for the same command, another one where other keys are set or searched."""
-    values = collect_user_values(given, CONFIG_PATH)
-    fixed = {key: values[key] for key in sorted(user_keys) if key not in MACHINE_KEYS}
-    text = json.dumps([fixed, profiles, sorted(space.rules), repr(space)], default=str)
-    digest = sha256(text.encode()).hexdigest()[:6]
+    fixed = {key: user_values[key] for key in sorted(user_values) if key not in MACHINE_KEYS}
+    digest = sha256(json.dumps([fixed, PROFILES, repr(RULES)], default=str).encode()).hexdigest()[:6]
     return f"{config['variant']}-{config['dataset']}-{digest}"
 
 

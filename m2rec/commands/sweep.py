@@ -5,7 +5,8 @@ results/NAME.csv. Runs are made in parallel: one per GPU, or --jobs at a time, w
 A sweep can be stopped at any time: runs in the CSV are not made again, and a run that was cut off is
 resumed from its last checkpoint. Several sweeps of one file may run side by side; each run is made by one
 of them. A run whose settings in the file have changed is made again. If a default has changed in the code,
-delete the rows that no longer hold and their run folders.
+delete the rows that no longer hold and their run folders. What the file leaves open is as for run_mm.py
+--auto=false.
 
 --only, --datasets and --seeds choose among the runs. --again repeats runs that results/NAME.csv has, keeps
 their rows in runs/sweeps/again/NAME.csv, and shows both results.

@@ -16,9 +16,9 @@ FILE.yaml:
       warmup_epochs: 5           # never in its first 5 epochs,
       startup_trials: 5          # nor before 5 trials are complete. Without `pruner` none is stopped.
 
-study, trials and search must be there. What the file leaves open is as for run_mm.py: config.yaml, then
-the defaults. The first ten trials are random, the others Optuna's TPE; with one worker the same file and
-seed give the same trials.
+study, trials and search must be there. What the file leaves open is as for run_mm.py --auto=false:
+config.yaml, then the defaults. The first ten trials are random, the others Optuna's TPE; with one worker the
+same file and seed give the same trials.
 
 A trial is a run without its test, so no test row is scored. Its value is valid_metric at the best epoch,
 of a pruned one at its best so far. Settings that are refused, or that diverge, are a failed trial, and the

@@ -6,7 +6,7 @@ and line), how ties in time are ordered, and how many rows carry the training ta
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from m2rec.compat import Config, FeatureSource, FeatureType, Interaction, SeqSam
 from m2rec.data import download, inter_file, shipped
 from m2rec.data.dominant import describe_dominant_entity
 from m2rec.data.histories import NO_TARGET, Histories, shift_targets, split_by_time
+from m2rec.data.max_length import choose_max_length
 from m2rec.data.time_statistics import count_per_period, count_tied_times, measure_gap_quartiles
 from m2rec.errors import UserError
 from m2rec.settings import get_run_settings
@@ -48,9 +49,12 @@ class HistoryDataset(SequentialDataset):
             None where no user has two.
         histories: each user's items in order.
         item_vectors: text vectors by item id, `text.vector_file.TextVectors`, or None; set by training.
+        on_rows: called by `build` with the data set and its training part, before there are any loaders; set
+            by training, which settles the keys that depend on the number of rows.
     """
 
     item_vectors: Any
+    max_item_list_len: Any  # "auto" until the histories are known, then a number
     inter_feat: Any  # a DataFrame while it is filtered, an Interaction once there are rows
 
     def __init__(self, config: Config) -> None:
@@ -68,6 +72,7 @@ class HistoryDataset(SequentialDataset):
         self.n_tied = 0
         self.gap_quartiles: tuple[float, float, float] | None = None
         self.histories: Histories | None = None
+        self.on_rows: Callable[[HistoryDataset, HistoryDataset], None] | None = None
         # set by RecBole's hooks: each user's interactions before validation and within it (`global_time`),
         # and the row after the last one of each part
         self._period_counts: tuple[np.ndarray, np.ndarray] | None = None
@@ -269,7 +274,6 @@ class HistoryDataset(SequentialDataset):
         that stock RecBole gives that target. Windows end at the last training target and go back
         in steps of L, so that each training target is at one position of one row.
         """
-        self._aug_presets()
         self.sort(by=[self.uid_field, self.time_field], ascending=True)
         users = self.inter_feat[self.uid_field].numpy()
         items = self.inter_feat[self.iid_field].numpy()
@@ -278,9 +282,22 @@ class HistoryDataset(SequentialDataset):
             n_train, n_valid = (counts[histories.users] for counts in self._period_counts)
             histories.split = split_by_time(histories.start, histories.end, n_train, n_valid)
         self.histories = histories
+        self._settle_max_length(histories)
+        self._aug_presets()  # which reads the length
         targets, starts = self._locate_targets(histories)
         self._part_ends = np.cumsum([len(part) for part in targets])
         self.inter_feat = self._build_rows(np.concatenate(targets), np.concatenate(starts))
+
+    def _settle_max_length(self, histories: Histories) -> None:
+        """Replace `MAX_ITEM_LIST_LENGTH: auto` by a number, before there are rows of this length."""
+        if self.max_item_list_len != "auto":
+            return
+        lengths = histories.training_lengths
+        if not len(lengths):  # which `build` reports
+            lengths = np.ones(1)
+        n_prefix_rows = 0 if self.is_dense else histories.n_training_targets
+        self.max_item_list_len = choose_max_length(lengths, n_prefix_rows)
+        self.config["MAX_ITEM_LIST_LENGTH"] = self.max_item_list_len
 
     def _locate_targets(self, histories: Histories) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Positions of the targets and of their users' first items, for training, validation and test."""
@@ -360,7 +377,8 @@ class HistoryDataset(SequentialDataset):
             return self._built_parts
         self._change_feat_format()
         self._drop_unused_col()
-        parts = []
+        on_rows, self.on_rows = self.on_rows, None  # the parts, which are copies, may go to other processes
+        parts: list[HistoryDataset] = []
         start = 0
         for name, stop in zip(PARTS, self._part_ends.tolist(), strict=True):
             part = self.copy(self.inter_feat[start:stop])
@@ -378,6 +396,8 @@ class HistoryDataset(SequentialDataset):
                 f"history and an item after test_from; lower it, or set split: leave_one_out"
             )
         self._built_parts = parts
+        if on_rows is not None:
+            on_rows(self, parts[0])
         return parts
 
     def counter(self, column: str) -> Counter[int]:

@@ -131,8 +131,44 @@ class Histories:
 
     def count_training_targets(self, n_items: int) -> np.ndarray:
         """How often each item is a target of training, (n_items,)."""
-        first = np.maximum(self.start + 1, self.split.train_start)
-        return self._count_training_items(first, n_items)
+        return self._count_training_items(self._first_training_targets, n_items)
+
+    @property
+    def n_training_targets(self) -> int:
+        """How many targets training has."""
+        return int(np.maximum(self.split.train_stop - self._first_training_targets, 0).sum())
+
+    @property
+    def training_lengths(self) -> np.ndarray:
+        """Items in training of each history that has a training target."""
+        lengths: np.ndarray = self.split.train_stop - self.start
+        return lengths[lengths >= 2]
+
+    def measure_returning_share(self, max_histories: int) -> float:
+        """The share of the targets of training and validation that their user had before.
+
+        Args:
+            max_histories: of more histories as many as this are looked at, evenly spread.
+        """
+        chosen = slice(None, None, -(-len(self.start) // max_histories))
+        start = self.start[chosen]
+        stop = np.maximum(self.split.train_stop, self.split.targets["valid"] + 1)[chosen]
+        first_target = self._first_training_targets[chosen]
+        lengths = stop - start
+        positions = concatenate_ranges(start, lengths)
+        history = np.repeat(np.arange(len(start)), lengths)
+        is_target = positions >= first_target[history]
+        n_items = self.items.max(initial=0) + 1
+        _, first = np.unique(history * n_items + self.items[positions], return_index=True)
+        is_returning = np.ones(len(positions), dtype=bool)
+        is_returning[first] = False
+        return float(is_returning[is_target].mean()) if is_target.any() else 0.0
+
+    @property
+    def _first_training_targets(self) -> np.ndarray:
+        """(m,), position of each history's first training target, if there is one."""
+        first: np.ndarray = np.maximum(self.start + 1, self.split.train_start)
+        return first
 
     def _count_training_items(self, first: np.ndarray, n_items: int) -> np.ndarray:
         """How often each item is in the intervals [first, train_stop)."""

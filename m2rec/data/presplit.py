@@ -97,6 +97,7 @@ class PresplitDataset(HistoryDataset):
             "items": len(np.unique(all_items)),
             "interactions": len(frame),
         }
+        self._settle_max_length(self.histories)
         for column in list(frame):
             if column.endswith(self.config["LIST_SUFFIX"]):
                 frame[column] = [values[-self.max_item_list_len :] for values in frame[column]]

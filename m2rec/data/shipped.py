@@ -1,7 +1,8 @@
 """Settings and text vectors that are shipped with the project for some data sets.
 
 A name is not enough: a user's own data called `ml-100k` must not get the text vectors of its films. The
-key `belongs_to` of `properties/dataset/NAME.yaml` describes the data set.
+key `belongs_to` of `properties/dataset/NAME.yaml` describes the data set. Its key `recipe` has the best
+known settings of M2Rec there; its other keys hold for every model.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from m2rec.settings import PROPERTIES_FOLDER
 
 SHIPPED_FOLDER = PROPERTIES_FOLDER / "dataset"
 ORIGIN_KEY = "belongs_to"
+RECIPE_KEY = "recipe"
 
 
 class InterColumns(NamedTuple):

@@ -67,7 +67,6 @@ class SearchTask:
     trials: int | None = None
     """How many in all, over all workers; None: as many as the time allows."""
     deadline: Deadline = field(default_factory=Deadline)
-    length: RunLength = field(default_factory=lambda: RunLength(2**31, 0))
     seed: int = 2020
     first_epochs: int = 1
     """Of the race of the profiles."""
@@ -158,7 +157,7 @@ class _Worker:
                 sleep(_WAIT_SECONDS)
 
     def is_time_over(self) -> bool:
-        return self.task.deadline.is_over(estimate_final_seconds(self.study, self.task.length))
+        return self.task.deadline.is_over(estimate_final_seconds(self.study, self.task))
 
     def claim_trial(self) -> _Claim | None:
         """Lock a trial that was left, or a new one; None if there is none now.
@@ -258,7 +257,7 @@ class _Worker:
         """Train until the end of the trial, its pause, or the end of the time; store the outcome."""
         trial = claim.trial
         limit = claim.limit
-        if limit is not None and limit >= self.task.length.epochs:
+        if limit is not None and limit >= get_run_length(trial, self.task).epochs:
             limit = None  # the last epoch ends the trial, it need not pause there
         choose_best = max if is_maximized(self.study) else min
         scores = list(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values.values())
@@ -326,12 +325,19 @@ def judge_profiles(study: "optuna.Study", task: SearchTask) -> Standing:
     return judge_race(runners, task.first_epochs)
 
 
-def estimate_final_seconds(study: "optuna.Study", length: RunLength) -> float:
+def estimate_final_seconds(study: "optuna.Study", task: SearchTask) -> float:
     """How long the run of the best settings will take, as `estimate_run_seconds` says; 0 before any score."""
     best = find_best_trial(study)
     if best is None:
         return 0.0
-    return estimate_run_seconds(get_progress(best), best.state.name == "COMPLETE", length)
+    return estimate_run_seconds(get_progress(best), best.state.name == "COMPLETE", get_run_length(best, task))
+
+
+def get_run_length(trial: Any, task: SearchTask) -> RunLength:
+    """What decides how long a run of a trial's settings is trained."""
+    values = {"epochs": 2**31, "stopping_step": 0, "eval_step": 1, **task.plain}
+    values.update(trial.user_attrs.get("settings", {}))
+    return RunLength(values["epochs"], values["stopping_step"] * values["eval_step"])
 
 
 def is_profile(trial: Any) -> bool:

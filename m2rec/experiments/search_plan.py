@@ -90,7 +90,8 @@ class SearchPlan(CheckedModel):
         if "trials" in stronger:
             content["trials"] = stronger.pop("trials")
         if isinstance(content["fixed"], dict):
-            content["fixed"] = {**content["fixed"], **stronger}
+            # without auto, trials differ in the searched keys alone
+            content["fixed"] = {"auto": False, **content["fixed"], **stronger}
         try:
             plan = cls(**{str(key): value for key, value in content.items()})
             for key, drawn in plan.search.items():
@@ -107,7 +108,7 @@ def _check_search_space(key: str, drawn: Any, fixed: Mapping[str, Any]) -> None:
         raise UserError(f"search: {key} is fixed too, to {fixed[key]!r}; remove one of them")
     if key in _NOT_SEARCHABLE:
         raise UserError(f"search: {key} changes what is measured; fix it, and make a study for each value")
-    if key in MACHINE_KEYS:
+    if key in MACHINE_KEYS or key in collect_keys(Role.SERVING):
         raise UserError(f"search: {key} changes no result; fix it, or leave it out")
     if isinstance(drawn, dict):
         try:

@@ -101,8 +101,7 @@ def check_same_settings(study: "optuna.Study", settings: Mapping[str, Any], cure
     if before is None:
         study.set_user_attr("settings", now)
         return
-    for key in {**before, **now}:
-        old = before.get(key)
+    for key, old in before.items():  # a key that is newer than the study is not compared
         new = now.get(key)
         if old != new:
             raise UserError(f"study: {study.study_name!r} was started with {key}: {old}, not {new}; {cure}")

@@ -194,7 +194,8 @@ class SweepRunner:
         if status == CANNOT_RESUME_STATUS:
             _remove_earlier_runs(folder)
             write_text(settings_file, settings)
-            values = {"dataset": planned.dataset, **planned.keys, "seed": planned.seed}
+            # rows are compared by their keys, so what they leave open must have one meaning: fixed defaults
+            values = {"dataset": planned.dataset, "auto": False, **planned.keys, "seed": planned.seed}
             values["runs_dir"] = str(folder.resolve())
             if self.options.data_path:
                 values["data_path"] = str(Path(self.options.data_path).resolve())

@@ -104,7 +104,7 @@ class Recommender:
         self,
         history: Iterable[str],
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         skip_unknown: bool = False,
@@ -117,7 +117,7 @@ class Recommender:
         Args:
             history: item tokens, oldest first.
             k: how many; fewer are returned where there are fewer.
-            exclude_seen: leave out the history's own items.
+            exclude_seen: leave out the history's own items; None: as the run's key `exclude_seen` says.
             candidates: choose from these items only; from all by default.
             exclude: leave out these items too; unknown tokens are ignored.
             skip_unknown: skip unknown tokens in history and candidates.
@@ -133,7 +133,7 @@ class Recommender:
         self,
         histories: Iterable[Iterable[str]],
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         skip_unknown: bool = False,
@@ -153,7 +153,7 @@ class Recommender:
         histories: str | Path,
         output: str | Path,
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         skip_unknown: bool = False,
         progress: bool = False,
     ) -> int:
@@ -182,7 +182,7 @@ class Recommender:
         histories: Iterable[tuple[str, Iterable[str]]],
         output: str | Path,
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         skip_unknown: bool = False,
         source: str = "histories",
     ) -> int:
@@ -303,7 +303,7 @@ class Recommender:
         self,
         sessions: Sequence["Session"],
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
     ) -> list[Ranking]:
@@ -410,7 +410,7 @@ class Recommender:
     def _parse_options(
         self,
         k: int,
-        exclude_seen: bool,
+        exclude_seen: bool | None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         warnings: InputWarnings | None = None,
@@ -420,6 +420,8 @@ class Recommender:
         candidate_ids = None
         if candidates is not None:
             candidate_ids = self._to_sorted_ids(candidates, warnings, "candidates")
+        if exclude_seen is None:  # a run of before the key did
+            exclude_seen = self.config.get("exclude_seen") is not False
         return RankingOptions(k, exclude_seen, excluded_ids, candidate_ids)
 
     def _to_sorted_ids(
@@ -467,7 +469,7 @@ class Session:
     def recommend(
         self,
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
     ) -> Ranking:

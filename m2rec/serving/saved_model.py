@@ -91,7 +91,7 @@ def read_saved_model(folder: Path, device: torch.device) -> SavedModel:
     if "id_embedding.weight" not in state:
         raise UserError(f"{folder}: model: {config.get('model')!r} is not made of M2Rec's parts")
     settings = ModelSettings.read(config).model_copy(update={"scan_backend": "auto"})  # that of this machine
-    length = RunSettings.read(config).MAX_ITEM_LIST_LENGTH
+    length = RunSettings.read(config).max_length
     encoder = Encoder(settings, len(tokens), length, state.get("vectors")).to(device)
     try:
         encoder.load_state_dict(state)
@@ -136,7 +136,7 @@ def build_saved_model(
         item_counts=tuple(counts),
         popularity_order=1 + torch.tensor(counts[1:]).argsort(descending=True, stable=True),
         config=config,
-        max_length=RunSettings.read(config).MAX_ITEM_LIST_LENGTH,
+        max_length=RunSettings.read(config).max_length,
         text_mean=text_mean,
         text_basis=text_basis,
         text_source=dict(text_source),

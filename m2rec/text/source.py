@@ -89,6 +89,18 @@ def load_text_vectors(config: Config, path: Path | None, id_tokens: Sequence[str
     return text
 
 
+def has_item_text(config: Config) -> bool:
+    """Whether a run has text vectors, or a text to make them from.
+
+    Raises:
+        ValueError: a file was named and does not exist, or the item file can't be read.
+    """
+    settings = get_model_settings(config)
+    if find_vector_file(config) is not None:
+        return True
+    return settings.uses_text and settings.text_encoder != "none" and _get_item_file(config).is_file()
+
+
 def ensure_text_vectors(config: Config, tokens: Sequence[str]) -> Path | None:
     """Find the text-vector file of a run; if `text_vectors: auto` finds none, make it with `text_encoder`.
 

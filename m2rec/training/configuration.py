@@ -7,7 +7,7 @@ variant (`m2rec/properties/`), RecBole's own defaults.
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from m2rec.models.registry import Model, find_model_class
 from m2rec.ops import resolve_backend
 from m2rec.settings import (
     PROPERTIES_FOLDER,
+    SCALE_FREE_KEYS,
     ModelSettings,
     Role,
     RunSettings,
     check_key_combination,
     collect_keys,
 )
+from m2rec.training.automatic_settings import RULE_KEYS
 from m2rec.training.recbole_keys import (
     DataSettings,
     LoopSettings,
@@ -78,11 +80,19 @@ class RunConfig(Config):
     run_settings: RunSettings
     model_settings: ModelSettings | None
     """None for a model that is not made of M2Rec's parts."""
+    open_keys: frozenset[str]
+    """The keys that the rule of `auto` chooses once the data is loaded."""
+    recipe_name: str
+    """The data set whose shipped recipe is used; empty without one."""
 
-    def settle(self, key: str, value: Any) -> None:
-        """Replace what `auto` has left open; `resolve_settings` then gives the answer."""
-        self.external_config_dict[key] = value
-        self[key] = value
+    def settle(self, values: Mapping[str, Any]) -> None:
+        """Replace what was left open; `resolve_settings` then gives the answer."""
+        self.external_config_dict.update(values)
+        for key, value in values.items():
+            self[key] = value
+        self.run_settings = self.run_settings.replace(values)
+        if self.model_settings is not None:
+            self.model_settings = self.model_settings.replace(values)
 
     def _load_cmd_line(self) -> dict[str, Any]:
         return {}
@@ -119,12 +129,19 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     name = str({**RunSettings.defaults(), **user_values}["model"])
     variant = _read_properties("model", name)
     model = find_model_class(str(variant.get("model", name)))
-    values = _merge_values(model, {**variant, **user_values})
+    is_plain = name == model.__name__
+    values, recipe, set_keys = _merge_values(model, {} if is_plain else variant, user_values)
     values.update(model=model.__name__, variant=name, **getattr(model, "fixed_settings", {}))
     _add_derived_defaults(values, model)
+    _add_auto_values(values, model, set_keys)
     run, settings = _check_values(values, model)
     config = RunConfig(model=model, dataset=values["dataset"], config_dict=values)
     config.run_settings, config.model_settings = run, settings
+    follows_rule = run.auto and is_plain and settings is not None and recipe is None
+    config.open_keys = _list_open_keys(values, set_keys) if follows_rule else frozenset()
+    if values.get("exclude_seen") == "auto":
+        config.open_keys |= {"exclude_seen"}
+    config.recipe_name = "" if recipe is None else values["dataset"]
     if settings:
         resolve_backend(settings.scan_backend, config["device"], has_native=settings.mixer == "mamba")
     unused_keys = sorted(set(user_values) - collect_model_keys(model))
@@ -133,8 +150,14 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     return config
 
 
-def _merge_values(model: Model, strong: Mapping[str, Any]) -> dict[str, Any]:
-    """All values: defaults, properties, and those of the user and of the model's variant.
+def _merge_values(
+    model: Model, variant: Mapping[str, Any], user_values: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any] | None, frozenset[str]]:
+    """All values: defaults, properties, and those of the model's variant and of the user.
+
+    Returns:
+        The values; the recipe that is shipped for the data set, None without one or if it is not used; and
+        the keys that the data set, the variant or the user has set.
 
     Raises:
         UserError: a key is unknown.
@@ -144,11 +167,62 @@ def _merge_values(model: Model, strong: Mapping[str, Any]) -> dict[str, Any]:
         del defaults[key]
     if settings_class := getattr(model, "settings_class", None):
         defaults |= settings_class.defaults()
-    weak = {**defaults, **_read_properties("model", model.__name__)}
-    values = {**weak, **_read_dataset_properties({**weak, **strong}), **strong}
+    weak = _merge_layers(defaults, _read_properties("model", model.__name__))
+    strong = _merge_layers(variant, user_values)
+    properties = _read_dataset_properties({**weak, **strong})
+    recipe = properties.pop(shipped.RECIPE_KEY, None)
+    if variant or settings_class is None or not {**weak, **strong}["auto"]:
+        recipe = None
+    chosen = _merge_layers(properties, recipe or {}, strong)
+    values = _merge_layers(weak, chosen)
     for key in values:
         _check_known_key(key)
-    return values
+    return values, recipe, frozenset(chosen)
+
+
+def _merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge keys and values, the strongest last; of a scale-free key and its plain key the stronger holds."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged.update(layer)
+        for scale_free, plain in SCALE_FREE_KEYS.items():
+            if plain in layer and scale_free not in layer and merged.get(scale_free):
+                merged[scale_free] = 0
+    return merged
+
+
+def _add_auto_values(values: dict[str, Any], model: Model, set_keys: Collection[str]) -> None:
+    """Add what follows from `auto` and from the scale-free keys.
+
+    Args:
+        values: all values.
+        set_keys: those that are no defaults.
+    """
+    if values["auto"] is True:
+        auto_keys = {"MAX_ITEM_LIST_LENGTH"}
+        if hasattr(model, "settings_class"):
+            auto_keys.add("exclude_seen")
+        values.update(dict.fromkeys(auto_keys - set(set_keys), "auto"))
+    if values["decay_per_epoch"]:
+        if "learner" in set_keys and values["learner"] != "adamw":
+            raise UserError(
+                f"decay_per_epoch: {values['decay_per_epoch']} needs learner: adamw, not "
+                f"{values['learner']}; set that, or use weight_decay"
+            )
+        values["learner"] = "adamw"
+
+
+def _list_open_keys(values: Mapping[str, Any], set_keys: Collection[str]) -> frozenset[str]:
+    """The keys that the rule may choose: none that is set, nor one that a key which is set decides."""
+    closed = set(set_keys)
+    for scale_free, plain in SCALE_FREE_KEYS.items():
+        if plain in set_keys:
+            closed.add(scale_free)
+    if "learner" in set_keys and values["learner"] != "adamw":
+        closed.add("decay_per_epoch")
+    if "loss_type" in set_keys:
+        closed.add("n_negatives")
+    return RULE_KEYS - closed
 
 
 def _check_values(values: dict[str, Any], model: Model) -> tuple[RunSettings, ModelSettings | None]:
@@ -185,10 +259,11 @@ def resolve_settings(config: Config) -> dict[str, Any]:
 
 def collect_user_values(given: Mapping[str, Any], default_file: Path | None) -> dict[str, Any]:
     """The keys of the config files and the command line, the latter being stronger."""
-    values: dict[str, Any] = {}
-    for path in _list_config_files(given.get("config_files"), default_file):
-        values.update(read_yaml(path))
-    values.update(given)
+    sources = [read_yaml(path) for path in _list_config_files(given.get("config_files"), default_file)]
+    sources.append(dict(given))
+    for source in sources:
+        _check_pairs(source)
+    values = _merge_layers(*sources)
     values.pop("config_files", None)
     if type(values.get("dataset")) is int:  # a name such as 1234, which YAML reads as a number
         values["dataset"] = str(values["dataset"])
@@ -196,6 +271,16 @@ def collect_user_values(given: Mapping[str, Any], default_file: Path | None) -> 
     if isinstance(separator, str):  # a shell does not turn \\t into a tab
         values["field_separator"] = separator.replace(r"\t", "\t")
     return values
+
+
+def _check_pairs(source: Mapping[str, Any]) -> None:
+    """Refuse a scale-free key beside the plain key that it stands for, in one file or command line."""
+    for scale_free, plain in SCALE_FREE_KEYS.items():
+        if source.get(scale_free) and plain in source:
+            raise UserError(
+                f"{scale_free}: {source[scale_free]} and {plain}: {source[plain]} exclude each other; "
+                f"leave one out"
+            )
 
 
 def _list_config_files(named: Any, default_file: Path | None) -> list[Path]:
@@ -235,9 +320,11 @@ def _read_dataset_properties(values: Mapping[str, Any]) -> dict[str, Any]:
     properties = _read_properties("dataset", name)
     properties.pop(shipped.ORIGIN_KEY, None)
     path = find_data_folder(Path(str(values["data_path"])), name) / f"{name}.inter"
-    if not properties or not path.is_file():  # when it is downloaded, `HistoryDataset` compares
+    if not properties or path.is_relative_to(RECBOLE_FOLDER):
         return properties
-    columns = shipped.InterColumns.from_config({**DataSettings.defaults(), **values})
+    if not path.is_file():  # when it is downloaded, `HistoryDataset` compares
+        return properties
+    columns = shipped.InterColumns.from_config(DataSettings.read(values).model_dump())
     if difference := shipped.describe_difference(name, path, columns):
         logger.warning("the settings shipped for %s are not used: %s has %s", name, path, difference)
         return {}

@@ -7,6 +7,7 @@ from m2rec.data.dataset import HistoryDataset
 from m2rec.settings import MACHINE_KEYS, Role, collect_keys
 from m2rec.training.configuration import resolve_settings
 from m2rec.training.run import Loaders, load_data
+from m2rec.training.settling import settle_settings
 
 # keys of training and model that do not change the rows
 _OTHER_KEYS = collect_keys(Role.MODEL, Role.TRAINING, Role.LENGTH, Role.METRICS, Role.DEFINITION) | {
@@ -42,4 +43,5 @@ class DataCache:
         init_seed(config["seed"], config["reproducibility"])
         for part in (self._dataset, *self._parts):
             part.config = config
+        settle_settings(config, self._dataset, self._parts[0])
         return self._dataset, Loaders(*data_preparation(config, self._dataset))

@@ -20,7 +20,7 @@ from m2rec.threads import describe_threads
 from m2rec.training.configuration import resolve_settings
 
 # keys that may differ when a run is resumed
-_RESUME_OVERRIDES = MACHINE_KEYS | collect_keys(Role.LENGTH, Role.DEFINITION, Role.TEXT_SOURCE)
+_RESUME_OVERRIDES = MACHINE_KEYS | collect_keys(Role.LENGTH, Role.DEFINITION, Role.TEXT_SOURCE, Role.SERVING)
 
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
 

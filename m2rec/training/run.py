@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ from m2rec.training.provenance import (
     read_versions,
 )
 from m2rec.training.recbole_keys import check_reranker_size
+from m2rec.training.settling import settle_settings
 from m2rec.training.signals import RunInterrupted, StopRequest
 from m2rec.training.trainer import RunTrainer
 
@@ -217,7 +219,7 @@ def load_run_data(folder: Path, **overrides: Any) -> tuple[Config, HistoryDatase
     Raises:
         ValueError: the data can't be loaded here.
     """
-    keys = {**get_defaults(Role.MACHINE), "use_gpu": False}
+    keys = {**get_defaults(Role.MACHINE), "use_gpu": False, "auto": False}
     keys |= {key: value for key, value in overrides.items() if value is not None}
     config = build_config({"config_files": [str(RunFolder(folder).config_file)], **keys})
     return config, *load_data(config)
@@ -233,6 +235,7 @@ def load_data(config: Config) -> tuple[HistoryDataset, Loaders]:
     dataset_class = PresplitDataset if config["benchmark_filename"] else HistoryDataset
     with _explain_errors(f"dataset: RecBole can't prepare {config['dataset']!r} with these keys"):
         dataset = dataset_class(config)
+        dataset.on_rows = partial(settle_settings, config)
         loaders = Loaders(*data_preparation(config, dataset))
     return dataset, loaders
 
@@ -283,7 +286,7 @@ def _settle_compile(config: Config) -> None:
         return
     choice = resolve_compile(config["compile"], config["device"])
     logger.info("layers %scompiled (%s)", "" if choice.is_compiled else "not ", choice.reason)
-    config.settle("compile", choice.is_compiled)
+    config.settle({"compile": choice.is_compiled})
 
 
 def _load_and_describe_data(config: Config, load: LoadData) -> tuple[HistoryDataset, Loaders, dict[str, int]]:
@@ -350,7 +353,7 @@ def build_resumed_config(folder: Path, machine: Mapping[str, Any]) -> Config:
         if not path.is_file():
             cure = "the run is finished" if files.is_finished else "start a new run"
             raise CannotResume(f"can't resume {folder}: {path.name} is missing; {cure}")
-    given: dict[str, Any] = {**machine, "config_files": [str(files.config_file)]}
+    given: dict[str, Any] = {**machine, "auto": False, "config_files": [str(files.config_file)]}
     if files.read_config().get("text_vectors") == "auto":  # the file of the first start, not a newer one
         given["text_vectors"] = _read_text_file_name(files)
     return build_config(given)

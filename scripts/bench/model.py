@@ -110,6 +110,7 @@ def build_timed_model(name: str, folder: Path, length: int, batch: int, device: 
     values = {
         "dataset": "bench",
         "data_path": str(folder),
+        "auto": False,
         "MAX_ITEM_LIST_LENGTH": length,
         "gpu_id": gpu,
         "train_batch_size": batch,  # BERT4Rec masks every row it loads, one item after the other

@@ -37,7 +37,7 @@ def build_peer(task: Task) -> Peer:
     """The model, with the loader of a run."""
     with tempfile.TemporaryDirectory() as folder:
         _write_dataset(Path(folder), task)
-        config = build_config({"data_path": folder, **_choose_settings(task)})
+        config = build_config({"data_path": folder, "auto": False, **_choose_settings(task)})
         init_seed(0, True)
         dataset = HistoryDataset(config)
         train, *_ = data_preparation(config, dataset)
