@@ -153,15 +153,17 @@ def _check_outcome(opened: "optuna.Study", setup: "SearchSetup", budget: Budget)
     """
     from m2rec.experiments import search, study
 
-    standing = search.judge_profiles(opened, setup.task)
-    trials = opened.get_trials(deepcopy=False)
-    if budget.seconds is None or standing.rounds or any(trial.state.name == "COMPLETE" for trial in trials):
-        return
-    n_trained = sum(bool(trial.intermediate_values) for trial in trials)
-    text = f"search: {budget} did not suffice to compare the {len(setup.profiles)} profiles"
     best = study.find_best_trial(opened)
+    standing = search.judge_profiles(opened, setup.task)
+    is_compared = standing.rounds > 0 or standing.is_decided
+    if budget.seconds is None or (best is not None and (is_compared or best.state.name == "COMPLETE")):
+        return
+    text = f"search: {budget} did not suffice to compare the {len(setup.profiles)} profiles"
+    if len(setup.profiles) == 1:
+        text = f"search: {budget} did not suffice"
     if best is None:
         raise UserError(f"{text}: no epoch was finished; the same command with more time resumes")
+    n_trained = sum(bool(trial.intermediate_values) for trial in opened.get_trials(deepcopy=False))
     progress = study.get_progress(best)
     epoch = progress["seconds"] / progress["trained_epochs"]
     rounds = epoch * setup.task.first_epochs * len(setup.profiles) / setup.n_workers
@@ -174,6 +176,7 @@ def _check_outcome(opened: "optuna.Study", setup: "SearchSetup", budget: Budget)
 
 def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "RunResult":
     """Print the best trials, and make the ordinary run of the best, or finish or reuse an earlier one."""
+    from m2rec.commands.run import RESUME_KEYS
     from m2rec.commands.trials import CONFIG_PATH
     from m2rec.experiments.study import find_best_trial, format_arguments
     from m2rec.experiments.trial_tables import format_search_summary
@@ -195,7 +198,8 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
     if before.is_finished:
         print(f"\nits run was made before: {before.path}; more time or trials continue the search")
         return RunResult(before.path, before.read_metrics())
-    return run_experiment(build_resumed_config(before.path, {}), before.path)
+    machine = {key: setup.base[key] for key in RESUME_KEYS if key in setup.base}
+    return run_experiment(build_resumed_config(before.path, machine), before.path)
 
 
 def _find_run(runs_dir: Path, comment: str) -> Any:
