@@ -65,9 +65,21 @@ class RunFolder:
         """The keys of the run."""
         return read_yaml(self.config_file)
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write config.yaml with the command that repeats the run."""
+    def read_comment(self) -> str:
+        """What `write_config` got as the comment; empty without one."""
+        try:
+            with self.config_file.open(encoding="utf-8") as file:
+                file.readline()  # the command
+                line = file.readline()
+        except (OSError, ValueError):
+            return ""
+        return line[2:].rstrip("\n") if line.startswith("# ") else ""
+
+    def write_config(self, config: Mapping[str, Any], comment: str = "") -> None:
+        """Write config.yaml with the command that repeats the run, and one more line of comment."""
         header = f"# python run_mm.py --config_files={quote(str(self.config_file))} repeats this run\n"
+        if comment:
+            header += f"# {comment}\n"
         content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         write_text(self.config_file, header + content)
 
@@ -78,9 +90,10 @@ class RunFolder:
         counts: Sequence[int],
         titles: Mapping[str, str],
         text_source: Mapping[str, Any],
+        comment: str = "",
     ) -> None:
         """Write what a model needs beside its weights; a file that would be empty is left out."""
-        self.write_config(config)
+        self.write_config(config, comment)
         _write_json(self.items_file, tokens)
         optional = {self.counts_file: counts, self.titles_file: titles, self.text_file: text_source}
         for path, content in optional.items():

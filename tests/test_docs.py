@@ -57,7 +57,7 @@ def test_a_command_is_understood(page: str, command: str, monkeypatch: pytest.Mo
     assert path.is_file(), path
     if path.name == "run_mm.py":
         given = parse_arguments([a for a in arguments if a not in ("[--key=value", "...]", "--key=value")])
-        assert set(given) <= {*collect_known_keys(), "resume", "config_files"}, given
+        assert set(given) <= {*collect_known_keys(), "resume", "search", "config_files"}, given
         return
     if any(word[0] in "[<" for word in arguments):
         return  # a form, not a command

@@ -56,7 +56,7 @@ def test_the_library_sets_nothing():
 
 
 @pytest.mark.parametrize(
-    "name", ["recommend", "evaluate", "embed_items", "new_items", "history_lengths", "tune"]
+    "name", ["recommend", "evaluate", "embed_items", "new_items", "history_lengths", "search_worker", "tune"]
 )
 def test_a_command_prepares_its_threads_before_pytorch_is_loaded(name: str):
     body = ast.parse((ROOT / "m2rec" / "commands" / f"{name}.py").read_text()).body

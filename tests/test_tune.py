@@ -21,15 +21,18 @@ pytest.importorskip("optuna")
 import optuna
 
 import run_mm
-from m2rec.commands import tune, tune_study
+from m2rec.commands import trials as trial_runs
+from m2rec.commands import tune
 from m2rec.experiments import search
+from m2rec.experiments import study as study_module
 from m2rec.experiments.search_plan import SearchPlan
+from m2rec.experiments.study import get_progress
 from m2rec.training.configuration import build_config, collect_known_keys
 from m2rec.training.run import PreparedRun
 from m2rec.yaml_values import parse_arguments
 
 ROOT = Path(__file__).parent.parent
-ATTRIBUTES = {"trained_epochs", "best_epoch", "seconds", "commit", "parameters"}
+PROGRESS = {"trained_epochs", "best_epoch", "seconds", "commit", "parameters", "worker", "paused"}
 Study = Callable[..., tuple[int, str, str]]
 
 
@@ -80,11 +83,11 @@ def test_a_study_from_file_to_table(study: Study, toy: Path):
         (f"{t.value:.4f}" for t in trials(toy)), reverse=True
     )
     for trial in trials(toy):
-        assert set(trial.user_attrs) == ATTRIBUTES
-        assert trial.user_attrs["trained_epochs"] == 2 and trial.user_attrs["parameters"] > 1000
+        assert set(get_progress(trial)) == PROGRESS
+        assert get_progress(trial)["trained_epochs"] == 2 and get_progress(trial)["parameters"] > 1000
         scores = trial.intermediate_values
-        assert trial.value == max(scores.values()) == scores[trial.user_attrs["best_epoch"]]
-    assert trials(toy)[0].user_attrs["parameters"] != trials(toy)[1].user_attrs["parameters"]
+        assert trial.value == max(scores.values()) == scores[get_progress(trial)["best_epoch"] + 1]
+    assert get_progress(trials(toy)[0])["parameters"] != get_progress(trials(toy)[1])["parameters"]
 
 
 def test_the_command_of_the_best_repeats_it(study: Study, toy: Path, capsys: pytest.CaptureFixture[str]):
@@ -95,8 +98,8 @@ def test_the_command_of_the_best_repeats_it(study: Study, toy: Path, capsys: pyt
     metrics = json.loads((folder / "metrics.json").read_text())
     best = max(trials(toy), key=lambda trial: trial.value)
     assert metrics["valid"]["ndcg@10"] == best.value
-    assert metrics["best_epoch"] == best.user_attrs["best_epoch"]
-    assert metrics["parameters"] == best.user_attrs["parameters"]
+    assert metrics["best_epoch"] == get_progress(best)["best_epoch"]
+    assert metrics["parameters"] == get_progress(best)["parameters"]
 
 
 def test_the_test_items_change_nothing(study: Study, toy: Path):
@@ -167,13 +170,13 @@ def test_two_workers_at_once(toy: Path):
     assert len(rows(toy)) == len(done)
 
 
-def test_the_trial_of_a_killed_worker_is_not_counted(study: Study, toy: Path):
+def test_the_trial_of_a_killed_worker_is_resumed(study: Study, toy: Path):
     study("--trials=1")
     backend = optuna.storages.journal.JournalFileBackend(str(toy.parent / "runs" / "tune" / "small.log"))
     optuna.load_study(study_name="small", storage=optuna.storages.JournalStorage(backend)).ask()
     status, out, _ = study("--trials=2")
     assert status == 0 and "2 complete, 0 pruned, 0 failed" in out
-    assert [row["state"] for row in rows(toy)] == ["complete", "running", "complete"]
+    assert [row["state"] for row in rows(toy)] == ["complete", "complete"]
 
 
 def enqueue(toy: Path, drawn: list[dict[str, Any]], **others: Any) -> None:
@@ -181,9 +184,7 @@ def enqueue(toy: Path, drawn: list[dict[str, Any]], **others: Any) -> None:
     path = toy.parent / "enqueued.yaml"
     path.write_text(yaml.safe_dump(settings(toy, **others)))
     plan = SearchPlan.read(path, {}, {"learning_rate", "head_dim"})
-    study = tune_study.open_study(
-        plan, tune_study.find_valid_config(plan), toy.parent / "runs" / "tune" / plan.study
-    )
+    study = study_module.open_study(toy.parent / "runs" / "tune" / plan.study, True, None)
     for values in drawn:
         study.enqueue_trial(values)
 
@@ -197,8 +198,8 @@ def test_a_hopeless_trial_is_pruned(study: Study, toy: Path):
     assert status == 0, err
     first, second = trials(toy)
     assert (first.state.name, second.state.name) == ("COMPLETE", "PRUNED")
-    assert first.user_attrs["trained_epochs"] == 6 and second.user_attrs["trained_epochs"] >= 4
-    assert set(second.user_attrs) == ATTRIBUTES
+    assert get_progress(first)["trained_epochs"] == 6 and get_progress(second)["trained_epochs"] >= 4
+    assert set(get_progress(second)) == PROGRESS
     assert "1 complete, 1 pruned, 0 failed" in out
     assert [row["state"] for row in rows(toy)] == ["complete", "pruned"]
     assert "--learning_rate=0.05" in out.splitlines()[-1]
@@ -221,7 +222,7 @@ def test_refused_and_diverging_settings_are_failed_trials(study: Study, toy: Pat
     assert status == 0, err
     assert [t.params for t in trials(toy)] == drawn
     assert [t.state.name for t in trials(toy)] == ["FAIL", "FAIL", "FAIL", "COMPLETE"]
-    assert all({"seconds", "commit"} <= set(t.user_attrs) for t in trials(toy))
+    assert all({"seconds", "commit"} <= set(get_progress(t)) for t in trials(toy))
     assert "1 complete, 0 pruned, 3 failed" in out
     assert "trial 1 failed, --head_dim=5 --learning_rate=0.01: head_dim: 5 does not divide" in err
     assert "trial 2 failed, --head_dim=16 --learning_rate=1e+30: scores are NaN or infinite" in err
@@ -253,7 +254,31 @@ def test_a_metric_whose_best_is_the_smallest(study: Study, toy: Path):
     assert float(out.splitlines()[3].split()[1]) == pytest.approx(min(values), abs=1e-4)
 
 
-def test_ctrl_c_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stopped_trial_is_resumed(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """SIGTERM in the second trial's first epoch; the study then ends as one that never stopped."""
+    assert study(study="whole")[0] == 0
+    report, calls = optuna.Trial.report, []
+
+    def report_and_stop(trial: optuna.Trial, score: float, step: int) -> None:
+        report(trial, score, step)
+        calls.append(trial.number)
+        if calls.count(1) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(optuna.Trial, "report", report_and_stop)
+    status, out, err = study()
+    assert status == 130 and out == ""
+    assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
+    assert [t.state.name for t in trials(toy)] == ["COMPLETE", "RUNNING"]
+    monkeypatch.undo()
+    assert study()[0] == 0
+    assert [t.intermediate_values for t in trials(toy)] == [
+        t.intermediate_values for t in trials(toy, "whole")
+    ]
+    assert [t.params for t in trials(toy)] == [t.params for t in trials(toy, "whole")]
+
+
+def test_ctrl_c_between_two_epochs(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -261,18 +286,13 @@ def test_ctrl_c_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.Mon
     status, out, err = study()
     assert status == 130 and out == ""
     assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
-    assert [t.state.name for t in trials(toy)] == ["FAIL"]
+    assert [t.state.name for t in trials(toy)] == ["RUNNING"]
 
 
-def test_sigterm_fails_the_trial(study: Study, toy: Path, monkeypatch: pytest.MonkeyPatch):
-    def killed(trial: optuna.Trial, score: float, step: int) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(optuna.Trial, "report", killed)
-    status, out, err = study()
-    assert status == 130 and out == ""
-    assert err.splitlines()[-1] == "tune.py: stopped" and "Traceback" not in err
-    assert [t.state.name for t in trials(toy)] == ["FAIL"]
+def test_of_a_trial_settings_and_history_stay(study: Study, toy: Path):
+    assert study(trials=1)[0] == 0
+    (folder,) = (toy.parent / "runs" / "tune" / "small").glob("trial-*/*/")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "history.csv"]
 
 
 def test_a_range_of_whole_numbers_draws_whole_numbers():
@@ -293,7 +313,7 @@ def test_a_range_of_whole_numbers_draws_whole_numbers():
     "value", [1e-05, 0.1 + 0.2, "none", "no", "12", "a b", None, True, [1, "x"], {"a": 5}]
 )
 def test_an_argument_holds_its_value(value: object):
-    assert parse_arguments(shlex.split(search.format_arguments({"key": value}))) == {"key": value}
+    assert parse_arguments(shlex.split(study_module.format_arguments({"key": value}))) == {"key": value}
 
 
 @pytest.mark.parametrize(
@@ -384,7 +404,7 @@ def test_an_empty_file_lacks_its_keys(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_command_line_is_stronger_than_fixed(study: Study, toy: Path):
     status, out, _ = study("--trials=1", "--epochs=1")
-    assert status == 0 and trials(toy)[0].user_attrs["trained_epochs"] == 1
+    assert status == 0 and get_progress(trials(toy)[0])["trained_epochs"] == 1
     assert "--epochs=1" in shlex.split(out.splitlines()[-1])
     assert "learning_rate is fixed too, to 1" in study("--learning_rate=1")[2]
 
@@ -417,7 +437,7 @@ def test_data_without_validation_rows(study: Study, toy: Path):
 def test_the_shipped_example_is_one(tmp_path: Path):
     plan = SearchPlan.read(ROOT / "results" / "tune" / "ml-100k.yaml", {}, collect_known_keys())
     assert plan.study == "m2rec-ml-100k" and plan.trials == 30
-    config = build_config({**plan.fixed, "gpu_id": ""}, tune_study.CONFIG_PATH)
+    config = build_config({**plan.fixed, "gpu_id": ""}, trial_runs.CONFIG_PATH)
     assert set(plan.search) <= set(config.final_config_dict)
 
 

@@ -2,6 +2,9 @@
 
 Every key of config.yaml can be given; config.yaml beside this file is read unless
 --config_files="FILE ..." names others. --resume=runs/NAME resumes a run that was stopped.
+
+--search=30m looks for better settings first, on validation, for 30 minutes or as many trials (--search=40),
+and ends with the run of the best. The same command resumes a search that was stopped.
 """
 
 import logging
@@ -13,12 +16,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m2rec.cli import run_command
 from m2rec.errors import UserError
 from m2rec.run_folder import RunFolder
 from m2rec.settings import Role, collect_keys
+
+if TYPE_CHECKING:
+    from m2rec.training.run import RunResult
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
 _FIRST_SIGNAL_STATUS = 128  # a lower exit status is that of a mistake
@@ -50,15 +56,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: Sequence[str], log_level: int | None = None) -> int:
     """Train and print the result; `log_level` is stronger than the key `state`."""
+    from m2rec.yaml_values import parse_arguments
+
+    given = parse_arguments(arguments)
+    if "search" in given and "resume" not in given:
+        from m2rec.commands.search import run_search
+
+        outcome = run_search(arguments, given, log_level)
+    else:
+        outcome = _run_once(given, log_level)
+    if isinstance(outcome, int):
+        return outcome
+    print(format_metrics_table(outcome.metrics))
+    print(format_next_steps(outcome.folder, outcome.metrics["recommends"]))
+    print(str(outcome.folder))
+    return 0
+
+
+def _run_once(given: Mapping[str, Any], log_level: int | None) -> "RunResult | int":
+    """A new run or a resumed one; the exit status where it was stopped."""
     from m2rec.commands.own_process import pause_garbage_collection  # before PyTorch is loaded
 
     with pause_garbage_collection():
         from m2rec.training.configuration import build_config
         from m2rec.training.run import build_resumed_config, run_experiment
         from m2rec.training.signals import RunInterrupted
-        from m2rec.yaml_values import parse_arguments
 
-    given = parse_arguments(arguments)
     if given.get("state") == "DEBUG":  # before anything can fail
         logging.getLogger().setLevel(logging.DEBUG)
     folder = parse_resume_folder(given)
@@ -69,17 +92,13 @@ def _train(arguments: Sequence[str], log_level: int | None = None) -> int:
         config = build_resumed_config(folder, overrides)
     logging.getLogger().setLevel(log_level or config["state"])
     try:
-        result = run_experiment(config, folder)
+        return run_experiment(config, folder)
     except RunInterrupted as stop:
         cure = ""
         if stop.folder:
             cure = f"; resume with: python run_mm.py --resume={quote(str(stop.folder))}"
         sys.stderr.write(f"run_mm.py: stopped{cure}\n")
         return 128 + stop.signal
-    print(format_metrics_table(result.metrics))
-    print(format_next_steps(result.folder, result.metrics["recommends"]))
-    print(str(result.folder))
-    return 0
 
 
 def parse_resume_folder(given: Mapping[str, Any]) -> Path | None:

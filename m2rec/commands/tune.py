@@ -20,16 +20,17 @@ study, trials and search must be there. What the file leaves open is as for run_
 config.yaml, then the defaults. The first ten trials are random, the others Optuna's TPE; with one worker the
 same file and seed give the same trials.
 
-A trial is a run without its test, so no test row is scored. Its value is valid_metric at the best epoch;
-of a pruned one, at its last. Settings that are refused, or that diverge, are a failed trial, and the study
-continues; fixed keys or data that can't be used end it before the first. At the end the best five are
+A trial is a run without its test, so no test row is scored. Its value is valid_metric at the best epoch,
+of a pruned one at its best so far. Settings that are refused, or that diverge, are a failed trial, and the
+study continues; fixed keys or data that can't be used end it before the first. At the end the best five are
 printed, with the command that trains and tests the best, and all trials are in FILE.csv.
 
 The study is a file, runs/tune/NAME.log (Optuna's JournalStorage), and its runs are in runs/tune/NAME/;
-`runs` is runs_dir. Every process with the same command joins the study, and a restarted worker
-resumes. A worker starts no trial once `trials` have ended, complete, pruned or failed; trials of other
-workers then still end, so that n workers can make up to n - 1 more. The trial of a worker that was killed
-stays `running` and is not counted. Ctrl-C marks the trial as failed.
+`runs` is runs_dir. Every process with the same command joins the study. A trial that was stopped, by Ctrl-C
+or by a kill, is resumed from its last checkpoint. Of a trial that has ended, config.yaml and history.csv
+stay.
+
+`python run_mm.py --search=30m` needs no file: it races the shipped profiles and searches around the best.
 """
 
 import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
@@ -38,13 +39,18 @@ import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
 import logging
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from m2rec.cli import run_command
 from m2rec.errors import UserError
+from m2rec.settings import MACHINE_KEYS
 from m2rec.storage import write_text
 from m2rec.yaml_values import parse_arguments
+
+if TYPE_CHECKING:
+    from m2rec.compat import Config
+    from m2rec.experiments.search_plan import SearchPlan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     style = "%(asctime)s %(message)s"
     logging.basicConfig(level=logging.WARNING, format=style, datefmt="%H:%M:%S", force=True)
-    logging.getLogger("m2rec.experiments.search").setLevel(logging.INFO)
+    logging.getLogger("m2rec.experiments").setLevel(logging.INFO)
     return run_command("tune.py", lambda: run_study(arguments))
 
 
@@ -65,21 +71,50 @@ def run_study(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: the plan, its fixed keys or its data are wrong, or no trial is complete.
     """
-    from m2rec.commands import tune_study  # loads PyTorch and RecBole
-    from m2rec.experiments import search
+    from m2rec.experiments import search, study, trial_tables
     from m2rec.experiments.search_plan import SearchPlan
-    from m2rec.training.configuration import collect_known_keys
+    from m2rec.experiments.search_space import FixedSpace
 
-    search.check_optuna()
+    study.check_optuna()
+
+    from m2rec.commands import trials  # loads PyTorch and RecBole
+    from m2rec.training.configuration import collect_known_keys, resolve_settings
+
     files = [argument for argument in arguments if not argument.startswith("--")]
     if len(files) != 1 or not files[0].endswith((".yaml", ".yml")):
         raise UserError(f"expected one FILE.yaml, got {' '.join(files) or 'none'}; --help shows its format")
     path = Path(files[0])
     given = parse_arguments(argument for argument in arguments if argument.startswith("--"))
     plan = SearchPlan.read(path, given, collect_known_keys())
-    config = tune_study.check_fixed_settings(plan)
+    config = find_valid_config(plan)
+    if "state" in plan.fixed:
+        logging.getLogger("m2rec").setLevel(config["state"])
+    trials.check_data(config)
     folder = Path(config["runs_dir"]) / "tune" / plan.study
-    study = tune_study.open_study(plan, config, folder)
-    search.run_trials(study, plan, partial(tune_study.train_trial, folder))
-    write_text(path.with_suffix(".csv"), search.format_trials_csv(study.trials, plan.search))
-    print(search.format_study_summary(study, plan, config["valid_metric"]))
+    opened = study.open_study(folder, config["valid_metric_bigger"], study.make_median_pruner(plan.pruner))
+    varied = {*plan.search, *MACHINE_KEYS} - {"data_path"}  # another folder may hold other data
+    settings = {key: value for key, value in resolve_settings(config).items() if key not in varied}
+    study.check_same_settings(opened, {**settings, "search": plan.search}, "name another study")
+    task = search.SearchTask(folder, plan.fixed, FixedSpace(plan.search), trials=plan.trials, seed=plan.seed)
+    search.run_trials(opened, task, trials.TrialTrainer())
+    write_text(path.with_suffix(".csv"), trial_tables.format_trials_csv(opened.trials, plan.search))
+    print(trial_tables.format_study_summary(opened, plan, config["valid_metric"]))
+
+
+def find_valid_config(plan: "SearchPlan") -> "Config":
+    """The settings with the first value of each searched key, or if they are invalid, with others.
+
+    Raises:
+        ValueError: the fixed keys are refused with all values that were tried.
+    """
+    from m2rec.commands.trials import CONFIG_PATH
+    from m2rec.experiments.search import list_example_settings
+    from m2rec.training.configuration import build_config
+
+    errors = []
+    for settings in list_example_settings(plan):
+        try:
+            return build_config(settings, CONFIG_PATH)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]

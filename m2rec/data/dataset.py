@@ -79,6 +79,7 @@ class HistoryDataset(SequentialDataset):
         # and the row after the last one of each part
         self._period_counts: tuple[np.ndarray, np.ndarray] | None = None
         self._part_ends = np.zeros(len(PARTS), dtype=np.int64)
+        self._built_parts: list[HistoryDataset] = []
         super().__init__(config)
 
     def _download(self) -> None:
@@ -400,7 +401,9 @@ class HistoryDataset(SequentialDataset):
         return int(self.histories.target_returns(owners, self.part).sum())
 
     def build(self) -> list["HistoryDataset"]:
-        """Split into training, validation and test rows."""
+        """Split into training, validation and test rows; a second call returns the same."""
+        if self._built_parts:
+            return self._built_parts
         self._change_feat_format()
         self._drop_unused_col()
         on_rows, self.on_rows = self.on_rows, None  # the parts, which are copies, may go to other processes
@@ -421,6 +424,7 @@ class HistoryDataset(SequentialDataset):
                 f"split: {self.split!r} leaves no test target in {self.dataset_name!r}: no user has a "
                 f"history and an item after test_from; lower it, or set split: leave_one_out"
             )
+        self._built_parts = parts
         if on_rows is not None:
             on_rows(self, parts[0])
         return parts

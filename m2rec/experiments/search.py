@@ -1,53 +1,79 @@
-"""Search settings with Optuna: a study in a journal file, its trials, and their table."""
+"""Search settings with Optuna: workers take trials of a study, train them, and store how they end.
 
-import json
-import logging
-import shlex
-from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter
+The engine of `run_mm.py --search` and of scripts/tune.py. It is handed the function that trains one run.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from random import Random
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
-import pandas as pd
-
 from m2rec.errors import UserError, format_one_line
+from m2rec.experiments.race import Runner, Standing, judge_race
+from m2rec.experiments.search_budget import Deadline, RunLength, estimate_run_seconds
 from m2rec.experiments.search_plan import SearchPlan
+from m2rec.experiments.search_space import Range, Settings, Space
+from m2rec.experiments.study import (
+    PROGRESS_KEY,
+    TRIAL_STATES,
+    end_trial,
+    find_best_trial,
+    find_study_file,
+    find_trial_folder,
+    get_progress,
+    is_maximized,
+)
 from m2rec.git import read_commit
-from m2rec.yaml_values import format_argument, format_value
+from m2rec.storage import lock_path
 
 try:
     import optuna
-except ModuleNotFoundError:  # check_optuna says how to get it
+except ModuleNotFoundError:  # study.check_optuna says how to get it
     optuna = None
 
-logger = logging.getLogger("tune")
-
-TRIAL_COLUMNS = ("trial", "state", "value", "trained_epochs", "best_epoch", "seconds", "commit")
-TRIAL_STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}  # those that have ended
-MAX_SHOWN_TRIALS = 5
 MAX_CONFIG_DRAWS = 20  # draws that are tried before the fixed settings are reported as invalid
+MAX_FAILURES_IN_A_ROW = 20
+MAX_DRAWS = 20  # of new settings that no trial has had
+VARIED_SHARE = 1 / 3  # of the keys of the best settings that a new trial draws anew
+_WAIT_SECONDS = 0.3  # between two looks for a trial that another worker may leave
 
 Watch = Callable[[int, float], bool]
-"""Called after each epoch with its number and score; returns whether to stop the training."""
-Settings = dict[str, Any]
-Train = Callable[[Settings, Watch, dict[str, Any]], float | None]
-"""Train with settings and a watch; notes about the training go into the dict, also if it fails.
+"""Called after each epoch with its number, from 0, and its score; returns whether to stop the training."""
+Train = Callable[[Settings, Path, Watch, dict[str, Any]], float | None]
+"""Train with settings in a folder; its progress goes into the dict before each call of the watch.
 
-Returns the best score, None if it was stopped.
+If the folder has an unfinished run of these settings, it is resumed. Returns the best score, None if the
+watch stopped it.
 """
 
 
-def check_optuna() -> None:
-    """Check that Optuna is installed, and silence it.
+@dataclass(frozen=True)
+class SearchTask:
+    """What a worker needs to know. It can be sent to another process."""
 
-    Raises:
-        ValueError: Optuna is missing.
-    """
-    if optuna is None:
-        raise UserError('Optuna is missing: pip install -c constraints.txt -e ".[tune]"')
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    folder: Path
+    """Of the trials; the study itself is FOLDER.log."""
+    fixed: Settings
+    """Keys of every run."""
+    space: Space
+    plain: Settings = field(default_factory=dict)
+    """All settings of the run as the user asked for it: what the ranges are made around at first."""
+    trials: int | None = None
+    """How many in all, over all workers; None: as many as the time allows."""
+    deadline: Deadline = field(default_factory=Deadline)
+    seed: int = 2020
+    first_epochs: int = 1
+    """Of the race of the profiles."""
+    startup_trials: int = 10
+    """Trials before the sampler learns from them."""
+    is_maximized: bool = True
+    """Whether a higher score is better."""
 
 
 def list_example_settings(plan: SearchPlan) -> list[dict[str, Any]]:
@@ -65,184 +91,307 @@ def list_example_settings(plan: SearchPlan) -> list[dict[str, Any]]:
     return examples
 
 
-def open_study(plan: SearchPlan, folder: Path, settings: Mapping[str, Any], maximize: bool) -> "optuna.Study":
-    """Create the study or join it.
+def enqueue_profiles(study: "optuna.Study", profiles: Mapping[str, Settings], task: SearchTask) -> None:
+    """Let the first trials be those of the profiles, unless they are there already."""
+    known = {trial.user_attrs["origin"] for trial in study.get_trials(deepcopy=False) if is_profile(trial)}
+    for name, settings in profiles.items():
+        if name not in known:
+            enqueue_settings(study, settings, {"origin": name, "profile": True}, task)
+
+
+def enqueue_settings(
+    study: "optuna.Study", settings: Settings, notes: Mapping[str, Any], task: SearchTask
+) -> None:
+    """Let a trial to come have these settings."""
+    values = {**task.plain, **settings}
+    searched = {key: values[key] for key in task.space.make_ranges(values)}
+    study.enqueue_trial(searched, {"settings": settings, **notes})
+
+
+def run_trials(study: "optuna.Study", task: SearchTask, train: Train, may_wait: bool = True) -> None:
+    """Run trials until all have ended, or the time is over.
 
     Args:
-        plan: the study's.
-        folder: of the study's runs; the study itself is beside it.
-        settings: what all trials have in common; a study keeps the settings that it was started with.
-        maximize: whether a higher value is better.
+        study: from `open_study`.
+        task: of the search.
+        train: trains one run.
+        may_wait: whether to wait for the end of the race of the profiles; else try other settings meanwhile.
 
     Raises:
-        ValueError: the file is not a study, or the study has other settings.
+        ValueError: too many trials in a row have failed.
     """
-    # absolute, because the link that locks it would lead nowhere from another folder, and never go stale
-    path = folder.with_name(f"{plan.study}.log").resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pruner = optuna.pruners.NopPruner()
-    if plan.pruner:
-        pruner = optuna.pruners.MedianPruner(
-            n_startup_trials=plan.pruner.startup_trials,
-            n_warmup_steps=plan.pruner.warmup_epochs,
-        )
-    try:
-        backend = optuna.storages.journal.JournalFileBackend(str(path))
-        study = optuna.create_study(
-            study_name=plan.study,
-            storage=optuna.storages.JournalStorage(backend),
-            direction="maximize" if maximize else "minimize",
-            pruner=pruner,
-            load_if_exists=True,
-        )
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not an Optuna study ({format_one_line(error)}); move it away") from error
-    _check_same_settings(study, plan, {**settings, "search": plan.search})
-    return study
+    _Worker(study, task, train, may_wait).run()
 
 
-def _check_same_settings(study: "optuna.Study", plan: SearchPlan, settings: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(settings, default=str))  # as they come back from the file
-    before = study.user_attrs.get("settings")
-    if before is None:
-        study.set_user_attr("settings", now)
-        return
-    for key, old in before.items():  # a key that is newer than the study is not compared
-        new = now.get(key)
-        if old != new:
-            reason = f"was started with {key}: {old}, not {new}"
-            raise UserError(f"study: {plan.study!r} {reason}; name another study")
+@dataclass
+class _Claim:
+    """A trial that this worker has locked."""
+
+    trial: Any
+    limit: int | None
+    """The epoch at which it pauses."""
+    locks: ExitStack
 
 
-def run_trials(study: "optuna.Study", plan: SearchPlan, train: Train) -> None:
-    """Run trials until all of the plan have ended."""
-    ended = tuple(optuna.trial.TrialState[name] for name in TRIAL_STATES)
-    trials = study.get_trials(deepcopy=False, states=ended)
-    if len(trials) >= plan.trials:
-        return
-    enough = optuna.study.MaxTrialsCallback(plan.trials, states=ended)
-    commit = read_commit()  # as it was imported, whatever is committed meanwhile
+class _Worker:
+    """Takes trials of a study, new ones or those that were left, one after the other."""
 
-    def run_trial(trial: "optuna.Trial") -> float:
-        return _run_trial(trial, plan, train, commit)
+    def __init__(self, study: "optuna.Study", task: SearchTask, train: Train, may_wait: bool) -> None:
+        self.study = study
+        self.task = task
+        self.train = train
+        self.may_wait = may_wait
+        self.commit = read_commit()  # as it was imported, whatever is committed meanwhile
 
-    study.optimize(run_trial, catch=ValueError, callbacks=[_log_trial, enough], gc_after_trial=True)
+    def run(self) -> None:
+        while not self.is_time_over():
+            with lock_path(find_study_file(self.task.folder)):
+                claim = self.claim_trial()
+            if claim is not None:
+                with claim.locks:
+                    self.run_trial(claim)
+                gc.collect()
+            elif is_all_done(self.study, self.task):
+                return
+            else:
+                sleep(_WAIT_SECONDS)
+
+    def is_time_over(self) -> bool:
+        return self.task.deadline.is_over(estimate_final_seconds(self.study, self.task))
+
+    def claim_trial(self) -> _Claim | None:
+        """Lock a trial that was left, or a new one; None if there is none now.
+
+        Raises:
+            ValueError: too many trials in a row have failed.
+        """
+        trials = self.study.get_trials(deepcopy=False)
+        check_failures(trials)
+        standing = judge_profiles(self.study, self.task)
+        for number in standing.dropped:
+            if (claim := self._lock_trial(trials[number])) is not None:
+                with claim.locks:
+                    end_trial(self.study, self.task.folder, number, "PRUNED")
+        for trial in trials:
+            if trial.number in standing.limits or not is_profile(trial):
+                limit = standing.limits.get(trial.number)
+                if (claim := self._lock_trial(trial, limit)) is not None:
+                    return claim
+        if has_all_trials(trials, self.task):
+            return None
+        is_profile_next = any(trial.state.name == "WAITING" for trial in trials)
+        if self.may_wait and not standing.is_decided and not is_profile_next:
+            return None
+        return self._start_trial(trials, standing)
+
+    def _lock_trial(self, trial: Any, limit: int | None = None) -> _Claim | None:
+        """A trial that was started and that no process is training; None if one is."""
+        if trial.state.name != "RUNNING":
+            return None
+        folder = find_trial_folder(self.task.folder, trial.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        locks = ExitStack()
+        try:
+            locks.enter_context(lock_path(folder, timeout=0))
+        except BlockingIOError:
+            return None
+        self._set_sampler(trial.number)
+        return _Claim(optuna.Trial(self.study, trial._trial_id), limit, locks)
+
+    def _start_trial(self, trials: Sequence["optuna.trial.FrozenTrial"], standing: Standing) -> _Claim | None:
+        """The next profile, or a new trial."""
+        self._set_sampler(len(trials))
+        if self.task.space.is_moving and not any(trial.state.name == "WAITING" for trial in trials):
+            self._enqueue_draw(len(trials))
+        number = self.study.ask().number
+        return self._lock_trial(self.study.get_trials(deepcopy=False)[number], standing.limits.get(number))
+
+    def _set_sampler(self, number: int) -> None:
+        """Take a seed per trial: two workers draw differently, and a resumed study as if it never stopped."""
+        options: dict[str, Any] = {}
+        if self.task.space.is_moving:  # TPE can't sample jointly from ranges that change
+            options = {"n_startup_trials": self.task.startup_trials, "multivariate": False}
+        self.study.sampler = optuna.samplers.TPESampler(seed=self.task.seed + number, **options)
+
+    def _enqueue_draw(self, number: int) -> None:
+        """Let the next trial have the best settings with some keys drawn anew, as no trial had them yet."""
+        best = find_best_trial(self.study)
+        base = best.user_attrs["settings"] if best else {}
+        known = [trial.user_attrs["settings"] for trial in self.study.get_trials(deepcopy=False)]
+        random = Random(self.task.seed + number)
+        for _ in range(MAX_DRAWS):
+            settings = self._draw_around(base, random)
+            if not any({**self.task.plain, **settings} == {**self.task.plain, **other} for other in known):
+                break
+        origin = f"trial {best.number}" if best else "plain"
+        enqueue_settings(self.study, settings, {"origin": origin}, self.task)
+
+    def _draw_around(self, base: Settings, random: Random) -> Settings:
+        ranges = self.task.space.make_ranges({**self.task.plain, **base})
+        keys = list(ranges)
+        varied = [key for key in keys if random.random() < VARIED_SHARE] or [random.choice(keys)]
+        scratch = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
+        settings = dict(base)
+        for key in varied:
+            value = self.study.sampler.sample_independent(
+                self.study, scratch, key, make_distribution(ranges[key])
+            )
+            settings[key] = round_setting(value)
+        return settings
+
+    def _draw_settings(self, trial: "optuna.Trial") -> Settings:
+        """The trial's settings, with the values of the searched keys as Optuna's parameters."""
+        notes = trial.user_attrs
+        if "settings" not in notes:
+            ranges = self.task.space.make_ranges(self.task.plain)
+            drawn = {key: round_setting(suggest_setting(trial, key, ranges[key])) for key in ranges}
+            trial.set_user_attr("settings", drawn)
+            return drawn
+        if self.task.space.is_moving:
+            values = {**self.task.plain, **notes["settings"]}
+            for key, search_range in self.task.space.make_ranges(values).items():
+                suggest_setting(trial, key, _narrow_range(search_range, values[key]))
+        return dict(notes["settings"])
+
+    def run_trial(self, claim: _Claim) -> None:
+        """Train until the end of the trial, its pause, or the end of the time; store the outcome."""
+        trial = claim.trial
+        limit = claim.limit
+        if limit is not None and limit >= get_run_length(trial, self.task).epochs:
+            limit = None  # the last epoch ends the trial, it need not pause there
+        choose_best = max if is_maximized(self.study) else min
+        scores = list(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values.values())
+        progress = {**get_progress(trial), "worker": os.getpid(), "paused": False, "commit": self.commit}
+        before, start = progress.get("seconds", 0.0), perf_counter()
+        is_pruned = False
+
+        def store_progress(**others: Any) -> None:
+            progress.update(others, seconds=round(before + perf_counter() - start, 1))
+            trial.set_user_attr(PROGRESS_KEY, dict(progress))
+
+        def watch(epoch: int, score: float) -> bool:
+            nonlocal is_pruned
+            scores.append(score)
+            trial.report(choose_best(scores), epoch + 1)  # the best, so that a dip does not end it
+            store_progress()
+            is_hopeless = bool(trial.should_prune())
+            is_pruned = is_hopeless and not is_profile(trial)  # profiles are judged by their race
+            return is_pruned or (limit is not None and epoch + 1 >= limit) or self.is_time_over()
+
+        def end(state: str, score: float | None = None, reason: str = "") -> None:
+            store_progress()
+            end_trial(self.study, self.task.folder, trial.number, state, score, reason)
+
+        settings = {**self.task.fixed, **self._draw_settings(trial)}
+        store_progress()
+        try:
+            best = self.train(settings, find_trial_folder(self.task.folder, trial.number), watch, progress)
+        except KeyboardInterrupt:
+            store_progress(paused=True)
+            raise
+        except ValueError as error:
+            end("FAIL", reason=format_one_line(error))
+            return
+        if best is not None:
+            end("COMPLETE", best)
+        elif is_pruned:
+            end("PRUNED")
+        else:
+            store_progress(paused=True)
 
 
-def _run_trial(trial: "optuna.Trial", plan: SearchPlan, train: Train, commit: str | None) -> float:
-    """Train with drawn settings; returns the best score.
+def has_all_trials(trials: Sequence["optuna.trial.FrozenTrial"], task: SearchTask) -> bool:
+    """Whether as many trials have begun as there should be."""
+    n_begun = sum(trial.state.name != "WAITING" for trial in trials)
+    return task.trials is not None and n_begun >= task.trials
+
+
+def is_all_done(study: "optuna.Study", task: SearchTask) -> bool:
+    """Whether all trials have ended."""
+    trials = study.get_trials(deepcopy=False)
+    return has_all_trials(trials, task) and all(trial.state.name != "RUNNING" for trial in trials)
+
+
+def judge_profiles(study: "optuna.Study", task: SearchTask) -> Standing:
+    """How the race of the profiles stands."""
+    sign = 1 if is_maximized(study) else -1
+    runners = []
+    for trial in study.get_trials(deepcopy=False):
+        never_starts = trial.state.name == "WAITING" and trial.number >= (task.trials or inf)
+        if not is_profile(trial) or never_starts or trial.state.name == "FAIL":
+            continue
+        scores = {epochs: sign * score for epochs, score in trial.intermediate_values.items()}
+        runners.append(Runner(trial.number, scores, trial.state.name in TRIAL_STATES))
+    return judge_race(runners, task.first_epochs)
+
+
+def estimate_final_seconds(study: "optuna.Study", task: SearchTask) -> float:
+    """How long the run of the best settings will take, as `estimate_run_seconds` says; 0 before any score."""
+    best = find_best_trial(study)
+    if best is None:
+        return 0.0
+    return estimate_run_seconds(get_progress(best), best.state.name == "COMPLETE", get_run_length(best, task))
+
+
+def get_run_length(trial: Any, task: SearchTask) -> RunLength:
+    """What decides how long a run of a trial's settings is trained."""
+    values = {"epochs": 2**31, "stopping_step": 0, "eval_step": 1, **task.plain}
+    values.update(trial.user_attrs.get("settings", {}))
+    return RunLength(values["epochs"], values["stopping_step"] * values["eval_step"])
+
+
+def is_profile(trial: Any) -> bool:
+    """Whether a trial is in the race."""
+    return "profile" in trial.user_attrs
+
+
+def check_failures(trials: Sequence["optuna.trial.FrozenTrial"]) -> None:
+    """Stop a search of which nothing but failures can be expected.
 
     Raises:
-        ValueError: the settings are refused, or training diverged.
-        optuna.TrialPruned: the pruner ended it.
+        ValueError: all profiles have failed, or many trials in a row.
     """
-    # a seed per trial: two workers draw differently, and a resumed study draws as one that never stopped
-    seed = plan.seed + trial.number
-    trial.study.sampler = optuna.samplers.TPESampler(seed=seed)
-    drawn = {}
-    for key, search_range in plan.search.items():
-        drawn[key] = suggest_setting(trial, key, search_range)
-
-    def watch(epoch: int, score: float) -> bool:
-        trial.report(score, epoch)
-        return bool(trial.should_prune())
-
-    start = perf_counter()
-    notes: dict[str, Any] = {"commit": commit}
-    try:
-        score = train({**plan.fixed, **drawn}, watch, notes)
-    except ValueError as error:
-        reason = format_one_line(error)
-        logger.warning("trial %s failed, %s: %s", trial.number, format_arguments(drawn), reason)
-        raise
-    finally:
-        notes["seconds"] = round(perf_counter() - start, 1)
-        for key, value in notes.items():
-            trial.set_user_attr(key, value)
-    if score is None:
-        raise optuna.TrialPruned
-    return score
+    ended = [trial for trial in trials if trial.state.name in TRIAL_STATES]
+    failed = [trial for trial in ended if trial.state.name == "FAIL"]
+    profiles = [trial for trial in trials if is_profile(trial)]
+    all_profiles_failed = profiles and all(trial.state.name == "FAIL" for trial in profiles)
+    last = ended[-MAX_FAILURES_IN_A_ROW:]
+    if not all_profiles_failed and not (
+        len(last) == MAX_FAILURES_IN_A_ROW and all(trial.state.name == "FAIL" for trial in last)
+    ):
+        return
+    reason = failed[-1].user_attrs.get("reason", "")
+    raise UserError(f"study: {len(failed)} of {len(ended)} trials failed, the last one: {reason}")
 
 
-def suggest_setting(trial: "optuna.Trial", key: str, search_range: dict[str, Any] | list[Any]) -> Any:
-    """A value of a list, or a number of a range; a whole number if all of the range are."""
+def make_distribution(search_range: Range) -> Any:
+    """Optuna's distribution of a list or of a range; of whole numbers if all of the range are."""
     if isinstance(search_range, list):
-        return trial.suggest_categorical(key, search_range)
+        return optuna.distributions.CategoricalDistribution(search_range)
     for name in ("low", "high", "step"):
         if type(search_range.get(name, 1)) is not int:
-            return trial.suggest_float(key, **search_range)
-    return trial.suggest_int(key, **search_range)
+            return optuna.distributions.FloatDistribution(**search_range)
+    return optuna.distributions.IntDistribution(**search_range)
 
 
-def _log_trial(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
-    """Log a trial that did not fail."""
-    state = TRIAL_STATES[trial.state.name]
-    if state == "failed":
-        return
-    notes = trial.user_attrs
-    logger.info(
-        "trial %s %s, %s: %.4f after %s epochs, %s s",
-        trial.number,
-        state,
-        format_arguments(trial.params),
-        trial.value,
-        notes["trained_epochs"],
-        notes["seconds"],
-    )
+def suggest_setting(trial: "optuna.Trial", key: str, search_range: Range) -> Any:
+    """A value of a list, or a number of a range; a whole number if all of the range are."""
+    distribution = make_distribution(search_range)
+    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        return trial.suggest_categorical(key, distribution.choices)
+    is_whole = isinstance(distribution, optuna.distributions.IntDistribution)
+    suggest = trial.suggest_int if is_whole else trial.suggest_float
+    return suggest(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
 
-def format_trials_csv(trials: Iterable["optuna.trial.FrozenTrial"], searched: Iterable[str]) -> str:
-    """All trials as CSV, in order: `TRIAL_COLUMNS`, then a column per searched key."""
-    rows = []
-    for trial in trials:
-        row = {
-            "trial": trial.number,
-            "state": TRIAL_STATES.get(trial.state.name, "running"),
-            "value": trial.value,
-            **trial.user_attrs,
-        }
-        for key, value in trial.params.items():
-            row[key] = format_value(value)
-        rows.append(row)
-    frame = pd.DataFrame(rows, columns=[*TRIAL_COLUMNS, *searched], dtype=object)
-    return str(frame.to_csv(index=False, lineterminator="\n"))
+def _narrow_range(search_range: Range, value: Any) -> Range:
+    """The range with this value alone; a choice is fixed by Optuna's queue."""
+    if isinstance(search_range, list):
+        return search_range
+    number = type(search_range["low"])(value)
+    return {**search_range, "low": number, "high": number}
 
 
-def format_study_summary(study: "optuna.Study", plan: SearchPlan, metric: str) -> str:
-    """How many trials ended how, the best of them, and the command of the best.
-
-    Raises:
-        ValueError: no trial is complete.
-    """
-    states = [trial.state.name for trial in study.trials]
-    counts = ", ".join(f"{states.count(state)} {word}" for state, word in TRIAL_STATES.items())
-    complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
-    if not complete:
-        raise UserError(f"study: no trial of {plan.study!r} is complete ({counts})")
-    is_maximized = study.direction.name == "MAXIMIZE"
-    complete.sort(key=attrgetter("value"), reverse=is_maximized)
-    rows = []
-    for trial in complete[:MAX_SHOWN_TRIALS]:
-        row = {
-            "trial": trial.number,
-            metric: f"{trial.value:.4f}",
-            "trained_epochs": trial.user_attrs["trained_epochs"],
-            "best_epoch": trial.user_attrs["best_epoch"],
-        }
-        for key in plan.search:
-            value = trial.params[key]
-            row[key] = f"{value:.4g}" if isinstance(value, float) else format_value(value)
-        rows.append(row)
-    table = pd.DataFrame(rows).to_string(index=False)
-    settings = {**plan.fixed, **complete[0].params}
-    command = f"python run_mm.py {format_arguments(settings)}"
-    return f"\n{plan.study}: {counts}; on validation:\n{table}\n{command}"
-
-
-def format_arguments(settings: Mapping[str, Any]) -> str:
-    """Settings as arguments of run_mm.py in a shell."""
-    arguments = []
-    for key, value in settings.items():
-        argument = format_argument(key, value)
-        arguments.append(shlex.quote(argument))
-    return " ".join(arguments)
+def round_setting(value: Any) -> Any:
+    """A drawn number as it is trained with: four digits."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value

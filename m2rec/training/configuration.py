@@ -125,7 +125,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     Raises:
         UserError: a key is unknown, a value is wrong, or two don't go together.
     """
-    user_values = _collect_user_values(given, default_file)
+    user_values = collect_user_values(given, default_file)
     name = str({**RunSettings.defaults(), **user_values}["model"])
     variant = _read_properties("model", name)
     model = find_model_class(str(variant.get("model", name)))
@@ -266,7 +266,7 @@ def resolve_settings(config: Config) -> dict[str, Any]:
     return {**resolved, "model": config["variant"]}
 
 
-def _collect_user_values(given: Mapping[str, Any], default_file: Path | None) -> dict[str, Any]:
+def collect_user_values(given: Mapping[str, Any], default_file: Path | None) -> dict[str, Any]:
     """The keys of the config files and the command line, the latter being stronger."""
     sources = [read_yaml(path) for path in _list_config_files(given.get("config_files"), default_file)]
     sources.append(dict(given))

@@ -41,11 +41,14 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def create_run_folder(config: Config, dataset: HistoryDataset, text: dict[str, Any] | None) -> Path:
+def create_run_folder(
+    config: Config, dataset: HistoryDataset, text: dict[str, Any] | None, comment: str = ""
+) -> Path:
     """Create a folder named after model, data set and time, and write the run's inputs into it.
 
     Args:
         text: the source of the text vectors, None without text.
+        comment: for the head of config.yaml.
     """
     time = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = re.sub(r"[^\w.+-]+", "_", f"{config['variant']}-{config['dataset']}-{time}")
@@ -58,7 +61,7 @@ def create_run_folder(config: Config, dataset: HistoryDataset, text: dict[str, A
             continue
         except OSError as error:
             raise UserError(f"runs_dir: can't create {folder} ({error.strerror}); set another") from error
-    _write_run_inputs(RunFolder(folder), config, dataset, text or {})
+    _write_run_inputs(RunFolder(folder), config, dataset, text or {}, comment)
     return folder
 
 
@@ -66,11 +69,11 @@ def update_eval_batch_size(files: RunFolder, eval_batch_size: int) -> None:
     """Store the new eval_batch_size of a resumed run in its config.yaml."""
     settings = files.read_config()
     if settings.get("eval_batch_size") != eval_batch_size:
-        files.write_config({**settings, "eval_batch_size": eval_batch_size})
+        files.write_config({**settings, "eval_batch_size": eval_batch_size}, files.read_comment())
 
 
 def _write_run_inputs(
-    files: RunFolder, config: Config, dataset: HistoryDataset, text: dict[str, Any]
+    files: RunFolder, config: Config, dataset: HistoryDataset, text: dict[str, Any], comment: str
 ) -> None:
     tokens = dataset.item_tokens
     counts: list[int] = []
@@ -78,7 +81,7 @@ def _write_run_inputs(
         counts = dataset.histories.training_counts(dataset.item_num).tolist()
     titles = _read_titles(config)
     titles = {token: titles[token] for token in tokens[1:] if token in titles}
-    files.write_inputs(resolve_settings(config), tokens, counts, titles, text)
+    files.write_inputs(resolve_settings(config), tokens, counts, titles, text, comment)
 
 
 def _read_titles(config: Config) -> dict[str, str]:

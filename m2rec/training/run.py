@@ -240,12 +240,19 @@ def load_data(config: Config) -> tuple[HistoryDataset, Loaders]:
     return dataset, loaders
 
 
-def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
+LoadData = Callable[[Config], tuple[HistoryDataset, Loaders]]
+
+
+def prepare_run(
+    config: Config, folder: Path | None = None, load: LoadData = load_data, comment: str = ""
+) -> PreparedRun:
     """Load the data, and create the model and a new run folder.
 
     Args:
         config: from `configuration.build_config`.
         folder: that of a run to resume; None for a new one.
+        load: `load_data`, or one that keeps the data for the next run.
+        comment: for the head of config.yaml.
 
     Raises:
         ValueError: the data can't be used with these keys, or the model can't be created.
@@ -253,7 +260,7 @@ def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
     timer = _PhaseTimer()
     logger.info("%s", describe_device(config))
     _settle_compile(config)
-    dataset, loaders, data_counts = _load_and_describe_data(config)
+    dataset, loaders, data_counts = _load_and_describe_data(config, load)
     timer.lap("data")
     if config.model_settings:
         tokens = dataset.item_tokens
@@ -263,7 +270,13 @@ def prepare_run(config: Config, folder: Path | None = None) -> PreparedRun:
             torch.cuda.reset_peak_memory_stats(config["device"])
         timer.lap("text")
     model = _build_model(config, loaders.train.dataset)
-    trainer = _build_trainer(config, model, dataset, loaders, folder)
+    is_resumed = folder is not None
+    if folder is None:
+        text = getattr(model, "text_source", None)
+        is_main = distributed.is_main_process()
+        new_folder = create_run_folder(config, dataset, text, comment) if is_main else None
+        folder = distributed.broadcast_value(new_folder)
+    trainer = _build_trainer(config, model, dataset, loaders, folder, is_resumed)
     return PreparedRun(config, dataset, loaders, data_counts, trainer, timer)
 
 
@@ -277,8 +290,8 @@ def _settle_compile(config: Config) -> None:
     config.settle({"compile": choice.is_compiled})
 
 
-def _load_and_describe_data(config: Config) -> tuple[HistoryDataset, Loaders, dict[str, int]]:
-    dataset, loaders = load_data(config)
+def _load_and_describe_data(config: Config, load: LoadData) -> tuple[HistoryDataset, Loaders, dict[str, int]]:
+    dataset, loaders = load(config)
     check_reranker_size(config, dataset.item_num - 1)
     _clip_topk(config, dataset.item_num - 1)
     counts = describe_data(dataset, *loaders)
@@ -300,14 +313,15 @@ def _build_model(config: Config, train_dataset: Any) -> nn.Module:
 
 
 def _build_trainer(
-    config: Config, model: nn.Module, dataset: HistoryDataset, loaders: Loaders, folder: Path | None
+    config: Config,
+    model: nn.Module,
+    dataset: HistoryDataset,
+    loaders: Loaders,
+    folder: Path,
+    is_resumed: bool,
 ) -> RunTrainer:
-    """The trainer, in a new folder unless the folder of a run to resume is given."""
-    is_resumed = folder is not None
+    """The trainer of a run in its folder."""
     text = getattr(model, "text_source", None)
-    if folder is None:
-        new_folder = create_run_folder(config, dataset, text) if distributed.is_main_process() else None
-        folder = distributed.broadcast_value(new_folder)
     torch.manual_seed(config["seed"] + distributed.process_rank())  # each process has its own dropout
     trainer = RunTrainer(config, model, folder, is_resumed)
     trainer.run_inputs = {
@@ -355,7 +369,7 @@ def _read_text_file_name(files: RunFolder) -> str:
         raise CannotResume(f"can't resume: {files.text_file} is damaged ({error}); start a new run") from None
 
 
-def run_experiment(config: Config, folder: Path | None = None) -> RunResult:
+def run_experiment(config: Config, folder: Path | None = None, comment: str = "") -> RunResult:
     """Train and evaluate one model; all results are in its run folder.
 
     Under torchrun all processes call it, share the work, and return the same.
@@ -363,6 +377,7 @@ def run_experiment(config: Config, folder: Path | None = None) -> RunResult:
     Args:
         config: from `configuration.build_config`.
         folder: that of a run to resume, whose `config` this is; None for a new one.
+        comment: for the head of config.yaml.
 
     Raises:
         ValueError: the data can't be used with these keys, training diverged, or another process has locked
@@ -373,7 +388,7 @@ def run_experiment(config: Config, folder: Path | None = None) -> RunResult:
         try:
             if folder is not None:
                 locks.enter_context(lock_run_folder(folder))
-            prepared = prepare_run(config, folder)
+            prepared = prepare_run(config, folder, comment=comment)
             if folder is None:
                 locks.enter_context(lock_run_folder(prepared.trainer.folder))
             elif distributed.is_main_process():

@@ -1,0 +1,417 @@
+"""run_mm.py --search on tiny data: real runs in real workers, from the command to the run of the best."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import as_arguments, random_rows, small, write_inter
+
+pytest.importorskip("optuna")
+
+import optuna
+
+import run_mm
+from m2rec.commands.profiles import PROFILES
+from m2rec.commands.search_setup import plan_search
+from m2rec.experiments.search import SearchTask, enqueue_profiles
+from m2rec.experiments.search_budget import Budget
+from m2rec.experiments.search_pool import SearchPool
+from m2rec.experiments.search_space import SpaceAround
+from m2rec.experiments.search_view import SearchView
+from m2rec.experiments.study import get_progress, make_halving_pruner, open_study
+from m2rec.settings import SCALE_FREE_KEYS
+from m2rec.storage import lock_path
+from m2rec.training.configuration import build_config
+from m2rec.training.data_cache import DataCache
+from m2rec.training.run import prepare_run
+from tests.test_search import PLAIN, RULES_HERE
+
+ROOT = Path(__file__).parent.parent
+KEYS = {"epochs": 4, "text_vectors": "none", "mixer": "attention", "filter": "none"}
+Call = Callable[..., tuple[int, str, str]]
+
+
+def arguments(folder: Path, search: object = 7, **others: object) -> list[str]:
+    keys = small(folder / "data", **{**KEYS, "runs_dir": str(folder / "runs"), **others})
+    return [*as_arguments(keys), f"--search={search}"]
+
+
+def read_study(folder: Path) -> optuna.Study:
+    (path,) = (folder / "runs" / "search").glob("*.log")
+    return open_study(path.with_suffix(""), True, None)
+
+
+def results(folder: Path) -> list[tuple[Any, ...]]:
+    return [
+        (t.user_attrs["origin"], t.state.name, t.user_attrs["settings"], t.intermediate_values)
+        for t in read_study(folder).trials
+    ]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, list[str]]:
+    """A folder with a search that has ended; its exit status, and what it printed."""
+    folder = tmp_path_factory.mktemp("searched")
+    write_inter(folder / "data", "toy", random_rows())
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_mm.py"), *arguments(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout.splitlines(), done.stderr.splitlines()
+
+
+def test_a_search_ends_with_the_run_of_the_best(searched: tuple[Path, list[str], list[str]]):
+    folder, out, err = searched
+    run = Path(out[-1])
+    assert [path for path in (folder / "runs").iterdir() if path.name != "search"] == [run]
+    metrics = json.loads((run / "metrics.json").read_text())
+    study = read_study(folder)
+    scores = {t.number: max(t.intermediate_values.values()) for t in study.trials}
+    winner = study.trials[max(scores, key=lambda number: (scores[number], -number))]
+    assert metrics["valid"]["ndcg@10"] == scores[winner.number]
+    assert metrics["test"] and metrics["parameters"] == get_progress(winner)["parameters"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert winner.user_attrs["settings"].items() <= config.items() and "search" not in config
+    assert config["auto"] is False
+    line = (run / "config.yaml").read_text().splitlines()[1]
+    assert line.startswith(f"# settings of trial {winner.number} of {folder}/runs/search/M2Rec-toy-")
+    assert "python run_mm.py" in line and "--search=7" in line
+    assert out[1] == f"{sum(t.state.name == 'COMPLETE' for t in study.trials)} complete, " + ", ".join(
+        [f"{sum(t.state.name == 'PRUNED' for t in study.trials)} pruned", "0 failed; on validation:"]
+    )
+    assert f"trial {winner.number} wins: " in "\n".join(out)
+    assert len(study.trials) == 7 and any("race, round 1" in line for line in err)
+
+
+def test_keys_of_the_user_stay(searched: tuple[Path, list[str], list[str]]):
+    folder, _, err = searched
+    for trial in read_study(folder).trials:
+        assert not {*KEYS, "hidden_size", "n_layers", "inner_size"} & set(trial.user_attrs["settings"])
+    assert [line for line in err if "stay as you set them: MAX_ITEM_LIST_LENGTH, filter, hidden_size" in line]
+
+
+def test_no_test_row_is_scored_by_a_trial(searched: tuple[Path, list[str], list[str]]):
+    folder, _, _ = searched
+    left = {path.name for path in (folder / "runs" / "search").rglob("*") if path.is_file()}
+    assert {"config.yaml", "history.csv", "trials.csv", "worker-1.log"} == left - {
+        next((folder / "runs" / "search").glob("*.log")).name
+    }
+    header = next((folder / "runs" / "search").rglob("history.csv")).read_text().splitlines()[0]
+    assert "valid.ndcg@10" in header and "test" not in header
+
+
+def test_the_same_command_again_makes_nothing_anew(
+    searched: tuple[Path, list[str], list[str]], capsys: pytest.CaptureFixture[str]
+):
+    folder, out, _ = searched
+    before = results(folder)
+    assert run_mm.main(arguments(folder)) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1] == out[-1] and f"its run was made before: {out[-1]}" in captured.out
+    assert results(folder) == before
+
+
+def test_a_second_command_at_the_same_time_is_refused(
+    searched: tuple[Path, list[str], list[str]], capsys: pytest.CaptureFixture[str]
+):
+    folder, _, _ = searched
+    (path,) = (folder / "runs" / "search").glob("M2Rec-toy-*/")
+    with lock_path(path):
+        assert run_mm.main(arguments(folder)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"run_mm.py: error: search: another process is at work in {path}")
+
+
+def test_changed_data_are_refused(
+    searched: tuple[Path, list[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(searched[0] / "runs", tmp_path / "runs")
+    write_inter(tmp_path / "data", "toy", random_rows(seed=1))
+    assert run_mm.main(arguments(tmp_path)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "search: the data set has changed since this search was started; move " in last
+
+
+def wait_for_trials(folder: Path, n_ended: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        if list((folder / "runs" / "search").glob("*.log")):
+            ended = [t for t in read_study(folder).trials if t.state.is_finished()]
+            if len(ended) >= n_ended:
+                return
+    raise AssertionError("the search did not get on")
+
+
+def test_a_stopped_and_killed_search_ends_as_one_that_was_not(
+    searched: tuple[Path, list[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Ctrl-C, then kill -9, then to the end."""
+    shutil.copytree(searched[0] / "data", tmp_path / "data")
+
+    def interrupt() -> None:
+        wait_for_trials(tmp_path, 1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert run_mm.main(arguments(tmp_path)) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("run_mm.py: stopped; resume with: python run_mm.py --dataset=toy ")
+    assert last.endswith("--search=7")
+    command = [sys.executable, str(ROOT / "run_mm.py"), *arguments(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_trials(tmp_path, 4)
+    process.kill()
+    process.wait()
+    assert run_mm.main(arguments(tmp_path)) == 0
+    assert "search: resumed with" in capsys.readouterr().err
+    assert results(tmp_path) == results(searched[0])
+
+
+def test_too_short_a_time_says_what_it_managed(toy: Path, capsys: pytest.CaptureFixture[str]):
+    assert run_mm.main(arguments(toy.parent, search="0.1s")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "search: 0s did not suffice to compare the " in last and "no epoch was finished" in last
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--search=0"], "search: expected a time such as 30m, 2h or 1h30m, or a number of trials"),
+        (["--search=abc"], "got 'abc'"),
+        (["--search=-3"], "got '-3'"),
+        (["--search="], "got ''"),
+        (["--search=2", "--resume=runs/x"], "resume: 'runs/x': it takes its keys from the run, not --"),
+        (["--search=2", "--learning_rat=1"], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        (
+            ["--search=2", "--model=Popularity"],
+            "search: Popularity always has epochs: 1, nothing can be searched",
+        ),
+        (["--search=2", "--dataset=gone"], "dataset: 'gone' not found"),
+        (
+            [
+                *("--search=2", "--model=GRU4Rec", "--learning_rate=0.1", "--train_batch_size=8"),
+                *("--dropout_prob=0.1", "--hidden_size=8", "--embedding_size=8"),
+            ],
+            "search: GRU4Rec has no key to search that you have not set yourself",
+        ),
+    ],
+)
+def test_mistakes(toy: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    keys = {"dataset": "toy", "data_path": toy, "runs_dir": toy.parent / "runs", "gpu_id": ""}
+    assert run_mm.main([*as_arguments(keys), *given]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err.splitlines()[-1] and "Traceback" not in captured.err and not captured.out
+    assert not (toy.parent / "runs").exists()
+
+
+def test_not_under_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_mm.main(["--search=2"]) == 2
+    assert "search: it starts its own processes; run it without torchrun" in capsys.readouterr().err
+
+
+def test_without_optuna_the_install_line_comes_first():
+    code = (
+        "import sys\nsys.modules['optuna'] = None\nimport run_mm\n"
+        "status = run_mm.main(['--search=2', '--dataset=gone'])\n"
+        "print('torch' in sys.modules)\nsys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "False\n"
+    assert done.stderr.splitlines() == [
+        'run_mm.py: error: Optuna is missing: pip install -c constraints.txt -e ".[tune]"'
+    ]
+
+
+# what is tried
+
+
+def plan(toy: Path, **others: object) -> Any:
+    given = {"dataset": "toy", "data_path": str(toy), "runs_dir": str(toy.parent), "gpu_id": "", **others}
+    return plan_search(given, Budget(trials=50))
+
+
+def test_profiles_become_plain_settings(toy: Path):
+    """Steps of 1,500 targets, and a share of the weights that an epoch takes, as numbers of these data."""
+    setup = plan(toy, auto=False)
+    assert list(setup.profiles) == [name for name in PROFILES if name not in ("defaults", "long histories")]
+    assert setup.profiles["plain"] == {}
+    rare = setup.profiles["rare items"]
+    assert rare["hidden_size"] == 128 and rare["learner"] == "adamw" and rare["train_batch_size"] == 28
+    # an epoch is one step, whose learning rate times the decay is the share of an epoch
+    assert rare["learning_rate"] * rare["weight_decay"] == pytest.approx(0.16, rel=1e-3)
+    assert not set(SCALE_FREE_KEYS) & {key for profile in setup.profiles.values() for key in profile}
+
+
+def test_longer_histories_are_tried_where_there_are_any(toy: Path):
+    rows = [("u", f"i{k % 9}", k) for k in range(300)] + [("v", f"i{k % 9}", k) for k in range(300)]
+    write_inter(toy, "long", rows)
+    setup = plan(toy, dataset="long", auto=False)
+    assert setup.profiles["long histories"] == {"MAX_ITEM_LIST_LENGTH": 200, "train_batch_size": 16}
+    assert setup.task.space.make_ranges(setup.task.plain)["MAX_ITEM_LIST_LENGTH"] == [50, 200]
+
+
+def test_the_plain_run_is_what_the_data_say(toy: Path):
+    """`auto` is settled before the search, so that a trial differs from it in its own keys alone."""
+    setup = plan(toy)
+    assert setup.task.plain["train_batch_size"] != 64 and setup.base["auto"] is False
+    for key in ("train_batch_size", "stopping_step", "MAX_ITEM_LIST_LENGTH"):
+        assert setup.task.fixed[key] == setup.task.plain[key]
+
+
+def test_a_profile_gives_way_to_the_user(toy: Path):
+    profiles = plan(toy, learning_rate=0.1, train_batch_size=8, filter="causal", gate="softmax").profiles
+    for profile in profiles.values():
+        assert not {"learning_rate", "train_batch_size", "filter", "gate"} & set(profile)
+    assert "no filter, mean" not in profiles  # nothing is left of it
+
+
+def test_a_profile_that_does_not_fit_is_left_out(toy: Path, caplog: pytest.LogCaptureFixture):
+    """Those with decay need adamw."""
+    caplog.set_level("INFO")
+    profiles = plan(toy, auto=False, learner="sgd").profiles
+    assert not {"rare items", "rare items with text"} & set(profiles) and "much data" in profiles
+    assert "search: profile rare items is left out: decay_per_epoch: 0.16 needs learner: adamw" in caplog.text
+
+
+def test_other_keys_are_another_search(toy: Path):
+    folder = plan(toy).task.folder
+    assert plan(toy, eval_batch_size=7).task.folder == folder != plan(toy, epochs=3).task.folder
+
+
+def test_data_are_loaded_once(toy: Path):
+    """A run on kept data gives the digits of one that loads them."""
+
+    def train(cache: DataCache, **others: object) -> dict[int, float]:
+        config = build_config(small(toy, runs_dir=str(toy.parent / "runs"), text_vectors="none", **others))
+        run = prepare_run(config, load=cache.load)
+        run.train()
+        losses: dict[int, float] = run.trainer.train_loss_dict
+        return losses
+
+    kept, changes = DataCache(), ({}, {"hidden_size": 32, "train_batch_size": 7}, {"learning_rate": 0.01})
+    losses = [train(kept, **change) for change in changes]
+    assert kept.n_loaded == 1
+    assert losses == [train(DataCache(), **change) for change in changes]
+    train(kept, MAX_ITEM_LIST_LENGTH=5, epochs=1)
+    assert kept.n_loaded == 2
+
+
+# workers and what is shown
+
+
+class Screen:
+    """A terminal that understands what the view writes."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def write(self, text: str) -> None:
+        if text.startswith("\x1b["):
+            n, rest = text.removeprefix("\x1b[").split("A", 1)
+            assert rest == "\x1b[J"
+            del self.lines[len(self.lines) - int(n) :]
+        else:
+            self.lines += text.splitlines()
+
+    def flush(self) -> None:
+        pass
+
+
+def make_study(tmp_path: Path) -> tuple[optuna.Study, SearchTask]:
+    task = SearchTask(tmp_path / "searches" / "one", {}, SpaceAround(RULES_HERE), PLAIN, 2)
+    study = open_study(task.folder, True, make_halving_pruner(2))
+    task.folder.mkdir(parents=True)
+    enqueue_profiles(study, {"plain": {}, "quick": {"learning_rate": 0.01}}, task)
+    return study, task
+
+
+def test_the_live_table_is_drawn_in_place(tmp_path: Path):
+    study, task = make_study(tmp_path)
+    screen = Screen()
+    view = SearchView(screen, True, task, Budget(seconds=600), "NDCG@10")  # type: ignore[arg-type]
+    view.update(study, 1)
+    first, second = study.ask(), study.ask()
+    for trial, score in ((first, 0.125), (second, 0.25)):
+        trial.set_user_attr("progress", {"trained_epochs": 1, "seconds": 3.0, "paused": trial is second})
+        trial.report(score, 1)
+    view.update(study, 75)
+    study.tell(first, state=optuna.trial.TrialState.PRUNED)
+    view.update(study, 80)
+    assert [line.split() for line in screen.lines[:3]] == [
+        ["trial", "state", "epochs", "NDCG@10", "seconds", "from", "settings"],
+        ["1", "paused", "1", "0.2500", "3", "quick", "learning_rate", "0.01"],
+        ["0", "pruned", "1", "0.1250", "3", "plain"],
+    ]
+    assert screen.lines[3:] == [
+        "search, 1m 20s of 10m: best 0.2500; 0 complete, 1 pruned, 0 failed, 1 running"
+    ]
+
+
+@pytest.fixture
+def start_process() -> Iterator[Callable[[str], Any]]:
+    """Start Python with this code; looks as multiprocessing's processes do."""
+    processes = []
+
+    class Process(subprocess.Popen):  # type: ignore[type-arg]
+        @property
+        def exitcode(self) -> int | None:
+            return self.poll()
+
+        def join(self, timeout: float | None = None) -> None:
+            self.wait(timeout)
+
+    def start(code: str) -> Any:
+        processes.append(Process([sys.executable, "-c", code]))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_worker_costs_its_trial_only(
+    tmp_path: Path, start_process: Callable[[str], Any], caplog: pytest.LogCaptureFixture
+):
+    """As by the kernel when memory runs out; the trial of the other worker is not touched."""
+    study, task = make_study(tmp_path)
+    trials = [study.ask(), study.ask()]
+
+    def start(index: int) -> Any:
+        code = ("import os, time\ntime.sleep(0.3)\nos.kill(os.getpid(), 9)", "import time\ntime.sleep(2)")[
+            index
+        ]
+        process = start_process(code)
+        trials[index].set_user_attr("progress", {"worker": process.pid, "paused": False, "seconds": 0.0})
+        return process
+
+    view = SearchView(sys.stderr, False, task, Budget(trials=2), "NDCG@10")
+    SearchPool(study, task, start, 2, view).run()
+    assert [t.state.name for t in study.trials] == ["FAIL", "RUNNING"]
+    reason = "its process was ended by signal 9 (the memory may have run out)"
+    assert f"worker 1: {reason}; 1 left" in caplog.text
+    assert f"trial 0 (plain) failed: {reason}" in caplog.text
+
+
+def test_a_worker_that_always_fails_ends_the_search(tmp_path: Path, start_process: Callable[[str], Any]):
+    study, task = make_study(tmp_path)
+    (task.folder / "worker-1.log").write_text("Traceback\nRuntimeError: no such thing\n")
+    view = SearchView(sys.stderr, False, task, Budget(trials=2), "NDCG@10")
+    with pytest.raises(ValueError, match="worker 1 ended 5 times: its process failed: RuntimeError: no such"):
+        SearchPool(study, task, lambda index: start_process("import sys; sys.exit(1)"), 1, view).run()
