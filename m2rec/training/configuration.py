@@ -28,6 +28,7 @@ from m2rec.settings import (
     RunSettings,
     check_key_combination,
     collect_keys,
+    get_defaults,
 )
 from m2rec.training.recbole_keys import (
     DataSettings,
@@ -144,6 +145,8 @@ def _merge_values(model: Model, strong: Mapping[str, Any]) -> dict[str, Any]:
         del defaults[key]
     if settings_class := getattr(model, "settings_class", None):
         defaults |= settings_class.defaults()
+    elif getattr(model, "uses_text", False):
+        defaults |= get_defaults(Role.TEXT_SOURCE)
     weak = {**defaults, **_read_properties("model", model.__name__)}
     values = {**weak, **_read_dataset_properties({**weak, **strong}), **strong}
     for key in values:
@@ -258,6 +261,8 @@ def collect_model_keys(model: Model) -> frozenset[str]:
     settings_class = getattr(model, "settings_class", None)
     keys = {*RunSettings.keys(), *_collect_recbole_keys(), *_read_recbole_properties(model)}
     keys.update(settings_class.keys() if settings_class else ["loss_type"])
+    if getattr(model, "uses_text", False):
+        keys |= collect_keys(Role.TEXT_SOURCE)
     return frozenset((keys | _collect_sequential_keys()) - collect_keys(Role.IGNORED))
 
 
