@@ -34,7 +34,8 @@ class Popularity(SequentialRecommender):
         """A score for each item, (V,), without ties."""
         assert dataset.histories is not None
         counts = torch.from_numpy(dataset.histories.training_counts(self.n_items)).double()
-        return counts - torch.arange(self.n_items) / self.n_items
+        scores: Tensor = counts - torch.arange(self.n_items) / self.n_items
+        return scores
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Zero: there is nothing to learn."""
@@ -67,4 +68,5 @@ class RecentPopularity(Popularity):
         order = overall.argsort()
         position = torch.empty_like(overall)
         position[order] = torch.arange(self.n_items, dtype=overall.dtype)
-        return torch.from_numpy(dataset.recent_counts.counts) + position / self.n_items
+        scores: Tensor = torch.from_numpy(dataset.recent_counts.counts) + position / self.n_items
+        return scores

@@ -93,9 +93,9 @@ class TransitionGraph(SequentialRecommender):
         items, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         scores: Tensor = self.base_scores.repeat(len(items), 1)
         recent, ages = _select_recent(items, lengths)
-        self._add_transitions(scores, recent, _DECAY**ages)
+        self._add_transitions(scores, recent, _DECAY ** ages.double())
         if self.text is not None:
-            self._add_text(scores, recent, _TEXT_DECAY**ages)
+            self._add_text(scores, recent, _TEXT_DECAY ** ages.float())
         if self.ranks_history_last:
             scores.scatter_(1, items, scores.gather(1, items) - _SCORE_BOUND)
         return scores

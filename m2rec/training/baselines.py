@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2rec.compat import Config, Interaction
 from m2rec.data.dataset import HistoryDataset
@@ -15,6 +15,7 @@ from m2rec.errors import format_one_line
 from m2rec.evaluation.measurement import Metrics, measure_protocols
 from m2rec.evaluation.ranking import rank_rows
 from m2rec.models.popularity import Popularity, RecentPopularity
+from m2rec.models.registry import Model
 from m2rec.models.transition_graph import TransitionGraph
 from m2rec.settings import get_run_settings
 from m2rec.text.vector_file import TextVectors, load_item_vectors
@@ -74,9 +75,9 @@ def _is_wanted(config: Config, train: HistoryDataset, loaders: list[Any]) -> boo
     return False
 
 
-def _list_baselines(train: HistoryDataset) -> dict[str, type[nn.Module]]:
+def _list_baselines(train: HistoryDataset) -> dict[str, Model]:
     """The baselines of a data set by name."""
-    baselines: dict[str, type[nn.Module]] = {"Popularity": Popularity}
+    baselines: dict[str, Model] = {"Popularity": Popularity}
     if train.recent_counts is not None:
         baselines[f"Popularity, {train.recent_counts.period}"] = RecentPopularity
     return {**baselines, "TransitionGraph": TransitionGraph}
@@ -84,7 +85,7 @@ def _list_baselines(train: HistoryDataset) -> dict[str, type[nn.Module]]:
 
 @torch.no_grad()
 def _evaluate_baseline(
-    model_class: type[nn.Module], config: Config, train: HistoryDataset, loaders: list[Any]
+    model_class: Model, config: Config, train: HistoryDataset, loaders: list[Any]
 ) -> dict[str, Metrics]:
     """Metrics of a baseline under every protocol, as its own run has them."""
     data = train.copy(train.inter_feat)
@@ -96,7 +97,7 @@ def _evaluate_baseline(
         scores[:, 0] = -torch.inf
         return scores
 
-    metrics = {}
+    metrics: dict[str, Metrics] = {}
     for loader in loaders:
         metrics |= measure_protocols(rank_rows(score, loader, iter), loader.dataset).metrics
     return metrics
