@@ -40,7 +40,7 @@ def test_they_are_the_numbers_of_their_own_runs(
     beside = run(split=split)["baselines"]
     names = {"Popularity": "Popularity", "TransitionGraph": "TransitionGraph"}
     if split == "global_time":
-        names["Popularity, last 5% of training"] = "RecentPopularity"
+        names["Popularity, last 7 days"] = "RecentPopularity"
     assert set(beside) == set(names)
     for name, model in names.items():
         own = run(model=model, split=split)
@@ -91,8 +91,8 @@ def test_one_that_fails_does_not_fail_the_run(
 
     monkeypatch.setattr(baselines.TransitionGraph, "full_sort_predict", fail)
     metrics = run()
-    assert metrics["test"] and metrics["baselines"] == {}
-    warning = "could not evaluate the baselines (MemoryError: no room); the run itself is complete"
+    assert metrics["test"] and list(metrics["baselines"]) == ["Popularity"]
+    warning = "could not evaluate all baselines (MemoryError: no room); the run itself is complete"
     assert caplog.text.count(warning) == 1
 
 
@@ -141,7 +141,7 @@ def test_what_is_popular_in_the_last_days(unit: float, period: str, recent: dict
     times = (START + DAY * np.append(days, 79)) * unit
     items = np.append(np.where(days < 70, 2, 1), 3)
     users = np.append(np.full(90, 1), 2)
-    counted = count_recent_items(users, items, times, 80.5 / 91, n_items=5)
+    counted = count_recent_items(users, items, times, 81.5 / 91, n_items=5)
     assert counted.period == period
     assert {item: count for item, count in enumerate(counted.counts) if count} == recent
 
