@@ -58,7 +58,9 @@ class Role(Enum):
     # chosen at each start of a run
     START = ("eval_batch_size", "state", "use_gpu")
     # other keys that affect where and how a run executes, not its result
-    MACHINE = ("checkpoint_minutes", "log_wandb", "report", "scan_backend", "tensorboard", "worker")
+    MACHINE = (
+        "baselines", "checkpoint_minutes", "log_wandb", "report", "scan_backend", "tensorboard", "worker",
+    )  # fmt: skip
     # how the files of a data set are written
     FILE_FORMAT = ("LIST_SUFFIX", "field_separator", "load_col", "seq_separator")
     # RecBole's keys without effect here: nothing is pickled, and a run has its own folder
@@ -315,6 +317,7 @@ class RunSettings(Settings):
     reproducibility: bool = True
     enable_amp: bool = False
     show_progress: bool = True
+    baselines: bool | Literal["auto"] = Field("auto", description="auto, True or False")
     report: bool = True
     tensorboard: bool = False
     state: Literal["INFO", "DEBUG", "WARNING", "ERROR", "CRITICAL"] = "INFO"

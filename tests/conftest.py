@@ -114,7 +114,8 @@ def small(data_path: Path, dataset: str = "toy", **others: object) -> dict[str, 
         "n_layers": 2,
         "topk": [5, 10],
         "gpu_id": "",
-        "report": False,  # its pictures take longer than the run
+        "baselines": False,  # they and the pictures of the report take longer than the run
+        "report": False,
         **others,
     }
 

@@ -29,6 +29,20 @@ def made() -> Histories:
     return Histories(owner, np.array([10, 11, 12, 13, 20, 10, 31, 32]))
 
 
+def test_pairs_and_returns_of_training():
+    """The last item is for the test, the one before it for validation; user 4 returns to 20 twice."""
+    histories = Histories(
+        np.array([3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 5]),
+        np.array([10, 11, 12, 13, 14, 20, 21, 20, 20, 9, 9, 1]),
+    )
+    pairs = [list(zip(*histories.training_pairs(gap), strict=True)) for gap in (1, 2, 3, 4)]
+    assert pairs == [
+        [(10, 11), (11, 12), (20, 21), (21, 20), (20, 20)], [(10, 12), (20, 20), (21, 20)], [(20, 20)], [],
+    ]  # fmt: skip
+    assert histories.training_returns() == 2 / 5
+    assert Histories(np.array([1]), np.array([7])).training_returns() == 0
+
+
 def test_before():
     histories = made()
     owner, items = histories.items_before_target(np.array([7, 3]), "test")

@@ -103,7 +103,7 @@ def test_unseen_takes_each_rows_own_whole_history_out(data: Path):
     assert test.dataset.n_returning == 1
 
 
-@pytest.mark.parametrize("model", ["M2Rec", "SASRec", "Popularity"])
+@pytest.mark.parametrize("model", ["M2Rec", "SASRec", "Popularity", "TransitionGraph"])
 def test_a_run_without_validation(data: Path, model: str, caplog: pytest.LogCaptureFixture):
     """RecBole's example of sessions names two files."""
     others = {"n_heads": 1} if model == "SASRec" else {}

@@ -55,7 +55,7 @@ def test_help_is_shown_at_once(script: str):
 
 def test_a_run_loads_only_what_it_uses(toy: Path):
     """Not the packages of RecBole's that it does not call, nor PyTorch's compiler."""
-    keys = small(toy, epochs=1, runs_dir=str(toy.parent / "runs"))
+    keys = small(toy, epochs=1, baselines=True, runs_dir=str(toy.parent / "runs"))
     loaded = find_after_command("run_mm.py", "--config_files=config.yaml", *as_arguments(keys))
     assert HEAVY & loaded == {"pandas", "recbole", "torch"}
     assert not {"sympy", "tensorboard", "torch._dynamo"} & loaded

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from m2rec.cli import run_command
 from m2rec.errors import UserError
+from m2rec.reports.baselines import describe_comparison, list_compared_models
 from m2rec.run_folder import RunFolder
 from m2rec.settings import Role, collect_keys
 
@@ -143,7 +144,21 @@ def format_metrics_table(metrics: dict[str, Any]) -> str:
     )
     if "returning" in protocol:
         lines.append(protocol["returning"])
-    return "\n".join(lines)
+    return "\n".join([*lines, *_format_baselines(metrics, list(columns))])
+
+
+def _format_baselines(metrics: dict[str, Any], protocols: Sequence[str]) -> list[str]:
+    """The run and its baselines on valid_metric: a line per model, a column per protocol."""
+    models = list_compared_models(metrics)
+    if not models:
+        return []
+    metric = metrics["valid_metric"]
+    width = 2 + max(map(len, [metric, *models]))
+    lines = ["", metric.ljust(width) + "".join(map("{:>12}".format, protocols))]
+    for name, by_protocol in models.items():
+        values = [f"{by_protocol[protocol][metric]:12.4f}" for protocol in protocols]
+        lines.append(name.ljust(width) + "".join(values))
+    return [*lines, describe_comparison(metrics)]
 
 
 def format_next_steps(folder: Path, recommends: bool) -> str:

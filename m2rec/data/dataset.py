@@ -21,7 +21,12 @@ from m2rec.data.dominant import describe_dominant_entity
 from m2rec.data.histories import NO_TARGET, Histories, shift_targets, split_by_time
 from m2rec.data.max_length import choose_max_length
 from m2rec.data.ties import Ties, hash_interactions
-from m2rec.data.time_statistics import count_per_period, measure_gap_quartiles
+from m2rec.data.time_statistics import (
+    RecentCounts,
+    count_per_period,
+    count_recent_items,
+    measure_gap_quartiles,
+)
 from m2rec.errors import UserError
 from m2rec.settings import get_run_settings
 
@@ -50,6 +55,7 @@ class HistoryDataset(SequentialDataset):
         gap_quartiles: of the time between neighbouring interactions of a user, in the file's unit;
             None where no user has two.
         histories: each user's items in order.
+        recent_counts: what was popular in the last days of training; None but for `split: global_time`.
         item_vectors: text vectors by item id, `text.vector_file.TextVectors`, or None; set by training.
         on_rows: called by `build` with the data set and its training part, before there are any loaders; set
             by training, which settles the keys that depend on the number of rows.
@@ -75,6 +81,7 @@ class HistoryDataset(SequentialDataset):
         self.gap_quartiles: tuple[float, float, float] | None = None
         self.histories: Histories | None = None
         self.on_rows: Callable[[HistoryDataset, HistoryDataset], None] | None = None
+        self.recent_counts: RecentCounts | None = None
         # set by RecBole's hooks: each user's interactions before validation and within it (`global_time`),
         # and the row after the last one of each part
         self._period_counts: tuple[np.ndarray, np.ndarray] | None = None
@@ -272,7 +279,10 @@ class HistoryDataset(SequentialDataset):
         if self.tie_order == "shuffled" and not self.ties.n_tied:
             logger.warning("ties: shuffled changes nothing: no user has two interactions at the same time")
         if self.split == "global_time":
+            items = self.inter_feat[self.iid_field].to_numpy()
             self._period_counts = count_per_period(users, times, *self._split_shares)
+            valid_from = self._split_shares[0]
+            self.recent_counts = count_recent_items(users, items, times, valid_from, self.item_num)
         super()._change_feat_format()
 
     def _hash_interactions(self) -> np.ndarray:

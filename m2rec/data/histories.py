@@ -170,6 +170,27 @@ class Histories:
         first: np.ndarray = np.maximum(self.start + 1, self.split.train_start)
         return first
 
+    def training_pairs(self, gap: int) -> tuple[np.ndarray, np.ndarray]:
+        """Items of the training data that one user had `gap` interactions apart, as (earlier, later).
+
+        The later one is a target of training; the same pair may be there several times.
+        """
+        first = np.maximum(self.start + gap, self.split.train_start)
+        later = concatenate_ranges(first, np.maximum(self.split.train_stop - first, 0))
+        return self.items[later - gap], self.items[later]
+
+    def training_returns(self) -> float:
+        """The share of the targets of training that their user had before."""
+        stop = np.maximum(self.split.train_stop, self.start)
+        positions = concatenate_ranges(self.start, stop - self.start)
+        index = np.repeat(np.arange(len(self.start)), stop - self.start)
+        pairs = index * (int(self.items.max()) + 1) + self.items[positions]
+        _, first = np.unique(pairs, return_index=True)
+        is_return = np.ones(len(pairs), dtype=bool)
+        is_return[first] = False  # np.unique names the first of equal pairs
+        is_target = positions >= np.maximum(self.start + 1, self.split.train_start)[index]
+        return float(is_return[is_target].mean()) if is_target.any() else 0.0
+
     def _count_training_items(self, first: np.ndarray, n_items: int) -> np.ndarray:
         """How often each item is in the intervals [first, train_stop)."""
         lengths = np.maximum(self.split.train_stop - first, 0)

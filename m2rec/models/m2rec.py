@@ -47,6 +47,7 @@ class M2Rec(SequentialRecommender):
     input_type = InputType.POINTWISE  # a row is a history and the item after it
     settings_class = ModelSettings
     supports_dense_rows = True
+    uses_text = True
     draws_negatives = True  # for each loss that needs some, see `compat`
 
     def __init__(self, config: Config, dataset: SequentialDataset) -> None:

@@ -4,6 +4,7 @@ A class says with these attributes what RecBole's models lack:
 
     supports_dense_rows = True        # it trains on all positions of a history
     settings_class = ModelSettings    # it is made of M2Rec's parts, and these are its keys
+    uses_text = True                  # it takes text vectors: `text_vectors` and `text_encoder` are its keys
     fixed_settings = {"epochs": 1}    # keys that can't have another value
     draws_negatives = True            # RecBole need not draw any
 """

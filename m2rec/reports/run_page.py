@@ -13,6 +13,7 @@ import jinja2
 
 from m2rec.errors import UserError
 from m2rec.reports import charts
+from m2rec.reports.baselines import describe_comparison, list_compared_models
 from m2rec.run_folder import RunFolder
 from m2rec.storage import write_text
 
@@ -167,6 +168,8 @@ def _render_run_page(run: RunRecord) -> str:
         f"{run.metrics['model']} on {run.metrics['dataset']}",
         {run.folder.name: run},
         single=run,
+        compared=list_compared_models(run.metrics),
+        comparison=describe_comparison(run.metrics),
         curves=_draw_training_curves({"": run}),
         groups=_draw_bucket_charts(run),
         gate=list(_draw_gate_charts(run).values()),

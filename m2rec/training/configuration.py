@@ -29,6 +29,7 @@ from m2rec.settings import (
     RunSettings,
     check_key_combination,
     collect_keys,
+    get_defaults,
 )
 from m2rec.training.automatic_settings import RULE_KEYS
 from m2rec.training.recbole_keys import (
@@ -176,6 +177,8 @@ def _merge_values(
         del defaults[key]
     if settings_class := getattr(model, "settings_class", None):
         defaults |= settings_class.defaults()
+    elif getattr(model, "uses_text", False):
+        defaults |= get_defaults(Role.TEXT_SOURCE)
     weak = _merge_layers(defaults, _read_properties("model", model.__name__))
     strong = _merge_layers(variant, user_values)
     properties = _read_dataset_properties({**weak, **strong})
@@ -354,6 +357,8 @@ def collect_model_keys(model: Model) -> frozenset[str]:
     settings_class = getattr(model, "settings_class", None)
     keys = {*RunSettings.keys(), *_collect_recbole_keys(), *_read_recbole_properties(model)}
     keys.update(settings_class.keys() if settings_class else ["loss_type"])
+    if getattr(model, "uses_text", False):
+        keys |= collect_keys(Role.TEXT_SOURCE)
     return frozenset((keys | _collect_sequential_keys()) - collect_keys(Role.IGNORED))
 
 

@@ -27,6 +27,7 @@ from m2rec.models.registry import find_model_class
 from m2rec.run_folder import RunFolder
 from m2rec.settings import Role, get_defaults
 from m2rec.text.source import ensure_text_vectors, find_vector_file, load_text_vectors
+from m2rec.training.baselines import evaluate_baselines
 from m2rec.training.checkpoint import CannotResume
 from m2rec.training.compilation import resolve_compile
 from m2rec.training.configuration import build_config
@@ -158,13 +159,18 @@ class PreparedRun:
                 **validated,
                 **tested.metrics,
                 "test_by": buckets,
+                "baselines": {},
                 **self._describe_run(),
             }
             if distributed.is_main_process():
                 trainer.files.write_ranks(tested.rows.to_csv(index=False, lineterminator="\n"))
                 trainer.files.write_metrics(metrics)
                 trainer.remove_checkpoint()
-                self._write_insights_and_report()
+        train, valid, test = self.loaders
+        metrics["baselines"] = evaluate_baselines(self.config, train.dataset, (valid, test))
+        if distributed.is_main_process():
+            trainer.files.write_metrics(metrics)
+            self._write_insights_and_report()
         return RunResult(trainer.folder, metrics)
 
     def _describe_run(self) -> dict[str, Any]:
@@ -262,7 +268,7 @@ def prepare_run(
     _settle_compile(config)
     dataset, loaders, data_counts = _load_and_describe_data(config, load)
     timer.lap("data")
-    if config.model_settings:
+    if getattr(config.model_class, "uses_text", False):
         tokens = dataset.item_tokens
         file = ensure_text_vectors(config, tokens[1:]) if folder is None else find_vector_file(config)
         loaders.train.dataset.item_vectors = load_text_vectors(config, file, tokens)

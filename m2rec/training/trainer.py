@@ -4,12 +4,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -17,10 +16,8 @@ from tqdm import tqdm
 
 from m2rec import distributed
 from m2rec.compat import Config, Interaction, Trainer
-from m2rec.data.dataset import HistoryDataset
 from m2rec.errors import UserError
-from m2rec.evaluation.breakdown import tabulate_rows
-from m2rec.evaluation.metrics import DEFAULT_TAIL_RATIO, RankedLists, compute_metrics
+from m2rec.evaluation.measurement import EvaluationResult, Metrics, measure_protocol, measure_protocols
 from m2rec.evaluation.protocols import Protocol
 from m2rec.evaluation.ranking import RANKED_PROTOCOLS, Ranking, rank_rows
 from m2rec.models.m2rec import M2Rec
@@ -35,16 +32,6 @@ logger = logging.getLogger(__name__)
 
 # between checks of the loss where steps are captured: a check waits until the GPU is done
 _CHECKED_STEPS = 50
-
-Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Metrics by part and protocol, such as `test_unseen`, and the rows that they are made of."""
-
-    metrics: dict[str, Metrics]
-    rows: pd.DataFrame
 
 
 @dataclass
@@ -490,7 +477,7 @@ class RunTrainer(Trainer):
         if load_best_model:
             self.load_best_weights()
         ranking = self._rank_rows(eval_data, show_progress, (Protocol.ALL,))
-        return self._protocol_metrics(ranking, Protocol.ALL, eval_data.dataset)
+        return measure_protocol(ranking, Protocol.ALL, eval_data.dataset)
 
     def evaluate_protocols(self, data: Any) -> EvaluationResult:
         """Metrics under every protocol, from one scoring; those of NEW are empty without new targets.
@@ -498,12 +485,7 @@ class RunTrainer(Trainer):
         Args:
             data: the loader of the rows to evaluate, from a `HistoryDataset`.
         """
-        ranking = self._rank_rows(data, show_progress=False)
-        metrics = {
-            protocol.get_name(data.dataset.part): self._protocol_metrics(ranking, protocol, data.dataset)
-            for protocol in Protocol
-        }
-        return EvaluationResult(metrics, tabulate_rows(ranking, data.dataset))
+        return measure_protocols(self._rank_rows(data, show_progress=False), data.dataset)
 
     def _rank_rows(
         self, data: Any, show_progress: bool, protocols: Sequence[Protocol] = RANKED_PROTOCOLS
@@ -518,23 +500,3 @@ class RunTrainer(Trainer):
         """Rows -> (b, V), by the model's full ranking or item by item where it has none."""
         scores: Tensor = self._full_sort_batch_eval((interaction, None, None, None))[1]
         return scores
-
-    def _protocol_metrics(
-        self, ranking: Ranking, protocol: Protocol, dataset: HistoryDataset
-    ) -> dict[str, float]:
-        """The metrics that the config names, rounded, as `metric_definitions` defines them."""
-        assert dataset.histories is not None
-        config, tail_ratio = self.config, self.config["tail_ratio"]
-        lists = RankedLists(
-            *ranking.select_rows(protocol),
-            n_items=dataset.item_num,
-            count_targets=cache(partial(dataset.histories.count_training_targets, dataset.item_num)),
-            tail_ratio=tail_ratio if tail_ratio and tail_ratio > 0 else DEFAULT_TAIL_RATIO,
-        )
-        return compute_metrics(
-            lists,
-            config["metrics"],
-            config["topk"],
-            config["metric_definitions"],
-            config["metric_decimal_place"],
-        )
