@@ -61,12 +61,10 @@ class Steps:
     high: float
 
     def make_range(self, value: Any) -> Range | None:
-        if type(value) not in (int, float):
+        if type(value) not in (int, float) or not self.low <= value <= self.high:
             return None
         down = min(self.count, int((value - self.low) / self.step + 1e-9))
         up = min(self.count, int((self.high - value) / self.step + 1e-9))
-        if down < 0 or up < 0:  # the value itself lies outside
-            return None
         low, high = value - down * self.step, value + up * self.step
         if type(self.step) is int and type(value) is int:
             return {"low": low, "high": high, "step": self.step}

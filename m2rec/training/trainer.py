@@ -158,9 +158,11 @@ class RunTrainer(Trainer):
                     self._save_checkpoint(epoch)
                 self._progress = self._begin_epoch(epoch + 1)
                 self._write_checkpoint()
-                self._raise_if_stopped()
-                if score is not None and callback_fn is not None:
-                    callback_fn(epoch, score)
+                try:
+                    if score is not None and callback_fn is not None:
+                        callback_fn(epoch, score)
+                finally:  # a resumed run begins with the next epoch
+                    self._raise_if_stopped()
             self._raise_if_stopped()
         self._add_hparam_to_tensorboard(self.best_valid_score)
         return self.best_valid_score, self.best_valid_result
