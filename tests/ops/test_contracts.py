@@ -46,6 +46,7 @@ BY_HAND = {
     ("selective_scan", "torch"),
     ("selective_scan", "native"),
     ("selective_scan", "triton"),
+    ("ssd", "triton"),
     ("causal_conv1d", "triton"),
 }
 
