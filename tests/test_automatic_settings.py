@@ -65,6 +65,7 @@ ML_100K = {"targets": 97_171, "items": 1_682, "users": 943, "median_item_count":
         (ML_100K, "small data", {"hidden_size": 64, "dropout_prob": 0.4, "learning_rate": 0.001}),
         ({**ML_100K, "targets": 300_000}, "small data", {"dropout_prob": 0.3}),
         ({"targets": 10_000_000}, "rare items", {"loss_type": "sampled", "n_negatives": 1_024}),
+        ({**ML_1M, "targets": 20_000_000, "items": 600}, "much data", {"loss_type": "CE"}),
         ({"targets": 90}, "rare items", {"targets_per_step": 500, "patience_targets": 260 * 500}),
     ],
 )
@@ -322,6 +323,12 @@ def test_a_recipe_is_for_the_plain_command(others: dict[str, Any]):
     assert config["MAX_ITEM_LIST_LENGTH"] == 50 and config["user_inter_num_interval"] == "[5,inf)"
     assert config["weight_decay"] == 0.0 and config["train_batch_size"] != 256
     assert config["hidden_size"] != 128
+
+
+def test_a_recipe_takes_no_decay_for_another_learner():
+    """For adam, weight_decay is an L2 term, and 1.0 would be ruinous."""
+    config = build_config({"dataset": "amazon-beauty", "learner": "adam"})
+    assert (config["learner"], config["weight_decay"], config["hidden_size"]) == ("adam", 0.0, 128)
 
 
 def test_a_run_repeats_from_its_config(toy: Path):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import time
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from m2rec.errors import UserError
 from m2rec.experiments.search_budget import Budget, Deadline, format_duration, parse_budget
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _DONE_KEY = "searched_for"  # the study's note of the longest time that is used up, in seconds
 _DATA_KEY = "data"
+_ID_KEY = "id"  # of the study, which tells it from a later one in the same folder
 
 
 def run_search(
@@ -134,6 +136,8 @@ def _open_study(setup: "SearchSetup") -> "optuna.Study":
     if opened.user_attrs.get(_DATA_KEY, setup.data_hash) != setup.data_hash:
         raise UserError(f"search: the data set has changed since this search was started; {cure}")
     opened.set_user_attr(_DATA_KEY, setup.data_hash)
+    if _ID_KEY not in opened.user_attrs:
+        opened.set_user_attr(_ID_KEY, uuid4().hex[:8])
     study.check_same_settings(opened, setup.fixed_settings, cure)
     search.enqueue_profiles(opened, setup.profiles, task)
     return opened
@@ -180,6 +184,7 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
     from m2rec.commands.trials import CONFIG_PATH
     from m2rec.experiments.study import find_best_trial, format_arguments
     from m2rec.experiments.trial_tables import format_search_summary
+    from m2rec.training.checkpoint import CannotResume
     from m2rec.training.configuration import build_config
     from m2rec.training.run import RunResult, build_resumed_config, run_experiment
 
@@ -189,17 +194,19 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
     settings = {**setup.base, **winner.user_attrs["settings"]}
     changes = format_arguments(winner.user_attrs["settings"]) or "the plain run"
     print(f"trial {winner.number} wins: {changes}", flush=True)
-    comment = f"settings of trial {winner.number} of {setup.task.folder}: {command}"
-    before = _find_run(
-        Path(setup.config["runs_dir"]), f"settings of trial {winner.number} of {setup.task.folder}:"
-    )
+    origin = f"settings of trial {winner.number} of {setup.task.folder}, search {opened.user_attrs[_ID_KEY]}:"
+    before = _find_run(Path(setup.config["runs_dir"]), origin)
     if before is None:
-        return run_experiment(build_config(settings, CONFIG_PATH), comment=comment)
+        return run_experiment(build_config(settings, CONFIG_PATH), comment=f"{origin} {command}")
     if before.is_finished:
         print(f"\nits run was made before: {before.path}; more time or trials continue the search")
         return RunResult(before.path, before.read_metrics())
     machine = {key: setup.base[key] for key in RESUME_KEYS if key in setup.base}
-    return run_experiment(build_resumed_config(before.path, machine), before.path)
+    try:
+        return run_experiment(build_resumed_config(before.path, machine), before.path)
+    except CannotResume as error:
+        logger.warning("%s; the run of the best settings starts anew", error)
+        return run_experiment(build_config(settings, CONFIG_PATH), comment=f"{origin} {command}")
 
 
 def _find_run(runs_dir: Path, comment: str) -> Any:

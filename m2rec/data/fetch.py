@@ -132,6 +132,8 @@ def _raise_connection_error(error: OSError, remote: RemoteFile, part: Path) -> N
     """Raise the error for a connection or a disk that failed: for good, or for this attempt."""
     if error.errno in _DISK_FULL:
         raise UserError(f"{part}: the disk is full; make room, and the same command continues") from error
+    if error.filename is not None:
+        raise UserError(f"{part}: can't be written ({error.strerror})") from error
     reason = error.reason if isinstance(error, URLError) else error
     message = f"no connection ({' '.join(str(reason).split())})"
     if isinstance(reason, _NO_NETWORK) or getattr(reason, "errno", None) in _UNREACHABLE:
@@ -183,6 +185,11 @@ def _keep_date(response: HTTPResponse, part: Path) -> None:
         pass  # no date, or an invalid one: the next attempt begins again
 
 
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
 def _check_part(remote: RemoteFile, part: Path, target: Path) -> None:
     """Compare size and checksums with those that are known.
 
@@ -198,6 +205,8 @@ def _check_part(remote: RemoteFile, part: Path, target: Path) -> None:
             digest = hashlib.file_digest(file, algorithm).hexdigest()
         if digest != expected:
             differences.append(f"its {algorithm} is {digest}, not {expected}")
+    if target.suffix == ".gz" and not _is_gzip(part):  # such as the log-in page of a network
+        differences.append("it is not a gzip file")
     if differences:
         rejected = target.with_name(f"{target.name}.rejected")
         part.replace(rejected)

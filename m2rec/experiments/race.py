@@ -77,8 +77,3 @@ def _build_standing(
     kept = [runner.number for runner in alive]
     dropped = [runner.number for runner in runners if runner.number not in kept and not runner.is_ended]
     return Standing(limits, dropped, kept, rounds)
-
-
-def _rank_runners(runners: Sequence[Runner], epochs: int) -> list[Runner]:
-    """The best at this epoch first."""
-    return sorted(runners, key=lambda runner: (-runner.score_at(epochs), runner.number))

@@ -195,6 +195,10 @@ class _Worker:
             locks.enter_context(lock_path(folder, timeout=0))
         except BlockingIOError:
             return None
+        now = self.study.get_trials(deepcopy=False)[trial.number]
+        if now.state.name != "RUNNING" or now.intermediate_values != trial.intermediate_values:
+            locks.close()  # another worker had it since `trial` was read
+            return None
         self._set_sampler(trial.number)
         return _Claim(optuna.Trial(self.study, trial._trial_id), limit, locks)
 

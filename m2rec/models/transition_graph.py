@@ -147,8 +147,10 @@ def _build_graph(histories: Histories, n_items: int) -> _Graph:
         codes.append((earlier * n_items + later) * n_kinds + kind)
         codes.append((later * n_items + earlier) * n_kinds + kind + _WINDOW)
     ordered = np.concatenate(codes)
+    del codes  # of millions of interactions, each array here takes gigabytes
     ordered.sort()  # numbers that hold pair and kind: several times as fast as sorting an index
     pairs, kinds = np.divmod(ordered, n_kinds)
+    del ordered
     first = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1])[: len(pairs)])
     counts = np.add.reduceat(weights[kinds], first) if len(first) else np.empty(0)
     sources, targets = np.divmod(pairs[first], n_items)

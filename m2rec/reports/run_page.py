@@ -169,7 +169,7 @@ def _render_run_page(run: RunRecord) -> str:
         {run.folder.name: run},
         single=run,
         compared=list_compared_models(run.metrics),
-        comparison=describe_comparison(run.metrics),
+        sentence=describe_comparison(run.metrics),
         curves=_draw_training_curves({"": run}),
         groups=_draw_bucket_charts(run),
         gate=list(_draw_gate_charts(run).values()),

@@ -53,6 +53,7 @@ DROPOUT_BY_TARGETS_PER_PARAMETER = ((0.5, 0.4), (1.5, 0.3), (float("inf"), 0.2))
 # times as long as one of the sampled loss, which on ml-1m costs 1.5% of NDCG@10 (docs/performance.md).
 MAX_SOFTMAX_SCORES = 10_000_000_000  # in an epoch
 N_NEGATIVES = 1_024
+MIN_ITEMS_TO_SAMPLE = 4 * N_NEGATIVES  # with fewer, sampling saves little
 
 MIN_RETURNING_TO_RECOMMEND = 0.1
 
@@ -142,7 +143,7 @@ def _choose_dropout(data: DataStatistics, hidden_size: int) -> Choice:
 def _choose_loss(data: DataStatistics) -> dict[str, Choice]:
     scores = data.targets * data.items
     reason = f"{data.targets:,} targets * {data.items:,} items = {scores:.1e} scores an epoch"
-    if scores <= MAX_SOFTMAX_SCORES:
+    if scores <= MAX_SOFTMAX_SCORES or data.items < MIN_ITEMS_TO_SAMPLE:
         return {"loss_type": Choice("CE", reason)}
     return {"loss_type": Choice("sampled", reason), "n_negatives": Choice(N_NEGATIVES, reason)}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m2rec import distributed
 from m2rec.compat import Config, Interaction
 from m2rec.data.dataset import HistoryDataset
 from m2rec.errors import format_one_line
@@ -51,6 +52,8 @@ def evaluate_baselines(config: Config, train: HistoryDataset, loaders: Iterable[
             if model_class.__name__ != config["model"]:
                 measured[name] = _evaluate_baseline(model_class, config, train, loaders)
     except (Exception, KeyboardInterrupt) as error:
+        if distributed.world_size() > 1:  # the other processes wait for this one; metrics.json is written
+            raise
         logger.debug("traceback", exc_info=True)
         reason = f"{type(error).__name__}: {format_one_line(error)}"
         logger.warning("could not evaluate all baselines (%s); the run itself is complete", reason)

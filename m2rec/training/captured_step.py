@@ -63,6 +63,7 @@ class CapturedSteps:
         self._loss = torch.zeros((), device=self._device)
         self._is_used = [False] * len(self._parameters)
         self._pool: Any = None
+        self._stream: Any = None
         self._recordings: dict[tuple[int, int, int], _Recording] = {}
 
     @property
@@ -119,14 +120,17 @@ class CapturedSteps:
 
     def _record_graph(self, compute: Callable[[], None]) -> Callable[[], None]:
         """What launches the recorded kernels of `compute`; see "CUDA Graphs" in PyTorch's documentation."""
-        current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        current = torch.cuda.current_stream(self._device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        side = self._stream
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP_STEPS):
                 compute()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side):  # by default a stream of the first GPU
             compute()
         self._pool = graph.pool()
         return graph.replay

@@ -185,6 +185,8 @@ def _merge_values(
     recipe = properties.pop(shipped.RECIPE_KEY, None)
     if variant or settings_class is None or not {**weak, **strong}["auto"]:
         recipe = None
+    if recipe and strong.get("learner", "adamw") != "adamw":  # for any other, weight_decay is an L2 term
+        recipe = {key: recipe[key] for key in recipe if key not in ("learner", "weight_decay")}
     chosen = _merge_layers(properties, recipe or {}, strong)
     values = _merge_layers(weak, chosen)
     for key in values:

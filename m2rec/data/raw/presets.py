@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from m2rec.data.fetch import fetch_file
 from m2rec.data.raw.comparison import Comparison, compare_dataset
+from m2rec.data.raw.formats import TABLE_KINDS
 from m2rec.data.raw.options import PreparationOptions
 from m2rec.data.raw.prepare import DatasetStatistics, prepare_dataset
 from m2rec.data.raw.public_data import Preset, PresetSource, RawFile, read_presets
@@ -17,6 +18,8 @@ from m2rec.storage import write_atomically
 from m2rec.yaml_values import describe_unknown
 
 logger = logging.getLogger(__name__)
+
+_ITEM_OPTIONS = ("item_id", "text", "item_columns", "item_separator")
 
 
 class PreparedPreset(NamedTuple):
@@ -71,6 +74,8 @@ def prepare_preset(
     else:
         files = _obtain_files(preset, chosen, folder, log)
     settings = chosen.options | {"dataset": name} | files | dict(options)
+    if "items" not in settings and settings.get("format") in TABLE_KINDS:
+        settings = {key: settings[key] for key in settings if key not in _ITEM_OPTIONS or key in options}
     prepared = PreparationOptions(**settings)
     statistics = prepare_dataset(prepared, log)
     inter = prepared.data_path / prepared.dataset / f"{prepared.dataset}.inter"
