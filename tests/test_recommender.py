@@ -439,7 +439,7 @@ def test_mamba4rec_is_made_of_the_same_parts(toy: Path, tmp_path: Path):
     ("file", "content", "message"),
     [
         ("config.yaml", None, "config.yaml' can't be read"),
-        ("config.yaml", "MAX_ITEM_LIST_LENGTH: ten", "MAX_ITEM_LIST_LENGTH: expected a whole number"),
+        ("config.yaml", "MAX_ITEM_LIST_LENGTH: ten", "MAX_ITEM_LIST_LENGTH: expected auto or a whole number"),
         ("config.yaml", "- 1", "expected lines of 'key: value'"),
         ("config.yaml", "model: !!python/object/apply:os.getcwd []", "config.yaml' is not valid YAML"),
         ("items.json", "{", "items.json can't be read"),

@@ -119,7 +119,7 @@ def describe(ours: float, metric: str = "ndcg@10", **others: float) -> str:
 def test_the_sentence():
     end = "in NDCG@10 on test_unseen"
     assert describe(0.21, A=0.1, B=0.2) == f"M2Rec is 2.1 times as good as A, and 5% better than B {end}"
-    assert describe(0.15, A=0.1) == f"M2Rec is 1.5 times as good as A {end}"
+    assert describe(0.16, A=0.1) == f"M2Rec is 1.6 times as good as A {end}"
     assert describe(0.05, A=0.1) == f"M2Rec is 50% worse than A {end}"
     assert describe(0.1001, A=0.1, B=0.0) == f"M2Rec is as good as A {end}"
     assert describe(0.1, A=0.0) == "" and describe(0.1) == ""
