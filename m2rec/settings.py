@@ -36,6 +36,7 @@ class Role(Enum):
         "d_conv", "d_state", "dropout_prob", "expand", "filter", "filter_cutoff", "filter_modes", "gate",
         "gbce_t", "head_dim", "hidden_size", "id_dropout", "init", "inner_size", "loss_memory", "loss_type",
         "mixer", "model", "n_heads", "n_layers", "n_negatives", "negative_sampling", "negatives_shared",
+        "neighbors",
         "repeat_bias", "text_in_sequence", "text_in_table", "text_whitening", "text_width",
     )  # fmt: skip
     # how the network is trained, and on which rows
@@ -221,6 +222,7 @@ class ModelSettings(Settings):
     filter_cutoff: Annotated[float, Field(gt=0, le=1)] = 0.5
     gate: Literal["softmax", "mean"] = "softmax"
     repeat_bias: bool = True
+    neighbors: bool = False
     text_in_sequence: bool = True
     text_in_table: bool = True
     id_dropout: Rate = 0.0

@@ -53,7 +53,7 @@ def test_as_sorting_everything(
     lists = [[50, 2, 1, 2], [], [102]]
     adjustment = ScoreAdjustment(IdLists.build(lists), added, table.device)
     ids = None if pool is None else torch.tensor(pool)
-    values, items = select_top_k(x, table, k, adjustment, NONE, ids)
+    values, items = select_top_k(x, table, k, [adjustment], NONE, ids)
     everything = pool or list(range(1, V))
     expected, places = reference(x, table, k, lists, added, everything)
     torch.testing.assert_close(values, expected)
@@ -63,7 +63,7 @@ def test_as_sorting_everything(
 
 def test_nothing_to_choose_from(table: Tensor):
     nothing = ScoreAdjustment(IdLists.build([[], []]), 0.0, table.device)
-    values, items = select_top_k(torch.randn(2, D), table, 3, nothing, NONE, NONE)
+    values, items = select_top_k(torch.randn(2, D), table, 3, [nothing], NONE, NONE)
     assert values.shape == items.shape == (2, 0)
 
 
@@ -75,11 +75,11 @@ def test_pools_of_their_own_as_one_history_at_a_time(table: Tensor, added: float
     pools = torch.tensor([[50, 2, 2, 99, 1], [102, 60, 5, 5, 0], [102, 9, 8, 3, 1], [7, 7, 0, 0, 0]])
     excluded = torch.tensor([3, 99])
     adjustment = ScoreAdjustment(IdLists.build(lists), added, table.device)
-    values, items = select_top_k_in_pools(x, table, k, adjustment, excluded, pools)
+    values, items = select_top_k_in_pools(x, table, k, [adjustment], excluded, pools)
     for row in range(4):
         own = ScoreAdjustment(IdLists.build([lists[row]]), added, table.device)
         pool = pools[row][pools[row] > 0].unique()
-        best, places = select_top_k(x[[row]], table, k, own, excluded, pool)
+        best, places = select_top_k(x[[row]], table, k, [own], excluded, pool)
         found, there = values[row] > -torch.inf, best[0] > -torch.inf
         torch.testing.assert_close(values[row][found], best[0][there])
         assert torch.equal(items[row][found], places[0][there])

@@ -125,7 +125,7 @@ def test_saved_names_stay():
     """Sessions that older versions saved are read."""
     names = set(load(recommender().session(["i1"]).to_bytes()[32:]))
     states = {f"{layer}.{part}" for layer in (0, 1) for part in ("mixer0", "mixer1", "filter")}
-    assert names == {"model", "tokens", "seen", "vector", *states}
+    assert names == {"model", "tokens", "seen", "recent", "vector", *states}
 
 
 def test_it_does_not_grow_with_the_history():

@@ -6,6 +6,7 @@
                  x = layer_norm(x + dropout(sum_k g_k * branch_k)),  g = gate(m, f, t)
                  x = layer_norm(x + feed_forward(x))
     scores = x[last] @ item_table.T + repeat_bias * (the history holds the item)
+             + what `nn/neighbors.py` counts, once the network is trained
 
 Paper: M2Rec, arXiv 2505.04445. Deviations: the filter is causal (`nn/filters.py`), so that all
 positions of a history can be trained at once; see docs/model.md, "What differs from the paper".
@@ -154,6 +155,9 @@ class M2Rec(SequentialRecommender):
         history, items = interaction[self.ITEM_SEQ], interaction[self.ITEM_ID]
         x: Tensor = self(history, interaction[self.ITEM_SEQ_LEN])
         scores = (x * self.encoder.embed_items(items)).sum(-1)
+        if self.encoder.neighbors is not None:
+            lengths = interaction[self.ITEM_SEQ_LEN]
+            scores = self.encoder.neighbors.add_to_item_scores(scores, items, history, lengths)
         return add_to_item_scores(scores, items, history, self.encoder.repeat_bias)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:

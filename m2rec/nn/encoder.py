@@ -22,6 +22,7 @@ from m2rec.nn.branch import Branch, ItemBatch
 from m2rec.nn.dropout import Dropout
 from m2rec.nn.layer import Layer, LayerState
 from m2rec.nn.mamba import MarkedParameters, ParameterMarks
+from m2rec.nn.neighbors import Neighbors, load_neighbors
 from m2rec.nn.repeat_bias import BIAS_MARKS, add_to_all_scores, create_repeat_bias
 from m2rec.nn.step_items import DistinctItems, StepItems, TableRows, find_distinct_items, list_all_items
 from m2rec.nn.text_projection import TextBranch, TextProjection, mask_items_with_text
@@ -50,6 +51,8 @@ class Encoder(MarkedParameters):
     has_text: Tensor | None
     available: Tensor | None
     """(V, K), which branches have an input for each item; None if all have one for every item."""
+    neighbors: Neighbors | None
+    """What is added to the network's scores; set after training."""
 
     def __init__(
         self, settings: ModelSettings, n_items: int, max_length: int, vectors: Tensor | None = None
@@ -64,6 +67,7 @@ class Encoder(MarkedParameters):
         in_table = text_dim > 0 and settings.text_in_table
         self.table_text = TextProjection(text_dim, width, _INITIAL_STD) if in_table else None
         self.repeat_bias = create_repeat_bias(settings.repeat_bias)
+        self.neighbors = None
         self.norm = nn.LayerNorm(width)
         self.dropout = Dropout(settings.dropout_prob)
         self.layers = nn.ModuleList(Layer(settings, max_length, text_dim) for _ in range(settings.n_layers))
@@ -88,6 +92,19 @@ class Encoder(MarkedParameters):
         """The branches of all layers."""
         for layer in self.layers:
             yield from cast(Layer, layer).branches.values()
+
+    @classmethod
+    def from_state(cls, settings: ModelSettings, max_length: int, state: dict[str, Tensor]) -> "Encoder":
+        """The network of these weights, as `state_dict` names them.
+
+        Raises:
+            RuntimeError: the weights don't fit the settings.
+            KeyError: there is no item embedding among them.
+        """
+        encoder = cls(settings, len(state["id_embedding.weight"]), max_length, state.get("vectors"))
+        encoder.neighbors = load_neighbors(state)
+        encoder.load_state_dict(state)
+        return encoder
 
     def require_recurrence(self) -> None:
         """Check that live users can be updated event by event.
@@ -317,13 +334,15 @@ class Encoder(MarkedParameters):
 
         Args:
             x: (B, D), the vector of each history's end.
-            items: (B, L), the history, which decides where `repeat_bias` is added.
+            items: (B, L), the history, which decides where `repeat_bias` and `neighbors` are added.
             table: (V, D), the item table, if it is at hand.
 
         Returns:
             (B, V); padding's score means nothing.
         """
         scores = F.linear(x, self.item_table() if table is None else table)
+        if self.neighbors is not None:
+            scores = self.neighbors.add_to_all_scores(scores, items, (items > 0).sum(1))
         return add_to_all_scores(scores, items, self.repeat_bias)
 
 

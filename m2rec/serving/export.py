@@ -45,6 +45,8 @@ class ScoringModule(nn.Module):
         x = self.encoder(items, lengths)
         last = (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2])
         scores = F.linear(x.gather(1, last)[:, 0], self.table)
+        if self.encoder.neighbors is not None:
+            scores = self.encoder.neighbors.add_to_all_scores(scores, items, lengths)
         scores = add_to_all_scores(scores, items, self.encoder.repeat_bias)
         padding = torch.arange(scores.shape[1], device=scores.device) == 0
         return scores.masked_fill(padding, -torch.inf)
@@ -91,8 +93,7 @@ def export_program(model: SavedModel, path: Path, batch_size: int | None = 1) ->
 def _copy_portable_encoder(model: SavedModel) -> Encoder:
     """A copy on the CPU without gradients, which calls no kernel of this machine."""
     settings = model.encoder.settings.model_copy(update={"scan_backend": "torch"})
-    encoder = Encoder(settings, len(model.tokens), model.max_length, model.encoder.vectors)
-    encoder.load_state_dict(model.encoder.state_dict())  # copies
+    encoder = Encoder.from_state(settings, model.max_length, model.encoder.state_dict())  # copies
     return encoder.cpu().eval().requires_grad_(False)
 
 

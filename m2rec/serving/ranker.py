@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from m2rec.errors import UserError
 from m2rec.nn.batching import batch_rows_by_length
+from m2rec.nn.neighbors import N_RECENT
 from m2rec.serving import session
 from m2rec.serving.arguments import InputWarnings
 from m2rec.serving.id_lists import IdLists
@@ -26,7 +27,7 @@ from m2rec.serving.int8_table import Int8Table
 from m2rec.serving.item_index import ItemIndex
 from m2rec.serving.saved_model import SavedModel
 from m2rec.serving.session import SessionState
-from m2rec.serving.top_k import ScoreAdjustment, select_top_k, select_top_k_in_pools
+from m2rec.serving.top_k import NeighborScores, ScoreAdjustment, select_top_k, select_top_k_in_pools
 from m2rec.threads import use_one_thread
 
 # histories that are ranked together
@@ -69,10 +70,23 @@ class SeenItems(NamedTuple):
     all_ids: IdLists
     visible_ids: IdLists
     """Those in the part that the model sees, to which its repeat bias applies."""
+    recent_ids: IdLists
+    """The last ones of that part in their order, whose neighbours' scores are raised."""
+
+    @classmethod
+    def build(cls, histories: IdLists, n_visible: int) -> "SeenItems":
+        """Of whole histories, of which the model sees the last so many items."""
+        visible = histories.truncate(n_visible)
+        return cls(histories, visible, visible.truncate(N_RECENT))
 
     def select(self, rows: Sequence[int]) -> "SeenItems":
         """Those of these histories."""
-        return SeenItems(self.all_ids.select(rows), self.visible_ids.select(rows))
+        return SeenItems(*(ids.select(rows) for ids in self))
+
+    def remove_duplicates(self) -> "SeenItems":
+        """Each item once, without an order, but those of `recent_ids`."""
+        once = (self.all_ids.remove_duplicates(), self.visible_ids.remove_duplicates())
+        return SeenItems(*once, self.recent_ids)
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,7 @@ class Ranker:
         self, histories: list[list[int]], options: RankingOptions, warnings: InputWarnings
     ) -> list[Ranking]:
         known = IdLists.build(filter(None, histories))
-        seen = SeenItems(known, known.truncate(self.visible_length))
+        seen = SeenItems.build(known, self.visible_length)
         with self.limit_threads(len(known.ids), len(known)):
             vectors = self._encode_histories(seen.visible_ids)
             ranked = self._rank_vectors(vectors, seen, options)
@@ -155,8 +169,9 @@ class Ranker:
         vectors = [self.model.table[:0], *(state.vector for state in states if state.vector is not None)]
         histories = [state.seen for state in states]
         known = IdLists.build(filter(None, histories))
+        seen = SeenItems(known, known, IdLists.build(state.recent for state in states if state.seen))
         with self.limit_threads(0, len(known)):
-            ranked = self._rank_vectors(torch.cat(vectors), SeenItems(known, known), options)
+            ranked = self._rank_vectors(torch.cat(vectors), seen, options)
         ranked = self._add_popular(histories, ranked, options, warnings)
         warnings.log_warnings()
         return ranked
@@ -164,11 +179,11 @@ class Ranker:
     @torch.no_grad()
     def score_items(self, histories: list[list[int]]) -> Tensor:
         """Scores (B, V) of all items after histories, at least one item each; padding's are -inf."""
-        visible = IdLists.build(histories).truncate(self.visible_length)
+        seen = SeenItems.build(IdLists.build(histories), self.visible_length)
         with self.limit_threads(sum(map(len, histories)), len(histories)):
-            scores = F.linear(self._encode_histories(visible), self.model.table)
-            adjustment = self._build_adjustment(SeenItems(visible, visible), exclude_seen=False)
-            adjustment.apply(scores, adjustment.items, 0)
+            scores = F.linear(self._encode_histories(seen.visible_ids), self.model.table)
+            for adjustment in self._build_adjustments(seen, exclude_seen=False):
+                adjustment.apply(scores, adjustment.items, 0)
         scores[:, 0] = -torch.inf
         return scores
 
@@ -194,7 +209,7 @@ class Ranker:
                 vectors[rest],
                 self.model.table,
                 options.k,
-                self._build_adjustment(seen.select(rest), options.exclude_seen),
+                self._build_adjustments(seen.select(rest), options.exclude_seen),
                 options.excluded_ids,
                 options.candidate_ids,
             )
@@ -206,31 +221,46 @@ class Ranker:
     ) -> dict[int, Ranking]:
         """Rankings by row, without the rows that the index can't answer."""
         table = self.model.table
-        seen = SeenItems(*(items.remove_duplicates() for items in seen))
+        seen = seen.remove_duplicates()
         n_ranked = options.k + len(options.excluded_ids)
         ranked: dict[int, Ranking] = {}
         for rows, retrieved in index.search_by_need(vectors, (n_ranked + seen.all_ids.lengths).tolist()):
             selected = seen.select(rows)
-            # a history's repeat bias may lift items that the index does not find
-            pools = torch.cat([retrieved, selected.visible_ids.pad()], dim=1)
+            adjustments = self._build_adjustments(selected, options.exclude_seen)
+            # a history's repeat bias or neighbours may lift items that the index does not find
+            lifted = [selected.visible_ids.pad()]
+            if self.model.encoder.neighbors is not None:
+                lifted.append(self._find_neighbors(selected)[0].cpu())
+            pools = torch.cat([retrieved, *lifted], dim=1)
             best = select_top_k_in_pools(
                 vectors[rows],
                 table,
                 options.k,
-                self._build_adjustment(selected, options.exclude_seen),
+                adjustments,
                 options.excluded_ids,
                 pools.to(table.device),
             )
             ranked |= zip(rows, self._name_items(*best), strict=True)
         return ranked
 
-    def _build_adjustment(self, seen: SeenItems, exclude_seen: bool) -> ScoreAdjustment:
-        """All items of a history removed, or else the repeat bias for visible items."""
+    def _build_adjustments(self, seen: SeenItems, exclude_seen: bool) -> list[ScoreAdjustment]:
+        """What neighbours add; all items of a history removed, or else the repeat bias for visible items."""
         device = self.model.table.device
+        adjustments: list[ScoreAdjustment] = []
+        if self.model.encoder.neighbors is not None:
+            adjustments.append(NeighborScores(*self._find_neighbors(seen)))
         if exclude_seen:
-            return ScoreAdjustment(seen.all_ids, -torch.inf, device)
+            return [*adjustments, ScoreAdjustment(seen.all_ids, -torch.inf, device)]
         bias = self.model.inference_encoder.repeat_bias
-        return ScoreAdjustment(seen.visible_ids, 0.0 if bias is None else bias.item(), device)
+        return [*adjustments, ScoreAdjustment(seen.visible_ids, 0.0 if bias is None else bias.item(), device)]
+
+    def _find_neighbors(self, seen: SeenItems) -> tuple[Tensor, Tensor]:
+        """The neighbours of each history's end, and what they add to scores: (B, R) each."""
+        neighbors = self.model.encoder.neighbors
+        assert neighbors is not None
+        device = self.model.table.device
+        recent = seen.recent_ids
+        return neighbors.find_scores(recent.pad().to(device), torch.from_numpy(recent.lengths).to(device))
 
     @torch.no_grad()
     def _encode_histories(self, histories: IdLists) -> Tensor:

@@ -100,9 +100,10 @@ def read_saved_model(folder: Path, device: torch.device) -> SavedModel:
         raise UserError(f"{folder}: model: {config.get('model')!r} is not made of M2Rec's parts")
     settings = ModelSettings.read(config).model_copy(update={"scan_backend": "auto"})  # that of this machine
     length = RunSettings.read(config).max_length
-    encoder = Encoder(settings, len(tokens), length, state.get("vectors")).to(device)
     try:
-        encoder.load_state_dict(state)
+        if len(state["id_embedding.weight"]) != len(tokens):
+            raise RuntimeError(f"{len(state['id_embedding.weight'])} rows for {len(tokens)} items")
+        encoder = Encoder.from_state(settings, length, state).to(device)
     except RuntimeError as error:
         said = format_one_line(error)
         raise UserError(
@@ -215,9 +216,11 @@ def extend_catalogue(
     state["id_embedding.weight"] = F.pad(state["id_embedding.weight"], (0, 0, 0, len(new)))
     state["vectors"] = torch.cat([text, (raw - mean) @ basis])
     tokens = [*model.tokens, *new]
-    encoder = Encoder(model.encoder.settings, len(tokens), model.max_length, state["vectors"])
-    encoder = encoder.to(text.device)
-    encoder.load_state_dict(state)
+    neighbors = model.encoder.neighbors
+    if neighbors is not None:
+        longer = neighbors.with_more_items(state["vectors"])
+        state |= {f"neighbors.{name}": value for name, value in longer.state_dict().items()}
+    encoder = Encoder.from_state(model.encoder.settings, model.max_length, state).to(text.device)
     return build_saved_model(
         encoder,
         tokens,

@@ -16,21 +16,24 @@ from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.inference.encoder import PreparedEncoder
 from m2rec.nn.layer import LayerState
+from m2rec.nn.neighbors import N_RECENT
 from m2rec.nn.states import map_tensors, name_tensors
 from m2rec.serving.saved_model import SavedModel
 
 _CHUNK_SIZE = 256  # items of a history that are encoded at a time
 _MODEL_KEY, _SEEN_KEY, _VECTOR_KEY, _TOKENS_KEY = "model", "seen", "vector", "tokens"
+_RECENT_KEY = "recent"  # which sessions of earlier versions lack
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class SessionState:
-    """The state after a history: of all layers, the last vector, and which items it held.
+    """The state after a history: of all layers, the last vector, which items it held, and the last ones.
 
     Args:
         states: after the last event, of one user; None before the first event.
         vector: (1, D), compared with the item table; None before the first event.
         seen: internal ids of the items of the history.
+        recent: those of the last items, in their order; None for the last ones of `seen`.
     """
 
     def __init__(
@@ -38,14 +41,17 @@ class SessionState:
         states: list[LayerState] | None = None,
         vector: Tensor | None = None,
         seen: Iterable[int] = (),
+        recent: Sequence[int] | None = None,
     ) -> None:
         self.states, self.vector = states, vector
         self.seen = dict.fromkeys(seen)
+        self.recent = list(self.seen if recent is None else recent)[-N_RECENT:]
 
-    def update_state(self, states: list[LayerState], vector: Tensor, items: Iterable[int]) -> None:
+    def update_state(self, states: list[LayerState], vector: Tensor, items: Sequence[int]) -> None:
         """Replace the state by the one after these new events."""
         self.states, self.vector = states, vector
         self.seen.update(dict.fromkeys(items))
+        self.recent = [*self.recent, *items[-N_RECENT:]][-N_RECENT:]
 
 
 def check_is_recurrent(encoder: Encoder) -> None:
@@ -136,6 +142,7 @@ def serialize_state(memory: SessionState, model: SavedModel) -> bytes:
         _MODEL_KEY: _to_bytes_tensor(model.fingerprint),
         _TOKENS_KEY: _to_bytes_tensor(_hash_tokens(memory.seen, model.tokens)),
         _SEEN_KEY: torch.tensor(list(memory.seen), dtype=torch.int32),
+        _RECENT_KEY: torch.tensor(memory.recent, dtype=torch.int32),
     }
     if memory.states is not None and memory.vector is not None:
         tensors |= _name_state_tensors(memory.states, memory.vector)
@@ -156,10 +163,12 @@ def deserialize_state(data: bytes, model: SavedModel) -> SessionState:
     tokens_hash = tensors.pop(_TOKENS_KEY).numpy().tobytes()
     seen = tensors.pop(_SEEN_KEY)
     items = seen.tolist()
+    recent = tensors.pop(_RECENT_KEY, seen).tolist()
     if made_by != model.fingerprint:
         raise UserError("session: it was saved with another model; start it again from the history")
     is_known = (seen > 0) & (seen < len(model.tokens))
-    if not is_known.all() or tokens_hash != _hash_tokens(items, model.tokens):
+    is_whole = bool(is_known.all()) and set(recent) <= set(items)
+    if not is_whole or tokens_hash != _hash_tokens(items, model.tokens):
         raise UserError("session: it has items that this model does not have; add them first")
     if not tensors:
         return SessionState()
@@ -176,7 +185,7 @@ def deserialize_state(data: bytes, model: SavedModel) -> SessionState:
         return torch.view_as_complex(tensor) if example.is_complex() else tensor
 
     vector = next(stored)
-    return SessionState(map_tensors(read_next, like.states), vector, items)
+    return SessionState(map_tensors(read_next, like.states), vector, items, recent)
 
 
 def _read_session_tensors(data: bytes) -> dict[str, Tensor]:

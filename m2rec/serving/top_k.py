@@ -6,6 +6,8 @@ V, P    items including padding, items that may be recommended
 R       pairs of a history and an item
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,16 +42,36 @@ class ScoreAdjustment:
         """
         is_inside, columns = _find_columns(positions, start, scores.shape[1])
         where = self.rows[is_inside] * scores.shape[1] + columns
-        flat = scores.view(-1)
-        adjusted = flat.index_select(0, where) + self.added
-        flat.scatter_(0, where, adjusted)  # duplicates write the same number
+        self._change(scores.view(-1), where, is_inside)
+
+    def _change(self, scores: Tensor, where: Tensor, is_inside: Tensor) -> None:
+        """Change flat scores at places `where` (r,), those of the pairs (R,) that are inside."""
+        adjusted = scores.index_select(0, where) + self.added
+        scores.scatter_(0, where, adjusted)  # duplicates write the same number
+
+
+class NeighborScores(ScoreAdjustment):
+    """Numbers that are added to the scores of each history's neighbours.
+
+    Args:
+        items: (B, r), ids; a duplicate adds again, padding is ignored.
+        added: (B, r), the numbers.
+    """
+
+    def __init__(self, items: Tensor, added: Tensor) -> None:
+        is_item = items > 0
+        self.rows, _ = is_item.nonzero(as_tuple=True)
+        self.items, self.numbers = items[is_item], added[is_item]
+
+    def _change(self, scores: Tensor, where: Tensor, is_inside: Tensor) -> None:
+        scores.index_add_(0, where, self.numbers[is_inside].to(scores.dtype))
 
 
 def select_top_k(
     x: Tensor,
     table: Tensor,
     k: int,
-    adjustment: ScoreAdjustment,
+    adjustments: Sequence[ScoreAdjustment],
     excluded: Tensor,
     pool: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -59,7 +81,7 @@ def select_top_k(
         x: (B, D), the vectors of the histories.
         table: (V, D), the item table; padding's row 0 is never found.
         k: how many; fewer are found where there are fewer.
-        adjustment: is added to the scores.
+        adjustments: are added to the scores.
         excluded: ids of items that are never found.
         pool: (P,), ascending ids of the items to choose from; None for all.
 
@@ -69,7 +91,8 @@ def select_top_k(
     size = len(table) - 1 if pool is None else len(pool)
     if not size:
         return x.new_empty(len(x), 0), excluded.new_empty(len(x), 0)
-    positions, excluded_positions = (_locate_items(pool, items) for items in (adjustment.items, excluded))
+    positions = [_locate_items(pool, adjustment.items) for adjustment in adjustments]
+    excluded_positions = _locate_items(pool, excluded)
     max_scores = _MAX_SCORES
     if x.is_cuda:
         max_scores *= _GPU_FACTOR
@@ -79,7 +102,8 @@ def select_top_k(
     for start in range(0, size, chunk_size):
         chunk = slice(start, start + chunk_size)
         scores = F.linear(x, table[1:][chunk] if pool is None else table[pool[chunk]])
-        adjustment.apply(scores, positions, start)
+        for adjustment, places in zip(adjustments, positions, strict=True):
+            adjustment.apply(scores, places, start)
         if len(excluded):
             _, columns = _find_columns(excluded_positions, start, scores.shape[1])
             scores[:, columns] = -torch.inf
@@ -105,14 +129,14 @@ def select_top_k_in_pools(
     x: Tensor,
     table: Tensor,
     k: int,
-    adjustment: ScoreAdjustment,
+    adjustments: Sequence[ScoreAdjustment],
     excluded: Tensor,
     pools: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As `select_top_k`, with a small pool for each history.
 
     Args:
-        x, table, k, adjustment, excluded: as there.
+        x, table, k, adjustments, excluded: as there.
         pools: (B, P), ids in any order, duplicates allowed; 0 is ignored.
 
     Returns:
@@ -123,8 +147,9 @@ def select_top_k_in_pools(
     # a key for each pair of row and item, ascending over all rows, so that one search finds them all
     row_keys = torch.arange(len(x), device=x.device) * len(table)
     keys = (row_keys[:, None] + items).flatten()
-    positions = _locate_items(keys, row_keys[adjustment.rows] + adjustment.items)
-    adjustment.apply(scores, positions - adjustment.rows * items.shape[1], 0)
+    for adjustment in adjustments:
+        positions = _locate_items(keys, row_keys[adjustment.rows] + adjustment.items)
+        adjustment.apply(scores, positions - adjustment.rows * items.shape[1], 0)
     is_hidden = torch.isin(items, excluded) | (items == 0)
     is_hidden[:, 1:] |= items.diff() == 0  # a duplicate
     scores.masked_fill_(is_hidden, -torch.inf)

@@ -21,16 +21,19 @@ from m2rec.data.presplit import PresplitDataset
 from m2rec.errors import UserError, format_one_line
 from m2rec.evaluation.breakdown import break_down_metrics
 from m2rec.evaluation.insights import collect_insights
+from m2rec.evaluation.measurement import EvaluationResult, Metrics
 from m2rec.evaluation.protocols import Protocol
 from m2rec.git import join_commits, read_commit
+from m2rec.models.m2rec import M2Rec
 from m2rec.models.registry import find_model_class
 from m2rec.run_folder import RunFolder
 from m2rec.settings import Role, get_defaults
 from m2rec.text.source import ensure_text_vectors, find_vector_file, load_text_vectors
-from m2rec.training.baselines import evaluate_baselines
+from m2rec.training.baselines import BaselineMetrics, evaluate_baselines
 from m2rec.training.checkpoint import CannotResume
 from m2rec.training.compilation import resolve_compile
 from m2rec.training.configuration import build_config
+from m2rec.training.neighbor_weights import add_neighbors
 from m2rec.training.new_run import create_run_folder, lock_run_folder, update_eval_batch_size
 from m2rec.training.provenance import (
     collect_fixed_settings,
@@ -146,10 +149,8 @@ class PreparedRun:
         )
         with _explain_errors(f"model: {self.config['variant']} can't be tested", cure):
             trainer.load_best_weights()
-            tested = trainer.evaluate_protocols(self.loaders.test)
-            validated: dict[str, dict[str, float]] = {p.get_name("valid"): {} for p in Protocol}
-            if self.has_validation:
-                validated = trainer.evaluate_protocols(self.loaders.valid).metrics
+            without_neighbors = self._add_neighbors()
+            tested, validated = self._evaluate_parts()
             topk, digits = self.config["topk"], self.config["metric_decimal_place"]
             buckets = break_down_metrics(tested.rows, topk, digits)
             self.timer.lap("evaluation")
@@ -163,15 +164,48 @@ class PreparedRun:
                 **self._describe_run(),
             }
             if distributed.is_main_process():
+                if without_neighbors:
+                    trainer.rewrite_best_weights()
                 trainer.files.write_ranks(tested.rows.to_csv(index=False, lineterminator="\n"))
                 trainer.files.write_metrics(metrics)
                 trainer.remove_checkpoint()
         train, valid, test = self.loaders
-        metrics["baselines"] = evaluate_baselines(self.config, train.dataset, (valid, test))
+        metrics["baselines"] = {
+            **without_neighbors,
+            **evaluate_baselines(self.config, train.dataset, (valid, test)),
+        }
         if distributed.is_main_process():
             trainer.files.write_metrics(metrics)
             self._write_insights_and_report()
         return RunResult(trainer.folder, metrics)
+
+    def _evaluate_parts(self) -> tuple[EvaluationResult, dict[str, Metrics]]:
+        """The result on the test rows, and the metrics of validation, empty without a row."""
+        tested = self.trainer.evaluate_protocols(self.loaders.test)
+        if not self.has_validation:
+            return tested, {p.get_name("valid"): {} for p in Protocol}
+        return tested, self.trainer.evaluate_protocols(self.loaders.valid).metrics
+
+    def _add_neighbors(self) -> BaselineMetrics:
+        """Give the model the neighbours that validation asks for; if it gets some, the metrics without."""
+        trainer, model = self.trainer, self.trainer.model
+        if not (isinstance(model, M2Rec) and model.settings.neighbors):
+            return {}
+        if not self.has_validation:
+            logger.warning("neighbors: none without validation targets, which choose their weights")
+            return {}
+        start = perf_counter()
+        tested, validated = self._evaluate_parts()
+        train = self.loaders.train.dataset
+        choice = add_neighbors(model.encoder, train, trainer.score, self.loaders.valid)
+        logger.info(
+            "neighbors: %s, chosen on %s validation targets: %s %.4f, without %.4f; %.1f s",
+            ", ".join(f"{kind} x {weight:g}" for kind, weight in choice.weights.items()),
+            f"{choice.n_users:,}", trainer.valid_metric, choice.best, choice.without, perf_counter() - start,
+        )  # fmt: skip
+        if model.encoder.neighbors is None:
+            return {}
+        return {f"{self.config['variant']} without neighbors": {**validated, **tested.metrics}}
 
     def _describe_run(self) -> dict[str, Any]:
         """What metrics.json holds beside the metrics."""

@@ -446,6 +446,11 @@ class RunTrainer(Trainer):
                 self.files.write_weights(self.model.state_dict(), metadata)
         self.best_epoch = epoch
 
+    def rewrite_best_weights(self) -> None:
+        """Write the best weights again, with what was added to the model after training."""
+        _, metadata = self.files.read_weights("cpu")
+        self.files.write_weights(self.model.state_dict(), metadata)
+
     def remove_checkpoint(self) -> None:
         """Remove the training state of a finished run."""
         if distributed.is_main_process():
@@ -455,6 +460,8 @@ class RunTrainer(Trainer):
         """Load the best weights into the model."""
         if distributed.is_main_process():
             weights, _ = self.files.read_weights(str(self.device))
+            # a run that was killed at its end may have neighbours, which are made again
+            weights = {k: v for k, v in weights.items() if not k.startswith("encoder.neighbors.")}
             self.model.load_state_dict(weights)
         distributed.broadcast_weights(self.model)
 

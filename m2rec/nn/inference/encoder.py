@@ -20,6 +20,7 @@ from m2rec.nn.inference.branch import TableBudget
 from m2rec.nn.inference.layer import PreparedLayer
 from m2rec.nn.layer import Layer, LayerState
 from m2rec.nn.mamba import has_hooks
+from m2rec.nn.neighbors import Neighbors
 from m2rec.ops.contracts import without_autocast
 from m2rec.ops.ssd import split_into_chunks
 
@@ -62,6 +63,11 @@ class PreparedEncoder:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.table.device
+
+    @property
+    def neighbors(self) -> Neighbors | None:
+        """As in `Encoder`."""
+        return self._source.neighbors
 
     @property
     def repeat_bias(self) -> Tensor | None:
