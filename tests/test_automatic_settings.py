@@ -139,7 +139,7 @@ SET = {
     "weight_decay": 0.5, "learner": "sgd", "train_batch_size": 3, "average_epochs": 0.7, "epochs": 3,
     "stopping_step": 7, "loss_type": "gBCE", "n_negatives": 5, "exclude_seen": False,
     "MAX_ITEM_LIST_LENGTH": 9, "decay_per_epoch": 0.3, "targets_per_step": 20, "average_targets": 50,
-    "patience_targets": 500,
+    "patience_targets": 500, "neighbors": False, "repeat_bias": False,
 }  # fmt: skip
 
 
@@ -153,7 +153,11 @@ def test_a_key_that_is_set_stays(toy: Path, key: str):
     keys = {**keys, "auto": True, key: SET[key]}
     config = build_config(keys)
     closed = {scale_free for scale_free, plain in SCALE_FREE_KEYS.items() if key == plain}
-    closed |= {"learner": {"decay_per_epoch"}, "loss_type": {"n_negatives"}}.get(key, set())
+    closed |= {
+        "learner": {"decay_per_epoch"},
+        "loss_type": {"n_negatives"},
+        "repeat_bias": {"neighbors"},
+    }.get(key, set())
     assert config.open_keys and not config.open_keys & {key, *closed}
     dataset, loaders = load_data(config)
     if key in SCALE_FREE_KEYS:
@@ -306,10 +310,12 @@ def test_of_a_pair_the_stronger_holds(tmp_path: Path):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_a_row_of_the_tables(name: str):
-    """But for the text, the plain command has the keys of the sweep's reference."""
+    """But for the text, the plain command has the keys of the sweep's reference, and neighbours."""
     sweep = Sweep.read(ROOT / "results" / f"{RECIPES[name]}.yaml")
     assert sweep.reference is not None
-    row = build_config({**sweep.keys(name, sweep.reference), "dataset": name, "auto": False})
+    row = build_config(
+        {**sweep.keys(name, sweep.reference), "neighbors": True, "dataset": name, "auto": False}
+    )
     plain = build_config({"dataset": name}, ROOT / "config.yaml")
     keys = collect_keys(Role.MODEL, Role.TRAINING, Role.LENGTH, Role.PROTOCOL) - {"auto"}
     assert {key: plain[key] for key in keys} == {key: row[key] for key in keys}
@@ -355,7 +361,10 @@ def test_old_runs_have_every_key_of_the_rule():
     """So that a repeat of one is never touched by the rule."""
     for name in ("finished", "stopped"):
         config = yaml.safe_load((ROOT / "tests" / "old_runs" / "runs" / name / "config.yaml").read_text())
-        assert not RULE_KEYS - {*SCALE_FREE_KEYS, "exclude_seen"} - set(config)
+        assert not RULE_KEYS - {*SCALE_FREE_KEYS, "exclude_seen", "neighbors"} - set(config)
+        for dataset in ("ml-100k", "toy"):  # with a recipe, and by the rule
+            repeated = build_config({**config, "dataset": dataset, "data_path": ".", "gpu_id": ""})
+            assert repeated["neighbors"] is False and "neighbors" not in repeated.open_keys
         assert set(SCALE_FREE_KEYS.values()) <= set(config)
 
 

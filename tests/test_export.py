@@ -29,7 +29,7 @@ print(json.dumps(program(items, lengths)[:, 1:].tolist()))
 
 @pytest.mark.parametrize(
     ("batch_size", "settings"),
-    [(None, {}), (4, {"mixer": "attention", "filter": "none", "repeat_bias": False})],
+    [(None, {"neighbors": True}), (4, {"mixer": "attention", "filter": "none", "repeat_bias": False})],
 )
 def test_it_scores_as_the_model_without_the_package(tmp_path: Path, settings: dict, batch_size: int | None):
     """Of the batch size that was asked for, or of any."""

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load, save
 
 from m2rec.nn.encoder import Encoder
+from m2rec.nn.neighbors import Neighbors, NeighborTable
 from m2rec.nn.states import name_tensors
 from m2rec.serving import saved_model, session
 from m2rec.serving.recommender import Recommendation, Recommender
@@ -20,22 +21,36 @@ KINDS = [
     {"mixer": "mamba"},
     {"filter": "residual"},
     {"filter": "none", "gate": "mean", "text_in_sequence": False, "repeat_bias": False},
+    {"neighbors": True},
 ]
 
 
 def recommender(seed: int = 0, whole_history: bool = True, **settings: object) -> Recommender:
-    """An untrained network with text, whose repeat bias is not zero."""
+    """An untrained network with text, whose repeat bias is not zero; with `neighbors`, random ones."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "inner_size": 32, "head_dim": 8, "d_state": 8}
     encoder = Encoder(ModelSettings(**{**sizes, **settings}), V, L, torch.randn(V, 6))
     if encoder.repeat_bias is not None:
         torch.nn.init.constant_(encoder.repeat_bias, 1.5)
+    if encoder.settings.neighbors:
+        encoder.neighbors = make_neighbors(V)
     about = {"titles": {"i3": "Tea"}, "text_mean": None, "text_basis": None, "text_source": {}}
     config = {"MAX_ITEM_LIST_LENGTH": L}
     return Recommender(
         saved_model.build_saved_model(encoder, TOKENS, counts=range(V), config=config, **about),
         whole_history=whole_history,
     )
+
+
+def make_neighbors(n_items: int, width: int = 6) -> Neighbors:
+    """Random ones of both kinds; some items have fewer than others, and padding none."""
+    neighbors = Neighbors()
+    for kind, weight in (("transitions", 3.0), ("text", 2.0)):
+        ids = torch.randint(0, n_items, (n_items, width))
+        ids[0] = 0
+        neighbors[kind] = NeighborTable.build(ids, torch.rand(n_items, width) * (ids > 0))
+        neighbors[kind].weight.fill_(weight)
+    return neighbors
 
 
 def events(n: int, seed: int = 0) -> list[str]:

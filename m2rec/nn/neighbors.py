@@ -88,9 +88,9 @@ class Neighbors(nn.ModuleDict):
         """items (B, L), lengths (B,) -> by kind `NeighborTable.find_scores`."""
         recent, ages = select_recent(items, lengths)
         found = {}
-        for kind, table in self.items():
-            decay = self.decays[kind] ** ages.to(table.strengths.dtype)
-            found[kind] = cast(NeighborTable, table).find_scores(recent, decay)
+        for kind, module in self.items():
+            table = cast(NeighborTable, module)
+            found[kind] = table.find_scores(recent, self.decays[kind] ** ages.to(table.strengths.dtype))
         return found
 
     def find_scores(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

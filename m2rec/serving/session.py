@@ -142,7 +142,7 @@ def serialize_state(memory: SessionState, model: SavedModel) -> bytes:
         _MODEL_KEY: _to_bytes_tensor(model.fingerprint),
         _TOKENS_KEY: _to_bytes_tensor(_hash_tokens(memory.seen, model.tokens)),
         _SEEN_KEY: torch.tensor(list(memory.seen), dtype=torch.int32),
-        _RECENT_KEY: torch.tensor(memory.recent, dtype=torch.int32),
+        _RECENT_KEY: torch.tensor([*memory.recent, *[0] * N_RECENT][:N_RECENT], dtype=torch.int32),
     }
     if memory.states is not None and memory.vector is not None:
         tensors |= _name_state_tensors(memory.states, memory.vector)
@@ -163,7 +163,7 @@ def deserialize_state(data: bytes, model: SavedModel) -> SessionState:
     tokens_hash = tensors.pop(_TOKENS_KEY).numpy().tobytes()
     seen = tensors.pop(_SEEN_KEY)
     items = seen.tolist()
-    recent = tensors.pop(_RECENT_KEY, seen).tolist()
+    recent = [item for item in tensors.pop(_RECENT_KEY, seen).tolist() if item]
     if made_by != model.fingerprint:
         raise UserError("session: it was saved with another model; start it again from the history")
     is_known = (seen > 0) & (seen < len(model.tokens))

@@ -7,7 +7,7 @@ variant (`m2rec/properties/`), RecBole's own defaults.
 import logging
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -187,11 +187,18 @@ def _merge_values(
         recipe = None
     if recipe and strong.get("learner", "adamw") != "adamw":  # for any other, weight_decay is an L2 term
         recipe = {key: recipe[key] for key in recipe if key not in ("learner", "weight_decay")}
+    if recipe and _decides_scores(strong):
+        recipe = {key: value for key, value in recipe.items() if key != "neighbors"}
     chosen = _merge_layers(properties, recipe or {}, strong)
     values = _merge_layers(weak, chosen)
     for key in values:
         _check_known_key(key)
     return values, recipe, frozenset(chosen)
+
+
+def _decides_scores(keys: Container[str]) -> bool:
+    """Whether who sets these keys decides about `neighbors`, too: configs of earlier runs lack that key."""
+    return "repeat_bias" in keys
 
 
 def _merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,6 +243,8 @@ def _list_open_keys(values: Mapping[str, Any], set_keys: Collection[str]) -> fro
         closed.add("decay_per_epoch")
     if "loss_type" in set_keys:
         closed.add("n_negatives")
+    if _decides_scores(set_keys):
+        closed.add("neighbors")
     return RULE_KEYS - closed
 
 
