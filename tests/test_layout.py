@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "models": {"nn", "data", "text"},
     "evaluation": {"nn", "data"},
     "reports": set(),
-    "training": {"models", "evaluation", "reports", "text", "data", "ops"},
+    "training": {"nn", "models", "evaluation", "reports", "text", "data", "ops"},
     "serving": {"nn", "text", "data"},
     "experiments": {"evaluation", "reports"},
 }

@@ -48,6 +48,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("text_in_table", 1, "True or False"),
     ("id_dropout", 1.0, "a number in [0, 1)"),
     ("repeat_bias", "yes", "True or False"),
+    ("neighbors", "auto", "True or False"),
     ("text_vectors", "", "some text"),
     ("text_encoder", "", "some text"),
     ("text_whitening", True, "one of pca, zca, none"),
