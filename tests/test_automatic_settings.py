@@ -139,7 +139,7 @@ SET = {
     "weight_decay": 0.5, "learner": "sgd", "train_batch_size": 3, "average_epochs": 0.7, "epochs": 3,
     "stopping_step": 7, "loss_type": "gBCE", "n_negatives": 5, "exclude_seen": False,
     "MAX_ITEM_LIST_LENGTH": 9, "decay_per_epoch": 0.3, "targets_per_step": 20, "average_targets": 50,
-    "patience_targets": 500, "neighbors": False, "repeat_bias": False,
+    "patience_targets": 500, "neighbors": False, "repeat_bias": False, "gate": "softmax",
 }  # fmt: skip
 
 
@@ -310,11 +310,10 @@ def test_of_a_pair_the_stronger_holds(tmp_path: Path):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_a_row_of_the_tables(name: str):
-    """But for the text, the plain command has the keys of the sweep's reference, and neighbours."""
+    """But for the text, the plain command has the keys of the sweep's variant with neighbours."""
     sweep = Sweep.read(ROOT / "results" / f"{RECIPES[name]}.yaml")
-    assert sweep.reference is not None
     row = build_config(
-        {**sweep.keys(name, sweep.reference), "neighbors": True, "dataset": name, "auto": False}
+        {**sweep.keys(name, "M2Rec with neighbours"), "dataset": name, "auto": False}
     )
     plain = build_config({"dataset": name}, ROOT / "config.yaml")
     keys = collect_keys(Role.MODEL, Role.TRAINING, Role.LENGTH, Role.PROTOCOL) - {"auto"}

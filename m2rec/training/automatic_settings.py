@@ -86,7 +86,7 @@ class Choice(NamedTuple):
 
 RULE_KEYS = frozenset(
     {key for profile in PROFILES.values() for key in profile}
-    | {"exclude_seen", "loss_type", "n_negatives", "neighbors"}
+    | {"exclude_seen", "gate", "loss_type", "n_negatives", "neighbors"}
 )
 """The keys that `choose_settings` may choose."""
 
@@ -99,6 +99,7 @@ def choose_settings(data: DataStatistics) -> dict[str, Choice]:
     choices["dropout_prob"] = _choose_dropout(data, choices["hidden_size"].value)
     choices |= _choose_loss(data)
     choices["exclude_seen"] = _choose_exclude_seen(data)
+    choices["gate"] = Choice("mean", "softmax was no better on any data set")
     choices["neighbors"] = Choice(True, "validation chooses their weights, 0 among them")
     return choices
 
