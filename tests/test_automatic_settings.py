@@ -312,9 +312,7 @@ def test_of_a_pair_the_stronger_holds(tmp_path: Path):
 def test_a_recipe_is_a_row_of_the_tables(name: str):
     """But for the text, the plain command has the keys of the sweep's variant with neighbours."""
     sweep = Sweep.read(ROOT / "results" / f"{RECIPES[name]}.yaml")
-    row = build_config(
-        {**sweep.keys(name, "M2Rec with neighbours"), "dataset": name, "auto": False}
-    )
+    row = build_config({**sweep.keys(name, "M2Rec with neighbours"), "dataset": name, "auto": False})
     plain = build_config({"dataset": name}, ROOT / "config.yaml")
     keys = collect_keys(Role.MODEL, Role.TRAINING, Role.LENGTH, Role.PROTOCOL) - {"auto"}
     assert {key: plain[key] for key in keys} == {key: row[key] for key in keys}

@@ -24,9 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 N_RECENT = 5  # K
-MAX_NEIGHBORS = 64  # M; with 50 and with all of them Toys came to the same
-
+_MIN_WIDTH = 64  # of M; with 50 and with all of them Toys came to the same
+_TABLE_ENTRIES = 2**20  # of fewer items more neighbours count: ml-1m lost by 64 what it won by 300 and by all
 _BLOCK_SCORES = 2**24  # similarities that are held at a time
+
+
+def choose_width(n_items: int) -> int:
+    """M for V items: a table has about a million places, and each item 64 at least."""
+    return max(_MIN_WIDTH, _TABLE_ENTRIES // n_items)
 
 
 def select_recent(items: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +159,7 @@ def load_neighbors(state: Mapping[str, Tensor], prefix: str = "neighbors.") -> N
 
 
 @torch.no_grad()
-def find_similar_items(vectors: Tensor, width: int = MAX_NEIGHBORS) -> NeighborTable:
+def find_similar_items(vectors: Tensor, width: int = _MIN_WIDTH) -> NeighborTable:
     """The items with the greatest cosine of the text vectors, by item; those at most 0 are left out.
 
     Args:

@@ -24,14 +24,14 @@ from m2rec.evaluation.protocols import Protocol
 from m2rec.evaluation.ranking import Ranking
 from m2rec.evaluation.saved_model import sample_evenly
 from m2rec.nn.encoder import Encoder
-from m2rec.nn.neighbors import MAX_NEIGHBORS, Neighbors, NeighborTable, find_similar_items
+from m2rec.nn.neighbors import Neighbors, NeighborTable, choose_width, find_similar_items
 
 logger = logging.getLogger(__name__)
 
 # the weights that are tried, every pair of them
 _WEIGHTS: dict[str, tuple[float, ...]] = {
-    "transitions": (0, 0.5, 1, 2, 3, 4, 6),
-    "text": (0, 1, 2, 4, 6, 9, 12),
+    "transitions": (0, 0.12, 0.25, 0.5, 1, 2, 3, 4, 6),
+    "text": (0, 0.5, 1, 2, 4, 6, 9, 12),
 }
 
 _MAX_USERS = 20_000  # whose validation targets choose
@@ -83,7 +83,7 @@ def build_neighbors(encoder: Encoder, train: HistoryDataset) -> Neighbors:
 
 def _tabulate_transitions(train: HistoryDataset) -> NeighborTable:
     assert train.histories is not None
-    graph = count_transitions(train.histories, train.item_num, MAX_NEIGHBORS)
+    graph = count_transitions(train.histories, train.item_num, choose_width(train.item_num))
     offsets, targets, strengths = map(torch.from_numpy, graph)
     n_edges = offsets.diff()
     width = max(1, int(n_edges.max()))
