@@ -30,11 +30,11 @@ def test_an_overview(write_sweep: Write):
     rows += [published("test_unseen", "Draft", "0.8", "unpublished")]
     heads, _, toy, _, words = overview(path, *rows)
     assert heads == (
-        "| data set | n | HR@10 | NDCG@10 | NDCG@10 without text | published HR@10 | published NDCG@10 "
-        "| NDCG@10 of the strongest baseline here | vs M2Rec | p |"
+        "| data set | variant | n | HR@10 | NDCG@10 | NDCG@10 without text | published HR@10 "
+        "| published NDCG@10 | NDCG@10 of the strongest baseline here | vs M2Rec | p |"
     )
     assert toy == (
-        "| toy | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 |  | 0.5 (Low) | 0.32 (High) "
+        "| toy | M2Rec | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 |  | 0.5 (Low) | 0.32 (High) "
         "| 0.1500 (n 1): SASRec | +50.0% | 0.020 |"
     )
     assert words.startswith("test_unseen, full ranking")
@@ -43,14 +43,31 @@ def test_an_overview(write_sweep: Write):
 def test_an_overview_of_a_split_by_time_and_without_text(write_sweep: Write):
     """Published numbers are of leave-one-out; what was not run says so."""
     given = published("test_unseen", "A", "0.4")
-    assert overview(write_sweep(), given)[2].startswith("| toy | 0 of 2 | not run |")
+    assert overview(write_sweep(), given)[2].startswith("| toy | M2Rec | 0 of 2 | not run |")
     text = SWEEP + "common: {split: global_time}\nwithout_text: no filter | gate\n"
     rows = [*ROWS[:2], answer("no filter | gate", 1, 0.1)]
     rows = [{**row, "settings": '{"split": "global_time"}'} for row in rows]
     rows[2]["settings"] = '{"filter": "none", "split": "global_time"}'
     line = overview(write_sweep(*rows, text=text), given)[2]
     assert (
-        line == "| toy, split by time | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 | 0.1000 (n 1) |  |  |  |  |  |"
+        line == "| toy, split by time | M2Rec | 2 | 0.4000 ± 0.2828 | 0.2000 ± 0.1414 | 0.1000 (n 1) "
+        "|  |  |  |  |  |"
+    )
+
+
+def test_an_overview_shows_the_headline_once_it_was_run(write_sweep: Write):
+    """The best baseline is then compared with it, on the seeds of both, and not tested."""
+    text = SWEEP + "headline: no filter | gate\nheadline_without_text: SASRec\n"
+    given = published("test_unseen", "A", "0.4")
+    before = overview(write_sweep(*ROWS, text=text), given)[2]
+    assert before.startswith("| toy | M2Rec | 2 |")
+    ours = [answer("no filter | gate", seed, 0.1 * seed) for seed in (1, 2)]
+    for row in ours:
+        row["settings"] = '{"filter": "none"}'
+    line = overview(write_sweep(*ROWS, *ours, text=text), given)[2]
+    assert line.startswith(r"| toy | no filter \| gate | 2 | ")
+    assert "| 0.1500 ± 0.0707 | 0.1500 (n 1) |" in line and line.endswith(
+        "| 0.1500 (n 1): SASRec | +50.0% |  |"
     )
 
 

@@ -243,7 +243,7 @@ def test_a_table_of_shuffled_ties_says_so(write_sweep: Write):
     given = pd.DataFrame([published("test_unseen", "SASRec", "0.4")])
     assert (
         make_table(results, "overview", given).splitlines()[2]
-        == "| toy, ties shuffled | 1 | 0.4000 | 0.2000 |  |  |  |  |  |  |"
+        == "| toy, ties shuffled | M2Rec | 1 | 0.4000 | 0.2000 |  |  |  |  |  |  |"
     )
     with pytest.raises(
         ValueError, match="mixed: published numbers are of another protocol than toy, ties shuffled"

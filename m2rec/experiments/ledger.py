@@ -77,12 +77,30 @@ class DatasetResults(NamedTuple):
         """The headline metric of a variant."""
         return summarize_seeds(self.select_runs(variant), HEADLINE_METRIC)
 
-    def compare_with_reference(self, variant: str) -> tuple[SeedStatistics, SeedStatistics] | None:
+    @property
+    def headline(self) -> str | None:
+        """The variant that stands for the sweep: its headline if it has runs, else its reference."""
+        sweep = self.sweep
+        return sweep.headline if len(self.select_runs(sweep.headline)) else sweep.reference
+
+    @property
+    def headline_without_text(self) -> str | None:
+        """The same without text."""
+        is_reference = self.headline == self.sweep.reference
+        return self.sweep.without_text if is_reference else self.sweep.headline_without_text
+
+    def compare_with_reference(
+        self, variant: str, reference: str | None = None
+    ) -> tuple[SeedStatistics, SeedStatistics] | None:
         """The reference's headline metric, and how much more a variant has, over the seeds of both.
 
         None if they have no seed in common.
+
+        Args:
+            variant: the variant.
+            reference: another one in place of the sweep's reference.
         """
-        base = self.select_runs(self.sweep.reference).set_index("seed")[HEADLINE_METRIC]
+        base = self.select_runs(reference or self.sweep.reference).set_index("seed")[HEADLINE_METRIC]
         values = self.select_runs(variant).set_index("seed")[HEADLINE_METRIC]
         difference = (values - base).dropna()
         if difference.empty:

@@ -123,6 +123,10 @@ class Sweep(CheckedModel):
     baselines: Names = ()
     without_text: str | None = None
     """The reference without text, for comparison with models that do not use text."""
+    headline: str | None = None
+    """The variant beside published numbers and in the overview once it has runs; else the reference."""
+    headline_without_text: str | None = None
+    """The same without text."""
     ties_shuffled: str | None = None
     """The sweep in the same folder with some of these variants under `ties: shuffled`, shown beside them."""
 
@@ -146,7 +150,7 @@ class Sweep(CheckedModel):
     def _check_references(self) -> Self:
         """Every named data set and variant must be one of the sweep."""
         _require_known("dataset_keys", self.dataset_keys, self.datasets, "data set")
-        for key in ("reference", "without_text"):
+        for key in ("reference", "without_text", "headline", "headline_without_text"):
             variant = getattr(self, key)
             if variant is not None:
                 _require_known(key, [variant], self.variants)

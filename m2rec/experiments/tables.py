@@ -25,7 +25,7 @@ HEADLINE_TITLE = "test_unseen NDCG@10"
 _BUCKET_KINDS = ("popularity", "history")
 _PUBLISHED_TITLES = ["protocol", "model", "reported HR@10", "reported NDCG@10", "our HR@10", "our NDCG@10",
                      "confidence", "source"]  # fmt: skip
-_OVERVIEW_TITLES = ("data set", "n", "HR@10", "NDCG@10", "NDCG@10 without text", "published HR@10",
+_OVERVIEW_TITLES = ("data set", "variant", "n", "HR@10", "NDCG@10", "NDCG@10 without text", "published HR@10",
                     "published NDCG@10", "NDCG@10 of the strongest baseline here")  # fmt: skip
 _OVERVIEW_NOTE = (
     "test_unseen, full ranking. n: seeds; ±: their standard deviation. Published: the highest in "
@@ -188,7 +188,7 @@ def _make_published_block(results: DatasetResults, published: pd.DataFrame) -> s
     published = published[published["dataset"] == results.dataset]
     if published.empty:
         raise UserError(f"reported.csv has no row of {results.dataset}; add one or remove the marker")
-    reference = results.sweep.reference
+    headline = results.headline
     rows = []
     for protocol, group in published.groupby("protocol"):
         matched = []
@@ -201,16 +201,16 @@ def _make_published_block(results: DatasetResults, published: pd.DataFrame) -> s
             if row["status"] != PUBLISHED:
                 model = f"{model}, {row['status']}"
             rows.append([protocol, model, *theirs, *ours, row["confidence"], row["source"]])
-        if reference and reference not in matched:
-            ours = _format_our_metrics(results, reference, protocol)
-            rows.append([protocol, reference, "", "", *ours, "", "this project"])
+        if headline and headline not in matched:
+            ours = _format_our_metrics(results, headline, protocol)
+            rows.append([protocol, headline, "", "", *ours, "", "this project"])
     table = pd.DataFrame(rows, columns=_PUBLISHED_TITLES)
     note = "Published numbers are of their authors' data, tuning and often one seed"
     return _format_block(results, [table], [note])
 
 
 def _make_overview(all_results: Sequence[DatasetResults], published: pd.DataFrame) -> str:
-    """Each data set's reference beside the best published numbers and the best of the sweep's baselines."""
+    """Each data set's headline beside the best published numbers and the best of the sweep's baselines."""
     references = {}
     for results in all_results:
         references[results.sweep.name] = results.sweep.reference
@@ -226,9 +226,8 @@ def _make_overview(all_results: Sequence[DatasetResults], published: pd.DataFram
 
 
 def _make_overview_row(results: DatasetResults, published: pd.DataFrame) -> list[str]:
-    sweep = results.sweep
-    reference = sweep.reference
-    assert reference is not None
+    headline = results.headline
+    assert headline is not None
     comparable = published[:0]
     deviation = _describe_deviation(results)
     if not deviation:
@@ -236,9 +235,10 @@ def _make_overview_row(results: DatasetResults, published: pd.DataFrame) -> list
         comparable = published[is_own & (published["status"] == PUBLISHED)]
     return [
         f"{results.dataset}{deviation}",
-        _format_seed_count(results, reference),
-        *_format_our_metrics(results, reference, "test_unseen"),
-        _format_quality(results, sweep.without_text),
+        headline,
+        _format_seed_count(results, headline),
+        *_format_our_metrics(results, headline, "test_unseen"),
+        _format_quality(results, results.headline_without_text),
         *(_format_best_published(comparable, metric) for metric in TABLE_METRICS),
         *_format_best_baseline(results),
     ]
@@ -272,7 +272,9 @@ def _format_best_baseline(results: DatasetResults) -> list[str]:
         return ["", "", ""]
     best = max(means, key=means.__getitem__)
     quality_text = _format_quality(results, best)
-    return [f"{quality_text}: {best}", *_format_comparison(results, best)]
+    change = _format_relative_change(results, best, results.headline)
+    p = _format_p_value(results, best) if results.headline == results.sweep.reference else ""
+    return [f"{quality_text}: {best}", change, p]
 
 
 def _format_quality(results: DatasetResults, variant: str | None) -> str:
@@ -373,11 +375,11 @@ def _format_comparison(results: DatasetResults, variant: str) -> list[str]:
     return [_format_relative_change(results, variant), _format_p_value(results, variant)]
 
 
-def _format_relative_change(results: DatasetResults, variant: str) -> str:
-    """A variant's quality relative to the reference's on the same seeds."""
-    if variant == results.sweep.reference:
+def _format_relative_change(results: DatasetResults, variant: str, reference: str | None = None) -> str:
+    """A variant's quality relative to the reference's, or another one's, on the same seeds."""
+    if variant == (reference or results.sweep.reference):
         return ""
-    compared = results.compare_with_reference(variant)
+    compared = results.compare_with_reference(variant, reference)
     if compared is None:
         return ""
     base, difference = compared
