@@ -1,14 +1,28 @@
 """Write files atomically, and lock files and folders against other processes."""
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from math import inf
 from pathlib import Path
+from socket import gethostname
 from time import monotonic, sleep
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
+
+Unlock = Callable[[], None]
+
+_LOCK_PAUSE = 0.05  # seconds between two attempts
+# seconds by which the start of one process may seem to differ, as after its machine's clock was set
+_SAME_START = 10.0
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -48,10 +62,13 @@ def write_text(path: Path, content: str) -> None:
 
 @contextmanager
 def lock_path(path: Path, timeout: float = inf) -> Iterator[int | None]:
-    """Exclusive advisory lock on a file or folder; a no-op on Windows.
+    """Exclusive advisory lock on a file or folder.
+
+    Where the file system has no locks (Windows, some network drives), a file .NAME.lock beside the path is
+    the lock. It names its process; that of a process of this machine that is gone does not count.
 
     Args:
-        path: the file or folder; no lock file is made.
+        path: the file or folder.
         timeout: seconds to wait for a process that holds the lock.
 
     Yields:
@@ -60,38 +77,104 @@ def lock_path(path: Path, timeout: float = inf) -> Iterator[int | None]:
     Raises:
         BlockingIOError: it still holds the lock.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield None
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY) if fcntl is not None else None
     try:
         deadline, is_announced = monotonic() + timeout, False
-        while not _try_lock(descriptor, path, is_last=monotonic() >= deadline):
+        while (unlock := _try_lock(path, descriptor)) is None:
+            if monotonic() >= deadline:
+                raise BlockingIOError(errno.EWOULDBLOCK, "locked by another process", str(path))
             if not is_announced:
                 logger.info("%s is locked by another process; waiting", path)
                 is_announced = True
-            sleep(0.05)
+            sleep(_LOCK_PAUSE)
         try:
             yield descriptor
         finally:
-            with suppress(OSError):  # data-loader workers have copies of the descriptor
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            unlock()
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _try_lock(descriptor: int, path: Path, is_last: bool) -> bool:
-    """Whether to proceed: the lock is held, or the file system has no locks."""
-    import fcntl
-
+def _try_lock(path: Path, descriptor: int | None) -> Unlock | None:
+    """What removes the lock again; None while another process holds it."""
+    if descriptor is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return partial(_unlock_descriptor, descriptor)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            logger.debug("%s can't be locked (%s); a lock file is tried", path, error)
+    file = path.resolve()
+    file = file.with_name(f".{file.name}.lock")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if is_last:
-            raise
-        return False
+        return partial(file.unlink, missing_ok=True) if _create_lock_file(file) else None
     except OSError as error:
         logger.debug("%s can't be locked: %s", path, error)
+        return lambda: None
+
+
+def _unlock_descriptor(descriptor: int) -> None:
+    with suppress(OSError):  # data-loader workers have copies of the descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _create_lock_file(file: Path) -> bool:
+    """Create a lock file, in place of one that a dead process has left; False if another process has it.
+
+    Raises:
+        OSError: files can't be created there.
+    """
+    if _create_owned(file):
+        return True
+    if not _is_left_behind(file):
+        return False
+    # only who has this second file removes the first one, so that nobody removes a new one for the old
+    takeover = file.with_name(f"{file.name}.takeover")
+    if not _create_owned(takeover):
+        return False
+    try:
+        if _is_left_behind(file):
+            file.unlink()
+        return _create_owned(file)
+    finally:
+        takeover.unlink()
+
+
+def _create_owned(file: Path) -> bool:
+    """Create a file that names this process: machine, number, start; False if there is one."""
+    try:
+        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(f"{gethostname()} {os.getpid()} {_find_start(os.getpid())}")
+    except OSError:  # a full disk
+        file.unlink()
+        raise
     return True
+
+
+def _is_left_behind(file: Path) -> bool:
+    """Whether a lock file names a process of this machine that is gone."""
+    try:
+        host, pid, start = file.read_text(encoding="utf-8").split()
+        if host != gethostname():
+            return False
+        now = _find_start(int(pid))
+        return now is None or abs(now - float(start)) > _SAME_START
+    except (FileNotFoundError, ValueError):  # removed meanwhile, or not written yet
+        return False
+
+
+def _find_start(pid: int) -> float | None:
+    """When a process started, in seconds since 1970; None if it is gone."""
+    import psutil  # here, since it is seldom needed
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.NoSuchProcess:
+        return None

@@ -79,6 +79,45 @@ def test_the_rule(data: dict[str, Any], profile: str, expected: dict[str, Any]):
     assert "\n" not in line and all(f"{key} " in line for key in choices)
 
 
+@pytest.mark.parametrize(
+    ("data", "decided", "expected"),
+    [
+        # 12,101 * 8 + 48 * 8^2 parameters have 1.3 targets each
+        ({}, {"hidden_size": 8}, {"dropout_prob": 0.3, "inner_size": 16}),
+        ({}, {"hidden_size": 256}, {"dropout_prob": 0.4, "inner_size": 512}),
+        (ML_1M, {"hidden_size": 512}, {"dropout_prob": 0.4, "inner_size": 1_024}),
+        (ML_100K, {"hidden_size": 32}, {"dropout_prob": 0.3, "inner_size": 128}),
+        ({}, {"average_targets": 0}, {"patience_targets": 10 * 131_413}),
+        (ML_100K, {"average_targets": 9}, {"patience_targets": 3 * 97_171}),
+        ({}, {"targets_per_step": 20_000}, {"patience_targets": 260 * 20_000, "average_targets": 2_600_000}),
+    ],
+)
+def test_what_is_chosen_goes_with_what_is_set(
+    data: dict[str, Any], decided: dict[str, Any], expected: dict[str, Any]
+):
+    choices = choose_settings(describe(**data), decided)
+    assert {key: choices[key].value for key in expected} == expected
+
+
+def test_the_width_of_the_user_counts(toy: Path):
+    """Of the profile's width 64 there are 0.001 targets per parameter."""
+    write_inter(toy, "toy", random_rows(n_users=60, n_items=9, longest=25))
+    keys = {"dataset": "toy", "data_path": str(toy), "gpu_id": ""}
+    chosen = {}
+    for width in (1, 64):
+        config = build_config({**keys, "hidden_size": width, "head_dim": 1, "average_epochs": 1})
+        _, loaders = load_data(config)
+        chosen[width] = (config["inner_size"], config["dropout_prob"])
+    assert chosen == {1: (4, 0.2), 64: (256, 0.4)}
+    targets, rows = loaders.train.dataset.n_targets, len(loaders.train.dataset)
+    config = build_config({**keys, "train_batch_size": rows, "average_epochs": 0})
+    load_data(config)
+    assert config["stopping_step"] == 260, "the least patience is 260 steps, here of all rows"
+    config = build_config({**keys, "train_batch_size": 1, "average_epochs": 1})
+    load_data(config)
+    assert config["stopping_step"] == max(3, round(260 * round(targets / rows) / targets))
+
+
 def test_the_rule_depends_on_the_data_alone():
     """Its module loads nothing that knows a clock or a machine, and gives the same twice."""
     code = (
@@ -332,6 +371,34 @@ def test_a_recipe_takes_no_decay_for_another_learner():
     """For adam, weight_decay is an L2 term, and 1.0 would be ruinous."""
     config = build_config({"dataset": "amazon-beauty", "learner": "adam"})
     assert (config["learner"], config["weight_decay"], config["hidden_size"]) == ("adam", 0.0, 128)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "the recipe of amazon-beauty"),
+        ({"dropout_prob": 0.1}, "the recipe of amazon-beauty"),  # the recipe does not say it
+        ({"epochs": 3, "hidden_size": 64}, "the recipe of amazon-beauty without hidden_size, epochs"),
+        ({"targets_per_step": 40}, "the recipe of amazon-beauty without train_batch_size"),
+        ({"learner": "adam"}, "the recipe of amazon-beauty without learner, weight_decay"),
+        ({"auto": False}, ""),
+        (
+            {
+                **{"hidden_size": 64, "inner_size": 64, "learner": "adam", "train_batch_size": 9},
+                **{"learning_rate": 0.1, "average_epochs": 0, "epochs": 1, "patience_targets": 50},
+                **{"gate": "softmax", "neighbors": False},
+            },
+            "",
+        ),
+    ],
+)
+def test_the_log_says_what_of_a_recipe_was_taken(given: dict[str, Any], expected: str):
+    assert build_config({"dataset": "amazon-beauty", **given}).recipe == expected
+
+
+def test_an_empty_recipe_is_taken_whole():
+    """That of ml-100k are the defaults."""
+    assert build_config({"dataset": "ml-100k", "epochs": 3}).recipe == "the recipe of ml-100k"
 
 
 def test_a_run_repeats_from_its_config(toy: Path):

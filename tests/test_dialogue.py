@@ -75,6 +75,17 @@ def test_the_ranking_changes_with_each_item():
     assert "  Tea: temporal " in said and "semantic" in said
 
 
+def test_what_was_seen_stays_or_goes():
+    """The history is all items but one: left out, it leaves that one."""
+    model = recommender(whole_history=False)
+    tokens = model.tokens[1:]
+    for exclude_seen, n_shown in ((True, 1), (False, 3)):
+        output = io.StringIO()
+        Dialogue(model, 3, output, exclude_seen).run(tokens[1:])
+        last = output.getvalue().rsplit("\n+ ", 1)[1]
+        assert len(places(last)) == n_shown
+
+
 def test_choosing_by_number():
     said = talk("i2", "i1x", "2")
     offered, chosen = said.split("which number?\n")

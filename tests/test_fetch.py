@@ -2,18 +2,20 @@
 
 import hashlib
 import http.server
+import io
 import random
 import signal
 import socket
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from m2rec.data import fetch
+from m2rec.data import download, fetch
 from m2rec.data.fetch import RemoteFile, fetch_file
 from m2rec.errors import UserError
 
@@ -35,6 +37,10 @@ class Server:
     """Errors to answer the next requests with."""
     length: int | None = None
     """Content-Length, if it is not that of the content."""
+    says_size: bool = True
+    """Whether the answer to a Range has its own length, and that of the whole file."""
+    longest_part: int = 10**9
+    """Bytes of an answer to a Range, at most."""
     when_cut: Callable[[], object] = lambda: None
     ranges: list[str | None] = field(default_factory=list)
     """The Range header of each request."""
@@ -63,12 +69,14 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
                     return
             self.send_response(206 if start else 200)
             if start:
-                last = len(state.content) - 1
-                self.send_header("Content-Range", f"bytes {start}-{last}/{last + 1}")
+                last = min(len(state.content), start + state.longest_part) - 1
+                size = len(state.content) if state.says_size else "*"
+                self.send_header("Content-Range", f"bytes {start}-{last}/{size}")
             if state.date:
                 self.send_header("Last-Modified", state.date)
-            body = state.content[start:]
-            self.send_header("Content-Length", str(len(body) if state.length is None else state.length))
+            body = state.content[start : start + state.longest_part] if start else state.content
+            if not start or state.says_size:
+                self.send_header("Content-Length", str(len(body) if state.length is None else state.length))
             self.end_headers()
             if state.cut_after:
                 self.wfile.write(body[: state.cut_after.pop(0)])
@@ -105,6 +113,21 @@ def test_a_broken_connection_continues(tmp_path: Path, server: Server):
     fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=300000-", "bytes=400000-"]
+
+
+def test_a_rest_that_is_shorter_than_it_says_has_broken_off(tmp_path: Path, server: Server):
+    """Where neither the answer nor anybody else knows the size of the file."""
+    server.cut_after, server.says_size = [300_000, 100_000], False
+    fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=300000-", "bytes=400000-"]
+
+
+def test_a_server_may_send_the_rest_in_parts(tmp_path: Path, server: Server):
+    server.cut_after, server.longest_part = [300_000], 250_000
+    fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=300000-", "bytes=550000-"]
 
 
 @pytest.mark.parametrize("change", ["no ranges", "another version", "no date"])
@@ -234,3 +257,27 @@ def test_a_disk_that_fills_up(tmp_path: Path, server: Server):
     (tmp_path / "a.bin.part").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"a\.bin\.part: the disk is full; make room, and the same command"):
         fetch_file(RemoteFile(server.url), tmp_path / "a.bin")
+
+
+def test_a_download_that_breaks_is_resumed(tmp_path: Path, server: Server):
+    """The archive's part is found again by the next command, and nothing stays of it at the end."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.inter", CONTENT)
+    server.content, folder = buffer.getvalue(), tmp_path / "data" / "mine"
+    server.cut_after = [20_000, 10_000, 10_000]
+    part = tmp_path / "data" / ".mine.download" / "a.bin.part"
+    with pytest.raises(UserError, match=r"a\.bin\.part has 40,000 bytes, and the same command continues"):
+        download.download_dataset("mine", folder, server.url)
+    assert part.read_bytes() == server.content[:40_000]
+    download.download_dataset("mine", folder, server.url)
+    assert server.ranges[-1] == "bytes=40000-"
+    assert [path.name for path in (tmp_path / "data").rglob("*")] == ["mine", "mine.inter"]
+
+
+def test_an_archive_of_no_use_is_fetched_again(tmp_path: Path, server: Server):
+    for _ in range(2):
+        with pytest.raises(UserError, match="failed"):
+            download.download_dataset("mine", tmp_path / "data" / "mine", server.url)
+        assert list((tmp_path / "data").iterdir()) == []
+    assert server.ranges == [None, None]

@@ -137,6 +137,20 @@ def test_a_conversation(folder: Path, said: pytest.CaptureFixture[str], monkeypa
     assert "+ Green tea\n" in out and "Green tea: temporal" in out
 
 
+@pytest.mark.parametrize("flag", ["--keep-seen", "--exclude-seen"])
+def test_a_conversation_takes_the_flags(
+    folder: Path, said: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str
+):
+    """After all items but one, k = 1000 shows all of them or that one."""
+    recommender = Recommender.load(folder)
+    tokens = [token for token in recommender.tokens[1:] if len(recommender.recommend([token])) > 0]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(tokens[1:]) + "\n"))
+    said.readouterr()
+    assert recommend.main([str(folder), "--interactive", "-k=1000", flag]) == 0
+    last = said.readouterr().out.rsplit("\n+ ", 1)[1]
+    assert len(last.splitlines()) - 1 == (len(tokens) if flag == "--keep-seen" else 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -152,8 +166,8 @@ def test_a_conversation(folder: Path, said: pytest.CaptureFixture[str], monkeypa
         (["--history", "i1", "--dataset=x"], "--dataset requires --all-users"),
         (["--all-users"], "--output requires --input or --all-users, and they require --output"),
         (
-            ["--interactive", "--keep-seen"],
-            "--interactive can't be combined with --keep-seen, --exclude-seen or",
+            ["--interactive", "--skip-unknown"],
+            "--interactive can't be combined with --skip-unknown",
         ),
         (
             ["--history", "i1", "--output", "a.parquet"],

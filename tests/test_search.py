@@ -1,9 +1,12 @@
 """The engine of a search, with a training that is a formula: the race, the draws, the end, failures."""
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Barrier, Thread
+from time import sleep
 from typing import Any
 
 import pytest
@@ -188,8 +191,6 @@ def test_more_trials_continue_a_search(tmp_path: Path):
 
 def test_two_workers_share_a_search(tmp_path: Path):
     """Threads, each with its own study object on the same file, as processes have."""
-    from threading import Thread
-
     task = make_task(tmp_path, trials=10)
     start(task)
     trained = Formula()
@@ -253,8 +254,67 @@ def test_where_all_fail_the_search_ends(tmp_path: Path):
         raise UserError("out of memory")
 
     task = make_task(tmp_path, trials=None)
-    with pytest.raises(UserError, match="4 of 4 trials failed, the last one: out of memory"):
+    with pytest.raises(UserError, match="4 of 4 trials failed, the last one: out of memory") as caught:
         run_trials(start(task), task, Formula(before_epoch=fail))
+    cure = str(caught.value).partition("out of memory; ")[2]
+    assert cure == (
+        f"settings and logs are in {task.folder}; find keys that train, with the same command without "
+        f"--search, and search with them, or move {task.folder} and {task.folder}.log away to try the same "
+        "again"
+    )
+
+
+def test_where_twenty_fail_the_search_ends(tmp_path: Path):
+    """All but the plain run, which a search file does not have."""
+
+    def fail(settings: Settings, epoch: int) -> None:
+        raise UserError("heads do not divide")
+
+    task = make_task(tmp_path, trials=None)
+    with pytest.raises(
+        UserError, match=r"20 of 20 trials failed, the last one: heads do not .*; narrow the ra"
+    ):
+        run_trials(start(task, {}), task, Formula(before_epoch=fail))
+
+
+def test_a_trial_that_fails_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    def fail(settings: Settings, epoch: int) -> None:
+        raise UserError("no such thing")
+
+    task = make_task(tmp_path, trials=1)
+    with pytest.raises(UserError):
+        run_trials(start(task, {"plain": {}}), task, Formula(before_epoch=fail))
+    assert caplog.text.count("trial 0 (plain) failed: no such thing") == 1
+
+
+def has_no_flock(descriptor: int, operation: int) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_workers_share_a_search_where_the_file_system_has_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A trial is left running and unclaimed: only one of the workers that find it resumes it."""
+    monkeypatch.setattr("fcntl.flock", has_no_flock)
+    task, trained = make_task(tmp_path, trials=1), Formula(before_epoch=lambda settings, epoch: sleep(0.05))
+    study = start(task, {"plain": {}})
+    study.ask()
+    begun = Barrier(4)
+
+    def work() -> None:
+        opened = open_study(task.folder, True, make_halving_pruner(2))
+        begun.wait()
+        run_trials(opened, task, trained)
+
+    workers = [Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert [epoch for _, epoch in trained.trained] == list(range(12))
+    assert start(task, {"plain": {}}).trials[0].state.name == "COMPLETE"
+    left = sorted(path.name for path in task.folder.parent.rglob("*lock*"))
+    assert left == [], "each lock is removed"
 
 
 def test_a_smaller_score_may_be_the_better_one(tmp_path: Path):

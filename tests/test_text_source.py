@@ -16,7 +16,7 @@ from m2rec.models import m2rec as model_module
 from m2rec.storage import lock_path
 from m2rec.text import source, vector_file
 from m2rec.text.item_text import read_item_texts
-from m2rec.text.source import ensure_text_vectors
+from m2rec.text.source import ensure_text_vectors, has_item_text
 from m2rec.training.configuration import build_config
 from m2rec.training.run import prepare_run
 from run_mm import main
@@ -176,6 +176,22 @@ def test_an_item_file_of_no_use_stops_only_who_asked(
     assert "text vectors can't be made: " in said and reason in said
     assert trained(toy, tmp_path, text_encoder="lsa") == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("first_line", "expected"),
+    [
+        ("item_id:token\ttitle:token_seq", True),
+        ("item_id:token\tprice:float", True),  # every column beside the item is read
+        ("item_id:token", False),
+        ("title:token_seq", False),
+        ("no header", False),
+    ],
+)
+def test_text_is_a_column_beside_the_item(toy: Path, first_line: str, expected: bool):
+    (toy / "toy" / "toy.item").write_text(f"{first_line}\ni1\tTea\n", encoding="utf-8")
+    assert has_item_text(build_config(small(toy))) is expected
+    assert not has_item_text(build_config(small(toy, text_encoder="none")))
 
 
 def test_an_encoder_that_can_t_be_had(

@@ -2,7 +2,7 @@
 
 The history is item tokens, oldest first: apart, or between quotes with spaces between them. With
 --user=ID it is the whole history of that user in the run's data set. Items of the history are left out if the
-run's key exclude_seen says so.
+run's key exclude_seen says so; --keep-seen and --exclude-seen are stronger.
 --interactive takes titles from the keyboard and shows how the ranking changes. --input=FILE ranks after
 every history of a CSV or Parquet file with the columns user and history, into the Parquet file --output;
 --all-users does so for all users of the run's data set, or of --dataset, each after the whole history,
@@ -37,7 +37,7 @@ def answer_request(options: argparse.Namespace) -> None:
 
     recommender = Recommender.load(options.run, options.device, precision=options.precision)
     if options.interactive:
-        Dialogue(recommender, options.k, sys.stdout).run(sys.stdin)
+        Dialogue(recommender, options.k, sys.stdout, choose_exclude_seen(options)).run(sys.stdin)
     elif options.output:
         n_users = write_rankings(options, recommender)
         write_escaped(f"{n_users:,} users: {options.output}\n", sys.stdout)
@@ -162,5 +162,5 @@ def check_option_combinations(options: argparse.Namespace, parser: Parser) -> No
         parser.error("--data-path requires --user or --all-users")
     if options.dataset and not options.all_users:
         parser.error("--dataset requires --all-users")
-    if options.interactive and (options.keep_seen or options.exclude_seen or options.skip_unknown):
-        parser.error("--interactive can't be combined with --keep-seen, --exclude-seen or --skip-unknown")
+    if options.interactive and options.skip_unknown:
+        parser.error("--interactive can't be combined with --skip-unknown")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import optuna
 
     from m2rec.commands.search_setup import SearchSetup
+    from m2rec.experiments.search import SearchTask
     from m2rec.training.run import RunResult
 
 logger = logging.getLogger(__name__)
@@ -78,9 +79,8 @@ def run_search(
 def _search(setup: "SearchSetup", budget: Budget, started_at: float) -> "optuna.Study":
     """Run trials until the budget is used up; trials of earlier starts count."""
     from m2rec.commands.search_worker import start_worker
-    from m2rec.experiments import search, search_pool, study, trial_tables
+    from m2rec.experiments import search, search_pool, study
     from m2rec.experiments.search_view import SearchView
-    from m2rec.storage import write_text
 
     opened = _open_study(setup)
     task = setup.task
@@ -96,15 +96,25 @@ def _search(setup: "SearchSetup", budget: Budget, started_at: float) -> "optuna.
         def start(index: int) -> Any:
             return start_worker(task, index, setup.threads, setup.gpus[index])
 
-        search_pool.SearchPool(opened, task, start, setup.n_workers, view).run()
+        try:
+            search_pool.SearchPool(opened, task, start, setup.n_workers, view).run()
+        finally:
+            _write_trials(opened, task)
         _check_outcome(opened, setup, budget)
         if budget.seconds is not None:
             opened.set_user_attr(_DONE_KEY, budget.seconds)
-    table = trial_tables.format_trials_csv(opened.trials, task.space.make_ranges(task.plain))
-    write_text(task.folder / "trials.csv", table)
+    _write_trials(opened, task)
     if study.find_best_trial(opened) is None:
         raise UserError(f"search: no trial has a score ({study.count_states(opened)}); see {task.folder}")
     return opened
+
+
+def _write_trials(opened: "optuna.Study", task: "SearchTask") -> None:
+    from m2rec.experiments.trial_tables import format_trials_csv
+    from m2rec.storage import write_text
+
+    table = format_trials_csv(opened.trials, task.space.make_ranges(task.plain), task.plain)
+    write_text(task.folder / "trials.csv", table)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -147,10 +148,7 @@ def _write_response(response: HTTPResponse, part: Path, start: int) -> None:
         if start:
             logger.warning("%s: the server does not continue; downloading it from its beginning", part)
         start = 0
-    elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-        raise _AttemptError(f"the server sent other bytes than those from {start:,} on")
-    length = response.headers.get("Content-Length", "")
-    total = start + int(length) if length.isdigit() else None
+    total = _read_total(response, start)
     if total is not None and total - start > (free := shutil.disk_usage(part.parent).free):
         raise UserError(f"{part}: it needs {total - start:,} bytes, and the disk has {free:,}; make room")
     try:
@@ -174,6 +172,26 @@ def _write_response(response: HTTPResponse, part: Path, start: int) -> None:
     received = part.stat().st_size
     if total is not None and received != total:
         raise _AttemptError(f"the connection broke after {received:,} of {total:,} bytes")
+
+
+def _read_total(response: HTTPResponse, start: int) -> int | None:
+    """The bytes of the whole file, or up to the end of this answer; None if the answer does not say.
+
+    Args:
+        response: a whole file, or the rest of one.
+        start: the first byte that the answer must have.
+
+    Raises:
+        _AttemptError: it has other bytes.
+    """
+    if response.status == HTTPStatus.PARTIAL_CONTENT:
+        content_range = response.headers.get("Content-Range", "")
+        match = re.fullmatch(rf"bytes {start}-(\d+)/(\d+|\*)", content_range.strip())
+        if match is None:
+            raise _AttemptError(f"the server sent other bytes than those from {start:,} on")
+        return int(match[1]) + 1 if match[2] == "*" else int(match[2])
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdigit() else None
 
 
 def _keep_date(response: HTTPResponse, part: Path) -> None:

@@ -28,6 +28,7 @@ from m2rec.experiments.study import (
     find_trial_folder,
     get_progress,
     is_maximized,
+    log_trial,
 )
 from m2rec.git import read_commit
 from m2rec.storage import lock_path
@@ -166,12 +167,12 @@ class _Worker:
             ValueError: too many trials in a row have failed.
         """
         trials = self.study.get_trials(deepcopy=False)
-        check_failures(trials)
+        check_failures(trials, self.task.folder)
         standing = judge_profiles(self.study, self.task)
         for number in standing.dropped:
             if (claim := self._lock_trial(trials[number])) is not None:
                 with claim.locks:
-                    end_trial(self.study, self.task.folder, number, "PRUNED")
+                    self._end_trial(number, "PRUNED")
         for trial in trials:
             if trial.number in standing.limits or not is_profile(trial):
                 limit = standing.limits.get(trial.number)
@@ -284,7 +285,7 @@ class _Worker:
 
         def end(state: str, score: float | None = None, reason: str = "") -> None:
             store_progress()
-            end_trial(self.study, self.task.folder, trial.number, state, score, reason)
+            self._end_trial(trial.number, state, score, reason)
 
         settings = {**self.task.fixed, **self._draw_settings(trial)}
         store_progress()
@@ -302,6 +303,11 @@ class _Worker:
             end("PRUNED")
         else:
             store_progress(paused=True)
+
+    def _end_trial(self, number: int, state: str, score: float | None = None, reason: str = "") -> None:
+        """Store and log how a trial ended."""
+        end_trial(self.study, self.task.folder, number, state, score, reason)
+        log_trial(self.study.get_trials(deepcopy=False)[number])
 
 
 def has_all_trials(trials: Sequence["optuna.trial.FrozenTrial"], task: SearchTask) -> bool:
@@ -349,8 +355,12 @@ def is_profile(trial: Any) -> bool:
     return "profile" in trial.user_attrs
 
 
-def check_failures(trials: Sequence["optuna.trial.FrozenTrial"]) -> None:
+def check_failures(trials: Sequence["optuna.trial.FrozenTrial"], folder: Path) -> None:
     """Stop a search of which nothing but failures can be expected.
+
+    Args:
+        trials: all of the study.
+        folder: of the trials.
 
     Raises:
         ValueError: all profiles have failed, or many trials in a row.
@@ -365,7 +375,13 @@ def check_failures(trials: Sequence["optuna.trial.FrozenTrial"]) -> None:
     ):
         return
     reason = failed[-1].user_attrs.get("reason", "")
-    raise UserError(f"study: {len(failed)} of {len(ended)} trials failed, the last one: {reason}")
+    cure = "narrow the ranges or fix the key that it is about"
+    if all_profiles_failed:
+        cure = "find keys that train, with the same command without --search, and search with them"
+    raise UserError(
+        f"study: {len(failed)} of {len(ended)} trials failed, the last one: {reason}; settings and logs are "
+        f"in {folder}; {cure}, or move {folder} and {find_study_file(folder)} away to try the same again"
+    )
 
 
 def make_distribution(search_range: Range) -> Any:

@@ -81,13 +81,14 @@ class SearchPool:
         Raises:
             ValueError: nothing but failures can be expected of the search.
         """
+        self.view.update(self.study, self._count_seconds())  # what ends from now on is news
         try:
             for index in range(self._n_workers):
                 self._workers[index] = self._start(index)
             while self._workers and not self.task.deadline.is_over(0):
                 sleep(_LOOK_SECONDS)
                 self._look_at_workers()
-                check_failures(self.study.get_trials(deepcopy=False))
+                check_failures(self.study.get_trials(deepcopy=False), self.task.folder)
                 self.view.update(self.study, self._count_seconds())
                 self._store_seconds(at_least=_STORE_SECONDS)
         finally:
@@ -127,6 +128,7 @@ class SearchPool:
         self._workers[index] = self._start(index)
 
     def _fail_trial_of(self, worker: WorkerProcess, reason: str) -> None:
+        """Store that the trial of a worker failed; the view tells it."""
         with lock_path(find_study_file(self.task.folder)):
             for trial in self.study.get_trials(deepcopy=False):
                 if trial.state.name == "RUNNING" and _is_in_work(trial, worker):

@@ -66,7 +66,9 @@ class SearchView:
                 self._erase()
                 log_trial(trial)
         if self.is_live:
-            self._draw(format_live_table(study, self.task, self.metric, self._describe(study, seconds)))
+            height = shutil.get_terminal_size().lines - 1  # the cursor has a line, too
+            status = self._describe(study, seconds)
+            self._draw(format_live_table(study, self.task, self.metric, status, height))
 
     def say(self, line: str) -> None:
         """Log a line that must be seen."""
@@ -111,13 +113,21 @@ class SearchView:
             self._n_drawn = 0
 
 
-def format_live_table(study: "optuna.Study", task: SearchTask, metric: str, status: str) -> list[str]:
-    """The lines of the table: the trials that run, then the best ones, and the status."""
+def format_live_table(
+    study: "optuna.Study", task: SearchTask, metric: str, status: str, height: int
+) -> list[str]:
+    """The lines of the table, `height` at most: the trials that run, then the best ones, and the status."""
     maximize = is_maximized(study)
     running = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
     best = [trial for trial in rank_trials(study) if trial.state.name != "RUNNING"]
     rows = [("trial", "state", "epochs", metric, "seconds", "from", "settings")]
-    for trial in [*running, *best][: max(MAX_LINES, len(running))]:
+    shown = [*running, *best][: max(MAX_LINES, len(running))]
+    footer = [status]
+    if len(shown) > height - 2:  # without the head and the status
+        n_left = max(0, height - 3)
+        footer = [f"{len(shown) - n_left} more trials, not shown: the terminal has {height} lines", status]
+        shown = shown[:n_left]
+    for trial in shown:
         score = get_best_score(trial, maximize)
         notes = {**trial.user_attrs, **get_progress(trial)}
         rows.append(
@@ -136,7 +146,7 @@ def format_live_table(study: "optuna.Study", task: SearchTask, metric: str, stat
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  ".join([*cells, row[-1]]).rstrip())
-    return [*lines, status]
+    return [*lines, *footer][-max(1, height) :]
 
 
 def format_changes(settings: Mapping[str, Any], plain: Mapping[str, Any]) -> str:

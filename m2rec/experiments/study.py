@@ -115,14 +115,13 @@ def end_trial(
     value: float | None = None,
     reason: str = "",
 ) -> None:
-    """Store how a trial ended, log it, and remove what its runs leave but settings and history."""
+    """Store how a trial ended, and remove what its runs leave but settings and history."""
     trial = study.get_trials(deepcopy=False)[number]
     if reason:
         study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
     study.tell(number, value, state=optuna.trial.TrialState[state])
     for run in list_run_folders(find_trial_folder(folder, number)):
         _remove_run_files(run)
-    log_trial(study.get_trials(deepcopy=False)[number])
 
 
 def _remove_run_files(run: RunFolder) -> None:

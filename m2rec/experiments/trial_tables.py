@@ -1,6 +1,6 @@
 """The trials of a search as a table and as CSV."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -25,22 +25,33 @@ TRIAL_COLUMNS = ("trial", "state", "value", "trained_epochs", "best_epoch", "sec
 MAX_SHOWN_TRIALS = 5
 
 
-def format_trials_csv(trials: Iterable["optuna.trial.FrozenTrial"], searched: Iterable[str]) -> str:
-    """All trials as CSV, in order: `TRIAL_COLUMNS`, then a column per searched key."""
+def format_trials_csv(
+    trials: Iterable["optuna.trial.FrozenTrial"],
+    searched: Iterable[str],
+    plain: Mapping[str, Any] | None = None,
+) -> str:
+    """All trials as CSV, in order: `TRIAL_COLUMNS`, the searched keys, then others in which trials differ.
+
+    Args:
+        trials: of a study.
+        searched: keys that have a range.
+        plain: the values of the keys that a trial leaves as they are.
+    """
+    begun = [trial for trial in trials if trial.state.name != "WAITING"]
+    changed = [key for trial in begun for key in trial.user_attrs.get("settings", {})]
+    keys = list(dict.fromkeys([*searched, *changed]))
     rows = []
-    for trial in trials:
-        if trial.state.name == "WAITING":
-            continue
+    for trial in begun:
         row = {
             "trial": trial.number,
             "state": TRIAL_STATES.get(trial.state.name, "running"),
             "value": trial.value,
             **get_progress(trial),
         }
-        for key, value in trial.user_attrs.get("settings", {}).items():
-            row[key] = format_value(value)
+        settings = {**(plain or {}), **trial.user_attrs.get("settings", {})}
+        row |= {key: format_value(settings[key]) for key in keys if key in settings}
         rows.append(row)
-    frame = pd.DataFrame(rows, columns=[*TRIAL_COLUMNS, *searched], dtype=object)
+    frame = pd.DataFrame(rows, columns=[*TRIAL_COLUMNS, *keys], dtype=object)
     return str(frame.to_csv(index=False, lineterminator="\n"))
 
 

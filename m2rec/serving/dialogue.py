@@ -97,10 +97,13 @@ class Dialogue:
         recommender: the model.
         k: how many recommendations to show.
         output: the stream to write to.
+        exclude_seen: whether to leave out the items of the history; None: as the run says.
     """
 
-    def __init__(self, recommender: Recommender, k: int, output: TextIO) -> None:
-        self.recommender, self.k, self.output = recommender, k, output
+    def __init__(
+        self, recommender: Recommender, k: int, output: TextIO, exclude_seen: bool | None = None
+    ) -> None:
+        self.recommender, self.k, self.output, self.exclude_seen = recommender, k, output, exclude_seen
         self.catalogue = TitleSearch(recommender.tokens[1:], recommender.titles)
         self.history: list[str] = []
         self.choices: dict[str, str] = {}  # tokens by the number to type
@@ -156,7 +159,7 @@ class Dialogue:
     def show(self) -> None:
         """Show the ranking and the rank changes."""
         before = {item.item: rank for rank, item in enumerate(self.ranking, 1)}
-        self.ranking = self.recommender.recommend(self.history, self.k)
+        self.ranking = self.recommender.recommend(self.history, self.k, self.exclude_seen)
         for rank, item in enumerate(self.ranking, 1):
             change = format_rank_change(before.get(item.item), rank)
             name = item.title or item.item

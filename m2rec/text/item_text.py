@@ -1,7 +1,7 @@
 """NAME.item -> one text per item, by a template or by joining columns."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -50,7 +50,7 @@ def read_item_texts(
     if template:
         parts = parse_template(template)
     else:
-        names = columns or [column for column in header if column != id_column]
+        names = columns or list_text_columns(header, id_column)
         parts = [TemplatePart(". ", "", column) for column in dict.fromkeys(names)]
     used = list(dict.fromkeys(part.column for part in parts))
     for column in (id_column, *used):
@@ -69,6 +69,11 @@ def read_item_texts(
         raise UserError(f"{path}: no item has text in {', '.join(used)}")
     tokens = sorted(text_of)
     return ItemTexts(tokens, [text_of[token] for token in tokens], used, template, file_stamp)
+
+
+def list_text_columns(header: Iterable[str], id_column: str) -> list[str]:
+    """The columns that are an item's text where nobody names any: all but the item token."""
+    return [column for column in header if column != id_column]
 
 
 def parse_template(template: str) -> list[TemplatePart]:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from m2rec.compat import Config
-from m2rec.data import item_file, shipped
+from m2rec.data import inter_file, item_file, shipped
 from m2rec.errors import UserError
 from m2rec.settings import get_model_settings
 from m2rec.storage import lock_path
 from m2rec.tensor_files import read_metadata
 from m2rec.text import build, vector_file
-from m2rec.text.item_text import read_item_texts
+from m2rec.text.item_text import list_text_columns, read_item_texts
 from m2rec.text.language_model import TextEncoder
 from m2rec.text.lsa import LsaEncoder
 from m2rec.text.sentence_model import TextEncoderOptions
@@ -98,7 +98,17 @@ def has_item_text(config: Config) -> bool:
     settings = get_model_settings(config)
     if find_vector_file(config) is not None:
         return True
-    return settings.uses_text and settings.text_encoder != "none" and _get_item_file(config).is_file()
+    return settings.uses_text and settings.text_encoder != "none" and _has_text_column(config)
+
+
+def _has_text_column(config: Config) -> bool:
+    """Whether the item file has a column beside the item token; a file that can't be read has none."""
+    id_column = config["ITEM_ID_FIELD"]
+    try:
+        header = inter_file.read_header(_get_item_file(config), config["field_separator"])
+    except (ValueError, OSError):  # it is said where the text is read
+        return False
+    return id_column in header and bool(list_text_columns(header, id_column))
 
 
 def ensure_text_vectors(config: Config, tokens: Sequence[str]) -> Path | None:

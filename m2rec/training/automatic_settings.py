@@ -4,6 +4,7 @@
 one of PROFILES, then adjusts it to the size of the data. docs/training.md says where its numbers come from.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,12 +92,23 @@ RULE_KEYS = frozenset(
 """The keys that `choose_settings` may choose."""
 
 
-def choose_settings(data: DataStatistics) -> dict[str, Choice]:
-    """The settings of M2Rec for such data, by key; keys that are not in it keep their defaults."""
+def choose_settings(data: DataStatistics, decided: Mapping[str, Any] | None = None) -> dict[str, Choice]:
+    """The settings of M2Rec for such data, by key; keys that are not in it keep their defaults.
+
+    Args:
+        data: what it is like.
+        decided: keys of the rule that the user has set; what is chosen for the others goes with them.
+    """
     name, why = choose_profile(data)
-    choices = {key: Choice(value, f"{name}: {why}") for key, value in PROFILES[name].items()}
-    choices |= _scale_steps(data, choices)
-    choices["dropout_prob"] = _choose_dropout(data, choices["hidden_size"].value)
+    profile = PROFILES[name]
+    decided = decided or {}
+    choices = {key: Choice(value, f"{name}: {why}") for key, value in profile.items()}
+    width = decided.get("hidden_size", profile["hidden_size"])
+    if width != profile["hidden_size"]:
+        factor = profile["inner_size"] // profile["hidden_size"]
+        choices["inner_size"] = Choice(factor * width, f"{factor} times hidden_size {width}")
+    choices |= _scale_steps(data, {**profile, **decided}, decided.get("targets_per_step"))
+    choices["dropout_prob"] = _choose_dropout(data, width)
     choices |= _choose_loss(data)
     choices["exclude_seen"] = _choose_exclude_seen(data)
     choices["gate"] = Choice("mean", "softmax was no better on any data set")
@@ -120,18 +132,19 @@ def choose_profile(data: DataStatistics) -> tuple[str, str]:
     return "small data", f"{targets}, {median}"
 
 
-def _scale_steps(data: DataStatistics, profile: dict[str, Choice]) -> dict[str, Choice]:
-    """The keys that count targets, for an epoch of about STEPS_PER_EPOCH steps."""
-    low, high = TARGETS_PER_STEP
-    per_step = min(max(round(data.targets / STEPS_PER_EPOCH), low), high)
-    epochs = 3 if profile["average_targets"].value else 10  # the average is smooth, and needs less patience
+def _scale_steps(data: DataStatistics, values: Mapping[str, Any], per_step: int | None) -> dict[str, Choice]:
+    """The keys that count targets, for steps of `per_step`; None: for about STEPS_PER_EPOCH of them."""
+    if per_step is None:
+        low, high = TARGETS_PER_STEP
+        per_step = min(max(round(data.targets / STEPS_PER_EPOCH), low), high)
+    epochs = 3 if values["average_targets"] else 10  # the average is smooth, and needs less patience
     patience = max(epochs * data.targets, MIN_PATIENCE_STEPS * per_step)
     n_steps = max(1, round(data.targets / per_step))
     choices = {
         "targets_per_step": Choice(per_step, f"{n_steps:,} steps an epoch"),
         "patience_targets": Choice(patience, f"{patience / max(data.targets, 1):.3g} epochs"),
     }
-    if profile["average_targets"].value:
+    if values["average_targets"]:
         choices["average_targets"] = Choice(AVERAGED_STEPS * per_step, f"{AVERAGED_STEPS} steps")
     return choices
 

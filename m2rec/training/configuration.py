@@ -7,7 +7,7 @@ variant (`m2rec/properties/`), RecBole's own defaults.
 import logging
 import re
 import sys
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,8 @@ class RunConfig(Config):
     """None for a model that is not made of M2Rec's parts."""
     open_keys: frozenset[str]
     """The keys that the rule of `auto` chooses once the data is loaded."""
-    recipe_name: str
-    """The data set whose shipped recipe is used; empty without one."""
+    recipe: str
+    """What was taken of the recipe that is shipped for the data set, in words; empty if nothing was."""
 
     def settle(self, values: Mapping[str, Any]) -> None:
         """Replace what was left open; `resolve_settings` then gives the answer."""
@@ -142,7 +142,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     config.open_keys = _list_open_keys(values, set_keys) if follows_rule else frozenset()
     if values.get("exclude_seen") == "auto":
         config.open_keys |= {"exclude_seen"}
-    config.recipe_name = "" if recipe is None else values["dataset"]
+    config.recipe = "" if recipe is None else _describe_recipe(values["dataset"], recipe, user_values)
     if settings:
         resolve_scan_backend(settings, config["device"])
     unused_keys = sorted(set(user_values) - collect_model_keys(model))
@@ -166,8 +166,8 @@ def _merge_values(
     """All values: defaults, properties, and those of the model's variant and of the user.
 
     Returns:
-        The values; the recipe that is shipped for the data set, None without one or if it is not used; and
-        the keys that the data set, the variant or the user has set.
+        The values; the recipe that is shipped for the data set, whole, None without one or if it is not used;
+        and the keys that the data set, the variant or the user has set.
 
     Raises:
         UserError: a key is unknown.
@@ -185,20 +185,45 @@ def _merge_values(
     recipe = properties.pop(shipped.RECIPE_KEY, None)
     if variant or settings_class is None or not {**weak, **strong}["auto"]:
         recipe = None
-    if recipe and strong.get("learner", "adamw") != "adamw":  # for any other, weight_decay is an L2 term
-        recipe = {key: recipe[key] for key in recipe if key not in ("learner", "weight_decay")}
-    if recipe and _decides_scores(strong):
-        recipe = {key: value for key, value in recipe.items() if key != "neighbors"}
-    chosen = _merge_layers(properties, recipe or {}, strong)
+    decided = _list_decided_keys(strong)
+    taken = {key: value for key, value in (recipe or {}).items() if key not in decided}
+    chosen = _merge_layers(properties, taken, strong)
     values = _merge_layers(weak, chosen)
     for key in values:
         _check_known_key(key)
     return values, recipe, frozenset(chosen)
 
 
-def _decides_scores(keys: Container[str]) -> bool:
-    """Whether who sets these keys decides about `neighbors`, too: configs of earlier runs lack that key."""
-    return "repeat_bias" in keys
+def _describe_recipe(name: str, recipe: Mapping[str, Any], user_values: Mapping[str, Any]) -> str:
+    """Such as `the recipe of ml-1m without epochs`; empty if the user has set all its keys.
+
+    Args:
+        name: of the data set.
+        recipe: as it is shipped.
+        user_values: keys that are stronger.
+    """
+    overridden = _list_decided_keys(user_values)
+    left_out = [key for key in recipe if key in overridden]
+    if recipe and len(left_out) == len(recipe):
+        return ""
+    return f"the recipe of {name}{' without ' if left_out else ''}{', '.join(left_out)}"
+
+
+def _list_decided_keys(values: Mapping[str, Any]) -> frozenset[str]:
+    """The keys that are set, and those that they decide."""
+    decided = set(values)
+    for scale_free, plain in SCALE_FREE_KEYS.items():
+        if plain in values:
+            decided.add(scale_free)
+        if values.get(scale_free):
+            decided.add(plain)
+    if values.get("learner", "adamw") != "adamw":  # for any other, weight_decay is an L2 term
+        decided |= {"weight_decay", "decay_per_epoch"}
+    if "loss_type" in values:
+        decided.add("n_negatives")
+    if "repeat_bias" in values:  # configs of earlier runs have it, and lack this key
+        decided.add("neighbors")
+    return frozenset(decided)
 
 
 def _merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,17 +260,7 @@ def _add_auto_values(values: dict[str, Any], model: Model, set_keys: Collection[
 
 def _list_open_keys(values: Mapping[str, Any], set_keys: Collection[str]) -> frozenset[str]:
     """The keys that the rule may choose: none that is set, nor one that a key which is set decides."""
-    closed = set(set_keys)
-    for scale_free, plain in SCALE_FREE_KEYS.items():
-        if plain in set_keys:
-            closed.add(scale_free)
-    if "learner" in set_keys and values["learner"] != "adamw":
-        closed.add("decay_per_epoch")
-    if "loss_type" in set_keys:
-        closed.add("n_negatives")
-    if _decides_scores(set_keys):
-        closed.add("neighbors")
-    return RULE_KEYS - closed
+    return RULE_KEYS - _list_decided_keys({key: values[key] for key in set_keys})
 
 
 def _check_values(values: dict[str, Any], model: Model) -> tuple[RunSettings, ModelSettings | None]:

@@ -10,6 +10,7 @@ from m2rec.data.dataset import HistoryDataset
 from m2rec.settings import SCALE_FREE_KEYS, RunSettings
 from m2rec.text.source import has_item_text
 from m2rec.training.automatic_settings import (
+    RULE_KEYS,
     Choice,
     DataStatistics,
     choose_settings,
@@ -33,9 +34,9 @@ def settle_settings(config: RunConfig, dataset: HistoryDataset, train: HistoryDa
         train: its training part.
     """
     config.settle({"MAX_ITEM_LIST_LENGTH": dataset.max_item_list_len})
-    choices = _choose_open_keys(config, dataset)
+    choices = _choose_open_keys(config, dataset, train)
     config.settle({key: choice.value for key, choice in choices.items()})
-    sources = [f"the recipe of {config.recipe_name}"] if config.recipe_name else []
+    sources = [config.recipe] if config.recipe else []
     if choices:
         sources.append(format_choices(choices))
     if sources:
@@ -48,12 +49,23 @@ def settle_settings(config: RunConfig, dataset: HistoryDataset, train: HistoryDa
     config.settle({**values, **unused, "auto": False})
 
 
-def _choose_open_keys(config: RunConfig, dataset: HistoryDataset) -> dict[str, Choice]:
+def _choose_open_keys(config: RunConfig, dataset: HistoryDataset, train: HistoryDataset) -> dict[str, Choice]:
     """What the rule chooses of the keys that it may choose."""
     if not config.open_keys:
         return {}
-    choices = choose_settings(collect_statistics(dataset, has_item_text(config)))
+    statistics = collect_statistics(dataset, has_item_text(config))
+    choices = choose_settings(statistics, _collect_decided_keys(config, len(train), train.n_targets))
     return {key: choice for key, choice in choices.items() if key in config.open_keys}
+
+
+def _collect_decided_keys(config: RunConfig, n_rows: int, n_targets: int) -> dict[str, Any]:
+    """The keys of the rule that it may not choose; steps and averages in targets, however they were set."""
+    decided = {key: config[key] for key in RULE_KEYS - config.open_keys if key in config}
+    if decided.get("targets_per_step") == 0:
+        decided["targets_per_step"] = max(1, round(config["train_batch_size"] * n_targets / n_rows))
+    if decided.get("average_targets") == 0:
+        decided["average_targets"] = round(config["average_epochs"] * n_targets)
+    return decided
 
 
 def collect_statistics(dataset: HistoryDataset, has_text: bool) -> DataStatistics:
