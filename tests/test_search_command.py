@@ -297,7 +297,7 @@ def test_a_profile_gives_way_to_the_user(toy: Path):
     profiles = plan(toy, learning_rate=0.1, train_batch_size=8, filter="causal", gate="softmax").profiles
     for profile in profiles.values():
         assert not {"learning_rate", "train_batch_size", "filter", "gate"} & set(profile)
-    assert "no filter, mean" not in profiles  # nothing is left of it
+    assert not {"no filter", "learnable gate"} & set(profiles)  # nothing is left of them
 
 
 def test_a_profile_that_does_not_fit_is_left_out(toy: Path, caplog: pytest.LogCaptureFixture):

@@ -10,8 +10,9 @@ PLAIN = "plain"
 PROFILES: dict[str, dict[str, Any]] = {
     PLAIN: {},
     **automatic_settings.PROFILES,
-    "S6 and mean": {"mixer": "mamba", "gate": "mean", "init": "mamba4rec"},
-    "no filter, mean": {"filter": "none", "gate": "mean"},
+    "S6": {"mixer": "mamba", "init": "mamba4rec"},
+    "no filter": {"filter": "none"},
+    "learnable gate": {"gate": "softmax"},
     "long histories": {"MAX_ITEM_LIST_LENGTH": 200},
 }
 """What each changes in the plain run. Keys that the user sets are stronger than a profile's."""
