@@ -268,7 +268,8 @@ def plan(toy: Path, **others: object) -> Any:
 def test_profiles_become_plain_settings(toy: Path):
     """Steps of 1,500 targets, and a share of the weights that an epoch takes, as numbers of these data."""
     setup = plan(toy, auto=False)
-    assert list(setup.profiles) == [name for name in PROFILES if name not in ("defaults", "long histories")]
+    as_plain = {"defaults", "learnable gate", "long histories"}
+    assert list(setup.profiles) == [name for name in PROFILES if name not in as_plain]
     assert setup.profiles["plain"] == {}
     rare = setup.profiles["rare items"]
     assert rare["hidden_size"] == 128 and rare["learner"] == "adamw" and rare["train_batch_size"] == 28
