@@ -194,8 +194,10 @@ def run(chains: Path, **keys: object) -> RunResult:
 
 def test_a_run_reports_what_its_folder_reaches(chains: Path):
     """And beside it the network alone, as a run without neighbours has it."""
-    result = run(chains)
-    plain = run(chains, neighbors=False)
+    result = run(chains, report=True)
+    plain = run(chains, neighbors=False, report=True)
+    pages = [(one.folder / "report.html").read_text() for one in (result, plain)]
+    assert ["is the trained network alone" in page for page in pages] == [True, False]
     metrics = result.metrics
     encoder = Recommender.load(result.folder).model.encoder
     assert encoder.neighbors is not None and "transitions" in encoder.neighbors
