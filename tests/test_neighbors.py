@@ -150,7 +150,7 @@ def test_the_weights_are_the_best_of_all_pairs(
     prepared: PreparedRun, monkeypatch: pytest.MonkeyPatch, metric: str
 ):
     """Against a whole ranking of all items for each pair."""
-    monkeypatch.setattr(neighbor_weights, "_BATCH_SIZE", 7)
+    monkeypatch.setattr(neighbor_weights, "_BATCH_SCORES", 300)
     prepared.config["valid_metric"] = metric
     prepared.config["metrics"] = ["NDCG", "ItemCoverage"]
     encoder, loader = prepared.trainer.model.encoder, prepared.loaders.valid

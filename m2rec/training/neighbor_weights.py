@@ -36,7 +36,7 @@ _WEIGHTS: dict[str, tuple[float, ...]] = {
 
 _MAX_USERS = 20_000  # whose validation targets choose
 _MAX_SCORES = 4_000_000_000  # of the network, for them
-_BATCH_SIZE = 256
+_BATCH_SCORES = 2**22  # in a batch of rows
 
 # all pairs of items with this many numbers each take some minutes of one thread
 _MAX_SIMILARITY_WORK = 30_000_000_000_000
@@ -117,7 +117,7 @@ def _choose_weights(neighbors: Neighbors, score: Score, loader: Any) -> WeightCh
     rows = sample_evenly(len(part), min(_MAX_USERS, max(1, _MAX_SCORES // part.item_num)))
     grid = list(product(*(_WEIGHTS[kind] for kind in neighbors)))
     best_items: list[list[Tensor]] = [[] for _ in grid]
-    for batch in torch.from_numpy(rows).split(_BATCH_SIZE):
+    for batch in torch.from_numpy(rows).split(max(1, _BATCH_SCORES // part.item_num)):
         interaction = loader.collate_fn(batch.numpy())[0]
         candidates = _find_candidates(neighbors, score(interaction), interaction, part, max(config["topk"]))
         for found, weights in zip(best_items, grid, strict=True):
@@ -129,7 +129,7 @@ def _choose_weights(neighbors: Neighbors, score: Score, loader: Any) -> WeightCh
     sign = 1 if config["valid_metric_bigger"] else -1
     results = []
     for found in best_items:
-        ranking = Ranking(targets, returning, {Protocol.ALL: torch.cat(found).cpu().numpy()})
+        ranking = Ranking(targets, returning, {Protocol.ALL: torch.cat(found).long().numpy()})
         results.append(measure_protocol(ranking, Protocol.ALL, part)[config["valid_metric"].lower()])
     best = max(range(len(grid)), key=lambda i: (sign * results[i], -sum(grid[i])))
     return WeightChoice(dict(zip(neighbors, grid[best], strict=True)), results[0], results[best], len(rows))
@@ -151,7 +151,8 @@ class _Candidates(NamedTuple):
         for weight, added in zip(weights, self.added, strict=True):
             total = total + weight * added
         best = total.topk(min(k, total.shape[1]))
-        return self.ids.gather(1, best.indices).masked_fill(best.values == -torch.inf, 0)
+        items = self.ids.gather(1, best.indices).masked_fill(best.values == -torch.inf, 0)
+        return items.int().cpu()  # one of many rankings that are kept
 
 
 def _find_candidates(
