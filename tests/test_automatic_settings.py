@@ -195,7 +195,6 @@ def test_a_key_that_is_set_stays(toy: Path, key: str):
     closed |= {
         "learner": {"decay_per_epoch"},
         "loss_type": {"n_negatives"},
-        "repeat_bias": {"neighbors"},
     }.get(key, set())
     assert config.open_keys and not config.open_keys & {key, *closed}
     dataset, loaders = load_data(config)

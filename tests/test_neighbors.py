@@ -20,6 +20,7 @@ from m2rec.evaluation.ranking import rank_rows
 from m2rec.nn import neighbors as module
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.neighbors import find_similar_items
+from m2rec.reports.baselines import describe_comparison, list_compared_models
 from m2rec.run_folder import RunFolder
 from m2rec.serving.recommender import Recommender
 from m2rec.serving.saved_model import build_saved_model
@@ -202,13 +203,11 @@ def test_a_run_reports_what_its_folder_reaches(chains: Path):
     encoder = Recommender.load(result.folder).model.encoder
     assert encoder.neighbors is not None and "transitions" in encoder.neighbors
     assert metrics["valid"]["ndcg@10"] > plain.metrics["valid"]["ndcg@10"]
-    assert metrics["baselines"] == {
-        "M2Rec without neighbors": {
-            name: plain.metrics[name]
-            for name in ("valid", "valid_unseen", "valid_new", "test", "test_unseen", "test_new")
-        }
-    }
-    assert plain.metrics["baselines"] == {}
+    protocols = ("valid", "valid_unseen", "valid_new", "test", "test_unseen", "test_new")
+    assert metrics["without_neighbors"] == {name: plain.metrics[name] for name in protocols}
+    assert list(list_compared_models(metrics)) == ["M2Rec", "M2Rec without neighbors"]
+    assert plain.metrics["without_neighbors"] == {} == list_compared_models(plain.metrics)
+    assert describe_comparison(metrics) == ""
     for part in ("valid", "test"):
         found = evaluate_run(result.folder, part)["metrics"]
         for protocol in (part, f"{part}_unseen", f"{part}_new"):
@@ -230,8 +229,18 @@ def test_a_run_that_is_killed_at_its_end_is_the_same(chains: Path, monkeypatch: 
     assert not (folder / "metrics.json").exists()
     assert Recommender.load(folder).model.encoder.neighbors is not None
     resumed = run_experiment(build_resumed_config(folder, {"gpu_id": ""}), folder)
-    for name in ("valid", "test_unseen", "baselines"):
+    for name in ("valid", "test_unseen", "without_neighbors"):
         assert resumed.metrics[name] == whole.metrics[name]
+
+
+def test_a_finished_run_is_evaluated_again(chains: Path):
+    """Its weights on disk have neighbours by then."""
+    prepared = prepare_run(configure(chains))
+    prepared.train()
+    first = prepared.evaluate().metrics
+    found = prepared.trainer.evaluate(prepared.loaders.test, load_best_model=True)
+    assert found == first["test"]
+    assert prepared.evaluate().metrics["test"] == first["test"]
 
 
 def test_without_validation_there_are_none(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -246,7 +255,7 @@ def test_none_are_kept_where_they_do_not_help(chains: Path, monkeypatch: pytest.
     monkeypatch.setattr(neighbor_weights, "_WEIGHTS", {"transitions": (0, -9), "text": (0, -9)})
     result = run(chains)
     assert Recommender.load(result.folder).model.encoder.neighbors is None
-    assert result.metrics["baselines"] == {}
+    assert result.metrics["without_neighbors"] == {}
 
 
 def test_new_items_by_their_texts(chains: Path, monkeypatch: pytest.MonkeyPatch):

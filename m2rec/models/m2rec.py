@@ -197,9 +197,15 @@ class M2Rec(SequentialRecommender):
 def _warn_about_ignored_keys(config: Config) -> None:
     """Log the keys that have no effect on RecBole's data set."""
     ignored = []
-    stock = {"rows": "prefix", "time_order": "recbole", "ties": "file", "split": "leave_one_out"}
+    stock = {
+        **{"rows": "prefix", "time_order": "recbole", "ties": "file", "split": "leave_one_out"},
+        "neighbors": False,  # they come after training, by RunTrainer's side
+    }
     for key, default in stock.items():
         if key in config and config[key] != default:
             ignored.append(f"{key}: {config[key]}")
     if ignored:
-        logger.warning("ignored with RecBole's data set: %s; use HistoryDataset(config)", ", ".join(ignored))
+        logger.warning(
+            "ignored with RecBole's data set: %s; use run_mm.py, or HistoryDataset(config) but for neighbors",
+            ", ".join(ignored),
+        )

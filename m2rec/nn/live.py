@@ -10,7 +10,7 @@ K       branches of a layer
 M       oscillation modes per channel in the causal filter
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from m2rec.nn.encoder import Encoder
 from m2rec.nn.inference.branch import PreparedBranch
 from m2rec.nn.inference.encoder import PreparedEncoder, can_prepare
 from m2rec.nn.inference.filters import PreparedFilter
-from m2rec.nn.inference.gate import PreparedGate
+from m2rec.nn.inference.gate import PreparedGate, PreparedMean
 from m2rec.nn.inference.layer import PreparedLayer
 from m2rec.nn.inference.mamba import PreparedMamba2
 from m2rec.nn.inference.text_projection import PreparedText
@@ -103,16 +103,49 @@ LIVE: dict[type[PreparedBranch], Callable[..., LiveBranch]] = {
 """The form for live users by a prepared branch's class; with another class the batch's form runs."""
 
 
+class LiveGate:
+    """The softmax gate."""
+
+    def __init__(self, gate: PreparedGate) -> None:
+        self.weight, self.bias = gate.weight, gate.bias
+        self.available = None if gate.available is None else gate.available.numpy()
+
+    def merge(self, outputs: Sequence[Array], item: int) -> Array:
+        """The branches' outputs (D,) -> (D,)."""
+        flat = np.concatenate(outputs)
+        logits = torch.addmv(self.bias, self.weight, torch.from_numpy(flat)).numpy()
+        logits = logits.reshape(len(outputs), -1)
+        if self.available is not None:
+            logits[~self.available[item]] = -np.inf
+        weights = np.exp2(logits - logits.max(0))
+        merged: Array = (weights * flat.reshape(logits.shape)).sum(0) / weights.sum(0)
+        return merged
+
+
+class LiveMean:
+    """The mean of the branches that are available."""
+
+    def __init__(self, gate: PreparedMean) -> None:
+        self.share = gate.share
+        self.weights = None if gate.weights is None else gate.weights.numpy()
+
+    def merge(self, outputs: Sequence[Array], item: int) -> Array:
+        """The branches' outputs (D,) -> (D,)."""
+        flat = np.stack(outputs)
+        if self.weights is None:
+            return np.asarray(flat.sum(0) * self.share)
+        return np.asarray(self.weights[item].astype(flat.dtype) @ flat)
+
+
 class LiveLayer:
-    """A layer whose branches are all in `LIVE`, with a softmax gate."""
+    """A layer whose branches are all in `LIVE`, and whose gate has a form here."""
 
     def __init__(self, layer: PreparedLayer) -> None:
         gate = layer.gate
-        assert isinstance(gate, PreparedGate)
+        assert isinstance(gate, PreparedGate | PreparedMean)
         self.layer = layer.layer
         self.branches = [LIVE[type(branch)](branch) for branch in layer.branches]
-        self.gate_weight, self.gate_bias = gate.weight, gate.bias
-        self.available = None if gate.available is None else gate.available.numpy()
+        self.gate = LiveGate(gate) if isinstance(gate, PreparedGate) else LiveMean(gate)
 
     def step(self, x: Array, state: LayerState, item: int) -> tuple[Array, LayerState]:
         """x (D,) -> (D,) and the new state, as `Layer.step`."""
@@ -120,18 +153,8 @@ class LiveLayer:
         for key, branch in zip(self.layer.branch_keys, self.branches, strict=True):
             y, after[key] = branch.step(x, state[key], item)
             outputs.append(y)
-        merged = self._merge(np.concatenate(outputs), item)
+        merged = self.gate.merge(outputs, item)
         return self._feed_forward(torch.from_numpy(x + merged)).numpy(), after
-
-    def _merge(self, outputs: Array, item: int) -> Array:
-        """The branches' outputs (K D,) -> (D,)."""
-        logits = torch.addmv(self.gate_bias, self.gate_weight, torch.from_numpy(outputs)).numpy()
-        logits = logits.reshape(len(self.branches), -1)
-        if self.available is not None:
-            logits[~self.available[item]] = -np.inf
-        weights = np.exp2(logits - logits.max(0))
-        merged: Array = (weights * outputs.reshape(logits.shape)).sum(0) / weights.sum(0)
-        return merged
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         """The two norms and what is between them: (D,) -> (D,)."""
@@ -172,7 +195,7 @@ class LiveEncoder(PreparedEncoder):
 def can_run_live(layer: PreparedLayer) -> bool:
     """Whether `LiveLayer` has a form for all parts of a layer."""
     has_branches = all(type(branch) in LIVE for branch in layer.branches)
-    return has_branches and isinstance(layer.gate, PreparedGate)
+    return has_branches and isinstance(layer.gate, PreparedGate | PreparedMean)
 
 
 def prepare_encoder(encoder: Encoder, table: Tensor) -> Encoder | PreparedEncoder:

@@ -167,16 +167,19 @@ def find_similar_items(vectors: Tensor, width: int = _MIN_WIDTH) -> NeighborTabl
         width: M.
     """
     unit = F.normalize(vectors, dim=1)
-    width = min(width, len(unit))
-    rows = max(1, _BLOCK_SCORES // len(unit))
+    return NeighborTable.build(*_find_nearest(unit, torch.arange(len(unit), device=unit.device), width))
+
+
+def _find_nearest(unit: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The nearest items of some (n,): ids and cosines (n, M), 0 for the rest; unit (V, T) has length 1."""
     ids, strengths = [], []
-    for block in torch.arange(len(unit), device=unit.device).split(rows):
+    for block in rows.split(max(1, _BLOCK_SCORES // len(unit))):
         cosines = unit[block] @ unit.T
         cosines.scatter_(1, block[:, None], 0)
-        best = cosines.topk(width)
+        best = cosines.topk(min(width, len(unit)))
         strengths.append(best.values.clamp_(min=0))
-        ids.append(best.indices.masked_fill(strengths[-1] == 0, 0))
-    return NeighborTable.build(torch.cat(ids), torch.cat(strengths))
+        ids.append(best.indices.masked_fill(strengths[-1] == 0, 0).int())
+    return torch.cat(ids), torch.cat(strengths)
 
 
 def _insert_similar_items(
@@ -185,15 +188,19 @@ def _insert_similar_items(
     """Rows of n_new items at the end, which also take their places among the neighbours of old items."""
     width, n_old = ids.shape[1], len(ids) - n_new
     unit = F.normalize(vectors.to(strengths), dim=1)
-    cosines = (unit @ unit[n_old:].T).clamp_(min=0)  # (V', n)
     new_ids = torch.arange(n_old, len(unit), device=ids.device)
-    cosines[new_ids, new_ids - n_old] = 0
-    # stable, so that an old neighbour stays before a new one of equal strength
-    old = torch.cat([strengths[:n_old], cosines[:n_old]], 1).sort(dim=1, descending=True, stable=True)
-    all_ids = torch.cat([ids[:n_old], new_ids.int().expand(n_old, -1)], 1)
-    own = cosines.T.topk(min(width, len(unit)))
-    ids[:n_old] = all_ids.gather(1, old.indices[:, :width])
-    strengths[:n_old] = old.values[:, :width]
-    ids[n_old:, : own.values.shape[1]] = own.indices.int()
-    strengths[n_old:, : own.values.shape[1]] = own.values
+    for rows in torch.arange(n_old, device=ids.device).split(max(1, _BLOCK_SCORES // n_new)):
+        new = (unit[rows] @ unit[n_old:].T).clamp_(min=0).topk(min(width, n_new))
+        is_near = new.values[:, 0] > strengths[rows, -1]  # than the weakest neighbour
+        rows = rows[is_near]
+        # stable, so that an old neighbour stays before a new one of equal strength
+        merged = torch.cat([strengths[rows], new.values[is_near]], 1).sort(
+            dim=1, descending=True, stable=True
+        )
+        merged_ids = torch.cat([ids[rows], new_ids[new.indices[is_near]].int()], 1)
+        ids[rows] = merged_ids.gather(1, merged.indices[:, :width])
+        strengths[rows] = merged.values[:, :width]
+    own_ids, own_strengths = _find_nearest(unit, new_ids, width)
+    ids[n_old:, : own_ids.shape[1]] = own_ids
+    strengths[n_old:, : own_ids.shape[1]] = own_strengths
     return ids.masked_fill(strengths == 0, 0), strengths

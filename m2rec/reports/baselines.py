@@ -5,17 +5,23 @@ from typing import Any
 
 _HIGHER_IS_BETTER = ("hit", "recall", "precision", "ndcg", "mrr", "map")
 _COMPARED_PROTOCOL = "test_unseen"
+_WITHOUT_NEIGHBORS = "without neighbors"
 _TIMES_FROM = 1.5  # a ratio from here on is said as "times as good", a smaller one in per cent
 
 
 def list_compared_models(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The metrics by protocol of the run and then of each baseline, by name; empty without baselines.
+    """The metrics by protocol of the run, of its network without neighbours, and of each baseline, by name.
+
+    Empty where there is nothing to compare the run with.
 
     Args:
         metrics: the content of metrics.json.
     """
-    baselines: Mapping[str, Any] = metrics.get("baselines") or {}
-    return {metrics["model"]: metrics, **baselines} if baselines else {}
+    others: dict[str, Mapping[str, Any]] = {}
+    if alone := metrics.get("without_neighbors"):
+        others[f"{metrics['model']} {_WITHOUT_NEIGHBORS}"] = alone
+    others |= metrics.get("baselines") or {}
+    return {metrics["model"]: metrics, **others} if others else {}
 
 
 def describe_comparison(metrics: Mapping[str, Any]) -> str:
@@ -36,7 +42,7 @@ def describe_comparison(metrics: Mapping[str, Any]) -> str:
     name, *names = models
     parts = []
     for other, value in zip(names, baselines, strict=True):
-        if value > 0:
+        if value > 0 and not other.endswith(_WITHOUT_NEIGHBORS):
             parts.append(f"{_describe_ratio(ours / value)} {other}")
     if not parts:
         return ""

@@ -198,6 +198,9 @@ def _read_session_tensors(data: bytes) -> dict[str, Tensor]:
         types = [tensors[key].dtype for key in (_MODEL_KEY, _TOKENS_KEY, _SEEN_KEY)]
         if types != [torch.uint8, torch.uint8, torch.int32] or tensors[_SEEN_KEY].dim() != 1:
             raise KeyError(_SEEN_KEY)
+        recent = tensors.get(_RECENT_KEY)
+        if recent is not None and (recent.dtype, recent.dim()) != (torch.int32, 1):
+            raise KeyError(_RECENT_KEY)
     except (SafetensorError, KeyError) as error:
         raise UserError(f"session: the data is not a saved session ({error})") from None
     return tensors

@@ -116,6 +116,10 @@ class RunConfig(Config):
         self.final_config_dict["data_path"] = str(find_data_folder(requested_path, self.dataset))
 
 
+# that are all set in the config of a run, and hardly by hand
+_NETWORK_KEYS = {"mixer", "d_state", "d_conv", "expand", "filter", "gate", "repeat_bias", "loss_type"}
+
+
 def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> RunConfig:
     """One checked Config from the given values and the files that they name.
 
@@ -221,7 +225,7 @@ def _list_decided_keys(values: Mapping[str, Any]) -> frozenset[str]:
         decided |= {"weight_decay", "decay_per_epoch"}
     if "loss_type" in values:
         decided.add("n_negatives")
-    if "repeat_bias" in values:  # configs of earlier runs have it, and lack this key
+    if _NETWORK_KEYS <= set(values):  # the config of an earlier run, which lacks this key
         decided.add("neighbors")
     return frozenset(decided)
 

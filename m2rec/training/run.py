@@ -29,7 +29,7 @@ from m2rec.models.registry import find_model_class
 from m2rec.run_folder import RunFolder
 from m2rec.settings import Role, get_defaults
 from m2rec.text.source import ensure_text_vectors, find_vector_file, load_text_vectors
-from m2rec.training.baselines import BaselineMetrics, evaluate_baselines
+from m2rec.training.baselines import evaluate_baselines
 from m2rec.training.checkpoint import CannotResume
 from m2rec.training.compilation import resolve_compile
 from m2rec.training.configuration import build_config
@@ -149,8 +149,7 @@ class PreparedRun:
         )
         with _explain_errors(f"model: {self.config['variant']} can't be tested", cure):
             trainer.load_best_weights()
-            without_neighbors = self._add_neighbors()
-            tested, validated = self._evaluate_parts()
+            tested, validated, without_neighbors = self._measure()
             topk, digits = self.config["topk"], self.config["metric_decimal_place"]
             buckets = break_down_metrics(tested.rows, topk, digits)
             self.timer.lap("evaluation")
@@ -160,6 +159,7 @@ class PreparedRun:
                 **validated,
                 **tested.metrics,
                 "test_by": buckets,
+                "without_neighbors": without_neighbors,
                 "baselines": {},
                 **self._describe_run(),
             }
@@ -170,14 +170,26 @@ class PreparedRun:
                 trainer.files.write_metrics(metrics)
                 trainer.remove_checkpoint()
         train, valid, test = self.loaders
-        metrics["baselines"] = {
-            **without_neighbors,
-            **evaluate_baselines(self.config, train.dataset, (valid, test)),
-        }
+        metrics["baselines"] = evaluate_baselines(self.config, train.dataset, (valid, test))
         if distributed.is_main_process():
             trainer.files.write_metrics(metrics)
             self._write_insights_and_report()
         return RunResult(trainer.folder, metrics)
+
+    def _measure(self) -> tuple[EvaluationResult, dict[str, Metrics], dict[str, Metrics]]:
+        """The result on the test rows, the metrics of validation, and both without the neighbours, if any."""
+        model = self.trainer.model
+        if not (isinstance(model, M2Rec) and model.settings.neighbors):
+            return *self._evaluate_parts(), {}
+        if not self.has_validation:
+            logger.warning("neighbors: none without validation targets, which choose their weights")
+            return *self._evaluate_parts(), {}
+        model.encoder.neighbors = None  # of a run that was killed when it was nearly finished
+        tested, validated = self._evaluate_parts()
+        self._add_neighbors()
+        if model.encoder.neighbors is None:
+            return tested, validated, {}
+        return *self._evaluate_parts(), {**validated, **tested.metrics}
 
     def _evaluate_parts(self) -> tuple[EvaluationResult, dict[str, Metrics]]:
         """The result on the test rows, and the metrics of validation, empty without a row."""
@@ -186,26 +198,16 @@ class PreparedRun:
             return tested, {p.get_name("valid"): {} for p in Protocol}
         return tested, self.trainer.evaluate_protocols(self.loaders.valid).metrics
 
-    def _add_neighbors(self) -> BaselineMetrics:
-        """Give the model the neighbours that validation asks for; if it gets some, the metrics without."""
-        trainer, model = self.trainer, self.trainer.model
-        if not (isinstance(model, M2Rec) and model.settings.neighbors):
-            return {}
-        if not self.has_validation:
-            logger.warning("neighbors: none without validation targets, which choose their weights")
-            return {}
+    def _add_neighbors(self) -> None:
+        """Give the model the neighbours that validation asks for, which may be none."""
         start = perf_counter()
-        tested, validated = self._evaluate_parts()
-        train = self.loaders.train.dataset
-        choice = add_neighbors(model.encoder, train, trainer.score, self.loaders.valid)
+        trainer, train = self.trainer, self.loaders.train.dataset
+        choice = add_neighbors(trainer.model.encoder, train, trainer.score, self.loaders.valid)
         logger.info(
             "neighbors: %s, chosen on %s validation targets: %s %.4f, without %.4f; %.1f s",
             ", ".join(f"{kind} x {weight:g}" for kind, weight in choice.weights.items()),
             f"{choice.n_users:,}", trainer.valid_metric, choice.best, choice.without, perf_counter() - start,
         )  # fmt: skip
-        if model.encoder.neighbors is None:
-            return {}
-        return {f"{self.config['variant']} without neighbors": {**validated, **tested.metrics}}
 
     def _describe_run(self) -> dict[str, Any]:
         """What metrics.json holds beside the metrics."""

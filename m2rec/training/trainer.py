@@ -21,6 +21,7 @@ from m2rec.evaluation.measurement import EvaluationResult, Metrics, measure_prot
 from m2rec.evaluation.protocols import Protocol
 from m2rec.evaluation.ranking import RANKED_PROTOCOLS, Ranking, rank_rows
 from m2rec.models.m2rec import M2Rec
+from m2rec.nn.neighbors import load_neighbors
 from m2rec.run_folder import RunFolder
 from m2rec.training import checkpoint
 from m2rec.training.captured_step import CapturedSteps
@@ -458,10 +459,14 @@ class RunTrainer(Trainer):
 
     def load_best_weights(self) -> None:
         """Load the best weights into the model."""
+        weights: dict[str, Tensor] = {}
         if distributed.is_main_process():
             weights, _ = self.files.read_weights(str(self.device))
-            # a run that was killed at its end may have neighbours, which are made again
-            weights = {k: v for k, v in weights.items() if not k.startswith("encoder.neighbors.")}
+        if isinstance(self.model, M2Rec):  # a finished run may have neighbours
+            neighbors = load_neighbors(weights, "encoder.neighbors.")
+            self.model.encoder.neighbors = distributed.broadcast_value(neighbors)
+            self.model.to(self.device)
+        if distributed.is_main_process():
             self.model.load_state_dict(weights)
         distributed.broadcast_weights(self.model)
 

@@ -51,7 +51,7 @@ class RecBoleBaseline:
         config, dataset, (train, _, self.test) = load_run_data(run, use_gpu=device != "cpu")
         model = saved_model.read_saved_model(run, torch.device(device))
         self.model = M2Rec(config, train.dataset).to(device).eval()
-        self.model.encoder.load_state_dict(model.encoder.state_dict())
+        self.model.encoder = model.encoder
         rows = self.test.dataset.inter_feat[:users]
         self.users = rows[dataset.uid_field].numpy()
         self.device, tokens = device, dataset.item_tokens

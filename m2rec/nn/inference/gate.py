@@ -87,6 +87,35 @@ class PreparedGate:
         return logits
 
 
+class PreparedMean:
+    """The mean of the branches that are available.
+
+    Args:
+        n_branches: K.
+        available: (V, K), as in `Encoder`.
+    """
+
+    def __init__(self, n_branches: int, available: Tensor | None) -> None:
+        self.share = 1 / n_branches
+        self.weights: Tensor | None = None  # (V, K), by item
+        if available is not None and not available.all():
+            present = available.float()
+            self.weights = present / present.sum(1, keepdim=True)
+
+    def merge(self, outputs: Sequence[Tensor], items: Tensor) -> Tensor:
+        """The branches' outputs (n, D), at items (n,), merged -> (n, D)."""
+        if self.weights is None:
+            merged = outputs[0] * self.share
+            for output in outputs[1:]:
+                merged.add_(output, alpha=self.share)
+            return merged
+        weights = self.weights.to(outputs[0].dtype)[items]
+        merged = outputs[0] * weights[:, :1]
+        for k, output in enumerate(outputs[1:], 1):
+            merged.addcmul_(output, weights[:, k : k + 1])
+        return merged
+
+
 def _mask_logits(logits: Tensor, available: Tensor) -> None:
     """In place, minus infinity where a branch has no input: logits (n, K, D), available (n, K)."""
     logits.masked_fill_(~available[..., None], -torch.inf)

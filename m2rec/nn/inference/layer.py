@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from m2rec.nn.branch import ItemBatch, select_last_positions
-from m2rec.nn.gate import SoftmaxGate
+from m2rec.nn.gate import MeanGate, SoftmaxGate
 from m2rec.nn.inference.branch import PlainBranch, PreparedBranch, TableBudget
 from m2rec.nn.inference.branches import PREPARED
-from m2rec.nn.inference.gate import PreparedGate
+from m2rec.nn.inference.gate import PreparedGate, PreparedMean
 from m2rec.nn.layer import Layer, LayerState
 
 
@@ -40,9 +40,11 @@ class PreparedLayer:
             build = PREPARED.get(type(branch), PlainBranch)
             self.branches.append(build(branch, inputs, budget))
         self.available = available
-        self.gate: PreparedGate | nn.Module = layer.gate
+        self.gate: PreparedGate | PreparedMean | nn.Module = layer.gate
         if isinstance(layer.gate, SoftmaxGate):
             self.gate = PreparedGate(layer.gate, self.branches, available, budget)
+        elif isinstance(layer.gate, MeanGate):
+            self.gate = PreparedMean(len(self.branches), available)
 
     def encode(self, x: Tensor, batch: ItemBatch) -> Tensor:
         """x: (B, L, D), changed in place -> (B, L, D); L fills its chunks."""
@@ -73,7 +75,7 @@ class PreparedLayer:
 
     def _merge(self, outputs: list[Tensor], items: Tensor) -> Tensor:
         """The branches' outputs (n, D), at items (n,), merged -> (n, D)."""
-        if isinstance(self.gate, PreparedGate):
+        if isinstance(self.gate, PreparedGate | PreparedMean):
             return self.gate.merge(outputs, items)
         mask = None if self.available is None else self.available[items]
         return cast(Tensor, self.gate(torch.stack(outputs, dim=-2), mask)[0])
