@@ -69,7 +69,7 @@ def _count_block(
         for pair_kind, source, target in ((kind, earlier, later), (kind + WINDOW, later, earlier)):
             inside = (source >= low) & (source < high)
             codes.append((source[inside] * n_items + target[inside]) * n_kinds + pair_kind)
-    ordered = np.concatenate(codes).astype(np.int64)
+    ordered = np.concatenate(codes).astype(np.int64, copy=False)
     del codes  # of millions of interactions, each array here takes gigabytes
     ordered.sort()  # numbers that hold pair and kind: several times as fast as sorting an index
     pairs, kinds = np.divmod(ordered, n_kinds)

@@ -182,7 +182,7 @@ class Ranker:
         seen = SeenItems.build(IdLists.build(histories), self.visible_length)
         with self.limit_threads(sum(map(len, histories)), len(histories)):
             scores = F.linear(self._encode_histories(seen.visible_ids), self.model.table)
-            for adjustment in self._build_adjustments(seen, exclude_seen=False):
+            for adjustment in self._build_adjustments(seen, False, self._find_neighbors(seen)):
                 adjustment.apply(scores, adjustment.items, 0)
         scores[:, 0] = -torch.inf
         return scores
@@ -205,11 +205,12 @@ class Ranker:
             ranked = self._rank_by_index(self.index, vectors, seen, options)
         rest = [row for row in range(len(vectors)) if row not in ranked]
         if rest:
+            selected = seen.select(rest)
             best = select_top_k(
                 vectors[rest],
                 self.model.table,
                 options.k,
-                self._build_adjustments(seen.select(rest), options.exclude_seen),
+                self._build_adjustments(selected, options.exclude_seen, self._find_neighbors(selected)),
                 options.excluded_ids,
                 options.candidate_ids,
             )
@@ -226,41 +227,40 @@ class Ranker:
         ranked: dict[int, Ranking] = {}
         for rows, retrieved in index.search_by_need(vectors, (n_ranked + seen.all_ids.lengths).tolist()):
             selected = seen.select(rows)
-            adjustments = self._build_adjustments(selected, options.exclude_seen)
+            near = self._find_neighbors(selected)
             # a history's repeat bias or neighbours may lift items that the index does not find
-            lifted = [selected.visible_ids.pad()]
-            if self.model.encoder.neighbors is not None:
-                lifted.append(self._find_neighbors(selected)[0].cpu())
+            lifted = [selected.visible_ids.pad(), *(ids.cpu() for ids, _ in near)]
             pools = torch.cat([retrieved, *lifted], dim=1)
             best = select_top_k_in_pools(
                 vectors[rows],
                 table,
                 options.k,
-                adjustments,
+                self._build_adjustments(selected, options.exclude_seen, near),
                 options.excluded_ids,
                 pools.to(table.device),
             )
             ranked |= zip(rows, self._name_items(*best), strict=True)
         return ranked
 
-    def _build_adjustments(self, seen: SeenItems, exclude_seen: bool) -> list[ScoreAdjustment]:
+    def _build_adjustments(
+        self, seen: SeenItems, exclude_seen: bool, near: Sequence[tuple[Tensor, Tensor]]
+    ) -> list[ScoreAdjustment]:
         """What neighbours add; all items of a history removed, or else the repeat bias for visible items."""
         device = self.model.table.device
-        adjustments: list[ScoreAdjustment] = []
-        if self.model.encoder.neighbors is not None:
-            adjustments.append(NeighborScores(*self._find_neighbors(seen)))
+        adjustments: list[ScoreAdjustment] = [NeighborScores(*found) for found in near]
         if exclude_seen:
             return [*adjustments, ScoreAdjustment(seen.all_ids, -torch.inf, device)]
         bias = self.model.inference_encoder.repeat_bias
         return [*adjustments, ScoreAdjustment(seen.visible_ids, 0.0 if bias is None else bias.item(), device)]
 
-    def _find_neighbors(self, seen: SeenItems) -> tuple[Tensor, Tensor]:
-        """The neighbours of each history's end, and what they add to scores: (B, R) each."""
+    def _find_neighbors(self, seen: SeenItems) -> list[tuple[Tensor, Tensor]]:
+        """The neighbours of each history's end, and what they add, (B, R) each; empty without neighbours."""
         neighbors = self.model.encoder.neighbors
-        assert neighbors is not None
-        device = self.model.table.device
-        recent = seen.recent_ids
-        return neighbors.find_scores(recent.pad().to(device), torch.from_numpy(recent.lengths).to(device))
+        if neighbors is None:
+            return []
+        recent, device = seen.recent_ids, self.model.table.device
+        lengths = torch.from_numpy(recent.lengths).to(device)
+        return [neighbors.find_scores(recent.pad().to(device), lengths)]
 
     @torch.no_grad()
     def _encode_histories(self, histories: IdLists) -> Tensor:

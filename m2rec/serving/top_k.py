@@ -143,7 +143,9 @@ def select_top_k_in_pools(
         Scores and ids (B, min(k, P)); minus infinity where nothing is left.
     """
     items = pools.sort(dim=1).values
-    scores = torch.bmm(table[items], x[:, :, None])[..., 0]
+    rows = max(1, _MAX_SCORES // max(1, items.shape[1] * x.shape[1]))
+    parts = zip(items.split(rows), x.split(rows), strict=True)
+    scores = torch.cat([torch.bmm(table[i], v[:, :, None])[..., 0] for i, v in parts])
     # a key for each pair of row and item, ascending over all rows, so that one search finds them all
     row_keys = torch.arange(len(x), device=x.device) * len(table)
     keys = (row_keys[:, None] + items).flatten()
