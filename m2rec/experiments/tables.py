@@ -30,8 +30,8 @@ _OVERVIEW_TITLES = ("data set", "variant", "n", "HR@10", "NDCG@10", "NDCG@10 wit
 _OVERVIEW_NOTE = (
     "test_unseen, full ranking. n: seeds; ±: their standard deviation. Published: the highest in "
     "`results/reported.csv` with the status `published`, of whichever model. Strongest baseline: the highest "
-    "here of those that were run; {versus}: over the seeds that both have. p: paired bootstrap over users, "
-    "these runs held fixed; blank: not tested."
+    "here of those that were run; {versus}: it relative to the row's variant, over the seeds that both have. "
+    "p: paired bootstrap over users, these runs held fixed; blank: not tested."
 )
 
 # the runs of each variant that has any, in the order of a table
