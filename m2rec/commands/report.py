@@ -20,6 +20,7 @@ from pathlib import Path
 
 from m2rec.cli import CHECKOUT, Parser, run_command
 
+RESULTS = CHECKOUT / "results"
 MARKED_PAGES = [CHECKOUT / "README.md", CHECKOUT / "docs" / "results.md"]
 
 
@@ -69,7 +70,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, default=CHECKOUT / "runs" / "sweeps", help="folder of the sweeps' runs"
     )
-    parser.add_argument("--results", type=Path, default=CHECKOUT / "results", help="folder of the sweeps")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the sweeps")
     parser.add_argument(
         "--page", type=Path, action="append", help="file with markers; README.md and docs/results.md"
     )
@@ -83,8 +84,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--output is for the page of several runs")
     if options.pictures and shown != 1:
         parser.error("--pictures is for one run")
-    if not shown and not options.results.is_dir():
-        parser.error(f"--results: no folder {options.results}; for the page of a run give its folder")
+    if not shown and options.results == RESULTS and not RESULTS.is_dir():
+        parser.error("RUN: give a run folder; without one, result tables are made, and they need a checkout")
     options.page = options.page or MARKED_PAGES
     options.output = options.output or Path("comparison.html")
     return options
