@@ -3,16 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from m2rec.commands.fit import fit
     from m2rec.serving.recommender import Recommender
 
 __version__ = "0.1.0"
-__all__ = ["Recommender", "__version__"]
+__all__ = ["Recommender", "__version__", "fit"]
 
 
 def __getattr__(name: str) -> Any:
-    """Recommender, imported when it is asked for: torch takes a second."""
+    """Recommender and fit, imported when they are asked for: torch takes a second."""
     if name == "Recommender":
         from m2rec.serving.recommender import Recommender
 
         return Recommender
+    if name == "fit":
+        from m2rec.commands.fit import fit
+
+        return fit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

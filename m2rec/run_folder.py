@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from m2rec.cli import name_command
 from m2rec.errors import UserError, format_one_line
 from m2rec.storage import write_text
 from m2rec.yaml_values import read_yaml
@@ -77,7 +78,8 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any], comment: str = "") -> None:
         """Write config.yaml with the command that repeats the run, and one more line of comment."""
-        header = f"# python run_mm.py --config_files={quote(str(self.config_file))} repeats this run\n"
+        command = f"{name_command('train')} --config_files={quote(str(self.config_file))}"
+        header = f"# {command} repeats this run\n"
         if comment:
             header += f"# {comment}\n"
         content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)

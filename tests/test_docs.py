@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from m2rec.cli import SCRIPTS
 from m2rec.commands import document
 from m2rec.experiments.bootstrap import N_RESAMPLES
+from m2rec.experiments.search_budget import parse_budget
 from m2rec.experiments.search_plan import SearchPlan
 from m2rec.training.configuration import collect_known_keys
 from m2rec.yaml_values import parse_arguments
@@ -34,13 +36,13 @@ def commands() -> list[tuple[str, str]]:
         text = page.read_text()
         lines = [line for block in re.findall(r"```\n(.*?)```", text, re.S) for line in block.splitlines()]
         lines += re.findall(
-            r"`((?:\w+=\w+ )?(?:python|torchrun) [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S)
+            r"`((?:\w+=\w+ )?(?:python|torchrun|m2rec) [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S)
         )
         for line in lines:
             line = re.sub(r"^(\$ |[a-z ]+: +)", "", line)
             for part in line.split("&&"):
                 part = re.sub(r"^(\w+=\S+ )+", "", part.strip())
-                if part.startswith(("python ", "torchrun ")):
+                if part.startswith(("python ", "torchrun ", "m2rec ")):
                     found.append((page.name, part))
     return found
 
@@ -52,10 +54,14 @@ def test_there_are_commands():
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_a_command_is_understood(page: str, command: str, monkeypatch: pytest.MonkeyPatch):
     words = shlex.split(command, comments=True)
+    if words[0] == "m2rec":
+        words = ["python", SCRIPTS[words[1]], *words[2:]]
     script = next(k for k, word in enumerate(words) if word.endswith(".py"))
     path, arguments = ROOT / words[script], [word for word in words[script + 1 :] if word != "..."]
     assert path.is_file(), path
     if path.name == "run_mm.py":
+        if command.startswith("m2rec search "):
+            parse_budget(*parse_arguments([f"--search={arguments.pop(0)}"]).values())
         given = parse_arguments([a for a in arguments if a not in ("[--key=value", "...]", "--key=value")])
         assert set(given) <= {*collect_known_keys(), "resume", "search", "config_files"}, given
         return

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from m2rec.commands.main import COMMANDS
 from tests.conftest import as_arguments, small
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,15 @@ def test_a_saved_model_ranks_with_pytorch_alone():
 def test_help_is_shown_at_once(script: str):
     allowed = {"pandas"} if "compare_commits" in script else set()
     assert HEAVY & find_after_command(script, "--help") <= allowed
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_of_m2rec_is_shown_at_once(arguments: list[str]):
+    code = (
+        "from m2rec.commands.main import main\n"
+        f"try:\n    assert main({arguments!r}) == 0\nexcept SystemExit as end:\n    assert not end.code"
+    )
+    assert not HEAVY & find_loaded(code)
 
 
 def test_a_run_loads_only_what_it_uses(toy: Path):

@@ -21,8 +21,8 @@ pytest.importorskip("optuna")
 import optuna
 
 import run_mm
-from m2rec.commands import trials as trial_runs
 from m2rec.commands import tune
+from m2rec.commands.config_file import find_config_file
 from m2rec.experiments import search
 from m2rec.experiments import study as study_module
 from m2rec.experiments.search_plan import SearchPlan
@@ -437,7 +437,7 @@ def test_data_without_validation_rows(study: Study, toy: Path):
 def test_the_shipped_example_is_one(tmp_path: Path):
     plan = SearchPlan.read(ROOT / "results" / "tune" / "ml-100k.yaml", {}, collect_known_keys())
     assert plan.study == "m2rec-ml-100k" and plan.trials == 30
-    config = build_config({**plan.fixed, "gpu_id": ""}, trial_runs.CONFIG_PATH)
+    config = build_config({**plan.fixed, "gpu_id": ""}, find_config_file())
     assert set(plan.search) <= set(config.final_config_dict)
 
 

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return run_command(
-        "embed_items.py",
+        "embed",
         lambda: make_vector_file(parse_options(arguments)),
         when_stopped="; run the same command again to resume",
         reword=replace_name_with_flag,
@@ -57,7 +57,7 @@ def replace_name_with_flag(message: str) -> str:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("embed", __doc__)
     add = parser.add_argument
     add("--dataset", required=True, help="name of the data set")
     add("--data-path", "--data_path", default="dataset", help="folder that holds NAME/NAME.item")

@@ -25,7 +25,7 @@ from m2rec.yaml_values import parse_arguments
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    return run_command("evaluate.py", lambda: print_metrics(arguments))
+    return run_command("evaluate", lambda: print_metrics(arguments))
 
 
 def print_metrics(arguments: Sequence[str] | None) -> None:
@@ -40,7 +40,7 @@ def print_metrics(arguments: Sequence[str] | None) -> None:
 
 def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The command line, and the keys of run_mm.py in it."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("evaluate", __doc__)
     parser.add_argument("run", type=Path, help="run folder, runs/NAME")
     parser.add_argument("--dataset", metavar="NAME", help="default: the run's own")
     parser.add_argument("--data-path", "--data_path", metavar="DIR", help="folder of the data set's folder")

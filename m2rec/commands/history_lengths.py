@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("history_lengths.py", __doc__)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--data-path", "--data_path", help="folder that holds the data set's folder")
     parser.add_argument("--users", type=int, help="so many, evenly spread; all by default")

@@ -10,7 +10,6 @@ the output file.
 import m2rec.commands.own_process  # noqa: F401 - before PyTorch is loaded
 
 # isort: split
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure_seeds(arguments: Sequence[str] | None) -> None:
     """Train and measure once for each seed, and append a line of CSV for each."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("new_items.py", __doc__)
     parser.add_argument("--share", type=float, default=0.1, help="share of the items taken out; default: 0.1")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1], help="of choice and training; default: 1"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from m2rec.commands.config_file import find_config_file
 from m2rec.compat import Config
 from m2rec.errors import UserError
 from m2rec.evaluation.cold_start import (
@@ -25,7 +26,6 @@ from m2rec.training.configuration import build_config, resolve_settings
 from m2rec.training.recbole_keys import DataSettings
 from m2rec.training.run import load_data, run_experiment
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
 # keys with columns of their own, and where files are
 NON_SETTING_KEYS = collect_keys(Role.DATASET, Role.SEED, Role.FOLDER)
 COLUMNS = ["dataset", "seed", "share", "commit", "settings", "items", "new_items"]
@@ -42,7 +42,7 @@ def measure_new_items(given: dict[str, Any], share: float) -> dict[str, Any]:
     Raises:
         ValueError: no item is taken out or remains, or the model can't have new items.
     """
-    config = build_config(given, DEFAULT_CONFIG)
+    config = build_config(given, find_config_file())
     check_model(config)
     dataset, (_, _, test) = load_data(config)
     assert dataset.histories is not None

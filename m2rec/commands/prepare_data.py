@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return run_command(
-        "prepare_data.py",
+        "prepare",
         lambda: prepare(arguments),
         when_stopped="; no data set was written",
         reword=replace_names_with_flags,
@@ -93,9 +93,9 @@ def replace_names_with_flags(message: str) -> str:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; an option that is not given is absent."""
     parser = Parser(
-        description=__doc__,
+        "prepare",
+        __doc__,
         epilog=f"{describe_formats()}\n\n{describe_presets()}",
-        formatter_class=argparse.RawTextHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
-    return run_command("recommend.py", lambda: answer_request(parse_options(arguments)))
+    return run_command("recommend", lambda: answer_request(parse_options(arguments)))
 
 
 def answer_request(options: argparse.Namespace) -> None:
@@ -113,7 +113,7 @@ def read_user_history(run: Path, user: str, data_path: str | None) -> list[str]:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("recommend", __doc__)
     add = parser.add_argument
     add("run", type=Path, help="run folder, runs/NAME, or a folder that Recommender.save wrote")
     source = parser.add_mutually_exclusive_group(required=True)

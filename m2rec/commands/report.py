@@ -18,16 +18,16 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2rec.cli import Parser, run_command
+from m2rec.cli import CHECKOUT, Parser, run_command
 
-ROOT = Path(__file__).resolve().parents[2]
-MARKED_PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+RESULTS = CHECKOUT / "results"
+MARKED_PAGES = [CHECKOUT / "README.md", CHECKOUT / "docs" / "results.md"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return run_command("report.py", lambda: write_pages(parse_options(arguments)))
+    return run_command("report", lambda: write_pages(parse_options(arguments)))
 
 
 def write_pages(options: argparse.Namespace) -> int:
@@ -59,7 +59,7 @@ def write_run_pages(options: argparse.Namespace) -> list[Path]:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("report", __doc__)
     parser.add_argument(
         "runs_shown", nargs="*", type=Path, metavar="RUN", help="folders of finished runs, for a page of them"
     )
@@ -68,9 +68,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page would change")
     parser.add_argument("--paired", metavar="NAME", help="make results/NAME-paired.csv from run folders")
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs" / "sweeps", help="folder of the sweeps' runs"
+        "--runs", type=Path, default=CHECKOUT / "runs" / "sweeps", help="folder of the sweeps' runs"
     )
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the sweeps")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the sweeps")
     parser.add_argument(
         "--page", type=Path, action="append", help="file with markers; README.md and docs/results.md"
     )
@@ -84,6 +84,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--output is for the page of several runs")
     if options.pictures and shown != 1:
         parser.error("--pictures is for one run")
+    if not shown and options.results == RESULTS and not RESULTS.is_dir():
+        parser.error("RUN: give a run folder; without one, result tables are made, and they need a checkout")
     options.page = options.page or MARKED_PAGES
     options.output = options.output or Path("comparison.html")
     return options

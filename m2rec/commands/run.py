@@ -1,7 +1,8 @@
 """Train and evaluate M2Rec or a baseline: python run_mm.py [--key=value ...].
 
-Every key of config.yaml can be given; config.yaml beside this file is read unless
---config_files="FILE ..." names others. --resume=runs/NAME resumes a run that was stopped.
+Every key of config.yaml can be given. The checkout's config.yaml is read, or for an installed package that
+of the working folder if there is one, unless --config_files="FILE ..." names others. --resume=runs/NAME
+resumes a run that was stopped.
 
 --search=30m looks for better settings first, on validation, for 30 minutes or as many trials (--search=40),
 and ends with the run of the best. The same command resumes a search that was stopped.
@@ -18,7 +19,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from m2rec.cli import run_command
+from m2rec.cli import name_command, name_commands_in, name_program, run_command
+from m2rec.commands.config_file import find_config_file
 from m2rec.errors import UserError
 from m2rec.reports.baselines import describe_comparison, list_compared_models
 from m2rec.run_folder import RunFolder
@@ -27,29 +29,32 @@ from m2rec.settings import Role, collect_keys
 if TYPE_CHECKING:
     from m2rec.training.run import RunResult
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
 _FIRST_SIGNAL_STATUS = 128  # a lower exit status is that of a mistake
 _SECONDS_TO_REPORT = 20  # at most: torchrun ends the others when the first process has printed and failed
 # keys that may be given together with --resume
 RESUME_KEYS = collect_keys(Role.LOCAL, Role.START)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, command: str = "train") -> int:
     """Run from command-line arguments.
+
+    Args:
+        arguments: those after the command; `sys.argv`'s by default.
+        command: `train`, or `search`, whose lines begin with its own name.
 
     Returns:
         The exit status: 2 for a mistake, 3 if a run can't be resumed, 128 and the signal after a stop.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
+        print(name_commands_in(__doc__))
         return 0
     if os.environ.get("RANK", "0") == "0":
         _start_logging(logging.INFO)
-        return run_command("run_mm.py", lambda: _train(arguments))
+        return run_command(command, lambda: _train(arguments))
     _start_logging(logging.ERROR)  # of torchrun's processes only the first one prints
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        status = run_command("run_mm.py", lambda: _train(arguments, logging.ERROR))
+        status = run_command(command, lambda: _train(arguments, logging.ERROR))
     if 0 < status < _FIRST_SIGNAL_STATUS:
         time.sleep(_SECONDS_TO_REPORT)  # torchrun ends all processes as soon as one has failed
     return status
@@ -87,7 +92,7 @@ def _run_once(given: Mapping[str, Any], log_level: int | None) -> "RunResult | i
         logging.getLogger().setLevel(logging.DEBUG)
     folder = parse_resume_folder(given)
     if folder is None:
-        config = build_config(given, DEFAULT_CONFIG)
+        config = build_config(given, find_config_file())
     else:
         overrides = {key: given[key] for key in RESUME_KEYS if key in given}
         config = build_resumed_config(folder, overrides)
@@ -97,8 +102,8 @@ def _run_once(given: Mapping[str, Any], log_level: int | None) -> "RunResult | i
     except RunInterrupted as stop:
         cure = ""
         if stop.folder:
-            cure = f"; resume with: python run_mm.py --resume={quote(str(stop.folder))}"
-        sys.stderr.write(f"run_mm.py: stopped{cure}\n")
+            cure = f"; resume with: {name_command('train')} --resume={quote(str(stop.folder))}"
+        sys.stderr.write(f"{name_program('train')}: stopped{cure}\n")
         return 128 + stop.signal
 
 
@@ -167,8 +172,8 @@ def format_next_steps(folder: Path, recommends: bool) -> str:
     if files.report_file.exists():
         steps.append(f"look at it: {files.report_file}")
     if recommends:
-        steps.append(f"use it:     python scripts/recommend.py {quote(str(folder))} --interactive")
-    steps.append(f"repeat it:  python run_mm.py --config_files={quote(str(files.config_file))}")
+        steps.append(f"use it:     {name_command('recommend')} {quote(str(folder))} --interactive")
+    steps.append(f"repeat it:  {name_command('train')} --config_files={quote(str(files.config_file))}")
     return "\n".join(steps)
 
 

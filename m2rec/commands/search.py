@@ -1,4 +1,10 @@
-"""run_mm.py --search: race the profiles, search around the best, then train and test what won."""
+"""Search settings, then train and test what won: m2rec search BUDGET [--key=value ...].
+
+The same as python run_mm.py --search=BUDGET. BUDGET is a time, such as 30m or 2h, or a number of trials. The
+shipped profiles are raced on validation, the best is searched around, and the run of the best settings is
+made. Every key of config.yaml can be given, and stays as it is given. The same command resumes a search that
+was stopped.
+"""
 
 import logging
 import math
@@ -11,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import uuid4
 
+from m2rec.cli import name_command, name_commands_in, name_program, run_command
 from m2rec.errors import UserError
 from m2rec.experiments.search_budget import Budget, Deadline, format_duration, parse_budget
 
@@ -29,6 +36,23 @@ logger = logging.getLogger(__name__)
 _DONE_KEY = "searched_for"  # the study's note of the longest time that is used up, in seconds
 _DATA_KEY = "data"
 _ID_KEY = "id"  # of the study, which tells it from a later one in the same folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from command-line arguments, BUDGET being the first; returns the exit status, as `run.main`."""
+    from m2rec.commands import run
+
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "-h" in arguments or "--help" in arguments:
+        print(name_commands_in(__doc__))
+        return 0
+    if not arguments or arguments[0].startswith("-"):
+        return run_command("search", _refuse_without_budget)
+    return run.main([f"--search={arguments[0]}", *arguments[1:]], "search")
+
+
+def _refuse_without_budget() -> NoReturn:
+    raise UserError("expected a time or a number of trials first, such as 30m, 2h or 40")
 
 
 def run_search(
@@ -60,7 +84,7 @@ def run_search(
         from m2rec.commands.search_setup import plan_search
         from m2rec.training.signals import StopRequest
 
-    command = f"python run_mm.py {shlex.join(arguments)}"
+    command = f"{name_command('train')} {shlex.join(arguments)}"
     request = StopRequest(at_once=True)
     try:
         with request:
@@ -72,7 +96,7 @@ def run_search(
             return _run_winner(study, setup, command)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal", None) or request.signal or signal.SIGINT
-        sys.stderr.write(f"run_mm.py: stopped; resume with: {command}\n")
+        sys.stderr.write(f"{name_program('train')}: stopped; resume with: {command}\n")
         return int(128 + number)
 
 
@@ -190,8 +214,8 @@ def _check_outcome(opened: "optuna.Study", setup: "SearchSetup", budget: Budget)
 
 def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "RunResult":
     """Print the best trials, and make the ordinary run of the best, or finish or reuse an earlier one."""
+    from m2rec.commands.config_file import find_config_file
     from m2rec.commands.run import RESUME_KEYS
-    from m2rec.commands.trials import CONFIG_PATH
     from m2rec.experiments.study import find_best_trial, format_arguments
     from m2rec.experiments.trial_tables import format_search_summary
     from m2rec.training.checkpoint import CannotResume
@@ -207,7 +231,7 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
     origin = f"settings of trial {winner.number} of {setup.task.folder}, search {opened.user_attrs[_ID_KEY]}:"
     before = _find_run(Path(setup.config["runs_dir"]), origin)
     if before is None:
-        return run_experiment(build_config(settings, CONFIG_PATH), comment=f"{origin} {command}")
+        return run_experiment(build_config(settings, find_config_file()), comment=f"{origin} {command}")
     if before.is_finished:
         print(f"\nits run was made before: {before.path}; more time or trials continue the search")
         return RunResult(before.path, before.read_metrics())
@@ -216,7 +240,7 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
         return run_experiment(build_resumed_config(before.path, machine), before.path)
     except CannotResume as error:
         logger.warning("%s; the run of the best settings starts anew", error)
-        return run_experiment(build_config(settings, CONFIG_PATH), comment=f"{origin} {command}")
+        return run_experiment(build_config(settings, find_config_file()), comment=f"{origin} {command}")
 
 
 def _find_run(runs_dir: Path, comment: str) -> Any:

@@ -14,8 +14,9 @@ import numpy as np
 import psutil
 import torch
 
+from m2rec.commands.config_file import find_config_file
 from m2rec.commands.profiles import PLAIN, PROFILES
-from m2rec.commands.trials import CONFIG_PATH, check_data
+from m2rec.commands.trials import check_data
 from m2rec.compat import Config
 from m2rec.data.dataset import HistoryDataset
 from m2rec.errors import UserError
@@ -78,10 +79,10 @@ def plan_search(given: Mapping[str, Any], budget: Budget) -> SearchSetup:
     Raises:
         ValueError: keys or data can't be used, or nothing is left to search.
     """
-    config = build_config(given, CONFIG_PATH)
+    config = build_config(given, find_config_file())
     if epochs := getattr(config.model_class, "fixed_settings", {}).get("epochs"):
         raise UserError(f"search: {config['variant']} always has epochs: {epochs}, nothing can be searched")
-    user_values = collect_user_values(given, CONFIG_PATH)
+    user_values = collect_user_values(given, find_config_file())
     dataset, loaders = check_data(config)
     if config.model_settings:
         ensure_text_vectors(config, dataset.item_tokens[1:])  # once, not in each worker
@@ -154,7 +155,7 @@ def _resolve_profile(
             values[key] = value
     if values["decay_per_epoch"] and "learner" not in user_keys:
         values["learner"] = "adamw"
-    config = build_config(values, CONFIG_PATH)
+    config = build_config(values, find_config_file())
     resolved = resolve_settings(config)
     resolved |= resolve_scale_free_keys(config.run_settings, len(train), train.n_targets)
     settings = {}

@@ -85,7 +85,7 @@ def read_checkpoint_commit(path: Path) -> str | None:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("sweep.py", __doc__)
     parser.add_argument("sweep", type=Path, metavar="FILE.yaml")
     parser.add_argument(
         "--jobs",

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from m2rec.commands.config_file import find_config_file
 from m2rec.compat import Config
 from m2rec.errors import UserError
 from m2rec.experiments.search import Watch
@@ -14,8 +15,6 @@ from m2rec.training import run
 from m2rec.training.checkpoint import CannotResume
 from m2rec.training.configuration import build_config
 from m2rec.training.data_cache import DataCache
-
-CONFIG_PATH = Path(__file__).parents[2] / "config.yaml"
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class TrialTrainer:
     def _train(
         self, settings: dict[str, Any], folder: Path, watch: Watch, notes: dict[str, Any]
     ) -> float | None:
-        config = build_config({**settings, "runs_dir": str(folder)}, CONFIG_PATH)
+        config = build_config({**settings, "runs_dir": str(folder)}, find_config_file())
         prepared = self._prepare(config, folder)
         trainer = prepared.trainer
         notes["parameters"] = prepared.n_parameters

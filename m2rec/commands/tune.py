@@ -42,7 +42,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2rec.cli import run_command
+from m2rec.cli import name_commands_in, run_command
 from m2rec.errors import UserError
 from m2rec.settings import MACHINE_KEYS
 from m2rec.storage import write_text
@@ -57,12 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from command-line arguments; returns the exit status, 2 for a user's mistake."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
+        print(name_commands_in(__doc__))
         return 0
     style = "%(asctime)s %(message)s"
     logging.basicConfig(level=logging.WARNING, format=style, datefmt="%H:%M:%S", force=True)
     logging.getLogger("m2rec.experiments").setLevel(logging.INFO)
-    return run_command("tune.py", lambda: run_study(arguments))
+    return run_command("tune", lambda: run_study(arguments))
 
 
 def run_study(arguments: Sequence[str]) -> None:
@@ -107,14 +107,14 @@ def find_valid_config(plan: "SearchPlan") -> "Config":
     Raises:
         ValueError: the fixed keys are refused with all values that were tried.
     """
-    from m2rec.commands.trials import CONFIG_PATH
+    from m2rec.commands.config_file import find_config_file
     from m2rec.experiments.search import list_example_settings
     from m2rec.training.configuration import build_config
 
     errors = []
     for settings in list_example_settings(plan):
         try:
-            return build_config(settings, CONFIG_PATH)
+            return build_config(settings, find_config_file())
         except ValueError as error:
             errors.append(error)
     raise errors[0]

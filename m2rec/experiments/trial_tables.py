@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from m2rec.cli import name_command
 from m2rec.errors import UserError
 from m2rec.experiments.search_plan import SearchPlan
 from m2rec.experiments.study import (
@@ -67,7 +68,7 @@ def format_study_summary(study: "optuna.Study", plan: SearchPlan, metric: str) -
         raise UserError(f"study: no trial of {plan.study!r} is complete ({counts})")
     table = format_trial_table(complete[:MAX_SHOWN_TRIALS], metric, list(plan.search), is_maximized(study))
     settings = {**plan.fixed, **complete[0].user_attrs["settings"]}
-    command = f"python run_mm.py {format_arguments(settings)}"
+    command = f"{name_command('train')} {format_arguments(settings)}"
     return f"\n{plan.study}: {counts}; on validation:\n{table}\n{command}"
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from m2rec.errors import UserError
+from m2rec.run_folder import RunFolder
 from m2rec.serving import batch_files, export, saved_model, session
 from m2rec.serving.arguments import (
     InputWarnings,
@@ -25,8 +26,10 @@ from m2rec.serving.arguments import (
     tokens_to_ids,
 )
 from m2rec.serving.explanation import Explanation, explain_history
+from m2rec.serving.frames import Histories, build_frame, collect_histories
 from m2rec.serving.int8_table import Int8Table
 from m2rec.serving.item_index import ItemIndex
+from m2rec.serving.notebook import ExplainedEvents, RankedItems, format_html_summary
 from m2rec.serving.ranker import Ranker, Ranking, RankingOptions, Recommendation
 from m2rec.serving.saved_model import SavedModel
 from m2rec.serving.session import SessionState
@@ -58,6 +61,10 @@ class Recommender:
             raise UserError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
         index = Int8Table(model.table) if precision == "int8" else None
         self._ranker = Ranker(model, whole_history, index)
+        self.folder: Path | None = None
+        """The folder that the model was loaded from."""
+        self.histories: Histories = {}
+        """The histories of users whom `recommend_frame` may name; `m2rec.fit` sets them."""
 
     @classmethod
     def load(
@@ -74,7 +81,30 @@ class Recommender:
                 whole_history for a model with a part that never sees more than in training; or an
                 unknown precision, or int8 on a GPU.
         """
-        return cls(saved_model.read_saved_model(Path(folder), parse_device(device)), whole_history, precision)
+        model = saved_model.read_saved_model(Path(folder), parse_device(device))
+        recommender = cls(model, whole_history, precision)
+        recommender.folder = Path(folder)
+        return recommender
+
+    def _repr_html_(self) -> str:
+        """A table for a notebook."""
+        return format_html_summary(f"{self.config['model']} on {self.config['dataset']}", self._describe())
+
+    def _describe(self) -> dict[str, object]:
+        facts: dict[str, object] = {
+            "items": f"{len(self.tokens) - 1:,}",
+            "items with a title": f"{len(self.model.titles):,}",
+            "items of a history that count": "all" if self.whole_history else self.model.max_length,
+            "branches": ", ".join(self.model.encoder.branches),
+        }
+        if self.histories:
+            facts["users with a known history"] = f"{len(self.histories):,}"
+        if self.folder is not None:
+            facts["folder"] = self.folder
+            if (files := RunFolder(self.folder)).is_finished:
+                measured = files.read_metrics()["test_unseen"]
+                facts |= {f"{metric} on test_unseen": f"{value:.4f}" for metric, value in measured.items()}
+        return facts
 
     @property
     def model(self) -> SavedModel:
@@ -160,7 +190,44 @@ class Recommender:
         options = self._parse_options(k, exclude_seen, candidates, exclude, warnings)
         known = self.model.ids
         ids = (tokens_to_ids(known, history, warnings) for history in histories)
-        return self._ranker.rank_in_batches(ids, options, warnings)
+        return map(RankedItems, self._ranker.rank_in_batches(ids, options, warnings))
+
+    def recommend_frame(
+        self,
+        users_or_histories: Any,
+        k: int = 10,
+        exclude_seen: bool | None = None,
+        candidates: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+        skip_unknown: bool = False,
+        *,
+        user: str = "user_id",
+        item: str = "item_id",
+        time: str | None = "timestamp",
+    ) -> Any:
+        """As `recommend` for many users, as a DataFrame with a row for each recommended item.
+
+        Args:
+            users_or_histories: a DataFrame of interactions, of pandas or polars; or a dict of histories by
+                user; or a list of histories, whose users are 0, 1, ...; or a list of users in `histories`.
+            k, exclude_seen, candidates, exclude, skip_unknown: as in `recommend`.
+            user, item, time: columns of a DataFrame, as for `m2rec.fit`.
+
+        Returns:
+            The columns `user`, `rank` (from 1), `item`, `score`, and if the model has titles `title`; of
+            polars if a polars DataFrame was given, else of pandas. Ids from a DataFrame are text.
+
+        Raises:
+            ValueError: an unknown user; a DataFrame that can't be read; see also `recommend`.
+        """
+        from m2rec.data.frames import InteractionColumns  # loads pandas
+
+        columns = InteractionColumns(user, item, time)
+        histories = collect_histories(users_or_histories, self.histories, columns)
+        rankings = self.recommend_batch(
+            histories.values(), k, exclude_seen, candidates, exclude, skip_unknown
+        )
+        return build_frame(users_or_histories, histories, rankings, bool(self.model.titles))
 
     def recommend_file(
         self,
@@ -255,7 +322,7 @@ class Recommender:
         """
         k = parse_whole_number("k", k, 1)
         (item,) = self.to_ids([token])
-        return self._ranker.rank_similar(item, k)
+        return RankedItems(self._ranker.rank_similar(item, k))
 
     def explain(self, history: Iterable[str]) -> list[Explanation]:
         """For each event of a history, the gate's weights of the branches.
@@ -268,7 +335,7 @@ class Recommender:
         """
         ids = self._to_known_ids(history)[-self._ranker.visible_length :]
         with self._ranker.limit_threads(len(ids), 0):
-            return explain_history(self.model, ids)
+            return ExplainedEvents(explain_history(self.model, ids))
 
     def session(self, history: Iterable[str] = (), skip_unknown: bool = False) -> "Session":
         """A user who is followed live: every event costs the same, however long the history.
@@ -323,7 +390,7 @@ class Recommender:
     ) -> list[Ranking]:
         """As `recommend` for each of many live users, in one pass."""
         options = self._parse_options(k, exclude_seen, candidates, exclude)
-        return self._ranker.rank_sessions(self._list_states(sessions), options)
+        return list(map(RankedItems, self._ranker.rank_sessions(self._list_states(sessions), options)))
 
     def add_items(self, tokens: Iterable[str], vectors: Any, titles: Mapping[str, str] | None = None) -> None:
         """Take in items that are unknown to training, by their text.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from m2rec.cli import name_command
 from m2rec.compat import Config
 from m2rec.data import inter_file, item_file, shipped
 from m2rec.errors import UserError
@@ -183,7 +184,7 @@ def _explain_option_error(encoder: str) -> Iterator[None]:
         if option in {field.name for field in fields(TextEncoderOptions)}:
             raise UserError(
                 f"text_encoder: {encoder!r} can't be used with automatic options ({error}); make its vectors "
-                f"with scripts/embed_items.py, which takes {option}"
+                f"with {name_command('embed')}, which takes {option}"
             ) from error
         raise
 
@@ -203,7 +204,7 @@ def _check_encoder_name(file: Path, encoder: str, config: Config) -> None:
     model = read_metadata(file).get("model", "another source")
     if model != encoder:
         raise UserError(
-            f"text_encoder: {encoder!r}, but {file} has vectors of {model}; run scripts/embed_items.py "
+            f"text_encoder: {encoder!r}, but {file} has vectors of {model}; run {name_command('embed')} "
             f"--dataset={config['dataset']} --data-path={get_dataset_folders(config)[0].parent} "
             f"--text-encoder={encoder}, or leave text_encoder out"
         )
@@ -234,5 +235,8 @@ def _warn_if_texts_changed(file: Path, config: Config) -> None:
         return
     if texts.sha256() != metadata["texts_sha256"]:
         logger.warning(
-            "%s has changed since %s was made of it; scripts/embed_items.py makes it again", items, file
+            "%s has changed since %s was made of it; %s makes it again",
+            items,
+            file,
+            name_command("embed"),
         )

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m2rec.cli import name_command
 from m2rec.errors import UserError
 from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.text.whitening import compute_mean_cosine, fit_whitening
@@ -69,7 +70,7 @@ def resolve_vector_file(name: str, dataset: str, *folders: Path) -> Path | None:
     if name != "auto":
         if not Path(name).is_file():
             raise UserError(
-                f"text_vectors: no file {name!r}; make it with scripts/embed_items.py, "
+                f"text_vectors: no file {name!r}; make it with {name_command('embed')}, "
                 "or set text_vectors: none"
             )
         return Path(name)
@@ -113,7 +114,7 @@ def read_text_vectors(path: Path) -> RawVectors:
     except ValueError as error:
         reason = str(error).removeprefix(f"{path} ")
         raise UserError(
-            f"text_vectors: {path} is not a text-vector file ({reason}); make it with scripts/embed_items.py"
+            f"text_vectors: {path} is not a text-vector file ({reason}); make it with {name_command('embed')}"
         ) from None
     tokens = _decode_tokens(path, tensors["tokens"], tensors["token_ends"])
     vectors = tensors["vectors"]
@@ -148,7 +149,9 @@ def _decode_tokens(path: Path, data: Tensor, ends: Tensor) -> list[str]:
     is_valid = data.dtype == torch.uint8 and ends.dtype == torch.int64 and data.dim() == ends.dim() == 1
     bounds = [0, *ends.tolist()] if is_valid else []
     if not is_valid or bounds != sorted(bounds) or bounds[-1] != len(data):
-        raise UserError(f"text_vectors: {path} has damaged tokens; make it again with scripts/embed_items.py")
+        raise UserError(
+            f"text_vectors: {path} has damaged tokens; make it again with {name_command('embed')}"
+        )
     text = data.numpy().tobytes()
     try:
         return [text[start:end].decode() for start, end in pairwise(bounds)]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from m2rec import distributed
+from m2rec.cli import name_command
 from m2rec.errors import UserError, format_one_line
 from m2rec.models.m2rec import M2Rec
 
@@ -66,8 +67,9 @@ def _choose_for_device(kind: str) -> CompileChoice:
 def _find_obstacle(kind: str) -> str:
     """What torch.compile lacks for this type of device, with the cure; empty if nothing."""
     if kind == "cuda":  # graphs, no compiler
-        alone = distributed.local_rank() is None
-        return "" if alone else "one process on CUDA and this is torchrun: start python run_mm.py"
+        if distributed.local_rank() is None:
+            return ""
+        return f"one process on CUDA and this is torchrun: start {name_command('train')}"
     if not hasattr(torch.compiler, "set_stance"):
         return f"torch 2.6 or newer and this is {torch.__version__}: pip install -U torch"
     compiler = os.environ.get("CXX") or _CXX.get(sys.platform, "g++")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from m2rec import distributed
+from m2rec.cli import name_command
 from m2rec.compat import Config, data_preparation, init_seed
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.presplit import PresplitDataset
@@ -144,7 +145,7 @@ class PreparedRun:
         trainer = self.trainer
         batch_size = max(1, self.config["eval_batch_size"] // 4)
         cure = (
-            "retry the evaluation with a smaller batch: python run_mm.py "
+            f"retry the evaluation with a smaller batch: {name_command('train')} "
             f"--resume={trainer.folder} --eval_batch_size={batch_size}"
         )
         with _explain_errors(f"model: {self.config['variant']} can't be tested", cure):

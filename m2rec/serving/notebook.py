@@ -1,0 +1,43 @@
+"""Tables in HTML: how a model and its answers show themselves in a notebook."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from m2rec.serving.explanation import Explanation
+from m2rec.serving.ranker import Recommendation
+
+
+class RankedItems(list[Recommendation]):
+    """A ranking, best first; a table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        rows = [(rank, entry.item, entry.title, f"{entry.score:.3f}") for rank, entry in enumerate(self, 1)]
+        return format_html_table("Ranked items", ("rank", "item", "title", "score"), rows)
+
+
+class ExplainedEvents(list[Explanation]):
+    """The events of a history with the gate's weights; a table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        branches = list(self[0].weights) if self else []
+        rows = []
+        for event in self:
+            weights = [f"{event.weights[branch]:.0%}" for branch in branches]
+            rows.append((event.item, event.title, *weights))
+        return format_html_table("Weights of the branches", ("item", "title", *branches), rows)
+
+
+def format_html_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table with a title, all texts escaped; a column without any text is left out."""
+    shown = [n for n in range(len(columns)) if not rows or any(str(row[n]) for row in rows)]
+    head = "".join(f"<th>{escape(columns[n])}</th>" for n in shown)
+    lines = [f"<tr>{''.join(f'<td>{escape(str(row[n]))}</td>' for n in shown)}</tr>" for row in rows]
+    return (
+        f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table>"
+    )
+
+
+def format_html_summary(title: str, facts: Mapping[str, object]) -> str:
+    """A table of names and values, with a title."""
+    return format_html_table(title, ("", "value"), list(facts.items()))
