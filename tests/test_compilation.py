@@ -147,7 +147,7 @@ def test_same_vectors_and_gradients_at_all_sizes(toy: Path):
         lengths = torch.randint(1, length + 1, (n_rows,))
         pairs = zip(gradients(model, items, lengths), gradients(plain, items, lengths), strict=True)
         for found, expected in pairs:
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
 
 
 def test_code_is_made_once_and_for_training_alone(toy: Path):

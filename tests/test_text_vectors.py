@@ -133,7 +133,7 @@ def test_find(tmp_path: Path):
     assert vector_file.resolve_vector_file("auto", "toy", tmp_path) == path
     assert vector_file.resolve_vector_file(str(path), "other", tmp_path) == path
     with pytest.raises(
-        ValueError, match=r"text_vectors: no file 'gone'; make it with scripts/embed_items\.py"
+        ValueError, match=r"text_vectors: no file 'gone'; make it with python scripts/embed_items\.py"
     ):
         vector_file.resolve_vector_file("gone", "toy", tmp_path)
 
