@@ -1,0 +1,153 @@
+"""One training step with a sampled loss by the size of the catalogue: time and peak memory.
+
+    python scripts/bench/sparse.py
+    python scripts/bench/sparse.py --catalogues 100000 1000000 --dense 100000 1000000
+
+A step is the trainer's: loss, gradients, the norm of the gradients, AdamW with weight decay, and the average of
+the weights. Its items are drawn anew for each step, uniformly from the whole catalogue. `sparse_updates: true`
+is timed at all sizes of --catalogues, all rows' updates at those of --dense; all take turns. Peak memory is that
+of a process of its own which builds the model and takes two steps; all of it is counted.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import process_time
+from typing import Any
+
+import torch
+from benchmarking import (
+    Row,
+    build_benchmark_parser,
+    measure_median_seconds,
+    measure_peak_mib,
+    parse_benchmark_arguments,
+    print_row,
+    run_in_child_process,
+    write_benchmark_results,
+)
+from model import repeat_rows, write_random_dataset
+
+from m2rec.models.m2rec import M2Rec
+from m2rec.training.configuration import build_config
+from m2rec.training.run import load_data
+from m2rec.training.trainer import RunTrainer
+
+SETTINGS: dict[str, Any] = {
+    "dataset": "bench",
+    "auto": False,
+    "text_vectors": "none",
+    "loss_type": "sampled",
+    "learner": "adamw",
+    "weight_decay": 0.1,
+    "average_epochs": 100.0,
+    "clip_grad_norm": {"max_norm": 5},
+    "show_progress": False,
+    "report": False,
+}
+
+
+def build_step(
+    folder: str, n_items: int, is_sparse: bool, windows: int, length: int, device: str
+) -> Callable[[], object]:
+    """What takes one step, whose items come from a catalogue of `n_items`."""
+    place = Path(folder)
+    values = {
+        **SETTINGS,
+        "data_path": folder,
+        "MAX_ITEM_LIST_LENGTH": length,
+        "train_batch_size": windows,
+        "sparse_updates": is_sparse,
+        "gpu_id": (device.partition(":")[2] or "0") if device.startswith("cuda") else "",
+    }
+    config = build_config(values)
+    _, loaders = load_data(config)
+    train = loaders.train
+    items = config["ITEM_ID_FIELD"]
+    train.dataset.field2id_token[items] = range(n_items)  # the file has far fewer, and would take minutes
+    model = M2Rec(config, train.dataset).to(config["device"])
+    trainer = RunTrainer(config, model, Path(tempfile.mkdtemp(dir=place)))
+    trainer._prepare_fit(train)
+    model.train()
+    rows = repeat_rows(next(iter(train)), windows)
+    sequence = rows[model.ITEM_SEQ]
+
+    def step() -> object:
+        drawn = torch.randint(1, n_items, sequence.shape, device=sequence.device)
+        rows.interaction[model.ITEM_SEQ] = drawn.masked_fill(sequence == 0, 0)
+        return trainer._train_step(rows, train.dataset.is_dense)
+
+    return step
+
+
+def measure_memory(
+    folder: str, n_items: int, is_sparse: bool, windows: int, length: int, device: str
+) -> float:
+    """Peak MiB of a model and two of its steps."""
+
+    def work() -> None:
+        step = build_step(folder, n_items, is_sparse, windows, length, device)
+        step()
+        step()
+
+    return measure_peak_mib(work, device)
+
+
+class _CountedStep:
+    """A step that notes its CPU time, which other processes on the machine disturb less."""
+
+    def __init__(self, step: Callable[[], object]) -> None:
+        self._step = step
+        self._seconds: list[float] = []
+
+    def __call__(self) -> None:
+        start = process_time()
+        self._step()
+        self._seconds.append(process_time() - start)
+
+    def measure_cpu_seconds(self, calls: int) -> float:
+        """The median of the last calls."""
+        return median(self._seconds[-calls:])
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = build_benchmark_parser(__doc__, "bench_sparse")
+    sizes = [100_000, 1_000_000, 10_000_000]
+    parser.add_argument("--catalogues", type=int, nargs="+", default=sizes, help="V with sparse updates")
+    parser.add_argument("--dense", type=int, nargs="*", default=sizes[:2], help="V with updates of all rows")
+    parser.add_argument("--windows", type=int, default=64, help="rows of a step")
+    parser.add_argument("--length", type=int, default=200, help="L")
+    args = parse_benchmark_arguments(parser)
+    cases = {f"{n:,}, rows in use": (n, True) for n in args.catalogues}
+    cases |= {f"{n:,}, all rows": (n, False) for n in args.dense}
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_dataset(Path(folder), args.length, args.windows * args.length)
+        peaks: dict[str, float] = {}
+        steps: dict[str, _CountedStep] = {}
+        for name, (n_items, is_sparse) in cases.items():
+            given = (folder, n_items, is_sparse, args.windows, args.length)
+            peaks[name] = run_in_child_process(args, measure_memory, *given)
+            print(f"{name}: {peaks[name]:,.0f} MiB", flush=True)
+        for name, (n_items, is_sparse) in cases.items():
+            step = build_step(folder, n_items, is_sparse, args.windows, args.length, args.device)
+            steps[name] = _CountedStep(step)
+        seconds = measure_median_seconds(steps, args.repeats, args.device)
+    cpu_seconds = {name: steps[name].measure_cpu_seconds(args.repeats) for name in seconds}
+    rows = []
+    for name, (n_items, is_sparse) in cases.items():
+        if name not in seconds:
+            continue
+        row: Row = {"items": n_items, "updates": "rows in use" if is_sparse else "all rows"}
+        for what, measured in (("step", seconds), ("CPU", cpu_seconds)):
+            first = next(iter(measured.values()))
+            row |= {f"{what}, ms": measured[name] * 1e3, f"{what}: ratio": measured[name] / first}
+        rows.append(print_row({**row, "peak MiB": peaks[name]}))
+    note = f"{args.windows} x {args.length} positions, D = 64, AdamW with decay, average, clipped gradients"
+    write_benchmark_results(args, rows, note)
+
+
+if __name__ == "__main__":
+    main()
