@@ -154,7 +154,7 @@ def sum_sparse_gradient(parameter: nn.Parameter) -> None:
         gradient = parameter.grad.coalesce()
         ids, rows = gradient.indices()[0], gradient.values()
     all_ids, all_rows = torch.cat(_gather_on_device(ids)), torch.cat(_gather_on_device(rows))
-    total = torch.sparse_coo_tensor(all_ids[None], all_rows, parameter.shape)
+    total = torch.sparse_coo_tensor(all_ids[None], all_rows, parameter.shape, check_invariants=False)
     parameter.grad = total.coalesce()
 
 

@@ -138,6 +138,13 @@ def stopped_in_an_epoch(values: dict[str, Any], steps: int, monkeypatch: pytest.
         pytest.param({}, 12, "after epoch 1;", id="last step"),
         pytest.param({"worker": 1}, 9, "after epoch 0, step 3", id="worker"),
         pytest.param(
+            {
+                "sparse_updates": True, "loss_type": "sampled", "n_negatives": 3, "negatives_shared": 30,
+                "average_epochs": 0.5, "decay_per_epoch": 0.2,
+            },
+            9, "after epoch 0, step 3", id="sparse updates",
+        ),
+        pytest.param(
             {"rows": "prefix", "loss_type": "BPR", "train_batch_size": 50}, 9, "after epoch 0, step 3",
             id="own negatives",
         ),

@@ -168,7 +168,7 @@ class Encoder(MarkedParameters):
     def prepare_step(self, items: Tensor, scored: Sequence[Tensor] | None = None) -> StepItems:
         """Compute once what a training step looks up of its items; each item's text is projected once.
 
-        Where the gradient of the ID embedding is sparse (`id_embedding.sparse`), the cost does not depend on V.
+        Where `id_embedding.sparse` asks for sparse gradients, the cost does not depend on V.
 
         Args:
             items: (B, L), the histories.

@@ -36,7 +36,8 @@ class WeightEMA:
         averages, weights = (
             [kept[name] for name in self._updated] for kept in (self.averages, self._weights)
         )
-        torch._foreach_lerp_(averages, weights, weight)
+        if averages:
+            torch._foreach_lerp_(averages, weights, weight)
         return weight
 
     def find_average(self, parameter: nn.Parameter) -> Tensor:

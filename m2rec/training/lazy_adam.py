@@ -84,7 +84,7 @@ class LazyAdam:
 
     Args:
         embedding: (V, D); its gradients become sparse.
-        settings: of a group of `torch.optim.Adam` or `AdamW`: lr, betas, eps, weight_decay, which is decoupled.
+        settings: lr, betas, eps and the decoupled weight_decay, as a group of `torch.optim.AdamW` has them.
         average: (V, D), a moving average of the weight that is updated as well; None without one.
     """
 

@@ -3,13 +3,12 @@
     python scripts/bench/sparse.py
     python scripts/bench/sparse.py --catalogues 100000 1000000 --dense 100000 1000000
 
-A step is the trainer's: loss, gradients, the norm of the gradients, AdamW with weight decay, and the average of
-the weights. Its items are drawn anew for each step, uniformly from the whole catalogue. `sparse_updates: true`
-is timed at all sizes of --catalogues, all rows' updates at those of --dense; all take turns. Peak memory is that
-of a process of its own which builds the model and takes two steps; all of it is counted.
+A step is the trainer's: loss, gradients, their norm, AdamW with weight decay, and the average of the weights.
+Its items are drawn anew for each step, uniformly from the whole catalogue. `sparse_updates: true` is timed at
+the sizes of --catalogues, false at those of --dense. All models are in memory together and take turns. CPU time
+is that of all threads. Peak memory is that of a process which builds one model and takes two steps.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +119,7 @@ def main() -> None:
     parser.add_argument("--dense", type=int, nargs="*", default=sizes[:2], help="V with updates of all rows")
     parser.add_argument("--windows", type=int, default=64, help="rows of a step")
     parser.add_argument("--length", type=int, default=200, help="L")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     args = parse_benchmark_arguments(parser)
     cases = {f"{n:,}, rows in use": (n, True) for n in args.catalogues}
     cases |= {f"{n:,}, all rows": (n, False) for n in args.dense}
@@ -128,9 +128,10 @@ def main() -> None:
         peaks: dict[str, float] = {}
         steps: dict[str, _CountedStep] = {}
         for name, (n_items, is_sparse) in cases.items():
-            given = (folder, n_items, is_sparse, args.windows, args.length)
-            peaks[name] = run_in_child_process(args, measure_memory, *given)
-            print(f"{name}: {peaks[name]:,.0f} MiB", flush=True)
+            if not args.no_memory:
+                given = (folder, n_items, is_sparse, args.windows, args.length)
+                peaks[name] = run_in_child_process(args, measure_memory, *given)
+                print(f"{name}: {peaks[name]:,.0f} MiB", flush=True)
         for name, (n_items, is_sparse) in cases.items():
             step = build_step(folder, n_items, is_sparse, args.windows, args.length, args.device)
             steps[name] = _CountedStep(step)
@@ -144,7 +145,9 @@ def main() -> None:
         for what, measured in (("step", seconds), ("CPU", cpu_seconds)):
             first = next(iter(measured.values()))
             row |= {f"{what}, ms": measured[name] * 1e3, f"{what}: ratio": measured[name] / first}
-        rows.append(print_row({**row, "peak MiB": peaks[name]}))
+        if peaks:
+            row["peak MiB"] = peaks[name]
+        rows.append(print_row(row))
     note = f"{args.windows} x {args.length} positions, D = 64, AdamW with decay, average, clipped gradients"
     write_benchmark_results(args, rows, note)
 
