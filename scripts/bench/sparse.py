@@ -5,8 +5,8 @@
 
 A step is the trainer's: loss, gradients, their norm, AdamW with weight decay, and the average of the weights.
 Its items are drawn anew for each step, uniformly from the whole catalogue. `sparse_updates: true` is timed at
-the sizes of --catalogues, false at those of --dense. All models are in memory together and take turns. CPU time
-is that of all threads. Peak memory is that of a process which builds one model and takes two steps.
+the sizes of --catalogues, false at those of --dense. All models are in memory together and take turns. CPU
+time is that of all threads. Peak memory is that of a process which builds one model and takes two steps.
 """
 
 import tempfile
@@ -41,7 +41,6 @@ SETTINGS: dict[str, Any] = {
     "loss_type": "sampled",
     "learner": "adamw",
     "weight_decay": 0.1,
-    "average_epochs": 100.0,
     "clip_grad_norm": {"max_norm": 5},
     "show_progress": False,
     "report": False,
@@ -49,7 +48,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def build_step(
-    folder: str, n_items: int, is_sparse: bool, windows: int, length: int, device: str
+    folder: str, n_items: int, is_sparse: bool, has_average: bool, windows: int, length: int, device: str
 ) -> Callable[[], object]:
     """What takes one step, whose items come from a catalogue of `n_items`."""
     place = Path(folder)
@@ -59,6 +58,7 @@ def build_step(
         "MAX_ITEM_LIST_LENGTH": length,
         "train_batch_size": windows,
         "sparse_updates": is_sparse,
+        "average_epochs": 100.0 if has_average else 0.0,
         "gpu_id": (device.partition(":")[2] or "0") if device.startswith("cuda") else "",
     }
     config = build_config(values)
@@ -81,17 +81,15 @@ def build_step(
     return step
 
 
-def measure_memory(
-    folder: str, n_items: int, is_sparse: bool, windows: int, length: int, device: str
-) -> float:
-    """Peak MiB of a model and two of its steps."""
+def measure_memory(*given: Any) -> float:
+    """Peak MiB of a model and two of its steps; `given` as for `build_step`."""
 
     def work() -> None:
-        step = build_step(folder, n_items, is_sparse, windows, length, device)
+        step = build_step(*given)
         step()
         step()
 
-    return measure_peak_mib(work, device)
+    return measure_peak_mib(work, given[-1])
 
 
 class _CountedStep:
@@ -114,27 +112,29 @@ class _CountedStep:
 def main() -> None:
     """Run the benchmark."""
     parser = build_benchmark_parser(__doc__, "bench_sparse")
-    sizes = [100_000, 1_000_000, 10_000_000]
-    parser.add_argument("--catalogues", type=int, nargs="+", default=sizes, help="V with sparse updates")
-    parser.add_argument("--dense", type=int, nargs="*", default=sizes[:2], help="V with updates of all rows")
+    catalogues = [100_000, 1_000_000, 10_000_000]
+    parser.add_argument("--catalogues", type=int, nargs="+", default=catalogues, help="V with sparse updates")
+    parser.add_argument(
+        "--dense", type=int, nargs="*", default=catalogues[:2], help="V with updates of all rows"
+    )
     parser.add_argument("--windows", type=int, default=64, help="rows of a step")
     parser.add_argument("--length", type=int, default=200, help="L")
+    parser.add_argument("--no-average", action="store_true", help="leave out the average of the weights")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     args = parse_benchmark_arguments(parser)
     cases = {f"{n:,}, rows in use": (n, True) for n in args.catalogues}
     cases |= {f"{n:,}, all rows": (n, False) for n in args.dense}
+    sizes = (not args.no_average, args.windows, args.length)
     with tempfile.TemporaryDirectory() as folder:
         write_random_dataset(Path(folder), args.length, args.windows * args.length)
         peaks: dict[str, float] = {}
         steps: dict[str, _CountedStep] = {}
         for name, (n_items, is_sparse) in cases.items():
             if not args.no_memory:
-                given = (folder, n_items, is_sparse, args.windows, args.length)
-                peaks[name] = run_in_child_process(args, measure_memory, *given)
+                peaks[name] = run_in_child_process(args, measure_memory, folder, n_items, is_sparse, *sizes)
                 print(f"{name}: {peaks[name]:,.0f} MiB", flush=True)
         for name, (n_items, is_sparse) in cases.items():
-            step = build_step(folder, n_items, is_sparse, args.windows, args.length, args.device)
-            steps[name] = _CountedStep(step)
+            steps[name] = _CountedStep(build_step(folder, n_items, is_sparse, *sizes, args.device))
         seconds = measure_median_seconds(steps, args.repeats, args.device)
     cpu_seconds = {name: steps[name].measure_cpu_seconds(args.repeats) for name in seconds}
     rows = []
@@ -148,7 +148,9 @@ def main() -> None:
         if peaks:
             row["peak MiB"] = peaks[name]
         rows.append(print_row(row))
-    note = f"{args.windows} x {args.length} positions, D = 64, AdamW with decay, average, clipped gradients"
+    note = f"{args.windows} x {args.length} positions, D = 64, AdamW with decay, clipped gradients"
+    if not args.no_average:
+        note += ", average of the weights"
     write_benchmark_results(args, rows, note)
 
 
