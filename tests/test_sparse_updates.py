@@ -126,10 +126,9 @@ def test_more_rows_than_a_block(monkeypatch: pytest.MonkeyPatch):
 def test_rows_of_gradients_from_other_processes_are_caught_up_too():
     dense, lazy = make_pair(0.7)
     for _ in range(STEPS):
-        ids, rows = torch.tensor([[3, 9, 9], [1, 4, 9]]), torch.randn(2, 3, D, dtype=torch.float64)
-        here = int(torch.randint(2, ()))
+        ids, rows = torch.randint(V, (2, 3)), torch.randn(2, 3, D, dtype=torch.float64)
         with lazy.optimizer.catch_up_when_read():
-            lazy.embedding(ids[here])
+            lazy.embedding(ids[0])
         gradient = torch.sparse_coo_tensor(ids.view(1, -1), rows.view(-1, D), (V, D), check_invariants=False)
         lazy.embedding.weight.grad = gradient
         lazy.optimizer.step(lazy.ema.update())
@@ -257,8 +256,8 @@ def test_no_operation_of_a_step_goes_through_all_rows(toy: Path):
 @pytest.mark.parametrize(
     ("values", "n_items", "expected"),
     [
-        ({"loss_type": "sampled"}, 100_000, (True, "auto: 100,000 items, at least 100,000")),
-        ({"loss_type": "BPR"}, 99_999, (False, "auto: 99,999 items, fewer than 100,000")),
+        ({"loss_type": "sampled"}, 500_000, (True, "auto: 500,000 items, at least 500,000")),
+        ({"loss_type": "BPR"}, 499_999, (False, "auto: 499,999 items, fewer than 500,000")),
         (
             {"loss_type": "CE"},
             10**6,

@@ -7,8 +7,8 @@ from m2rec.models.m2rec import M2Rec
 from m2rec.nn.losses import LOSSES
 from m2rec.training.configuration import RunConfig
 
-# where a step of all rows begins to cost noticeably more (docs/performance.md)
-MIN_ITEMS = 100_000
+# where a step of 64 x 200 positions that updates all rows begins to cost more (docs/performance.md)
+MIN_ITEMS = 500_000
 
 
 class SparseChoice(NamedTuple):
