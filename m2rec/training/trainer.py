@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -113,12 +113,16 @@ class RunTrainer(Trainer):
             return None
         return self.model.encoder.id_embedding
 
+    @property
+    def _table_weight(self) -> nn.Parameter | None:
+        """The weight of `_table`, whose gradients are sparse."""
+        return None if self._table is None else cast(nn.Parameter, self._table.weight)
+
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
-        """RecBole's, without the weight of `_table`."""
+        """RecBole's, without `_table_weight`."""
         optimizer: torch.optim.Optimizer = super()._build_optimizer(**kwargs)
-        if self._table is not None:
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if p is not self._table.weight]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p is not self._table_weight]
         return optimizer
 
     @property
@@ -192,13 +196,12 @@ class RunTrainer(Trainer):
             train_data.get_model(self.model)
         self._generator = train_data.generator
         ema_steps = self.config["average_epochs"] * len(train_data)
-        table = self._table
         if ema_steps:
-            self.ema = WeightEMA(self.model, max(1.0, ema_steps), None if table is None else table.weight)
-        if table is not None:
+            self.ema = WeightEMA(self.model, max(1.0, ema_steps), self._table_weight)
+        if self._table is not None and self._table_weight is not None:
             group = self.optimizer.param_groups[0]  # of the parameters without marks
-            average = None if self.ema is None else self.ema.find_average(table.weight)
-            self._table_optimizer = LazyAdam(table, group, average)
+            average = None if self.ema is None else self.ema.find_average(self._table_weight)
+            self._table_optimizer = LazyAdam(self._table, group, average)
         if self._is_resumed:
             self._load_checkpoint()
         if self.config["compile"] is True:
@@ -390,10 +393,9 @@ class RunTrainer(Trainer):
 
     def _clip_gradients(self) -> None:
         """Scale all gradients so that their norm is at most that of clip_grad_norm."""
-        parameters = list(self.model.parameters())
-        if self._table is not None and self._table.weight.grad is not None:
-            weight = self._table.weight
-            parameters = [p for p in parameters if p is not weight] + [expose_gradient_rows(weight)]
+        parameters: list[Tensor] = list(self._list_dense_parameters())
+        if self._table_weight is not None and self._table_weight.grad is not None:
+            parameters.append(expose_gradient_rows(self._table_weight))
         clip_grad_norm_(parameters, **self.clip_grad_norm)
 
     def _compute_gradients(self, batch: Interaction, is_dense: bool) -> Tensor:
@@ -407,14 +409,15 @@ class RunTrainer(Trainer):
                 losses = torch.stack(losses).sum()
             loss = losses.reshape(()) * weight  # GCSAN's and TransRec's have the shape (1,)
             loss.backward()
-        table = self._table
-        weight = None if table is None else table.weight
-        dense = [p for p in self.model.parameters() if p is not weight]
-        loss = distributed.sum_gradients(dense, loss.detach())
-        if weight is not None:
-            distributed.sum_sparse_gradient(weight)
+        loss = distributed.sum_gradients(self._list_dense_parameters(), loss.detach())
+        if self._table_weight is not None:
+            distributed.sum_sparse_gradient(self._table_weight)
         self._check_nan(loss)
         return loss
+
+    def _list_dense_parameters(self) -> list[nn.Parameter]:
+        """All parameters but `_table_weight`."""
+        return [p for p in self.model.parameters() if p is not self._table_weight]
 
     def _catch_up_when_read(self) -> AbstractContextManager[None]:
         """Let a forward pass read rows of `_table` as they are after all steps so far."""
