@@ -139,3 +139,33 @@ def sum_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
     for p, exists, gradient in zip(trained, has_any.tolist(), sums, strict=True):
         p.grad = gradient.view_as(p).clone() if exists else None
     return torch.squeeze(total)
+
+
+def sum_sparse_gradient(parameter: nn.Parameter) -> None:
+    """Replace the sparse gradient (V, D) by its sum over the processes, at the cost of the rows in it.
+
+    A process may have none. The sum is the same to the last digit in all processes.
+    """
+    if world_size() == 1:
+        return
+    ids = torch.zeros(0, dtype=torch.long, device=parameter.device)
+    rows = parameter.new_zeros(0, parameter.shape[1])
+    if parameter.grad is not None:
+        gradient = parameter.grad.coalesce()
+        ids, rows = gradient.indices()[0], gradient.values()
+    all_ids, all_rows = torch.cat(_gather_on_device(ids)), torch.cat(_gather_on_device(rows))
+    total = torch.sparse_coo_tensor(all_ids[None], all_rows, parameter.shape, check_invariants=False)
+    parameter.grad = total.coalesce()
+
+
+def _gather_on_device(local_rows: Tensor) -> list[Tensor]:
+    """The rows of each process, by rank; their numbers may differ."""
+    count = torch.tensor([len(local_rows)], device=local_rows.device)
+    counts = [torch.zeros_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    longest = max(int(n) for n in counts)
+    padded = local_rows.new_zeros(longest, *local_rows.shape[1:])
+    padded[: len(local_rows)] = local_rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return [part[: int(n)] for part, n in zip(parts, counts, strict=True)]

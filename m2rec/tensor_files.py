@@ -26,12 +26,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Its metadata gets a checksum of tensors and metadata, which `read_tensors` compares.
     """
     metadata = metadata or {}
-    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    plain = _separate_tensors(tensors)
     metadata_with_checksum = {**metadata, _CHECKSUM_KEY: _hash_tensors(plain, metadata)}
     try:
         write_atomically(path, lambda temporary: save_file(plain, temporary, metadata_with_checksum))
     except SafetensorError as error:  # such as a full disk
         raise OSError(f"{path} can't be written: {error}") from error
+
+
+def _separate_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each with memory of its own; a large one that has it is not copied."""
+    plain: dict[str, Tensor] = {}
+    used = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.data_ptr() in used or storage.nbytes() != own.nbytes:
+            own = own.clone()
+        used.add(own.untyped_storage().data_ptr())
+        plain[name] = own
+    return plain
 
 
 def read_tensors(

@@ -72,6 +72,19 @@ def test_steps(tmp_path: Path):
     assert all(row["ms per step"] > 0 for row in rows)
 
 
+def test_sparse_updates(tmp_path: Path):
+    command = [sys.executable, "scripts/bench/sparse.py", "--catalogues", "200", "900", "--dense", "200",
+               "--windows=4", "--length=7", "--repeats=1", "--threads=1", "--device=cpu",
+               f"--out={tmp_path}"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "bench_sparse-cpu.json").read_text())["rows"]
+    assert [(row["items"], row["updates"]) for row in rows] == [
+        (200, "rows in use"), (900, "rows in use"), (200, "all rows")
+    ]  # fmt: skip
+    assert rows[0]["step: ratio"] == 1 and all(row["CPU, ms"] > 0 and row["peak MiB"] > 0 for row in rows)
+
+
 def test_busy_time_counts_no_moment_twice(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
     step = importlib.import_module("step")

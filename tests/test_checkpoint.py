@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from m2rec.run_folder import RunFolder
 from m2rec.storage import lock_path
-from m2rec.tensor_files import read_tensors, write_tensors
+from m2rec.tensor_files import _separate_tensors, read_tensors, write_tensors
 from m2rec.training import checkpoint, run
 from m2rec.training.configuration import build_config
 from m2rec.training.run import TrainingStopped, build_resumed_config, prepare_run, run_experiment
@@ -138,6 +138,13 @@ def stopped_in_an_epoch(values: dict[str, Any], steps: int, monkeypatch: pytest.
         pytest.param({}, 12, "after epoch 1;", id="last step"),
         pytest.param({"worker": 1}, 9, "after epoch 0, step 3", id="worker"),
         pytest.param(
+            {
+                "sparse_updates": True, "loss_type": "sampled", "n_negatives": 3, "negatives_shared": 30,
+                "average_epochs": 0.5, "decay_per_epoch": 0.2,
+            },
+            9, "after epoch 0, step 3", id="sparse updates",
+        ),
+        pytest.param(
             {"rows": "prefix", "loss_type": "BPR", "train_batch_size": 50}, 9, "after epoch 0, step 3",
             id="own negatives",
         ),
@@ -187,6 +194,18 @@ def test_a_checkpoint_every_few_minutes_within_an_epoch(
     kept.clear()
     run_experiment(build_config(values))
     assert kept == [0]
+
+
+def test_a_table_is_written_without_a_copy_and_views_with_their_own_values(tmp_path: Path):
+    table, many = torch.randn(4, 3), torch.arange(6.0)
+    assert _separate_tensors({"table": table})["table"].data_ptr() == table.data_ptr()
+    views = {"table": table, "again": table, "part": many[2:4], "rest": many[4:], "turned": table.T,
+             "none": torch.zeros(0), "nothing": torch.zeros(0, 3), "number": torch.tensor(7)}  # fmt: skip
+    write_tensors(tmp_path / "x", views, {"a": "b"})
+    found, about = read_tensors(tmp_path / "x")
+    assert about == {"a": "b"} and set(found) == set(views)
+    assert all(torch.equal(found[name], tensor) for name, tensor in views.items())
+    assert (tmp_path / "x").stat().st_size < 2_000  # a part takes no more than its own bytes
 
 
 def test_a_run_is_never_trained_twice_at_a_time(

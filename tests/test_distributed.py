@@ -64,6 +64,23 @@ def test_two_processes_equal_one(toy: Path, tmp_path: Path, rows: str):
     assert two[2] == one[2] and len(two[2]) == one[0]["data"]["test_rows"]
 
 
+def test_sparse_updates_of_two_processes_equal_those_of_all_rows(toy: Path, tmp_path: Path):
+    """The last batch has a single row, so that one process has no gradient at all."""
+    arguments = as_arguments(
+        small(toy, text_vectors="none", loss_type="sampled", n_negatives=5, negatives_shared=30,
+              train_batch_size=29, learning_rate=0.003, decay_per_epoch=0.2, average_epochs=0.5,
+              clip_grad_norm="{max_norm: 0.5}")
+    )  # fmt: skip
+    outcomes = []
+    for is_sparse in ("false", "true"):
+        runs = tmp_path / is_sparse
+        done = launched(2, *arguments, f"--sparse_updates={is_sparse}", f"--runs_dir={runs}")
+        assert done.returncode == 0, done.stderr
+        assert ("sparse updates of the ID embedding" in done.stderr) == (is_sparse == "true")
+        outcomes.append(result(runs)[1])
+    torch.testing.assert_close(outcomes[1], outcomes[0], atol=1e-3, rtol=1e-3)
+
+
 def test_more_processes_than_rows(tmp_path: Path):
     """One user has enough for validation and test; two processes have one row of each between them."""
     rows = [("u", f"i{k}", k) for k in range(12)] + [("v", f"i{k}", k) for k in range(2)]

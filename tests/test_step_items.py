@@ -55,8 +55,17 @@ def count_rows(encoder: Encoder) -> dict[str, list[int]]:
     return counts
 
 
+SPARSE = pytest.param(MANY, True, id="many-sparse")
+CATALOGUES = [pytest.param(FEW, False, id="few"), pytest.param(MANY, False, id="many"), SPARSE]
+
+
+def compute_gradients(loss: Tensor, parameters: list[Any]) -> list[Tensor]:
+    """Dense gradients, whatever the encoder makes."""
+    return [gradient.to_dense() for gradient in torch.autograd.grad(loss, parameters)]
+
+
 @pytest.mark.parametrize("way", ["dense", "last"])
-@pytest.mark.parametrize("n_items", [FEW, MANY])
+@pytest.mark.parametrize(("n_items", "is_sparse"), CATALOGUES)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -69,12 +78,15 @@ def count_rows(encoder: Encoder) -> dict[str, list[int]]:
     ],
     ids=lambda settings: "-".join(settings) or "defaults",
 )
-def test_vectors_and_gradients_equal_those_computed_anew(settings: dict[str, Any], n_items: int, way: str):
+def test_vectors_and_gradients_equal_those_computed_anew(
+    settings: dict[str, Any], n_items: int, is_sparse: bool, way: str
+):
     encoder, (items, lengths, targets) = make_encoder(n_items, **settings), make_histories(n_items)
     parameters = [p for name, p in encoder.named_parameters() if name != "repeat_bias"]
     results = []
     for with_step in (True, False):
         torch.manual_seed(3)  # dropped IDs are drawn for the same appearances
+        encoder.id_embedding.sparse = is_sparse and with_step
         step = encoder.prepare_step(items, [targets]) if with_step else None
         if way == "last":
             x = encoder.last(items, lengths, step)
@@ -82,21 +94,24 @@ def test_vectors_and_gradients_equal_those_computed_anew(settings: dict[str, Any
             x, _, _ = encoder.encode_target_positions(items, lengths, targets, step)
         loss = (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum()
         loss = loss + encoder.embed_items(targets, step).square().sum()
-        results.append([x, *torch.autograd.grad(loss, parameters)])
+        results.append([x, *compute_gradients(loss, parameters)])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-7)
 
 
-@pytest.mark.parametrize("n_items", [FEW, MANY])
+@pytest.mark.parametrize(("n_items", "is_sparse"), CATALOGUES)
 @pytest.mark.parametrize("id_dropout", [0.0, 0.5])
 @pytest.mark.parametrize("loss_type", ["CE", "sampled", "gBCE", "BPR"])
-def test_losses_and_gradients_equal_those_computed_anew(loss_type: str, id_dropout: float, n_items: int):
+def test_losses_and_gradients_equal_those_computed_anew(
+    loss_type: str, id_dropout: float, n_items: int, is_sparse: bool
+):
     encoder = make_encoder(n_items, loss_type=loss_type, id_dropout=id_dropout, repeat_bias=False)
     items, lengths, targets = make_histories(n_items)
     negatives = draw_negatives(encoder.settings, targets, NegativeSampler(n_items).double())
     results = []
     for with_step in (True, False):
         torch.manual_seed(3)
+        encoder.id_embedding.sparse = is_sparse and with_step
         step = None
         if with_step:
             step = encoder.prepare_step(items, None if negatives is None else [targets, negatives.ids])
@@ -113,7 +128,7 @@ def test_losses_and_gradients_equal_those_computed_anew(loss_type: str, id_dropo
             loss = gbce(x, wanted, encoder.embed_items, chosen.ids, n_items, encoder.settings.gbce_t)
         else:
             loss = bpr(x, wanted, encoder.embed_items, chosen.ids)
-        results.append([loss, *torch.autograd.grad(loss, list(encoder.parameters()))])
+        results.append([loss, *compute_gradients(loss, list(encoder.parameters()))])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-7)
 
@@ -139,22 +154,44 @@ def test_each_text_is_projected_at_most_once(n_items: int, loss_type: str):
     assert counts == expected
 
 
-def test_an_item_that_is_not_in_the_step_is_refused():
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("item", [1, 6])
+def test_an_item_that_is_not_in_the_step_is_refused(is_sparse: bool, item: int):
     encoder, ids = make_encoder(MANY), torch.tensor([[3, 4]])
+    encoder.id_embedding.sparse = is_sparse
     step = encoder.prepare_step(ids, [ids])
     with pytest.raises(IndexError):
-        encoder.embed_items(torch.tensor([6]), step)
+        encoder.embed_items(torch.tensor([item]), step)
+
+
+def test_a_sparse_gradient_has_the_rows_of_the_step_alone():
+    encoder, (items, _, targets) = make_encoder(MANY), make_histories(MANY)
+    encoder.id_embedding.sparse = True
+    encoder.embed_items(targets, encoder.prepare_step(items, [targets])).sum().backward()
+    gradient = encoder.id_embedding.weight.grad
+    assert gradient is not None and gradient.is_sparse
+    used = torch.cat([items.flatten(), targets.flatten()]).unique()
+    assert gradient.coalesce().indices()[0].tolist() == used[used > 0].tolist()
 
 
 def test_distinct_items():
     found = find_distinct_items([torch.tensor([[7, 3], [3, 0]]), torch.tensor([9])], 10)
     assert found.ids is not None and found.ids.tolist() == [0, 3, 7, 9]
-    assert found.rows.tolist() == [0, -1, -1, 1, -1, -1, -1, 2, -1, 3]
+    assert found.rows is not None and found.rows.tolist() == [0, -1, -1, 1, -1, -1, -1, 2, -1, 3]
     assert found.select(torch.arange(20.0).view(10, 2)).tolist() == [[0, 1], [6, 7], [14, 15], [18, 19]]
     most = find_distinct_items([torch.tensor([3, 1, 3, 3])], 4)
     assert most.ids is not None and most.ids.tolist() == [0, 1, 3]
     every = find_distinct_items([torch.tensor([3, 1, 2])], 4)
-    assert every.ids is None and every.rows.tolist() == [0, 1, 2, 3]
+    assert every.ids is None and every.find_places(torch.tensor([3, 0])).tolist() == [3, 0]
+
+
+def test_distinct_items_by_sorting():
+    """Also where they are most of the items, or all."""
+    found = find_distinct_items([torch.tensor([[7, 3], [3, 0]]), torch.tensor([9])], 10, by_sorting=True)
+    assert found.ids is not None and found.ids.tolist() == [0, 3, 7, 9]
+    assert found.find_places(torch.arange(11)).tolist() == [0, -1, -1, 1, -1, -1, -1, 2, -1, 3, -1]
+    every = find_distinct_items([torch.tensor([3, 1, 2])], 4, by_sorting=True)
+    assert every.ids is not None and every.ids.tolist() == [0, 1, 2, 3]
 
 
 def test_autocast_does_not_reach_what_is_computed_once():

@@ -168,21 +168,23 @@ class Encoder(MarkedParameters):
     def prepare_step(self, items: Tensor, scored: Sequence[Tensor] | None = None) -> StepItems:
         """Compute once what a training step looks up of its items; each item's text is projected once.
 
+        Where `id_embedding.sparse` asks for sparse gradients, the cost does not depend on V.
+
         Args:
             items: (B, L), the histories.
             scored: ids of any shapes, the items that the loss compares; None for all items.
         """
-        n_items = len(self.id_embedding.weight)
+        n_items, is_sparse = len(self.id_embedding.weight), self.id_embedding.sparse
         with without_autocast(self.device):
             if scored is None:
                 in_table = list_all_items(n_items, items.device)
             else:
-                in_table = find_distinct_items([items, *scored], n_items)
+                in_table = find_distinct_items([items, *scored], n_items, is_sparse)
             table = self._compute_table_rows(in_table)
             branches = [cast(Layer, layer).branches.get("text") for layer in self.layers]
             if self.vectors is None or not any(branches):
                 return StepItems(table, None, [None] * len(branches))
-            in_histories = find_distinct_items([items], n_items)
+            in_histories = find_distinct_items([items], n_items, is_sparse)
             vectors = in_histories.select(self.vectors)
             texts = []
             for branch in branches:
@@ -190,7 +192,7 @@ class Encoder(MarkedParameters):
         return StepItems(table, in_histories, texts)
 
     def _compute_table_rows(self, items: DistinctItems) -> TableRows:
-        rows = items.select(self.id_embedding.weight)
+        rows = self.id_embedding.weight if items.ids is None else self.id_embedding(items.ids)
         if self.table_text is None:
             return TableRows(items, rows)
         assert self.vectors is not None
@@ -213,10 +215,13 @@ class Encoder(MarkedParameters):
 
     def item_table(self, step: StepItems | None = None) -> Tensor:
         """The whole item table, (V, D); row 0 is zero. Of `step`, if it has all items."""
-        every_item = list_all_items(len(self.id_embedding.weight), self.device)
+        n_items = len(self.id_embedding.weight)
+        every_item = list_all_items(n_items, self.device)
         table = self._compute_table_rows(every_item) if step is None else step.table
         assert table.items.ids is None
-        return table.rows if table.text is None else self._drop_ids(table.rows, every_item.rows) + table.text
+        if table.text is None:
+            return table.rows
+        return self._drop_ids(table.rows, torch.arange(n_items, device=self.device)) + table.text
 
     def _drop_ids(self, rows: Tensor, ids: Tensor) -> Tensor:
         """In training, drop the ID embedding of some items with text, as for cold-start items."""

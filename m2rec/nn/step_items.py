@@ -23,8 +23,19 @@ class DistinctItems(NamedTuple):
 
     ids: Tensor | None
     """(n,), ascending; None for all V."""
-    rows: Tensor
-    """(V,), the place of each item among them; -1, which no lookup accepts, for all other items."""
+    rows: Tensor | None
+    """(V,), the place of each item among them; -1, which no lookup accepts, for all other items.
+
+    None to search for places, at a cost that does not depend on V.
+    """
+
+    def find_places(self, ids: Tensor) -> Tensor:
+        """ids (...) -> the place of each among these items (...); -1 for an item that is not among them."""
+        if self.rows is not None:
+            return self.rows[ids]
+        assert self.ids is not None
+        places = torch.searchsorted(self.ids, ids).clamp_(max=len(self.ids) - 1)
+        return places.masked_fill_(self.ids[places] != ids, -1)
 
     def select(self, values: Tensor) -> Tensor:
         """values (V, K) -> those of these items (n, K); padding gets no gradient."""
@@ -36,11 +47,19 @@ def list_all_items(n_items: int, device: torch.device) -> DistinctItems:
     return DistinctItems(None, torch.arange(n_items, device=device))
 
 
-def find_distinct_items(ids: Sequence[Tensor], n_items: int) -> DistinctItems:
+def find_distinct_items(ids: Sequence[Tensor], n_items: int, by_sorting: bool = False) -> DistinctItems:
     """The items among ids of any shapes, and padding; all V items where those are more than three quarters.
 
     To select most of the items costs more than it saves.
+
+    Args:
+        ids: of any shapes.
+        n_items: V.
+        by_sorting: the cost does not depend on V, and the items are always selected.
     """
+    if by_sorting:
+        padding = ids[0].new_zeros(1)
+        return DistinctItems(torch.cat([padding, *(part.flatten() for part in ids)]).unique(), None)
     is_present = torch.zeros(n_items, dtype=torch.bool, device=ids[0].device)
     is_present[0] = True
     for part in ids:
@@ -64,7 +83,7 @@ class TableRows(NamedTuple):
 
     def look_up(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """ids (...) -> `rows` and `text` of each (..., D)."""
-        places = self.items.rows[ids]
+        places = self.items.find_places(ids)
         rows = F.embedding(places, self.rows, padding_idx=0)
         return rows, None if self.text is None else F.embedding(places, self.text)
 
@@ -82,7 +101,7 @@ class StepItems(NamedTuple):
         """ids (B, L) -> (B, L, D) by layer; None in a layer that reads no text."""
         if self.items is None:
             return [None] * len(self.layer_texts)
-        places = self.items.rows[ids]
+        places = self.items.find_places(ids)
         found = []
         for texts in self.layer_texts:
             found.append(None if texts is None else F.embedding(places, texts))

@@ -18,6 +18,7 @@ from m2rec.git import join_commits, split_commits
 from m2rec.run_folder import RunFolder
 from m2rec.tensor_files import read_metadata, read_tensors, write_tensors
 from m2rec.training.ema import WeightEMA
+from m2rec.training.lazy_adam import LazyAdam
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ _MODEL = "model."
 _OPTIMIZER = "optimizer."
 _RANDOM = "random."
 _AVERAGE = "average."
+_TABLE = "table."
 _LOADER = "loader"
 
 
@@ -51,6 +53,8 @@ class TrainingState(NamedTuple):
     """None if the weights are not averaged."""
     device: torch.device
     """Of the model."""
+    table_optimizer: LazyAdam | None = None
+    """With `sparse_updates`, of the ID embedding, which `optimizer` then leaves out."""
 
 
 def save_checkpoint(files: RunFolder, training: TrainingState, numbers: Values) -> None:
@@ -72,6 +76,8 @@ def save_checkpoint(files: RunFolder, training: TrainingState, numbers: Values) 
     if training.ema is not None:
         tensors |= _add_prefix(_AVERAGE, training.ema.averages)
         numbers["taken"] = training.ema.n_updates
+    if training.table_optimizer is not None:
+        tensors |= _add_prefix(_TABLE, training.table_optimizer.state_tensors())
     write_tensors(files.checkpoint_file, tensors, {"numbers": json.dumps(numbers)})
 
 
@@ -95,6 +101,8 @@ def load_checkpoint(files: RunFolder, training: TrainingState, run_inputs: Value
         _load_optimizer_state(training.optimizer, _select_prefix(tensors, _OPTIMIZER))
         if training.ema is not None:
             training.ema.load(_select_prefix(tensors, _AVERAGE), numbers.pop("taken"))
+        if training.table_optimizer is not None:
+            training.table_optimizer.load_state_tensors(_select_prefix(tensors, _TABLE))
         training.loader.set_state(tensors[_LOADER])
         set_random_state(training.device, _select_prefix(tensors, _RANDOM), numbers.pop("random"))
     except CannotResume:

@@ -18,20 +18,32 @@ class WeightEMA:
     Args:
         model: its trained parameters are averaged; its buffers are not.
         steps: at least 1, which averages nothing.
+        other: a parameter whose average is here, but is updated elsewhere (`LazyAdam`).
     """
 
-    def __init__(self, model: nn.Module, steps: float) -> None:
+    def __init__(self, model: nn.Module, steps: float, other: nn.Parameter | None = None) -> None:
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self._weights.items()}
+        self._updated = [name for name, p in self._weights.items() if p is not other]
         self.steps = steps
         self.n_updates = 0
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the weights after a step."""
+    def update(self) -> float:
+        """Move the average towards the weights after a step; returns by which share of the way."""
         self.n_updates += 1
         weight = min(1.0, max(1 / self.steps, 9 / (self.n_updates + 9)))
-        torch._foreach_lerp_(list(self.averages.values()), list(self._weights.values()), weight)
+        averages, weights = (
+            [kept[name] for name in self._updated] for kept in (self.averages, self._weights)
+        )
+        if averages:
+            torch._foreach_lerp_(averages, weights, weight)
+        return weight
+
+    def find_average(self, parameter: nn.Parameter) -> Tensor:
+        """The average of one of the parameters, in place."""
+        (name,) = [name for name, p in self._weights.items() if p is parameter]
+        return self.averages[name]
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:

@@ -49,6 +49,7 @@ from m2rec.training.provenance import (
 from m2rec.training.recbole_keys import check_reranker_size
 from m2rec.training.settling import settle_settings
 from m2rec.training.signals import RunInterrupted, StopRequest
+from m2rec.training.sparse_updates import resolve_sparse_updates
 from m2rec.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
@@ -304,6 +305,7 @@ def prepare_run(
     logger.info("%s", describe_device(config))
     _settle_compile(config)
     dataset, loaders, data_counts = _load_and_describe_data(config, load)
+    _settle_sparse_updates(config, dataset.item_num, is_resumed=folder is not None)
     timer.lap("data")
     if getattr(config.model_class, "uses_text", False):
         tokens = dataset.item_tokens
@@ -331,6 +333,16 @@ def _settle_compile(config: Config) -> None:
     what = "steps %scaptured" if config["device"].type == "cuda" else "layers %scompiled"
     logger.info(f"{what} (%s)", "" if choice.is_compiled else "not ", choice.reason)
     config.settle({"compile": choice.is_compiled})
+
+
+def _settle_sparse_updates(config: Config, n_items: int, is_resumed: bool) -> None:
+    """Decide whether a step updates only the rows that it uses."""
+    if config.model_settings is None:
+        return
+    choice = resolve_sparse_updates(config, n_items, is_resumed)
+    if choice.is_sparse:
+        logger.info("sparse updates of the ID embedding (%s)", choice.reason)
+    config.settle({"sparse_updates": choice.is_sparse})
 
 
 def _load_and_describe_data(config: Config, load: LoadData) -> tuple[HistoryDataset, Loaders, dict[str, int]]:

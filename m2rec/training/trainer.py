@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from m2rec.training import checkpoint
 from m2rec.training.captured_step import CapturedSteps
 from m2rec.training.compilation import compile_layers
 from m2rec.training.ema import WeightEMA
+from m2rec.training.lazy_adam import LazyAdam, expose_gradient_rows
 from m2rec.training.signals import RunInterrupted, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class RunTrainer(Trainer):
         self.train_seconds = 0.0
         self.run_inputs: dict[str, Any] = {}
         self.ema: WeightEMA | None = None
+        self._table_optimizer: LazyAdam | None = None
         self._captured: CapturedSteps | None = None
         self._is_resumed = is_resumed
         self._stop_request = StopRequest()
@@ -104,6 +106,25 @@ class RunTrainer(Trainer):
                 from torch.utils.tensorboard import SummaryWriter  # takes a moment
 
                 self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+
+    @property
+    def _table(self) -> nn.Embedding | None:
+        """The embedding that `sparse_updates` is about; None without."""
+        if self.config["sparse_updates"] is not True or not isinstance(self.model, M2Rec):
+            return None
+        return self.model.encoder.id_embedding
+
+    @property
+    def _table_weight(self) -> nn.Parameter | None:
+        """The weight of `_table`, whose gradients are sparse."""
+        return None if self._table is None else cast(nn.Parameter, self._table.weight)
+
+    def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
+        """RecBole's, without `_table_weight`."""
+        optimizer: torch.optim.Optimizer = super()._build_optimizer(**kwargs)
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p is not self._table_weight]
+        return optimizer
 
     @property
     def stop_signal(self) -> int | None:
@@ -140,6 +161,8 @@ class RunTrainer(Trainer):
                 if self.cur_step > self.stopping_step:
                     break  # early stopping
                 loss = self._train_epoch(train_data, epoch, show_progress=show_progress)
+                if self._table_optimizer is not None:
+                    self._table_optimizer.catch_up_all()
                 self.train_loss_dict[epoch] = loss
                 self._add_train_loss_to_tensorboard(epoch, loss)
                 self.wandblogger.log_metrics(
@@ -175,7 +198,11 @@ class RunTrainer(Trainer):
         self._generator = train_data.generator
         ema_steps = self.config["average_epochs"] * len(train_data)
         if ema_steps:
-            self.ema = WeightEMA(self.model, max(1.0, ema_steps))
+            self.ema = WeightEMA(self.model, max(1.0, ema_steps), self._table_weight)
+        if self._table is not None and self._table_weight is not None:
+            group = self.optimizer.param_groups[0]  # of the parameters without marks
+            average = None if self.ema is None else self.ema.find_average(self._table_weight)
+            self._table_optimizer = LazyAdam(self._table, group, average)
         if self._is_resumed:
             self._load_checkpoint()
         if self.config["compile"] is True:
@@ -239,7 +266,9 @@ class RunTrainer(Trainer):
         if self._progress.loader_state is not None:
             generator = torch.Generator()
             generator.set_state(self._progress.loader_state)
-        return checkpoint.TrainingState(self.model, self.optimizer, generator, self.ema, self.device)
+        return checkpoint.TrainingState(
+            self.model, self.optimizer, generator, self.ema, self.device, self._table_optimizer
+        )
 
     def _load_checkpoint(self) -> None:
         """Restore the training state of a stopped run.
@@ -350,32 +379,50 @@ class RunTrainer(Trainer):
 
     def _train_step(self, batch: Interaction, is_dense: bool) -> Tensor:
         """One step of the optimizer on this process's shard of a batch; returns the loss of the batch."""
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         if self._captured is None:
             loss = self._compute_gradients(batch.to(self.device), is_dense)
         else:
             loss = self._captured.compute_gradients(batch)
         if self.clip_grad_norm:
-            clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
+            self._clip_gradients()
         self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update()
+        average_weight = 0.0 if self.ema is None else self.ema.update()
+        if self._table_optimizer is not None:
+            self._table_optimizer.step(average_weight)
         return loss
+
+    def _clip_gradients(self) -> None:
+        """Scale all gradients so that their norm is at most that of clip_grad_norm."""
+        parameters: list[Tensor] = list(self._list_dense_parameters())
+        if self._table_weight is not None and self._table_weight.grad is not None:
+            parameters.append(expose_gradient_rows(self._table_weight))
+        clip_grad_norm_(parameters, **self.clip_grad_norm)
 
     def _compute_gradients(self, batch: Interaction, is_dense: bool) -> Tensor:
         """Set the gradients of a batch's loss, on every process; returns the loss."""
         shard, weight = self._shard_batch(batch, is_dense)
         loss = torch.zeros((), device=self.device)
         if len(shard):
-            with self._precision():
+            with self._precision(), self._catch_up_when_read():
                 losses = self.model.calculate_loss(shard)
             if isinstance(losses, tuple):
                 losses = torch.stack(losses).sum()
             loss = losses.reshape(()) * weight  # GCSAN's and TransRec's have the shape (1,)
             loss.backward()
-        loss = distributed.sum_gradients(self.model.parameters(), loss.detach())
+        loss = distributed.sum_gradients(self._list_dense_parameters(), loss.detach())
+        if self._table_weight is not None:
+            distributed.sum_sparse_gradient(self._table_weight)
         self._check_nan(loss)
         return loss
+
+    def _list_dense_parameters(self) -> list[nn.Parameter]:
+        """All parameters but `_table_weight`."""
+        return [p for p in self.model.parameters() if p is not self._table_weight]
+
+    def _catch_up_when_read(self) -> AbstractContextManager[None]:
+        """Let a forward pass read rows of `_table` as they are after all steps so far."""
+        return nullcontext() if self._table_optimizer is None else self._table_optimizer.catch_up_when_read()
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Of the forward pass in training."""
