@@ -17,6 +17,7 @@ from torch import Tensor
 
 from m2rec.compat import Config, FeatureSource, FeatureType, Interaction, SeqSampler, SequentialDataset
 from m2rec.data import download, inter_file, shipped
+from m2rec.data.columns import count_codes, encode_tokens, filter_by_counts, order_by_appearance
 from m2rec.data.dominant import describe_dominant_entity
 from m2rec.data.histories import NO_TARGET, Histories, shift_targets, split_by_time
 from m2rec.data.max_length import choose_max_length
@@ -143,6 +144,9 @@ class HistoryDataset(SequentialDataset):
             frame = super()._load_feat(filepath, source)
             times = self._read_columns(path, header, [self.time_field])
             frame[self.time_field] = times[self.time_field].to_numpy()
+            for column in columns:
+                if header[column] == "token":
+                    frame[column] = encode_tokens(frame[column])
         else:
             self._register_columns(header, columns)
             frame = self._read_columns(path, header, columns)
@@ -212,9 +216,11 @@ class HistoryDataset(SequentialDataset):
         self.counts = self._count_sizes()
         self._check_sizes(before)
         feat = self.inter_feat
+        for column in feat:
+            if isinstance(feat[column].dtype, pd.CategoricalDtype):
+                feat[column] = order_by_appearance(feat[column])
         for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
-            counts = feat[column].value_counts()
-            warning = describe_dominant_entity(kind, counts.index, counts.to_numpy())
+            warning = describe_dominant_entity(kind, feat[column].cat.categories, count_codes(feat[column]))
             if warning:
                 logger.warning("%s", warning)
         self.gap_quartiles = measure_gap_quartiles(feat[self.uid_field], feat[self.time_field])
@@ -232,7 +238,7 @@ class HistoryDataset(SequentialDataset):
                 f"({_format_counts(before)} before, {after} after); "
                 f"loosen user_inter_num_interval, item_inter_num_interval or val_interval"
             )
-        longest = int(self.inter_feat[self.uid_field].value_counts().max())
+        longest = int(count_codes(self.inter_feat[self.uid_field]).max())
         if longest < 3 and self.split == "leave_one_out":
             raise UserError(
                 f"dataset: no user in {name!r} has three interactions (the most is {longest}; {after}); "
@@ -257,10 +263,47 @@ class HistoryDataset(SequentialDataset):
     def _count_sizes(self) -> dict[str, int]:
         feat = self.inter_feat
         return {
-            "users": int(feat[self.uid_field].nunique()),
-            "items": int(feat[self.iid_field].nunique()),
+            "users": int(np.count_nonzero(count_codes(feat[self.uid_field]))),
+            "items": int(np.count_nonzero(count_codes(feat[self.iid_field]))),
             "interactions": len(feat),
         }
+
+    def _filter_by_inter_num(self) -> None:
+        """RecBole's filter by the number of interactions, on codes unless users or items have a file."""
+        if self.user_feat is not None or self.item_feat is not None:
+            super()._filter_by_inter_num()
+            return
+        codes, intervals = [], []
+        for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
+            intervals.append(self._parse_intervals_str(self.config[f"{kind}_inter_num_interval"]))
+            codes.append(self.inter_feat[column].cat.codes.to_numpy())
+        is_kept = filter_by_counts(codes, [self._build_count_check(interval) for interval in intervals])
+        if not is_kept.all():
+            self.inter_feat = self.inter_feat[is_kept]
+
+    def _build_count_check(self, intervals: Any) -> Callable[[np.ndarray], np.ndarray]:
+        """Whether counts are within RecBole's parsed intervals; None and no valid interval allow all."""
+
+        def check(counts: np.ndarray) -> np.ndarray:
+            if not intervals:
+                return np.ones(len(counts), dtype=bool)
+            if len(intervals) > 1:
+                self.logger.warning("More than one interval of interaction number are given!")
+            return np.asarray(self._within_intervals(counts, intervals))
+
+        return check
+
+    def _remap(self, remap_list: list[tuple[pd.DataFrame, str, FeatureType]]) -> None:
+        """RecBole's ids, in the order of first appearance, which codes have unless columns share ids."""
+        if len(remap_list) == 1:
+            ((feat, column, _),) = remap_list
+            if isinstance(feat[column].dtype, pd.CategoricalDtype):
+                tokens = np.array(["[PAD]", *feat[column].cat.categories])
+                self.field2id_token[column] = tokens
+                self.field2token_id[column] = {token: i for i, token in enumerate(tokens)}
+                feat[column] = feat[column].cat.codes.to_numpy().astype(np.int64) + 1
+                return
+        super()._remap(remap_list)
 
     def _change_feat_format(self) -> None:
         """Sort by exact time and order ties before RecBole rounds and sorts, which it does stably."""
@@ -478,14 +521,14 @@ def _check_eval_args(config: Config) -> None:
         )
 
 
-def _warn_about_blank_ids(path: Path, tokens: pd.Series) -> None:
+def _warn_about_blank_ids(path: Path, column: pd.Series) -> None:
     """Warn of ids with blanks around them."""
-    blank = [token for token in tokens.dropna().unique() if token != token.strip()]
+    blank = [token for token in column.cat.categories if token != token.strip()]
     if blank:
         logger.warning(
             "%s: %s ids in column %s have blanks around them, such as %r; remove them, "
             "since the id without blanks is a different id",
-            path, f"{len(blank):,}", tokens.name, blank[0],
+            path, f"{len(blank):,}", column.name, blank[0],
         )  # fmt: skip
 
 
