@@ -1,17 +1,26 @@
 """Columns of interactions are the same to the last bit, whoever reads them and in whatever parts."""
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+import torch
+from pyarrow import parquet
 
-from m2rec.data import inter_file, plain_file
+from m2rec.compat import SequentialDataset, data_preparation
+from m2rec.data import inter_file, parquet_file, plain_file
 from m2rec.data.columns import filter_by_counts, separate_close_times
+from m2rec.data.dataset import HistoryDataset
 from m2rec.errors import UserError
+from m2rec.training.configuration import build_config
+from tests.conftest import random_rows, small, write_inter
 
 HEADER = {"user_id": "token", "item_id": "token", "timestamp": "float", "rating": "float", "kind": "token"}
 COLUMNS = [["user_id", "item_id", "timestamp"], ["item_id", "user_id", "timestamp", "rating"], list(HEADER)]
@@ -205,3 +214,125 @@ def test_rows_are_dropped_until_all_counts_are_right():
         assert np.flatnonzero(kept).tolist() == filter_by_loop(rows, checks)
         sizes.append(int(kept.sum()))
     assert len(set(sizes)) > 10
+
+
+def write_parquet(path: Path, columns: dict[str, pa.Array]) -> Path:
+    """Write folder/name/name.inter.parquet; names with types."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
+PARQUET_TYPES = {
+    "text": (pa.string(), pa.string(), pa.int64()),
+    "large": (pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.float64()),
+    "numbers": (pa.int32(), pa.int64(), pa.int32()),
+    "small": (pa.int16(), pa.dictionary(pa.int8(), pa.large_string()), pa.uint32()),
+}
+
+
+@pytest.mark.parametrize("types", PARQUET_TYPES.values(), ids=list(PARQUET_TYPES))
+@pytest.mark.parametrize("batch_rows", [13, 1000])
+def test_parquet_is_read_as_text_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, types: tuple[pa.DataType, ...], batch_rows: int
+):
+    """The same rows in both forms, ids that are missing among them, are the same data set."""
+    monkeypatch.setattr(parquet_file, "BATCH_ROWS", batch_rows)
+    rng = np.random.default_rng(0)
+    users, items = (rng.integers(1, 9, 200).tolist() for _ in range(2))
+    users[7], items[50], items[51] = None, None, None
+    times = rng.integers(1_600_000_000, 1_600_000_300, 200).tolist()
+    write_inter(tmp_path / "text", "toy", [
+        ("" if user is None else user, "" if item is None else item, time)
+        for user, item, time in zip(users, items, times, strict=True)
+    ])  # fmt: skip
+    columns = {}
+    for name, values, kind in zip(
+        ("user_id:token", "item_id:token", "timestamp:float"), (users, items, times), types, strict=True
+    ):
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        own = values if is_number else [None if value is None else str(value) for value in values]
+        columns[name] = pa.array(own).cast(kind)
+    write_parquet(tmp_path / "table" / "toy" / "toy.inter.parquet", columns)
+    parts = [
+        data_preparation(config, HistoryDataset(config))
+        for config in (build_config(small(tmp_path / form)) for form in ("text", "table"))
+    ]
+    for text, table in zip(*parts, strict=True):
+        ours, expected = table.dataset, text.dataset
+        assert ours.field2id_token["item_id"].tolist() == expected.field2id_token["item_id"].tolist()
+        for column in expected.inter_feat.columns:
+            assert torch.equal(ours.inter_feat[column], expected.inter_feat[column])
+
+
+TOY = {
+    "user_id:token": pa.array(["a", "b"]),
+    "item_id:token": pa.array([1, 2]),
+    "timestamp:float": pa.array([1, 2]),
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("item_id:token", [1.0, 2.0], "column 'item_id:token' has values of type double; write tokens as"),
+        ("timestamp:float", ["1", "2"], "column 'timestamp:float' has values of type string; write numbers"),
+        ("timestamp:float", [1, None], "column 'timestamp' has nothing in row 2, not a number (1 such rows)"),
+        ("timestamp:float", [np.inf, 1], "column 'timestamp' has 'inf' in row 1, not a number"),
+        ("rating", [1, 2], "'rating' in the first line is not a column header; expected NAME:TYPE"),
+        ("tags:token_seq", [["x"], []], "column 'tags' has sequences, which only a NAME.inter may have"),
+    ],
+)
+def test_what_is_wrong_in_parquet_is_named(tmp_path: Path, column: str, values: list[Any], message: str):
+    write_parquet(tmp_path / "toy" / "toy.inter.parquet", {**TOY, column: pa.array(values)})
+    load = {"inter": ["user_id", "item_id", "timestamp", *(["tags"] if column == "tags:token_seq" else [])]}
+    with pytest.raises(UserError, match=re.escape(message)):
+        HistoryDataset(build_config(small(tmp_path, load_col=load)))
+
+
+def test_a_file_that_is_not_parquet_or_one_too_many(tmp_path: Path):
+    path = write_parquet(tmp_path / "toy" / "toy.inter.parquet", TOY)
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
+    with pytest.raises(UserError, match=r"toy\.inter\.parquet: not a complete Parquet file"):
+        HistoryDataset(build_config(small(tmp_path)))
+    write_inter(tmp_path, "toy", [("a", "b", 1)])
+    with pytest.raises(UserError, match=r"dataset: 'toy' has two files of interactions, .*; remove one"):
+        HistoryDataset(build_config(small(tmp_path)))
+
+
+class PlainDataset(HistoryDataset):
+    """Tokens as Python strings until RecBole numbers them, after RecBole's own filter."""
+
+    _filter_by_inter_num = SequentialDataset._filter_by_inter_num
+
+    def _remap(self, remap_list: list[Any]) -> None:
+        plain = []
+        for feat, column, kind in remap_list:
+            feat[column] = feat[column].astype(object)
+            plain.append((feat, column, kind))
+        SequentialDataset._remap(self, plain)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"user_inter_num_interval": "[4,inf)", "item_inter_num_interval": "[15,inf)"},
+        {"user_inter_num_interval": "(3,20]", "item_inter_num_interval": "(0,14]"},
+        {"item_inter_num_interval": "[10,inf)", "rm_dup_inter": "last"},
+        {"alias_of_item_id": ["before"], "user_inter_num_interval": "[3,inf)"},
+    ],
+)
+def test_ids_and_filters_are_those_of_recbole(tmp_path: Path, others: dict[str, Any]):
+    rng = np.random.default_rng(1)
+    rows = [(*row, f"i{rng.integers(25)}", rng.choice(["x", "y", ""])) for row in random_rows()]
+    header = "user_id:token\titem_id:token\ttimestamp:float\tbefore:token\tkind:token"
+    write_inter(tmp_path, "toy", rows, header)
+    config = build_config(small(tmp_path, load_col={"inter": "*"}, **others))
+    ours, expected = HistoryDataset(config), PlainDataset(config)
+    assert 0 < len(ours) < len(rows)
+    for column in ("user_id", "item_id", "before", "kind"):
+        assert ours.field2id_token[column].tolist() == expected.field2id_token[column].tolist()
+        assert ours.field2token_id[column] == expected.field2token_id[column]
+        assert ours.inter_feat[column].tolist() == expected.inter_feat[column].tolist()
+    assert (ours.counts, ours.gap_quartiles) == (expected.counts, expected.gap_quartiles)

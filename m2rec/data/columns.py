@@ -62,16 +62,16 @@ class TokenColumn:
 
 
 class NumberColumn:
-    """Numbers, given as texts or integers.
+    """Numbers, given as texts or as an array.
 
-    A chunk is a NumPy array where all its texts are nothing but digits, else the texts.
+    A chunk is an array of int64 where all its texts are nothing but digits, else the texts.
     """
 
     def __init__(self) -> None:
         self._chunks: list[np.ndarray | pa.StringArray] = []
 
     def append(self, values: pa.StringArray | np.ndarray) -> None:
-        """Add texts, null for a missing one, or an array of int64."""
+        """Add texts, null for a missing one, or int64, or doubles, NaN for a missing one."""
         if not isinstance(values, np.ndarray):
             integers = _parse_digits(values)
             values = values if integers is None else integers
@@ -95,8 +95,8 @@ class NumberColumn:
             decimal.InvalidOperation: a text is not a valid number.
         """
         if all(isinstance(chunk, np.ndarray) for chunk in self._chunks):
-            integers = np.concatenate([np.empty(0, dtype=np.int64), *self._chunks])
-            return _separate_integers(integers, times)
+            numbers = np.concatenate([np.empty(0, dtype=np.int64), *self._chunks])
+            return _separate_integers(numbers, times) if numbers.dtype.kind == "i" else times
         texts = pd.concat([_format_texts(chunk) for chunk in self._chunks], ignore_index=True)
         if not (texts.str.len() > DOUBLE_DIGITS).any():
             return times
@@ -107,7 +107,9 @@ class NumberColumn:
         for chunk in self._chunks:
             if position < len(chunk):
                 value = chunk[position]
-                text: str | None = str(value) if isinstance(chunk, np.ndarray) else value.as_py()
+                if isinstance(chunk, np.ndarray):
+                    return None if np.isnan(value) else str(value)
+                text: str | None = value.as_py()
                 return text
             position -= len(chunk)
         raise IndexError(position)
@@ -117,7 +119,7 @@ class NumberColumn:
         missing = [np.empty(0, dtype=bool)]
         for chunk in self._chunks:
             is_array = isinstance(chunk, np.ndarray)
-            missing.append(np.zeros(len(chunk), bool) if is_array else pc.is_null(chunk).to_numpy(False))
+            missing.append(np.isnan(chunk) if is_array else pc.is_null(chunk).to_numpy(False))
         return np.concatenate(missing)
 
 
@@ -129,19 +131,19 @@ class ColumnTable:
         time_column: its numbers must be finite; those of other columns may be missing or infinite.
     """
 
-    def __init__(self, types: Mapping[str, str], time_column: str) -> None:
+    def __init__(self, types: Mapping[str, str], time_column: str = "") -> None:
         self._time_column = time_column
         self._tokens = {name: TokenColumn() for name, kind in types.items() if kind == "token"}
         self._numbers = {name: NumberColumn() for name, kind in types.items() if kind == "float"}
         self._order = list(types)
 
     def append(self, batch: Mapping[str, pa.Array | np.ndarray]) -> None:
-        """Add rows: for each column its texts, or codes, or for numbers an array of int64."""
+        """Add rows: what `TokenColumn.append` and `NumberColumn.append` take, by column."""
         for columns in (self._tokens, self._numbers):
             for name, column in columns.items():
                 column.append(batch[name])
 
-    def build(self, exact_order: bool) -> pd.DataFrame:
+    def build(self, exact_order: bool = False) -> pd.DataFrame:
         """All rows, tokens as categories in the order of first appearance.
 
         Args:

@@ -104,13 +104,13 @@ class HistoryDataset(SequentialDataset):
             )
 
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
-        path = Path(dataset_path) / f"{token}.inter"
+        path = inter_file.find_inter_file(Path(dataset_path), token)
         if not path.is_file():
             raise UserError(
                 f"dataset: {token!r} has no file {path}; put it there, or set data_path to the "
                 f"folder that contains {token}/{token}.inter"
             )
-        super()._load_inter_feat(token, dataset_path)
+        self.inter_feat = self._load_feat(str(path), FeatureSource.INTERACTION)
 
     @property
     def is_dense(self) -> bool:
@@ -140,7 +140,8 @@ class HistoryDataset(SequentialDataset):
         header = inter_file.read_header(path, self.config["field_separator"])
         columns = self._select_columns(path, header)
         self._warn_about_zero_labels(path, header, columns)
-        if any(header[column].endswith("_seq") for column in columns):
+        has_sequences = any(header[column].endswith("_seq") for column in columns)
+        if has_sequences and path.suffix == ".inter":
             frame = super()._load_feat(filepath, source)
             times = self._read_columns(path, header, [self.time_field])
             frame[self.time_field] = times[self.time_field].to_numpy()

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from m2rec.data import parquet_file
 from m2rec.data.column_names import LABEL_COLUMNS
-from m2rec.data.columns import ColumnTable, InvalidNumberError
+from m2rec.data.columns import ColumnTable, InvalidNumberError, count_codes, encode_tokens
 from m2rec.data.plain_file import OddFileError, iterate_plain_batches
 from m2rec.errors import UserError, format_one_line
 
@@ -22,12 +23,32 @@ CHUNK_ROWS = 1 << 20  # read at once by pandas
 SEPARATORS = (",", "||", "::", "|", ";", "\t", " ")
 
 
+def find_inter_file(folder: Path, name: str) -> Path:
+    """folder/NAME.inter, or NAME.inter.parquet if only that exists.
+
+    Raises:
+        ValueError: both exist.
+    """
+    text = folder / f"{name}.inter"
+    table = text.with_name(text.name + parquet_file.SUFFIX)
+    if not table.is_file():
+        return text
+    if text.is_file():
+        raise UserError(f"dataset: {name!r} has two files of interactions, {text} and {table}; remove one")
+    return table
+
+
 def read_header(path: Path, separator: str) -> dict[str, str]:
     """Column names with their types, from a first line such as `user_id:token`.
+
+    Args:
+        path: a file with such a line, or a Parquet file with such columns.
 
     Raises:
         ValueError: the file is empty, not UTF-8, or its first line is not such a header.
     """
+    if path.suffix == parquet_file.SUFFIX:
+        return _parse_header(path, parquet_file.read_column_cells(path), separator)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             line = file.readline().rstrip("\r\n")
@@ -35,8 +56,12 @@ def read_header(path: Path, separator: str) -> dict[str, str]:
         raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     if not line:
         raise UserError(f"{path}: the file is empty; its first line must name the columns")
+    return _parse_header(path, line.split(separator), separator)
+
+
+def _parse_header(path: Path, cells: Sequence[str], separator: str) -> dict[str, str]:
     columns = {}
-    for cell in line.split(separator):
+    for cell in cells:
         name, colon, kind = cell.rpartition(":")
         if not colon or kind not in COLUMN_TYPES:
             raise UserError(
@@ -146,6 +171,8 @@ def read_interactions(
         ValueError: see `read_text_columns`; a number is invalid, or a time is missing, NaN or infinite.
     """
     types = {column: header[column] for column in columns}
+    if path.suffix == parquet_file.SUFFIX:
+        return _read_parquet_interactions(path, types, time_column, exact_order)
     table = ColumnTable(types, time_column)
     try:
         for batch in iterate_plain_batches(path, separator, list(header), types):
@@ -167,12 +194,57 @@ def _read_odd_interactions(
     try:
         return table.build(exact)
     except InvalidNumberError as error:
-        shown = "nothing" if error.text is None else repr(error.text)
         line = np.concatenate(lines)[error.first]
-        raise UserError(
-            f"{path}: column {error.column!r} has {shown} in line {line}, not a number "
-            f"({error.count:,} such lines); repair or remove them"
-        ) from None
+        raise _describe_invalid_number(path, error, "line", line) from None
+
+
+def _read_parquet_interactions(
+    path: Path, types: dict[str, str], time_column: str, exact_order: bool
+) -> pd.DataFrame:
+    for column, kind in types.items():
+        if kind.endswith("_seq"):
+            raise UserError(
+                f"{path}: column {column!r} has sequences, which only a NAME.inter may have; "
+                f"leave it out with load_col"
+            )
+    table = ColumnTable(types, time_column)
+    for batch in parquet_file.iterate_parquet_batches(path, types):
+        table.append(batch)
+    try:
+        return table.build(exact_order)
+    except InvalidNumberError as error:
+        raise _describe_invalid_number(path, error, "row", error.first + 1) from None
+
+
+def _describe_invalid_number(path: Path, error: InvalidNumberError, kind: str, number: int) -> UserError:
+    shown = "nothing" if error.text is None else repr(error.text)
+    return UserError(
+        f"{path}: column {error.column!r} has {shown} in {kind} {number}, not a number "
+        f"({error.count:,} such {kind}s); repair or remove them"
+    )
+
+
+def read_token_columns(
+    path: Path, separator: str, header: dict[str, str], columns: Sequence[str]
+) -> pd.DataFrame:
+    """Columns as categories in the order of first appearance, whatever their type; blank lines are left out.
+
+    Raises:
+        ValueError: see `read_text_columns`.
+    """
+    types = dict.fromkeys(columns, "token")
+    table = ColumnTable(types)
+    if path.suffix == parquet_file.SUFFIX:
+        batches = parquet_file.iterate_parquet_batches(path, types)
+    else:
+        batches = iterate_plain_batches(path, separator, list(header), types)
+    try:
+        for batch in batches:
+            table.append(batch)
+        return table.build().dropna(how="all")
+    except OddFileError:
+        frame = read_text_columns(path, separator, header, columns)
+        return pd.DataFrame({column: encode_tokens(frame[column]) for column in columns})
 
 
 def count_zero_labels(path: Path, separator: str, header: dict[str, str]) -> dict[str, int]:
@@ -185,8 +257,8 @@ def count_zero_labels(path: Path, separator: str, header: dict[str, str]) -> dic
     if not columns:
         return {}
     counts = {}
-    frame = read_text_columns(path, separator, header, columns)
+    frame = read_token_columns(path, separator, header, columns)
     for column in columns:
-        numbers = pd.to_numeric(frame[column], errors="coerce")
-        counts[column] = int((numbers == 0).sum())
+        numbers = pd.to_numeric(pd.Series(frame[column].cat.categories, dtype=object), errors="coerce")
+        counts[column] = int(count_codes(frame[column])[numbers == 0].sum())
     return counts

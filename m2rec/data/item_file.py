@@ -52,8 +52,8 @@ def read_item_tokens(path: Path, id_column: str, separator: str = "\t") -> list[
     header = inter_file.read_header(path, separator)
     if id_column not in header:
         return None
-    frame = inter_file.read_text_columns(path, separator, header, [id_column])
-    return list(frame[id_column].dropna().unique())
+    frame = inter_file.read_token_columns(path, separator, header, [id_column])
+    return list(frame[id_column].cat.categories)
 
 
 def read_item_titles(path: Path, id_column: str, separator: str = "\t") -> dict[str, str]:
