@@ -19,7 +19,7 @@ from m2rec.compat import Config, FeatureSource, FeatureType, Interaction, SeqSam
 from m2rec.data import download, inter_file, shipped
 from m2rec.data.columns import count_codes, encode_tokens, filter_by_counts, order_by_appearance
 from m2rec.data.dominant import describe_dominant_entity
-from m2rec.data.histories import NO_TARGET, Histories, shift_targets, split_by_time
+from m2rec.data.histories import NO_TARGET, Histories, order_by_user, shift_targets, split_by_time
 from m2rec.data.max_length import choose_max_length
 from m2rec.data.ties import Ties, hash_interactions
 from m2rec.data.time_statistics import (
@@ -224,7 +224,8 @@ class HistoryDataset(SequentialDataset):
             warning = describe_dominant_entity(kind, feat[column].cat.categories, count_codes(feat[column]))
             if warning:
                 logger.warning("%s", warning)
-        self.gap_quartiles = measure_gap_quartiles(feat[self.uid_field], feat[self.time_field])
+        users = feat[self.uid_field].cat.codes.to_numpy()
+        self.gap_quartiles = measure_gap_quartiles(users, feat[self.time_field].to_numpy())
 
     def _check_sizes(self, before: dict[str, int]) -> None:
         """Check that something can be trained after filtering.
@@ -307,7 +308,7 @@ class HistoryDataset(SequentialDataset):
         super()._remap(remap_list)
 
     def _change_feat_format(self) -> None:
-        """Sort by exact time and order ties before RecBole rounds and sorts, which it does stably."""
+        """Sort by user and exact time, and order ties, before RecBole rounds times."""
         times = self.inter_feat[self.time_field].to_numpy()
         if self.time_order != "exact":
             times = times.astype(np.float32)
@@ -315,11 +316,10 @@ class HistoryDataset(SequentialDataset):
             order = np.lexsort((self._hash_interactions(), times))
         else:
             order = times.argsort(kind="stable")
+        order = order_by_user(self.inter_feat[self.uid_field].to_numpy(), order)
         self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
-        times = times[order]
-        users = self.inter_feat[self.uid_field].to_numpy()
-        by_user = users.argsort(kind="stable")
-        self.ties = Ties.find(users[by_user], times[by_user])
+        users, times = self.inter_feat[self.uid_field].to_numpy(), times[order]
+        self.ties = Ties.find(users, times)
         if self.tie_order == "shuffled" and not self.ties.n_tied:
             logger.warning("ties: shuffled changes nothing: no user has two interactions at the same time")
         if self.split == "global_time":
@@ -343,7 +343,6 @@ class HistoryDataset(SequentialDataset):
         that stock RecBole gives that target. Windows end at the last training target and go back
         in steps of L, so that each training target is at one position of one row.
         """
-        self.sort(by=[self.uid_field, self.time_field], ascending=True)
         users = self.inter_feat[self.uid_field].numpy()
         items = self.inter_feat[self.iid_field].numpy()
         histories = Histories(users.copy(), items.copy())
