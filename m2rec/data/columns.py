@@ -255,6 +255,12 @@ def encode_tokens(tokens: pd.Series) -> pd.Categorical:
     return pd.Categorical.from_codes(codes, categories, validate=False)
 
 
+def list_tokens(column: pd.Series) -> list[str]:
+    """The categories of a column of tokens; iterating over them takes several times as long."""
+    tokens: list[str] = column.cat.categories.to_numpy(dtype=object).tolist()
+    return tokens
+
+
 def count_codes(column: pd.Series) -> np.ndarray:
     """How often each category of a column of tokens occurs, (number of categories,)."""
     codes = column.cat.codes.to_numpy()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from m2rec.compat import Config, FeatureSource, FeatureType, Interaction, SeqSampler, SequentialDataset
 from m2rec.data import download, inter_file, shipped
-from m2rec.data.columns import count_codes, encode_tokens, filter_by_counts, order_by_appearance
+from m2rec.data.columns import count_codes, encode_tokens, filter_by_counts, list_tokens, order_by_appearance
 from m2rec.data.dominant import describe_dominant_entity
 from m2rec.data.histories import NO_TARGET, Histories, order_by_user, shift_targets, split_by_time
 from m2rec.data.max_length import choose_max_length
@@ -300,7 +300,7 @@ class HistoryDataset(SequentialDataset):
         if len(remap_list) == 1:
             ((feat, column, _),) = remap_list
             if isinstance(feat[column].dtype, pd.CategoricalDtype):
-                tokens = np.array(["[PAD]", *feat[column].cat.categories])
+                tokens = np.array(["[PAD]", *list_tokens(feat[column])])
                 self.field2id_token[column] = tokens
                 self.field2token_id[column] = {token: i for i, token in enumerate(tokens)}
                 feat[column] = feat[column].cat.codes.to_numpy().astype(np.int64) + 1
@@ -523,7 +523,7 @@ def _check_eval_args(config: Config) -> None:
 
 def _warn_about_blank_ids(path: Path, column: pd.Series) -> None:
     """Warn of ids with blanks around them."""
-    blank = [token for token in column.cat.categories if token != token.strip()]
+    blank = [token for token in list_tokens(column) if token != token.strip()]
     if blank:
         logger.warning(
             "%s: %s ids in column %s have blanks around them, such as %r; remove them, "
