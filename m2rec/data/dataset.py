@@ -34,6 +34,7 @@ from m2rec.settings import get_run_settings
 logger = logging.getLogger(__name__)
 
 PARTS = ("train", "valid", "test")
+_ROWS_AT_ONCE = 1 << 14  # whose indices are in memory
 
 # full ranking of all items, by time: the only supported evaluation
 EVAL_ARGS = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"}
@@ -395,21 +396,33 @@ class HistoryDataset(SequentialDataset):
         """
         begin = np.maximum(start, target - self.max_item_list_len)
         lengths = target - begin
-        position = np.arange(self.max_item_list_len)
-        index = torch.from_numpy(np.minimum(begin[:, None] + position, len(self.inter_feat) - 1))
-        is_padding = torch.from_numpy(position >= lengths[:, None])  # (rows, L)
         columns = {self.item_list_length_field: torch.from_numpy(lengths)}
         for column in self.inter_feat:
             if column != self.uid_field:
-                histories = self.inter_feat[column][index]
-                histories[is_padding] = 0
-                columns[getattr(self, f"{column}_list_field")] = histories
+                name = getattr(self, f"{column}_list_field")
+                columns[name] = self._cut_histories(self.inter_feat[column], begin, lengths)
         if self.config["model"] == "DIEN":
             name, negatives = self._sample_negative_lists()
-            columns[name] = negatives[index].masked_fill(is_padding, 0)
+            columns[name] = self._cut_histories(negatives, begin, lengths)
         rows = self.inter_feat[target]
         rows.update(Interaction(columns))
         return rows
+
+    def _cut_histories(self, values: Tensor, begin: np.ndarray, lengths: np.ndarray) -> Tensor:
+        """Parts of a column as rows, (rows, L, ...), right-padded with 0.
+
+        Args:
+            values: (n, ...), the column.
+            begin, lengths: (rows,), where each row's part begins and how long it is.
+        """
+        position = np.arange(self.max_item_list_len)
+        histories = values.new_empty((len(begin), len(position), *values.shape[1:]))
+        for first in range(0, len(begin), _ROWS_AT_ONCE):
+            some = slice(first, first + _ROWS_AT_ONCE)
+            index = np.minimum(begin[some, None] + position, len(values) - 1)
+            histories[some] = values[torch.from_numpy(index)]
+            histories[some][torch.from_numpy(position >= lengths[some, None])] = 0
+        return histories
 
     def _sample_negative_lists(self) -> tuple[str, Tensor]:
         """A random other item for each interaction, (n,), and the column of these histories; for DIEN."""
