@@ -98,7 +98,8 @@ def find_data_folder(data_path: Path, dataset: str) -> Path:
     """
     folder = data_path / dataset
     packaged = RECBOLE_FOLDER / "dataset_example" / dataset
-    if packaged.is_dir() and not (folder / f"{dataset}.inter").is_file():
+    files = (folder / f"{dataset}.inter", folder / f"{dataset}.inter.parquet")
+    if packaged.is_dir() and not any(file.is_file() for file in files):
         return packaged
     return folder
 

@@ -187,6 +187,15 @@ def test_other_columns_travel_with_the_items(tmp_path: Path):
         assert feat["rating_list"][0, :5].tolist() == [0, 0.5, 1, 1.5, 2]
 
 
+def test_rows_are_cut_in_parts(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of any size; the last one may be smaller."""
+    whole = built(toy, rows="prefix")
+    monkeypatch.setattr("m2rec.data.dataset._ROWS_AT_ONCE", 7)
+    for ours, expected in zip(built(toy, rows="prefix"), whole, strict=True):
+        for column in expected.inter_feat.columns:
+            assert torch.equal(ours.inter_feat[column], expected.inter_feat[column])
+
+
 @pytest.mark.parametrize(
     ("rows", "others", "message"),
     [

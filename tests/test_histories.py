@@ -1,8 +1,15 @@
 """Histories and where their targets lie."""
 
 import numpy as np
+import pytest
 
-from m2rec.data.histories import Histories, concatenate_ranges, split_by_time, split_leave_one_out
+from m2rec.data.histories import (
+    Histories,
+    concatenate_ranges,
+    order_by_user,
+    split_by_time,
+    split_leave_one_out,
+)
 
 
 def test_leave_one_out_by_length():
@@ -61,3 +68,15 @@ def test_ranges_are_concatenated():
     start, lengths = np.array([5, 2, 9, 0]), np.array([2, 0, 1, 3])
     assert concatenate_ranges(start, lengths).tolist() == [5, 6, 9, 0, 1, 2]
     assert concatenate_ranges(start[:0], lengths[:0]).tolist() == []
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64])
+@pytest.mark.parametrize("n_users", [1, 100, 2**16, 2**16 + 1, 10**6, 2**40])
+def test_each_users_interactions_stay_in_order(dtype: type[np.integer], n_users: int):
+    rng = np.random.default_rng(0)
+    n_users = min(n_users, np.iinfo(dtype).max)
+    for size in (0, 1, 3000):
+        users = (rng.integers(0, n_users, size) // 2 * 2).astype(dtype)
+        times = rng.integers(0, 50, size)
+        order = order_by_user(users, times.argsort(kind="stable"))
+        assert order.tolist() == np.lexsort((times, users)).tolist()

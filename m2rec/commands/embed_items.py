@@ -99,6 +99,7 @@ def make_vector_file(options: argparse.Namespace) -> None:
         ValueError: an option or a file can't be used.
     """
     from m2rec.compat import find_data_folder
+    from m2rec.data.inter_file import find_inter_file
     from m2rec.data.item_file import read_item_tokens
     from m2rec.text.build import build_text_vectors, import_text_vectors
     from m2rec.text.item_text import read_item_texts
@@ -110,7 +111,7 @@ def make_vector_file(options: argparse.Namespace) -> None:
     if not options.separator:
         raise UserError("--separator: empty; give the characters between two columns")
     separator, id_column = options.separator.replace(r"\t", "\t"), options.id_column
-    interaction_items = read_item_tokens(folder / f"{name}.inter", id_column, separator)
+    interaction_items = read_item_tokens(find_inter_file(folder, name), id_column, separator)
     output.parent.mkdir(parents=True, exist_ok=True)
     with lock_path(output.parent):  # a run without vectors would make them, too
         if options.vectors or options.ids:

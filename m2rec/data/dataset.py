@@ -17,8 +17,9 @@ from torch import Tensor
 
 from m2rec.compat import Config, FeatureSource, FeatureType, Interaction, SeqSampler, SequentialDataset
 from m2rec.data import download, inter_file, shipped
+from m2rec.data.columns import count_codes, encode_tokens, filter_by_counts, list_tokens, order_by_appearance
 from m2rec.data.dominant import describe_dominant_entity
-from m2rec.data.histories import NO_TARGET, Histories, shift_targets, split_by_time
+from m2rec.data.histories import NO_TARGET, Histories, order_by_user, shift_targets, split_by_time
 from m2rec.data.max_length import choose_max_length
 from m2rec.data.ties import Ties, hash_interactions
 from m2rec.data.time_statistics import (
@@ -33,6 +34,7 @@ from m2rec.settings import get_run_settings
 logger = logging.getLogger(__name__)
 
 PARTS = ("train", "valid", "test")
+_ROWS_AT_ONCE = 1 << 14  # whose indices are in memory
 
 # full ranking of all items, by time: the only supported evaluation
 EVAL_ARGS = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"}
@@ -103,13 +105,13 @@ class HistoryDataset(SequentialDataset):
             )
 
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
-        path = Path(dataset_path) / f"{token}.inter"
+        path = inter_file.find_inter_file(Path(dataset_path), token)
         if not path.is_file():
             raise UserError(
                 f"dataset: {token!r} has no file {path}; put it there, or set data_path to the "
                 f"folder that contains {token}/{token}.inter"
             )
-        super()._load_inter_feat(token, dataset_path)
+        self.inter_feat = self._load_feat(str(path), FeatureSource.INTERACTION)
 
     @property
     def is_dense(self) -> bool:
@@ -139,10 +141,14 @@ class HistoryDataset(SequentialDataset):
         header = inter_file.read_header(path, self.config["field_separator"])
         columns = self._select_columns(path, header)
         self._warn_about_zero_labels(path, header, columns)
-        if any(header[column].endswith("_seq") for column in columns):
+        has_sequences = any(header[column].endswith("_seq") for column in columns)
+        if has_sequences and path.suffix == ".inter":
             frame = super()._load_feat(filepath, source)
             times = self._read_columns(path, header, [self.time_field])
             frame[self.time_field] = times[self.time_field].to_numpy()
+            for column in columns:
+                if header[column] == "token":
+                    frame[column] = encode_tokens(frame[column])
         else:
             self._register_columns(header, columns)
             frame = self._read_columns(path, header, columns)
@@ -212,12 +218,15 @@ class HistoryDataset(SequentialDataset):
         self.counts = self._count_sizes()
         self._check_sizes(before)
         feat = self.inter_feat
+        for column in feat:
+            if isinstance(feat[column].dtype, pd.CategoricalDtype):
+                feat[column] = order_by_appearance(feat[column])
         for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
-            counts = feat[column].value_counts()
-            warning = describe_dominant_entity(kind, counts.index, counts.to_numpy())
+            warning = describe_dominant_entity(kind, feat[column].cat.categories, count_codes(feat[column]))
             if warning:
                 logger.warning("%s", warning)
-        self.gap_quartiles = measure_gap_quartiles(feat[self.uid_field], feat[self.time_field])
+        users = feat[self.uid_field].cat.codes.to_numpy()
+        self.gap_quartiles = measure_gap_quartiles(users, feat[self.time_field].to_numpy())
 
     def _check_sizes(self, before: dict[str, int]) -> None:
         """Check that something can be trained after filtering.
@@ -232,7 +241,7 @@ class HistoryDataset(SequentialDataset):
                 f"({_format_counts(before)} before, {after} after); "
                 f"loosen user_inter_num_interval, item_inter_num_interval or val_interval"
             )
-        longest = int(self.inter_feat[self.uid_field].value_counts().max())
+        longest = int(count_codes(self.inter_feat[self.uid_field]).max())
         if longest < 3 and self.split == "leave_one_out":
             raise UserError(
                 f"dataset: no user in {name!r} has three interactions (the most is {longest}; {after}); "
@@ -257,13 +266,50 @@ class HistoryDataset(SequentialDataset):
     def _count_sizes(self) -> dict[str, int]:
         feat = self.inter_feat
         return {
-            "users": int(feat[self.uid_field].nunique()),
-            "items": int(feat[self.iid_field].nunique()),
+            "users": int(np.count_nonzero(count_codes(feat[self.uid_field]))),
+            "items": int(np.count_nonzero(count_codes(feat[self.iid_field]))),
             "interactions": len(feat),
         }
 
+    def _filter_by_inter_num(self) -> None:
+        """RecBole's filter by the number of interactions, on codes unless users or items have a file."""
+        if self.user_feat is not None or self.item_feat is not None:
+            super()._filter_by_inter_num()
+            return
+        codes, intervals = [], []
+        for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
+            intervals.append(self._parse_intervals_str(self.config[f"{kind}_inter_num_interval"]))
+            codes.append(self.inter_feat[column].cat.codes.to_numpy())
+        is_kept = filter_by_counts(codes, [self._build_count_check(interval) for interval in intervals])
+        if not is_kept.all():
+            self.inter_feat = self.inter_feat[is_kept]
+
+    def _build_count_check(self, intervals: Any) -> Callable[[np.ndarray], np.ndarray]:
+        """Whether counts are within RecBole's parsed intervals; None and no valid interval allow all."""
+
+        def check(counts: np.ndarray) -> np.ndarray:
+            if not intervals:
+                return np.ones(len(counts), dtype=bool)
+            if len(intervals) > 1:
+                self.logger.warning("More than one interval of interaction number are given!")
+            return np.asarray(self._within_intervals(counts, intervals))
+
+        return check
+
+    def _remap(self, remap_list: list[tuple[pd.DataFrame, str, FeatureType]]) -> None:
+        """RecBole's ids, in the order of first appearance, which codes have unless columns share ids."""
+        if len(remap_list) == 1:
+            ((feat, column, _),) = remap_list
+            if isinstance(feat[column].dtype, pd.CategoricalDtype):
+                tokens = np.array(["[PAD]", *list_tokens(feat[column])])
+                self.field2id_token[column] = tokens
+                self.field2token_id[column] = {token: i for i, token in enumerate(tokens)}
+                feat[column] = feat[column].cat.codes.to_numpy().astype(np.int64) + 1
+                return
+        super()._remap(remap_list)
+
     def _change_feat_format(self) -> None:
-        """Sort by exact time and order ties before RecBole rounds and sorts, which it does stably."""
+        """Sort by user and exact time, and order ties, before RecBole rounds times."""
         times = self.inter_feat[self.time_field].to_numpy()
         if self.time_order != "exact":
             times = times.astype(np.float32)
@@ -271,11 +317,10 @@ class HistoryDataset(SequentialDataset):
             order = np.lexsort((self._hash_interactions(), times))
         else:
             order = times.argsort(kind="stable")
+        order = order_by_user(self.inter_feat[self.uid_field].to_numpy(), order)
         self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
-        times = times[order]
-        users = self.inter_feat[self.uid_field].to_numpy()
-        by_user = users.argsort(kind="stable")
-        self.ties = Ties.find(users[by_user], times[by_user])
+        users, times = self.inter_feat[self.uid_field].to_numpy(), times[order]
+        self.ties = Ties.find(users, times)
         if self.tie_order == "shuffled" and not self.ties.n_tied:
             logger.warning("ties: shuffled changes nothing: no user has two interactions at the same time")
         if self.split == "global_time":
@@ -299,7 +344,6 @@ class HistoryDataset(SequentialDataset):
         that stock RecBole gives that target. Windows end at the last training target and go back
         in steps of L, so that each training target is at one position of one row.
         """
-        self.sort(by=[self.uid_field, self.time_field], ascending=True)
         users = self.inter_feat[self.uid_field].numpy()
         items = self.inter_feat[self.iid_field].numpy()
         histories = Histories(users.copy(), items.copy())
@@ -352,21 +396,33 @@ class HistoryDataset(SequentialDataset):
         """
         begin = np.maximum(start, target - self.max_item_list_len)
         lengths = target - begin
-        position = np.arange(self.max_item_list_len)
-        index = torch.from_numpy(np.minimum(begin[:, None] + position, len(self.inter_feat) - 1))
-        is_padding = torch.from_numpy(position >= lengths[:, None])  # (rows, L)
         columns = {self.item_list_length_field: torch.from_numpy(lengths)}
         for column in self.inter_feat:
             if column != self.uid_field:
-                histories = self.inter_feat[column][index]
-                histories[is_padding] = 0
-                columns[getattr(self, f"{column}_list_field")] = histories
+                name = getattr(self, f"{column}_list_field")
+                columns[name] = self._cut_histories(self.inter_feat[column], begin, lengths)
         if self.config["model"] == "DIEN":
             name, negatives = self._sample_negative_lists()
-            columns[name] = negatives[index].masked_fill(is_padding, 0)
+            columns[name] = self._cut_histories(negatives, begin, lengths)
         rows = self.inter_feat[target]
         rows.update(Interaction(columns))
         return rows
+
+    def _cut_histories(self, values: Tensor, begin: np.ndarray, lengths: np.ndarray) -> Tensor:
+        """Parts of a column as rows, (rows, L, ...), right-padded with 0.
+
+        Args:
+            values: (n, ...), the column.
+            begin, lengths: (rows,), where each row's part begins and how long it is.
+        """
+        position = np.arange(self.max_item_list_len)
+        histories = values.new_empty((len(begin), len(position), *values.shape[1:]))
+        for first in range(0, len(begin), _ROWS_AT_ONCE):
+            some = slice(first, first + _ROWS_AT_ONCE)
+            index = np.minimum(begin[some, None] + position, len(values) - 1)
+            histories[some] = values[torch.from_numpy(index)]
+            histories[some][torch.from_numpy(position >= lengths[some, None])] = 0
+        return histories
 
     def _sample_negative_lists(self) -> tuple[str, Tensor]:
         """A random other item for each interaction, (n,), and the column of these histories; for DIEN."""
@@ -478,14 +534,14 @@ def _check_eval_args(config: Config) -> None:
         )
 
 
-def _warn_about_blank_ids(path: Path, tokens: pd.Series) -> None:
+def _warn_about_blank_ids(path: Path, column: pd.Series) -> None:
     """Warn of ids with blanks around them."""
-    blank = [token for token in tokens.dropna().unique() if token != token.strip()]
+    blank = [token for token in list_tokens(column) if token != token.strip()]
     if blank:
         logger.warning(
             "%s: %s ids in column %s have blanks around them, such as %r; remove them, "
             "since the id without blanks is a different id",
-            path, f"{len(blank):,}", tokens.name, blank[0],
+            path, f"{len(blank):,}", column.name, blank[0],
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2rec.data import inter_file
+from m2rec.data.columns import list_tokens
 
 TITLE_WORDS = ("title", "name")
 
@@ -52,8 +53,8 @@ def read_item_tokens(path: Path, id_column: str, separator: str = "\t") -> list[
     header = inter_file.read_header(path, separator)
     if id_column not in header:
         return None
-    frame = inter_file.read_text_columns(path, separator, header, [id_column])
-    return list(frame[id_column].dropna().unique())
+    frame = inter_file.read_token_columns(path, separator, header, [id_column])
+    return list_tokens(frame[id_column])
 
 
 def read_item_titles(path: Path, id_column: str, separator: str = "\t") -> dict[str, str]:

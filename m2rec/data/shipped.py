@@ -65,10 +65,10 @@ def describe_difference(name: str, path: Path, columns: InterColumns) -> str:
     header = inter_file.read_header(path, columns.separator)
     if columns.user not in header or columns.item not in header:
         return ""  # which is an error when it is loaded
-    frame = inter_file.read_text_columns(path, columns.separator, header, [columns.user, columns.item])
+    frame = inter_file.read_token_columns(path, columns.separator, header, [columns.user, columns.item])
     counts = {
-        "users": frame[columns.user].nunique(),
-        "items": frame[columns.item].nunique(),
+        "users": len(frame[columns.user].cat.categories),
+        "items": len(frame[columns.item].cat.categories),
         "interactions": len(frame),
     }
     differences = []

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from m2rec.data.histories import order_by_user
+
 _DAY = 86_400
 _RECENT_DAYS = (7, 30, 90, 365)
 _MIN_RECENT_SHARE = 0.01  # of the training interactions: fewer say little about what is popular
@@ -91,12 +93,16 @@ def _find_time_unit(times: np.ndarray) -> int | None:
     return None
 
 
-def measure_gap_quartiles(users: pd.Series, times: pd.Series) -> tuple[float, float, float] | None:
-    """Quartiles of the time between neighbouring interactions of a user; None where no user has two."""
-    frame = pd.DataFrame({"user": pd.factorize(users)[0], "time": times.to_numpy()})
-    frame = frame.sort_values(["user", "time"])
-    same_user = frame["user"].diff() == 0
-    gaps = frame["time"].diff()[same_user]
+def measure_gap_quartiles(users: np.ndarray, times: np.ndarray) -> tuple[float, float, float] | None:
+    """Quartiles of the time between neighbouring interactions of a user; None where no user has two.
+
+    Args:
+        users: (n,) non-negative integers.
+        times: (n,).
+    """
+    order = order_by_user(users, times.argsort(kind="stable"))
+    users, times = users[order], times[order]
+    gaps = pd.Series(np.diff(times)[users[1:] == users[:-1]])
     if gaps.empty:
         return None
     low, middle, high = gaps.quantile([0.25, 0.5, 0.75]).tolist()

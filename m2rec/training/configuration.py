@@ -18,6 +18,7 @@ from m2rec import distributed
 from m2rec.compat import RECBOLE_FOLDER, Config, argument_list, find_data_folder
 from m2rec.data import shipped
 from m2rec.data.dataset import EVAL_ARGS
+from m2rec.data.inter_file import find_inter_file
 from m2rec.errors import UserError
 from m2rec.models.registry import Model, find_model_class
 from m2rec.ops import Backend, resolve_backend
@@ -361,7 +362,7 @@ def _read_dataset_properties(values: Mapping[str, Any]) -> dict[str, Any]:
     name = str(values["dataset"])
     properties = _read_properties("dataset", name)
     properties.pop(shipped.ORIGIN_KEY, None)
-    path = find_data_folder(Path(str(values["data_path"])), name) / f"{name}.inter"
+    path = find_inter_file(find_data_folder(Path(str(values["data_path"])), name), name)
     if not properties or path.is_relative_to(RECBOLE_FOLDER):
         return properties
     if not path.is_file():  # when it is downloaded, `HistoryDataset` compares

@@ -1,0 +1,150 @@
+"""From the command to the model: seconds and peak memory of loading interactions, beside a plain reader.
+
+    python scripts/bench/data.py                                    # 2 million rows
+    python scripts/bench/data.py --rows=20_000_000 --users=1_000_000 --items=269_000
+
+The yardstick is what no loader can do without: pyarrow reads the same file and sorts it once by user and
+time. Each task runs in its own process, in turns; its time is from the start of the process to its end, with
+all imports. CPU seconds, of all threads, say more than seconds on a machine that others use. The data are
+random: users and items have long tails, and the lines are in the order of time.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+from benchmarking import (
+    Row,
+    build_benchmark_parser,
+    parse_benchmark_arguments,
+    print_row,
+    write_benchmark_results,
+)
+
+NAME = "bench"
+YARDSTICK = "pyarrow reads, one sort"
+LOAD = "command to model built"
+_LINES_AT_ONCE = 1_000_000
+_FIRST_TIME, _LAST_TIME = 1_400_000_000, 1_700_000_000  # seconds
+
+
+def write_random_interactions(folder: Path, rows: int, users: int, items: int) -> Path:
+    """Write folder/bench/bench.inter in the order of time and return its path."""
+    rng = np.random.default_rng(0)
+    path = folder / NAME / f"{NAME}.inter"
+    path.parent.mkdir(parents=True)
+    user_names, item_names = rng.permutation(users), rng.permutation(items)
+    times = np.sort(rng.integers(_FIRST_TIME, _LAST_TIME, rows))
+    with path.open("w", encoding="utf-8") as file:
+        file.write("user_id:token\titem_id:token\ttimestamp:float\n")
+        for start in range(0, rows, _LINES_AT_ONCE):
+            own_times = times[start : start + _LINES_AT_ONCE].tolist()
+            own_users = user_names[draw_long_tail(rng, users, len(own_times))].tolist()
+            own_items = item_names[draw_long_tail(rng, items, len(own_times))].tolist()
+            lines = zip(own_users, own_items, own_times, strict=True)
+            file.writelines(f"u{user}\ti{item}\t{time}\n" for user, item, time in lines)
+    return path
+
+
+def draw_long_tail(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
+    """Numbers below n, of which the first 20% are drawn in 54% of all cases."""
+    return np.asarray((n * rng.random(size) ** 2.6).astype(np.int64))
+
+
+def read_and_sort(path: Path) -> None:
+    """The yardstick: columns with dictionaries, sorted by user and time."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    tokens = pa.dictionary(pa.int32(), pa.string())
+    types = {"user_id:token": tokens, "item_id:token": tokens, "timestamp:float": pa.float64()}
+    convert = csv.ConvertOptions(column_types=types)
+    table = csv.read_csv(path, None, csv.ParseOptions(delimiter="\t"), convert).unify_dictionaries()
+    users, times = table["user_id:token"].combine_chunks(), table["timestamp:float"].to_numpy()
+    order = np.lexsort((times, users.indices.to_numpy()))
+    table.take(order)
+
+
+def load_run(path: Path, length: int) -> None:
+    """All that a run does before its first step."""
+    from m2rec.training.configuration import build_config
+    from m2rec.training.run import prepare_run
+
+    values = {
+        "auto": False,
+        "baselines": False,
+        "dataset": NAME,
+        "data_path": str(path.parent.parent),
+        "gpu_id": "",
+        "MAX_ITEM_LIST_LENGTH": length,
+        "report": False,
+        "runs_dir": str(path.parent.parent / "runs"),
+    }
+    prepare_run(build_config(values))
+
+
+def measure_task(task: str, path: Path, length: int) -> tuple[float, float, float]:
+    """Seconds, CPU seconds and peak memory in MiB of this script with `--task`, in a new process."""
+    command = [sys.executable, str(Path(__file__).resolve())]
+    start = perf_counter()
+    process = subprocess.Popen([*command, f"--task={task}", f"--file={path}", f"--length={length}"])
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{task}: exit status {process.returncode}")
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**10
+
+
+def measure_tasks(path: Path, length: int, repeats: int) -> list[Row]:
+    """A row for each task, medians over the rounds; and how they compare."""
+    rounds: dict[str, list[tuple[float, float, float]]] = {YARDSTICK: [], LOAD: []}
+    for _ in range(repeats):
+        for task, measured in rounds.items():
+            measured.append(measure_task(task, path, length))
+    rows = []
+    yardstick = median(cpu for _, cpu, _ in rounds[YARDSTICK])
+    for task, measured in rounds.items():
+        seconds, cpu_seconds, peak = (median(column) for column in zip(*measured, strict=True))
+        row: Row = {"task": task, "s": seconds, "CPU s": cpu_seconds, "peak MiB": peak}
+        rows.append(print_row({**row, "times the yardstick's CPU s": cpu_seconds / yardstick}))
+    return rows
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this benchmark; `--task` and `--file` are for the processes that it starts."""
+    parser = build_benchmark_parser(__doc__, "bench_data")
+    parser.set_defaults(repeats=3)
+    parser.add_argument("--rows", type=int, default=2_000_000, help="interactions")
+    parser.add_argument("--users", type=int, default=100_000)
+    parser.add_argument("--items", type=int, default=26_900)
+    parser.add_argument("--length", type=int, default=50, help="L")
+    parser.add_argument("--task", choices=[YARDSTICK, LOAD], help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = parse_benchmark_arguments(build_parser())
+    if args.task == YARDSTICK:
+        read_and_sort(args.file)
+    elif args.task == LOAD:
+        load_run(args.file, args.length)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = write_random_interactions(Path(folder), args.rows, args.users, args.items)
+            size = path.stat().st_size / 2**20
+            rows = measure_tasks(path, args.length, args.repeats)
+        note = f"{args.rows:,} interactions, {args.users:,} users, {args.items:,} items, {size:,.0f} MiB"
+        write_benchmark_results(args, rows, f"{note}, L = {args.length}")
+
+
+if __name__ == "__main__":
+    main()
