@@ -96,8 +96,6 @@ class Guard:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             await self._answer(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         start, status = perf_counter(), 0
