@@ -642,7 +642,7 @@ def test_metrics_can_be_read(client: Client):
         if line.startswith("#"):
             assert re.fullmatch(r"# (HELP|TYPE) m2rec_\w+ .+", line)
         else:
-            found = re.fullmatch(r"(m2rec_\w+(?:\{\w+=".*"\})?) ([-+.e\d]+)", line)
+            found = re.fullmatch(r"(m2rec_\w+(?:\{\w+=.*\})?) ([-+.e\d]+)", line)
             assert found, line
             values[found[1]] = float(found[2])
     assert values['m2rec_requests_total{method="POST",route="/recommend",status="200"}'] >= 1

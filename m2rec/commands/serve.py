@@ -30,7 +30,7 @@ def serve(options: argparse.Namespace) -> None:
     """Load the run and answer requests until the process is told to stop."""
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
-            raise UserError(f'serve: needs {package}; run: pip install fastapi uvicorn')
+            raise UserError(f"serve: needs {package}; run: pip install fastapi uvicorn")
     from m2rec.serving.http.security import read_token
     from m2rec.serving.http.server import build_server, open_socket
     from m2rec.serving.http.service import Service, ServiceOptions
