@@ -20,6 +20,7 @@ SCRIPTS = {
     "search": "run_mm.py",
     "tune": "scripts/tune.py",
     "recommend": "scripts/recommend.py",
+    "serve": "scripts/serve.py",
     "evaluate": "scripts/evaluate.py",
     "prepare": "scripts/prepare_data.py",
     "embed": "scripts/embed_items.py",

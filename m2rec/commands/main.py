@@ -23,6 +23,7 @@ COMMANDS = {
     "search": Command("search", "look for better settings first, for a time or a number of trials"),
     "tune": Command("tune", "search the settings that a file names"),
     "recommend": Command("recommend", "recommend items by a trained run"),
+    "serve": Command("serve", "answer requests over HTTP by a trained run"),
     "evaluate": Command("evaluate", "score a trained run on other data"),
     "prepare": Command("prepare_data", "make a data set from raw files"),
     "embed": Command("embed_items", "make text vectors of a data set's items"),

@@ -15,6 +15,7 @@ HELP = "a title or a part of one, a token, or: why, undo, new, quit"
 _MAX_CHOICES = 8  # titles to choose from, where more than one fits
 # similarities from 0 to 100
 _MIN_SIMILARITY = 60  # of a misspelt title
+_MIN_PART_SIMILARITY = 75  # of a part of a title
 _CONFIDENT_SIMILARITY = 85  # from here on, only titles within the margin of the best are offered
 _SIMILARITY_MARGIN = 10
 
@@ -41,13 +42,16 @@ class TitleSearch:
             self._spellings[token, "plain"] = strip_year(normalized)
 
     def find(self, text: str) -> list[str]:
-        """Tokens of the items that fit, best first: the token, the whole title, a part, or a similar one."""
+        """Tokens of the items that fit, best first: the token, the whole title, a part, or a similar one.
+
+        If there is none, titles with a part that is similar.
+        """
         if text in self.names:
             return [text]
         wanted = normalize_title(text)
         if not wanted:
             return []
-        found = self._find_parts(wanted) or self._find_similar(wanted)
+        found = self._find_parts(wanted) or self._find_similar(wanted) or self._find_misspelt_parts(wanted)
         return found[:_MAX_CHOICES]
 
     def _find_parts(self, wanted: str) -> list[str]:
@@ -78,6 +82,20 @@ class TitleSearch:
             if similarity > lowest and token not in similar:
                 similar.append(token)
         return similar
+
+    def _find_misspelt_parts(self, wanted: str) -> list[str]:
+        """Items a part of whose name is close to the wanted one; of equally close ones the shortest first."""
+        found = process.extract(
+            wanted,
+            self._normalized_names,
+            scorer=fuzz.partial_ratio,
+            score_cutoff=_MIN_PART_SIMILARITY,
+            limit=None,
+        )
+        # rapidfuzz would also find a name within the wanted text
+        longer = [entry for entry in found if len(entry[0]) >= len(wanted)]
+        longer.sort(key=lambda entry: (-entry[1], len(entry[0])))
+        return [token for _, _, token in longer]
 
 
 def normalize_title(text: str) -> str:

@@ -31,11 +31,12 @@ from m2rec.serving.int8_table import Int8Table
 from m2rec.serving.item_index import ItemIndex
 from m2rec.serving.notebook import ExplainedEvents, RankedItems, format_html_summary
 from m2rec.serving.ranker import Ranker, Ranking, RankingOptions, Recommendation
+from m2rec.serving.reasons import Reasons, find_reasons
 from m2rec.serving.saved_model import SavedModel
 from m2rec.serving.session import SessionState
 from m2rec.text import vector_file
 
-__all__ = ["Explanation", "Recommendation", "Recommender", "Session"]
+__all__ = ["Explanation", "Reasons", "Recommendation", "Recommender", "Session"]
 
 PRECISIONS = ("float32", "int8")
 
@@ -336,6 +337,26 @@ class Recommender:
         ids = self._to_known_ids(history)[-self._ranker.visible_length :]
         with self._ranker.limit_threads(len(ids), 0):
             return ExplainedEvents(explain_history(self.model, ids))
+
+    def find_reasons(self, history: Iterable[str], items: Iterable[str], n: int = 3) -> list[Reasons]:
+        """For each of some items, the items of the history that raise it most, and its nearest by text.
+
+        By leave-one-out, which is exact and takes a pass for each item of the history, of the last 50 that
+        are distinct. Of a long history the end counts, as for `explain`.
+
+        Args:
+            history: item tokens, oldest first.
+            items: tokens of the items to explain.
+            n: items of the history of each kind at most.
+
+        Raises:
+            ValueError: the history is empty or holds an unknown item token, or so do the items; n is less
+                than 1.
+        """
+        n = parse_whole_number("n", n, 1)
+        ids = self._to_known_ids(history)
+        explained = tokens_to_ids(self.model.ids, items, argument="items")
+        return find_reasons(self._ranker, ids, explained, n)
 
     def session(self, history: Iterable[str] = (), skip_unknown: bool = False) -> "Session":
         """A user who is followed live: every event costs the same, however long the history.

@@ -1,0 +1,1 @@
+"""A trained run over HTTP: rankings, live users, new items, a page. Needs the extra `serve`."""
