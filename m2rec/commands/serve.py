@@ -78,7 +78,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--max-users", type=int, default=10_000, help="users whose state is in memory; default: 10000")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add("--precision", default="float32", choices=("float32", "int8"), help="int8: large catalogues are searched in int8 first")
+    add(
+        "--precision",
+        default="float32",
+        choices=("float32", "int8"),
+        help="int8: large catalogues are searched in int8 first, then the best items are ranked exactly",
+    )
     options = parser.parse_args(arguments)
     if not 0 <= options.port < 65_536:
         parser.error(f"--port: {options.port} is not a port; give a number from 0 to 65535")
