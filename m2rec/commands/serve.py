@@ -82,7 +82,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--precision",
         default="float32",
         choices=("float32", "int8"),
-        help="int8: large catalogues are searched in int8 first",
+        help="int8: large catalogues are searched in int8 first, then the best items are ranked exactly",
     )
     options = parser.parse_args(arguments)
     if not 0 <= options.port < 65_536:
