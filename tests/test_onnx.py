@@ -55,7 +55,7 @@ print(json.dumps([function(onnxruntime.InferenceSession("model.onnx"), batch) fo
 KINDS: list[dict[str, object]] = [
     {"neighbors": True},
     {"filter": "residual", "gate": "mean", "text_in_table": False, "neighbors": True},
-    {"filter": "none", "text_in_sequence": False, "repeat_bias": False},
+    {"filter": "none", "text_in_sequence": False, "text_in_table": False, "repeat_bias": False},
     {"mixer": "mamba"},
     {"mixer": "attention", "filter": "low_pass"},
 ]
