@@ -105,6 +105,17 @@ def test_busy_time_counts_no_moment_twice(monkeypatch: pytest.MonkeyPatch):
     assert step.sum_spans([(5, 7), (0, 2), (1, 3), (1, 2), (7, 8)]) == 6
 
 
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
+def test_an_exported_graph_and_the_model(tmp_path: Path):
+    sizes = ["--items=60", "--length=9", "--batches", "1", "3", "--repeats=1", "--threads=1"]
+    command = [sys.executable, "scripts/bench/onnx_graph.py", "--device=cpu", *sizes, f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "bench_onnx_graph-cpu.json").read_text())["rows"]
+    assert [row["histories"] for row in rows] == [1, 3]
+    assert all(row["onnxruntime ms"] > 0 for row in rows)
+
+
 def test_busy_cores(tmp_path: Path):
     command = [
         sys.executable,

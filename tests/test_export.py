@@ -49,7 +49,9 @@ def test_batch_and_length_may_vary(mixer: str):
     """Of a program made by hand, up to the length of one chunk of the scan; S6 unrolls its length."""
     settings = {"mixer": mixer, "n_layers": 1, "filter": "none" if mixer == "attention" else "causal"}
     encoder = recommender(whole_history=False, **settings).model.encoder.requires_grad_(False).eval()
-    program, batch, fixed = export.ScoringModule(encoder), torch.export.Dim("batch"), mixer == "mamba"
+    table = encoder.item_table()
+    program = export.ScoringModule(encoder.make_inference_copy(table), table)
+    batch, fixed = torch.export.Dim("batch"), mixer == "mamba"
     items, lengths = torch.randint(1, V, (3, 5)), torch.tensor([5, 1, 4])
     of_items = {0: batch} if fixed else {0: batch, 1: torch.export.Dim("length", min=2, max=L)}
     exported = torch.export.export(program, (items, lengths), dynamic_shapes=(of_items, {0: batch}))

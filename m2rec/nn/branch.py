@@ -98,4 +98,5 @@ class Branch(nn.Module, ABC):
 
 def select_last_positions(x: Tensor, lengths: Tensor) -> Tensor:
     """x (B, L, ...), lengths (B,) -> each row's last position (B, ...)."""
-    return x[torch.arange(len(x), device=x.device), lengths - 1]
+    rows = torch.arange(x.shape[0], device=x.device)  # len(x) would fix the size in an exported program
+    return x[rows, lengths - 1]

@@ -187,6 +187,6 @@ class IdentityFilter(Branch):
 
     def advance(self, x: Tensor, state: Tensor | None, batch: ItemBatch) -> tuple[Tensor, Tensor]:
         """x unchanged; the state is empty."""
-        return x, x.new_empty(len(x), 0)
+        return x, x.new_empty(x.shape[0], 0)
 
     step = advance

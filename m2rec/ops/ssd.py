@@ -145,7 +145,7 @@ def ssd_last(
         raise UserError(f"ssd_last: lengths has shape {tuple(lengths.shape)}, expected (B = {len(x)})")
     with without_autocast(x.device):
         u, dt, A, B, C = _prepare_ssd_inputs(x, dt, A, B, C, dt_bias, dt_softplus)
-        rows = torch.arange(len(x), device=x.device)
+        rows = torch.arange(x.shape[0], device=x.device)
         remaining = (lengths[:, None] - torch.arange(x.shape[1], device=x.device))[..., None]
         dt = dt.masked_fill(remaining <= 0, 0)
         decay = dt * A

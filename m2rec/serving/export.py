@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
-from m2rec.nn.repeat_bias import add_to_all_scores
+from m2rec.nn.neighbors import N_RECENT
 from m2rec.run_folder import ITEMS_FILE
 from m2rec.serving.arguments import parse_whole_number
 from m2rec.serving.saved_model import SavedModel
@@ -29,27 +29,32 @@ class ScoringModule(nn.Module):
     """Histories -> the score of every item, by steps whose shapes don't depend on the values.
 
     Args:
-        encoder: a trained network.
+        encoder: a trained network, for inference (`Encoder.make_inference_copy`).
+        table: (V, D), the item table.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, table: Tensor) -> None:
         super().__init__()
-        table = encoder.item_table()
-        # with each item's text projected: the projection itself branches on the shape of its input
-        self.encoder = encoder.make_inference_copy(table)
+        self.encoder = encoder
         self.table: Tensor
         self.register_buffer("table", table)
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         """items: (B, L) int64, lengths: (B,) int64, at least 1 -> (B, V); padding's score is -inf."""
-        x = self.encoder(items, lengths)
-        last = (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2])
-        scores = F.linear(x.gather(1, last)[:, 0], self.table)
+        scores = F.linear(self.encoder.encode_last_positions(items, lengths), self.table)
         if self.encoder.neighbors is not None:
-            scores = self.encoder.neighbors.add_to_all_scores(scores, items, lengths)
-        scores = add_to_all_scores(scores, items, self.encoder.repeat_bias)
-        padding = torch.arange(scores.shape[1], device=scores.device) == 0
-        return scores.masked_fill(padding, -torch.inf)
+            padded = F.pad(items, (0, N_RECENT))  # as long as what it reads, whatever L is
+            scores = self.encoder.neighbors.add_to_all_scores(scores, padded, lengths)
+        if self.encoder.repeat_bias is not None:
+            # a duplicate item writes the same score again
+            scores = scores.scatter(1, items, scores.gather(1, items) + self.encoder.repeat_bias)
+        return mask_padding(scores)
+
+
+def mask_padding(scores: Tensor) -> Tensor:
+    """scores (B, V) with padding's at minus infinity."""
+    padding = torch.arange(scores.shape[1], device=scores.device) == 0
+    return scores.masked_fill(padding, -torch.inf)
 
 
 @torch.no_grad()
@@ -68,10 +73,13 @@ def export_program(model: SavedModel, path: Path, batch_size: int | None = 1) ->
         batch_size = parse_whole_number("batch_size", batch_size, 1)
     examples = []
     for seed, size in enumerate(_CHECK_BATCH_SIZES):
-        example = _sample_histories(model, batch_size or size, seed)
+        example = sample_histories(model, batch_size or size, seed)
         examples.append(example)
     dynamic = None if batch_size else [{0: torch.export.Dim("batch_size")}] * 2
-    module = ScoringModule(_copy_portable_encoder(model)).eval()
+    encoder = copy_portable_encoder(model)
+    table = encoder.item_table()
+    # with each item's text projected: the projection itself branches on the shape of its input
+    module = ScoringModule(encoder.make_inference_copy(table), table).eval()
     exported = torch.export.export(module, examples[0], dynamic_shapes=dynamic)
     tokens = json.dumps(model.tokens, ensure_ascii=False)
 
@@ -81,31 +89,36 @@ def export_program(model: SavedModel, path: Path, batch_size: int | None = 1) ->
         with temporary.open("rb") as file:
             loaded = torch.export.load(file).module()
         for items, lengths in examples:
-            found = loaded(items, lengths)[:, 1:]
-            expected = _compute_reference_scores(model, items, lengths)[:, 1:]
-            if not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
-                worst = (found - expected).abs().max()
-                raise UserError(f"export: the program differs from the model by {worst:.1e}")
+            check_scores(model, items, lengths, loaded(items, lengths))
 
     write_atomically(path, write)
 
 
-def _copy_portable_encoder(model: SavedModel) -> Encoder:
+def copy_portable_encoder(model: SavedModel) -> Encoder:
     """A copy on the CPU without gradients, which calls no kernel of this machine."""
     settings = model.encoder.settings.model_copy(update={"scan_backend": "torch"})
     encoder = Encoder.from_state(settings, model.max_length, model.encoder.state_dict())  # copies
     return encoder.cpu().eval().requires_grad_(False)
 
 
-def _compute_reference_scores(model: SavedModel, items: Tensor, lengths: Tensor) -> Tensor:
-    """The model's own scores, (B, V)."""
+@torch.no_grad()
+def check_scores(model: SavedModel, items: Tensor, lengths: Tensor, found: Tensor) -> None:
+    """Compare scores (B, V) of histories (B, L) with the model's own.
+
+    Raises:
+        ValueError: they differ.
+    """
     device = model.table.device
     items, lengths = items.to(device), lengths.to(device)
     x = model.encoder.last(items, lengths)
-    return model.encoder.score_all_items(x, items, model.table).cpu()
+    expected = model.encoder.score_all_items(x, items, model.table).cpu()[:, 1:]
+    found = found[:, 1:]
+    if not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
+        worst = (found - expected).abs().max()
+        raise UserError(f"export: the program differs from the model by {worst:.1e}")
 
 
-def _sample_histories(model: SavedModel, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def sample_histories(model: SavedModel, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Random histories of random lengths; with seed 1 all of the greatest length."""
     random = torch.Generator().manual_seed(seed)
     items = torch.randint(1, len(model.tokens), (batch_size, model.max_length), generator=random)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from m2rec.errors import UserError
 from m2rec.run_folder import RunFolder
-from m2rec.serving import batch_files, export, saved_model, session
+from m2rec.serving import batch_files, export, onnx_export, saved_model, session
 from m2rec.serving.arguments import (
     InputWarnings,
     parse_device,
@@ -497,18 +497,30 @@ class Recommender:
             raise UserError("recall: nothing can be recommended after these histories; give another one")
         return sum(shares) / len(shares)
 
-    def export(self, path: str | Path, batch_size: int | None = 1) -> None:
-        """Write a torch.export program that PyTorch runs without this package, and compare it.
+    def export(self, path: str | Path, batch_size: int | None = 1, live: bool = False) -> None:
+        """Write the model as one file that runs without this package, and compare it.
 
         Args:
-            path: such as `m2rec.pt2`; `torch.export.load(path).module()(items, lengths)` runs it, see
+            path: `NAME.onnx` for a graph that onnxruntime runs alone, see
+                `m2rec.serving.onnx_export.export_onnx`; `NAME.pt2` for a torch.export program, see
                 `m2rec.serving.export.export_program`.
-            batch_size: histories per call; None for any number.
+            batch_size: of a program, histories per call; None for any number, as a graph takes.
+            live: write the graph of one event of each live user, not the one of whole histories.
 
         Raises:
-            ValueError: batch_size is less than 1, or the program differs from the model.
+            ValueError: another suffix; batch_size is less than 1; `live` for a program, or for a model
+                with a part that needs the whole history at once; a package is missing; or what was
+                written differs from the model.
         """
-        export.export_program(self.model, Path(path), batch_size)
+        path = Path(path)
+        if path.suffix == ".onnx":
+            onnx_export.export_onnx(self.model, path, live)
+        elif path.suffix != ".pt2":
+            raise UserError(f"export: the name {path.name!r} ends in neither .onnx nor .pt2")
+        elif live:
+            raise UserError(f"export: live: a program has no form for live users; give {path.stem}.onnx")
+        else:
+            export.export_program(self.model, path, batch_size)
 
     def _parse_options(
         self,
