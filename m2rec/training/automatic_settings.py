@@ -111,7 +111,7 @@ def choose_settings(data: DataStatistics, decided: Mapping[str, Any] | None = No
     choices["dropout_prob"] = _choose_dropout(data, width)
     choices |= _choose_loss(data)
     choices["exclude_seen"] = _choose_exclude_seen(data)
-    choices["gate"] = Choice("mean", "softmax was no better on any data set")
+    choices["gate"] = Choice("mean", "softmax was no better on the data of the tables")
     choices["neighbors"] = Choice(True, "validation chooses their weights, 0 among them")
     return choices
 
