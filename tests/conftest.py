@@ -22,11 +22,14 @@ Rows = Sequence[tuple[object, object, object]]
 
 @pytest.fixture(autouse=True)
 def _own_logging() -> Iterator[None]:
-    """A handler that a command installs writes to this test's captured stream, which then closes."""
+    """What a command sets for its own process would stay: handlers for this test's stream, and levels."""
     root = logging.getLogger()
     before = list(root.handlers)
     yield
     root.handlers[:] = before
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("m2rec.") and isinstance(logger, logging.Logger):
+            logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

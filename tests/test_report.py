@@ -69,7 +69,7 @@ def test_all_kinds_of_markers(write_sweep: Write, call: Callable, tmp_path: Path
     assert "Not run: no filter | gate." in text and "| popularity | 0 | 1-5 | 101+ |" in text
     assert "| test | SASRec | 0.5 | 0.4 | 0.1250 | 0.0625 | A | paper |" in text
     assert text.count("<!-- /results -->") == text.count("After.") == 4
-    assert "| toy | 1 of 2 | 0.5000 | 0.2500 |" in text
+    assert "| toy | M2Rec | 1 of 2 | 0.5000 | 0.2500 |" in text
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_vectors_of_one_encoder_never_stand_for_those_of_another(
     assert trained(toy, tmp_path, text_encoder="some/model") == 2
     error = capsys.readouterr().err
     assert (
-        f"text_encoder: 'some/model', but {toy / FILE} has vectors of lsa; run scripts/embed_items.py"
+        f"text_encoder: 'some/model', but {toy / FILE} has vectors of lsa; run python scripts/embed_items.py"
         in error
     )
     assert (toy / FILE).read_bytes() == before
@@ -211,7 +211,7 @@ def test_an_option_of_the_encoder_is_no_key_of_a_run(
     encoder = save_model(tmp_path / "encoder", "bert", max_position_embeddings=2)
     assert trained(toy, tmp_path, text_encoder=encoder) == 2
     err = capsys.readouterr().err
-    assert "make its vectors with scripts/embed_items.py, which takes max_tokens" in err
+    assert "make its vectors with python scripts/embed_items.py, which takes max_tokens" in err
     assert "--max-tokens" not in err
 
 
