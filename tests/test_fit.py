@@ -158,6 +158,10 @@ def test_a_named_data_set_is_not_replaced(tmp_path: Path):
     assert write_dataset(tmp_path, "shop", FRAME, COLUMNS) == "shop"
     assert write_dataset(tmp_path, "shop", FRAME, COLUMNS) == "shop"
     before = (tmp_path / "shop" / "shop.inter").read_bytes()
+    (tmp_path / "shop" / "shop.item").write_text("item_id:token\ttitle:token_seq\n")
+    with pytest.raises(ValueError, match=r"^dataset: \S+shop\.item has texts of an earlier call; give items"):
+        write_dataset(tmp_path, "shop", FRAME, COLUMNS)
+    (tmp_path / "shop" / "shop.item").unlink()
     with pytest.raises(
         ValueError, match=r"^dataset: \S+shop\.inter has other content; choose another name, or "
     ):

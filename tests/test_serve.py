@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -25,6 +26,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from m2rec.commands import serve as command
 from m2rec.nn.encoder import Encoder
@@ -455,7 +457,7 @@ def test_killed_under_load_and_started_again(tmp_path: Path):
             item = ["new", *TOKENS[1:]][(number + 7 * len(acknowledged[user])) % V]
             try:
                 status, _ = server.client.ask("POST", "/events", {"user": user, "item": item, "k": 1})
-            except (OSError, ValueError):  # the server is gone
+            except (OSError, ValueError, http.client.HTTPException):  # the server is gone
                 return
             assert status == 200
             acknowledged[user].append(item)
@@ -556,6 +558,54 @@ def test_an_event_that_can_t_be_written_has_not_happened(
     (found,) = live.rank(recommender, ["a"], 3)
     assert found is not None and as_pairs(found) == as_pairs(recommender.recommend(["i1", "i3"], 3))
     assert live.read_history("a") == ["i1", "i3"] and live.read_history("b") == []
+
+
+def test_an_item_is_there_once_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not before, nor one whose scores are not finite."""
+    with serve(save_model(tmp_path / "run")) as client:
+
+        def add(item: str, value: float) -> tuple[int, Any]:
+            return client.ask("POST", "/items", {"items": [{"item": item, "vector": [value] * T0}]})
+
+        assert client.service is not None
+        store = client.service._store
+        status, answer = add("huge", 3e38)
+        assert status == 422 and "the text vector of 'huge' is too large" in answer["error"]
+
+        def fail(items: object) -> None:
+            raise errors.RequestError(503, "--state: can't be written")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "add_items", fail)
+            assert add("tea", 0.3)[0] == 503
+        for item in ("huge", "tea"):
+            assert client.ask("POST", "/events", {"user": "a", "item": item})[0] == 422
+        assert client.service.n_added == 0 and not store.read_items()
+        assert add("tea", 0.3) == (200, {"added": ["tea"]}) and client.service.n_added == 1
+        assert client.ask("POST", "/events", {"user": "a", "item": "tea"})[0] == 200
+
+
+def test_questions_for_nobody_push_out_nobody(recommender: Recommender):
+    live = LiveUsers(Store(None), max_users=2)
+    live.add_events(recommender, [("anna", "i1")])
+    for number in range(9):
+        with pytest.raises(ValueError, match="zzz"):
+            live.rank(recommender, [f"ghost{number}", "anna"], 3, candidates=["zzz"])
+    live.add_events(recommender, [("b", "i2")])
+    assert len(live) == 2 and live.read_history("anna") == ["i1"]
+
+
+def test_many_mistakes_in_a_body_are_one():
+    for body in (
+        {"items": [{"item": "a", "vector": [[]] * 9_000}] * 9},
+        {"items": [{"item": "a", "vector": [0.0], **{f"key{n}": 1 for n in range(9_000)}}]},
+    ):
+        with pytest.raises(ValidationError) as caught:
+            schemas.ItemsRequest.model_validate(body)
+        assert caught.value.error_count() == 1
+    with pytest.raises(ValidationError) as caught:
+        schemas.RecommendRequest.model_validate({"history": [1] * 9_000})
+    assert caught.value.error_count() == 1
 
 
 def test_new_items_by_text(tmp_path: Path):

@@ -179,6 +179,9 @@ def _move_files(written: Mapping[str, Path], folder: Path, name: str) -> None:
     for suffix, target in targets.items():
         if target.exists() and not cmp(written[suffix], target, shallow=False):
             raise UserError(f"dataset: {target} has other content; choose another name, or remove that file")
+    items = folder / f"{name}.item"
+    if items.exists() and ".item" not in written:
+        raise UserError(f"dataset: {items} has texts of an earlier call; give items, or remove that file")
     folder.mkdir(exist_ok=True)
     for suffix in reversed(list(written)):
         if not targets[suffix].exists():  # an equal one keeps its time, and so its text vectors

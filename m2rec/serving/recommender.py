@@ -432,6 +432,10 @@ class Recommender:
         model = saved_model.extend_catalogue(self.model, to_token_list(tokens), vectors, titles or {})
         self._ranker = self._ranker.with_more_items(model)
 
+    def take_over(self, longer: "Recommender") -> None:
+        """Take in the items that a copy of this one has taken in."""
+        self._ranker = longer._ranker
+
     def add_items_from(self, path: str | Path, titles: Mapping[str, str] | None = None) -> list[str]:
         """As `add_items` for the new items of a text-vector file, which is checked to fit.
 

@@ -221,6 +221,7 @@ def extend_catalogue(
         longer = neighbors.with_more_items(state["vectors"])
         state |= {f"neighbors.{name}": value for name, value in longer.state_dict().items()}
     encoder = Encoder.from_state(model.encoder.settings, model.max_length, state).to(text.device)
+    _check_finite_rows(new, encoder.item_table()[len(model.tokens) :])
     return build_saved_model(
         encoder,
         tokens,
@@ -256,6 +257,14 @@ def _check_new_vectors(new: Sequence[str], raw: Tensor, width: int) -> None:
     for token, usable in zip(new, is_usable.tolist(), strict=True):
         if not usable:
             raise UserError(f"add_items: {token!r} has no text vector: all zero, or not finite")
+
+
+def _check_finite_rows(new: Sequence[str], rows: Tensor) -> None:
+    for token, is_finite in zip(new, rows.isfinite().all(1).tolist(), strict=True):
+        if not is_finite:
+            raise UserError(
+                f"add_items: the text vector of {token!r} is too large; scale it as the run's are"
+            )
 
 
 def _describe_version_mismatch(files: RunFolder) -> str:

@@ -1,6 +1,6 @@
 """What requests and answers look like, and how large a request may be."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -12,10 +12,13 @@ MAX_NEW_ITEMS = 100
 """Items in one request."""
 MAX_TEXT = 10_000
 """Characters of one item's text."""
+MAX_KEYS = 20
+"""Keys of one object."""
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 """An item token or a user."""
-Tokens = Annotated[list[Name], Field(max_length=MAX_HISTORY)]
+# fail_fast: a list of mistakes is one mistake, or their description would take minutes
+Tokens = Annotated[list[Name], Field(max_length=MAX_HISTORY, fail_fast=True)]
 K = Annotated[int, Field(ge=1, le=MAX_K, description="How many items.")]
 
 
@@ -23,6 +26,13 @@ class Body(BaseModel):
     """A request's JSON; an unknown key is a mistake."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, values: Any) -> Any:
+        if isinstance(values, dict) and len(values) > MAX_KEYS:
+            raise ValueError(f"{len(values)} keys; give at most {MAX_KEYS}")
+        return values
 
 
 class RecommendRequest(Body):
@@ -60,7 +70,9 @@ class NewItem(Body):
     item: Name = Field(description="Its token.", examples=["new-tea"])
     title: str = Field("", max_length=1_000)
     text: str | None = Field(None, min_length=1, max_length=MAX_TEXT)
-    vector: list[Annotated[float, Field(allow_inf_nan=False)]] | None = Field(None, max_length=16_384)
+    vector: list[Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
+        None, max_length=16_384, fail_fast=True
+    )
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -72,7 +84,7 @@ class NewItem(Body):
 class ItemsRequest(Body):
     """New items, all of them or none."""
 
-    items: list[NewItem] = Field(min_length=1, max_length=MAX_NEW_ITEMS)
+    items: list[NewItem] = Field(min_length=1, max_length=MAX_NEW_ITEMS, fail_fast=True)
 
 
 class RankedItem(BaseModel):

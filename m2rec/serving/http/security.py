@@ -46,7 +46,8 @@ def read_token(host: str) -> str:
         ValueError: it is too short, or missing where others can reach the server.
     """
     token = os.environ.get(TOKEN_VARIABLE, "")
-    if token and (len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable()):
+    is_sendable = token.isascii() and token.isprintable() and token == token.strip()
+    if token and (len(token) < MIN_TOKEN_LENGTH or not is_sendable):
         raise UserError(
             f"{TOKEN_VARIABLE}: {len(token)} characters; set at least {MIN_TOKEN_LENGTH} letters or digits"
         )

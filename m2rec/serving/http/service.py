@@ -1,6 +1,7 @@
 """The server's state: the model of the moment, its users, and how it is replaced while requests go on."""
 
 import asyncio
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -143,15 +144,18 @@ class Service:
             if self.n_added + len(new) > MAX_ADDED:
                 message = f"items: the server takes {MAX_ADDED:,} new ones at most; train with them"
                 raise RequestError(409, message)
-            stored = await self._change(self._take_in, new)
-            self.n_added += len(stored)
+            stored, longer = await self._change(self._extend_copy, new)
             await self.submit(Call(lambda: self._store.add_items(stored)))
+            self.recommender.take_over(longer)  # once they are stored
+            self.n_added += len(stored)
 
-    def _take_in(self, new: Sequence[NewItem]) -> list[StoredItem]:
+    def _extend_copy(self, new: Sequence[NewItem]) -> tuple[list[StoredItem], Recommender]:
+        """The items, and a copy of the recommender that has them and ranks."""
         stored = make_stored_items(new, self.recommender, self.text_encoder)
-        add_items(self.recommender, stored)
-        check_ranks(self.recommender)
-        return stored
+        longer = copy.copy(self.recommender)
+        add_items(longer, stored)
+        check_ranks(longer)
+        return stored, longer
 
     async def reload(self) -> None:
         """Read the run folder again; requests go on, and the old model stays if the folder is broken.

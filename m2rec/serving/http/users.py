@@ -83,17 +83,18 @@ class LiveUsers:
         known = [user for user in loaded if user.n_events]
         options = (k, exclude_seen, candidates, exclude)
         sessions = [user.session for user in known if user.session is not None]
-        if sessions:
-            found = recommender.recommend_sessions(sessions, *options)
-        else:
-            found = list(recommender.recommend_batch([user.history for user in known], *options))
+        try:
+            if sessions:
+                found = recommender.recommend_sessions(sessions, *options)
+            else:
+                found = list(recommender.recommend_batch([user.history for user in known], *options))
+        finally:  # also after a mistake: who asks for nobody fills no memory
+            for name, user in zip(users, loaded, strict=True):
+                if not user.n_events:
+                    self._users.pop(name, None)
+            self._evict()
         ranked = iter(found)
-        for name, user in zip(users, loaded, strict=True):
-            if not user.n_events:  # who asks for nobody fills no memory
-                self._users.pop(name, None)
-        rankings = [next(ranked) if user.n_events else None for user in loaded]
-        self._evict()
-        return rankings
+        return [next(ranked) if user.n_events else None for user in loaded]
 
     def delete(self, name: str) -> int:
         """Forget a user; returns how many events there were.
