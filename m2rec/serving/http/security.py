@@ -2,7 +2,8 @@
 
 The server trusts its machine's own users: on a loopback address without a token it answers whoever names it
 by a loopback name. A page of another site can send requests through a browser, but not with JSON's content
-type, and it can't read answers unless its own name leads to this machine, so both are checked.
+type, and it can't read answers unless its own name leads to this machine, so both are checked. Nor may it
+make the server work: browsers say that a request is of another site.
 """
 
 import hmac
@@ -25,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "M2REC_TOKEN"
 MIN_TOKEN_LENGTH = 16
-OPEN_ROUTES = ("/", "/healthz")
-"""Asked for without a token."""
+OPEN_ROUTES = ("/", "/docs", "/openapi.json", "/healthz")
+"""Answered without a token, and to links of other sites: they hold nothing of the run."""
 MAX_QUERY_BYTES = 32 * 2**10
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
 _HEADERS = [
@@ -143,6 +144,8 @@ class Guard:
         host = headers.get("host", "")
         if path != "/healthz" and not names_loopback(host):
             return 403, f"Host: {host[:60]!r} is not this machine's own name; use 127.0.0.1 or localhost"
+        if path not in OPEN_ROUTES and headers.get("sec-fetch-site", "").lower() == "cross-site":
+            return 403, "Sec-Fetch-Site: a page of another site asks; type this address into the browser"
         return None
 
     def _check_token(self, headers: Headers) -> tuple[int, str] | None:
