@@ -258,11 +258,10 @@ class Recommender:
 
         columns = InteractionColumns(user, item, time)
         histories = collect_histories(users_or_histories, self.histories, columns)
-        rankings: Iterable[RankedEntries] = self.recommend_batch(
-            histories.values(), k, exclude_seen, candidates, exclude, skip_unknown
-        )
+        ranked = self.recommend_batch(histories.values(), k, exclude_seen, candidates, exclude, skip_unknown)
+        rankings: Iterable[RankedEntries] = ranked
         if explain:
-            rankings = map(self.explain_ranking, histories.values(), rankings)
+            rankings = (self.explain_ranking(*pair) for pair in zip(histories.values(), ranked, strict=True))
         return build_frame(users_or_histories, histories, rankings, bool(self.model.titles), explain)
 
     def recommend_file(

@@ -13,7 +13,8 @@ from m2rec import __version__
 from m2rec.errors import UserError
 from m2rec.serving.formatting import build_json_object
 from m2rec.serving.http import schemas
-from m2rec.serving.http.errors import RequestError, answer_error, answer_json, describe_validation_errors
+from m2rec.serving.http.direct_routes import DirectRoute, DirectRoutes
+from m2rec.serving.http.errors import RequestError, answer_error, answer_json, answer_mistake
 from m2rec.serving.http.jobs import AddEvent, Options, RankHistory, RankUser, StoredEvent, Tokens
 from m2rec.serving.http.new_items import describe_abilities
 from m2rec.serving.http.pages import read_page, render_api_page
@@ -52,18 +53,18 @@ def build_app(service: Service, token: str, watch: Callable[[Service], None] | N
         responses=_ERRORS,
         lifespan=_make_lifespan(service, watch),
     )
-    app.add_exception_handler(UserError, _answer_user_error)
-    app.add_exception_handler(RequestValidationError, _answer_validation_error)
-    app.add_exception_handler(HTTPException, _answer_http_error)
+    for kind in (UserError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _answer_mistake)
     app.add_exception_handler(404, _answer_unknown_route)
     app.add_exception_handler(405, _answer_unknown_route)
     app.add_exception_handler(Exception, _answer_failure)
+    direct = [_add_recommend_route(app, service), _add_event_route(app, service)]
     _add_ranking_routes(app, service)
     _add_user_routes(app, service)
     _add_item_routes(app, service)
     _add_server_routes(app, service)
     _add_pages(app)
-    return Guard(app, token, service.metrics)
+    return Guard(DirectRoutes(app, direct), token, service.metrics)
 
 
 def _make_lifespan(
@@ -79,7 +80,7 @@ def _make_lifespan(
     return lifespan
 
 
-def _add_ranking_routes(app: FastAPI, service: Service) -> None:
+def _add_recommend_route(app: FastAPI, service: Service) -> DirectRoute:
     @app.post("/recommend", response_model=schemas.ExplainedAnswer)
     async def recommend(body: schemas.RecommendRequest) -> Response:
         """The best items after a history, or for a user of POST /events; with explain, why.
@@ -98,6 +99,26 @@ def _add_ranking_routes(app: FastAPI, service: Service) -> None:
             return answer_json({"items": list(map(build_json_object, await service.explain_ranking(job)))})
         return _answer_ranking(await service.submit(job))
 
+    return DirectRoute("/recommend", schemas.RecommendRequest, recommend)
+
+
+def _add_event_route(app: FastAPI, service: Service) -> DirectRoute:
+    @app.post("/events", response_model=schemas.EventAnswer)
+    async def add_event(body: schemas.EventRequest) -> Response:
+        """Add a user's next event, and rank after it.
+
+        With the status 200 the event is stored, with --state on the disk. If the ranking fails afterwards,
+        warning says so and items is empty; after any other status nothing is stored.
+        """
+        job = AddEvent(body.user, body.item, body.k, Options(body.exclude_seen))
+        stored: StoredEvent = await service.submit(job)
+        items = [entry._asdict() for entry in stored.ranking]
+        return answer_json({"items": items, "warning": stored.warning})
+
+    return DirectRoute("/events", schemas.EventRequest, add_event)
+
+
+def _add_ranking_routes(app: FastAPI, service: Service) -> None:
     @app.get("/explain", response_model=schemas.ExplainAnswer)
     async def explain(
         history: _NameList = [],  # noqa: B006 - FastAPI copies it
@@ -127,18 +148,6 @@ def _add_ranking_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_user_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/events", response_model=schemas.EventAnswer)
-    async def add_event(body: schemas.EventRequest) -> Response:
-        """Add a user's next event, and rank after it.
-
-        With the status 200 the event is stored, with --state on the disk. If the ranking fails afterwards,
-        warning says so and items is empty; after any other status nothing is stored.
-        """
-        job = AddEvent(body.user, body.item, body.k, Options(body.exclude_seen))
-        stored: StoredEvent = await service.submit(job)
-        items = [entry._asdict() for entry in stored.ranking]
-        return answer_json({"items": items, "warning": stored.warning})
-
     @app.get("/users/{user:path}/recommendations", response_model=schemas.RankingAnswer)
     async def recommend_user(user: _Name, k: _K = 10, exclude_seen: bool | None = None) -> Response:
         """The best items for a user of POST /events."""
@@ -244,21 +253,8 @@ def _describe_text_form(source: Mapping[str, Any]) -> str:
     return str(source.get("template") or ". ".join(str(source.get("columns", "")).split()))
 
 
-async def _answer_user_error(_: Request, error: Exception) -> Response:
-    return answer_error(getattr(error, "status", 422), str(error))
-
-
-async def _answer_validation_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return answer_error(422, describe_validation_errors(error.errors()))
-
-
-async def _answer_http_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = str(error.detail)
-    if error.status_code == 400:  # FastAPI can't parse what Python's JSON can't
-        message = "body: can't be read as JSON; send an object as GET /docs shows it"
-    return answer_error(error.status_code, message)
+async def _answer_mistake(_: Request, error: Exception) -> Response:
+    return answer_mistake(error)
 
 
 async def _answer_unknown_route(request: Request, error: Exception) -> Response:

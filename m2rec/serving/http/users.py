@@ -38,6 +38,7 @@ class LiveUsers:
         self._store, self._max_users = store, max_users
         self._recommender: Recommender | None = None
         """The model that the states are of."""
+        self._is_recurrent = False
         self._users: OrderedDict[str, LiveUser | None] = OrderedDict()
         """None for a state that has to be computed again."""
 
@@ -47,7 +48,7 @@ class LiveUsers:
     def switch_model(self, recommender: Recommender) -> None:
         """Follow the users by this model; states of another one are dropped, and with them that model."""
         if self._recommender is not recommender:
-            self._recommender = recommender
+            self._recommender, self._is_recurrent = recommender, is_recurrent(recommender)
             self._users = OrderedDict.fromkeys(self._users)
 
     def add_events(self, recommender: Recommender, events: Sequence[tuple[str, str]]) -> None:
@@ -129,7 +130,7 @@ class LiveUsers:
             history, n_events = self._store.read_events(name)
             known = recommender.model.ids
             user = LiveUser(n_events, None, [item for item in history if item in known])
-            if is_recurrent(recommender):
+            if self._is_recurrent:
                 user.session, user.history = recommender.session(user.history), []
             self._users[name] = user
         self._users.move_to_end(name)
