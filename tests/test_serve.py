@@ -13,8 +13,6 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from m2rec.commands import serve as command
@@ -191,36 +189,6 @@ def test_mistakes_are_answered_in_one_line(
     found, content = client.ask(method, path, body)
     assert list(content) == ["error"] and re.search(message, content["error"]), content
     assert found == status and "\n" not in content["error"] and len(content["error"]) < 400
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(TOKENS),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=8,
-)
-keys = st.sampled_from([
-    "history", "user", "k", "item", "items", "candidates", "exclude", "exclude_seen", "skip_unknown",
-    "vector",
-])  # fmt: skip
-bodies = st.dictionaries(keys, json_values, max_size=4).map(lambda body: json.dumps(body).encode())
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["/recommend", "/events", "/items", "/reload"]), bodies | st.binary(max_size=60))
-def test_no_body_breaks_the_server(client: Client, path: str, body: bytes):
-    status, content = client.ask("POST", path, body)
-    assert status == 200 or (400 <= status < 500 and list(content) == ["error"])
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.sampled_from(["/similar/", "/users/", "/items?search=", "/explain?history=", "/explain?user=", "/"]),
-    st.binary(max_size=12),
-)
-def test_no_path_breaks_the_server(client: Client, path: str, rest: bytes):
-    quoted = "".join(f"%{byte:02x}" for byte in rest)
-    status, content, _ = client.ask_raw("GET", path + quoted)
-    assert status in (200, 404, 405, 422) and (b"error" in content or status == 200)
 
 
 def test_a_body_that_is_too_large_is_not_read(client: Client):
