@@ -431,6 +431,7 @@ def _walk_through(page: browser.Browser, client: Client) -> None:
     page.open(f"http://127.0.0.1:{client.port}/")
     page.wait_for("document.querySelectorAll('#ranking li').length === 10")
     assert page.evaluate("document.querySelector('#ranking .name').textContent") == "Tea of the year 1939"
+    assert page.evaluate("document.getElementById('reasons').disabled")
     page.evaluate("document.getElementById('find').focus()")
     page.press("elan")
     page.wait_for("document.querySelectorAll('#found li').length === 1")
