@@ -15,11 +15,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from m2rec.compat import Config, FeatureSource, FeatureType, Interaction, SeqSampler, SequentialDataset
+from m2rec.compat import Config, FeatureSource, FeatureType, SeqSampler, SequentialDataset
 from m2rec.data import download, inter_file, shipped
 from m2rec.data.columns import count_codes, encode_tokens, filter_by_counts, list_tokens, order_by_appearance
 from m2rec.data.dominant import describe_dominant_entity
 from m2rec.data.histories import NO_TARGET, Histories, order_by_user, shift_targets, split_by_time
+from m2rec.data.lazy_rows import LazyRows, RowColumn, RowColumns
 from m2rec.data.max_length import choose_max_length
 from m2rec.data.ties import Ties, hash_interactions
 from m2rec.data.time_statistics import (
@@ -34,7 +35,7 @@ from m2rec.settings import get_run_settings
 logger = logging.getLogger(__name__)
 
 PARTS = ("train", "valid", "test")
-_ROWS_AT_ONCE = 1 << 14  # whose indices are in memory
+_ROWS_AT_ONCE = 1 << 14  # whose histories are in memory
 
 # full ranking of all items, by time: the only supported evaluation
 EVAL_ARGS = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"}
@@ -346,7 +347,7 @@ class HistoryDataset(SequentialDataset):
         """
         users = self.inter_feat[self.uid_field].numpy()
         items = self.inter_feat[self.iid_field].numpy()
-        histories = Histories(users.copy(), items.copy())
+        histories = Histories(users, items)
         if self._period_counts is not None:
             n_train, n_valid = (counts[histories.users] for counts in self._period_counts)
             histories.split = split_by_time(histories.start, histories.end, n_train, n_valid)
@@ -355,7 +356,7 @@ class HistoryDataset(SequentialDataset):
         self._aug_presets()  # which reads the length
         targets, starts = self._locate_targets(histories)
         self._part_ends = np.cumsum([len(part) for part in targets])
-        self.inter_feat = self._build_rows(np.concatenate(targets), np.concatenate(starts))
+        self.inter_feat = self._list_rows(np.concatenate(targets), np.concatenate(starts))
 
     def _settle_max_length(self, histories: Histories) -> None:
         """Replace `MAX_ITEM_LIST_LENGTH: auto` by a number, before there are rows of this length."""
@@ -388,41 +389,26 @@ class HistoryDataset(SequentialDataset):
             starts.append(start[exists])
         return targets, starts
 
-    def _build_rows(self, target: np.ndarray, start: np.ndarray) -> Interaction:
+    def _list_rows(self, target: np.ndarray, start: np.ndarray) -> LazyRows:
         """One row per target, with the history before it from `start` on, at most L items.
 
         Args:
-            target, start: (rows,), positions in the sorted interactions.
+            target, start: (N,), positions in the sorted interactions.
         """
-        begin = np.maximum(start, target - self.max_item_list_len)
-        lengths = target - begin
-        columns = {self.item_list_length_field: torch.from_numpy(lengths)}
-        for column in self.inter_feat:
-            if column != self.uid_field:
-                name = getattr(self, f"{column}_list_field")
-                columns[name] = self._cut_histories(self.inter_feat[column], begin, lengths)
+        interactions = dict(self.inter_feat.interaction)
+        columns = {name: RowColumn(name, is_history=False) for name in interactions}
+        for name in interactions:
+            if name != self.uid_field:
+                columns[getattr(self, f"{name}_list_field")] = RowColumn(name, is_history=True)
         if self.config["model"] == "DIEN":
             name, negatives = self._sample_negative_lists()
-            columns[name] = self._cut_histories(negatives, begin, lengths)
-        rows = self.inter_feat[target]
-        rows.update(Interaction(columns))
-        return rows
-
-    def _cut_histories(self, values: Tensor, begin: np.ndarray, lengths: np.ndarray) -> Tensor:
-        """Parts of a column as rows, (rows, L, ...), right-padded with 0.
-
-        Args:
-            values: (n, ...), the column.
-            begin, lengths: (rows,), where each row's part begins and how long it is.
-        """
-        position = np.arange(self.max_item_list_len)
-        histories = values.new_empty((len(begin), len(position), *values.shape[1:]))
-        for first in range(0, len(begin), _ROWS_AT_ONCE):
-            some = slice(first, first + _ROWS_AT_ONCE)
-            index = np.minimum(begin[some, None] + position, len(values) - 1)
-            histories[some] = values[torch.from_numpy(index)]
-            histories[some][torch.from_numpy(position >= lengths[some, None])] = 0
-        return histories
+            interactions[name] = negatives
+            columns[name] = RowColumn(name, is_history=True)
+        begin = np.maximum(start, target - self.max_item_list_len)
+        length_column = self.item_list_length_field
+        return LazyRows(
+            RowColumns(interactions, columns, length_column, begin, target, self.max_item_list_len)
+        )
 
     def _sample_negative_lists(self) -> tuple[str, Tensor]:
         """A random other item for each interaction, (n,), and the column of these histories; for DIEN."""
@@ -498,12 +484,14 @@ class HistoryDataset(SequentialDataset):
     def counter(self, column: str) -> Counter[int]:
         """Count each value as a target; dense training rows count all their targets."""
         if self.part != "train" or not self.is_dense or column != self.iid_field:
-            counts: Counter[int] = super().counter(column)
-            return counts
-        histories = self.inter_feat[self.history_field]
-        lengths = self.inter_feat[self.item_list_length_field]
-        targets = shift_targets(histories, lengths, self.inter_feat[column])
-        return Counter(targets[targets > 0].tolist())
+            return Counter(super().counter(column))
+        counts: Counter[int] = Counter()
+        for rows in torch.arange(len(self)).split(_ROWS_AT_ONCE):
+            feat = self.inter_feat[rows]
+            lengths = feat[self.item_list_length_field]
+            targets = shift_targets(feat[self.history_field], lengths, feat[self.iid_field])
+            counts.update(targets[targets > 0].tolist())
+        return counts
 
 
 def drop_incomplete_rows(frame: pd.DataFrame, complete: pd.Series, name: object, needed: str) -> pd.DataFrame:
