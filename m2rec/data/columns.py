@@ -161,6 +161,8 @@ class ColumnTable:
             built[name] = values
         for name, tokens in self._tokens.items():
             built[name] = tokens.build()
+        self._numbers.clear()
+        pa.default_memory_pool().release_unused()  # else the process keeps the memory of all batches
         return pd.DataFrame({name: built[name] for name in self._order}, copy=False)
 
     def _check_numbers(self, name: str, values: np.ndarray) -> None:

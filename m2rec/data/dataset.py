@@ -6,7 +6,8 @@ and line), how ties in time are ordered, and how many rows carry the training ta
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from m2rec.compat import Config, FeatureSource, FeatureType, SeqSampler, Sequent
 from m2rec.data import download, inter_file, shipped
 from m2rec.data.columns import count_codes, encode_tokens, filter_by_counts, list_tokens, order_by_appearance
 from m2rec.data.dominant import describe_dominant_entity
-from m2rec.data.histories import NO_TARGET, Histories, order_by_user, shift_targets, split_by_time
+from m2rec.data.histories import (
+    NO_TARGET,
+    Histories,
+    is_ordered,
+    order_by_user,
+    shift_targets,
+    split_by_time,
+)
 from m2rec.data.lazy_rows import LazyRows, RowColumn, RowColumns
 from m2rec.data.max_length import choose_max_length
 from m2rec.data.ties import Ties, hash_interactions
@@ -56,7 +64,7 @@ class HistoryDataset(SequentialDataset):
         counts: users, items and interactions after filtering.
         ties: in the order of `histories`; None before `build`, and for files that are split already.
         gap_quartiles: of the time between neighbouring interactions of a user, in the file's unit;
-            None where no user has two.
+            None before `build`, and where no user has two.
         histories: each user's items in order.
         recent_counts: what was popular in the last days of training; None but for `split: global_time`.
         item_vectors: text vectors by item id, `text.vector_file.TextVectors`, or None; set by training.
@@ -216,18 +224,17 @@ class HistoryDataset(SequentialDataset):
         except ValueError:
             if len(self.inter_feat):
                 raise
-        self.counts = self._count_sizes()
-        self._check_sizes(before)
         feat = self.inter_feat
+        is_whole = len(feat) == before["interactions"] and self.config["rm_dup_inter"] is None
+        self.counts = before if is_whole else self._count_sizes()
+        self._check_sizes(before)
         for column in feat:
-            if isinstance(feat[column].dtype, pd.CategoricalDtype):
+            if not is_whole and isinstance(feat[column].dtype, pd.CategoricalDtype):
                 feat[column] = order_by_appearance(feat[column])
         for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
             warning = describe_dominant_entity(kind, feat[column].cat.categories, count_codes(feat[column]))
             if warning:
                 logger.warning("%s", warning)
-        users = feat[self.uid_field].cat.codes.to_numpy()
-        self.gap_quartiles = measure_gap_quartiles(users, feat[self.time_field].to_numpy())
 
     def _check_sizes(self, before: dict[str, int]) -> None:
         """Check that something can be trained after filtering.
@@ -304,7 +311,7 @@ class HistoryDataset(SequentialDataset):
             if isinstance(feat[column].dtype, pd.CategoricalDtype):
                 tokens = np.array(["[PAD]", *list_tokens(feat[column])])
                 self.field2id_token[column] = tokens
-                self.field2token_id[column] = {token: i for i, token in enumerate(tokens)}
+                self.field2token_id[column] = _TokenIds(tokens)
                 feat[column] = feat[column].cat.codes.to_numpy().astype(np.int64) + 1
                 return
         super()._remap(remap_list)
@@ -314,13 +321,13 @@ class HistoryDataset(SequentialDataset):
         times = self.inter_feat[self.time_field].to_numpy()
         if self.time_order != "exact":
             times = times.astype(np.float32)
-        if self.tie_order == "shuffled":
-            order = np.lexsort((self._hash_interactions(), times))
-        else:
-            order = times.argsort(kind="stable")
-        order = order_by_user(self.inter_feat[self.uid_field].to_numpy(), order)
-        self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
-        users, times = self.inter_feat[self.uid_field].to_numpy(), times[order]
+        order = self._find_order(times)
+        if order is not None:
+            self.inter_feat = _reorder_rows(self.inter_feat, order)
+            times = times[order]
+            del order
+        users = self.inter_feat[self.uid_field].to_numpy()
+        self.gap_quartiles = measure_gap_quartiles(users, self.inter_feat[self.time_field].to_numpy())
         self.ties = Ties.find(users, times)
         if self.tie_order == "shuffled" and not self.ties.n_tied:
             logger.warning("ties: shuffled changes nothing: no user has two interactions at the same time")
@@ -330,6 +337,15 @@ class HistoryDataset(SequentialDataset):
             valid_from = self._split_shares[0]
             self.recent_counts = count_recent_items(users, items, times, valid_from, self.item_num)
         super()._change_feat_format()
+
+    def _find_order(self, times: np.ndarray) -> np.ndarray | None:
+        """The order by user, time and `tie_order`, (n,); None if the interactions have it already."""
+        users = self.inter_feat[self.uid_field].to_numpy()
+        if self.tie_order == "shuffled":
+            return order_by_user(users, np.lexsort((self._hash_interactions(), times)))
+        if is_ordered(users, times):
+            return None
+        return order_by_user(users, times.argsort(kind="stable"))
 
     def _hash_interactions(self) -> np.ndarray:
         feat = self.inter_feat
@@ -510,6 +526,39 @@ def drop_incomplete_rows(frame: pd.DataFrame, complete: pd.Series, name: object,
         name, f"{n_dropped:,}", f"{len(frame):,}", needed, f"{first:,}",
     )  # fmt: skip
     return frame[complete].reset_index(drop=True)
+
+
+class _TokenIds(Mapping[str, int]):
+    """Ids by token, looked up in a dict that is made when it is needed: with millions it takes seconds.
+
+    Args:
+        tokens: by id, all different.
+    """
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self._tokens = tokens
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self._tokens)}
+
+    def __getitem__(self, token: str) -> int:
+        return self._ids[token]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __eq__(self, other: object) -> bool:
+        return self._ids == (other._ids if isinstance(other, _TokenIds) else other)
+
+
+def _reorder_rows(frame: pd.DataFrame, order: np.ndarray) -> pd.DataFrame:
+    """The rows in this order, numbered anew; column by column, which pandas does not do."""
+    columns = {name: frame[name].array.take(order) for name in frame}
+    return pd.DataFrame(columns, copy=False)
 
 
 def _check_eval_args(config: Config) -> None:
