@@ -60,7 +60,8 @@ class Role(Enum):
     START = ("eval_batch_size", "state", "use_gpu")
     # other keys that affect where and how a run executes, not its result
     MACHINE = (
-        "baselines", "checkpoint_minutes", "log_wandb", "report", "scan_backend", "tensorboard", "worker",
+        "baselines", "checkpoint_minutes", "data_cache", "log_wandb", "report", "scan_backend",
+        "tensorboard", "worker",
     )  # fmt: skip
     # how the files of a data set are written
     FILE_FORMAT = ("LIST_SUFFIX", "field_separator", "load_col", "seq_separator")
@@ -321,6 +322,7 @@ class RunSettings(Settings):
     reproducibility: bool = True
     enable_amp: bool = False
     show_progress: bool = True
+    data_cache: bool = True
     baselines: bool | Literal["auto"] = Field("auto", description="auto, True or False")
     report: bool = True
     tensorboard: bool = False

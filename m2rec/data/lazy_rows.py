@@ -95,6 +95,9 @@ class RowColumns(MutableMapping[str, Tensor]):
         del self._names[name]
         self._kept.pop(name, None)
 
+    def __contains__(self, name: object) -> bool:  # else the column is cut
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
