@@ -509,6 +509,7 @@ class RunTrainer(Trainer):
         """Remove the training state of a finished run."""
         if distributed.is_main_process():
             self.files.checkpoint_file.unlink(missing_ok=True)
+            self.files.launch_file.unlink(missing_ok=True)
 
     def load_best_weights(self) -> None:
         """Load the best weights into the model."""
