@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from m2rec.errors import UserError
 
-
-# With PyTorch 2.13 processes that torchrun starts again read the addresses of those before from its store, try
-# to connect to them, and end or wait for ever; with this variable each start has a store of its own.
+# With PyTorch 2.13 processes that torchrun starts again find the addresses of those before in its store, try
+# to reach them, and end or wait for ever; with this variable each start has a store of its own.
 _FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
