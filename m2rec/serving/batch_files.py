@@ -33,14 +33,34 @@ def read_history_file(path: Path, progress: bool = False) -> Iterator[tuple[str,
     open quotation mark joins rows.
 
     Args:
-        path: FILE.parquet, or a CSV file, plain or gzipped.
+        path: FILE.parquet, or a CSV file, plain or gzipped; or a folder of Parquet files, as Spark writes it,
+            which are read in the order of their names.
         progress: show a bar on the terminal.
 
     Raises:
         ValueError: the file can't be read, or a row has no user or no list of tokens.
     """
+    for file in list_history_files(path):
+        yield from _read_one_file(file, progress)
+
+
+def list_history_files(path: Path) -> list[Path]:
+    """The file, or those of a folder of Parquet files in the order of their names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path.is_dir():
+        parts = [part for part in sorted(path.glob("*.parquet")) if not part.name.startswith(("_", "."))]
+        if not parts:
+            raise UserError(f"{path}: the folder has no Parquet file; give a CSV or Parquet file")
+        return parts
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; give a CSV or Parquet file")
+    return [path]
+
+
+def _read_one_file(path: Path, progress: bool) -> Iterator[tuple[str, list[str]]]:
     tally = Tally(path)
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # a history may be long
     is_parquet = path.suffix == ".parquet"

@@ -9,15 +9,17 @@ T0      width of the text vectors in their file
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from m2rec import distributed
 from m2rec.errors import UserError
 from m2rec.run_folder import RunFolder
-from m2rec.serving import batch_files, export, onnx_export, saved_model, session
+from m2rec.serving import batch_files, export, onnx_export, part_files, saved_model, session
 from m2rec.serving.arguments import (
     InputWarnings,
     parse_device,
@@ -244,7 +246,9 @@ class Recommender:
         Args:
             histories: FILE.parquet or a CSV file with the columns `user` and `history`, see
                 `m2rec.serving.batch_files.read_history_file`.
-            output: written with the columns `user`, `items` and `scores`, whole or not at all.
+            output: written with the columns `user`, `items` and `scores`, whole or not at all. A folder,
+                which exists or whose name ends with a slash, gets a file for every 100,000 histories: the
+                same call goes on with those that are missing, and under torchrun each process writes some.
             k, exclude_seen, skip_unknown: as in `recommend`.
             progress: show a bar on the terminal.
 
@@ -257,7 +261,14 @@ class Recommender:
         """
         path = Path(histories)
         rows = batch_files.read_history_file(path, progress)
-        return self.recommend_users(rows, output, k, exclude_seen, skip_unknown, str(path))
+        if not part_files.names_folder(output):
+            if distributed.read_launch()[1] > 1:
+                raise UserError(f"output: several processes write a folder of parts; name it {output}/")
+            return self.recommend_users(rows, output, k, exclude_seen, skip_unknown, str(path))
+        options: dict[str, Any] = {"k": k, "exclude_seen": exclude_seen, "skip_unknown": skip_unknown}
+        job = part_files.describe_job(self.model.encoder, path, **options)
+        rank = partial(self._rank_users, source=str(path), **options)
+        return part_files.write_parts(Path(output), rows, rank, job)
 
     def recommend_users(
         self,
@@ -281,6 +292,18 @@ class Recommender:
         Raises:
             ValueError: an unknown item token, or pyarrow is not installed; k is less than 1.
         """
+        rows = self._rank_users(histories, k, exclude_seen, skip_unknown, source)
+        return batch_files.write_recommendations(Path(output), rows)
+
+    def _rank_users(
+        self,
+        histories: Iterable[tuple[str, Iterable[str]]],
+        k: int,
+        exclude_seen: bool | None,
+        skip_unknown: bool,
+        source: str,
+    ) -> Iterator[tuple[str, Ranking]]:
+        """Users and their rankings, as `recommend_users` writes them."""
         warnings = InputWarnings(skip_unknown)
         options = self._parse_options(k, exclude_seen)
         known = self.model.ids
@@ -296,8 +319,7 @@ class Recommender:
                 yield ids
 
         ranked = self._ranker.rank_in_batches(read_ids(), options, warnings)
-        rows = ((users.popleft(), items) for items in ranked)
-        return batch_files.write_recommendations(Path(output), rows)
+        return ((users.popleft(), items) for items in ranked)
 
     def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
         """The score of every item after each history, (B, V); padding's is -inf.
