@@ -79,6 +79,10 @@ def plan_search(given: Mapping[str, Any], budget: Budget) -> SearchSetup:
     Raises:
         ValueError: keys or data can't be used, or nothing is left to search.
     """
+    if "continue_from" in given:
+        raise UserError(
+            "search: a run that continues another keeps its settings; leave out search or continue_from"
+        )
     config = build_config(given, find_config_file())
     if epochs := getattr(config.model_class, "fixed_settings", {}).get("epochs"):
         raise UserError(f"search: {config['variant']} always has epochs: {epochs}, nothing can be searched")

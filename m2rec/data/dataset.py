@@ -57,6 +57,8 @@ class HistoryDataset(SequentialDataset):
         gap_quartiles: of the time between neighbouring interactions of a user, in the file's unit;
             None where no user has two.
         histories: each user's items in order.
+        row_targets: where in `histories` the last target of each training row lies, (training rows,); None before
+            `build`, and for files that are split already.
         recent_counts: what was popular in the last days of training; None but for `split: global_time`.
         item_vectors: text vectors by item id, `text.vector_file.TextVectors`, or None; set by training.
         on_rows: called by `build` with the data set and its training part, before there are any loaders; set
@@ -83,6 +85,7 @@ class HistoryDataset(SequentialDataset):
         self.gap_quartiles: tuple[float, float, float] | None = None
         self.histories: Histories | None = None
         self.on_rows: Callable[[HistoryDataset, HistoryDataset], None] | None = None
+        self.row_targets: np.ndarray | None = None
         self.recent_counts: RecentCounts | None = None
         # set by RecBole's hooks: each user's interactions before validation and within it (`global_time`),
         # and the row after the last one of each part
@@ -122,6 +125,11 @@ class HistoryDataset(SequentialDataset):
     def item_tokens(self) -> list[str]:
         """Tokens by internal id, padding's first."""
         return [str(token) for token in self.field2id_token[self.iid_field]]
+
+    @property
+    def user_tokens(self) -> list[str]:
+        """Tokens by internal id, padding's first."""
+        return [str(token) for token in self.field2id_token[self.uid_field]]
 
     @property
     def history_field(self) -> str:
@@ -333,9 +341,8 @@ class HistoryDataset(SequentialDataset):
     def _hash_interactions(self) -> np.ndarray:
         feat = self.inter_feat
         users, items = feat[self.uid_field].to_numpy(), feat[self.iid_field].to_numpy()
-        user_tokens = [str(token) for token in self.field2id_token[self.uid_field]]
         times = feat[self.time_field].to_numpy()
-        return hash_interactions(users, items, times, user_tokens, self.item_tokens)
+        return hash_interactions(users, items, times, self.user_tokens, self.item_tokens)
 
     def data_augmentation(self) -> None:
         """Make the rows: one per target as stock RecBole for `prefix`, windows for `dense`.
@@ -355,6 +362,7 @@ class HistoryDataset(SequentialDataset):
         self._aug_presets()  # which reads the length
         targets, starts = self._locate_targets(histories)
         self._part_ends = np.cumsum([len(part) for part in targets])
+        self.row_targets = targets[0]
         self.inter_feat = self._build_rows(np.concatenate(targets), np.concatenate(starts))
 
     def _settle_max_length(self, histories: Histories) -> None:
