@@ -42,9 +42,9 @@ class Role(Enum):
     # how the network is trained, and on which rows
     TRAINING = (
         "MAX_ITEM_LIST_LENGTH", "auto", "average_epochs", "average_targets", "clip_grad_norm", "compile",
-        "continue_from", "decay_per_epoch", "enable_amp", "eval_step", "learner", "learning_rate", "replay_share",
-        "reproducibility", "rows",
-        "shuffle", "sparse_updates", "targets_per_step", "train_batch_size", "weight_decay",
+        "continue_from", "decay_per_epoch", "enable_amp", "eval_step", "learner", "learning_rate",
+        "replay_share", "reproducibility", "rows", "shuffle", "sparse_updates",
+        "targets_per_step", "train_batch_size", "weight_decay",
     )  # fmt: skip
     LENGTH = ("epochs", "patience_targets", "stopping_step")
     # where the text vectors come from; a run stores a hash of the vectors themselves

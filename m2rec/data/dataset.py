@@ -57,8 +57,8 @@ class HistoryDataset(SequentialDataset):
         gap_quartiles: of the time between neighbouring interactions of a user, in the file's unit;
             None where no user has two.
         histories: each user's items in order.
-        row_targets: where in `histories` the last target of each training row lies, (training rows,); None before
-            `build`, and for files that are split already.
+        row_targets: (training rows,), where in `histories` the last target of each lies; None before `build`,
+            and for files that are split already.
         recent_counts: what was popular in the last days of training; None but for `split: global_time`.
         item_vectors: text vectors by item id, `text.vector_file.TextVectors`, or None; set by training.
         on_rows: called by `build` with the data set and its training part, before there are any loaders; set

@@ -1,4 +1,4 @@
-"""Text vectors of a model that is trained further: old items keep theirs, new ones get some in the same space.
+"""Text vectors of a model that is trained further: old items keep theirs, new ones come into their space.
 
 letter  meaning
 V, C    items including padding, items that both the file and the model have
@@ -29,8 +29,8 @@ def continue_text_vectors(
 ) -> TextVectors:
     """The vectors of a data set's items, in the space of a model that has those of some items.
 
-    The file's vectors are whitened as the model's were. Where this does not give the model's vectors again, as
-    for word counts that were fitted to other texts, a linear map is fitted to the items that both have.
+    The file's vectors are whitened as the model's were. Where this does not give the model's vectors again,
+    as for word counts that were fitted to other texts, a linear map is fitted to the items that both have.
 
     Args:
         path: the text-vector file.

@@ -75,10 +75,7 @@ def build_run_config(given: Mapping[str, Any], default_file: Path | None = None)
     for scale_free, plain in SCALE_FREE_KEYS.items():
         if user_values.get(scale_free):
             settings.pop(plain, None)
-    config = build_config({**settings, "epochs": EPOCHS, **user_values, "auto": False})
-    if config.model_settings is None:
-        raise UserError(f"{KEY}: {config['variant']} can't be continued, only M2Rec and Mamba4Rec; train anew")
-    return config
+    return build_config({**settings, "epochs": EPOCHS, **user_values, "auto": False})
 
 
 def _find_run(name: Any) -> RunFolder:
@@ -94,13 +91,15 @@ def _find_run(name: Any) -> RunFolder:
         raise UserError(f"{KEY}: {name} is not a finished run; finish it with --resume={name}")
     if not files.extent_file.is_file():
         raise UserError(
-            f"{KEY}: {name} has no {files.extent_file.name}, which says what it was trained on (an older version, "
-            f"or files of benchmark_filename); train it anew on whole histories"
+            f"{KEY}: {name} has no {files.extent_file.name}, which says what it was trained on: an older version "
+            f"made it, or it had the files of benchmark_filename; train it anew on whole histories"
         )
     return files
 
 
-def _check_user_values(name: str, settings: Mapping[str, Any], user: Mapping[str, Any], has_text: bool) -> None:
+def _check_user_values(
+    name: str, settings: Mapping[str, Any], user: Mapping[str, Any], has_text: bool
+) -> None:
     """Check that the user's keys leave the model as it is.
 
     Args:
@@ -115,14 +114,14 @@ def _check_user_values(name: str, settings: Mapping[str, Any], user: Mapping[str
     for key in sorted(_FIXED_KEYS & set(user)):
         if user[key] != settings.get(key):
             raise UserError(
-                f"{key}: {user[key]!r}, but {name} was trained with {settings.get(key)!r}; leave {key} out, or "
-                f"train anew"
+                f"{key}: {user[key]!r}, but {name} was trained with {settings.get(key)!r}; leave {key} out, "
+                f"or train anew"
             )
     if "text_vectors" in user and (user["text_vectors"] != "none") != has_text:
         has = "text" if has_text else "no text"
         raise UserError(
-            f"text_vectors: {user['text_vectors']!r}, but {name} was trained with {has}; leave text_vectors out, "
-            f"or train anew"
+            f"text_vectors: {user['text_vectors']!r}, but {name} was trained with {has}; leave text_vectors "
+            f"out, or train anew"
         )
     if user.get("benchmark_filename"):
         raise UserError(f"benchmark_filename: {KEY} needs whole histories; leave it out, or train anew")
@@ -149,6 +148,8 @@ class SourceRun:
         name = config[KEY]
         if name == NO_RUN:
             return None
+        if config.model_settings is None:
+            raise UserError(f"{KEY}: {config['variant']} is not made of M2Rec's parts; train it anew")
         files = _find_run(name)
         weights, _ = files.read_weights()
         weights = {key: value for key, value in weights.items() if not key.startswith(_NEIGHBORS)}
@@ -171,8 +172,8 @@ class SourceRun:
         pairs = [(i, ids[token]) for i, token in enumerate(self.tokens) if i > 0 and token in ids]
         if not pairs:
             raise UserError(
-                f"{KEY}: no item of {self.name} is in this data set (its first: {list(self.tokens[1:4])}, the data "
-                f"set's: {list(tokens[1:4])}); name the data set that it was trained on, with new interactions"
+                f"{KEY}: no item of {self.name} is in this data set (its first: {list(self.tokens[1:4])}, "
+                f"the data set's: {list(tokens[1:4])}); name the data set that it was trained on"
             )
         here, there = np.array(pairs).T
         return here, there
@@ -306,14 +307,14 @@ def continue_training(source: SourceRun, model: M2Rec, dataset: HistoryDataset, 
     n_trained = count_trained_targets(dataset, source.extent)
     if n_trained:
         raise UserError(
-            f"{KEY}: {source.name} was trained on {n_trained:,} of the validation and test targets; split and filter "
-            f"as it does, and append new interactions to its data"
+            f"{KEY}: {source.name} was trained on {n_trained:,} of the validation and test targets; split "
+            f"and filter the data as it did, and append new interactions to all that it had"
         )
     is_new = find_new_rows(loader.dataset, source.extent)
     if not is_new.any():
         raise UserError(
-            f"{KEY}: {source.name} was trained on all training targets of this data; append new interactions to "
-            f"the data set first"
+            f"{KEY}: {source.name} was trained on all training targets of this data; append new interactions "
+            f"to the data set first"
         )
     facts: dict[str, Any] = {"run": source.name, **take_over_weights(model, source, dataset)}
     replaying = ReplayLoader(loader, is_new, loader.config["replay_share"])
@@ -323,8 +324,8 @@ def continue_training(source: SourceRun, model: M2Rec, dataset: HistoryDataset, 
         "rows_replayed": replaying.n_replayed,
     }
     logger.info(
-        "continued from %s: %s items kept, %s new, %s gone; an epoch trains %s rows with something new and %s of "
-        "%s others",
+        "continued from %s: %s items kept, %s new, %s gone; an epoch trains %s rows with something new and "
+        "%s of %s others",
         source.name, *(f"{facts[key]:,}" for key in ("items_kept", "items_new", "items_gone", "rows_new")),
         f"{facts['rows_replayed']:,}", f"{facts['rows_old']:,}",
     )  # fmt: skip

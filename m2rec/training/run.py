@@ -323,6 +323,7 @@ def prepare_run(
     model = _build_model(config, loaders.train.dataset)
     continued = None
     if source is not None:
+        assert isinstance(model, M2Rec)
         continued = continue_training(source, model, dataset, loaders.train)
         loaders = loaders._replace(train=continued.loader)
         timer.lap("continue")
