@@ -91,8 +91,8 @@ def _find_run(name: Any) -> RunFolder:
         raise UserError(f"{KEY}: {name} is not a finished run; finish it with --resume={name}")
     if not files.extent_file.is_file():
         raise UserError(
-            f"{KEY}: {name} has no {files.extent_file.name}, which says what it was trained on: an older version "
-            f"made it, or it had the files of benchmark_filename; train it anew on whole histories"
+            f"{KEY}: {name} has no {files.extent_file.name}, which says what it was trained on: an older "
+            f"version made it, or it had the files of benchmark_filename; train it anew on whole histories"
         )
     return files
 

@@ -4,7 +4,7 @@
     python scripts/bench/continued.py --dataset=amazon-toys-games --seeds 1 2 3 --settings hidden_size=64
 
 The data set is cut by time into --parts parts of equally many interactions; interactions at the same time
-stay together. The first half of the parts trains the first model. Then each further part is added to the data.
+stay together. The first half of the parts trains the first model. Then each other part is added to the data.
 One model is trained anew on all data so far, and one continues the last model (`continue_from`). Both are
 tested on the same users: leave-one-out on the data so far. CPU time is that of all threads, which other
 processes on the machine disturb less; total is from the data to the metrics, without the baselines.
