@@ -25,6 +25,7 @@ from benchmarking import (
     write_benchmark_results,
 )
 
+from m2rec.compat import find_data_folder
 from m2rec.data.columns import filter_by_counts
 from m2rec.training.continued_run import build_run_config
 from m2rec.training.run import prepare_run
@@ -113,8 +114,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=[], help="KEY=VALUE of all models")
     parser.add_argument("--continued", nargs="*", default=[], help="KEY=VALUE of those that continue another")
     args = parse_benchmark_arguments(parser)
-    args.data_path = args.data_path.resolve()
-    path = args.data_path / args.dataset / f"{args.dataset}.inter"
+    path = find_data_folder(args.data_path, args.dataset) / f"{args.dataset}.inter"
     frame = read_interactions(path, args.min_user_count, args.min_item_count)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
