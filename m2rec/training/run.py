@@ -135,6 +135,11 @@ class PreparedRun:
             reason = _NO_VALIDATION_REASONS[self.dataset.split]
             logger.warning("no validation rows (%s): the last epoch's weights are kept", reason)
         train, config = self.loaders.train, self.config
+        if valid is not None and 0 < config["valid_users"] < len(valid.dataset):
+            logger.info(
+                "valid_users: the validations of training rank %s of %s users, the same ones each time",
+                f"{config['valid_users']:,}", f"{len(valid.dataset):,}",
+            )  # fmt: skip
         with _explain_errors(f"model: {config['variant']} can't be trained with these keys and this data"):
             self.trainer.fit(train, valid, show_progress=config["show_progress"], callback_fn=on_validation)
         self.timer.lap("training")
@@ -198,10 +203,11 @@ class PreparedRun:
 
     def _evaluate_parts(self) -> tuple[EvaluationResult, dict[str, Metrics]]:
         """The result on the test rows, and the metrics of validation, empty without a row."""
-        tested = self.trainer.evaluate_protocols(self.loaders.test)
+        show_progress = self.config["show_progress"]
+        tested = self.trainer.evaluate_protocols(self.loaders.test, show_progress)
         if not self.has_validation:
             return tested, {p.get_name("valid"): {} for p in Protocol}
-        return tested, self.trainer.evaluate_protocols(self.loaders.valid).metrics
+        return tested, self.trainer.evaluate_protocols(self.loaders.valid, show_progress).metrics
 
     def _add_neighbors(self) -> None:
         """Give the model the neighbours that validation asks for, which may be none."""
