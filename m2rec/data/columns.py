@@ -264,6 +264,11 @@ def list_tokens(column: pd.Series) -> list[str]:
     return tokens
 
 
+def hash_tokens(tokens: Sequence[str]) -> np.ndarray:
+    """A hash of each token, (n,) uint64, the same on every machine."""
+    return np.asarray(pd.util.hash_array(np.array(tokens, dtype=object), categorize=False))
+
+
 def count_codes(column: pd.Series) -> np.ndarray:
     """How often each category of a column of tokens occurs, (number of categories,)."""
     codes = column.cat.codes.to_numpy()

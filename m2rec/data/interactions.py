@@ -68,6 +68,12 @@ class InteractionDataset(SequentialDataset):
         tokens: list[str] = self.field2id_token[self.iid_field].astype(str).tolist()
         return tokens
 
+    @property
+    def user_tokens(self) -> list[str]:
+        """Tokens by internal id, padding's first."""
+        tokens: list[str] = self.field2id_token[self.uid_field].astype(str).tolist()
+        return tokens
+
     def _from_scratch(self) -> None:
         """Take the interactions from the cache, or else read, filter and number them."""
         file = interaction_cache.find_cache_file(self.config)
@@ -343,9 +349,8 @@ class InteractionDataset(SequentialDataset):
     def _hash_interactions(self) -> np.ndarray:
         feat = self.inter_feat
         users, items = feat[self.uid_field].to_numpy(), feat[self.iid_field].to_numpy()
-        user_tokens = [str(token) for token in self.field2id_token[self.uid_field]]
         times = feat[self.time_field].to_numpy()
-        return hash_interactions(users, items, times, user_tokens, self.item_tokens)
+        return hash_interactions(users, items, times, self.user_tokens, self.item_tokens)
 
     def _dataframe_to_interaction(self, data: pd.DataFrame) -> Interaction:
         """RecBole's, but ids are not copied, so that processes share those of a cache."""
