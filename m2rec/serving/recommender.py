@@ -17,7 +17,7 @@ from torch import Tensor
 
 from m2rec.errors import UserError
 from m2rec.run_folder import RunFolder
-from m2rec.serving import batch_files, export, onnx_export, saved_model, session
+from m2rec.serving import batch_files, export, hub, onnx_export, saved_model, session
 from m2rec.serving.arguments import (
     InputWarnings,
     parse_device,
@@ -27,6 +27,7 @@ from m2rec.serving.arguments import (
 )
 from m2rec.serving.explanation import Explanation, explain_history
 from m2rec.serving.frames import Histories, build_frame, collect_histories
+from m2rec.serving.hub_name import is_hub_name
 from m2rec.serving.int8_table import Int8Table
 from m2rec.serving.item_index import ItemIndex
 from m2rec.serving.notebook import ExplainedEvents, RankedItems, format_html_summary
@@ -75,16 +76,22 @@ class Recommender:
         whole_history: bool = False,
         precision: str = "float32",
     ) -> "Recommender":
-        """Load the model of a run folder, or of a folder that `save` wrote.
+        """Load the model of a run folder, of a folder that `save` wrote, or of the Hugging Face hub.
+
+        Args:
+            folder: the folder; or the text `hub:owner/name` or `hub:owner/name@revision`, which is fetched
+                into the cache of huggingface_hub.
+            device, whole_history, precision: see the class.
 
         Raises:
-            ValueError: a file is missing, damaged, or of another model; the device is not available; or
-                whole_history for a model with a part that never sees more than in training; or an
-                unknown precision, or int8 on a GPU.
+            ValueError: a file is missing, damaged, or of another model; it can't be fetched; the device is
+                not available; or whole_history for a model with a part that never sees more than in
+                training; or an unknown precision, or int8 on a GPU.
         """
-        model = saved_model.read_saved_model(Path(folder), parse_device(device))
-        recommender = cls(model, whole_history, precision)
-        recommender.folder = Path(folder)
+        parsed = parse_device(device)
+        path = hub.fetch_saved_model(str(folder)) if is_hub_name(folder) else Path(folder)
+        recommender = cls(saved_model.read_saved_model(path, parsed), whole_history, precision)
+        recommender.folder = path
         return recommender
 
     def _repr_html_(self) -> str:
@@ -144,6 +151,26 @@ class Recommender:
             ValueError: it is the folder of a run, whose metrics are of other weights.
         """
         saved_model.write_saved_model(self.model, Path(folder))
+
+    def push_to_hub(self, name: str, private: bool = False) -> str:
+        """Push what `load` reads, added items included, and a model card to the Hugging Face hub.
+
+        The card has the metrics of the run, if the model was loaded from a run. The files name no user, no
+        history and no folder of this machine, but all item tokens and titles.
+
+        Args:
+            name: owner/name of a repository, which is created if need be; a second push is a new commit.
+            private: whether others may not read the repository.
+
+        Returns:
+            The name with its commit, `hub:owner/name@commit`, for `load`.
+
+        Raises:
+            ValueError: huggingface_hub is not installed, no token is known that may write, or the repository
+                holds something else, or is public though `private` is asked for.
+        """
+        run = None if self.folder is None else RunFolder(self.folder)
+        return hub.push_saved_model(self.model, run if run and run.is_finished else None, name, private)
 
     def recommend(
         self,

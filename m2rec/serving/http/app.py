@@ -215,8 +215,9 @@ def _describe_service(service: Service) -> dict[str, Any]:
     model = service.recommender.model
     encoder = service.text_encoder
     abilities = describe_abilities(service.recommender, encoder)
+    run = service.options.run
     return {
-        "run": service.options.run.resolve().name,
+        "run": run if isinstance(run, str) else run.resolve().name,
         "model": str(model.config.get("model", "")),
         "dataset": str(model.config.get("dataset", "")),
         "items": len(model.tokens) - 1,
