@@ -45,6 +45,7 @@ class Reasons(NamedTuple):
     """The strongest raising ones first; empty where the history has one item only."""
     nearest_by_text: list[TextNeighbor]
     """The nearest first; empty where the model, or the item, has no text."""
+    title: str = ""
 
 
 @torch.no_grad()
@@ -70,7 +71,8 @@ def find_reasons(ranker: Ranker, history: Sequence[int], items: Sequence[int], n
         influences = [Influence(*name(other), effect) for effect, other in raised if effect > 0][:n]
         near = sorted(zip(cosines[:, column].tolist(), distinct, strict=True), reverse=True)
         neighbors = [TextNeighbor(*name(other), cosine) for cosine, other in near if cosine > 0][:n]
-        found.append(Reasons(model.tokens[item], influences, neighbors))
+        token, title = name(item)
+        found.append(Reasons(token, influences, neighbors, title))
     return found
 
 

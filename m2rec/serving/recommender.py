@@ -30,7 +30,7 @@ from m2rec.serving.frames import Histories, build_frame, collect_histories
 from m2rec.serving.hub_name import is_hub_name
 from m2rec.serving.int8_table import Int8Table
 from m2rec.serving.item_index import ItemIndex
-from m2rec.serving.notebook import ExplainedEvents, RankedItems, format_html_summary
+from m2rec.serving.notebook import ExplainedEvents, ExplainedItems, RankedItems, format_html_summary
 from m2rec.serving.ranker import Ranker, Ranking, RankingOptions, Recommendation
 from m2rec.serving.reasons import Reasons, find_reasons
 from m2rec.serving.saved_model import SavedModel
@@ -383,7 +383,7 @@ class Recommender:
         n = parse_whole_number("n", n, 1)
         ids = self._to_known_ids(history)
         explained = tokens_to_ids(self.model.ids, items, argument="items")
-        return find_reasons(self._ranker, ids, explained, n)
+        return ExplainedItems(find_reasons(self._ranker, ids, explained, n))
 
     def session(self, history: Iterable[str] = (), skip_unknown: bool = False) -> "Session":
         """A user who is followed live: every event costs the same, however long the history.
