@@ -279,6 +279,7 @@ def test_users_need_known_histories():
 
 
 def test_a_notebook_shows_tables_with_titles(recommender: Recommender):
+    assert repr(recommender) == "<Recommender: M2Rec on toy, 30 items>"
     shown = recommender._repr_html_()
     assert "<caption>M2Rec on toy</caption>" in shown and "ndcg@10 on test_unseen" in shown
     token = next(token for token in recommender.tokens[1:] if token in recommender.titles)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 QUICK = {
     "epochs": 1, "hidden_size": 16, "inner_size": 16, "head_dim": 16, "d_state": 4, "n_layers": 1,
-    "MAX_ITEM_LIST_LENGTH": 10, "text_width": 16, "topk": [10],
+    "MAX_ITEM_LIST_LENGTH": 10, "text_width": 16, "topk": [10], "gate": "softmax",
 }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_every_table_has_titles(cells: dict[str, Any]):
         ("users", ("user", "rank", "item", "score", "title")),
         ("history", ("rank", "item", "title", "score")),
         ("similar", ("rank", "item", "title", "score")),
-        ("reasons", ("item", "title", "reason", "item of the history", "its title", "value")),
+        ("reasons", ("item", "title", "reason", "because of", "its title", "value")),
         ("weights", ("item", "title", "temporal", "frequency", "semantic")),
         ("save", ("rank", "item", "title", "score")),
     ):
@@ -71,6 +71,7 @@ def test_nothing_but_results_is_shown(cells: dict[str, Any]):
     for name, outputs in cells.items():
         assert [output.output_type for output in outputs] in ([], ["execute_result"]), name
         assert str(ROOT) not in str(outputs), name
+        assert " at 0x" not in str(outputs), name
 
 
 def test_the_page_is_as_it_was_run_from_top_to_bottom():

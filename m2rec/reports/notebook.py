@@ -46,6 +46,9 @@ class Report:
         }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis(run.metric)
 
+    def __repr__(self) -> str:
+        return f"<Report of {self._run.folder}>"
+
     def _repr_html_(self) -> str:
         """The plots; each is a picture of its own."""
         figures = [

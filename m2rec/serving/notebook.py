@@ -32,11 +32,11 @@ class ExplainedItems(list[Reasons]):
     """Items with the reasons for their ranks; a table in a notebook."""
 
     def _repr_html_(self) -> str:
-        columns = ("item", "title", "reason", "item of the history", "its title", "value")
+        columns = ("item", "title", "reason", "because of", "its title", "value")
         rows: list[Sequence[object]] = []
         for one in self:
             names = (one.item, one.title)
-            rows += [(*names, "raised by", x.item, x.title, f"{x.effect:+.3f}") for x in one.influences]
+            rows += [(*names, "raises it", x.item, x.title, f"{x.effect:+.3f}") for x in one.influences]
             rows += [
                 (*names, "similar text", x.item, x.title, f"{x.cosine:.3f}") for x in one.nearest_by_text
             ]

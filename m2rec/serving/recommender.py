@@ -94,9 +94,16 @@ class Recommender:
         recommender.folder = path
         return recommender
 
+    def __repr__(self) -> str:
+        return f"<Recommender: {self._name}, {len(self.tokens) - 1:,} items>"
+
     def _repr_html_(self) -> str:
         """A table for a notebook."""
-        return format_html_summary(f"{self.config['model']} on {self.config['dataset']}", self._describe())
+        return format_html_summary(self._name, self._describe())
+
+    @property
+    def _name(self) -> str:
+        return f"{self.config['model']} on {self.config['dataset']}"
 
     def _describe(self) -> dict[str, object]:
         facts: dict[str, object] = {
