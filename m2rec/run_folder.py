@@ -50,6 +50,7 @@ class RunFolder:
         self.report_file = path / "report.html"
         self.weights_file = path / "model.safetensors"  # the best weights so far
         self.checkpoint_file = path / "checkpoint.safetensors"  # the training state of an unfinished run
+        self.launch_file = path / "launch.txt"  # of an unfinished run: the torchrun command that began it
 
     @property
     def is_finished(self) -> bool:

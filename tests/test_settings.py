@@ -158,8 +158,9 @@ def test_every_key_has_one_role():
 def test_the_lists_of_keys():
     """As they were written out before they were made of roles."""
     machine = {
-        "baselines", "checkpoint_minutes", "data_path", "eval_batch_size", "gpu_id", "log_wandb", "report",
-        "runs_dir", "scan_backend", "show_progress", "state", "tensorboard", "use_gpu", "worker",
+        "baselines", "checkpoint_minutes", "data_cache", "data_path", "eval_batch_size", "gpu_id",
+        "log_wandb", "report", "runs_dir", "scan_backend", "show_progress", "state", "tensorboard",
+        "use_gpu", "worker",
     }  # fmt: skip
     assert machine == MACHINE_KEYS
     lasting = {
