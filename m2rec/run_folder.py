@@ -78,10 +78,12 @@ class RunFolder:
             return ""
         return line[2:].rstrip("\n") if line.startswith("# ") else ""
 
-    def write_config(self, config: Mapping[str, Any], comment: str = "") -> None:
-        """Write config.yaml with the command that repeats the run, and one more line of comment."""
-        command = f"{name_command('train')} --config_files={quote(str(self.config_file))}"
-        header = f"# {command} repeats this run\n"
+    def write_config(self, config: Mapping[str, Any], comment: str = "", is_run: bool = True) -> None:
+        """Write config.yaml; of a run with the command that repeats it, and one more line of comment."""
+        header = ""
+        if is_run:
+            command = f"{name_command('train')} --config_files={quote(str(self.config_file))}"
+            header = f"# {command} repeats this run\n"
         if comment:
             header += f"# {comment}\n"
         content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
@@ -95,9 +97,10 @@ class RunFolder:
         titles: Mapping[str, str],
         text_source: Mapping[str, Any],
         comment: str = "",
+        is_run: bool = True,
     ) -> None:
         """Write what a model needs beside its weights; a file that would be empty is left out."""
-        self.write_config(config, comment)
+        self.write_config(config, comment, is_run)
         _write_json(self.items_file, tokens)
         optional = {self.counts_file: counts, self.titles_file: titles, self.text_file: text_source}
         for path, content in optional.items():
