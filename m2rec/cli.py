@@ -21,6 +21,7 @@ SCRIPTS = {
     "tune": "scripts/tune.py",
     "recommend": "scripts/recommend.py",
     "serve": "scripts/serve.py",
+    "push": "scripts/push.py",
     "evaluate": "scripts/evaluate.py",
     "prepare": "scripts/prepare_data.py",
     "embed": "scripts/embed_items.py",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from m2rec.cli import Parser, add_recommender_options, run_command, write_escaped
 from m2rec.errors import UserError
+from m2rec.serving.hub_name import SOURCE_HELP, parse_source
 
 if TYPE_CHECKING:
     from m2rec.serving.recommender import Recommender
@@ -36,6 +37,7 @@ def answer_request(options: argparse.Namespace) -> None:
     from m2rec.serving.recommender import Recommender
 
     recommender = Recommender.load(options.run, options.device, precision=options.precision)
+    options.run = recommender.folder  # of a model on the hub, its folder in the cache
     if options.interactive:
         Dialogue(recommender, options.k, sys.stdout, choose_exclude_seen(options)).run(sys.stdin)
     elif options.output:
@@ -116,7 +118,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser("recommend", __doc__)
     add = parser.add_argument
-    add("run", type=Path, help="run folder, runs/NAME, or a folder that Recommender.save wrote")
+    add("run", type=parse_source, help=SOURCE_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--history", nargs="+", help="item tokens, oldest first")
     source.add_argument("--user", help="a user of the run's data set")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from m2rec.cli import Parser, add_recommender_options, run_command, write_escaped
 from m2rec.errors import UserError
+from m2rec.serving.hub_name import SOURCE_HELP, parse_source
 
 MIN_USERS = 100
 
@@ -61,7 +62,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser("serve", __doc__)
     add = parser.add_argument
-    add("run", type=Path, help="run folder, runs/NAME, or a folder that Recommender.save wrote")
+    add("run", type=parse_source, help=SOURCE_HELP)
     add("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1")
     add("--port", type=int, default=8000, help="0 for any free one; default: 8000")
     add(

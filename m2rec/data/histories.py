@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 NO_TARGET = -1
+_USERS_AT_ONCE = 1 << 15  # whose histories are in memory
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,16 @@ def order_by_user(users: np.ndarray, order: np.ndarray) -> np.ndarray:
         users: (n,) non-negative integers.
         order: (n,), such as the order by time; each user's interactions stay in it.
     """
-    rest = users
-    while True:
-        low_bits = rest[order].astype(np.uint16)
-        order = order[low_bits.argsort(kind="stable")]
-        rest = rest >> 16
-        if not rest.any():
-            return order
+    for shift in range(0, max(1, int(users.max(initial=0)).bit_length()), 16):
+        some_bits = (users >> shift).astype(np.uint16)
+        order = order[some_bits[order].argsort(kind="stable")]
+    return order
+
+
+def is_ordered(users: np.ndarray, times: np.ndarray) -> bool:
+    """Whether interactions are in the order of users, each user's in the order of times; (n,) both."""
+    is_same_user = users[1:] == users[:-1]
+    return bool(((users[1:] > users[:-1]) | (is_same_user & (times[1:] >= times[:-1]))).all())
 
 
 def concatenate_ranges(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -128,14 +132,21 @@ class Histories:
 
     def target_returns(self, users: np.ndarray, part: str) -> np.ndarray:
         """Whether each user's target of `part` is among the items before it, (len(users),)."""
-        _, target = self._find_histories(users, part)
-        user_index, items = self.items_before_target(users, part)
-        is_target = items == self.items[target][user_index]
-        return np.bincount(user_index[is_target], minlength=len(users)) > 0
+        returns = np.zeros(len(users), dtype=bool)
+        start, target = self._find_histories(users, part)
+        targets = self.items[target]
+        for first in range(0, len(users), _USERS_AT_ONCE):
+            some = slice(first, first + _USERS_AT_ONCE)
+            lengths = target[some] - start[some]
+            is_target = self.items[concatenate_ranges(start[some], lengths)] == targets[some].repeat(lengths)
+            returns[some] = np.bincount(np.arange(len(lengths)).repeat(lengths), is_target, len(lengths)) > 0
+        return returns
 
     def _find_histories(self, users: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
         """Positions of each user's first item and of the target of `part`."""
-        index = np.searchsorted(self.users, users)
+        first, last = self.users[0], self.users[-1]
+        is_whole = last - first + 1 == len(self.users)  # without a number left out
+        index = users - first if is_whole else np.searchsorted(self.users, users)
         return self.start[index], self.split.targets[part][index]
 
     def training_counts(self, n_items: int) -> np.ndarray:

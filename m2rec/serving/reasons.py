@@ -48,6 +48,7 @@ class Reasons(NamedTuple):
     """The strongest raising ones first; empty where the history has one item only."""
     nearest_by_text: list[TextNeighbor]
     """The nearest first, without the item itself; empty where the model, or the item, has no text."""
+    title: str = ""
 
 
 class ExplainedItem(NamedTuple):
@@ -97,7 +98,8 @@ def find_reasons(ranker: Ranker, history: Sequence[int], items: Sequence[int], n
         near = sorted(zip(cosines[:, column].tolist(), distinct, strict=True), reverse=True)
         others = [(cosine, other) for cosine, other in near if cosine > 0 and other != item]
         neighbors = [TextNeighbor(*name(other), cosine) for cosine, other in others[:n]]
-        found.append(Reasons(model.tokens[item], influences, neighbors))
+        token, title = name(item)
+        found.append(Reasons(token, influences, neighbors, title))
     return found
 
 

@@ -9,15 +9,17 @@ T0      width of the text vectors in their file
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from m2rec import distributed
 from m2rec.errors import UserError
 from m2rec.run_folder import RunFolder
-from m2rec.serving import batch_files, export, onnx_export, saved_model, session
+from m2rec.serving import batch_files, export, hub, onnx_export, part_files, saved_model, session
 from m2rec.serving.arguments import (
     InputWarnings,
     parse_device,
@@ -28,10 +30,17 @@ from m2rec.serving.arguments import (
 from m2rec.serving.explanation import Explanation, explain_history
 from m2rec.serving.formatting import RankedEntries
 from m2rec.serving.frames import Histories, build_frame, collect_histories
+from m2rec.serving.hub_name import is_hub_name
 from m2rec.serving.int8_table import Int8Table
 from m2rec.serving.item_index import ItemIndex
 from m2rec.serving.live_session import Session
-from m2rec.serving.notebook import ExplainedEvents, ExplainedItems, RankedItems, format_html_summary
+from m2rec.serving.notebook import (
+    ExplainedEvents,
+    ExplainedItems,
+    ItemReasons,
+    RankedItems,
+    format_html_summary,
+)
 from m2rec.serving.ranker import Ranker, Ranking, Recommendation, measure_recall
 from m2rec.serving.ranking_options import parse_ranking_options
 from m2rec.serving.reasons import N_REASONS, ExplainedItem, Reasons, explain_ranking, find_reasons
@@ -78,21 +87,34 @@ class Recommender:
         whole_history: bool = False,
         precision: str = "float32",
     ) -> "Recommender":
-        """Load the model of a run folder, or of a folder that `save` wrote.
+        """Load the model of a run folder, of a folder that `save` wrote, or of the Hugging Face hub.
+
+        Args:
+            folder: the folder; or the text `hub:owner/name` or `hub:owner/name@revision`, which is fetched
+                into the cache of huggingface_hub.
+            device, whole_history, precision: see the class.
 
         Raises:
-            ValueError: a file is missing, damaged, or of another model; the device is not available; or
-                whole_history for a model with a part that never sees more than in training; or an
-                unknown precision, or int8 on a GPU.
+            ValueError: a file is missing, damaged, or of another model; it can't be fetched; the device is
+                not available; or whole_history for a model with a part that never sees more than in
+                training; or an unknown precision, or int8 on a GPU.
         """
-        model = saved_model.read_saved_model(Path(folder), parse_device(device))
-        recommender = cls(model, whole_history, precision)
-        recommender.folder = Path(folder)
+        parsed = parse_device(device)
+        path = hub.fetch_saved_model(str(folder)) if is_hub_name(folder) else Path(folder)
+        recommender = cls(saved_model.read_saved_model(path, parsed), whole_history, precision)
+        recommender.folder = path
         return recommender
+
+    def __repr__(self) -> str:
+        return f"<Recommender: {self._name}, {len(self.tokens) - 1:,} items>"
 
     def _repr_html_(self) -> str:
         """A table for a notebook."""
-        return format_html_summary(f"{self.config['model']} on {self.config['dataset']}", self._describe())
+        return format_html_summary(self._name, self._describe())
+
+    @property
+    def _name(self) -> str:
+        return f"{self.config['model']} on {self.config['dataset']}"
 
     def _describe(self) -> dict[str, object]:
         facts: dict[str, object] = {
@@ -147,6 +169,26 @@ class Recommender:
             ValueError: it is the folder of a run, whose metrics are of other weights.
         """
         saved_model.write_saved_model(self.model, Path(folder))
+
+    def push_to_hub(self, name: str, private: bool = False) -> str:
+        """Push what `load` reads, added items included, and a model card to the Hugging Face hub.
+
+        The card has the metrics of the run, if the model was loaded from a run. The files name no user, no
+        history and no folder of this machine, but all item tokens and titles.
+
+        Args:
+            name: owner/name of a repository, which is created if need be; a second push is a new commit.
+            private: whether others may not read the repository.
+
+        Returns:
+            The name with its commit, `hub:owner/name@commit`, for `load`.
+
+        Raises:
+            ValueError: huggingface_hub is not installed, no token is known that may write, or the repository
+                holds something else, or is public though `private` is asked for.
+        """
+        run = None if self.folder is None else RunFolder(self.folder)
+        return hub.push_saved_model(self.model, run if run and run.is_finished else None, name, private)
 
     @overload
     def recommend(
@@ -278,7 +320,9 @@ class Recommender:
         Args:
             histories: FILE.parquet or a CSV file with the columns `user` and `history`, see
                 `m2rec.serving.batch_files.read_history_file`.
-            output: written with the columns `user`, `items` and `scores`, whole or not at all.
+            output: written with the columns `user`, `items` and `scores`, whole or not at all. A folder,
+                which exists or whose name ends with a slash, gets a file for every 100,000 histories: the
+                same call goes on with those that are missing, and under torchrun each process writes some.
             k, exclude_seen, skip_unknown: as in `recommend`.
             progress: show a bar on the terminal.
 
@@ -291,7 +335,14 @@ class Recommender:
         """
         path = Path(histories)
         rows = batch_files.read_history_file(path, progress)
-        return self.recommend_users(rows, output, k, exclude_seen, skip_unknown, str(path))
+        if not part_files.names_folder(output):
+            if distributed.read_launch()[1] > 1:
+                raise UserError(f"output: several processes write a folder of parts; name it {output}/")
+            return self.recommend_users(rows, output, k, exclude_seen, skip_unknown, str(path))
+        options: dict[str, Any] = {"k": k, "exclude_seen": exclude_seen, "skip_unknown": skip_unknown}
+        job = part_files.describe_job(self.model.encoder, path, **options)
+        rank = partial(self._rank_users, source=str(path), **options)
+        return part_files.write_parts(Path(output), rows, rank, job)
 
     def recommend_users(
         self,
@@ -315,6 +366,18 @@ class Recommender:
         Raises:
             ValueError: an unknown item token, or pyarrow is not installed; k is less than 1.
         """
+        rows = self._rank_users(histories, k, exclude_seen, skip_unknown, source)
+        return batch_files.write_recommendations(Path(output), rows)
+
+    def _rank_users(
+        self,
+        histories: Iterable[tuple[str, Iterable[str]]],
+        k: int,
+        exclude_seen: bool | None,
+        skip_unknown: bool,
+        source: str,
+    ) -> Iterator[tuple[str, Ranking]]:
+        """Users and their rankings, as `recommend_users` writes them."""
         warnings = InputWarnings(skip_unknown)
         options = parse_ranking_options(self.model, k, exclude_seen)
         known = self.model.ids
@@ -330,8 +393,7 @@ class Recommender:
                 yield ids
 
         ranked = self._ranker.rank_in_batches(read_ids(), options, warnings)
-        rows = ((users.popleft(), items) for items in ranked)
-        return batch_files.write_recommendations(Path(output), rows)
+        return ((users.popleft(), items) for items in ranked)
 
     def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
         """The score of every item after each history, (B, V); padding's is -inf.
@@ -390,7 +452,7 @@ class Recommender:
         n = parse_whole_number("n", n, 1)
         ids = self._to_known_ids(history)
         explained = tokens_to_ids(self.model.ids, items, argument="items")
-        return find_reasons(self._ranker, ids, explained, n)
+        return ItemReasons(find_reasons(self._ranker, ids, explained, n))
 
     def explain_ranking(
         self, history: Iterable[str], ranking: Ranking, n: int = N_REASONS

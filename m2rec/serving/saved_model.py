@@ -180,6 +180,7 @@ def write_saved_model(trained: SavedModel, folder: Path) -> None:
         counts=trained.item_counts,
         titles=trained.titles,
         text_source=trained.text_source,
+        is_run=False,
     )
     files.write_weights(weights)
 

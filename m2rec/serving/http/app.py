@@ -233,8 +233,9 @@ def _describe_service(service: Service) -> dict[str, Any]:
     model = service.recommender.model
     encoder = service.text_encoder
     abilities = describe_abilities(service.recommender, encoder)
+    run, folder = service.options.run, service.recommender.folder
     return {
-        "run": service.recommender.folder.name if service.recommender.folder else "",
+        "run": run if isinstance(run, str) else folder.name if folder else "",
         "model": str(model.config.get("model", "")),
         "dataset": str(model.config.get("dataset", "")),
         "items": len(model.tokens) - 1,

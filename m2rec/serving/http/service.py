@@ -44,8 +44,8 @@ _Result = TypeVar("_Result")
 class ServiceOptions:
     """What is served, and how."""
 
-    run: Path
-    """The run folder; a reload reads it again, so it may be a link that has changed."""
+    run: Path | str
+    """The run folder, or a name on the hub; a reload reads it again, so it may be a link that has changed."""
     state: Path | None = None
     """The file of users and added items; None for memory."""
     text_encoder: str = ""
