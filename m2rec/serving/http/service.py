@@ -28,6 +28,7 @@ from m2rec.serving.http.new_items import (
 from m2rec.serving.http.schemas import NewItem
 from m2rec.serving.http.store import Store, StoredItem
 from m2rec.serving.http.users import LiveUsers
+from m2rec.serving.hub_name import is_hub_name
 from m2rec.serving.ranker import Ranking
 from m2rec.serving.reasons import ExplainedItem
 from m2rec.serving.recommender import Recommender
@@ -209,9 +210,10 @@ class Service:
             logger.warning("reloaded %s: %s items", self.options.run, f"{len(recommender.tokens) - 1:,}")
 
     def _load_run(self) -> Recommender:
-        """The model of the run folder; a link is followed once, as it may change while files are read."""
-        options, folder = self.options, Path(os.path.realpath(self.options.run))
-        return Recommender.load(folder, options.device, precision=options.precision)
+        """The model of the run; a link is followed once, as it may change while files are read."""
+        options, run = self.options, self.options.run
+        source = run if is_hub_name(run) else Path(os.path.realpath(run))
+        return Recommender.load(source, options.device, precision=options.precision)
 
     def _load_again(self, stored: Sequence[StoredItem]) -> tuple[Recommender, int]:
         recommender = self._load_run()
