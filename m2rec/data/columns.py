@@ -9,6 +9,7 @@ n       interactions
 
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -273,10 +274,19 @@ def order_by_appearance(column: pd.Series) -> pd.Categorical:
     return pd.Categorical.from_codes(codes, used.categories.take(used.codes), validate=False)
 
 
+class FilteredRows(NamedTuple):
+    """What `filter_by_counts` keeps."""
+
+    is_kept: np.ndarray
+    """(n,) booleans."""
+    rounds: int
+    """Passes over the rows that removed some."""
+
+
 def filter_by_counts(
     codes: Sequence[np.ndarray], checks: Sequence[Callable[[np.ndarray], np.ndarray]]
-) -> np.ndarray:
-    """Which rows are left, (n,) booleans, once those whose user or item has a wrong number of rows are gone.
+) -> FilteredRows:
+    """Which rows are left once those whose user or item has a wrong number of rows are gone.
 
     Dropping rows lowers other counts, so this goes on until every user and item that is left has a right
     one: a k-core, if the checks are lower bounds.
@@ -285,7 +295,7 @@ def filter_by_counts(
         codes: of users and of items, (n,) each.
         checks: for users and for items, which numbers of rows are right.
     """
-    rows = np.arange(len(codes[0]))
+    rows, rounds = np.arange(len(codes[0])), 0
     counts = [np.bincount(column) for column in codes]
     while True:
         is_dropped = np.zeros(len(rows), dtype=bool)
@@ -295,9 +305,28 @@ def filter_by_counts(
                 is_dropped |= is_wrong[column[rows]]
         if not is_dropped.any():
             break
+        rounds += 1
         dropped, rows = rows[is_dropped], rows[~is_dropped]
         for column, count in zip(codes, counts, strict=True):
             count -= np.bincount(column[dropped], minlength=len(count))
     is_kept = np.zeros(len(codes[0]), dtype=bool)
     is_kept[rows] = True
-    return is_kept
+    return FilteredRows(is_kept, rounds)
+
+
+def order_by_user(users: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """An order of interactions, rearranged so that each user's are together, users ascending.
+
+    NumPy sorts 16 bits at a time without comparisons, so this takes far less time than sorting users at once.
+
+    Args:
+        users: (n,) non-negative integers.
+        order: (n,), such as the order by time; each user's interactions stay in it.
+    """
+    rest = users
+    while True:
+        low_bits = rest[order].astype(np.uint16)
+        order = order[low_bits.argsort(kind="stable")]
+        rest = rest >> 16
+        if not rest.any():
+            return order

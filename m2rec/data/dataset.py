@@ -17,9 +17,16 @@ from torch import Tensor
 
 from m2rec.compat import Config, FeatureSource, FeatureType, Interaction, SeqSampler, SequentialDataset
 from m2rec.data import download, inter_file, shipped
-from m2rec.data.columns import count_codes, encode_tokens, filter_by_counts, list_tokens, order_by_appearance
+from m2rec.data.columns import (
+    count_codes,
+    encode_tokens,
+    filter_by_counts,
+    list_tokens,
+    order_by_appearance,
+    order_by_user,
+)
 from m2rec.data.dominant import describe_dominant_entity
-from m2rec.data.histories import NO_TARGET, Histories, order_by_user, shift_targets, split_by_time
+from m2rec.data.histories import NO_TARGET, Histories, shift_targets, split_by_time
 from m2rec.data.max_length import choose_max_length
 from m2rec.data.ties import Ties, hash_interactions
 from m2rec.data.time_statistics import (
@@ -280,7 +287,7 @@ class HistoryDataset(SequentialDataset):
         for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
             intervals.append(self._parse_intervals_str(self.config[f"{kind}_inter_num_interval"]))
             codes.append(self.inter_feat[column].cat.codes.to_numpy())
-        is_kept = filter_by_counts(codes, [self._build_count_check(interval) for interval in intervals])
+        is_kept = filter_by_counts(codes, [self._build_count_check(x) for x in intervals]).is_kept
         if not is_kept.all():
             self.inter_feat = self.inter_feat[is_kept]
 

@@ -121,11 +121,13 @@ class Tally:
         )
 
 
-def iterate_with_progress(records: Iterator[Record], tally: Tally) -> Iterator[Record]:
+def iterate_with_progress(
+    records: Iterator[Record], tally: Tally, rows_between_updates: int = PROGRESS_ROWS
+) -> Iterator[Record]:
     """Yield the records, and on a terminal show a bar over the file's bytes."""
     size = tally.path.stat().st_size
     with tqdm(total=size, unit="B", unit_scale=True, desc=tally.path.name, disable=None, leave=False) as bar:
         for count, record in enumerate(records):
-            if count % PROGRESS_ROWS == 0:
+            if count % rows_between_updates == 0:
                 bar.update(tally.position - bar.n)
             yield record

@@ -159,11 +159,17 @@ class UnusedColumnCheck:
         """Look at one row."""
         for name in row.keys() - self.other_columns:
             if name.lower() in LABEL_COLUMNS:
-                self.zeros[name] += _is_zero(row[name])
-                continue
-            self.other_columns.add(name)
-            if name.lower() in TIME_COLUMNS:
-                self.time_column = name
+                self.zeros[name] += is_zero(row[name])
+            else:
+                self.note_names([name])
+
+    def note_names(self, names: Collection[str]) -> None:
+        """Note the columns of rows, those of clicks aside."""
+        for name in set(names) - self.other_columns:
+            if name.lower() not in LABEL_COLUMNS:
+                self.other_columns.add(name)
+                if name.lower() in TIME_COLUMNS:
+                    self.time_column = name
 
     def remarks(self) -> list[str]:
         """How many interactions seem to be impressions without a click."""
@@ -177,7 +183,8 @@ class UnusedColumnCheck:
         return remarks
 
 
-def _is_zero(value: object) -> bool:
+def is_zero(value: object) -> bool:
+    """Whether a value is a number that is 0, or false."""
     try:
         return parse_rating(value) == 0
     except MalformedRowError:

@@ -1,0 +1,191 @@
+"""Blocks of delimited text files as columns, where pyarrow reads them as the readers of rows do."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv
+
+from m2rec.data.column_names import LABEL_COLUMNS
+from m2rec.data.raw.blocks import Block, LineBlocks, TableBlocks
+from m2rec.data.raw.delimited import (
+    HEADER_LAYOUT,
+    QUOTING_SEPARATORS,
+    UTF8_OR_LATIN1,
+    CsvLayout,
+    find_csv_table,
+    parse_cells,
+)
+from m2rec.data.raw.lines import BYTE_ORDER_MARK, UTF8, LineReader, open_bytes, parse_lines
+from m2rec.data.raw.tally import NumberedRows, Tally
+
+LARGE_BLOCK_BYTES = 1 << 24
+SMALL_BLOCK_BYTES = 1 << 16
+MAX_LINE_BYTES = 1 << 17  # Python's csv refuses longer cells
+_CHUNK_BYTES = 1 << 20  # parsed at once by one thread
+_REPLACED_SEPARATOR = b"\x01"  # stands for a separator of two characters
+_NEWLINE, _QUOTE = b"\n"[0], b'"'[0]
+
+RecordReader = Callable[[LineReader, Callable[[], bool]], NumberedRows]
+"""Reads rows until the function says that it is enough."""
+
+
+class TextBlocks:
+    """Blocks of a text table.
+
+    Args:
+        lines: behind the header.
+        names: of all columns.
+        used: names of the columns to read.
+        separator: between the columns.
+        reader: of lines, for what is not read as columns.
+        read_records: reads these lines.
+    """
+
+    def __init__(
+        self,
+        lines: LineBlocks,
+        names: Sequence[str],
+        used: Collection[str],
+        separator: str,
+        reader: LineReader,
+        read_records: RecordReader,
+    ) -> None:
+        self.names = names
+        self._lines, self._reader, self._read_records = lines, reader, read_records
+        self._separator = separator
+        self._positions = {name: position for position, name in enumerate(names) if name in used}
+
+    @property
+    def position(self) -> int:
+        """Bytes of the content that were taken."""
+        return self._lines.position
+
+    def peek(self, is_large: bool) -> Block | None:
+        """The next lines; None at the end."""
+        data = self._lines.peek(LARGE_BLOCK_BYTES if is_large else SMALL_BLOCK_BYTES)
+        if data is None:
+            return None
+        is_first = not self._reader.tally.lines
+        columns = self._read_columns(data.removeprefix(BYTE_ORDER_MARK) if is_first else data)
+        n_rows = len(next(iter(columns.values()))) if columns else 0
+        return Block(len(data), is_large, n_rows, columns)
+
+    def take(self, block: Block) -> None:
+        """Count the lines of a block and go on behind it."""
+        self._lines.take(block.size)
+        self._reader.tally.lines += block.n_rows
+        self._reader.note_position()
+
+    def read_rows(self, block: Block) -> NumberedRows:
+        """Read the lines of a block, and the rest of a record that ends behind it."""
+        stop = self.position + max(block.size, 1)
+        return self._read_records(self._reader, lambda: self.position >= stop)
+
+    def _read_columns(self, data: bytes) -> Mapping[str, pa.Array] | None:
+        """The columns of whole lines, one row for each; None where they are odd."""
+        separator = self._separator.encode()
+        is_quoted = self._separator in QUOTING_SEPARATORS and b'"' in data
+        if not _are_plain_lines(data) or (is_quoted and not are_plain_quotes(data, separator)):
+            return None
+        if len(separator) > 1:
+            if _REPLACED_SEPARATOR in data:
+                return None
+            data, separator = data.replace(separator, _REPLACED_SEPARATOR), _REPLACED_SEPARATOR
+        n_lines = data.count(b"\n") + (not data.endswith(b"\n"))
+        names = [str(position) for position in range(len(self.names))]
+        wanted = {name: names[position] for name, position in self._positions.items()}
+        convert = csv.ConvertOptions(
+            check_utf8=False,
+            column_types=dict.fromkeys(wanted.values(), pa.string()),
+            strings_can_be_null=False,
+            include_columns=list(wanted.values()),
+        )
+        parse = csv.ParseOptions(delimiter=separator.decode(), quote_char='"' if is_quoted else False)
+        read = csv.ReadOptions(column_names=names, block_size=_CHUNK_BYTES)
+        try:
+            table = csv.read_csv(pa.BufferReader(data), read, parse, convert)
+        except pa.ArrowInvalid:  # too many or too few columns
+            return None
+        if len(table) != n_lines:  # blank lines
+            return None
+        return {name: table[column].combine_chunks() for name, column in wanted.items()}
+
+
+def _are_plain_lines(data: bytes) -> bool:
+    r"""Whether text is UTF-8 without NUL, has no long lines, and each ends with \n or \r\n."""
+    if not data or data.startswith(BYTE_ORDER_MARK):  # in the middle of a file it is text, not for pyarrow
+        return False
+    if b"\0" in data or data.count(b"\r") != data.count(b"\r\n"):
+        return False
+    if not data.isascii():
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            return False
+    ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == _NEWLINE)
+    lengths = np.diff(ends, prepend=-1, append=len(data))
+    return bool(lengths.max() < MAX_LINE_BYTES)
+
+
+def are_plain_quotes(data: bytes, separator: bytes) -> bool:
+    """Whether quotation marks enclose whole cells, each within one line, and are doubled within them.
+
+    Args:
+        data: whole lines of CSV.
+        separator: one byte.
+    """
+    characters = np.frombuffer(b"\n" + data + b"\n", dtype=np.uint8)
+    quotes = np.flatnonzero(characters == _QUOTE)
+    if len(quotes) % 2:
+        return False
+    opening, closing = quotes[::2], quotes[1::2]
+    is_doubled = closing[:-1] + 1 == opening[1:]  # within a cell it closes and opens again
+    starts = opening[np.append(True, ~is_doubled)]
+    stops = closing[np.append(~is_doubled, True)]
+    before, after = characters[starts - 1], characters[stops + 1]
+    borders = np.frombuffer(separator + b"\n", dtype=np.uint8)
+    if not (np.isin(before, borders).all() and np.isin(after, np.append(borders, b"\r"[0])).all()):
+        return False
+    ends = np.flatnonzero(characters == _NEWLINE)
+    return bool((np.searchsorted(quotes, ends) % 2 == 0).all())
+
+
+@contextmanager
+def open_csv_blocks(
+    tally: Tally,
+    used: Collection[str],
+    columns: Sequence[str],
+    layout: CsvLayout = HEADER_LAYOUT,
+    cure: str = "name one of them",
+) -> Iterator[TableBlocks]:
+    """Blocks of the file that `delimited.read_csv_records` reads.
+
+    Raises:
+        ValueError: see `read_csv_records`.
+    """
+    table = find_csv_table(tally.path, columns, layout, cure)
+    used = {*used, *(name for name in table.names if name.lower() in LABEL_COLUMNS)}
+    with open_bytes(tally.path) as (raw, content):
+        lines = LineBlocks(content)
+        reader = LineReader(tally, raw, lines, UTF8)
+        if table.has_header:
+            next(reader)
+        yield TextBlocks(lines, table.names, used, table.separator, reader, table.read_records)
+
+
+@contextmanager
+def open_delimited_blocks(
+    tally: Tally, used: Collection[str], separator: str, columns: Sequence[str]
+) -> Iterator[TableBlocks]:
+    """Blocks of the file that `delimited.read_delimited_rows` reads."""
+
+    def read_records(lines: LineReader, is_done: Callable[[], bool]) -> NumberedRows:
+        return parse_lines(lines, partial(parse_cells, separator, columns), is_done)
+
+    with open_bytes(tally.path) as (raw, content):
+        lines = LineBlocks(content)
+        reader = LineReader(tally, raw, lines, UTF8_OR_LATIN1)
+        yield TextBlocks(lines, columns, used, separator, reader, read_records)
