@@ -1,7 +1,10 @@
 """Columns of blocks give what rows give: the same files, counts, remarks and errors."""
 
 import gzip
+import resource
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2rec.data.raw import batches, tally, text_blocks, token_counts
+from m2rec.data.raw.interactions import InteractionParser
 from m2rec.data.raw.options import PreparationOptions
-from tests.raw_reference import assert_same
+from m2rec.data.raw.prepare import prepare_dataset
+from m2rec.data.raw.text_blocks import are_plain_quotes
+from tests.raw_reference import assert_same, prepare
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,6 +110,16 @@ def option_values(draw: st.DrawFn) -> dict[str, Any]:
     return values
 
 
+PACKINGS = ("plain", "plain", "zipped", "cut")
+
+
+def pack(data: bytes, packing: str) -> bytes:
+    """The bytes of a file."""
+    if packing == "plain":
+        return data
+    return gzip.compress(data) if packing == "zipped" else gzip.compress(data)[:-9]
+
+
 conditions = st.lists(
     st.sampled_from(["LABEL!=view", "LABEL=", "LABEL in 0,1,buy", "rating>=3", "user!=u1", "time>5"]),
     max_size=2,
@@ -111,17 +127,17 @@ conditions = st.lists(
 
 
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)
-@given(table=files(), values=option_values(), keep=conditions, is_zipped=st.booleans())
+@given(table=files(), values=option_values(), keep=conditions, packing=st.sampled_from(PACKINGS))
 def test_columns_and_rows_agree(
     table: dict[str, Any],
     values: dict[str, Any],
     keep: list[str],
-    is_zipped: bool,
+    packing: str,
     tmp_path_factory: pytest.TempPathFactory,
 ):
     folder = tmp_path_factory.getbasetemp()
     path = folder / "clicks.csv"
-    path.write_bytes(gzip.compress(table["data"]) if is_zipped else table["data"])
+    path.write_bytes(pack(table["data"], packing))
     if not table["header"]:
         values["columns"] = ["user", "item", "rating", "time", "event"]
     assert_same(
@@ -137,3 +153,88 @@ def test_columns_and_rows_agree(
             **values,
         )
     )
+
+
+def build_options(path: Path, **values: Any) -> PreparationOptions:
+    return PreparationOptions(
+        "csv", path, "x", data_path=path.parent, user="user", item="item", time="time", **values
+    )
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (["1588687728", "1588687729"], ["1588687728", "1588687729"]),
+        (["1588687728923", "1588687728000"], ["1588687728.923", "1588687728"]),
+        (["1588687728.50", "7"], ["1588687728.5", "7"]),
+        (["1588687728923001", "1588687728923000"], ["1588687728.923001", "1588687728.923"]),
+        (["2020-01-01", "1969-12-31"], ["1577836800", "-86400"]),
+        (["2020-01-01 00:00:01 UTC", "2020-01-01T00:00:01.25Z"], ["1577836801", "1577836801.25"]),
+        (['"Jan 1, 2020"', '"Jan 2, 2020"'], ["1577836800", "1577923200"]),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_plain_lines_are_never_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: list[str], expected: list[str], end: str
+):
+    """Quotes around cells, blanks around ids and conditions are read as columns, too."""
+    monkeypatch.setattr(InteractionParser, "read_rows", None)
+    path = tmp_path / "clicks.csv"
+    lines = [f'u{n}, i{n % 3},{times[n % 2]},"say, ""{n}""",{n % 2}' for n in range(100)]
+    path.write_text(end.join(["user,item,time,note,label", *lines]) + end, newline="")
+    outcome = prepare(build_options(path, keep=['note!=say, "7"']))
+    found = [line.split("\t") for line in outcome.lines[1:-1]]
+    assert found == [[f"u{n}", f"i{n % 3}", expected[n % 2]] for n in range(100) if n != 7]
+    assert any(
+        "blanks around ids were removed: 99, the first from ' i0' in line 2" in x for x in outcome.remarks
+    )
+    assert any("column 'label' is 0 in 50 lines" in remark for remark in outcome.remarks)
+
+
+@pytest.mark.parametrize(
+    ("data", "is_plain"),
+    [
+        (b'"a","b"\n', True),
+        (b'"a;b",c\r\n', True),
+        (b'"",""""\n"say ""x""",""', True),
+        (b'a"b,c\n', False),
+        (b'"a"b,c\n', False),
+        (b'"a" ,c\n', False),
+        (b'"a\nb",c\n', False),
+        (b'"a,b\n', False),
+        (b'""x"",c\n', False),
+    ],
+)
+def test_plain_quotes(data: bytes, is_plain: bool):
+    assert are_plain_quotes(data, b",") == is_plain
+
+
+def test_a_broken_line_far_away_is_named(tmp_path: Path):
+    path = tmp_path / "clicks.csv"
+    lines = [f"u{n % 7},i{n % 5},{n}" for n in range(1000)]
+    lines[876] = "u1,i1"
+    path.write_text("\n".join(["user,item,time", *lines]))
+    outcome = assert_same(build_options(path, max_bad=0.01))
+    assert (
+        "1 of 1,001 lines are malformed and left out: line 878: 2 columns, the header" in outcome.remarks[0]
+    )
+    lines[876] = "u1,i1,2020-01-01"
+    path.write_text("\n".join(["user,item,time", *lines]))
+    error = assert_same(build_options(path, max_bad=0.01)).error
+    assert "line 2 has the time '0', which reads as seconds, and line 878 has the time '2020-01-01'" in error
+
+
+def test_a_full_disk_leaves_no_data_set(tmp_path: Path):
+    """And no temporary file."""
+    path = tmp_path / "clicks.csv"
+    path.write_text("user,item,time\n" + "u,i,1\n" * 1000)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    action = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            prepare_dataset(build_options(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, action)
+    assert [found.name for found in tmp_path.iterdir()] == ["clicks.csv"]

@@ -172,7 +172,7 @@ class _BlockConverter:
     def _get_column(self, names: ColumnNames) -> pa.Array:
         if len(names) != 1 or names[0] not in self.columns:
             raise _OddColumnError
-        return self.columns[names[0]]
+        return _simplify(self.columns[names[0]])
 
     def _convert_ids(self, names: ColumnNames) -> "_Ids":
         values = self._get_column(names)
@@ -201,7 +201,7 @@ class _BlockConverter:
         found = [column for column in (users, items) if column.n_stripped]
         if found and not ids.n_stripped:
             first = min(found, key=lambda column: column.first)  # of equal ones that of the user
-            ids.example = f"{first.example!r} in line {self._find_line(first.first)}"
+            ids.example = f"{first.example!r} in {ids.name_line(self._find_line(first.first))}"
         ids.n_stripped += users.n_stripped + items.n_stripped
 
     def _find_line(self, place: int) -> int:
@@ -233,7 +233,7 @@ class _BlockConverter:
         zeros = {}
         for name in self.columns.keys() - self.parser.columns.used:
             if name.lower() in LABEL_COLUMNS:
-                codes, values = _encode_values(self.columns[name])
+                codes, values = _encode_values(_simplify(self.columns[name]))
                 zeros[name] = int(np.array([is_zero(value) for value in values], dtype=bool)[codes].sum())
         return zeros
 
@@ -254,6 +254,14 @@ def _read_present_id(value: object) -> str:
     if is_missing(value):
         raise _OddColumnError
     return parse_id(value)
+
+
+def _simplify(values: pa.Array) -> pa.Array:
+    """Texts as plain ones, whatever Parquet has them as."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    is_text = pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type)
+    return values.cast(pa.string()) if is_text else values
 
 
 def _encode_column(values: pa.Array) -> tuple[pa.Array, pa.Array]:

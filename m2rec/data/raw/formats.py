@@ -36,7 +36,7 @@ from m2rec.data.raw.interactions import (
     require_value,
 )
 from m2rec.data.raw.json_rows import read_json_or_literal_rows, read_json_rows
-from m2rec.data.raw.parquet import read_parquet_rows
+from m2rec.data.raw.parquet import open_parquet_blocks, read_parquet_rows
 from m2rec.data.raw.tally import NumberedRows, RawRow, Tally
 from m2rec.data.raw.text_blocks import open_csv_blocks, open_delimited_blocks
 from m2rec.data.raw.values import (
@@ -125,7 +125,7 @@ class RawFormat:
         Raises:
             ValueError: as for `interactions`.
         """
-        ids = IdReader()
+        ids = IdReader(tally.name_line)
 
         def parse(line: int, row: RawRow) -> RawItem:
             token = ids.read(require_value(row, self.token), line)
@@ -396,7 +396,7 @@ def build_table_format(
     return RawFormat(
         about="",
         rows=_build_table_reader(kind, paths, layout, "columns", optional),
-        blocks=_build_block_reader(kind, paths, layout),
+        blocks=_build_block_reader(kind, paths, layout, optional),
         user=(user,),
         item=(item,),
         time=(time,) if time else (),
@@ -436,8 +436,12 @@ def _describe_cure(argument: str) -> str:
     return f"name one of them, or all with {argument}=NAME,... if line 1 is not a header"
 
 
-def _build_block_reader(kind: str, paths: Sequence[str], layout: CsvLayout) -> BlockReader | None:
-    """The reader of a table of interactions as columns, if there is one."""
+def _build_block_reader(
+    kind: str, paths: Sequence[str], layout: CsvLayout, optional: Collection[str]
+) -> BlockReader | None:
+    """The reader of a table of interactions as columns, if there is one; see `_build_table_reader`."""
+    if kind == "parquet":
+        return partial(open_parquet_blocks, paths=paths, optional=optional)
     if kind != "csv":
         return None
     columns = list(dict.fromkeys(map(get_path_column, paths)))

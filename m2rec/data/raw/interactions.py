@@ -56,7 +56,8 @@ class InteractionParser:
 
     def __init__(self, tally: Tally, columns: InteractionColumns, time_unit: str | None = None) -> None:
         self.tally, self.columns = tally, columns
-        self.times, self.ids = TimestampReader(tally.path, time_unit, columns.time_format), IdReader()
+        self.times = TimestampReader(tally.path, time_unit, columns.time_format, tally.name_line)
+        self.ids = IdReader(tally.name_line)
         self.unused = UnusedColumnCheck(columns.used)
         self.n_ordered = 0
         """Interactions so far, where file order is the time."""

@@ -19,8 +19,8 @@ from m2rec.errors import UserError
 _MAX_INTEGER_DIGITS = 18  # of int64
 _DECIMALS = r"^(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,10})?$"
 _ISO_DATES = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}(?:[ T][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,6})?(?: UTC|Z)?)?$"
-_FIRST_MOMENT = -62_135_596_800_000_000  # the year 1, in microseconds
-_TICKS = {"s": 0, "ms": 3, "us": 6, "ns": 9}
+_FIRST_SECOND, _END_SECOND = -62_135_596_800, 253_402_300_800  # of the years 1 to 9999
+EXACT_INTEGERS = 2**53  # whole numbers below it are doubles
 
 
 def convert_times(
@@ -66,7 +66,9 @@ def format_scaled(integers: np.ndarray, places: int) -> pa.StringArray:
 def _convert_numbers(reader: TimestampReader, values: pa.Array) -> pa.StringArray | None:
     if reader.time_format is not None:
         return None
-    if pa.types.is_integer(values.type):
+    if pa.types.is_floating(values.type):
+        return _convert_floats(reader, values)
+    if pa.types.is_integer(values.type) and not pa.types.is_uint64(values.type):
         return _convert_integers(reader, values.cast(pa.int64()), None)
     if not pa.types.is_string(values.type):
         return None
@@ -75,6 +77,14 @@ def _convert_numbers(reader: TimestampReader, values: pa.Array) -> pa.StringArra
             return None
         return _convert_integers(reader, values.cast(pa.int64()), values)
     return _convert_decimals(reader, values)
+
+
+def _convert_floats(reader: TimestampReader, values: pa.Array) -> pa.StringArray | None:
+    """Whole numbers that are doubles."""
+    floats = values.cast(pa.float64()).to_numpy()
+    if not (np.abs(floats) < EXACT_INTEGERS).all() or (floats % 1).any():  # NaN is not below it
+        return None
+    return _convert_integers(reader, pa.array(floats.astype(np.int64)), None)
 
 
 def _convert_integers(
@@ -131,9 +141,11 @@ def _convert_decimals(reader: TimestampReader, texts: pa.StringArray) -> pa.Stri
 
 def _convert_dates(reader: TimestampReader, values: pa.Array) -> pa.StringArray | None:
     assert reader.first is not None
-    if reader.time_format is not None or (reader.unit is None and reader.first[0] != DATES):
+    if reader.unit is None and reader.first[0] != DATES:
         return None
-    if not pa.types.is_string(values.type):
+    if pa.types.is_timestamp(values.type):
+        return _convert_timestamps(values)
+    if reader.time_format is not None or not pa.types.is_string(values.type):
         return None
     if not pc.all(pc.match_substring_regex(values, _ISO_DATES)).as_py():
         return None
@@ -141,12 +153,21 @@ def _convert_dates(reader: TimestampReader, values: pa.Array) -> pa.StringArray 
         moments = pc.utf8_rtrim(values, " UTCZ").cast(pa.timestamp("us"))
     except pa.ArrowInvalid:  # the 31st of February
         return None
-    microseconds = moments.cast(pa.int64()).to_numpy()
-    return _format_moments(microseconds, 6) if microseconds.min() >= _FIRST_MOMENT else None
+    return _format_moments(moments.cast(pa.int64()).to_numpy(), 6)
+
+
+def _convert_timestamps(values: pa.Array) -> pa.StringArray | None:
+    """Timestamps of Parquet, to the microsecond as Python has them."""
+    ticks, unit = values.cast(pa.int64()).to_numpy(), values.type.unit
+    return _format_moments(ticks // 1000, 6) if unit == "ns" else _format_moments(ticks, TIME_UNITS[unit])
 
 
 def _format_moments(ticks: np.ndarray, places: int) -> pa.StringArray | None:
-    seconds, rest = np.divmod(ticks, 10**places)
+    """Moments of the years that Python knows."""
+    scale = 10**places
+    if ticks.min() < _FIRST_SECOND * scale or ticks.max() >= _END_SECOND * scale:
+        return None
+    seconds, rest = np.divmod(ticks, scale)
     if not rest.any():
         return pa.array(seconds).cast(pa.string())
     return format_scaled(ticks, places) if ticks.min() >= 0 else None

@@ -4,7 +4,7 @@ import html
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from decimal import Decimal, InvalidOperation
 from reprlib import repr as short
 
@@ -116,10 +116,14 @@ def clean_text(text: str) -> str:
 
 
 class IdReader:
-    """Read the ids of one file without blanks around them, and count those that had some."""
+    """Read the ids of one file without blanks around them, and count those that had some.
 
-    def __init__(self) -> None:
-        self.n_stripped, self.example = 0, ""
+    Args:
+        name_line: what to call a line in remarks.
+    """
+
+    def __init__(self, name_line: Callable[[int], str] = "line {}".format) -> None:
+        self.n_stripped, self.example, self.name_line = 0, "", name_line
 
     def read(self, value: object, line: int) -> str:
         """The id in a value of this line.
@@ -131,7 +135,7 @@ class IdReader:
         stripped = text.strip()
         if len(stripped) < len(text):
             self.n_stripped += 1
-            self.example = self.example or f"{text!r} in line {line}"
+            self.example = self.example or f"{text!r} in {self.name_line(line)}"
         return stripped
 
     def remarks(self) -> list[str]:
