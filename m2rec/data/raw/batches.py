@@ -75,7 +75,7 @@ def read_block_batches(parser: InteractionParser, blocks: TableBlocks) -> Iterat
     """
     odd_until = 0
     while (block := blocks.peek(is_large=blocks.position >= odd_until)) is not None:
-        batch = _convert_block(parser, block, blocks.names)
+        batch = _convert_block(parser, block)
         if batch is not None:
             blocks.take(block)
             yield batch
@@ -89,14 +89,12 @@ class _OddColumnError(Exception):
     """A block that is to be read row by row."""
 
 
-def _convert_block(
-    parser: InteractionParser, block: Block, names: Collection[str]
-) -> InteractionBatch | None:
+def _convert_block(parser: InteractionParser, block: Block) -> InteractionBatch | None:
     """The interactions of a block; None if it is odd, and the parser has not changed then."""
     if block.columns is None:
         return None
     try:
-        return _BlockConverter(parser, block.columns, block.n_rows, names).convert()
+        return _BlockConverter(parser, block.columns, block.names, block.n_rows).convert()
     except (_OddColumnError, MalformedRowError):
         return None
 
@@ -107,16 +105,16 @@ class _BlockConverter:
     Args:
         parser: of the file.
         columns: of the block, (n,) each.
-        n_rows: n.
         names: of all columns of the table.
+        n_rows: n.
     """
 
     def __init__(
         self,
         parser: InteractionParser,
         columns: Mapping[str, pa.Array],
-        n_rows: int,
         names: Collection[str],
+        n_rows: int,
     ) -> None:
         self.parser, self.columns = parser, columns
         self.names = names
@@ -170,9 +168,13 @@ class _BlockConverter:
             self.parser.filter.removed[condition] += count
 
     def _get_column(self, names: ColumnNames) -> pa.Array:
-        if len(names) != 1 or names[0] not in self.columns:
+        """The first of these columns that exists; missing values are odd where another one may have some."""
+        existing = [self.columns[name] for name in names if name in self.columns]
+        if not existing:
+            return pa.nulls(len(self.rows))
+        if len(existing) > 1 and existing[0].null_count:
             raise _OddColumnError
-        return _simplify(self.columns[names[0]])
+        return _simplify(existing[0])
 
     def _convert_ids(self, names: ColumnNames) -> "_Ids":
         values = self._get_column(names)

@@ -21,17 +21,14 @@ class Block(NamedTuple):
     is_large: bool
     n_rows: int = 0
     """One for each line."""
+    names: Collection[str] = ()
+    """Of all columns."""
     columns: Mapping[str, pa.Array] | None = None
-    """Those that were asked for, (n_rows,) each; None where only a reader of rows can tell what is there."""
+    """At least those that were asked for, (n_rows,) each; None where only a reader of rows can read them."""
 
 
 class TableBlocks(Protocol):
     """The rows of a table in order; each block is taken as columns or as rows."""
-
-    @property
-    def names(self) -> Collection[str]:
-        """Of all columns."""
-        ...
 
     @property
     def position(self) -> int:
@@ -51,8 +48,8 @@ class TableBlocks(Protocol):
         ...
 
 
-BlockReader = Callable[[Tally, Collection[str]], AbstractContextManager[TableBlocks]]
-"""Opens the file that the tally names; the columns of the blocks are those with the given names."""
+BlockReader = Callable[[Tally, Collection[str]], AbstractContextManager[TableBlocks | None]]
+"""Opens the file that the tally names, to read the columns with these names; None: read it as rows."""
 
 
 class LineBlocks:

@@ -9,6 +9,7 @@ any other table.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from m2rec.data.raw.interactions import (
     parse_records,
     require_value,
 )
+from m2rec.data.raw.json_blocks import open_json_blocks
 from m2rec.data.raw.json_rows import read_json_or_literal_rows, read_json_rows
 from m2rec.data.raw.parquet import open_parquet_blocks, read_parquet_rows
 from m2rec.data.raw.tally import NumberedRows, RawRow, Tally
@@ -96,12 +98,14 @@ class RawFormat:
 
     def batches(self, tally: Tally, time_unit: str | None = None) -> Iterator[InteractionBatch]:
         """The same as `interactions`, batch by batch."""
-        if self.blocks is None or any(map(is_value_path, self.columns.used)):
-            yield from build_batches(self.interactions(tally, time_unit))
-            return
         parser = InteractionParser(tally, self.columns, time_unit)
-        with self.blocks(tally, self.columns.used) as blocks:
-            yield from read_block_batches(parser, blocks)
+        has_paths = any(map(is_value_path, self.columns.used))
+        opened = nullcontext() if self.blocks is None or has_paths else self.blocks(tally, self.columns.used)
+        with opened as blocks:
+            if blocks is None:
+                yield from build_batches(parser.read_rows(self.rows(tally)))
+            else:
+                yield from read_block_batches(parser, blocks)
         parser.finish()
 
     def interactions(self, tally: Tally, time_unit: str | None = None) -> Iterator[RawInteraction]:
@@ -239,6 +243,7 @@ def _build_amazon_format(
     return RawFormat(
         about=about,
         rows=rows,
+        blocks=open_json_blocks if rows is read_json_rows else None,
         user=("reviewerID",),
         item=("asin",),
         time=("unixReviewTime",),
@@ -268,6 +273,7 @@ FORMATS = {
     "amazon-2023": RawFormat(
         about="CATEGORY.jsonl.gz and meta_CATEGORY.jsonl.gz; an item is its parent_asin",
         rows=read_json_rows,
+        blocks=open_json_blocks,
         user=("user_id",),
         item=("parent_asin", "asin"),
         time=("timestamp",),
@@ -284,6 +290,7 @@ FORMATS = {
     "google-local": RawFormat(
         about="2021: review-STATE.json.gz and meta-STATE.json.gz",
         rows=read_json_rows,
+        blocks=open_json_blocks,
         user=("user_id",),
         item=("gmap_id",),
         time=("time",),
@@ -299,6 +306,7 @@ FORMATS = {
     "yelp": RawFormat(
         about="yelp_academic_dataset_review.json and yelp_academic_dataset_business.json",
         rows=read_json_rows,
+        blocks=open_json_blocks,
         user=("user_id",),
         item=("business_id",),
         time=("date",),
@@ -438,11 +446,11 @@ def _describe_cure(argument: str) -> str:
 
 def _build_block_reader(
     kind: str, paths: Sequence[str], layout: CsvLayout, optional: Collection[str]
-) -> BlockReader | None:
-    """The reader of a table of interactions as columns, if there is one; see `_build_table_reader`."""
+) -> BlockReader:
+    """The reader of a table of interactions as columns, see `_build_table_reader`."""
     if kind == "parquet":
         return partial(open_parquet_blocks, paths=paths, optional=optional)
-    if kind != "csv":
-        return None
+    if kind == "jsonl":
+        return open_json_blocks
     columns = list(dict.fromkeys(map(get_path_column, paths)))
     return partial(open_csv_blocks, columns=columns, layout=layout, cure=_describe_cure("columns"))

@@ -137,11 +137,6 @@ class ParquetBlocks:
         self._tally, self._batches = tally, batches
         self._rest: pa.RecordBatch | None = None
 
-    @property
-    def names(self) -> Collection[str]:
-        """Of the columns that are read."""
-        return [] if self._rest is None else self._rest.schema.names
-
     def peek(self, is_large: bool) -> Block | None:
         """The next rows of a part; None at the end."""
         while self._rest is None or not len(self._rest):
@@ -149,7 +144,8 @@ class ParquetBlocks:
             if self._rest is None:
                 return None
         rows = self._rest if is_large else self._rest.slice(0, SMALL_BLOCK_ROWS)
-        return Block(len(rows), is_large, len(rows), dict(zip(self.names, rows.columns, strict=True)))
+        names = rows.schema.names
+        return Block(len(rows), is_large, len(rows), names, dict(zip(names, rows.columns, strict=True)))
 
     def take(self, block: Block) -> None:
         """Count the rows of a block and go on behind it."""

@@ -1,8 +1,9 @@
-"""Blocks of delimited text files as columns, where pyarrow reads them as the readers of rows do."""
+"""Blocks of text files as columns, where pyarrow reads them as the readers of rows do."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,40 +24,40 @@ from m2rec.data.raw.tally import NumberedRows, Tally
 
 LARGE_BLOCK_BYTES = 1 << 24
 SMALL_BLOCK_BYTES = 1 << 16
+CHUNK_BYTES = 1 << 20  # parsed at once by one thread
 MAX_LINE_BYTES = 1 << 17  # Python's csv refuses longer cells
-_CHUNK_BYTES = 1 << 20  # parsed at once by one thread
 _REPLACED_SEPARATOR = b"\x01"  # stands for a separator of two characters
 _NEWLINE, _QUOTE = b"\n"[0], b'"'[0]
 
 RecordReader = Callable[[LineReader, Callable[[], bool]], NumberedRows]
 """Reads rows until the function says that it is enough."""
+ColumnReader = Callable[[bytes], Mapping[str, pa.Array] | None]
+"""Reads columns of whole lines, one row for each line; None where they are odd."""
 
 
 class TextBlocks:
-    """Blocks of a text table.
+    """Blocks of a text file.
 
     Args:
         lines: behind the header.
-        names: of all columns.
-        used: names of the columns to read.
-        separator: between the columns.
-        reader: of lines, for what is not read as columns.
-        read_records: reads these lines.
+        reader: of these lines, for what is not read as columns.
+        read_records: reads rows with it.
+        read_columns: reads columns.
+        names: of all columns; by default those that `read_columns` returns. Then the first lines are always
+            read as rows.
     """
 
     def __init__(
         self,
         lines: LineBlocks,
-        names: Sequence[str],
-        used: Collection[str],
-        separator: str,
         reader: LineReader,
         read_records: RecordReader,
+        read_columns: ColumnReader,
+        names: Sequence[str] = (),
     ) -> None:
-        self.names = names
-        self._lines, self._reader, self._read_records = lines, reader, read_records
-        self._separator = separator
-        self._positions = {name: position for position, name in enumerate(names) if name in used}
+        self._lines, self._reader = lines, reader
+        self._read_records, self._read_columns = read_records, read_columns
+        self._names = names
 
     @property
     def position(self) -> int:
@@ -65,13 +66,18 @@ class TextBlocks:
 
     def peek(self, is_large: bool) -> Block | None:
         """The next lines; None at the end."""
+        is_first = not self._reader.tally.lines
+        is_unknown = is_first and not self._names
+        is_large = is_large and not is_unknown
         data = self._lines.peek(LARGE_BLOCK_BYTES if is_large else SMALL_BLOCK_BYTES)
         if data is None:
             return None
-        is_first = not self._reader.tally.lines
-        columns = self._read_columns(data.removeprefix(BYTE_ORDER_MARK) if is_first else data)
+        size = len(data)
+        if is_first:
+            data = data.removeprefix(BYTE_ORDER_MARK)
+        columns = self._read_columns(data) if are_plain_lines(data) and not is_unknown else None
         n_rows = len(next(iter(columns.values()))) if columns else 0
-        return Block(len(data), is_large, n_rows, columns)
+        return Block(size, is_large, n_rows, self._names or list(columns or ()), columns)
 
     def take(self, block: Block) -> None:
         """Count the lines of a block and go on behind it."""
@@ -84,37 +90,8 @@ class TextBlocks:
         stop = self.position + max(block.size, 1)
         return self._read_records(self._reader, lambda: self.position >= stop)
 
-    def _read_columns(self, data: bytes) -> Mapping[str, pa.Array] | None:
-        """The columns of whole lines, one row for each; None where they are odd."""
-        separator = self._separator.encode()
-        is_quoted = self._separator in QUOTING_SEPARATORS and b'"' in data
-        if not _are_plain_lines(data) or (is_quoted and not are_plain_quotes(data, separator)):
-            return None
-        if len(separator) > 1:
-            if _REPLACED_SEPARATOR in data:
-                return None
-            data, separator = data.replace(separator, _REPLACED_SEPARATOR), _REPLACED_SEPARATOR
-        n_lines = data.count(b"\n") + (not data.endswith(b"\n"))
-        names = [str(position) for position in range(len(self.names))]
-        wanted = {name: names[position] for name, position in self._positions.items()}
-        convert = csv.ConvertOptions(
-            check_utf8=False,
-            column_types=dict.fromkeys(wanted.values(), pa.string()),
-            strings_can_be_null=False,
-            include_columns=list(wanted.values()),
-        )
-        parse = csv.ParseOptions(delimiter=separator.decode(), quote_char='"' if is_quoted else False)
-        read = csv.ReadOptions(column_names=names, block_size=_CHUNK_BYTES)
-        try:
-            table = csv.read_csv(pa.BufferReader(data), read, parse, convert)
-        except pa.ArrowInvalid:  # too many or too few columns
-            return None
-        if len(table) != n_lines:  # blank lines
-            return None
-        return {name: table[column].combine_chunks() for name, column in wanted.items()}
 
-
-def _are_plain_lines(data: bytes) -> bool:
+def are_plain_lines(data: bytes) -> bool:
     r"""Whether text is UTF-8 without NUL, has no long lines, and each ends with \n or \r\n."""
     if not data or data.startswith(BYTE_ORDER_MARK):  # in the middle of a file it is text, not for pyarrow
         return False
@@ -128,6 +105,48 @@ def _are_plain_lines(data: bytes) -> bool:
     ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == _NEWLINE)
     lengths = np.diff(ends, prepend=-1, append=len(data))
     return bool(lengths.max() < MAX_LINE_BYTES)
+
+
+def count_lines(data: bytes) -> int:
+    """Lines of text, with or without a newline at its end."""
+    return data.count(b"\n") + (not data.endswith(b"\n"))
+
+
+class _DelimitedColumns(NamedTuple):
+    """Reads columns of delimited text."""
+
+    names: Sequence[str]
+    used: Collection[str]
+    separator: str
+
+    def read(self, data: bytes) -> Mapping[str, pa.Array] | None:
+        """The used columns as texts; None where lines are odd, see `ColumnReader`."""
+        separator = self.separator.encode()
+        is_quoted = self.separator in QUOTING_SEPARATORS and b'"' in data
+        if is_quoted and not are_plain_quotes(data, separator):
+            return None
+        n_lines = count_lines(data)
+        if len(separator) > 1:
+            if _REPLACED_SEPARATOR in data:
+                return None
+            data, separator = data.replace(separator, _REPLACED_SEPARATOR), _REPLACED_SEPARATOR
+        positions = {name: str(position) for position, name in enumerate(self.names) if name in self.used}
+        convert = csv.ConvertOptions(
+            check_utf8=False,
+            column_types=dict.fromkeys(positions.values(), pa.string()),
+            strings_can_be_null=False,
+            include_columns=list(positions.values()),
+        )
+        parse = csv.ParseOptions(delimiter=separator.decode(), quote_char='"' if is_quoted else False)
+        names = list(map(str, range(len(self.names))))
+        read = csv.ReadOptions(column_names=names, block_size=CHUNK_BYTES)
+        try:
+            table = csv.read_csv(pa.BufferReader(data), read, parse, convert)
+        except pa.ArrowInvalid:  # too many or too few columns
+            return None
+        if len(table) != n_lines:  # blank lines
+            return None
+        return {name: table[position].combine_chunks() for name, position in positions.items()}
 
 
 def are_plain_quotes(data: bytes, separator: bytes) -> bool:
@@ -146,8 +165,9 @@ def are_plain_quotes(data: bytes, separator: bytes) -> bool:
     starts = opening[np.append(True, ~is_doubled)]
     stops = closing[np.append(~is_doubled, True)]
     before, after = characters[starts - 1], characters[stops + 1]
-    borders = np.frombuffer(separator + b"\n", dtype=np.uint8)
-    if not (np.isin(before, borders).all() and np.isin(after, np.append(borders, b"\r"[0])).all()):
+    is_start = (before == separator[0]) | (before == _NEWLINE)
+    is_stop = (after == separator[0]) | (after == _NEWLINE) | (after == b"\r"[0])
+    if not (is_start.all() and is_stop.all()):
         return False
     ends = np.flatnonzero(characters == _NEWLINE)
     return bool((np.searchsorted(quotes, ends) % 2 == 0).all())
@@ -168,12 +188,13 @@ def open_csv_blocks(
     """
     table = find_csv_table(tally.path, columns, layout, cure)
     used = {*used, *(name for name in table.names if name.lower() in LABEL_COLUMNS)}
+    reads = _DelimitedColumns(table.names, used, table.separator).read
     with open_bytes(tally.path) as (raw, content):
         lines = LineBlocks(content)
         reader = LineReader(tally, raw, lines, UTF8)
         if table.has_header:
             next(reader)
-        yield TextBlocks(lines, table.names, used, table.separator, reader, table.read_records)
+        yield TextBlocks(lines, reader, table.read_records, reads, table.names)
 
 
 @contextmanager
@@ -185,7 +206,8 @@ def open_delimited_blocks(
     def read_records(lines: LineReader, is_done: Callable[[], bool]) -> NumberedRows:
         return parse_lines(lines, partial(parse_cells, separator, columns), is_done)
 
+    reads = _DelimitedColumns(columns, used, separator).read
     with open_bytes(tally.path) as (raw, content):
         lines = LineBlocks(content)
         reader = LineReader(tally, raw, lines, UTF8_OR_LATIN1)
-        yield TextBlocks(lines, columns, used, separator, reader, read_records)
+        yield TextBlocks(lines, reader, read_records, reads, columns)
