@@ -14,7 +14,7 @@ from m2rec.data.raw.blocks import LineBlocks, TableBlocks
 from m2rec.data.raw.json_rows import is_json_array, parse_json
 from m2rec.data.raw.lines import UTF8, LineReader, open_bytes, parse_lines
 from m2rec.data.raw.tally import MalformedRowError, NumberedRows, Tally
-from m2rec.data.raw.text_blocks import CHUNK_BYTES, SMALL_BLOCK_BYTES, TextBlocks, count_lines
+from m2rec.data.raw.text_blocks import CHUNK_BYTES, SMALL_BLOCK_BYTES, TextBlocks
 from m2rec.data.raw.time_columns import EXACT_INTEGERS
 
 _SAMPLE_LINES = 16  # that tell which columns are texts
@@ -38,9 +38,9 @@ def open_json_blocks(tally: Tally, used: Collection[str]) -> Iterator[TableBlock
         yield TextBlocks(lines, LineReader(tally, raw, lines, UTF8), read_records, partial(_read, used))
 
 
-def _read(used: Collection[str], data: bytes) -> Mapping[str, pa.Array] | None:
+def _read(used: Collection[str], data: bytes, ends: np.ndarray) -> Mapping[str, pa.Array] | None:
     """All columns of JSON lines; None where lines are odd, see `text_blocks.ColumnReader`."""
-    if not _are_plain_objects(data):
+    if not _are_plain_objects(data, ends):
         return None
     try:
         table = json.read_json(
@@ -51,7 +51,7 @@ def _read(used: Collection[str], data: bytes) -> Mapping[str, pa.Array] | None:
         )
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, MalformedRowError):
         return None
-    if len(table) != count_lines(data):  # several objects in a line, or blank lines
+    if len(table) != len(ends):  # several objects in a line, or blank lines
         return None
     columns = {name: table[name].combine_chunks() for name in table.column_names}
     if any(_has_lost_text(columns[name]) for name in used if name in columns):
@@ -59,19 +59,18 @@ def _read(used: Collection[str], data: bytes) -> Mapping[str, pa.Array] | None:
     return columns
 
 
-def _are_plain_objects(data: bytes) -> bool:
+def _are_plain_objects(data: bytes, ends: np.ndarray) -> bool:
     """Whether each line begins and ends as an object, and holds nothing on which the parsers differ."""
-    characters = np.frombuffer(
-        b"\n" + data.replace(b"\r\n", b"\n").removesuffix(b"\n") + b"\n", dtype=np.uint8
-    )
-    ends = np.flatnonzero(characters == b"\n"[0])
-    is_object = (characters[ends[:-1] + 1] == b"{"[0]) & (characters[ends[1:] - 1] == b"}"[0])
-    if not is_object.all():
+    characters = np.frombuffer(data, dtype=np.uint8)
+    last = ends - 1
+    last = np.where(characters[last] == b"\r"[0], last - 1, last)
+    starts = np.append(0, ends[:-1] + 1)
+    if not (characters[starts] == b"{"[0]).all() or not (characters[last] == b"}"[0]).all():
         return False
     if (b"Inf" in data or b"NaN" in data) and _ODD_NUMBER.search(data):
         return False
     brackets = np.flatnonzero(characters | _BRACKET_CASE == b"{"[0])
-    return bool(np.diff(np.searchsorted(brackets, ends)).max() < _MAX_BRACKETS)
+    return bool(np.diff(np.searchsorted(brackets, ends), prepend=0).max() < _MAX_BRACKETS)
 
 
 def _find_texts(used: Collection[str], data: bytes) -> pa.Schema:

@@ -31,8 +31,8 @@ _NEWLINE, _QUOTE = b"\n"[0], b'"'[0]
 
 RecordReader = Callable[[LineReader, Callable[[], bool]], NumberedRows]
 """Reads rows until the function says that it is enough."""
-ColumnReader = Callable[[bytes], Mapping[str, pa.Array] | None]
-"""Reads columns of whole lines, one row for each line; None where they are odd."""
+ColumnReader = Callable[[bytes, np.ndarray], Mapping[str, pa.Array] | None]
+"""Reads columns of lines, which end at the given places; one row for each line, None where they are odd."""
 
 
 class TextBlocks:
@@ -75,7 +75,8 @@ class TextBlocks:
         size = len(data)
         if is_first:
             data = data.removeprefix(BYTE_ORDER_MARK)
-        columns = self._read_columns(data) if are_plain_lines(data) and not is_unknown else None
+        ends = None if is_unknown else _find_plain_lines(data)
+        columns = None if ends is None else self._read_columns(data, ends)
         n_rows = len(next(iter(columns.values()))) if columns else 0
         return Block(size, is_large, n_rows, self._names or list(columns or ()), columns)
 
@@ -91,25 +92,24 @@ class TextBlocks:
         return self._read_records(self._reader, lambda: self.position >= stop)
 
 
-def are_plain_lines(data: bytes) -> bool:
-    r"""Whether text is UTF-8 without NUL, has no long lines, and each ends with \n or \r\n."""
+def _find_plain_lines(data: bytes) -> np.ndarray | None:
+    r"""Where each line ends, (number of lines,), the last one perhaps without a newline.
+
+    None where text is not UTF-8, has NUL, a long line, or a \r that is not before a \n.
+    """
     if not data or data.startswith(BYTE_ORDER_MARK):  # in the middle of a file it is text, not for pyarrow
-        return False
-    if b"\0" in data or data.count(b"\r") != data.count(b"\r\n"):
-        return False
+        return None
+    if b"\0" in data or (b"\r" in data and data.count(b"\r") != data.count(b"\r\n")):
+        return None
     if not data.isascii():
         try:
             data.decode()
         except UnicodeDecodeError:
-            return False
+            return None
     ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == _NEWLINE)
-    lengths = np.diff(ends, prepend=-1, append=len(data))
-    return bool(lengths.max() < MAX_LINE_BYTES)
-
-
-def count_lines(data: bytes) -> int:
-    """Lines of text, with or without a newline at its end."""
-    return data.count(b"\n") + (not data.endswith(b"\n"))
+    if not data.endswith(b"\n"):
+        ends = np.append(ends, len(data))
+    return ends if np.diff(ends, prepend=-1).max() < MAX_LINE_BYTES else None
 
 
 class _DelimitedColumns(NamedTuple):
@@ -119,13 +119,12 @@ class _DelimitedColumns(NamedTuple):
     used: Collection[str]
     separator: str
 
-    def read(self, data: bytes) -> Mapping[str, pa.Array] | None:
+    def read(self, data: bytes, ends: np.ndarray) -> Mapping[str, pa.Array] | None:
         """The used columns as texts; None where lines are odd, see `ColumnReader`."""
         separator = self.separator.encode()
         is_quoted = self.separator in QUOTING_SEPARATORS and b'"' in data
-        if is_quoted and not are_plain_quotes(data, separator):
+        if is_quoted and not are_plain_quotes(data, separator, ends):
             return None
-        n_lines = count_lines(data)
         if len(separator) > 1:
             if _REPLACED_SEPARATOR in data:
                 return None
@@ -144,17 +143,18 @@ class _DelimitedColumns(NamedTuple):
             table = csv.read_csv(pa.BufferReader(data), read, parse, convert)
         except pa.ArrowInvalid:  # too many or too few columns
             return None
-        if len(table) != n_lines:  # blank lines
+        if len(table) != len(ends):  # blank lines
             return None
         return {name: table[position].combine_chunks() for name, position in positions.items()}
 
 
-def are_plain_quotes(data: bytes, separator: bytes) -> bool:
+def are_plain_quotes(data: bytes, separator: bytes, ends: np.ndarray) -> bool:
     """Whether quotation marks enclose whole cells, each within one line, and are doubled within them.
 
     Args:
         data: whole lines of CSV.
         separator: one byte.
+        ends: of the lines.
     """
     characters = np.frombuffer(b"\n" + data + b"\n", dtype=np.uint8)
     quotes = np.flatnonzero(characters == _QUOTE)
@@ -169,8 +169,7 @@ def are_plain_quotes(data: bytes, separator: bytes) -> bool:
     is_stop = (after == separator[0]) | (after == _NEWLINE) | (after == b"\r"[0])
     if not (is_start.all() and is_stop.all()):
         return False
-    ends = np.flatnonzero(characters == _NEWLINE)
-    return bool((np.searchsorted(quotes, ends) % 2 == 0).all())
+    return bool((np.searchsorted(quotes, ends + 1) % 2 == 0).all())
 
 
 @contextmanager
