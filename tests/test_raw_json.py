@@ -136,7 +136,7 @@ def test_most_lines_are_never_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "reviews.jsonl"
     rows: list[dict[str, Any]] = [
         {"user_id": f"u{n}", "parent_asin": f"B{n % 9}", "rating": 5.0 if n % 2 else None,
-         "timestamp": 10**12 + n, "images": [{"small": "x"}] * (n % 3), "title": "2020-01-01" if n % 5 else "{a}"}
+         "timestamp": 10**12 + n, "images": [{"a": "x"}] * (n % 3), "title": "2020-01-01" if n % 5 else "{a}"}
         for n in range(200)
     ]  # fmt: skip
     path.write_text("\n".join(map(json.dumps, rows)))
