@@ -140,7 +140,7 @@ def _describe_failure(error: Exception, name: HubName) -> str:
         cure = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "connect to the network"
         return f"{name} is not in the cache {constants.HF_HUB_CACHE}; {cure} once ({reason})"
     if isinstance(error, errors.HfHubHTTPError):
-        said = error.server_message or said
+        said = " ".join((error.server_message or said).split())
         if error.response.status_code in (401, 403):
             return (
                 f"{repository} can't be written without a token that may do so; "
