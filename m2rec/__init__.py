@@ -7,16 +7,18 @@ if TYPE_CHECKING:
     from m2rec.commands.fit import fit
     from m2rec.data.frames import read_dataset
     from m2rec.reports.notebook import Report
+    from m2rec.serving.partitions import recommend_partitions
     from m2rec.serving.recommender import Recommender
 
 __version__ = "0.1.0"
-__all__ = ["Recommender", "Report", "__version__", "fit", "read_dataset"]
+__all__ = ["Recommender", "Report", "__version__", "fit", "read_dataset", "recommend_partitions"]
 
 _MODULES = {
     "Recommender": "m2rec.serving.recommender",
     "Report": "m2rec.reports.notebook",
     "fit": "m2rec.commands.fit",
     "read_dataset": "m2rec.data.frames",
+    "recommend_partitions": "m2rec.serving.partitions",
 }
 
 

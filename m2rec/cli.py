@@ -91,6 +91,22 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, where a saved model runs."""
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+
+
+def add_recommender_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `Recommender.load` takes beside the folder: `--device` and `--precision`."""
+    add_device_option(parser)
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "int8"),
+        help="int8: large catalogues are searched in int8 first, then the best items are ranked exactly",
+    )
+
+
 def run_command(
     name: str,
     work: Callable[[], int | None],

@@ -77,6 +77,7 @@ with _defer_imports():
     import recbole.trainer.trainer as _trainer
     from recbole.config import Config
     from recbole.data import data_preparation
+    from recbole.data.dataloader import TrainDataLoader
     from recbole.data.dataset import SequentialDataset
     from recbole.data.dataset.dataset import Dataset
     from recbole.data.interaction import Interaction
@@ -408,6 +409,7 @@ __all__ = [
     "SeqSampler",
     "SequentialDataset",
     "SequentialRecommender",
+    "TrainDataLoader",
     "Trainer",
     "argument_list",
     "data_preparation",

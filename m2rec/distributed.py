@@ -72,6 +72,11 @@ def local_rank() -> int | None:
     return int(os.environ["LOCAL_RANK"])
 
 
+def read_launch() -> tuple[int, int]:
+    """Number of this process and how many torchrun has started, also where they form no group."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def check_gpus() -> None:
     """Check that each of this machine's processes has its own GPU.
 

@@ -44,6 +44,7 @@ class RunFolder:
         self.ranks_file = path / "test_ranks.csv"
         self.items_file = path / ITEMS_FILE  # item tokens by internal id
         self.counts_file = path / "counts.json"  # occurrences of each item in the training data
+        self.extent_file = path / "trained.safetensors"  # how much of each user's history training had
         self.titles_file = path / "titles.json"  # only if the item file has titles
         self.text_file = path / "text.json"  # source of the text vectors; only if there are any
         self.insights_file = path / "insights.json"  # gate weights, filter gains and examples
@@ -135,6 +136,18 @@ class RunFolder:
     def read_text_source(self) -> JsonObject:
         """The source of the text vectors; empty without text."""
         return _read_json(self.text_file, dict, {})
+
+    def read_extent(self) -> dict[str, Tensor]:
+        """How much of each user's history training had, as `m2rec.data.extent` has it."""
+        from m2rec.tensor_files import read_tensors
+
+        return read_tensors(self.extent_file)[0]
+
+    def write_extent(self, tensors: dict[str, Tensor]) -> None:
+        """Write what `read_extent` reads."""
+        from m2rec.tensor_files import write_tensors
+
+        write_tensors(self.extent_file, tensors)
 
     def read_weights(self, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
         """The weights and their metadata, such as the epoch."""

@@ -42,8 +42,9 @@ class Role(Enum):
     # how the network is trained, and on which rows
     TRAINING = (
         "MAX_ITEM_LIST_LENGTH", "auto", "average_epochs", "average_targets", "clip_grad_norm", "compile",
-        "decay_per_epoch", "enable_amp", "eval_step", "learner", "learning_rate", "reproducibility", "rows",
-        "shuffle", "sparse_updates", "targets_per_step", "train_batch_size", "valid_users", "weight_decay",
+        "continue_from", "decay_per_epoch", "enable_amp", "eval_step", "learner", "learning_rate",
+        "replay_share", "reproducibility", "rows", "shuffle", "sparse_updates", "targets_per_step",
+        "train_batch_size", "valid_users", "weight_decay",
     )  # fmt: skip
     LENGTH = ("epochs", "patience_targets", "stopping_step")
     # where the text vectors come from; a run stores a hash of the vectors themselves
@@ -281,6 +282,8 @@ class ModelSettings(Settings):
 
 
 MAX_LENGTH = 1_000_000
+NO_RUN = "none"
+"""The value of `continue_from` without a run."""
 
 
 class RunSettings(Settings):
@@ -291,6 +294,8 @@ class RunSettings(Settings):
     data_path: Text = "dataset"
     runs_dir: Text = "runs"
     auto: bool = True
+    continue_from: Text = NO_RUN
+    replay_share: Annotated[float, Field(ge=0, le=1)] = 0.3
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 2020
     rows: Literal["dense", "prefix"] = "dense"
     time_order: Literal["exact", "recbole"] = "exact"

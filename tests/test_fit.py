@@ -246,6 +246,18 @@ def test_histories_of_a_frame():
     assert dict(UserHistories(FRAME, COLUMNS, {"i1", "i3"})) == {"b": ["i3", "i1"], "a": ["i1"]}
 
 
+def test_histories_of_dates_that_are_closer_than_a_double_tells():
+    """A double of seconds since 1970 has steps of 240 nanoseconds."""
+    start = pd.Timestamp("2024-01-02").value
+    times = pd.to_datetime([start + step for step in (90, 30, 30, 60, 1)])
+    frame = pd.DataFrame({"user_id": "u", "item_id": list("dbcea"), "timestamp": times})
+    for given in (frame, polars.from_pandas(frame)):
+        assert dict(UserHistories(given, InteractionColumns())) == {"u": list("abced")}
+    texts = frame.assign(timestamp=[f"1704153600.{n:022}" for n in (9, 3, 3, 6, 1)])
+    assert dict(UserHistories(texts, InteractionColumns())) == {"u": list("abced")}
+    assert dict(UserHistories(frame, InteractionColumns(), {"d", "e", "b"})) == {"u": list("bed")}
+
+
 def test_every_kind_of_histories_is_ranked_alike(recommender: Recommender):
     expected = []
     for user, history in HISTORIES.items():

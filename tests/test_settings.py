@@ -112,6 +112,8 @@ def test_every_model_key_has_a_wrong_value_above():
         ("worker", -1),
         ("metric_decimal_place", 0),
         ("seed", 2**32),
+        ("continue_from", 5),
+        ("replay_share", 1.5),
     ],
 )
 def test_a_wrong_run_value_is_named(key: str, value: Any):

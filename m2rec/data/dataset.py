@@ -51,6 +51,8 @@ class HistoryDataset(InteractionDataset):
         part: `train`, `valid` or `test` after `build`.
         ties: in the order of `histories`; None before `build`, and for files that are split already.
         histories: each user's items in order.
+        row_targets: (training rows,), where in `histories` the last target of each lies; None before `build`,
+            and for files that are split already.
         recent_counts: what was popular in the last days of training; None but for `split: global_time`.
         item_vectors: text vectors by item id, `text.vector_file.TextVectors`, or None; set by training.
         on_rows: called by `build` with the data set and its training part, before there are any loaders; set
@@ -73,6 +75,7 @@ class HistoryDataset(InteractionDataset):
         self.ties: Ties | None = None
         self.histories: Histories | None = None
         self.on_rows: Callable[[HistoryDataset, HistoryDataset], None] | None = None
+        self.row_targets: np.ndarray | None = None
         self.recent_counts: RecentCounts | None = None
         # set by RecBole's hooks: each user's interactions before validation and within it (`global_time`),
         # and the row after the last one of each part
@@ -128,7 +131,9 @@ class HistoryDataset(InteractionDataset):
         self._aug_presets()  # which reads the length
         targets, starts = self._locate_targets(histories)
         self._part_ends = np.cumsum([len(part) for part in targets])
-        self.inter_feat = self._list_rows(np.concatenate(targets), np.concatenate(starts))
+        all_targets = np.concatenate(targets)
+        self.row_targets = all_targets[: len(targets[0])]
+        self.inter_feat = self._list_rows(all_targets, np.concatenate(starts))
 
     def _settle_max_length(self, histories: Histories) -> None:
         """Replace `MAX_ITEM_LIST_LENGTH: auto` by a number, before there are rows of this length."""

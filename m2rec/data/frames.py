@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from m2rec.data import parquet_file
 from m2rec.data.column_names import LABEL_COLUMNS
+from m2rec.data.columns import separate_close_times
 from m2rec.data.inter_file import find_inter_file, read_header, read_text_columns
 from m2rec.data.raw.formats import name_text_column
 from m2rec.data.raw.tally import MalformedRowError
@@ -59,7 +61,7 @@ class UserHistories(Mapping[str, list[str]]):
         table = read_frame(frame, columns).dropna(subset=["user", "item"])
         if known_items is not None:
             table = table[table["item"].isin(known_items)]
-        times = pd.to_numeric(table["time"]).to_numpy()
+        times = _parse_times(table["time"])
         codes, users = pd.factorize(table["user"])
         items, self._tokens = pd.factorize(table["item"])
         order = np.lexsort((times, codes))  # stable
@@ -305,6 +307,14 @@ def _format_times(column: pd.Series) -> pd.Series:
             f"convert the column with pandas.to_datetime"
         )
     return column
+
+
+def _parse_times(column: pd.Series) -> NDArray[Any]:
+    """Times of `_format_times` as numbers in the same order, also where doubles would be equal."""
+    numbers = pd.to_numeric(column).to_numpy()
+    if numbers.dtype.kind == "f" and not pd.api.types.is_numeric_dtype(column):
+        return separate_close_times(column, numbers)
+    return np.asarray(numbers)
 
 
 def _format_dates(column: pd.Series) -> pd.Series:

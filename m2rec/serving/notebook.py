@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from m2rec.serving.explanation import Explanation
+from m2rec.serving.formatting import format_reasons
 from m2rec.serving.ranker import Recommendation
-from m2rec.serving.reasons import Reasons
+from m2rec.serving.reasons import ExplainedItem, Reasons
 
 
 class RankedItems(list[Recommendation]):
@@ -14,6 +15,16 @@ class RankedItems(list[Recommendation]):
     def _repr_html_(self) -> str:
         rows = [(rank, entry.item, entry.title, f"{entry.score:.3f}") for rank, entry in enumerate(self, 1)]
         return format_html_table("Ranked items", ("rank", "item", "title", "score"), rows)
+
+
+class ExplainedItems(list[ExplainedItem]):
+    """A ranking with its reasons, best first; a table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for rank, entry in enumerate(self, 1):
+            rows.append((rank, entry.item, entry.title, f"{entry.score:.3f}", format_reasons(entry)))
+        return format_html_table("Ranked items", ("rank", "item", "title", "score", "reasons"), rows)
 
 
 class ExplainedEvents(list[Explanation]):
@@ -28,7 +39,7 @@ class ExplainedEvents(list[Explanation]):
         return format_html_table("Weights of the branches", ("item", "title", *branches), rows)
 
 
-class ExplainedItems(list[Reasons]):
+class ItemReasons(list[Reasons]):
     """Items with the reasons for their ranks; a table in a notebook."""
 
     def _repr_html_(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from m2rec import distributed
 from m2rec.compat import Config
 from m2rec.data.dataset import HistoryDataset
+from m2rec.data.extent import TrainingExtent
 from m2rec.data.item_file import read_item_titles
 from m2rec.errors import UserError
 from m2rec.run_folder import RunFolder
@@ -102,6 +103,8 @@ def _write_run_inputs(
     titles = _read_titles(config)
     titles = {token: titles[token] for token in tokens[1:] if token in titles}
     files.write_inputs(resolve_settings(config), tokens, counts, titles, text, comment)
+    if dataset.row_targets is not None:
+        files.write_extent(TrainingExtent.measure(dataset).to_tensors())
 
 
 def _read_titles(config: Config) -> dict[str, str]:

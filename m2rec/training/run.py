@@ -34,6 +34,7 @@ from m2rec.training.baselines import evaluate_baselines
 from m2rec.training.checkpoint import CannotResume
 from m2rec.training.compilation import resolve_compile
 from m2rec.training.configuration import build_config
+from m2rec.training.continued_run import ContinuedRun, SourceRun, continue_training
 from m2rec.training.neighbor_weights import add_neighbors
 from m2rec.training.new_run import create_run_folder, lock_run_folder, update_eval_batch_size
 from m2rec.training.provenance import (
@@ -104,6 +105,8 @@ class PreparedRun:
     data_counts: dict[str, int]
     trainer: RunTrainer
     timer: _PhaseTimer
+    continued: ContinuedRun | None = None
+    """Of a run that continues another one."""
 
     @property
     def has_validation(self) -> bool:
@@ -228,6 +231,7 @@ class PreparedRun:
                 **describe_protocol(config, self.dataset),
                 **describe_caveats(self.data_counts, self.dataset),
             },
+            **({} if self.continued is None else {"continued_from": self.continued.facts}),
             "seed": config["seed"],
             "commit": join_commits(trainer.run_inputs["commits"]),
             "versions": read_versions(),
@@ -313,17 +317,25 @@ def prepare_run(
     if warning:
         logger.warning("%s", warning)
     _settle_compile(config)
+    source = SourceRun.read(config)
     dataset, loaders, data_counts = _load_and_describe_data(config, load)
     _settle_sparse_updates(config, dataset.item_num, is_resumed=folder is not None)
     timer.lap("data")
     if getattr(config.model_class, "uses_text", False):
         tokens = dataset.item_tokens
         file = ensure_text_vectors(config, tokens[1:]) if folder is None else find_vector_file(config)
-        loaders.train.dataset.item_vectors = load_text_vectors(config, file, tokens)
+        load_vectors = partial(load_text_vectors, config) if source is None else source.load_text_vectors
+        loaders.train.dataset.item_vectors = load_vectors(file, tokens)
         if config["device"].type == "cuda":
             torch.cuda.reset_peak_memory_stats(config["device"])
         timer.lap("text")
     model = _build_model(config, loaders.train.dataset)
+    continued = None
+    if source is not None:
+        assert isinstance(model, M2Rec)
+        continued = continue_training(source, model, dataset, loaders.train)
+        loaders = loaders._replace(train=continued.loader)
+        timer.lap("continue")
     is_resumed = folder is not None
     if folder is None:
         text = getattr(model, "text_source", None)
@@ -331,7 +343,7 @@ def prepare_run(
         new_folder = create_run_folder(config, dataset, text, comment) if is_main else None
         folder = distributed.broadcast_value(new_folder)
     trainer = _build_trainer(config, model, dataset, loaders, folder, is_resumed)
-    return PreparedRun(config, dataset, loaders, data_counts, trainer, timer)
+    return PreparedRun(config, dataset, loaders, data_counts, trainer, timer, continued)
 
 
 def _settle_compile(config: Config) -> None:
