@@ -210,10 +210,10 @@ class Service:
             logger.warning("reloaded %s: %s items", self.options.run, f"{len(recommender.tokens) - 1:,}")
 
     def _load_run(self) -> Recommender:
-        """The model of the run; a link is followed once, as it may change while files are read."""
+        """The model of the run folder; a link is followed once, as it may change while files are read."""
         options, run = self.options, self.options.run
-        source = run if is_hub_name(run) else Path(os.path.realpath(run))
-        return Recommender.load(source, options.device, precision=options.precision)
+        folder = run if is_hub_name(run) else Path(os.path.realpath(run))
+        return Recommender.load(folder, options.device, precision=options.precision)
 
     def _load_again(self, stored: Sequence[StoredItem]) -> tuple[Recommender, int]:
         recommender = self._load_run()
