@@ -33,7 +33,7 @@ from m2rec.training.replay import ReplayLoader
 logger = logging.getLogger(__name__)
 
 KEY = "continue_from"
-EPOCHS = 6
+EPOCHS = 8
 """The default of `epochs` for a run that continues another one."""
 
 # keys of the model that its weights do not depend on
@@ -45,6 +45,7 @@ _FIXED_KEYS = (collect_keys(Role.MODEL) - _FREE_KEYS) | {"MAX_ITEM_LIST_LENGTH"}
 
 _NEIGHBORS = "encoder.neighbors."  # the names of weights that are made anew after training
 _TABLE = "encoder.id_embedding.weight"
+_LAYERS = "encoder.layers."
 _ITEM_BUFFERS = ("encoder.vectors", "text_mean", "text_basis")
 
 _N_NEIGHBORS = 16  # whose mean a new item starts from
@@ -203,13 +204,20 @@ class SourceRun:
 
 
 @torch.no_grad()
-def take_over_weights(model: M2Rec, source: SourceRun, dataset: HistoryDataset) -> dict[str, int]:
+def take_over_weights(
+    model: M2Rec, source: SourceRun, dataset: HistoryDataset, layer_share: float
+) -> dict[str, int]:
     """Give a model the weights of an earlier run; its new items start from their neighbours.
+
+    The layers keep a share of their weights only; the rest is that of a new model. Trained layers go on to
+    a worse end than new ones ("On Warm-Starting Neural Network Training", Ash & Adams 2020), item vectors do
+    not.
 
     Args:
         model: a new one for `dataset`, with its text vectors.
         source: the earlier run.
         dataset: with histories.
+        layer_share: how much the layers keep, from 0 to 1.
 
     Returns:
         How many items are kept, are new, and are gone.
@@ -224,10 +232,14 @@ def take_over_weights(model: M2Rec, source: SourceRun, dataset: HistoryDataset) 
     is_new = torch.ones(len(table), dtype=torch.bool)
     is_new[0] = is_new[there] = False
     table[is_new] = average_neighbors(table.cpu(), is_new, dataset, own.get("encoder.vectors")).to(table)
-    kept = {name: own[name] for name in _ITEM_BUFFERS if name in own}
+    weights = {**source.weights, _TABLE: table}
+    weights |= {name: own[name] for name in _ITEM_BUFFERS if name in own}
     try:
-        model.load_state_dict({**source.weights, **kept, _TABLE: table})
-    except RuntimeError as error:
+        for name, value in own.items():
+            if name.startswith(_LAYERS) and value.is_floating_point():
+                weights[name] = value.lerp(weights[name].to(value), layer_share)
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
         raise UserError(
             f"{KEY}: the weights of {source.name} do not fit the model ({format_one_line(error)}); train anew"
         ) from None
@@ -316,7 +328,8 @@ def continue_training(source: SourceRun, model: M2Rec, dataset: HistoryDataset, 
             f"{KEY}: {source.name} was trained on all training targets of this data; append new interactions "
             f"to the data set first"
         )
-    facts: dict[str, Any] = {"run": source.name, **take_over_weights(model, source, dataset)}
+    items = take_over_weights(model, source, dataset, layer_share=float((~is_new).mean()))
+    facts: dict[str, Any] = {"run": source.name, **items}
     replaying = ReplayLoader(loader, is_new, loader.config["replay_share"])
     facts |= {
         "rows_new": len(replaying.new),
