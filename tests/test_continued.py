@@ -16,13 +16,15 @@ from m2rec.data.extent import TrainingExtent, count_trained_targets, find_new_ro
 from m2rec.models.m2rec import M2Rec
 from m2rec.run_folder import RunFolder
 from m2rec.serving.recommender import Recommender
+from m2rec.settings import RunSettings
 from m2rec.text import vector_file
 from m2rec.text.continued import continue_text_vectors
 from m2rec.text.vector_file import load_item_vectors
 from m2rec.training.configuration import build_config
-from m2rec.training.continued_run import average_neighbors, build_run_config
+from m2rec.training.continued_run import average_neighbors, build_run_config, scale_to_data
 from m2rec.training.replay import ReplayLoader
 from m2rec.training.run import PreparedRun, load_data, prepare_run, run_experiment
+from m2rec.training.settling import resolve_scale_free_keys
 from tests.conftest import as_arguments, small, write_inter
 from tests.test_checkpoint import outcome, stopped_in_an_epoch
 
@@ -257,7 +259,7 @@ def test_a_whole_run(command: Command, shop: Path, write_vectors: Callable[..., 
 def test_stopped_and_resumed(shop: Path, command: Command, monkeypatch: pytest.MonkeyPatch):
     run = train(shop)
     append(shop)
-    keys = {"continue_from": str(run), "replay_share": 0.5, "epochs": 3}
+    keys = {"continue_from": str(run), "replay_share": 0.5, "epochs": 3, "train_batch_size": 4}
     whole = run_experiment(build_run_config(keys))
     facts = whole.metrics["continued_from"]
     n_steps = -(-(facts["rows_new"] + facts["rows_replayed"]) // 4)
@@ -275,10 +277,28 @@ def test_stopped_and_resumed(shop: Path, command: Command, monkeypatch: pytest.M
 def test_keys_of_the_old_run_hold_unless_the_user_sets_them(shop: Path):
     run = train(shop, learning_rate=0.007, weight_decay=0.5, learner="adamw", seed=5)
     config = build_run_config({"continue_from": str(run), "decay_per_epoch": 0.1})
+    assert config["weight_decay"] == RunSettings().weight_decay and config["targets_per_step"] > 0
     assert config["learning_rate"] == 0.007 and config["seed"] == 5 and config["hidden_size"] == 16
     assert config["epochs"] == 8 and config["decay_per_epoch"] == 0.1 and not config.open_keys
     assert build_run_config({"continue_from": str(run), "epochs": 9, "hidden_size": 16})["epochs"] == 9
     assert build_run_config({"continue_from": "none", **values(shop)})["epochs"] == 2
+
+
+def test_settings_are_scaled_to_the_data():
+    """For the same data they are the same; for twice as much, a step takes half as much of the weights."""
+    run = {"train_batch_size": 12, "learner": "adamw", "weight_decay": 0.8, "learning_rate": 0.01,
+           "average_epochs": 1.5, "stopping_step": 6}  # fmt: skip
+    scaled = scale_to_data(run, {"train_rows": 100, "train_targets": 500})
+    assert scaled["targets_per_step"] == 60 and scaled["learning_rate"] == 0.01
+    assert not {"train_batch_size", "weight_decay", "average_epochs"} & set(scaled)
+    same = resolve_scale_free_keys(RunSettings.read(scaled), 100, 500)
+    assert {key: pytest.approx(value) for key, value in run.items() if key in same} == same and len(same) == 4
+    twice = resolve_scale_free_keys(RunSettings.read(scaled), 200, 1_000)
+    assert twice["train_batch_size"] == 12 and twice["weight_decay"] == pytest.approx(0.4 * 18 / 17, rel=0.01)
+    assert twice["average_epochs"] == 0.75
+    plain = {**run, "learner": "adam", "average_epochs": 0.0}
+    scaled = scale_to_data(plain, {"train_rows": 100, "train_targets": 500})
+    assert scaled == {**{k: v for k, v in plain.items() if k != "train_batch_size"}, "targets_per_step": 60}
 
 
 def make_unfinished(run: Path) -> None:

@@ -6,6 +6,7 @@ T       width of the text vectors
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from m2rec.data.transitions import count_transitions
 from m2rec.errors import UserError, format_one_line
 from m2rec.models.m2rec import M2Rec
 from m2rec.run_folder import RunFolder
-from m2rec.settings import NO_RUN, SCALE_FREE_KEYS, Role, collect_keys
+from m2rec.settings import NO_RUN, SCALE_FREE_KEYS, Role, RunSettings, collect_keys
 from m2rec.text.continued import continue_text_vectors
 from m2rec.text.vector_file import TextVectors
 from m2rec.training.configuration import RunConfig, build_config, collect_user_values
@@ -48,6 +49,7 @@ _TABLE = "encoder.id_embedding.weight"
 _LAYERS = "encoder.layers."
 _ITEM_BUFFERS = ("encoder.vectors", "text_mean", "text_basis")
 
+_MAX_DECAY = 0.999  # of the weights in an epoch
 _N_NEIGHBORS = 16  # whose mean a new item starts from
 _BLOCK_SCORES = 2**24  # similarities that are held at a time
 
@@ -73,10 +75,34 @@ def build_run_config(given: Mapping[str, Any], default_file: Path | None = None)
     _check_user_values(name, settings, user_values, has_text=bool(files.read_text_source()))
     if not files.read_text_source():
         settings["text_vectors"] = "none"
+    inherited = scale_to_data(settings, files.read_metrics()["data"])
     for scale_free, plain in SCALE_FREE_KEYS.items():
-        if user_values.get(scale_free):
-            settings.pop(plain, None)
-    return build_config({**settings, "epochs": EPOCHS, **user_values, "auto": False})
+        pair = {scale_free, plain}
+        if pair & set(user_values) or (scale_free == "decay_per_epoch" and "learner" in user_values):
+            inherited = {key: value for key, value in inherited.items() if key not in pair}
+    return build_config({**inherited, "epochs": EPOCHS, **user_values, "auto": False})
+
+
+def scale_to_data(settings: Mapping[str, Any], data: Mapping[str, int]) -> dict[str, Any]:
+    """The settings of a run, with scale-free keys in place of the plain ones, so that they fit more data.
+
+    Without it weight decay would be too strong: it is a share for each step, and more data has more steps.
+
+    Args:
+        settings: all keys of a finished run.
+        data: its counts in metrics.json.
+    """
+    run, n_rows, n_targets = RunSettings.read(settings), data["train_rows"], data["train_targets"]
+    left = 1 - run.learning_rate * run.weight_decay  # of the weights, in a step
+    scaled: dict[str, Any] = {
+        "targets_per_step": max(1, round(run.train_batch_size * n_targets / n_rows)),
+        "average_targets": round(run.average_epochs * n_targets),
+    }
+    if run.learner == "adamw" and 0 < left < 1:
+        scaled["decay_per_epoch"] = min(1 - left ** math.ceil(n_rows / run.train_batch_size), _MAX_DECAY)
+    scaled = {key: value for key, value in scaled.items() if value}
+    replaced = {SCALE_FREE_KEYS[key] for key in scaled}
+    return {**{key: value for key, value in settings.items() if key not in replaced}, **scaled}
 
 
 def _find_run(name: Any) -> RunFolder:
