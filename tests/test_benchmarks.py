@@ -116,6 +116,19 @@ def test_loading(tmp_path: Path):
     assert record["note"].startswith("3,000 interactions, 90 users, 30 items, ")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of a process's peak memory is Linux's")
+def test_preparing_raw_data(tmp_path: Path):
+    """The same checkout twice; what it writes is compared."""
+    sizes = ["--rows=3000", "--users=90", "--items=30", "--repeats=1", "--threads=1", "--device=cpu"]
+    command = [sys.executable, "scripts/bench/raw.py", *sizes, f"--out={tmp_path}", f"--before={ROOT}"]
+    done = subprocess.run([*command, "--options", "--core=5"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "bench_raw-cpu.json").read_text())
+    assert [row["reader"] for row in record["rows"]] == ["now", "before"]
+    assert all(row["rows per CPU s"] > 0 and row["peak MiB"] > 0 for row in record["rows"])
+    assert record["note"].startswith("3,000 rows, up to 90 users, 30 items, ")
+
+
 def test_busy_time_counts_no_moment_twice(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
     step = importlib.import_module("step")

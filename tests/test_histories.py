@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from m2rec.data.columns import order_by_user
 from m2rec.data.histories import (
     Histories,
     concatenate_ranges,
-    order_by_user,
     split_by_time,
     split_leave_one_out,
 )

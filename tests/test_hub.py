@@ -240,6 +240,10 @@ def test_without_a_network_the_cache_is_enough(hub: Hub, pushed: str, monkeypatc
         ValueError, match=r"^hub: hub:anna/teas is not in the cache \S+; connect to the network"
     ):
         Recommender.load("hub:anna/teas")
+    with pytest.raises(
+        ValueError, match=r"^hub: http://127\.0\.0\.1:9 can't be reached \(.*\); check the network"
+    ):
+        Recommender.load(pushed).push_to_hub("anna/films")
 
 
 @pytest.mark.parametrize(
@@ -327,7 +331,7 @@ def test_what_can_not_be_pushed_is_one_line(
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         Recommender.load(folder).push_to_hub(name, private=private)
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).startswith(message) and "http" not in str(caught.value)
     assert {name: repository.commits for name, repository in hub.repositories.items()} == before
 
 

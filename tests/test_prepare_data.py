@@ -12,6 +12,7 @@ import pytest
 
 from m2rec.commands import prepare_data
 from m2rec.data import inter_file
+from m2rec.data.raw.batches import InteractionBatch, build_batch
 from m2rec.data.raw.formats import FORMATS, TABLE_KINDS, RawFormat, RawInteraction
 from m2rec.data.raw.options import PreparationOptions
 from m2rec.data.raw.prepare import prepare_dataset
@@ -370,12 +371,12 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, prepare: Prepare, revie
 
 
 def test_a_stop_leaves_nothing(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch):
-    def stopped(self: object, tally: object, time_unit: object) -> Iterator[RawInteraction]:
-        yield RawInteraction("u", "a", Decimal(1), None)
+    def stopped(self: object, tally: object, time_unit: object) -> Iterator[InteractionBatch]:
+        yield build_batch([RawInteraction("u", "a", Decimal(1), None)])
         assert any(name.endswith(".tmp") for name in left(tmp_path))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(RawFormat, "interactions", stopped)
+    monkeypatch.setattr(RawFormat, "batches", stopped)
     status, _, err = prepare(*CSV, events(tmp_path, "u,a,1"))
     assert status == 130 and "stopped; no data set was written" in err and left(tmp_path) == []
 

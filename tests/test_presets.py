@@ -21,7 +21,8 @@ import pytest
 
 from m2rec.commands import prepare_data
 from m2rec.data.raw import presets
-from m2rec.data.raw.arrange import select_core, sort_by_user, subtract_first_times
+from m2rec.data.raw.arrange import HeldInteractions
+from m2rec.data.raw.batches import build_batch
 from m2rec.data.raw.formats import RawInteraction
 from m2rec.data.raw.options import FORMAT_NAMES, PreparationOptions
 from m2rec.data.raw.public_data import Preset, read_presets
@@ -47,6 +48,18 @@ def interactions(*rows: tuple[str, str, int]) -> list[RawInteraction]:
     return [RawInteraction(user, item, Decimal(time), None) for user, item, time in rows]
 
 
+def hold(rows: list[RawInteraction]) -> HeldInteractions:
+    return HeldInteractions(iter([build_batch(rows[:7]), build_batch(rows[7:])]))
+
+
+def list_held(held: HeldInteractions) -> list[tuple[str, str, int]]:
+    rows: list[tuple[str, str, int]] = []
+    for batch in held.iterate_batches():
+        columns = (batch.users.to_pylist(), batch.items.to_pylist(), map(int, batch.times.to_pylist()))
+        rows += zip(*columns, strict=True)
+    return rows
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_core_is_the_largest_part_that_is_one(seed: int):
     rng = random.Random(seed)
@@ -60,20 +73,26 @@ def test_a_core_is_the_largest_part_that_is_one(seed: int):
             break
         expected.remove(rng.choice(weak))
     assert 0 < len(expected) < len(rows), "the example says nothing"
-    assert select_core(rows, 4).interactions == expected
-    assert select_core(rows, 1).interactions == rows and select_core(rows, 0).rounds == 0
+    held = hold(rows)
+    assert held.select_core(1) == (0, 0) and list_held(held) == [x[:3] for x in rows]
+    dropped, rounds = held.select_core(4)
+    assert list_held(held) == [x[:3] for x in expected]
+    assert dropped == len(rows) - len(expected) and rounds > 1
 
 
 def test_orders_and_times():
     rows = interactions(
         *REVIEWS, ("ann", "A9", 100)
     )  # ties stay in the file's order, not that of their codes
-    by_user = [(x.user, x.item, int(x.time)) for x in sort_by_user(rows)]
-    assert by_user == [
+    held = hold(rows)
+    held.sort_by_user()
+    assert list_held(held) == [
         ("bob", "B3", 100), ("bob", "B1", 200), ("ann", "B2", 100), ("ann", "B3", 100), ("ann", "A9", 100),
         ("ann", "B1", 300),
     ]  # fmt: skip
-    assert [int(x.time) for x in subtract_first_times(rows)] == [100, 200, 0, 0, 0, 0]
+    held = hold(rows)
+    held.subtract_first_times()
+    assert [time for *_, time in list_held(held)] == [100, 200, 0, 0, 0, 0]
 
 
 def read(tmp_path: Path, suffix: str = "inter") -> str:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2rec.data.raw import formats
-from m2rec.data.raw.filters import RowCondition, explode_lists, filter_rows
+from m2rec.data.raw.filters import RowCondition, RowFilter, explode_lists
 from m2rec.data.raw.tally import RawRow, Tally
 
 
@@ -153,7 +153,9 @@ def test_conditions(text: str, kept: list[object], left_out: list[object]):
 def test_what_can_not_be_compared_is_malformed():
     tally = Tally(Path("x"), max_bad=1)
     rows: list[RawRow] = [{"a": "good"}, {"a": [1]}, {"a": 5}, {"a": None}]
-    found = list(filter_rows(rows_of(rows, tally), [RowCondition.parse("a>=4")], tally))
+    row_filter = RowFilter([RowCondition.parse("a>=4")], tally)
+    found = list(row_filter.select(rows_of(rows, tally)))
+    row_filter.finish()
     assert found == [(3, {"a": 5})] and tally.malformed_count == 2
     assert tally.examples == ["line 1: keep: 'good' is not a number", "line 2: keep: [1] can't be compared"]
     assert tally.notes == ["removed by keep='a>=4': 1 rows"]

@@ -33,7 +33,7 @@ def test_each_item_has_its_reasons(recommender: Recommender):
         explained = recommender.recommend(iter(HISTORY), 6, explain=True, **options)
         assert [entry[:3] for entry in explained] == plain
         reasons = recommender.find_reasons(HISTORY, [entry.item for entry in plain])
-        assert [(e.item, e.influences, e.nearest_by_text) for e in explained] == reasons
+        assert [(e.item, e.influences, e.nearest_by_text, e.title) for e in explained] == reasons
         for entry in explained:
             assert entry.item not in [one.item for one in entry.nearest_by_text]
             assert len(entry.influences) <= 3 and {one.item for one in entry.influences} <= set(HISTORY)

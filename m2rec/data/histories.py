@@ -65,27 +65,6 @@ def split_by_time(start: np.ndarray, end: np.ndarray, n_train: np.ndarray, n_val
     return Split(start, train_stop, {"valid": valid, "test": test})
 
 
-def order_by_user(users: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """An order of interactions, rearranged so that each user's are together, users ascending.
-
-    NumPy sorts 16 bits at a time without comparisons, so this takes far less time than sorting users at once.
-
-    Args:
-        users: (n,) non-negative integers.
-        order: (n,), such as the order by time; each user's interactions stay in it.
-    """
-    for shift in range(0, max(1, int(users.max(initial=0)).bit_length()), 16):
-        some_bits = (users >> shift).astype(np.uint16)
-        order = order[some_bits[order].argsort(kind="stable")]
-    return order
-
-
-def is_ordered(users: np.ndarray, times: np.ndarray) -> bool:
-    """Whether interactions are in the order of users, each user's in the order of times; (n,) both."""
-    is_same_user = users[1:] == users[:-1]
-    return bool(((users[1:] > users[:-1]) | (is_same_user & (times[1:] >= times[:-1]))).all())
-
-
 def concatenate_ranges(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """[start[0], ..., start[0] + lengths[0] - 1, start[1], ...], (sum of lengths,)."""
     first = np.cumsum(lengths) - lengths  # where each range begins in the result

@@ -21,12 +21,13 @@ from m2rec.data.columns import (
     count_codes,
     encode_tokens,
     filter_by_counts,
+    is_ordered,
     list_tokens,
     order_by_appearance,
+    order_by_user,
     reorder_rows,
 )
 from m2rec.data.dominant import describe_dominant_entity
-from m2rec.data.histories import is_ordered, order_by_user
 from m2rec.data.interaction_cache import PreparedInteractions
 from m2rec.data.ties import hash_interactions
 from m2rec.data.time_statistics import measure_gap_quartiles
@@ -288,7 +289,7 @@ class InteractionDataset(SequentialDataset):
         for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
             intervals.append(self._parse_intervals_str(self.config[f"{kind}_inter_num_interval"]))
             codes.append(self.inter_feat[column].cat.codes.to_numpy())
-        is_kept = filter_by_counts(codes, [self._build_count_check(interval) for interval in intervals])
+        is_kept = filter_by_counts(codes, [self._build_count_check(x) for x in intervals]).is_kept
         if not is_kept.all():
             self.inter_feat = self.inter_feat[is_kept]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from m2rec.data.histories import is_ordered, order_by_user
+from m2rec.data.columns import is_ordered, order_by_user
 
 _DAY = 86_400
 _RECENT_DAYS = (7, 30, 90, 365)

@@ -140,10 +140,13 @@ def _describe_failure(error: Exception, name: HubName) -> str:
         cure = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "connect to the network"
         return f"{name} is not in the cache {constants.HF_HUB_CACHE}; {cure} once ({reason})"
     if isinstance(error, errors.HfHubHTTPError):
+        said = " ".join((error.server_message or said).split())
         if error.response.status_code in (401, 403):
             return (
                 f"{repository} can't be written without a token that may do so; "
                 f"set HF_TOKEN or run hf auth login ({said})"
             )
         return f"{repository}: {constants.ENDPOINT} answered: {said}"
-    return f"{repository}: {said}"
+    if isinstance(error, ValueError | OSError):
+        return f"{repository}: {said}"
+    return f"{constants.ENDPOINT} can't be reached ({said}); check the network and HF_ENDPOINT"

@@ -10,18 +10,17 @@ random: users and items have long tails, and the lines are in the order of time.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 import numpy as np
 from benchmarking import (
+    ROOT,
     Row,
     build_benchmark_parser,
+    draw_long_tail,
+    measure_process,
     parse_benchmark_arguments,
     print_row,
     write_benchmark_results,
@@ -50,11 +49,6 @@ def write_random_interactions(folder: Path, rows: int, users: int, items: int) -
             lines = zip(own_users, own_items, own_times, strict=True)
             file.writelines(f"u{user}\ti{item}\t{time}\n" for user, item, time in lines)
     return path
-
-
-def draw_long_tail(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
-    """Numbers below n, of which the first 20% are drawn in 54% of all cases."""
-    return np.asarray((n * rng.random(size) ** 2.6).astype(np.int64))
 
 
 def read_and_sort(path: Path) -> None:
@@ -91,15 +85,8 @@ def load_run(path: Path, length: int) -> None:
 
 def measure_task(task: str, path: Path, length: int) -> tuple[float, float, float]:
     """Seconds, CPU seconds and peak memory in MiB of this script with `--task`, in a new process."""
-    command = [sys.executable, str(Path(__file__).resolve())]
-    start = perf_counter()
-    process = subprocess.Popen([*command, f"--task={task}", f"--file={path}", f"--length={length}"])
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{task}: exit status {process.returncode}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**10
+    script = str(Path(__file__).resolve())
+    return measure_process([script, f"--task={task}", f"--file={path}", f"--length={length}"], ROOT)
 
 
 def measure_tasks(path: Path, length: int, repeats: int) -> list[Row]:

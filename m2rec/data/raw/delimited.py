@@ -1,18 +1,19 @@
 """Rows of delimited text files: CSV and its relatives, MovieLens's tables, one user per line."""
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from m2rec.data.column_names import LABEL_COLUMNS, require_columns
-from m2rec.data.raw.lines import open_lines, read_parsed_lines
+from m2rec.data.raw.lines import LineReader, is_never_done, open_lines, read_parsed_lines
 from m2rec.data.raw.tally import MalformedRowError, NumberedRows, RawRow, Tally
 from m2rec.errors import UserError
 
 MAX_RECORD_LINES = 1000  # a longer CSV record is taken for an unclosed quotation mark
 SEPARATORS = (",", "\t", ";", "|")
+UTF8_OR_LATIN1 = ("utf-8", "latin-1")
 QUOTING_SEPARATORS = (",", ";")  # where anything else separates, quotation marks are text
 
 
@@ -29,13 +30,19 @@ def read_sequence_rows(tally: Tally) -> NumberedRows:
 def read_delimited_rows(tally: Tally, separator: str, columns: Sequence[str]) -> NumberedRows:
     """Rows of a file without header and quotes, UTF-8 or else Latin-1, as MovieLens has them."""
 
-    def parse(line: str) -> RawRow:
-        cells = line.rstrip("\r\n").split(separator)
-        if len(cells) != len(columns):
-            raise MalformedRowError(f"{len(cells)} columns instead of {len(columns)}")
-        return dict(zip(columns, cells, strict=True))
+    return read_parsed_lines(tally, partial(parse_cells, separator, columns), UTF8_OR_LATIN1)
 
-    return read_parsed_lines(tally, parse, ("utf-8", "latin-1"))
+
+def parse_cells(separator: str, columns: Sequence[str], line: str) -> RawRow:
+    """The row of a line without quotes.
+
+    Raises:
+        MalformedRowError: it has too many or too few columns.
+    """
+    cells = line.rstrip("\r\n").split(separator)
+    if len(cells) != len(columns):
+        raise MalformedRowError(f"{len(cells)} columns instead of {len(columns)}")
+    return dict(zip(columns, cells, strict=True))
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,36 @@ def read_csv_records(
         ValueError: a column is missing or duplicated, the separator can't be found, or a record has more
             than 1,000 lines.
     """
-    names, separator = _find_columns(tally.path, columns, layout, cure)
-    expected = f"{len(names)} are named" if layout.column_names else f"the header has {len(names)}"
+    table = find_csv_table(tally.path, columns, layout, cure)
     with open_lines(tally) as lines:
-        if not layout.column_names:
+        if table.has_header:
             next(lines)
-        reader = _read_cells(lines, separator)
-        while True:
+        yield from table.read_records(lines)
+
+
+@dataclass(frozen=True)
+class CsvTable:
+    """The columns of a delimited text file, as its first line or the layout says."""
+
+    names: Sequence[str]
+    separator: str
+    has_header: bool
+
+    def read_records(self, lines: LineReader, is_done: Callable[[], bool] = is_never_done) -> NumberedRows:
+        """One row per record, numbered by its first line.
+
+        Args:
+            lines: from the beginning of a record on.
+            is_done: asked before each record whether to stop.
+        """
+        tally = lines.tally
+        expected = f"the header has {len(self.names)}" if self.has_header else f"{len(self.names)} are named"
+        reader = _read_cells(lines, self.separator)
+        while not is_done():
             first = tally.lines + 1
             try:
                 cells = next(reader)
-                if cells and len(cells) != len(names):
+                if cells and len(cells) != len(self.names):
                     raise MalformedRowError(f"{len(cells)} columns, {expected}")
             except StopIteration:
                 return
@@ -90,7 +116,17 @@ def read_csv_records(
             _check_record_length(tally, first)
             if cells:
                 tally.count_record(first)
-                yield first, dict(zip(names, cells, strict=True))
+                yield first, dict(zip(self.names, cells, strict=True))
+
+
+def find_csv_table(path: Path, columns: Sequence[str], layout: CsvLayout, cure: str) -> CsvTable:
+    """The columns of a file and their separator, see `read_csv_records`.
+
+    Raises:
+        ValueError: a column is missing or duplicated, or the separator can't be found.
+    """
+    names, separator = _find_columns(path, columns, layout, cure)
+    return CsvTable(names, separator, has_header=not layout.column_names)
 
 
 def _check_record_length(tally: Tally, first: int) -> None:

@@ -6,7 +6,7 @@ names the elements themselves, and `user.id` the value `id` in the object `user`
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from reprlib import repr as short
@@ -216,36 +216,57 @@ def _parse_optional_number(text: str) -> Decimal | None:
         return None
 
 
-def filter_rows(rows: NumberedRows, conditions: Sequence[RowCondition], tally: Tally) -> NumberedRows:
-    """The rows that fulfil all conditions; a note counts what each one removes after those before it.
+class RowFilter:
+    """Keeps the rows of one file that fulfil all conditions, and counts the others.
 
-    Raises:
-        ValueError: no row has the column of a condition.
+    Args:
+        conditions: on the rows.
+        tally: counts malformed rows; gets a note on what each condition removes after those before it.
     """
-    removed = dict.fromkeys(conditions, 0)
-    missing = {condition.column for condition in conditions}
-    first_names: list[str] = []
-    for line, row in rows:
-        first_names = first_names or list(row)
-        if missing:
-            missing -= row.keys()
-        try:
-            failed = _find_failed(row, conditions)
-        except MalformedRowError as error:
-            tally.reject(line, f"keep: {error}")
-            continue
-        if failed is None:
-            yield line, row
-        else:
-            removed[failed] += 1
-    if first_names and missing:
-        column = min(missing)
-        raise UserError(
-            f"{tally.path}: keep: no row has the column {column!r}, the first has "
-            f"{short(', '.join(first_names))}{suggest_spelling(column, first_names)}"
-        )
-    for condition, count in removed.items():
-        tally.notes.append(f"removed by keep='{condition.text}': {count:,} rows")
+
+    def __init__(self, conditions: Sequence[RowCondition], tally: Tally) -> None:
+        self.conditions, self.tally = conditions, tally
+        self.removed = dict.fromkeys(conditions, 0)
+        """Rows by the first condition that they do not fulfil."""
+        self.missing = {condition.column for condition in conditions}
+        """Columns that no row has had."""
+        self.first_names: list[str] = []
+        """Columns of the first row."""
+
+    def select(self, rows: NumberedRows) -> NumberedRows:
+        """The rows that fulfil all conditions."""
+        for line, row in rows:
+            self.note_names(row)
+            try:
+                failed = _find_failed(row, self.conditions)
+            except MalformedRowError as error:
+                self.tally.reject(line, f"keep: {error}")
+                continue
+            if failed is None:
+                yield line, row
+            else:
+                self.removed[failed] += 1
+
+    def note_names(self, names: Collection[str]) -> None:
+        """Note the columns of a row."""
+        self.first_names = self.first_names or list(names)
+        if self.missing:
+            self.missing.difference_update(names)
+
+    def finish(self) -> None:
+        """Note what was removed, once all rows were read.
+
+        Raises:
+            ValueError: no row has the column of a condition.
+        """
+        if self.first_names and self.missing:
+            column = min(self.missing)
+            raise UserError(
+                f"{self.tally.path}: keep: no row has the column {column!r}, the first has "
+                f"{short(', '.join(self.first_names))}{suggest_spelling(column, self.first_names)}"
+            )
+        for condition, count in self.removed.items():
+            self.tally.notes.append(f"removed by keep='{condition.text}': {count:,} rows")
 
 
 def _find_failed(row: RawRow, conditions: Sequence[RowCondition]) -> RowCondition | None:

@@ -9,15 +9,15 @@ any other table.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import partial
-from itertools import count
 from pathlib import Path
-from reprlib import repr as short
 from typing import NamedTuple
 
 from m2rec.data.column_names import LABEL_COLUMNS, TIME_COLUMNS
+from m2rec.data.raw.batches import InteractionBatch, build_batches, read_block_batches
+from m2rec.data.raw.blocks import BlockReader
 from m2rec.data.raw.delimited import (
     HEADER_LAYOUT,
     CsvLayout,
@@ -25,42 +25,31 @@ from m2rec.data.raw.delimited import (
     read_delimited_rows,
     read_sequence_rows,
 )
-from m2rec.data.raw.filters import (
-    RowCondition,
-    explode_lists,
-    filter_rows,
-    get_path_column,
-    is_value_path,
-    suggest_value_path,
+from m2rec.data.raw.filters import RowCondition, get_path_column, is_value_path
+from m2rec.data.raw.interactions import (
+    ColumnNames,
+    InteractionColumns,
+    InteractionParser,
+    RawInteraction,
+    expand_used_paths,
+    get_first_value,
+    parse_records,
+    require_value,
 )
+from m2rec.data.raw.json_blocks import open_json_blocks
 from m2rec.data.raw.json_rows import read_json_or_literal_rows, read_json_rows
-from m2rec.data.raw.parquet import read_parquet_rows
-from m2rec.data.raw.tally import MalformedRowError, NumberedRows, RawRow, Record, Tally
-from m2rec.data.raw.times import TimestampReader
+from m2rec.data.raw.parquet import open_parquet_blocks, read_parquet_rows
+from m2rec.data.raw.tally import NumberedRows, RawRow, Tally
+from m2rec.data.raw.text_blocks import open_csv_blocks, open_delimited_blocks
 from m2rec.data.raw.values import (
     IdReader,
-    UnusedColumnCheck,
     clean_text,
-    is_missing,
     join_texts,
     join_unique_texts,
-    parse_rating,
 )
 from m2rec.errors import UserError
 
-ColumnNames = tuple[str, ...]
-"""Names of a value in a row; the first one with a value counts."""
 RowReader = Callable[[Tally], NumberedRows]
-
-
-class RawInteraction(NamedTuple):
-    """One event."""
-
-    user: str
-    item: str
-    time: Decimal
-    """Seconds since 1970 where the raw data has dates or Unix time, else the number of the interaction."""
-    rating: Decimal | None
 
 
 class RawItem(NamedTuple):
@@ -99,6 +88,25 @@ class RawFormat:
     """Of dates that are ambiguous, in strptime's codes."""
     keep: tuple[RowCondition, ...] = ()
     """Conditions on rows of interactions."""
+    blocks: BlockReader | None = None
+    """Reads the rows of interactions as columns, with the same result."""
+
+    @property
+    def columns(self) -> InteractionColumns:
+        """The columns of interactions."""
+        return InteractionColumns(self.user, self.item, self.time, self.rating, self.time_format, self.keep)
+
+    def batches(self, tally: Tally, time_unit: str | None = None) -> Iterator[InteractionBatch]:
+        """The same as `interactions`, batch by batch."""
+        parser = InteractionParser(tally, self.columns, time_unit)
+        has_paths = any(map(is_value_path, self.columns.used))
+        opened = nullcontext() if self.blocks is None or has_paths else self.blocks(tally, self.columns.used)
+        with opened as blocks:
+            if blocks is None:
+                yield from build_batches(parser.read_rows(self.rows(tally)))
+            else:
+                yield from read_block_batches(parser, blocks)
+        parser.finish()
 
     def interactions(self, tally: Tally, time_unit: str | None = None) -> Iterator[RawInteraction]:
         """The interactions of the file that `tally` names, in file order.
@@ -111,31 +119,9 @@ class RawFormat:
             ValueError: the file can't be read, too much of it is malformed, or its times have several
                 units.
         """
-        used = {*self.user, *self.item, *self.time, *self.rating}
-        used |= {condition.column for condition in self.keep}
-        times, ids = TimestampReader(tally.path, time_unit, self.time_format), IdReader()
-        order, unused = count(1), UnusedColumnCheck(used)
-
-        def parse(line: int, row: RawRow) -> RawInteraction:
-            user = ids.read(_require_value(row, self.user), line)
-            item = ids.read(_require_value(row, self.item), line)
-            rating = parse_rating(_get_first_value(row, self.rating))
-            # last, so that a line that is malformed elsewhere does not settle the unit
-            if self.time:
-                time = times.read(_require_value(row, self.time), line)
-            else:
-                time = Decimal(next(order))
-            unused.check(row)
-            return RawInteraction(user, item, time, rating)
-
-        rows = _expand_used_paths(self.rows(tally), used, tally)
-        if self.keep:
-            rows = filter_rows(rows, self.keep, tally)
-        yield from _parse_records(rows, parse, tally)
-        if not self.time:
-            hint = f"; column {unused.time_column!r} is not used" if unused.time_column else ""
-            tally.notes.append(f"no time column: file order is used as time, 1, 2, 3, ...{hint}")
-        tally.notes += [*times.remarks(), *ids.remarks(), *unused.remarks()]
+        parser = InteractionParser(tally, self.columns, time_unit)
+        yield from parser.read_rows(self.rows(tally))
+        parser.finish()
 
     def items(self, tally: Tally) -> Iterator[RawItem]:
         """The items of the file that `tally` names; a token may occur several times.
@@ -143,58 +129,20 @@ class RawFormat:
         Raises:
             ValueError: as for `interactions`.
         """
-        ids = IdReader()
+        ids = IdReader(tally.name_line)
 
         def parse(line: int, row: RawRow) -> RawItem:
-            token = ids.read(_require_value(row, self.token), line)
+            token = ids.read(require_value(row, self.token), line)
             texts = []
             for column in self.texts:
-                texts.append(clean_text(column.convert(_get_first_value(row, column.keys))))
+                texts.append(clean_text(column.convert(get_first_value(row, column.keys))))
             return RawItem(token, tuple(texts))
 
         read_rows = self.item_rows or self.rows
         used = set(self.token).union(*(column.keys for column in self.texts))
-        yield from _parse_records(_expand_used_paths(read_rows(tally), used, tally), parse, tally)
+        yield from parse_records(expand_used_paths(read_rows(tally), used, tally), parse, tally)
+        tally.finish()
         tally.notes += ids.remarks()
-
-
-def _expand_used_paths(rows: NumberedRows, used: Collection[str], tally: Tally) -> NumberedRows:
-    """The rows with a value for each used path."""
-    return explode_lists(rows, sorted(used), tally) if any(map(is_value_path, used)) else rows
-
-
-def _parse_records(
-    rows: NumberedRows, parse: Callable[[int, RawRow], Record], tally: Tally
-) -> Iterator[Record]:
-    """Parse row by row; malformed rows are counted."""
-    for line, row in rows:
-        try:
-            record = parse(line, row)
-        except MalformedRowError as error:
-            tally.reject(line, error)
-        else:
-            yield record
-    tally.finish()
-
-
-def _get_first_value(row: RawRow, keys: ColumnNames) -> object:
-    """The first value that is not missing, or None."""
-    for key in keys:
-        value = row.get(key)
-        if not is_missing(value):
-            return value
-    return None
-
-
-def _require_value(row: RawRow, keys: ColumnNames) -> object:
-    value = _get_first_value(row, keys)
-    if value is not None:
-        return value
-    if any(key in row for key in keys):
-        raise MalformedRowError(f"{keys[0]!r} is empty")
-    path = suggest_value_path(row, keys[0])
-    hint = f"; did you mean {path!r}?" if path else ""
-    raise MalformedRowError(f"{keys[0]!r} is missing, the row has {short(', '.join(row))}{hint}")
 
 
 def _format_genres(value: object) -> str:
@@ -245,10 +193,13 @@ _RATING_COLUMNS = ("userId", "movieId", "rating", "timestamp")
 _MOVIE_COLUMNS = ("movieId", "title", "genres")
 
 
-def _build_movielens_format(about: str, rows: RowReader, item_rows: RowReader) -> RawFormat:
+def _build_movielens_format(
+    about: str, rows: RowReader, item_rows: RowReader, blocks: BlockReader
+) -> RawFormat:
     return RawFormat(
         about=about,
         rows=rows,
+        blocks=blocks,
         user=("userId",),
         item=("movieId",),
         time=("timestamp",),
@@ -262,17 +213,22 @@ def _build_movielens_format(about: str, rows: RowReader, item_rows: RowReader) -
 # by the files of the folder
 MOVIELENS_FORMATS = {
     ("u.data", "u.item"): _build_movielens_format(
-        "ml-100k", partial(read_delimited_rows, separator="\t", columns=_RATING_COLUMNS), _read_ml_100k_movies
+        "ml-100k",
+        partial(read_delimited_rows, separator="\t", columns=_RATING_COLUMNS),
+        _read_ml_100k_movies,
+        partial(open_delimited_blocks, separator="\t", columns=_RATING_COLUMNS),
     ),
     ("ratings.dat", "movies.dat"): _build_movielens_format(
         "ml-1m, ml-10m",
         partial(read_delimited_rows, separator="::", columns=_RATING_COLUMNS),
         partial(read_delimited_rows, separator="::", columns=_MOVIE_COLUMNS),
+        partial(open_delimited_blocks, separator="::", columns=_RATING_COLUMNS),
     ),
     ("ratings.csv", "movies.csv"): _build_movielens_format(
         "ml-20m, ml-25m, ml-latest",
         partial(read_csv_records, columns=_RATING_COLUMNS),
         partial(read_csv_records, columns=_MOVIE_COLUMNS),
+        partial(open_csv_blocks, columns=_RATING_COLUMNS),
     ),
 }
 
@@ -287,6 +243,7 @@ def _build_amazon_format(
     return RawFormat(
         about=about,
         rows=rows,
+        blocks=open_json_blocks if rows is read_json_rows else None,
         user=("reviewerID",),
         item=("asin",),
         time=("unixReviewTime",),
@@ -316,6 +273,7 @@ FORMATS = {
     "amazon-2023": RawFormat(
         about="CATEGORY.jsonl.gz and meta_CATEGORY.jsonl.gz; an item is its parent_asin",
         rows=read_json_rows,
+        blocks=open_json_blocks,
         user=("user_id",),
         item=("parent_asin", "asin"),
         time=("timestamp",),
@@ -332,6 +290,7 @@ FORMATS = {
     "google-local": RawFormat(
         about="2021: review-STATE.json.gz and meta-STATE.json.gz",
         rows=read_json_rows,
+        blocks=open_json_blocks,
         user=("user_id",),
         item=("gmap_id",),
         time=("time",),
@@ -347,6 +306,7 @@ FORMATS = {
     "yelp": RawFormat(
         about="yelp_academic_dataset_review.json and yelp_academic_dataset_business.json",
         rows=read_json_rows,
+        blocks=open_json_blocks,
         user=("user_id",),
         item=("business_id",),
         time=("date",),
@@ -444,6 +404,7 @@ def build_table_format(
     return RawFormat(
         about="",
         rows=_build_table_reader(kind, paths, layout, "columns", optional),
+        blocks=_build_block_reader(kind, paths, layout, optional),
         user=(user,),
         item=(item,),
         time=(time,) if time else (),
@@ -476,5 +437,20 @@ def _build_table_reader(
     if kind == "parquet":
         return partial(read_parquet_rows, paths=paths, optional=optional)
     columns = list(dict.fromkeys(map(get_path_column, paths)))
-    cure = f"name one of them, or all with {argument}=NAME,... if line 1 is not a header"
-    return partial(read_csv_records, columns=columns, layout=layout, cure=cure)
+    return partial(read_csv_records, columns=columns, layout=layout, cure=_describe_cure(argument))
+
+
+def _describe_cure(argument: str) -> str:
+    return f"name one of them, or all with {argument}=NAME,... if line 1 is not a header"
+
+
+def _build_block_reader(
+    kind: str, paths: Sequence[str], layout: CsvLayout, optional: Collection[str]
+) -> BlockReader:
+    """The reader of a table of interactions as columns, see `_build_table_reader`."""
+    if kind == "parquet":
+        return partial(open_parquet_blocks, paths=paths, optional=optional)
+    if kind == "jsonl":
+        return open_json_blocks
+    columns = list(dict.fromkeys(map(get_path_column, paths)))
+    return partial(open_csv_blocks, columns=columns, layout=layout, cure=_describe_cure("columns"))

@@ -77,14 +77,23 @@ def read_json_rows(tally: Tally) -> NumberedRows:
         ValueError: the file can't be read, or it is an array that is broken or too large.
     """
     with open_bytes(tally.path) as (raw, content):
-        try:
-            start = bytes(content.peek(64)[:64])
-        except GZIP_ERRORS as error:
-            raise build_gzip_error(tally, error) from None
-        if start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+        if is_json_array(tally, content):
             yield from _read_array_rows(tally, content)
         else:
             yield from parse_lines(LineReader(tally, raw, content), parse_json)
+
+
+def is_json_array(tally: Tally, content: BufferedReader | GzipFile) -> bool:
+    """Whether a file begins as a JSON array.
+
+    Raises:
+        ValueError: a gzip file is damaged.
+    """
+    try:
+        start = bytes(content.peek(64)[:64])
+    except GZIP_ERRORS as error:
+        raise build_gzip_error(tally, error) from None
+    return start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
 def _read_array_rows(tally: Tally, content: BufferedReader | GzipFile) -> NumberedRows:

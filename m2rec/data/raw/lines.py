@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from m2rec.data.raw.tally import MalformedRowError, NumberedRows, Tally
 from m2rec.errors import UserError
@@ -50,6 +50,14 @@ def build_gzip_error(tally: Tally, error: Exception) -> UserError:
     )
 
 
+class Readable(Protocol):
+    """Bytes of a file, read line by line."""
+
+    def readline(self, size: int, /) -> bytes:
+        """The next line, or the first `size` bytes of it."""
+        ...
+
+
 class LineReader:
     """Iterator over the lines of an open text file, ends included.
 
@@ -68,7 +76,7 @@ class LineReader:
         self,
         tally: Tally,
         raw: BufferedReader,
-        content: BufferedReader | gzip.GzipFile,
+        content: Readable,
         encodings: Sequence[str] = UTF8,
     ) -> None:
         self.tally, self.raw, self.content, self.encodings = tally, raw, content, encodings
@@ -81,7 +89,7 @@ class LineReader:
         if not line:
             raise StopIteration
         self.tally.lines += 1
-        self.tally.position = self.raw.tell()
+        self.note_position()
         if len(line) > MAX_LINE_BYTES:
             while line and not line.endswith(b"\n"):
                 line = self._read_part()
@@ -94,6 +102,10 @@ class LineReader:
             except UnicodeDecodeError:
                 pass
         raise MalformedRowError(f"not {' or '.join(self.encodings).upper()}")
+
+    def note_position(self) -> None:
+        """Tell the tally how much of the file on the disk was read."""
+        self.tally.position = self.raw.tell()
 
     def _read_part(self) -> bytes:
         try:
@@ -113,13 +125,21 @@ def open_lines(tally: Tally, encodings: Sequence[str] = UTF8) -> Iterator[LineRe
         yield LineReader(tally, raw, content, encodings)
 
 
-def parse_lines(lines: LineReader, parse: Callable[[str], object]) -> NumberedRows:
+def is_never_done() -> bool:
+    """Read to the end of the file."""
+    return False
+
+
+def parse_lines(
+    lines: LineReader, parse: Callable[[str], object], is_done: Callable[[], bool] = is_never_done
+) -> NumberedRows:
     """One row per line; blank lines are skipped, malformed ones counted.
 
     Args:
         parse: line -> row; raises `MalformedRowError` for a line that cannot be used.
+        is_done: asked before each line whether to stop.
     """
-    while True:
+    while not is_done():
         try:
             line = next(lines)
             if not line.strip():

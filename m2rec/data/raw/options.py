@@ -37,7 +37,7 @@ class PreparationOptions:
 
     Attributes:
         format: one of `FORMAT_NAMES`.
-        interactions: the file of interactions, for movielens the folder.
+        interactions: the file of interactions; for movielens the folder, for parquet a file or a folder.
         dataset: the name to give the data set.
         items: the file of items' texts.
         data_path: the folder in which the folder of the data set is made.
@@ -136,7 +136,9 @@ def _select_files(options: PreparationOptions) -> RawSource:
     for name in ("interactions", "items"):
         path = getattr(options, name)
         if path is not None and not path.is_file():
-            raise UserError(f"{name}: no file {path}")
+            kind = options.format if name == "interactions" else _infer_table_kind(path, options.format)
+            if not (kind == "parquet" and path.is_dir()):
+                raise UserError(f"{name}: no file {path}")
     if options.format in TABLE_KINDS:
         return RawSource(_build_table(options), options.interactions, options.items)
     if options.format not in FORMATS:

@@ -1,19 +1,20 @@
 """Raw data to RecBole's files: NAME.inter, and NAME.item with the texts of the items that occur."""
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
+
 from m2rec.data.dominant import describe_dominant_entity
-from m2rec.data.raw.arrange import select_core, sort_by_user, subtract_first_times
-from m2rec.data.raw.formats import RawInteraction
+from m2rec.data.raw.arrange import arrange_batches
+from m2rec.data.raw.batches import InteractionBatch
+from m2rec.data.raw.inter_rows import format_header, format_rows
 from m2rec.data.raw.options import PreparationOptions, RawSource, select_source
 from m2rec.data.raw.tally import Tally, iterate_with_progress
-from m2rec.data.raw.values import format_decimal
+from m2rec.data.raw.token_counts import TokenCounts
 from m2rec.errors import UserError
 from m2rec.storage import write_atomically
 
@@ -25,8 +26,8 @@ class DatasetStatistics:
     """Sizes of a data set."""
 
     name: str
-    users: Counter[str] = field(default_factory=Counter)
-    items: Counter[str] = field(default_factory=Counter)
+    users: TokenCounts = field(default_factory=TokenCounts)
+    items: TokenCounts = field(default_factory=TokenCounts)
     """Interactions of each."""
     interactions: int = 0
     texts: int | None = None
@@ -99,24 +100,18 @@ class _DatasetWriter:
 
     def _write_interactions(self, path: Path) -> None:
         has_rating = bool(self.source.format.rating) and not self.options.no_rating
-        columns = ["user_id:token", "item_id:token", "rating:float", "timestamp:float"]
-        if not has_rating:
-            columns.remove("rating:float")
         tally = Tally(self.source.interactions, self.options.max_bad)
-        records = self.source.format.interactions(tally, self.options.time_unit)
-        with path.open("w", encoding="utf-8", newline="\n") as file:
-            _write_row(file.write, columns)
-            selected = self._select_interactions(iterate_with_progress(records, tally), tally)
-            for record in self._arrange_interactions(selected, tally):
-                cells = [record.user, record.item]
-                if has_rating:
-                    cells.append("" if record.rating is None else format_decimal(record.rating))
-                _write_row(file.write, [*cells, format_decimal(record.time)])
-                self.statistics.users[record.user] += 1
-                self.statistics.items[record.item] += 1
-                self.statistics.interactions += 1
+        read = self.source.format.batches(tally, self.options.time_unit)
+        selected = self._select_rated(iterate_with_progress(read, tally, rows_between_updates=1))
+        with path.open("wb") as file:
+            file.write(format_header(has_rating))
+            for batch in arrange_batches(selected, self.options, tally):
+                file.write(format_rows(batch, has_rating))
+                self.statistics.users.add(batch.users)
+                self.statistics.items.add(batch.items)
+                self.statistics.interactions += len(batch.users)
         for kind, counts in (("user", self.statistics.users), ("item", self.statistics.items)):
-            warning = describe_dominant_entity(kind, list(counts), list(counts.values()))
+            warning = describe_dominant_entity(kind, counts.tokens, counts.counts)
             if warning:
                 tally.notes.append(warning)
         tally.log_remarks(self.log)
@@ -126,56 +121,28 @@ class _DatasetWriter:
             cure = f"loosen {limits}" if is_limited else "is it the right file?"
             raise UserError(f"{tally.path}: no interactions are left; {cure}")
 
-    def _select_interactions(
-        self, records: Iterator[RawInteraction], tally: Tally
-    ) -> Iterator[RawInteraction]:
-        """The interactions with enough rating, and one of exact duplicates with `drop_repeats`."""
-        min_rating, seen, n_duplicates = self.options.min_rating, set[bytes](), 0
-        for record in records:
-            if min_rating is not None and (record.rating is None or float(record.rating) < min_rating):
+    def _select_rated(self, batches: Iterator[InteractionBatch]) -> Iterator[InteractionBatch]:
+        """The interactions with enough rating."""
+        least = self.options.min_rating
+        for batch in batches:
+            if least is None:
+                yield batch
                 continue
-            if self.options.drop_repeats:
-                digest = _hash_interaction(record)
-                if digest in seen:
-                    n_duplicates += 1
-                    continue
-                seen.add(digest)
-            yield record
-        if n_duplicates:
-            tally.notes.append(f"exact duplicates removed: {n_duplicates:,}")
-
-    def _arrange_interactions(
-        self, interactions: Iterable[RawInteraction], tally: Tally
-    ) -> Iterable[RawInteraction]:
-        """The interactions of the core, in the order and with the times that the options ask for."""
-        options = self.options
-        if not (options.core or options.by_user or options.relative_times):
-            return interactions  # one at a time, not held in memory
-        arranged = list(interactions)
-        if options.core:
-            core = select_core(arranged, options.core)
-            removed = len(arranged) - len(core.interactions)
-            tally.notes.append(
-                f"removed for a {options.core}-core: {removed:,} interactions in {core.rounds:,} rounds"
-            )
-            arranged = core.interactions
-        if options.by_user:
-            arranged = sort_by_user(arranged)
-        if options.relative_times:
-            arranged = subtract_first_times(arranged)
-            tally.notes.append("times are written as the distance from each user's first interaction")
-        return arranged
+            is_enough = [
+                rating != "" and float(rating) >= least for rating in batch.ratings.dictionary.to_pylist()
+            ]
+            yield batch.select(np.array(is_enough, dtype=bool)[batch.ratings.indices.to_numpy()])
 
     def _write_items(self, path: Path) -> None:
         """Write the items that occur and have text; of several lines for one the first with text."""
         assert self.source.items is not None
         tally = Tally(self.source.items, self.options.max_bad)
-        any_occurs, written = False, set[str]()
+        occurring, any_occurs, written = set(self.statistics.items.tokens.to_pylist()), False, set[str]()
         with path.open("w", encoding="utf-8", newline="\n") as file:
             texts = [f"{column.column}:{column.field_type}" for column in self.source.format.texts]
             _write_row(file.write, ["item_id:token", *texts])
             for item in iterate_with_progress(self.source.format.items(tally), tally):
-                if item.token not in self.statistics.items:
+                if item.token not in occurring:
                     continue
                 any_occurs = True
                 if item.token not in written and any(item.texts):
@@ -193,8 +160,3 @@ class _DatasetWriter:
 
 def _write_row(write: Callable[[str], object], cells: Sequence[str]) -> None:
     write("\t".join(cells) + "\n")
-
-
-def _hash_interaction(record: RawInteraction) -> bytes:
-    text = "\t".join((record.user, record.item, format_decimal(record.time)))
-    return blake2b(text.encode(), digest_size=12).digest()

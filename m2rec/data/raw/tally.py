@@ -46,6 +46,8 @@ class Tally:
     """Lines of the longest multi-line record, and its first line."""
     notes: list[str] = field(default_factory=list)
     """Further remarks about the file."""
+    parts: list[tuple[int, str]] = field(default_factory=list)
+    """Of a folder: the lines before each of its files, and the file's name."""
     extra_rows: int = 0
     """Rows beyond the first of each line, where lists were taken apart."""
 
@@ -60,7 +62,7 @@ class Tally:
         Raises:
             ValueError: there are too many already, as judged over 10,000 lines at least.
         """
-        where = f"line {first}"
+        where = self.name_line(first)
         if last is not None and last > first:
             where = f"lines {first} to {last}"
             self.malformed_count += last - first
@@ -68,6 +70,23 @@ class Tally:
         if len(self.examples) < MAX_MALFORMED_EXAMPLES:
             self.examples.append(f"{where}: {reason}")
         self._check_malformed_share(max(self.rows, MIN_LINES_BEFORE_STOP))
+
+    def begin_part(self, n_lines: int, name: str) -> None:
+        """Begin a file of a folder, after `n_lines` lines of those before it."""
+        self.parts.append((n_lines, name))
+
+    def name_line(self, line: int) -> str:
+        """What to call a line: its number, in a folder that in its file."""
+        for n_lines, name in reversed(self.parts):
+            if line > n_lines:
+                return f"line {line - n_lines} of {name}"
+        return f"line {line}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, or of all files in the folder."""
+        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     def count_record(self, first: int) -> None:
         """Count the record that begins in line `first` and ends in the last line that was read."""
@@ -121,11 +140,14 @@ class Tally:
         )
 
 
-def iterate_with_progress(records: Iterator[Record], tally: Tally) -> Iterator[Record]:
+def iterate_with_progress(
+    records: Iterator[Record], tally: Tally, rows_between_updates: int = PROGRESS_ROWS
+) -> Iterator[Record]:
     """Yield the records, and on a terminal show a bar over the file's bytes."""
-    size = tally.path.stat().st_size
-    with tqdm(total=size, unit="B", unit_scale=True, desc=tally.path.name, disable=None, leave=False) as bar:
+    with tqdm(
+        total=tally.size, unit="B", unit_scale=True, desc=tally.path.name, disable=None, leave=False
+    ) as bar:
         for count, record in enumerate(records):
-            if count % PROGRESS_ROWS == 0:
+            if count % rows_between_updates == 0:
                 bar.update(tally.position - bar.n)
             yield record

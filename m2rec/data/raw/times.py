@@ -1,6 +1,7 @@
 """Times of raw files: Unix time in one unit, or dates."""
 
 import re
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -31,10 +32,17 @@ class TimestampReader:
         path: the file, for errors.
         unit: one of `TIME_UNITS`, for numbers of any size; dates may stand between them.
         time_format: of all times, in strptime's codes; nothing else is read then.
+        name_line: what to call a line in errors.
     """
 
-    def __init__(self, path: Path, unit: str | None = None, time_format: str | None = None) -> None:
-        self.path, self.unit, self.time_format = path, unit, time_format
+    def __init__(
+        self,
+        path: Path,
+        unit: str | None = None,
+        time_format: str | None = None,
+        name_line: Callable[[int], str] = "line {}".format,
+    ) -> None:
+        self.path, self.unit, self.time_format, self.name_line = path, unit, time_format, name_line
         self.first: tuple[str, int, object] | None = None
         """The first time: its unit or `DATES`, its line, its value."""
 
@@ -53,7 +61,7 @@ class TimestampReader:
             self.first = (unit, line, value)
         if self.unit is None and unit != self.first[0]:
             raise UserError(
-                f"{self.path}: {_describe_time(*self.first)}, and {_describe_time(unit, line, value)}; set "
+                f"{self.path}: {self._describe(*self.first)}, and {self._describe(unit, line, value)}; set "
                 f"the unit of all numbers with time_unit={'|'.join(TIME_UNITS)}, or repair the line"
             )
         return time.scaleb(-TIME_UNITS[unit]) if unit in TIME_UNITS else time
@@ -63,8 +71,8 @@ class TimestampReader:
         if formats and self.time_format is None:
             options = " or ".join(f"time_format={suggestion!r}" for suggestion in formats)
             raise UserError(
-                f"{self.path}: line {line} has the time {short(text)}, which may begin with the day or the "
-                f"month; set {options}"
+                f"{self.path}: {self.name_line(line)} has the time {short(text)}, which may begin with the "
+                f"day or the month; set {options}"
             )
 
     def _parse(self, value: object) -> tuple[Decimal, str]:
@@ -79,6 +87,10 @@ class TimestampReader:
             return _convert_to_unix_time(parse_date(value)), DATES
         return time, self.unit or infer_time_unit(time)
 
+    def _describe(self, unit: str, line: int, value: object) -> str:
+        time = short(str(value))
+        return f"{self.name_line(line)} has the time {time}, which reads as {TIME_UNIT_NAMES[unit]}"
+
     def remarks(self) -> list[str]:
         """How the times were read."""
         if self.first is None:
@@ -90,10 +102,6 @@ class TimestampReader:
         unit = self.first[0]
         unchanged = " (numbers below 10^11 are unchanged)" if unit == "s" else ""
         return [f"timestamps read as {TIME_UNIT_NAMES[unit]}{unchanged}"]
-
-
-def _describe_time(unit: str, line: int, value: object) -> str:
-    return f"line {line} has the time {short(str(value))}, which reads as {TIME_UNIT_NAMES[unit]}"
 
 
 def infer_time_unit(time: Decimal) -> str:

@@ -4,7 +4,7 @@ import html
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from decimal import Decimal, InvalidOperation
 from reprlib import repr as short
 
@@ -116,10 +116,14 @@ def clean_text(text: str) -> str:
 
 
 class IdReader:
-    """Read the ids of one file without blanks around them, and count those that had some."""
+    """Read the ids of one file without blanks around them, and count those that had some.
 
-    def __init__(self) -> None:
-        self.n_stripped, self.example = 0, ""
+    Args:
+        name_line: what to call a line in remarks.
+    """
+
+    def __init__(self, name_line: Callable[[int], str] = "line {}".format) -> None:
+        self.n_stripped, self.example, self.name_line = 0, "", name_line
 
     def read(self, value: object, line: int) -> str:
         """The id in a value of this line.
@@ -131,7 +135,7 @@ class IdReader:
         stripped = text.strip()
         if len(stripped) < len(text):
             self.n_stripped += 1
-            self.example = self.example or f"{text!r} in line {line}"
+            self.example = self.example or f"{text!r} in {self.name_line(line)}"
         return stripped
 
     def remarks(self) -> list[str]:
@@ -159,11 +163,17 @@ class UnusedColumnCheck:
         """Look at one row."""
         for name in row.keys() - self.other_columns:
             if name.lower() in LABEL_COLUMNS:
-                self.zeros[name] += _is_zero(row[name])
-                continue
-            self.other_columns.add(name)
-            if name.lower() in TIME_COLUMNS:
-                self.time_column = name
+                self.zeros[name] += is_zero(row[name])
+            else:
+                self.note_names([name])
+
+    def note_names(self, names: Collection[str]) -> None:
+        """Note the columns of rows, those of clicks aside."""
+        for name in set(names) - self.other_columns:
+            if name.lower() not in LABEL_COLUMNS:
+                self.other_columns.add(name)
+                if name.lower() in TIME_COLUMNS:
+                    self.time_column = name
 
     def remarks(self) -> list[str]:
         """How many interactions seem to be impressions without a click."""
@@ -177,7 +187,8 @@ class UnusedColumnCheck:
         return remarks
 
 
-def _is_zero(value: object) -> bool:
+def is_zero(value: object) -> bool:
+    """Whether a value is a number that is 0, or false."""
     try:
         return parse_rating(value) == 0
     except MalformedRowError:

@@ -28,6 +28,7 @@ from m2rec.serving.http.new_items import (
 from m2rec.serving.http.schemas import NewItem
 from m2rec.serving.http.store import Store, StoredItem
 from m2rec.serving.http.users import LiveUsers
+from m2rec.serving.hub_name import is_hub_name
 from m2rec.serving.ranker import Ranking
 from m2rec.serving.reasons import ExplainedItem
 from m2rec.serving.recommender import Recommender
@@ -210,7 +211,8 @@ class Service:
 
     def _load_run(self) -> Recommender:
         """The model of the run folder; a link is followed once, as it may change while files are read."""
-        options, folder = self.options, Path(os.path.realpath(self.options.run))
+        options, run = self.options, self.options.run
+        folder = run if is_hub_name(run) else Path(os.path.realpath(run))
         return Recommender.load(folder, options.device, precision=options.precision)
 
     def _load_again(self, stored: Sequence[StoredItem]) -> tuple[Recommender, int]:
