@@ -3,7 +3,8 @@
 A batch has the texts that are written. Both ways give the same texts, counts and remarks.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
 
@@ -22,9 +23,10 @@ from m2rec.data.raw.values import format_decimal, is_missing, is_zero, parse_id,
 
 BATCH_ROWS = 10_000  # of interactions that come from rows
 
-# What Python's str.strip removes and is no control character
+# \pZ is what Python's str.strip removes and is no control character
 _BLANK_AT_EDGE = r"^\pZ|\pZ$"
 _ODD_ID = r"^\pZ*$|[\x00-\x1f\x7f-\x{9f}]"
+_NOT_PLAIN_ID = rf"{_BLANK_AT_EDGE}|{_ODD_ID}"
 
 
 class InteractionBatch(NamedTuple):
@@ -74,27 +76,28 @@ def read_block_batches(parser: InteractionParser, blocks: TableBlocks) -> Iterat
         ValueError: see `InteractionParser.read_rows`.
     """
     odd_until = 0
-    while (block := blocks.peek(is_large=blocks.position >= odd_until)) is not None:
-        batch = _convert_block(parser, block)
-        if batch is not None:
-            blocks.take(block)
-            yield batch
-        elif block.is_large:
-            odd_until = blocks.position + max(block.size, 1)
-        else:
-            yield from build_batches(parser.read_rows(blocks.read_rows(block)))
+    with ThreadPoolExecutor(2) as pool:
+        while (block := blocks.peek(is_large=blocks.position >= odd_until)) is not None:
+            batch = _convert_block(parser, block, pool)
+            if batch is not None:
+                blocks.take(block)
+                yield batch
+            elif block.is_large:
+                odd_until = blocks.position + max(block.size, 1)
+            else:
+                yield from build_batches(parser.read_rows(blocks.read_rows(block)))
 
 
 class _OddColumnError(Exception):
     """A block that is to be read row by row."""
 
 
-def _convert_block(parser: InteractionParser, block: Block) -> InteractionBatch | None:
+def _convert_block(parser: InteractionParser, block: Block, pool: Executor) -> InteractionBatch | None:
     """The interactions of a block; None if it is odd, and the parser has not changed then."""
     if block.columns is None:
         return None
     try:
-        return _BlockConverter(parser, block.columns, block.names, block.n_rows).convert()
+        return _BlockConverter(parser, block.columns, block, pool).convert()
     except (_OddColumnError, MalformedRowError):
         return None
 
@@ -105,21 +108,15 @@ class _BlockConverter:
     Args:
         parser: of the file.
         columns: of the block, (n,) each.
-        names: of all columns of the table.
-        n_rows: n.
+        block: it.
+        pool: converts users and items beside the times.
     """
 
     def __init__(
-        self,
-        parser: InteractionParser,
-        columns: Mapping[str, pa.Array],
-        names: Collection[str],
-        n_rows: int,
+        self, parser: InteractionParser, columns: Mapping[str, pa.Array], block: Block, pool: Executor
     ) -> None:
-        self.parser, self.columns = parser, columns
-        self.names = names
-        """Of all columns."""
-        self.rows = np.arange(n_rows)
+        self.parser, self.columns, self.names, self.submit = parser, columns, block.names, pool.submit
+        self.rows = np.arange(block.n_rows)
         """Those that are kept, of the block."""
 
     def convert(self) -> InteractionBatch:
@@ -129,14 +126,14 @@ class _BlockConverter:
             _OddColumnError, MalformedRowError: something is.
         """
         removed = self._apply_conditions()
-        parser, columns = self.parser, self.parser.columns
+        parser, columns, submit = self.parser, self.parser.columns, self.submit
         if not len(self.rows):
             self._note_removed(removed)
             return build_batch([])
-        users, items = self._convert_ids(columns.user), self._convert_ids(columns.item)
-        ratings = self._convert_ratings(columns.rating)
+        converted = submit(self._convert_ids, columns.user), submit(self._convert_ids, columns.item)
         times, reader = self._convert_times(columns.time)
-        zeros = self._count_zeros()
+        ratings, zeros = self._convert_ratings(columns.rating), self._count_zeros()
+        users, items = (column.result() for column in converted)
         # nothing is odd: from here on the parser changes
         self._note_removed(removed)
         if reader is None:
@@ -187,11 +184,11 @@ class _BlockConverter:
             texts = [_read_present_id(value) for value in dictionary.to_pylist()]
             tokens = pa.array(texts, pa.string()).take(codes).dictionary_encode()
             codes, dictionary = tokens.indices, tokens.dictionary
+        if not pc.any(pc.match_substring_regex(dictionary, _NOT_PLAIN_ID)).as_py():
+            return _Ids(pa.DictionaryArray.from_arrays(codes, dictionary))
         if pc.any(pc.match_substring_regex(dictionary, _ODD_ID)).as_py():
             raise _OddColumnError
         has_blanks = pc.match_substring_regex(dictionary, _BLANK_AT_EDGE)
-        if not pc.any(has_blanks).as_py():
-            return _Ids(pa.DictionaryArray.from_arrays(codes, dictionary))
         stripped = pa.array([text.strip() for text in dictionary.to_pylist()], pa.string())
         is_stripped = np.flatnonzero(has_blanks.take(codes).to_numpy(zero_copy_only=False))
         first = int(is_stripped[0])
