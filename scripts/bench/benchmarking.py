@@ -111,7 +111,7 @@ _REPORT_PEAK = """
 import atexit, runpy, sys
 from pathlib import Path
 sys.argv, peak = sys.argv[2:], Path(sys.argv[1])
-sys.path.insert(0, str(Path(sys.argv[0]).parent))
+sys.path[0] = str(Path(sys.argv[0]).parent)
 atexit.register(lambda: peak.write_text(Path("/proc/self/status").read_text()))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
