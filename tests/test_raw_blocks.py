@@ -63,6 +63,7 @@ BROKEN = [
 def files(draw: st.DrawFn) -> dict[str, Any]:
     """The content of a table and how it is laid out."""
     oddness = draw(st.sampled_from([0, 0, 0.02, 0.2]))
+    missing = draw(st.sampled_from([0, 0, 0.1]))
     separator = draw(st.sampled_from([",", ",", ";", "\t", "|", "::", " "]))
     times = TIMES[draw(st.sampled_from(list(TIMES)))]
     lines = []
@@ -75,6 +76,7 @@ def files(draw: st.DrawFn) -> dict[str, Any]:
             draw(st.sampled_from(ODD_TIMES) if odd[3] else times),
             draw(st.sampled_from(["view", "buy", "0", "1", ""])),
         ]
+        cells = ["" if draw(st.floats(0, 1)) < missing else cell for cell in cells]
         line = separator.join(cells)
         lines.append(draw(st.sampled_from(BROKEN)).replace(",", separator) if odd[4] else line)
     header = draw(st.booleans())
@@ -255,3 +257,32 @@ def test_one_odd_line(line: str, tmp_path: Path):
     text = "\n".join(["user,item,rating,time,event", *good[:30], line, *good[30:]])
     path.write_bytes(text.encode().replace(b"LATIN-1", b"\xff"))
     assert_same(build_options(path, max_bad=1, rating="rating"))
+
+
+def test_missing_ids_and_times_are_rejected_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The lines around them are columns."""
+    path = tmp_path / "clicks.csv"
+    lines = [f"u{n}, i{n % 3},{n}" for n in range(200)]
+    lines[50], lines[60], lines[70] = ",i1,50", "u1,,60", "u1, i1,"
+    path.write_text("\n".join(["user,item,time", *lines]))
+    monkeypatch.setattr(InteractionParser, "read_rows", None)
+    outcome = prepare(build_options(path, max_bad=0.1))
+    assert [int(line.split("\t")[2]) for line in outcome.lines[1:-1]] == [
+        n for n in range(200) if n not in (50, 60, 70)
+    ]
+    assert "3 of 201 lines are malformed and left out: line 52: 'user' is empty; " in outcome.remarks[0]
+    assert outcome.remarks[0].endswith("line 62: 'item' is empty; line 72: 'time' is empty")
+    assert "blanks around ids were removed: 198, the first from ' i0' in line 2" in outcome.remarks[-1]
+
+
+def test_times_with_many_decimals_are_arranged(tmp_path: Path):
+    path = tmp_path / "clicks.csv"
+    path.write_text("user,item,time\n" + "".join(f"u,i{n},{10**9 - n}.{n:010}\n" for n in range(50)))
+    assert_same(build_options(path, time_unit="ns", by_user=True, relative_times=True, drop_repeats=True))
+
+
+def test_the_first_user_of_a_core_is_the_first_that_is_left(tmp_path: Path):
+    path = tmp_path / "clicks.csv"
+    path.write_text("user,item,time\na,rare,1\nb,x,2\na,x,9\nb,y,4\na,y,5\n")
+    outcome = assert_same(build_options(path, core=2, by_user=True))
+    assert [line.split("\t")[0] for line in outcome.lines[1:-1]] == ["b", "b", "a", "a"]

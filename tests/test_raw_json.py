@@ -68,7 +68,8 @@ BROKEN = [
     GOOD.replace("u1", "\\ud83d"), GOOD.replace("1}", "01}"), GOOD.replace("1}", "1e400}"),
     GOOD.replace("}", ',"x":Inf}'), GOOD.replace("}", ',"x": -NaN}'), GOOD.replace("}", ',"x":-Infinity}'),
     GOOD.replace("}", ',"x":' + "[" * 5000 + "]" * 5000 + "}"),
-    f"{GOOD} {GOOD}\n" + GOOD.replace(",", "\n,", 1), GOOD.replace('"u1"', "9007199254740993.0"), GOOD.replace('"u1"', "12345678901234567890"),
+    f"{GOOD} {GOOD}\n" + GOOD.replace(",", "\n,", 1), GOOD.replace('"u1"', "9007199254740993.0"),
+    GOOD.replace('"u1"', "12345678901234567890"),
 ]  # fmt: skip
 broken_lines = st.sampled_from(BROKEN)
 

@@ -16,7 +16,7 @@ from m2rec.data.column_names import LABEL_COLUMNS
 from m2rec.data.raw.blocks import Block, TableBlocks
 from m2rec.data.raw.filters import RowCondition
 from m2rec.data.raw.interactions import ColumnNames, InteractionParser, RawInteraction
-from m2rec.data.raw.tally import MalformedRowError
+from m2rec.data.raw.tally import MalformedRowError, RawRow
 from m2rec.data.raw.time_columns import convert_times
 from m2rec.data.raw.times import TimestampReader
 from m2rec.data.raw.values import format_decimal, is_missing, is_zero, parse_id, parse_rating
@@ -116,6 +116,7 @@ class _BlockConverter:
         self, parser: InteractionParser, columns: Mapping[str, pa.Array], block: Block, pool: Executor
     ) -> None:
         self.parser, self.columns, self.names, self.submit = parser, columns, block.names, pool.submit
+        self.is_complete = block.is_complete
         self.rows = np.arange(block.n_rows)
         """Those that are kept, of the block."""
 
@@ -126,16 +127,21 @@ class _BlockConverter:
             _OddColumnError, MalformedRowError: something is.
         """
         removed = self._apply_conditions()
+        rejected = self._leave_out_empty() if self.is_complete else []
         parser, columns, submit = self.parser, self.parser.columns, self.submit
         if not len(self.rows):
             self._note_removed(removed)
+            self._reject(rejected)
             return build_batch([])
         converted = submit(self._convert_ids, columns.user), submit(self._convert_ids, columns.item)
         times, reader = self._convert_times(columns.time)
         ratings, zeros = self._convert_ratings(columns.rating), self._count_zeros()
         users, items = (column.result() for column in converted)
-        # nothing is odd: from here on the parser changes
+        if rejected and (users.n_stripped or items.n_stripped) and not parser.ids.n_stripped:
+            raise _OddColumnError  # the first id with blanks may be in a row that is rejected
+        # nothing else is odd: from here on the parser changes
         self._note_removed(removed)
+        self._reject(rejected)
         if reader is None:
             parser.n_ordered += len(self.rows)
         else:
@@ -158,6 +164,35 @@ class _BlockConverter:
                 mask = pa.array(holds)
                 self.columns = {name: column.filter(mask) for name, column in self.columns.items()}
         return removed
+
+    def _leave_out_empty(self) -> list[tuple[int, RawRow]]:
+        """Leave out the rows without a user, item or time, which the parser rejects; returns them by line."""
+        columns = self.parser.columns
+        is_empty = np.zeros(len(self.rows), dtype=bool)
+        for names in filter(None, (columns.user, columns.item, columns.time)):
+            values = self._get_column(names)
+            missing = pc.is_null(values)
+            if pa.types.is_string(values.type):
+                missing = pc.or_(missing, pc.fill_null(pc.equal(pc.binary_length(values), 0), False))
+            is_empty |= missing.to_numpy(zero_copy_only=False)
+        if not is_empty.any():
+            return []
+        places = np.flatnonzero(is_empty)
+        parts = {name: column.take(pa.array(places)).to_pylist() for name, column in self.columns.items()}
+        rows = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        lines = [self._find_line(place) for place in places.tolist()]
+        mask = pa.array(~is_empty)
+        self.rows = self.rows[~is_empty]
+        self.columns = {name: column.filter(mask) for name, column in self.columns.items()}
+        return list(zip(lines, rows, strict=True))
+
+    def _reject(self, rejected: Sequence[tuple[int, RawRow]]) -> None:
+        """Let the parser reject rows."""
+        tally, n_before = self.parser.tally, self.parser.tally.lines
+        for tally.lines, row in rejected:
+            accepted = list(self.parser.parse_rows(iter([(tally.lines, row)])))
+            assert not accepted
+        tally.lines = n_before
 
     def _note_removed(self, removed: Mapping[RowCondition, int]) -> None:
         self.parser.filter.note_names(self.names)
