@@ -254,7 +254,7 @@ ODD_LINES = [
 def test_one_odd_line(line: str, tmp_path: Path):
     path = tmp_path / "clicks.csv"
     good = [f"u{n % 7},i{n % 5},{n % 3},{n},x" for n in range(60)]
-    text = "\n".join(["user,item,rating,time,event", *good[:30], line, *good[30:]])
+    text = "\n".join(["user,item,rating,time,event", *good[:37], line, *good[37:]])
     path.write_bytes(text.encode().replace(b"LATIN-1", b"\xff"))
     assert_same(build_options(path, max_bad=1, rating="rating"))
 
