@@ -21,6 +21,7 @@ SCRIPTS = {
     "tune": "scripts/tune.py",
     "recommend": "scripts/recommend.py",
     "serve": "scripts/serve.py",
+    "push": "scripts/push.py",
     "evaluate": "scripts/evaluate.py",
     "prepare": "scripts/prepare_data.py",
     "embed": "scripts/embed_items.py",
@@ -88,6 +89,22 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: -") or message.endswith("one argument"):
             message += "; a value that begins with a dash is given after =, such as --option='-value'"
         raise UserError(message)
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, where a saved model runs."""
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+
+
+def add_recommender_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `Recommender.load` takes beside the folder: `--device` and `--precision`."""
+    add_device_option(parser)
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "int8"),
+        help="int8: large catalogues are searched in int8 first, then the best items are ranked exactly",
+    )
 
 
 def run_command(

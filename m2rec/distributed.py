@@ -6,15 +6,21 @@ loss is a mean over targets. Random numbers, of dropout and of sampled negatives
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from socket import gethostname
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from m2rec.errors import UserError
+
+# With PyTorch 2.13 processes that torchrun starts again find the addresses of those before in its store, try
+# to reach them, and end or wait for ever; with this variable each start has a store of its own.
+_FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 @contextmanager
@@ -66,6 +72,11 @@ def local_rank() -> int | None:
     return int(os.environ["LOCAL_RANK"])
 
 
+def read_launch() -> tuple[int, int]:
+    """Number of this process and how many torchrun has started, also where they form no group."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def check_gpus() -> None:
     """Check that each of this machine's processes has its own GPU.
 
@@ -77,6 +88,56 @@ def check_gpus() -> None:
         raise UserError(
             f"torchrun: more processes than GPUs ({count}); lower --nproc_per_node, or set use_gpu: false"
         )
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started this process again, after one of its processes had ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def describe_unsafe_restart() -> str | None:
+    """A warning where torchrun may restart processes that would meet at the addresses of those before."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 or os.environ.get(_FRESH_STORE) == "1":
+        return None
+    return f"torchrun: set {_FRESH_STORE}=1 before torchrun, or a restart by --max-restarts may fail or hang"
+
+
+def name_launch() -> str | None:
+    """A name of the `torchrun` command that is the same after a restart; None without torchrun.
+
+    It is its rendezvous id if it has one, else the process that started this one.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name is None or name not in ("", "none"):
+        return name
+    parent = os.getppid()
+    return f"{gethostname()} {parent} {psutil.Process(parent).create_time():.2f}"
+
+
+def require_same(value: Hashable, describe_difference: Callable[[int], str]) -> None:
+    """Check that all processes have the same value.
+
+    Args:
+        value: this process's.
+        describe_difference: a message for the first process that has another value than the main one.
+
+    Raises:
+        ValueError: in all processes, one has another value.
+    """
+    if world_size() == 1:
+        return
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(describe_difference(rank))
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Whether an error says that another process, or its machine, is gone."""
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def is_main_process() -> bool:

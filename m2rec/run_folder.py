@@ -44,12 +44,14 @@ class RunFolder:
         self.ranks_file = path / "test_ranks.csv"
         self.items_file = path / ITEMS_FILE  # item tokens by internal id
         self.counts_file = path / "counts.json"  # occurrences of each item in the training data
+        self.extent_file = path / "trained.safetensors"  # how much of each user's history training had
         self.titles_file = path / "titles.json"  # only if the item file has titles
         self.text_file = path / "text.json"  # source of the text vectors; only if there are any
         self.insights_file = path / "insights.json"  # gate weights, filter gains and examples
         self.report_file = path / "report.html"
         self.weights_file = path / "model.safetensors"  # the best weights so far
         self.checkpoint_file = path / "checkpoint.safetensors"  # the training state of an unfinished run
+        self.launch_file = path / "launch.txt"  # of an unfinished run: the torchrun command that began it
 
     @property
     def is_finished(self) -> bool:
@@ -76,10 +78,12 @@ class RunFolder:
             return ""
         return line[2:].rstrip("\n") if line.startswith("# ") else ""
 
-    def write_config(self, config: Mapping[str, Any], comment: str = "") -> None:
-        """Write config.yaml with the command that repeats the run, and one more line of comment."""
-        command = f"{name_command('train')} --config_files={quote(str(self.config_file))}"
-        header = f"# {command} repeats this run\n"
+    def write_config(self, config: Mapping[str, Any], comment: str = "", is_run: bool = True) -> None:
+        """Write config.yaml; of a run with the command that repeats it, and one more line of comment."""
+        header = ""
+        if is_run:
+            command = f"{name_command('train')} --config_files={quote(str(self.config_file))}"
+            header = f"# {command} repeats this run\n"
         if comment:
             header += f"# {comment}\n"
         content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
@@ -93,9 +97,10 @@ class RunFolder:
         titles: Mapping[str, str],
         text_source: Mapping[str, Any],
         comment: str = "",
+        is_run: bool = True,
     ) -> None:
         """Write what a model needs beside its weights; a file that would be empty is left out."""
-        self.write_config(config, comment)
+        self.write_config(config, comment, is_run)
         _write_json(self.items_file, tokens)
         optional = {self.counts_file: counts, self.titles_file: titles, self.text_file: text_source}
         for path, content in optional.items():
@@ -131,6 +136,18 @@ class RunFolder:
     def read_text_source(self) -> JsonObject:
         """The source of the text vectors; empty without text."""
         return _read_json(self.text_file, dict, {})
+
+    def read_extent(self) -> dict[str, Tensor]:
+        """How much of each user's history training had, as `m2rec.data.extent` has it."""
+        from m2rec.tensor_files import read_tensors
+
+        return read_tensors(self.extent_file)[0]
+
+    def write_extent(self, tensors: dict[str, Tensor]) -> None:
+        """Write what `read_extent` reads."""
+        from m2rec.tensor_files import write_tensors
+
+        write_tensors(self.extent_file, tensors)
 
     def read_weights(self, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
         """The weights and their metadata, such as the epoch."""

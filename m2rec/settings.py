@@ -42,8 +42,9 @@ class Role(Enum):
     # how the network is trained, and on which rows
     TRAINING = (
         "MAX_ITEM_LIST_LENGTH", "auto", "average_epochs", "average_targets", "clip_grad_norm", "compile",
-        "decay_per_epoch", "enable_amp", "eval_step", "learner", "learning_rate", "reproducibility", "rows",
-        "shuffle", "sparse_updates", "targets_per_step", "train_batch_size", "weight_decay",
+        "continue_from", "decay_per_epoch", "enable_amp", "eval_step", "learner", "learning_rate",
+        "replay_share", "reproducibility", "rows", "shuffle", "sparse_updates", "targets_per_step",
+        "train_batch_size", "valid_users", "weight_decay",
     )  # fmt: skip
     LENGTH = ("epochs", "patience_targets", "stopping_step")
     # where the text vectors come from; a run stores a hash of the vectors themselves
@@ -60,7 +61,8 @@ class Role(Enum):
     START = ("eval_batch_size", "state", "use_gpu")
     # other keys that affect where and how a run executes, not its result
     MACHINE = (
-        "baselines", "checkpoint_minutes", "log_wandb", "report", "scan_backend", "tensorboard", "worker",
+        "baselines", "checkpoint_minutes", "data_cache", "log_wandb", "report", "scan_backend",
+        "tensorboard", "worker",
     )  # fmt: skip
     # how the files of a data set are written
     FILE_FORMAT = ("LIST_SUFFIX", "field_separator", "load_col", "seq_separator")
@@ -280,6 +282,8 @@ class ModelSettings(Settings):
 
 
 MAX_LENGTH = 1_000_000
+NO_RUN = "none"
+"""The value of `continue_from` without a run."""
 
 
 class RunSettings(Settings):
@@ -290,6 +294,8 @@ class RunSettings(Settings):
     data_path: Text = "dataset"
     runs_dir: Text = "runs"
     auto: bool = True
+    continue_from: Text = NO_RUN
+    replay_share: Annotated[float, Field(ge=0, le=1)] = 0.3
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 2020
     rows: Literal["dense", "prefix"] = "dense"
     time_order: Literal["exact", "recbole"] = "exact"
@@ -303,6 +309,7 @@ class RunSettings(Settings):
     epochs: Count = 200
     stopping_step: Annotated[int, Field(ge=0, le=2**31 - 1)] = 10
     eval_step: Count = 1
+    valid_users: OptionalCount = 0
     checkpoint_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 5.0
     train_batch_size: Count = 2048
     eval_batch_size: Count = 256
@@ -320,6 +327,7 @@ class RunSettings(Settings):
     reproducibility: bool = True
     enable_amp: bool = False
     show_progress: bool = True
+    data_cache: bool = True
     baselines: bool | Literal["auto"] = Field("auto", description="auto, True or False")
     report: bool = True
     tensorboard: bool = False

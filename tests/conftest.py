@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,3 +180,14 @@ def write_sweep(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def built(data_path: Path, stock: bool = False, **others: Any) -> list[Any]:
+    """Training, validation and test data sets, of ours or of stock RecBole."""
+    from m2rec.compat import SequentialDataset, data_preparation
+    from m2rec.data.dataset import HistoryDataset
+    from m2rec.training.configuration import build_config
+
+    config = build_config(small(data_path, **others))
+    dataset = (SequentialDataset if stock else HistoryDataset)(config)
+    return [loader.dataset for loader in data_preparation(config, dataset)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from m2rec.nn.encoder import Encoder
@@ -45,6 +46,11 @@ def save_model(
     )
     Recommender(model).save(folder)
     return folder
+
+
+def as_pairs(ranking: list[Any]) -> list[tuple[str, Any]]:
+    """Tokens and scores of a ranking, to compare with."""
+    return [(entry.item, pytest.approx(entry.score, abs=1e-4)) for entry in ranking]
 
 
 @dataclass

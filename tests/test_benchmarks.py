@@ -72,6 +72,23 @@ def test_steps(tmp_path: Path):
     assert all(row["ms per step"] > 0 for row in rows)
 
 
+def test_training_further(tmp_path: Path, toy: Path):
+    """After half of the data, on all of it: anew and further."""
+    sizes = ["auto=false", "hidden_size=16", "inner_size=16", "head_dim=16", "epochs=1", "neighbors=true"]
+    command = [sys.executable, "scripts/bench/continued.py", "--dataset=toy", f"--data-path={toy}",
+               "--parts=2", "--min-item-count=2", "--continued", "epochs=2", "--threads=1", "--device=cpu",
+               f"--out={tmp_path}", "--settings", *sizes]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, anew, further = json.loads((tmp_path / "bench_continued-cpu.json").read_text())["rows"]
+    assert (first["data"], anew["data"], further["data"]) == ("50%", "100%", "100%")
+    assert (first["model"], anew["model"], further["model"]) == ("anew", "anew", "continued")
+    assert first["users"] <= anew["users"] == further["users"] and first["epochs"] == anew["epochs"] == 1
+    assert further["epochs"] == 2 and 0 < further["training: ratio"] < 20
+    quality = "ndcg@10 test_unseen"
+    assert further["ndcg@10: ratio"] == pytest.approx(further[quality] / anew[quality])
+
+
 def test_sparse_updates(tmp_path: Path):
     command = [sys.executable, "scripts/bench/sparse.py", "--catalogues", "200", "900", "--dense", "200",
                "--windows=4", "--length=7", "--repeats=1", "--threads=1", "--device=cpu",

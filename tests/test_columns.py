@@ -335,4 +335,6 @@ def test_ids_and_filters_are_those_of_recbole(tmp_path: Path, others: dict[str, 
         assert ours.field2id_token[column].tolist() == expected.field2id_token[column].tolist()
         assert ours.field2token_id[column] == expected.field2token_id[column]
         assert ours.inter_feat[column].tolist() == expected.inter_feat[column].tolist()
+    ours.build()
+    expected.build()
     assert (ours.counts, ours.gap_quartiles) == (expected.counts, expected.gap_quartiles)

@@ -11,19 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
-from m2rec.compat import SequentialDataset, data_preparation
+from m2rec.compat import data_preparation
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.histories import shift_targets
 from m2rec.training.configuration import build_config
 from m2rec.yaml_values import parse_arguments
-from tests.conftest import Rows, random_rows, small, write_inter
-
-
-def built(data_path: Path, stock: bool = False, **others: Any) -> list[Any]:
-    """Training, validation and test data sets, of ours or of stock RecBole."""
-    config = build_config(small(data_path, **others))
-    dataset = (SequentialDataset if stock else HistoryDataset)(config)
-    return [loader.dataset for loader in data_preparation(config, dataset)]
+from tests.conftest import Rows, built, random_rows, write_inter
 
 
 def tokens(dataset: Any) -> list[tuple[Any, ...]]:
@@ -189,11 +182,12 @@ def test_other_columns_travel_with_the_items(tmp_path: Path):
 
 def test_rows_are_cut_in_parts(toy: Path, monkeypatch: pytest.MonkeyPatch):
     """Of any size; the last one may be smaller."""
-    whole = built(toy, rows="prefix")
-    monkeypatch.setattr("m2rec.data.dataset._ROWS_AT_ONCE", 7)
-    for ours, expected in zip(built(toy, rows="prefix"), whole, strict=True):
-        for column in expected.inter_feat.columns:
-            assert torch.equal(ours.inter_feat[column], expected.inter_feat[column])
+    parts = built(toy, rows="prefix")
+    whole = [dict(part.inter_feat.interaction) for part in parts]
+    monkeypatch.setattr("m2rec.data.lazy_rows._ROWS_AT_ONCE", 7)
+    for part, expected in zip(parts, whole, strict=True):
+        for column in part.inter_feat.columns:
+            assert torch.equal(part.inter_feat[column], expected[column])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """The conversation: finding items by title, and what is shown after each."""
 
 import io
+from typing import Any
 
 import pytest
+from rapidfuzz import process
 
-from m2rec.serving.dialogue import Dialogue, TitleSearch, format_rank_change
+from m2rec.serving.dialogue import Dialogue, format_rank_change
+from m2rec.serving.title_search import MAX_WANTED, TitleSearch
 from tests.test_session import TOKENS, V, recommender
 
 TITLES = {
@@ -43,6 +46,26 @@ TITLES = {
 )
 def test_finding(text: str, found: list[str]):
     assert TitleSearch([*TITLES, "nameless"], TITLES).find(text) == found
+
+
+def test_of_a_long_text_the_beginning_counts():
+    search = TitleSearch(["1"], {"1": "tea " * MAX_WANTED})
+    assert search.find("tea " * 10_000) == search.find("tae " * 10_000) == ["1"]
+
+
+def test_other_threads_run_during_a_search(monkeypatch: pytest.MonkeyPatch):
+    """rapidfuzz keeps Python's lock, so no call may compare many names."""
+    titles = {str(n): f"tea of the year {n} " * 5 for n in range(3_000)}
+    sizes = []
+
+    def compare(wanted: list[str], names: list[str], **options: Any) -> Any:
+        sizes.append(len(names))
+        return cdist(wanted, names, **options)
+
+    cdist = process.cdist
+    monkeypatch.setattr(process, "cdist", compare)
+    assert TitleSearch(titles, titles).find("qqqq xxxx zzzz") == []
+    assert sum(sizes) == 3 * len(titles) and max(sizes) < 300
 
 
 def test_moved():

@@ -5,9 +5,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from safetensors.torch import load_file
 from m2rec import distributed
 from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.training import checkpoint
-from tests.conftest import as_arguments, small, write_inter
+from m2rec.training.new_run import find_interrupted_run
+from tests.conftest import as_arguments, random_rows, small, write_inter
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,6 +100,139 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(toy: Path, tmp_path: 
     assert done.returncode != 0
     assert re.search("run_mm.py: error: (training loss became|scores are) ", done.stderr)
     assert "GLHF" not in done.stderr
+
+
+def meet_at_a_port() -> list[str]:
+    """Options of torchrun for one process on each of two machines, which meet at a port of this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=job"]
+    return [*meeting, "--nproc_per_node=1"]
+
+
+class Machines:
+    """torchrun commands that run at once, as on as many machines."""
+
+    def __init__(self, arguments: list[list[str]], options: list[str]) -> None:
+        start = [sys.executable, "-m", "torch.distributed.run", *options, "run_mm.py"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        self.commands = []
+        for own in arguments:
+            process = subprocess.Popen(
+                [*start, *own], cwd=ROOT, env=environment,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            self.commands.append(process)
+
+    def find_worker(self, rank: str) -> psutil.Process:
+        """The process of this rank, once it is there."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            for command in self.commands:
+                for child in psutil.Process(command.pid).children():
+                    with suppress(psutil.Error):
+                        if child.environ().get("RANK") == rank:
+                            return child
+            time.sleep(0.1)
+        raise TimeoutError
+
+    def wait(self) -> list[tuple[int, str]]:
+        """Exit status and stderr of both."""
+        try:
+            errors = [command.communicate(timeout=400)[1] for command in self.commands]
+        finally:
+            for command in self.commands:
+                command.kill()
+        return [(command.returncode, err) for command, err in zip(self.commands, errors, strict=True)]
+
+
+def check_that_it_went_on(runs: Path, err: str, n_epochs: int) -> None:
+    """A process was killed, torchrun started all again, and each epoch is there once."""
+    assert "run_mm.py: error: torchrun: another process is gone" in err
+    resumed = re.search(r"resumed after epoch (\d+)", err)
+    assert resumed and int(resumed[1]) < n_epochs - 1
+    (folder,) = runs.iterdir()
+    lines = (folder / "history.csv").read_text().splitlines()[1:]
+    assert [int(line.split(",")[0]) for line in lines] == list(range(n_epochs))
+    assert not (folder / "launch.txt").exists() and (folder / "metrics.json").exists()
+
+
+def wait_for_checkpoint(runs: Path) -> None:
+    end = time.monotonic() + 100
+    while not list(runs.glob("*/checkpoint.safetensors")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def long_run(toy: Path, runs: Path, n_epochs: int) -> list[str]:
+    return as_arguments(
+        small(toy, epochs=n_epochs, stopping_step=9999, text_vectors="none", train_batch_size=7,
+              runs_dir=runs, baselines=False, report=False)
+    )  # fmt: skip
+
+
+def test_torchrun_goes_on_after_one_process_was_killed(toy: Path, tmp_path: Path):
+    runs = tmp_path / "runs"
+    options = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    machine = Machines([long_run(toy, runs, 60)], options)
+    wait_for_checkpoint(runs)
+    machine.find_worker("1").kill()
+    ((status, err),) = machine.wait()
+    assert status == 0, err
+    check_that_it_went_on(runs, err, 60)
+
+
+@pytest.mark.slow
+def test_a_run_on_two_machines_goes_on_after_one_process_was_killed(toy: Path, tmp_path: Path):
+    """torchrun on both machines starts its process again once both have met again."""
+    runs = tmp_path / "runs"
+    machines = Machines([long_run(toy, runs, 250)] * 2, [*meet_at_a_port(), "--max-restarts=3"])
+    wait_for_checkpoint(runs)
+    machines.find_worker("1").kill()
+    outcomes = machines.wait()
+    err = "".join(text for _, text in outcomes)
+    assert [status for status, _ in outcomes] == [0, 0], err
+    check_that_it_went_on(runs, err, 250)
+
+
+def test_other_data_on_one_machine_is_one_line_on_each(toy: Path, tmp_path: Path):
+    rows = [*random_rows(), ("u1", "i1", 10_000)]
+    write_inter(tmp_path / "other", "toy", rows)
+    own = [as_arguments(small(path, runs_dir=tmp_path / "runs")) for path in (toy, tmp_path / "other")]
+    outcomes = Machines(own, meet_at_a_port()).wait()
+    for status, err in outcomes:
+        assert status == 1
+        assert err.count("run_mm.py: error: data_path: process 1 has other interactions or text vectors") == 1
+
+
+def test_a_restart_finds_its_own_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    for name, launch, files in (
+        ("other", "another job", ("checkpoint.safetensors",)),
+        ("finished", "job", ("checkpoint.safetensors", "metrics.json")),
+        ("begun", "job", ()),
+        ("ours", "job", ("checkpoint.safetensors",)),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, content in {"launch.txt": launch, **dict.fromkeys(files, "")}.items():
+            (folder / file).write_text(content)
+    assert find_interrupted_run(tmp_path) is None  # the first start
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert find_interrupted_run(tmp_path) == tmp_path / "ours"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # then it is the process that started this one
+    assert find_interrupted_run(tmp_path) is None
+    (tmp_path / "other" / "launch.txt").write_text(distributed.name_launch() or "")
+    assert find_interrupted_run(tmp_path) == tmp_path / "other"
+
+
+def test_a_restart_that_may_hang_is_said(monkeypatch: pytest.MonkeyPatch):
+    assert distributed.describe_unsafe_restart() is None
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (distributed.describe_unsafe_restart() or "")
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    assert distributed.describe_unsafe_restart() is None
 
 
 def test_processes_that_nothing_tells_apart(monkeypatch: pytest.MonkeyPatch):

@@ -246,6 +246,18 @@ def test_histories_of_a_frame():
     assert dict(UserHistories(FRAME, COLUMNS, {"i1", "i3"})) == {"b": ["i3", "i1"], "a": ["i1"]}
 
 
+def test_histories_of_dates_that_are_closer_than_a_double_tells():
+    """A double of seconds since 1970 has steps of 240 nanoseconds."""
+    start = pd.Timestamp("2024-01-02").value
+    times = pd.to_datetime([start + step for step in (90, 30, 30, 60, 1)])
+    frame = pd.DataFrame({"user_id": "u", "item_id": list("dbcea"), "timestamp": times})
+    for given in (frame, polars.from_pandas(frame)):
+        assert dict(UserHistories(given, InteractionColumns())) == {"u": list("abced")}
+    texts = frame.assign(timestamp=[f"1704153600.{n:022}" for n in (9, 3, 3, 6, 1)])
+    assert dict(UserHistories(texts, InteractionColumns())) == {"u": list("abced")}
+    assert dict(UserHistories(frame, InteractionColumns(), {"d", "e", "b"})) == {"u": list("bed")}
+
+
 def test_every_kind_of_histories_is_ranked_alike(recommender: Recommender):
     expected = []
     for user, history in HISTORIES.items():
@@ -279,6 +291,7 @@ def test_users_need_known_histories():
 
 
 def test_a_notebook_shows_tables_with_titles(recommender: Recommender):
+    assert repr(recommender) == "<Recommender: M2Rec on toy, 30 items>"
     shown = recommender._repr_html_()
     assert "<caption>M2Rec on toy</caption>" in shown and "ndcg@10 on test_unseen" in shown
     token = next(token for token in recommender.tokens[1:] if token in recommender.titles)
@@ -289,6 +302,52 @@ def test_a_notebook_shows_tables_with_titles(recommender: Recommender):
         assert answer._repr_html_().count("<tr>") == 3
     events = recommender.explain(["i1", "i2"])
     assert "<th>semantic</th>" in events._repr_html_() and events._repr_html_().count("<tr>") == 3
+
+
+def test_reasons_are_a_table(recommender: Recommender):
+    reasons = recommender.find_reasons(["i1", "i2"], ["i3"])
+    (reason,) = reasons
+    assert reason.title == recommender.titles["i3"]
+    shown = reasons._repr_html_()
+    rows = len(reason.influences) + len(reason.nearest_by_text)
+    assert "<caption>Reasons</caption>" in shown and shown.count("<tr>") == 1 + rows > 1
+    assert f"<td>i3</td><td>{reason.title}</td>" in shown
+
+
+def test_a_report_has_what_the_run_measured(tmp_path: Path):
+    report = m2rec.Report(FINISHED)
+    measured = json.loads((FINISHED / "metrics.json").read_text())
+    assert list(report.metrics) == ["valid", "test", "test_unseen", "test_new"]
+    assert report.metrics.loc["hit@5", "test_unseen"] == measured["test_unseen"]["hit@5"]
+    assert report.baselines.index.tolist() == ["M2Rec"]  # it ran without baselines
+    assert report.baselines.loc["M2Rec", "test"] == measured["test"]["ndcg@10"]
+    shown = report._repr_html_()
+    assert shown.count("<figure") == 9 and "loss by epoch: training loss from" in shown
+    with pytest.raises(ValueError, match="is not a finished run"):
+        m2rec.Report(tmp_path)
+
+
+def test_a_data_set_is_read_as_the_frames_that_it_came_from(tmp_path: Path):
+    items = pd.DataFrame({"item_id": ["i1", "i2"], "title": ["A b", "007"]})
+    clicks = FRAME.assign(click=[1.0, 0.0, 1.0, 1.0, 1.0])
+    write_dataset(tmp_path, "shop", clicks, COLUMNS, items, "item_id")
+    read = m2rec.read_dataset("shop", tmp_path)
+    pd.testing.assert_frame_equal(read[0], clicks, check_dtype=False)
+    assert read[1] is not None
+    pd.testing.assert_frame_equal(read[1], items, check_dtype=False)
+    table = read[0].rename(columns=lambda name: f"{name}:{'token' if name.endswith('_id') else 'float'}")
+    (tmp_path / "shop" / "shop.inter").unlink()
+    (tmp_path / "shop" / "shop.item").unlink()
+    table.to_parquet(tmp_path / "shop" / "shop.inter.parquet")
+    as_parquet, none = m2rec.read_dataset("shop", tmp_path)
+    pd.testing.assert_frame_equal(as_parquet, clicks, check_dtype=False)
+    assert none is None
+    shipped, films = m2rec.read_dataset(data_path=tmp_path)
+    assert films is not None and (len(shipped), len(films)) == (100_000, 1_682)
+    with pytest.raises(
+        ValueError, match=r"^dataset: 'shoes' has no file \S+shoes\.inter; set data_path, or read"
+    ):
+        m2rec.read_dataset("shoes", tmp_path)
 
 
 def test_a_table_escapes_texts_and_leaves_out_what_is_empty():

@@ -112,6 +112,8 @@ def test_every_model_key_has_a_wrong_value_above():
         ("worker", -1),
         ("metric_decimal_place", 0),
         ("seed", 2**32),
+        ("continue_from", 5),
+        ("replay_share", 1.5),
     ],
 )
 def test_a_wrong_run_value_is_named(key: str, value: Any):
@@ -158,8 +160,9 @@ def test_every_key_has_one_role():
 def test_the_lists_of_keys():
     """As they were written out before they were made of roles."""
     machine = {
-        "baselines", "checkpoint_minutes", "data_path", "eval_batch_size", "gpu_id", "log_wandb", "report",
-        "runs_dir", "scan_backend", "show_progress", "state", "tensorboard", "use_gpu", "worker",
+        "baselines", "checkpoint_minutes", "data_cache", "data_path", "eval_batch_size", "gpu_id",
+        "log_wandb", "report", "runs_dir", "scan_backend", "show_progress", "state", "tensorboard",
+        "use_gpu", "worker",
     }  # fmt: skip
     assert machine == MACHINE_KEYS
     lasting = {

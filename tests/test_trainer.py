@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from m2rec.compat import Trainer, data_preparation, init_seed
 from m2rec.data.dataset import HistoryDataset
 from m2rec.evaluation.metrics import METRICS
 from m2rec.evaluation.protocols import Protocol
+from m2rec.evaluation.ranking import sample_rows
 from m2rec.models.m2rec import M2Rec
 from m2rec.storage import write_atomically, write_text
 from m2rec.tensor_files import read_tensors, write_tensors
@@ -82,6 +84,47 @@ def test_both_protocols_by_hand(toy: Path, tmp_path: Path, part: int, n_last: in
         actual = [metrics[f"{metric}@5"] for metric in ("hit", "ndcg", "mrr")]
         assert actual == pytest.approx([value / counts[protocol] for value in values], abs=1e-5)
     assert result[f"{name}_unseen"] != result[name]
+
+
+def test_validation_on_a_sample_is_the_mean_over_its_users(toy: Path, tmp_path: Path):
+    trainer, loaders = made(toy, tmp_path / "run", valid_users=7)
+    _, valid, test = loaders
+    rows = sample_rows(len(valid.dataset), 7)
+    assert len(rows) == len(set(rows)) == 7 < len(valid.dataset)
+    ranks = trainer.evaluate_protocols(valid).rows["valid"].to_numpy()[rows]
+    hits = ((ranks > 0) & (ranks <= 10)).mean()
+    score, result = trainer._valid_epoch(valid)
+    assert (result["hit@10"], score) == (pytest.approx(hits, abs=1e-6), result["ndcg@10"])
+    assert len(trainer.evaluate_protocols(test).rows) == len(test.dataset)
+    everybody = made(toy, tmp_path / "other", valid_users=len(valid.dataset))[0]
+    assert everybody._valid_epoch(valid)[1] == dict(everybody.evaluate(valid))
+
+
+def test_a_sample_is_the_same_in_every_run_and_in_order():
+    assert (
+        sample_rows(5, 0).tolist()
+        == sample_rows(5, 5).tolist()
+        == sample_rows(5, 9).tolist()
+        == [0, 1, 2, 3, 4]
+    )
+    assert sample_rows(0, 3).tolist() == []
+    sample = sample_rows(1000, 100)
+    assert sample.tolist() == sorted(set(sample_rows(1000, 100).tolist()))
+    assert 400 < sample.mean() < 600 and set(np.diff(sample)) > {1, 2, 3}
+
+
+def test_scores_of_large_catalogues_are_held_for_few_rows(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The batch is cut so that its scores fit, and the metrics stay."""
+    trainer, (_, valid, _) = made(toy, tmp_path / "run")
+    expected = trainer.evaluate_protocols(valid).metrics
+    monkeypatch.setattr("m2rec.evaluation.ranking._MAX_SCORES", 3 * valid.dataset.item_num + 1)
+    sizes = []
+    score = trainer.score
+    monkeypatch.setattr(trainer, "score", lambda rows: sizes.append(len(rows)) or score(rows))
+    assert trainer.evaluate_protocols(valid).metrics == expected
+    assert max(sizes) == 3
 
 
 def test_all_equals_recboles_own_evaluation(toy: Path, tmp_path: Path):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from m2rec.cli import Parser, run_command
+from m2rec.cli import Parser, add_device_option, run_command
 from m2rec.errors import UserError
 from m2rec.storage import write_text
 from m2rec.yaml_values import parse_arguments
@@ -46,7 +46,7 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, 
     parser.add_argument("--data-path", "--data_path", metavar="DIR", help="folder of the data set's folder")
     parser.add_argument("--part", choices=("test", "valid"), default="test", help="default: test")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON, too")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add_device_option(parser)
     options, others = parser.parse_known_args(arguments)
     keys = parse_arguments(others)
     keys["dataset"] = options.dataset

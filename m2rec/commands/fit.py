@@ -8,7 +8,8 @@ from m2rec.data.frames import InteractionColumns, UserHistories, write_dataset
 from m2rec.errors import UserError
 from m2rec.serving.recommender import Recommender
 from m2rec.settings import RunSettings
-from m2rec.training.configuration import build_config, collect_user_values
+from m2rec.training.configuration import collect_user_values
+from m2rec.training.continued_run import build_run_config
 from m2rec.training.run import run_experiment
 
 # keys of the files that `fit` writes itself
@@ -55,7 +56,7 @@ def fit(
     data_path = collect_user_values(settings, None).get("data_path", RunSettings.defaults()["data_path"])
     columns = InteractionColumns(user, item, time)
     name = write_dataset(Path(data_path), dataset, interactions, columns, items, item_id or item, text)
-    config = build_config({**settings, "dataset": name})
+    config = build_run_config({**settings, "dataset": name})
     if config.model_settings is None:
         raise UserError(
             f"model: a Recommender needs M2Rec's parts, which {config['variant']} is not made of; "

@@ -24,6 +24,7 @@ COMMANDS = {
     "tune": Command("tune", "search the settings that a file names"),
     "recommend": Command("recommend", "recommend items by a trained run"),
     "serve": Command("serve", "answer requests over HTTP by a trained run"),
+    "push": Command("push", "push a trained run to the Hugging Face hub"),
     "evaluate": Command("evaluate", "score a trained run on other data"),
     "prepare": Command("prepare_data", "make a data set from raw files"),
     "embed": Command("embed_items", "make text vectors of a data set's items"),

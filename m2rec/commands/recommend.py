@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2rec.cli import Parser, run_command, write_escaped
+from m2rec.cli import Parser, add_recommender_options, run_command, write_escaped
 from m2rec.errors import UserError
+from m2rec.serving.hub_name import SOURCE_HELP, parse_source
 
 if TYPE_CHECKING:
     from m2rec.serving.recommender import Recommender
@@ -36,6 +37,7 @@ def answer_request(options: argparse.Namespace) -> None:
     from m2rec.serving.recommender import Recommender
 
     recommender = Recommender.load(options.run, options.device, precision=options.precision)
+    options.run = recommender.folder  # of a model on the hub, its folder in the cache
     if options.interactive:
         Dialogue(recommender, options.k, sys.stdout, choose_exclude_seen(options)).run(sys.stdin)
     elif options.output:
@@ -65,7 +67,7 @@ def write_rankings(options: argparse.Namespace, recommender: "Recommender") -> i
 
 def rank_items(options: argparse.Namespace, recommender: "Recommender") -> str:
     """The ranking after one history, as text."""
-    from m2rec.serving.formatting import format_as_json, format_as_table
+    from m2rec.serving.formatting import RankedEntries, format_as_json, format_as_table
 
     if options.user is None:
         history = split_tokens(options.history, recommender)
@@ -74,7 +76,8 @@ def rank_items(options: argparse.Namespace, recommender: "Recommender") -> str:
     ranking = recommender.recommend(
         history, options.k, choose_exclude_seen(options), skip_unknown=options.skip_unknown
     )
-    return format_as_json(ranking) if options.json else format_as_table(history, ranking, recommender.titles)
+    shown: RankedEntries = recommender.explain_ranking(history, ranking) if options.explain else ranking
+    return format_as_json(shown) if options.json else format_as_table(history, shown, recommender.titles)
 
 
 def choose_exclude_seen(options: argparse.Namespace) -> bool | None:
@@ -115,7 +118,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser("recommend", __doc__)
     add = parser.add_argument
-    add("run", type=Path, help="run folder, runs/NAME, or a folder that Recommender.save wrote")
+    add("run", type=parse_source, help=SOURCE_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--history", nargs="+", help="item tokens, oldest first")
     source.add_argument("--user", help="a user of the run's data set")
@@ -134,14 +137,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     seen.add_argument("--keep-seen", action="store_true", help="also recommend items of the history")
     seen.add_argument("--exclude-seen", action="store_true", help="leave out the items of the history")
     add("--skip-unknown", action="store_true", help="skip items that are unknown to the run")
+    add("--explain", action="store_true", help="beside each item, the items of the history that speak for it")
     add("--json", action="store_true", help="a list of objects with item, score and title")
-    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add(
-        "--precision",
-        default="float32",
-        choices=("float32", "int8"),
-        help="int8: large catalogues are searched in int8 first, then the best items are ranked exactly",
-    )
+    add_recommender_options(parser)
     options = parser.parse_args(arguments)
     check_option_combinations(options, parser)
     return options
@@ -158,6 +156,8 @@ def check_option_combinations(options: argparse.Namespace, parser: Parser) -> No
         parser.error("--output requires --input or --all-users, and they require --output")
     if options.json and (into_a_file or options.interactive):
         parser.error("--json requires --history or --user")
+    if options.explain and (into_a_file or options.interactive):
+        parser.error("--explain requires --history or --user")
     if options.data_path and not (options.user or options.all_users):
         parser.error("--data-path requires --user or --all-users")
     if options.dataset and not options.all_users:

@@ -2,7 +2,8 @@
 
 Every key of config.yaml can be given. The checkout's config.yaml is read, or for an installed package that
 of the working folder if there is one, unless --config_files="FILE ..." names others. --resume=runs/NAME
-resumes a run that was stopped.
+resumes a run that was stopped. --continue_from=runs/NAME trains the model of a finished run further on the
+data with new interactions.
 
 --search=30m looks for better settings first, on validation, for 30 minutes or as many trials (--search=40),
 and ends with the run of the best. The same command resumes a search that was stopped.
@@ -14,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,10 @@ def main(arguments: Sequence[str] | None = None, command: str = "train") -> int:
         _start_logging(logging.INFO)
         return run_command(command, lambda: _train(arguments))
     _start_logging(logging.ERROR)  # of torchrun's processes only the first one prints
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with open(os.devnull, "w") as nowhere, ExitStack() as stack:
+        stack.enter_context(redirect_stdout(nowhere))
+        if os.environ.get("LOCAL_RANK") != "0":  # each machine's first one prints mistakes
+            stack.enter_context(redirect_stderr(nowhere))
         status = run_command(command, lambda: _train(arguments, logging.ERROR))
     if 0 < status < _FIRST_SIGNAL_STATUS:
         time.sleep(_SECONDS_TO_REPORT)  # torchrun ends all processes as soon as one has failed
@@ -84,7 +88,8 @@ def _run_once(given: Mapping[str, Any], log_level: int | None) -> "RunResult | i
     from m2rec.commands.own_process import pause_garbage_collection  # before PyTorch is loaded
 
     with pause_garbage_collection():
-        from m2rec.training.configuration import build_config
+        from m2rec.training.continued_run import build_run_config
+        from m2rec.training.new_run import find_interrupted_run
         from m2rec.training.run import build_resumed_config, run_experiment
         from m2rec.training.signals import RunInterrupted
 
@@ -92,8 +97,9 @@ def _run_once(given: Mapping[str, Any], log_level: int | None) -> "RunResult | i
         logging.getLogger().setLevel(logging.DEBUG)
     folder = parse_resume_folder(given)
     if folder is None:
-        config = build_config(given, find_config_file())
-    else:
+        config = build_run_config(given, find_config_file())
+        folder = find_interrupted_run(Path(config["runs_dir"]))
+    if folder is not None:
         overrides = {key: given[key] for key in RESUME_KEYS if key in given}
         config = build_resumed_config(folder, overrides)
     logging.getLogger().setLevel(log_level or config["state"])

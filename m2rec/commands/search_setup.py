@@ -23,7 +23,7 @@ from m2rec.errors import UserError
 from m2rec.experiments.search import SearchTask
 from m2rec.experiments.search_budget import Budget
 from m2rec.experiments.search_space import RULES, Choices, SpaceAround, build_space
-from m2rec.settings import MACHINE_KEYS, SCALE_FREE_KEYS
+from m2rec.settings import MACHINE_KEYS, NO_RUN, SCALE_FREE_KEYS
 from m2rec.text.source import ensure_text_vectors
 from m2rec.training.configuration import build_config, collect_user_values, resolve_settings
 from m2rec.training.provenance import hash_training_data
@@ -79,10 +79,14 @@ def plan_search(given: Mapping[str, Any], budget: Budget) -> SearchSetup:
     Raises:
         ValueError: keys or data can't be used, or nothing is left to search.
     """
+    user_values = collect_user_values(given, find_config_file())
+    if user_values.get("continue_from", NO_RUN) != NO_RUN:
+        raise UserError(
+            "search: a run that continues another keeps its settings; leave out search or continue_from"
+        )
     config = build_config(given, find_config_file())
     if epochs := getattr(config.model_class, "fixed_settings", {}).get("epochs"):
         raise UserError(f"search: {config['variant']} always has epochs: {epochs}, nothing can be searched")
-    user_values = collect_user_values(given, find_config_file())
     dataset, loaders = check_data(config)
     if config.model_settings:
         ensure_text_vectors(config, dataset.item_tokens[1:])  # once, not in each worker

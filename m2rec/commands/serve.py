@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from m2rec.cli import Parser, run_command, write_escaped
+from m2rec.cli import Parser, add_recommender_options, run_command, write_escaped
 from m2rec.errors import UserError
+from m2rec.serving.hub_name import SOURCE_HELP, parse_source
 
 MIN_USERS = 100
 
@@ -61,7 +62,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser("serve", __doc__)
     add = parser.add_argument
-    add("run", type=Path, help="run folder, runs/NAME, or a folder that Recommender.save wrote")
+    add("run", type=parse_source, help=SOURCE_HELP)
     add("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1")
     add("--port", type=int, default=8000, help="0 for any free one; default: 8000")
     add(
@@ -77,13 +78,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="the run's language model, a folder or a name on the hub, for new items by text",
     )
     add("--max-users", type=int, default=10_000, help="users whose state is in memory; default: 10000")
-    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add(
-        "--precision",
-        default="float32",
-        choices=("float32", "int8"),
-        help="int8: large catalogues are searched in int8 first, then the best items are ranked exactly",
-    )
+    add_recommender_options(parser)
     options = parser.parse_args(arguments)
     if not 0 <= options.port < 65_536:
         parser.error(f"--port: {options.port} is not a port; give a number from 0 to 65535")

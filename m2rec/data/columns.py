@@ -7,8 +7,9 @@ letter  meaning
 n       interactions
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -162,6 +163,8 @@ class ColumnTable:
             built[name] = values
         for name, tokens in self._tokens.items():
             built[name] = tokens.build()
+        self._numbers.clear()
+        pa.default_memory_pool().release_unused()  # else the process keeps the memory of all batches
         return pd.DataFrame({name: built[name] for name in self._order}, copy=False)
 
     def _check_numbers(self, name: str, values: np.ndarray) -> None:
@@ -262,6 +265,11 @@ def list_tokens(column: pd.Series) -> list[str]:
     return tokens
 
 
+def hash_tokens(tokens: Sequence[str]) -> np.ndarray:
+    """A hash of each token, (n,) uint64, the same on every machine."""
+    return np.asarray(pd.util.hash_array(np.array(tokens, dtype=object), categorize=False))
+
+
 def count_codes(column: pd.Series) -> np.ndarray:
     """How often each category of a column of tokens occurs, (number of categories,)."""
     codes = column.cat.codes.to_numpy()
@@ -314,6 +322,39 @@ def filter_by_counts(
     return FilteredRows(is_kept, rounds)
 
 
+class TokenIds(Mapping[str, int]):
+    """Ids by token, looked up in a dict that is made when it is needed: with millions it takes seconds.
+
+    Args:
+        tokens: by id, all different.
+    """
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self._tokens = tokens
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self._tokens)}
+
+    def __getitem__(self, token: str) -> int:
+        return self._ids[token]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __eq__(self, other: object) -> bool:
+        return self._ids == (other._ids if isinstance(other, TokenIds) else other)
+
+
+def reorder_rows(frame: pd.DataFrame, order: np.ndarray) -> pd.DataFrame:
+    """The rows in this order, numbered anew; column by column, which pandas does not do."""
+    columns = {name: frame[name].array.take(order) for name in frame}
+    return pd.DataFrame(columns, copy=False)
+
+
 def order_by_user(users: np.ndarray, order: np.ndarray) -> np.ndarray:
     """An order of interactions, rearranged so that each user's are together, users ascending.
 
@@ -323,10 +364,13 @@ def order_by_user(users: np.ndarray, order: np.ndarray) -> np.ndarray:
         users: (n,) non-negative integers.
         order: (n,), such as the order by time; each user's interactions stay in it.
     """
-    rest = users
-    while True:
-        low_bits = rest[order].astype(np.uint16)
-        order = order[low_bits.argsort(kind="stable")]
-        rest = rest >> 16
-        if not rest.any():
-            return order
+    for shift in range(0, max(1, int(users.max(initial=0)).bit_length()), 16):
+        some_bits = (users >> shift).astype(np.uint16)
+        order = order[some_bits[order].argsort(kind="stable")]
+    return order
+
+
+def is_ordered(users: np.ndarray, times: np.ndarray) -> bool:
+    """Whether interactions are in the order of users, each user's in the order of times; (n,) both."""
+    is_same_user = users[1:] == users[:-1]
+    return bool(((users[1:] > users[:-1]) | (is_same_user & (times[1:] >= times[:-1]))).all())

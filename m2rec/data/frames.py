@@ -16,8 +16,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from m2rec.data import parquet_file
 from m2rec.data.column_names import LABEL_COLUMNS
+from m2rec.data.columns import separate_close_times
+from m2rec.data.inter_file import find_inter_file, read_header, read_text_columns
 from m2rec.data.raw.formats import name_text_column
 from m2rec.data.raw.tally import MalformedRowError
 from m2rec.data.raw.values import is_missing, join_texts, parse_id
@@ -57,7 +61,7 @@ class UserHistories(Mapping[str, list[str]]):
         table = read_frame(frame, columns).dropna(subset=["user", "item"])
         if known_items is not None:
             table = table[table["item"].isin(known_items)]
-        times = pd.to_numeric(table["time"]).to_numpy()
+        times = _parse_times(table["time"])
         codes, users = pd.factorize(table["user"])
         items, self._tokens = pd.factorize(table["item"])
         order = np.lexsort((times, codes))  # stable
@@ -113,6 +117,43 @@ def read_frame(frame: Any, columns: InteractionColumns) -> pd.DataFrame:
         "time": _format_times(times),
     }
     return pd.DataFrame(parts)
+
+
+def read_dataset(
+    dataset: str = "ml-100k", data_path: str | Path = "dataset"
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """The files of a data set in RecBole's format, as DataFrames that `m2rec.fit` takes.
+
+    Args:
+        dataset: its name; ml-100k comes with RecBole.
+        data_path: the folder with the folder of the data set.
+
+    Returns:
+        The interactions; and the items, None without a file of them. Ids and texts are text.
+
+    Raises:
+        ValueError: there is no such data set, or a file can't be read.
+    """
+    from m2rec.compat import find_data_folder  # loads RecBole
+
+    folder = find_data_folder(Path(data_path), dataset)
+    path = find_inter_file(folder, dataset)
+    if not path.is_file():
+        raise UserError(f"dataset: {dataset!r} has no file {path}; set data_path, or read your own tables")
+    items = folder / f"{dataset}.item"
+    return _read_table(path), _read_table(items) if items.is_file() else None
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """A file with typed columns."""
+    header = read_header(path, "\t")
+    if path.suffix == parquet_file.SUFFIX:
+        return pd.read_parquet(path).set_axis(list(header), axis="columns")
+    frame = read_text_columns(path, "\t", header)
+    for name, kind in header.items():
+        if kind == "float":
+            frame[name] = pd.to_numeric(frame[name], errors="coerce")
+    return frame
 
 
 def write_dataset(
@@ -266,6 +307,14 @@ def _format_times(column: pd.Series) -> pd.Series:
             f"convert the column with pandas.to_datetime"
         )
     return column
+
+
+def _parse_times(column: pd.Series) -> NDArray[Any]:
+    """Times of `_format_times` as numbers in the same order, also where doubles would be equal."""
+    numbers = pd.to_numeric(column).to_numpy()
+    if numbers.dtype.kind == "f" and not pd.api.types.is_numeric_dtype(column):
+        return separate_close_times(column, numbers)
+    return np.asarray(numbers)
 
 
 def _format_dates(column: pd.Series) -> pd.Series:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 NO_TARGET = -1
+_USERS_AT_ONCE = 1 << 15  # whose histories are in memory
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,21 @@ class Histories:
 
     def target_returns(self, users: np.ndarray, part: str) -> np.ndarray:
         """Whether each user's target of `part` is among the items before it, (len(users),)."""
-        _, target = self._find_histories(users, part)
-        user_index, items = self.items_before_target(users, part)
-        is_target = items == self.items[target][user_index]
-        return np.bincount(user_index[is_target], minlength=len(users)) > 0
+        returns = np.zeros(len(users), dtype=bool)
+        start, target = self._find_histories(users, part)
+        targets = self.items[target]
+        for first in range(0, len(users), _USERS_AT_ONCE):
+            some = slice(first, first + _USERS_AT_ONCE)
+            lengths = target[some] - start[some]
+            is_target = self.items[concatenate_ranges(start[some], lengths)] == targets[some].repeat(lengths)
+            returns[some] = np.bincount(np.arange(len(lengths)).repeat(lengths), is_target, len(lengths)) > 0
+        return returns
 
     def _find_histories(self, users: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
         """Positions of each user's first item and of the target of `part`."""
-        index = np.searchsorted(self.users, users)
+        first, last = self.users[0], self.users[-1]
+        is_whole = last - first + 1 == len(self.users)  # without a number left out
+        index = users - first if is_whole else np.searchsorted(self.users, users)
         return self.start[index], self.split.targets[part][index]
 
     def training_counts(self, n_items: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from pyarrow import csv
 
 from m2rec.data.columns import TOKEN_TYPE
 
-BLOCK_BYTES = 1 << 24  # larger ones repeat fewer tokens
+BLOCK_BYTES = 1 << 26  # larger ones repeat fewer tokens
 
 
 class OddFileError(Exception):

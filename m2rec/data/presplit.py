@@ -11,8 +11,9 @@ import pandas as pd
 
 from m2rec.compat import Config, FeatureSource, FeatureType, SequentialDataset
 from m2rec.data import inter_file
-from m2rec.data.dataset import HistoryDataset, drop_incomplete_rows
+from m2rec.data.dataset import HistoryDataset
 from m2rec.data.histories import NO_TARGET, Histories, Split
+from m2rec.data.interactions import drop_incomplete_rows
 from m2rec.errors import UserError
 
 SPLIT_BY_FILES = "files"

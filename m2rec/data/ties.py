@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from m2rec.data.columns import hash_tokens
+
 
 def hash_interactions(
     users: np.ndarray,
@@ -29,16 +31,12 @@ def hash_interactions(
         user_tokens, item_tokens: the tokens of the file by internal id.
     """
     columns = {
-        "user": _hash_tokens(user_tokens)[users],
-        "item": _hash_tokens(item_tokens)[items],
+        "user": hash_tokens(user_tokens)[users],
+        "item": hash_tokens(item_tokens)[items],
         "time": times,
     }
     hashes = pd.util.hash_pandas_object(pd.DataFrame(columns), index=False)
     return np.asarray(hashes)
-
-
-def _hash_tokens(tokens: Sequence[str]) -> np.ndarray:
-    return np.asarray(pd.util.hash_array(np.array(tokens, dtype=object), categorize=False))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from m2rec.data.columns import order_by_user
+from m2rec.data.columns import is_ordered, order_by_user
 
 _DAY = 86_400
 _RECENT_DAYS = (7, 30, 90, 365)
@@ -100,8 +100,9 @@ def measure_gap_quartiles(users: np.ndarray, times: np.ndarray) -> tuple[float, 
         users: (n,) non-negative integers.
         times: (n,).
     """
-    order = order_by_user(users, times.argsort(kind="stable"))
-    users, times = users[order], times[order]
+    if not is_ordered(users, times):
+        order = order_by_user(users, times.argsort(kind="stable"))
+        users, times = users[order], times[order]
     gaps = pd.Series(np.diff(times)[users[1:] == users[:-1]])
     if gaps.empty:
         return None

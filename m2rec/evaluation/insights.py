@@ -63,9 +63,14 @@ def collect_insights(
         insights["gate"] = _summarize_gate(encoder, test)
     filters = [layer.filter for layer in encoder.layers if isinstance(layer.filter, CausalFilter)]
     if filters:
-        longest = test.inter_feat[test.history_field].shape[1]
+        longest = _measure_width(test)
         insights["filter"] = [_summarize_filter(causal_filter, longest) for causal_filter in filters]
     return insights
+
+
+def _measure_width(part: HistoryDataset) -> int:
+    """The length L to which histories are padded."""
+    return int(part.inter_feat[:1][part.history_field].shape[1])
 
 
 def _summarize_gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def _summarize_gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
     layers = [_BucketMeans(Buckets(1, ())) for _ in encoder.layers]
     positions, popularity = _BucketMeans(_POSITION_BUCKETS), _BucketMeans(POPULARITY_BUCKETS)
     rows = torch.from_numpy(sample_evenly(len(test), _MAX_GATE_ROWS))
-    batch_size = max(1, _POSITIONS_PER_BATCH // test.inter_feat[test.history_field].shape[1])
+    batch_size = max(1, _POSITIONS_PER_BATCH // _measure_width(test))
     for batch_rows in rows.split(batch_size):
         batch = test.inter_feat[batch_rows]
         lengths = batch[test.item_list_length_field]

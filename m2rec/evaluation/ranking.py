@@ -22,6 +22,7 @@ from m2rec.evaluation.metrics import BoolArray, IntArray
 from m2rec.evaluation.protocols import Protocol
 
 NO_ITEM = 0  # padding, in a ranking that has no more items
+_MAX_SCORES = 2**28  # of a batch: 1 GiB, with a million items 268 rows
 RANKED_PROTOCOLS = (Protocol.ALL, Protocol.UNSEEN)
 
 SeenItems = tuple[IntArray, IntArray]
@@ -134,34 +135,46 @@ def rank_batches(
     return {protocol: np.concatenate(batches) for protocol, batches in parts.items()}
 
 
+def sample_rows(n: int, most: int) -> IntArray:
+    """Numbers of a fixed random sample of n rows, ascending; of all rows if `most` is 0, or n and more."""
+    if not 0 < most < n:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(0).choice(n, most, replace=False))
+
+
 def rank_rows(
     score: Callable[[Interaction], Tensor],
     loader: Any,
     show_progress: Callable[[Iterable[Tensor]], Iterable[Tensor]],
     protocols: Sequence[Protocol] = RANKED_PROTOCOLS,
+    rows: IntArray | None = None,
 ) -> Ranking:
-    """Rank all items for every row of a part; the rows are sharded across processes.
+    """Rank all items for rows of a part, which are shared out over the processes.
 
     Args:
         score: rows -> (b, V) scores, padding's -inf.
         loader: the part's loader, of a `HistoryDataset`.
         show_progress: wraps the batches of row numbers.
         protocols: as in `rank_batches`.
+        rows: (n,) numbers of the rows, ascending; None for all.
     """
     part: HistoryDataset = loader.dataset
     assert part.histories is not None and part.part is not None
-    by_length = part.inter_feat[part.item_list_length_field].argsort(stable=True)  # little padding
+    feat = part.inter_feat
+    numbers = torch.arange(len(part)) if rows is None else torch.from_numpy(rows)
+    by_length = feat[part.item_list_length_field][numbers].argsort(stable=True)  # little padding
+    step = min(loader.step, max(1, _MAX_SCORES // part.item_num))
     shard = by_length[distributed.process_rank() :: distributed.world_size()]
 
     def score_batches() -> Iterator[ScoredBatch]:
-        for rows in show_progress(shard.split(loader.step) if len(shard) else ()):
-            interaction = loader.collate_fn(rows.numpy())[0]
+        for batch in show_progress(shard.split(step) if len(shard) else ()):
+            interaction = loader.collate_fn(numbers[batch].numpy())[0]
             yield score(interaction), _find_seen_items(interaction, part)
 
     items = rank_batches(score_batches(), max(loader.config["topk"]), protocols)
     order = distributed.gather_rows(shard).argsort()
     for protocol, top in items.items():
         items[protocol] = distributed.gather_rows(torch.from_numpy(top))[order].numpy()
-    owners = part.inter_feat[part.owner_field].numpy()
+    owners = feat[part.owner_field][numbers].numpy()
     returning = part.histories.target_returns(owners, part.part)
-    return Ranking(part.inter_feat[part.iid_field].numpy(), returning, items)
+    return Ranking(feat[part.iid_field][numbers].numpy(), returning, items)

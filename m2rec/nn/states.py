@@ -16,6 +16,18 @@ def map_tensors(function: Callable[..., Tensor], *trees: Any) -> Any:
     return type(first)(map_tensors(function, *parts) for parts in zip(*trees, strict=True))
 
 
+def split_users(tree: Any, n_users: int) -> list[Any]:
+    """A tree for each user of a batch; copies, which do not keep the batch in memory."""
+    if isinstance(tree, Tensor):
+        return [row.clone() for row in tree.split(1)]
+    if not tree:
+        return [tree] * n_users
+    if isinstance(tree, dict):
+        parts = zip(*(split_users(part, n_users) for part in tree.values()), strict=True)
+        return [dict(zip(tree, part, strict=True)) for part in parts]
+    return list(map(type(tree), zip(*(split_users(part, n_users) for part in tree), strict=True)))
+
+
 def name_tensors(tree: Any, name: str = "") -> dict[str, Tensor]:
     """The tensors by their path: `0.mixer1` is the second tensor of the branch `mixer` in layer 0."""
     if isinstance(tree, Tensor):

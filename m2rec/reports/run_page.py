@@ -30,7 +30,7 @@ _GATE_TITLES = {
 _TIME_UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
 
 
-class _Figure(NamedTuple):
+class Chart(NamedTuple):
     """A chart, what it shows in words, and a caption."""
 
     svg: bytes
@@ -162,6 +162,21 @@ def _report_damaged_files(*folders: Path) -> Iterator[None]:
         raise UserError(f"{names}: a file has unexpected content ({reason})") from None
 
 
+def draw_charts(run: RunRecord) -> list[Chart]:
+    """All charts of a run's page.
+
+    Raises:
+        ValueError: a file of the run has unexpected content.
+    """
+    with _report_damaged_files(run.folder):
+        return [
+            *_draw_training_curves({"": run}),
+            *_draw_bucket_charts(run),
+            *_draw_gate_charts(run).values(),
+            *_draw_filter_charts(run).values(),
+        ]
+
+
 def _render_run_page(run: RunRecord) -> str:
     """The page of a run."""
     return _render_page(
@@ -213,11 +228,11 @@ def _render_page(title: str, runs: Mapping[str, RunRecord], **context: Any) -> s
     environment.filters["setting"] = _format_setting_value
     environment.filters["quote"] = lambda path: quote(str(path))
     template = environment.get_template("run_page.html.j2")
-    protocols = _select_protocols(runs.values())
+    protocols = select_protocols(runs.values())
     return template.render(title=title, runs=runs, protocols=protocols, **context)
 
 
-def _select_protocols(runs: Collection[RunRecord]) -> list[str]:
+def select_protocols(runs: Collection[RunRecord]) -> list[str]:
     """The protocols that were measured; test_new only where it differs from test_unseen."""
     measured = set()
     for run in runs:
@@ -236,7 +251,7 @@ def _list_incomparable_runs(runs: Mapping[str, RunRecord]) -> list[str]:
     return [name for name, run in runs.items() if run.test_returning is None]
 
 
-def _draw_training_curves(runs: Mapping[str, RunRecord]) -> list[_Figure]:
+def _draw_training_curves(runs: Mapping[str, RunRecord]) -> list[Chart]:
     """Loss and validation metric by epoch, a line per run."""
     metric = next(iter(runs.values())).metric
     titles = {"loss": "training loss", f"valid.{metric}": f"{metric} on valid"}
@@ -258,11 +273,11 @@ def _draw_training_curves(runs: Mapping[str, RunRecord]) -> list[_Figure]:
         if series:
             svg = charts.draw_lines(series, "epoch", title)
             trend = "; ".join(trends)
-            figures.append(_Figure(svg, f"{title} by epoch: {trend}", title))
+            figures.append(Chart(svg, f"{title} by epoch: {trend}", title))
     return figures
 
 
-def _draw_bucket_charts(run: RunRecord) -> list[_Figure]:
+def _draw_bucket_charts(run: RunRecord) -> list[Chart]:
     """Quality by popularity of the target and by length of the history."""
     figures = []
     for kind, x in _BUCKET_TITLES.items():
@@ -284,11 +299,11 @@ def _draw_bucket_charts(run: RunRecord) -> list[_Figure]:
         svg = charts.draw_grouped_bars(groups, series, f"{x}; users below", metric)
         caption = f"{metric} by {x}"
         alt_text = f"{caption}, test_unseen: {', '.join(listed)}"
-        figures.append(_Figure(svg, alt_text, caption))
+        figures.append(Chart(svg, alt_text, caption))
     return figures
 
 
-def _draw_gate_charts(run: RunRecord) -> dict[str, _Figure]:
+def _draw_gate_charts(run: RunRecord) -> dict[str, Chart]:
     """By name, none without a gate."""
     gate = run.insights.get("gate")
     if not gate:
@@ -306,11 +321,11 @@ def _draw_gate_charts(run: RunRecord) -> dict[str, _Figure]:
             listed.append(f"{bucket}: {', '.join(texts)}")
         svg = charts.draw_stacked_bars(list(table), series, x)
         alt_text = f"gate weights {caption}: {'; '.join(listed)}"
-        figures[f"gate_{key}"] = _Figure(svg, alt_text, caption)
+        figures[f"gate_{key}"] = Chart(svg, alt_text, caption)
     return figures
 
 
-def _draw_filter_charts(run: RunRecord) -> dict[str, _Figure]:
+def _draw_filter_charts(run: RunRecord) -> dict[str, Chart]:
     """By name, none without a learned filter."""
     layers = run.insights.get("filter")
     if not layers:
@@ -331,12 +346,12 @@ def _draw_filter_charts(run: RunRecord) -> dict[str, _Figure]:
         start = _find_highest(layer["strength"])
         low, high = layer["edges"][start : start + 2]
         strongest.append(f"{name} mostly {low:.3g} to {high:.3g} events")
-    gain = _Figure(
+    gain = Chart(
         charts.draw_bands(responses, "period, events", "gain"),
         f"gain of the filter by period, median and quartiles over channels: {'; '.join(peaks)}",
         "frequency response: line the median channel, band the middle half",
     )
-    histogram = _Figure(
+    histogram = Chart(
         charts.draw_histograms(edges, strengths, "period, events", "share"),
         f"periods of the filter's modes, weighted by their gain: {'; '.join(strongest)}",
         "the periods found, weighted by how much of them passes",

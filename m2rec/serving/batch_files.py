@@ -33,14 +33,34 @@ def read_history_file(path: Path, progress: bool = False) -> Iterator[tuple[str,
     open quotation mark joins rows.
 
     Args:
-        path: FILE.parquet, or a CSV file, plain or gzipped.
+        path: FILE.parquet, or a CSV file, plain or gzipped; or a folder of Parquet files, as Spark writes it,
+            which are read in the order of their names.
         progress: show a bar on the terminal.
 
     Raises:
         ValueError: the file can't be read, or a row has no user or no list of tokens.
     """
+    for file in list_history_files(path):
+        yield from _read_one_file(file, progress)
+
+
+def list_history_files(path: Path) -> list[Path]:
+    """The file, or those of a folder of Parquet files in the order of their names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path.is_dir():
+        parts = [part for part in sorted(path.glob("*.parquet")) if not part.name.startswith(("_", "."))]
+        if not parts:
+            raise UserError(f"{path}: the folder has no Parquet file; give a CSV or Parquet file")
+        return parts
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; give a CSV or Parquet file")
+    return [path]
+
+
+def _read_one_file(path: Path, progress: bool) -> Iterator[tuple[str, list[str]]]:
     tally = Tally(path)
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # a history may be long
     is_parquet = path.suffix == ".parquet"
@@ -48,7 +68,7 @@ def read_history_file(path: Path, progress: bool = False) -> Iterator[tuple[str,
     with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=not progress) as bar:
         for line, row in read_rows(tally, (USER_COLUMN, HISTORY_COLUMN)):
             where = f"{path}, line {line}"
-            yield _parse_user(where, row[USER_COLUMN]), _parse_history(where, row[HISTORY_COLUMN])
+            yield parse_user(where, row[USER_COLUMN]), parse_history(where, row[HISTORY_COLUMN])
             bar.update(tally.position - bar.n)
     if not is_parquet:  # which may have no rows
         tally.finish()
@@ -94,13 +114,19 @@ def write_recommendations(path: Path, ranked: Iterable[tuple[str, Ranking]]) -> 
     return n_rows
 
 
-def _parse_user(where: str, cell: Any) -> str:
+def parse_user(where: str, cell: Any) -> str:
+    """A user's name; `where` begins the message of the ValueError for an empty cell."""
     if cell is None or cell == "":
         raise UserError(f"{where}: {USER_COLUMN} is empty")
     return str(cell)
 
 
-def _parse_history(where: str, cell: Any) -> list[str]:
+def parse_history(where: str, cell: Any) -> list[str]:
+    """Item tokens from a list or an array of them, from tokens with blanks between them, or from a JSON list.
+
+    Raises:
+        ValueError: it is none of these; `where` begins the message.
+    """
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             cell = json.loads(cell)
@@ -108,7 +134,7 @@ def _parse_history(where: str, cell: Any) -> list[str]:
             raise UserError(f"{where}: {HISTORY_COLUMN} is not a valid JSON list: {cell[:60]!r}") from None
     if isinstance(cell, str):
         return cell.split()
-    tokens = [] if cell is None else cell
+    tokens = [] if cell is None else cell.tolist() if hasattr(cell, "tolist") else cell
     if not isinstance(tokens, list) or not all(isinstance(token, str | int) for token in tokens):
         raise UserError(f"{where}: {HISTORY_COLUMN} is {str(cell)[:60]!r}, expected a list of tokens")
     return [str(token) for token in tokens]

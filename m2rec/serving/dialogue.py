@@ -1,111 +1,13 @@
 """Interactive recommendation: a person types titles one by one and sees the ranking change."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TextIO
-
-from rapidfuzz import fuzz, process
 
 from m2rec.cli import write_escaped
 from m2rec.serving.ranker import Ranking
 from m2rec.serving.recommender import Recommender
 
 HELP = "a title or a part of one, a token, or: why, undo, new, quit"
-
-_MAX_CHOICES = 8  # titles to choose from, where more than one fits
-# similarities from 0 to 100
-_MIN_SIMILARITY = 60  # of a misspelt title
-_MIN_PART_SIMILARITY = 75  # of a part of a title
-_CONFIDENT_SIMILARITY = 85  # from here on, only titles within the margin of the best are offered
-_SIMILARITY_MARGIN = 10
-
-
-class TitleSearch:
-    """Finds items by token or by a part of the title, misspelt too.
-
-    Args:
-        tokens: of all items.
-        titles: by token, of the items that have one.
-    """
-
-    def __init__(self, tokens: Iterable[str], titles: Mapping[str, str]) -> None:
-        self.names: dict[str, str] = {}
-        self._normalized_names: dict[str, str] = {}
-        # by token and kind, with and without the year
-        self._spellings: dict[tuple[str, str], str] = {}
-        for token in tokens:
-            name = titles.get(token, token)
-            normalized = normalize_title(name)
-            self.names[token] = name
-            self._normalized_names[token] = normalized
-            self._spellings[token, "full"] = normalized
-            self._spellings[token, "plain"] = strip_year(normalized)
-
-    def find(self, text: str) -> list[str]:
-        """Tokens of the items that fit, best first: the token, the whole title, a part, or a similar one.
-
-        If there is none, titles with a part that is similar.
-        """
-        if text in self.names:
-            return [text]
-        wanted = normalize_title(text)
-        if not wanted:
-            return []
-        found = self._find_parts(wanted) or self._find_similar(wanted) or self._find_misspelt_parts(wanted)
-        return found[:_MAX_CHOICES]
-
-    def _find_parts(self, wanted: str) -> list[str]:
-        """Items of exactly this name, or else those whose name has all the words."""
-        words = wanted.split()
-        exact: list[str] = []
-        parts: dict[str, tuple[bool, int]] = {}
-        for token, name in self._normalized_names.items():
-            if name == wanted:
-                exact.append(token)
-            elif all(word in name for word in words):
-                parts[token] = (not name.startswith(wanted), len(name))
-        return exact or sorted(parts, key=parts.__getitem__)
-
-    def _find_similar(self, wanted: str) -> list[str]:
-        """Items whose name, with or without its year, is close to the wanted one."""
-        found = process.extract(
-            wanted,
-            self._spellings,
-            scorer=fuzz.ratio,
-            score_cutoff=_MIN_SIMILARITY,
-            limit=2 * _MAX_CHOICES,  # an item has two spellings
-        )
-        best = found[0][1] if found else 0
-        lowest = best - _SIMILARITY_MARGIN if best >= _CONFIDENT_SIMILARITY else 0
-        similar: list[str] = []
-        for _, similarity, (token, _) in found:
-            if similarity > lowest and token not in similar:
-                similar.append(token)
-        return similar
-
-    def _find_misspelt_parts(self, wanted: str) -> list[str]:
-        """Items a part of whose name is close to the wanted one; of equally close ones the shortest first."""
-        found = process.extract(
-            wanted,
-            self._normalized_names,
-            scorer=fuzz.partial_ratio,
-            score_cutoff=_MIN_PART_SIMILARITY,
-            limit=None,
-        )
-        # rapidfuzz would also find a name within the wanted text
-        longer = [entry for entry in found if len(entry[0]) >= len(wanted)]
-        longer.sort(key=lambda entry: (-entry[1], len(entry[0])))
-        return [token for _, _, token in longer]
-
-
-def normalize_title(text: str) -> str:
-    """Lower case, words only."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
-
-
-def strip_year(name: str) -> str:
-    """A normalized film title without the year at its end."""
-    return re.sub(r" \d{4}$", "", name)
 
 
 class Dialogue:
@@ -122,7 +24,7 @@ class Dialogue:
         self, recommender: Recommender, k: int, output: TextIO, exclude_seen: bool | None = None
     ) -> None:
         self.recommender, self.k, self.output, self.exclude_seen = recommender, k, output, exclude_seen
-        self.catalogue = TitleSearch(recommender.tokens[1:], recommender.titles)
+        self.catalogue = recommender.model.title_search
         self.history: list[str] = []
         self.choices: dict[str, str] = {}  # tokens by the number to type
         self.ranking: Ranking = []

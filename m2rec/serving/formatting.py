@@ -2,20 +2,43 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from m2rec.serving.ranker import Ranking
+from m2rec.serving.ranker import Recommendation
+from m2rec.serving.reasons import ExplainedItem, Reasons
 
 _MAX_TOKEN_WIDTH = 40  # characters of a token in the table
 _SHOWN_HISTORY = 5  # items of the history above the table
 
 
-def format_as_json(ranking: Ranking) -> str:
-    """A JSON list of objects with item, score and title, in ASCII."""
-    return json.dumps([entry._asdict() for entry in ranking]) + "\n"
+RankedEntries = Sequence[Recommendation | ExplainedItem]
+"""Recommended items, best first, with or without reasons."""
 
 
-def format_as_table(history: Sequence[str], ranking: Ranking, titles: Mapping[str, str]) -> str:
-    """The end of the history and the recommendations, a line each.
+def build_json_object(entry: Recommendation | ExplainedItem | Reasons) -> dict[str, Any]:
+    """An entry as JSON has it, those in its lists too."""
+    fields = entry._asdict()
+    for name, value in fields.items():
+        if isinstance(value, list):
+            fields[name] = [one._asdict() for one in value]
+    return fields
+
+
+def format_as_json(ranking: RankedEntries) -> str:
+    """A JSON list of objects with item, score and title, and their reasons if they have any, in ASCII."""
+    return json.dumps([build_json_object(entry) for entry in ranking]) + "\n"
+
+
+def format_reasons(entry: ExplainedItem) -> str:
+    """Why an item is recommended, in one line; empty without a reason."""
+    raised = ", ".join(f"{one.title or one.item} ({one.effect:+.2f})" for one in entry.influences)
+    near = ", ".join(f"{one.title or one.item} ({one.cosine:.2f})" for one in entry.nearest_by_text)
+    parts = [f"because of {raised}" if raised else "", f"nearest by text: {near}" if near else ""]
+    return "; ".join(filter(None, parts))
+
+
+def format_as_table(history: Sequence[str], ranking: RankedEntries, titles: Mapping[str, str]) -> str:
+    """The end of the history and the recommendations, a line each; under an item its reasons, if any.
 
     Args:
         history: item tokens, oldest first.
@@ -38,6 +61,9 @@ def format_as_table(history: Sequence[str], ranking: Ranking, titles: Mapping[st
     for rank, entry in enumerate(ranking, 1):
         name = _shorten_token(entry.item)
         lines.append(f"{rank:>3}  {name:<{width}}  {entry.score:>8.3f}  {entry.title}")
+        reasons = format_reasons(entry) if isinstance(entry, ExplainedItem) else ""
+        if reasons:
+            lines.append(f"     {reasons}")
     stripped = map(str.rstrip, lines)
     return "\n".join(stripped) + "\n"
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from m2rec.errors import UserError
-from m2rec.serving.ranker import Ranking
+from m2rec.serving.ranker import Recommendation
+from m2rec.serving.reasons import ExplainedItem
 
 if TYPE_CHECKING:
     from m2rec.data.frames import InteractionColumns
@@ -53,7 +54,13 @@ def _find_history(user: str, known: Histories) -> Sequence[str]:
     return known[user]
 
 
-def build_frame(given: Any, users: Iterable[Any], rankings: Iterable[Ranking], with_titles: bool) -> Any:
+def build_frame(
+    given: Any,
+    users: Iterable[Any],
+    rankings: Iterable[Sequence[Recommendation | ExplainedItem]],
+    with_titles: bool,
+    with_reasons: bool = False,
+) -> Any:
     """A row for each recommended item, as a frame of polars if `given` is one, else of pandas.
 
     Args:
@@ -61,17 +68,23 @@ def build_frame(given: Any, users: Iterable[Any], rankings: Iterable[Ranking], w
         users: of the rankings.
         rankings: one for each user.
         with_titles: whether there is a column `title`.
+        with_reasons: whether there are columns of reasons, which the rankings have.
 
     Returns:
-        The columns `user`, `rank` (from 1), `item`, `score` and `title`.
+        The columns `user`, `rank` (from 1), `item`, `score` and `title`; `raised_by` and
+        `nearest_by_text`, lists of item tokens.
     """
     import pandas as pd
 
-    columns: dict[str, list[Any]] = {"user": [], "rank": [], "item": [], "score": [], "title": []}
+    names = ("user", "rank", "item", "score", "title", "raised_by", "nearest_by_text")
+    columns: dict[str, list[Any]] = {name: [] for name in (names if with_reasons else names[:5])}
     for user, ranking in zip(users, rankings, strict=True):
         for rank, entry in enumerate(ranking, 1):
-            for name, value in zip(columns, (user, rank, entry.item, entry.score, entry.title), strict=True):
-                columns[name].append(value)
+            values = [user, rank, entry.item, entry.score, entry.title]
+            if isinstance(entry, ExplainedItem):
+                values += [[one.item for one in kind] for kind in (entry.influences, entry.nearest_by_text)]
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
     if not with_titles:
         del columns["title"]
     if isinstance(given, pd.DataFrame) or not hasattr(given, "lazy"):

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from m2rec.serving.explanation import Explanation
+from m2rec.serving.formatting import format_reasons
 from m2rec.serving.ranker import Recommendation
+from m2rec.serving.reasons import ExplainedItem, Reasons
 
 
 class RankedItems(list[Recommendation]):
@@ -13,6 +15,16 @@ class RankedItems(list[Recommendation]):
     def _repr_html_(self) -> str:
         rows = [(rank, entry.item, entry.title, f"{entry.score:.3f}") for rank, entry in enumerate(self, 1)]
         return format_html_table("Ranked items", ("rank", "item", "title", "score"), rows)
+
+
+class ExplainedItems(list[ExplainedItem]):
+    """A ranking with its reasons, best first; a table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for rank, entry in enumerate(self, 1):
+            rows.append((rank, entry.item, entry.title, f"{entry.score:.3f}", format_reasons(entry)))
+        return format_html_table("Ranked items", ("rank", "item", "title", "score", "reasons"), rows)
 
 
 class ExplainedEvents(list[Explanation]):
@@ -25,6 +37,21 @@ class ExplainedEvents(list[Explanation]):
             weights = [f"{event.weights[branch]:.0%}" for branch in branches]
             rows.append((event.item, event.title, *weights))
         return format_html_table("Weights of the branches", ("item", "title", *branches), rows)
+
+
+class ItemReasons(list[Reasons]):
+    """Items with the reasons for their ranks; a table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        columns = ("item", "title", "reason", "because of", "its title", "value")
+        rows: list[Sequence[object]] = []
+        for one in self:
+            names = (one.item, one.title)
+            rows += [(*names, "raises it", x.item, x.title, f"{x.effect:+.3f}") for x in one.influences]
+            rows += [
+                (*names, "similar text", x.item, x.title, f"{x.cosine:.3f}") for x in one.nearest_by_text
+            ]
+        return format_html_table("Reasons", columns, rows)
 
 
 def format_html_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

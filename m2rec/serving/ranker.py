@@ -6,7 +6,7 @@ V       items including padding
 """
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,6 +25,7 @@ from m2rec.serving.arguments import InputWarnings
 from m2rec.serving.id_lists import IdLists
 from m2rec.serving.int8_table import Int8Table
 from m2rec.serving.item_index import ItemIndex
+from m2rec.serving.ranking_options import RankingOptions
 from m2rec.serving.saved_model import SavedModel
 from m2rec.serving.session import SessionState
 from m2rec.serving.top_k import NeighborScores, ScoreAdjustment, select_top_k, select_top_k_in_pools
@@ -51,17 +52,6 @@ class Recommendation(NamedTuple):
 
 Ranking = list[Recommendation]
 """Best first."""
-
-
-class RankingOptions(NamedTuple):
-    """How many items to recommend, and which ones may be."""
-
-    k: int
-    exclude_seen: bool
-    excluded_ids: Tensor
-    """Ids of items that are never recommended."""
-    candidate_ids: Tensor | None
-    """Ascending ids of the candidates; None for all items."""
 
 
 class SeenItems(NamedTuple):
@@ -325,3 +315,19 @@ class Ranker:
         names, titles = self.model.names[:, ids[is_found]].tolist()
         found = map(Recommendation._make, zip(names, values[is_found].tolist(), titles, strict=True))
         return [list(islice(found, n)) for n in is_found.sum(1).tolist()]
+
+
+def measure_recall(rankings: Iterable[Ranking], exact: Iterable[Ranking]) -> float:
+    """The share of the exact best items that are in the rankings, mean over those that are not empty.
+
+    Raises:
+        ValueError: all exact rankings are empty.
+    """
+    shares = []
+    for found, best in zip(rankings, exact, strict=True):
+        if best:
+            expected = {entry.item for entry in best}
+            shares.append(sum(entry.item in expected for entry in found) / len(expected))
+    if not shares:
+        raise UserError("recall: nothing can be recommended after these histories; give another one")
+    return sum(shares) / len(shares)

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m2rec.serving.ranker import Ranker
+from m2rec.serving.arguments import tokens_to_ids
+from m2rec.serving.ranker import Ranker, Ranking
 
+N_REASONS = 3
+"""Items of the history of each kind, for one item, unless told otherwise."""
 MAX_LEFT_OUT = 50
 """Distinct items of the history, the last ones, that are left out in turn; each costs a pass."""
 _MAX_SCORES = 2**22  # held at a time
@@ -44,7 +47,31 @@ class Reasons(NamedTuple):
     influences: list[Influence]
     """The strongest raising ones first; empty where the history has one item only."""
     nearest_by_text: list[TextNeighbor]
-    """The nearest first; empty where the model, or the item, has no text."""
+    """The nearest first, without the item itself; empty where the model, or the item, has no text."""
+    title: str = ""
+
+
+class ExplainedItem(NamedTuple):
+    """A recommended item, its score and title as in `Recommendation`, and why it is recommended."""
+
+    item: str
+    score: float
+    title: str
+    influences: list[Influence]
+    """As in `Reasons`."""
+    nearest_by_text: list[TextNeighbor]
+    """As in `Reasons`."""
+
+
+def explain_ranking(ranker: Ranker, history: Sequence[int], ranking: Ranking, n: int) -> list[ExplainedItem]:
+    """A ranking with at most n reasons of each kind beside each item; none after an empty history."""
+    if not history or not ranking:
+        return [ExplainedItem(*entry, [], []) for entry in ranking]
+    ids = tokens_to_ids(ranker.model.ids, [entry.item for entry in ranking], argument="ranking")
+    explained = []
+    for entry, reasons in zip(ranking, find_reasons(ranker, history, ids, n), strict=True):
+        explained.append(ExplainedItem(*entry, reasons.influences, reasons.nearest_by_text))
+    return explained
 
 
 @torch.no_grad()
@@ -69,8 +96,10 @@ def find_reasons(ranker: Ranker, history: Sequence[int], items: Sequence[int], n
         raised = sorted(zip(effects[:, column].tolist(), tried, strict=True), reverse=True)
         influences = [Influence(*name(other), effect) for effect, other in raised if effect > 0][:n]
         near = sorted(zip(cosines[:, column].tolist(), distinct, strict=True), reverse=True)
-        neighbors = [TextNeighbor(*name(other), cosine) for cosine, other in near if cosine > 0][:n]
-        found.append(Reasons(model.tokens[item], influences, neighbors))
+        others = [(cosine, other) for cosine, other in near if cosine > 0 and other != item]
+        neighbors = [TextNeighbor(*name(other), cosine) for cosine, other in others[:n]]
+        token, title = name(item)
+        found.append(Reasons(token, influences, neighbors, title))
     return found
 
 

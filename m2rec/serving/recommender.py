@@ -9,15 +9,17 @@ T0      width of the text vectors in their file
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from m2rec import distributed
 from m2rec.errors import UserError
 from m2rec.run_folder import RunFolder
-from m2rec.serving import batch_files, export, onnx_export, saved_model, session
+from m2rec.serving import batch_files, export, hub, onnx_export, part_files, saved_model, session
 from m2rec.serving.arguments import (
     InputWarnings,
     parse_device,
@@ -26,17 +28,27 @@ from m2rec.serving.arguments import (
     tokens_to_ids,
 )
 from m2rec.serving.explanation import Explanation, explain_history
+from m2rec.serving.formatting import RankedEntries
 from m2rec.serving.frames import Histories, build_frame, collect_histories
+from m2rec.serving.hub_name import is_hub_name
 from m2rec.serving.int8_table import Int8Table
 from m2rec.serving.item_index import ItemIndex
-from m2rec.serving.notebook import ExplainedEvents, RankedItems, format_html_summary
-from m2rec.serving.ranker import Ranker, Ranking, RankingOptions, Recommendation
-from m2rec.serving.reasons import Reasons, find_reasons
+from m2rec.serving.live_session import Session
+from m2rec.serving.notebook import (
+    ExplainedEvents,
+    ExplainedItems,
+    ItemReasons,
+    RankedItems,
+    format_html_summary,
+)
+from m2rec.serving.ranker import Ranker, Ranking, Recommendation, measure_recall
+from m2rec.serving.ranking_options import parse_ranking_options
+from m2rec.serving.reasons import N_REASONS, ExplainedItem, Reasons, explain_ranking, find_reasons
 from m2rec.serving.saved_model import SavedModel
 from m2rec.serving.session import SessionState
 from m2rec.text import vector_file
 
-__all__ = ["Explanation", "Reasons", "Recommendation", "Recommender", "Session"]
+__all__ = ["ExplainedItem", "Explanation", "Reasons", "Recommendation", "Recommender", "Session"]
 
 PRECISIONS = ("float32", "int8")
 
@@ -75,21 +87,34 @@ class Recommender:
         whole_history: bool = False,
         precision: str = "float32",
     ) -> "Recommender":
-        """Load the model of a run folder, or of a folder that `save` wrote.
+        """Load the model of a run folder, of a folder that `save` wrote, or of the Hugging Face hub.
+
+        Args:
+            folder: the folder; or the text `hub:owner/name` or `hub:owner/name@revision`, which is fetched
+                into the cache of huggingface_hub.
+            device, whole_history, precision: see the class.
 
         Raises:
-            ValueError: a file is missing, damaged, or of another model; the device is not available; or
-                whole_history for a model with a part that never sees more than in training; or an
-                unknown precision, or int8 on a GPU.
+            ValueError: a file is missing, damaged, or of another model; it can't be fetched; the device is
+                not available; or whole_history for a model with a part that never sees more than in
+                training; or an unknown precision, or int8 on a GPU.
         """
-        model = saved_model.read_saved_model(Path(folder), parse_device(device))
-        recommender = cls(model, whole_history, precision)
-        recommender.folder = Path(folder)
+        parsed = parse_device(device)
+        path = hub.fetch_saved_model(str(folder)) if is_hub_name(folder) else Path(folder)
+        recommender = cls(saved_model.read_saved_model(path, parsed), whole_history, precision)
+        recommender.folder = path
         return recommender
+
+    def __repr__(self) -> str:
+        return f"<Recommender: {self._name}, {len(self.tokens) - 1:,} items>"
 
     def _repr_html_(self) -> str:
         """A table for a notebook."""
-        return format_html_summary(f"{self.config['model']} on {self.config['dataset']}", self._describe())
+        return format_html_summary(self._name, self._describe())
+
+    @property
+    def _name(self) -> str:
+        return f"{self.config['model']} on {self.config['dataset']}"
 
     def _describe(self) -> dict[str, object]:
         facts: dict[str, object] = {
@@ -145,6 +170,27 @@ class Recommender:
         """
         saved_model.write_saved_model(self.model, Path(folder))
 
+    def push_to_hub(self, name: str, private: bool = False) -> str:
+        """Push what `load` reads, added items included, and a model card to the Hugging Face hub.
+
+        The card has the metrics of the run, if the model was loaded from a run. The files name no user, no
+        history and no folder of this machine, but all item tokens and titles.
+
+        Args:
+            name: owner/name of a repository, which is created if need be; a second push is a new commit.
+            private: whether others may not read the repository.
+
+        Returns:
+            The name with its commit, `hub:owner/name@commit`, for `load`.
+
+        Raises:
+            ValueError: huggingface_hub is not installed, no token is known that may write, or the repository
+                holds something else, or is public though `private` is asked for.
+        """
+        run = None if self.folder is None else RunFolder(self.folder)
+        return hub.push_saved_model(self.model, run if run and run.is_finished else None, name, private)
+
+    @overload
     def recommend(
         self,
         history: Iterable[str],
@@ -153,7 +199,32 @@ class Recommender:
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         skip_unknown: bool = False,
-    ) -> Ranking:
+        explain: Literal[False] = False,
+    ) -> Ranking: ...
+
+    @overload
+    def recommend(
+        self,
+        history: Iterable[str],
+        k: int = 10,
+        exclude_seen: bool | None = None,
+        candidates: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+        skip_unknown: bool = False,
+        *,
+        explain: Literal[True],
+    ) -> list[ExplainedItem]: ...
+
+    def recommend(
+        self,
+        history: Iterable[str],
+        k: int = 10,
+        exclude_seen: bool | None = None,
+        candidates: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+        skip_unknown: bool = False,
+        explain: bool = False,
+    ) -> Ranking | list[ExplainedItem]:
         """The best k items after a history, best first.
 
         After an empty history they are the items with the most occurrences in training, which are
@@ -166,13 +237,15 @@ class Recommender:
             candidates: choose from these items only; from all by default.
             exclude: leave out these items too; unknown tokens are ignored.
             skip_unknown: skip unknown tokens in history and candidates.
+            explain: give the reasons beside each item, as `explain_ranking` finds them.
 
         Raises:
             ValueError: an unknown item token; k is less than 1; an empty history, and the run has no
                 item counts to fall back on.
         """
+        history = to_token_list(history)
         (ranked,) = self.recommend_batch([history], k, exclude_seen, candidates, exclude, skip_unknown)
-        return ranked
+        return self.explain_ranking(history, ranked) if explain else ranked
 
     def recommend_batch(
         self,
@@ -188,7 +261,7 @@ class Recommender:
         Histories are read as they are needed, about a thousand at a time, so there may be millions.
         """
         warnings = InputWarnings(skip_unknown)
-        options = self._parse_options(k, exclude_seen, candidates, exclude, warnings)
+        options = parse_ranking_options(self.model, k, exclude_seen, candidates, exclude, warnings)
         known = self.model.ids
         ids = (tokens_to_ids(known, history, warnings) for history in histories)
         return map(RankedItems, self._ranker.rank_in_batches(ids, options, warnings))
@@ -201,6 +274,7 @@ class Recommender:
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         skip_unknown: bool = False,
+        explain: bool = False,
         *,
         user: str = "user_id",
         item: str = "item_id",
@@ -211,11 +285,12 @@ class Recommender:
         Args:
             users_or_histories: a DataFrame of interactions, of pandas or polars; or a dict of histories by
                 user; or a list of histories, whose users are 0, 1, ...; or a list of users in `histories`.
-            k, exclude_seen, candidates, exclude, skip_unknown: as in `recommend`.
+            k, exclude_seen, candidates, exclude, skip_unknown, explain: as in `recommend`.
             user, item, time: columns of a DataFrame, as for `m2rec.fit`.
 
         Returns:
-            The columns `user`, `rank` (from 1), `item`, `score`, and if the model has titles `title`; of
+            The columns `user`, `rank` (from 1), `item`, `score`, and if the model has titles `title`; with
+            explain also `raised_by` and `nearest_by_text`, lists of item tokens, the strongest first. Of
             polars if a polars DataFrame was given, else of pandas. Ids from a DataFrame are text.
 
         Raises:
@@ -225,10 +300,11 @@ class Recommender:
 
         columns = InteractionColumns(user, item, time)
         histories = collect_histories(users_or_histories, self.histories, columns)
-        rankings = self.recommend_batch(
-            histories.values(), k, exclude_seen, candidates, exclude, skip_unknown
-        )
-        return build_frame(users_or_histories, histories, rankings, bool(self.model.titles))
+        ranked = self.recommend_batch(histories.values(), k, exclude_seen, candidates, exclude, skip_unknown)
+        rankings: Iterable[RankedEntries] = ranked
+        if explain:
+            rankings = (self.explain_ranking(*pair) for pair in zip(histories.values(), ranked, strict=True))
+        return build_frame(users_or_histories, histories, rankings, bool(self.model.titles), explain)
 
     def recommend_file(
         self,
@@ -244,7 +320,9 @@ class Recommender:
         Args:
             histories: FILE.parquet or a CSV file with the columns `user` and `history`, see
                 `m2rec.serving.batch_files.read_history_file`.
-            output: written with the columns `user`, `items` and `scores`, whole or not at all.
+            output: written with the columns `user`, `items` and `scores`, whole or not at all. A folder,
+                which exists or whose name ends with a slash, gets a file for every 100,000 histories: the
+                same call goes on with those that are missing, and under torchrun each process writes some.
             k, exclude_seen, skip_unknown: as in `recommend`.
             progress: show a bar on the terminal.
 
@@ -257,7 +335,14 @@ class Recommender:
         """
         path = Path(histories)
         rows = batch_files.read_history_file(path, progress)
-        return self.recommend_users(rows, output, k, exclude_seen, skip_unknown, str(path))
+        if not part_files.names_folder(output):
+            if distributed.read_launch()[1] > 1:
+                raise UserError(f"output: several processes write a folder of parts; name it {output}/")
+            return self.recommend_users(rows, output, k, exclude_seen, skip_unknown, str(path))
+        options: dict[str, Any] = {"k": k, "exclude_seen": exclude_seen, "skip_unknown": skip_unknown}
+        job = part_files.describe_job(self.model.encoder, path, **options)
+        rank = partial(self._rank_users, source=str(path), **options)
+        return part_files.write_parts(Path(output), rows, rank, job)
 
     def recommend_users(
         self,
@@ -281,8 +366,20 @@ class Recommender:
         Raises:
             ValueError: an unknown item token, or pyarrow is not installed; k is less than 1.
         """
+        rows = self._rank_users(histories, k, exclude_seen, skip_unknown, source)
+        return batch_files.write_recommendations(Path(output), rows)
+
+    def _rank_users(
+        self,
+        histories: Iterable[tuple[str, Iterable[str]]],
+        k: int,
+        exclude_seen: bool | None,
+        skip_unknown: bool,
+        source: str,
+    ) -> Iterator[tuple[str, Ranking]]:
+        """Users and their rankings, as `recommend_users` writes them."""
         warnings = InputWarnings(skip_unknown)
-        options = self._parse_options(k, exclude_seen)
+        options = parse_ranking_options(self.model, k, exclude_seen)
         known = self.model.ids
         users: deque[str] = deque()  # read, and not yet ranked
 
@@ -296,8 +393,7 @@ class Recommender:
                 yield ids
 
         ranked = self._ranker.rank_in_batches(read_ids(), options, warnings)
-        rows = ((users.popleft(), items) for items in ranked)
-        return batch_files.write_recommendations(Path(output), rows)
+        return ((users.popleft(), items) for items in ranked)
 
     def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
         """The score of every item after each history, (B, V); padding's is -inf.
@@ -338,7 +434,7 @@ class Recommender:
         with self._ranker.limit_threads(len(ids), 0):
             return ExplainedEvents(explain_history(self.model, ids))
 
-    def find_reasons(self, history: Iterable[str], items: Iterable[str], n: int = 3) -> list[Reasons]:
+    def find_reasons(self, history: Iterable[str], items: Iterable[str], n: int = N_REASONS) -> list[Reasons]:
         """For each of some items, the items of the history that raise it most, and its nearest by text.
 
         By leave-one-out, which is exact and takes a pass for each item of the history, of the last 50 that
@@ -356,9 +452,28 @@ class Recommender:
         n = parse_whole_number("n", n, 1)
         ids = self._to_known_ids(history)
         explained = tokens_to_ids(self.model.ids, items, argument="items")
-        return find_reasons(self._ranker, ids, explained, n)
+        return ItemReasons(find_reasons(self._ranker, ids, explained, n))
 
-    def session(self, history: Iterable[str] = (), skip_unknown: bool = False) -> "Session":
+    def explain_ranking(
+        self, history: Iterable[str], ranking: Ranking, n: int = N_REASONS
+    ) -> list[ExplainedItem]:
+        """A ranking with its reasons: beside each item what `find_reasons` finds for it.
+
+        After an empty history there are none.
+
+        Args:
+            history: item tokens, oldest first; unknown ones are skipped.
+            ranking: the items to explain, which this model recommended after the history.
+            n: items of the history of each kind at most, for one item.
+
+        Raises:
+            ValueError: an unknown item in the ranking; n is less than 1.
+        """
+        n, ranker = parse_whole_number("n", n, 1), self._ranker
+        ids = tokens_to_ids(ranker.model.ids, history, InputWarnings(skip_unknown=True))
+        return ExplainedItems(explain_ranking(ranker, ids, ranking, n))
+
+    def session(self, history: Iterable[str] = (), skip_unknown: bool = False) -> Session:
         """A user who is followed live: every event costs the same, however long the history.
 
         All of the history counts, as with `whole_history`.
@@ -375,7 +490,7 @@ class Recommender:
             session.advance_session(self.model.inference_encoder, ids, state)
         return Session(self, state)
 
-    def restore_session(self, data: bytes) -> "Session":
+    def restore_session(self, data: bytes) -> Session:
         """A session from the bytes of `Session.to_bytes`.
 
         Raises:
@@ -383,7 +498,7 @@ class Recommender:
         """
         return Session(self, session.deserialize_state(data, self.model))
 
-    def add_events(self, sessions: Sequence["Session"], tokens: Sequence[str]) -> None:
+    def add_events(self, sessions: Sequence[Session], tokens: Sequence[str]) -> None:
         """One event for each of many users in one pass, much cheaper than one by one.
 
         Args:
@@ -403,15 +518,19 @@ class Recommender:
 
     def recommend_sessions(
         self,
-        sessions: Sequence["Session"],
+        sessions: Sequence[Session],
         k: int = 10,
         exclude_seen: bool | None = None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
+        skip_unknown: bool = False,
     ) -> list[Ranking]:
         """As `recommend` for each of many live users, in one pass."""
-        options = self._parse_options(k, exclude_seen, candidates, exclude)
-        return list(map(RankedItems, self._ranker.rank_sessions(self._list_states(sessions), options)))
+        warnings = InputWarnings(skip_unknown)
+        options = parse_ranking_options(self.model, k, exclude_seen, candidates, exclude, warnings)
+        ranked = self._ranker.rank_sessions(self._list_states(sessions), options)
+        warnings.log_warnings()
+        return list(map(RankedItems, ranked))
 
     def add_items(self, tokens: Iterable[str], vectors: Any, titles: Mapping[str, str] | None = None) -> None:
         """Take in items that are unknown to training, by their text.
@@ -491,15 +610,7 @@ class Recommender:
             raise UserError("recall: there is no index; call use_index first")
         exact = Recommender(self.model, self.whole_history)
         histories = [tokens for tokens in map(to_token_list, histories) if tokens]
-        rankings = zip(self.recommend_batch(histories, k), exact.recommend_batch(histories, k), strict=True)
-        shares = []
-        for found, best in rankings:
-            if best:
-                expected = {entry.item for entry in best}
-                shares.append(sum(entry.item in expected for entry in found) / len(expected))
-        if not shares:
-            raise UserError("recall: nothing can be recommended after these histories; give another one")
-        return sum(shares) / len(shares)
+        return measure_recall(self.recommend_batch(histories, k), exact.recommend_batch(histories, k))
 
     def export(self, path: str | Path, batch_size: int | None = 1, live: bool = False) -> None:
         """Write the model as one file that runs without this package, and compare it.
@@ -526,76 +637,15 @@ class Recommender:
         else:
             export.export_program(self.model, path, batch_size)
 
-    def _parse_options(
-        self,
-        k: int,
-        exclude_seen: bool | None,
-        candidates: Iterable[str] | None = None,
-        exclude: Iterable[str] | None = None,
-        warnings: InputWarnings | None = None,
-    ) -> RankingOptions:
-        k = parse_whole_number("k", k, 1)
-        excluded_ids = self._to_sorted_ids(exclude, InputWarnings(skip_unknown=True), "exclude")
-        candidate_ids = None
-        if candidates is not None:
-            candidate_ids = self._to_sorted_ids(candidates, warnings, "candidates")
-        if exclude_seen is None:  # a run of before the key did
-            exclude_seen = self.config.get("exclude_seen") is not False
-        return RankingOptions(k, exclude_seen, excluded_ids, candidate_ids)
-
-    def _to_sorted_ids(
-        self, tokens: Iterable[str] | None, warnings: InputWarnings | None, argument: str
-    ) -> Tensor:
-        ids = tokens_to_ids(self.model.ids, () if tokens is None else tokens, warnings, argument)
-        return torch.tensor(sorted(set(ids)), dtype=torch.int64, device=self.model.table.device)
-
     def _to_known_ids(self, history: Iterable[str]) -> list[int]:
         ids = self.to_ids(history)
         if not ids:
             raise UserError("history: empty; give at least one item")
         return ids
 
-    def _list_states(self, sessions: Sequence["Session"]) -> list[SessionState]:
+    def _list_states(self, sessions: Sequence[Session]) -> list[SessionState]:
         if len(set(sessions)) < len(sessions):
             raise UserError("sessions: the same session is given twice")
         if any(one.recommender is not self for one in sessions):
             raise UserError("sessions: a session belongs to another recommender")
         return [one._state for one in sessions]
-
-
-class Session:
-    """One user, followed live; made by `Recommender.session`.
-
-    Holds a state of constant size, and the distinct items in the order of their first event.
-    """
-
-    def __init__(self, recommender: Recommender, state: SessionState) -> None:
-        self.recommender, self._state = recommender, state
-
-    @property
-    def seen(self) -> list[str]:
-        """The distinct items of the history, in the order of their first event."""
-        return [self.recommender.tokens[item] for item in self._state.seen]
-
-    def add(self, token: str) -> None:
-        """Add the user's next event.
-
-        Raises:
-            ValueError: an unknown item token.
-        """
-        self.recommender.add_events([self], [token])
-
-    def recommend(
-        self,
-        k: int = 10,
-        exclude_seen: bool | None = None,
-        candidates: Iterable[str] | None = None,
-        exclude: Iterable[str] | None = None,
-    ) -> Ranking:
-        """As `Recommender.recommend` after all events so far."""
-        (ranked,) = self.recommender.recommend_sessions([self], k, exclude_seen, candidates, exclude)
-        return ranked
-
-    def to_bytes(self) -> bytes:
-        """Bytes to keep anywhere, for `Recommender.restore_session`; nothing is pickled."""
-        return session.serialize_state(self._state, self.recommender.model)

@@ -27,6 +27,7 @@ from m2rec.nn.encoder import Encoder
 from m2rec.nn.inference.encoder import PreparedEncoder
 from m2rec.nn.live import prepare_encoder
 from m2rec.run_folder import RunFolder
+from m2rec.serving.title_search import TitleSearch
 from m2rec.settings import ModelSettings, RunSettings
 
 _ENCODER_PREFIX = "encoder."
@@ -70,6 +71,11 @@ class SavedModel:
         """(2, V), tokens and titles by internal id, empty where an item has no title; made at first use."""
         titles = [self.titles.get(token, "") for token in self.tokens]
         return np.array([self.tokens, titles], dtype=object)
+
+    @cached_property
+    def title_search(self) -> TitleSearch:
+        """Finds items by what a person types; made at first use."""
+        return TitleSearch(self.tokens[1:], self.titles)
 
     @cached_property
     def n_layer_parameters(self) -> int:
@@ -174,6 +180,7 @@ def write_saved_model(trained: SavedModel, folder: Path) -> None:
         counts=trained.item_counts,
         titles=trained.titles,
         text_source=trained.text_source,
+        is_run=False,
     )
     files.write_weights(weights)
 

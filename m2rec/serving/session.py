@@ -17,7 +17,7 @@ from m2rec.nn.encoder import Encoder
 from m2rec.nn.inference.encoder import PreparedEncoder
 from m2rec.nn.layer import LayerState
 from m2rec.nn.neighbors import N_RECENT
-from m2rec.nn.states import map_tensors, name_tensors
+from m2rec.nn.states import map_tensors, name_tensors, split_users
 from m2rec.serving.saved_model import SavedModel
 
 _CHUNK_SIZE = 256  # items of a history that are encoded at a time
@@ -80,7 +80,8 @@ def advance_session(encoder: Encoder | PreparedEncoder, items: Sequence[int], me
             x, states = encoder.advance(piece[None], states)
             vector = x[:, -1]
     if states is not None and vector is not None:
-        memory.update_state(_copy_user(states, 0), vector.clone(), items)
+        (state,) = split_users(states, 1)
+        memory.update_state(state, vector.clone(), items)
 
 
 @torch.no_grad()
@@ -125,15 +126,9 @@ def _update_users(
     items: Sequence[int],
 ) -> None:
     """Give each user in `rows` its part of a batch's states and vectors x (B, D)."""
-    for user, row in enumerate(rows):
-        vector = x[user : user + 1].clone()
-        memories[row].update_state(_copy_user(states, user), vector, [items[row]])
-
-
-def _copy_user(states: list[LayerState], user: int) -> list[LayerState]:
-    """One user's part of a batch's states; a copy, which does not keep the batch in memory."""
-    copied: list[LayerState] = map_tensors(lambda tensor: tensor[user : user + 1].clone(), states)
-    return copied
+    parts = zip(rows, split_users(states, len(rows)), split_users(x, len(rows)), strict=True)
+    for row, state, vector in parts:
+        memories[row].update_state(state, vector, [items[row]])
 
 
 def serialize_state(memory: SessionState, model: SavedModel) -> bytes:

@@ -57,6 +57,19 @@ class TextVectors:
     provenance: dict[str, str | int | float]
 
 
+class MatchedVectors(NamedTuple):
+    """A file's vectors for the items of a data set, as they are in the file."""
+
+    ids: list[int]
+    """(n,), internal ids of the items that have one."""
+    raw: Tensor
+    """(n, T0)."""
+    missing: tuple[str, ...]
+    """Tokens of the items without text."""
+    provenance: dict[str, str | int | float]
+    """As in `TextVectors`, before whitening."""
+
+
 def resolve_vector_file(name: str, dataset: str, *folders: Path) -> Path | None:
     """The file that the setting `text_vectors` means, None if there is none.
 
@@ -171,7 +184,26 @@ def load_item_vectors(
         width: keep that many principal components, 0 for all; not with `none`.
 
     Raises:
-        ValueError: the file is unusable (see `read_text_vectors`), no token matches, or `width` does not fit.
+        ValueError: see `match_item_vectors`; or `width` does not fit.
+    """
+    file = match_item_vectors(path, id_tokens)
+    mean, basis = fit_whitening(file.raw, whitening, width)
+    whitened = (file.raw - mean) @ basis
+    vectors = torch.zeros(len(id_tokens), basis.shape[1])
+    vectors[file.ids] = whitened
+    provenance = {**file.provenance, "mean_cosine_whitened": round(compute_mean_cosine(whitened), 4)}
+    return TextVectors(vectors, file.missing, mean, basis, provenance)
+
+
+def match_item_vectors(path: Path, id_tokens: Sequence[str]) -> MatchedVectors:
+    """Read a file and find a data set's items in it.
+
+    Args:
+        path: the file.
+        id_tokens: as for `load_item_vectors`.
+
+    Raises:
+        ValueError: the file is unusable (see `read_text_vectors`), or no token matches.
     """
     file = read_text_vectors(path)
     ids, rows, missing = _match_tokens(file, id_tokens)
@@ -181,10 +213,6 @@ def load_item_vectors(
             f"set's: {list(map(str, id_tokens[1:4]))}); make it from this data set's items"
         )
     raw = file.vectors[rows]
-    mean, basis = fit_whitening(raw, whitening, width)
-    whitened = (raw - mean) @ basis
-    vectors = torch.zeros(len(id_tokens), basis.shape[1])
-    vectors[ids] = whitened
     provenance: dict[str, str | int | float] = {
         "file": str(path),
         **file.metadata,
@@ -192,9 +220,8 @@ def load_item_vectors(
         "matched": len(ids),
         "items": len(id_tokens) - 1,
         "mean_cosine": round(compute_mean_cosine(raw), 4),
-        "mean_cosine_whitened": round(compute_mean_cosine(whitened), 4),
     }
-    return TextVectors(vectors, tuple(missing), mean, basis, provenance)
+    return MatchedVectors(ids, raw, tuple(missing), provenance)
 
 
 def _match_tokens(file: RawVectors, id_tokens: Sequence[str]) -> tuple[list[int], list[int], list[str]]:

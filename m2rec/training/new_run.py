@@ -12,10 +12,11 @@ from typing import Any
 from m2rec import distributed
 from m2rec.compat import Config
 from m2rec.data.dataset import HistoryDataset
+from m2rec.data.extent import TrainingExtent
 from m2rec.data.item_file import read_item_titles
 from m2rec.errors import UserError
 from m2rec.run_folder import RunFolder
-from m2rec.storage import lock_path
+from m2rec.storage import lock_path, write_text
 from m2rec.training.configuration import resolve_settings
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,28 @@ def create_run_folder(
             continue
         except OSError as error:
             raise UserError(f"runs_dir: can't create {folder} ({error.strerror}); set another") from error
-    _write_run_inputs(RunFolder(folder), config, dataset, text or {}, comment)
+    files = RunFolder(folder)
+    _write_run_inputs(files, config, dataset, text or {}, comment)
+    launch = distributed.name_launch()
+    if launch is not None:
+        write_text(files.launch_file, launch)
     return folder
+
+
+def find_interrupted_run(runs: Path) -> Path | None:
+    """The run that this torchrun command has begun and can resume, where it starts its processes again.
+
+    Args:
+        runs: the folder of the runs, which all machines share.
+    """
+    if not distributed.is_restarted():
+        return None
+    for file in sorted(runs.glob("*/launch.txt"), key=lambda path: path.stat().st_mtime, reverse=True):
+        files = RunFolder(file.parent)
+        is_ours = file.read_text(encoding="utf-8") == distributed.name_launch()
+        if is_ours and files.checkpoint_file.is_file() and not files.is_finished:
+            return files.path
+    return None
 
 
 def update_eval_batch_size(files: RunFolder, eval_batch_size: int) -> None:
@@ -82,6 +103,8 @@ def _write_run_inputs(
     titles = _read_titles(config)
     titles = {token: titles[token] for token in tokens[1:] if token in titles}
     files.write_inputs(resolve_settings(config), tokens, counts, titles, text, comment)
+    if dataset.row_targets is not None:
+        files.write_extent(TrainingExtent.measure(dataset).to_tensors())
 
 
 def _read_titles(config: Config) -> dict[str, str]:

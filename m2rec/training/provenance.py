@@ -161,6 +161,7 @@ def _format_share(count: int, total: int, noun: str) -> str:
 def describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]:
     """How the data is split and how items are ranked."""
     shares = {"valid_from": config["valid_from"], "test_from": config["test_from"]}
+    sample = f", {config['valid_users']:,} users of it at most" if config["valid_users"] else ""
     return {
         "split": dataset.split,
         "targets": _TARGETS[dataset.split].format(**shares),
@@ -168,7 +169,7 @@ def describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]
         "time_order": dataset.time_order,
         "tie_order": dataset.tie_order,
         "rows": dataset.rows,
-        "chosen_by": f"best {config['valid_metric']} on valid",
+        "chosen_by": f"best {config['valid_metric']} on valid{sample}",
     }
 
 

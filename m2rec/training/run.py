@@ -34,6 +34,7 @@ from m2rec.training.baselines import evaluate_baselines
 from m2rec.training.checkpoint import CannotResume
 from m2rec.training.compilation import resolve_compile
 from m2rec.training.configuration import build_config
+from m2rec.training.continued_run import ContinuedRun, SourceRun, continue_training
 from m2rec.training.neighbor_weights import add_neighbors
 from m2rec.training.new_run import create_run_folder, lock_run_folder, update_eval_batch_size
 from m2rec.training.provenance import (
@@ -104,6 +105,8 @@ class PreparedRun:
     data_counts: dict[str, int]
     trainer: RunTrainer
     timer: _PhaseTimer
+    continued: ContinuedRun | None = None
+    """Of a run that continues another one."""
 
     @property
     def has_validation(self) -> bool:
@@ -132,6 +135,11 @@ class PreparedRun:
             reason = _NO_VALIDATION_REASONS[self.dataset.split]
             logger.warning("no validation rows (%s): the last epoch's weights are kept", reason)
         train, config = self.loaders.train, self.config
+        if valid is not None and 0 < config["valid_users"] < len(valid.dataset):
+            logger.info(
+                "valid_users: the validations of training rank %s of %s users, the same ones each time",
+                f"{config['valid_users']:,}", f"{len(valid.dataset):,}",
+            )  # fmt: skip
         with _explain_errors(f"model: {config['variant']} can't be trained with these keys and this data"):
             self.trainer.fit(train, valid, show_progress=config["show_progress"], callback_fn=on_validation)
         self.timer.lap("training")
@@ -195,10 +203,11 @@ class PreparedRun:
 
     def _evaluate_parts(self) -> tuple[EvaluationResult, dict[str, Metrics]]:
         """The result on the test rows, and the metrics of validation, empty without a row."""
-        tested = self.trainer.evaluate_protocols(self.loaders.test)
+        show_progress = self.config["show_progress"]
+        tested = self.trainer.evaluate_protocols(self.loaders.test, show_progress)
         if not self.has_validation:
             return tested, {p.get_name("valid"): {} for p in Protocol}
-        return tested, self.trainer.evaluate_protocols(self.loaders.valid).metrics
+        return tested, self.trainer.evaluate_protocols(self.loaders.valid, show_progress).metrics
 
     def _add_neighbors(self) -> None:
         """Give the model the neighbours that validation asks for, which may be none."""
@@ -222,6 +231,7 @@ class PreparedRun:
                 **describe_protocol(config, self.dataset),
                 **describe_caveats(self.data_counts, self.dataset),
             },
+            **({} if self.continued is None else {"continued_from": self.continued.facts}),
             "seed": config["seed"],
             "commit": join_commits(trainer.run_inputs["commits"]),
             "versions": read_versions(),
@@ -303,18 +313,29 @@ def prepare_run(
     """
     timer = _PhaseTimer()
     logger.info("%s", describe_device(config))
+    warning = distributed.describe_unsafe_restart()
+    if warning:
+        logger.warning("%s", warning)
     _settle_compile(config)
+    source = SourceRun.read(config)
     dataset, loaders, data_counts = _load_and_describe_data(config, load)
     _settle_sparse_updates(config, dataset.item_num, is_resumed=folder is not None)
     timer.lap("data")
     if getattr(config.model_class, "uses_text", False):
         tokens = dataset.item_tokens
         file = ensure_text_vectors(config, tokens[1:]) if folder is None else find_vector_file(config)
-        loaders.train.dataset.item_vectors = load_text_vectors(config, file, tokens)
+        load_vectors = partial(load_text_vectors, config) if source is None else source.load_text_vectors
+        loaders.train.dataset.item_vectors = load_vectors(file, tokens)
         if config["device"].type == "cuda":
             torch.cuda.reset_peak_memory_stats(config["device"])
         timer.lap("text")
     model = _build_model(config, loaders.train.dataset)
+    continued = None
+    if source is not None:
+        assert isinstance(model, M2Rec)
+        continued = continue_training(source, model, dataset, loaders.train)
+        loaders = loaders._replace(train=continued.loader)
+        timer.lap("continue")
     is_resumed = folder is not None
     if folder is None:
         text = getattr(model, "text_source", None)
@@ -322,7 +343,7 @@ def prepare_run(
         new_folder = create_run_folder(config, dataset, text, comment) if is_main else None
         folder = distributed.broadcast_value(new_folder)
     trainer = _build_trainer(config, model, dataset, loaders, folder, is_resumed)
-    return PreparedRun(config, dataset, loaders, data_counts, trainer, timer)
+    return PreparedRun(config, dataset, loaders, data_counts, trainer, timer, continued)
 
 
 def _settle_compile(config: Config) -> None:
@@ -377,10 +398,18 @@ def _build_trainer(
 ) -> RunTrainer:
     """The trainer of a run in its folder."""
     text = getattr(model, "text_source", None)
+    data = hash_training_data(dataset, loaders)
+    distributed.require_same(
+        (data, text and text["sha256"]),
+        lambda rank: (
+            f"data_path: process {rank} has other interactions or text vectors of {config['dataset']!r} than "
+            f"the main process; copy {config['data_path']} to every machine"
+        ),
+    )
     torch.manual_seed(config["seed"] + distributed.process_rank())  # each process has its own dropout
     trainer = RunTrainer(config, model, folder, is_resumed)
     trainer.run_inputs = {
-        "data": hash_training_data(dataset, loaders),
+        "data": data,
         "text": text["sha256"] if text else None,
         "settings": collect_fixed_settings(config),
         "threads": torch.get_num_threads(),
@@ -441,6 +470,13 @@ def run_experiment(config: Config, folder: Path | None = None, comment: str = ""
     """
     with distributed.join_process_group(config["device"]), ExitStack() as locks:
         try:
+            distributed.require_same(
+                folder and str(folder),
+                lambda rank: (
+                    f"resume: process {rank} does not find the run {folder}; let all machines share the "
+                    f"folder that runs_dir names, or start a new run"
+                ),
+            )
             if folder is not None:
                 locks.enter_context(lock_run_folder(folder))
             prepared = prepare_run(config, folder, comment=comment)
@@ -450,7 +486,9 @@ def run_experiment(config: Config, folder: Path | None = None, comment: str = ""
                 update_eval_batch_size(prepared.trainer.files, config["eval_batch_size"])
             return _train_and_evaluate(prepared)
         except Exception as error:
-            if not distributed.is_main_process():  # the main process may only see that this one has ended
+            if (
+                distributed.local_rank()
+            ):  # 0 prints its own line, which may say only that this process is gone
                 logger.error("process %s: %s", distributed.process_rank(), error)
             raise
 
@@ -484,6 +522,11 @@ def _explain_errors(
     except Exception as error:
         if _is_out_of_memory(error):
             raise UserError(f"{what}: out of memory; {memory_cure}") from error
+        if distributed.is_lost_process(error):
+            raise UserError(
+                f"torchrun: another process is gone ({format_one_line(error)}); the epochs so far are kept, "
+                f"--max-restarts or --resume goes on with them"
+            ) from error
         raise UserError(f"{what} ({type(error).__name__}: {error}); --state=DEBUG shows where") from error
 
 

@@ -16,10 +16,12 @@ from tqdm import tqdm
 
 from m2rec import distributed
 from m2rec.compat import Config, Interaction, Trainer
+from m2rec.data.dataset import HistoryDataset
 from m2rec.errors import UserError
 from m2rec.evaluation.measurement import EvaluationResult, Metrics, measure_protocol, measure_protocols
+from m2rec.evaluation.metrics import IntArray
 from m2rec.evaluation.protocols import Protocol
-from m2rec.evaluation.ranking import RANKED_PROTOCOLS, Ranking, rank_rows
+from m2rec.evaluation.ranking import RANKED_PROTOCOLS, Ranking, rank_rows, sample_rows
 from m2rec.models.m2rec import M2Rec
 from m2rec.nn.neighbors import load_neighbors
 from m2rec.run_folder import RunFolder
@@ -456,9 +458,13 @@ class RunTrainer(Trainer):
         return tqdm(steps, desc=what, total=total, leave=False, ncols=100) if shown else steps
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, Metrics]:
+        """Metrics on the validation rows, or on a sample of them, with the weights that are evaluated."""
+        part: HistoryDataset = valid_data.dataset
+        rows = sample_rows(len(part), self.config["valid_users"])
         with self._averaged_weights():
-            score, result = super()._valid_epoch(valid_data, show_progress)
-        return score, result
+            ranking = self._rank_rows(valid_data, show_progress, (Protocol.ALL,), rows)
+        result = measure_protocol(ranking, Protocol.ALL, part)
+        return result[self.valid_metric], result
 
     def _averaged_weights(self) -> AbstractContextManager[None]:
         """Use the weights that are evaluated: their average, if the run takes one."""
@@ -503,6 +509,7 @@ class RunTrainer(Trainer):
         """Remove the training state of a finished run."""
         if distributed.is_main_process():
             self.files.checkpoint_file.unlink(missing_ok=True)
+            self.files.launch_file.unlink(missing_ok=True)
 
     def load_best_weights(self) -> None:
         """Load the best weights into the model."""
@@ -540,22 +547,26 @@ class RunTrainer(Trainer):
         ranking = self._rank_rows(eval_data, show_progress, (Protocol.ALL,))
         return measure_protocol(ranking, Protocol.ALL, eval_data.dataset)
 
-    def evaluate_protocols(self, data: Any) -> EvaluationResult:
+    def evaluate_protocols(self, data: Any, show_progress: bool = False) -> EvaluationResult:
         """Metrics under every protocol, from one scoring; those of NEW are empty without new targets.
 
         Args:
             data: the loader of the rows to evaluate, from a `HistoryDataset`.
         """
-        return measure_protocols(self._rank_rows(data, show_progress=False), data.dataset)
+        return measure_protocols(self._rank_rows(data, show_progress), data.dataset)
 
     def _rank_rows(
-        self, data: Any, show_progress: bool, protocols: Sequence[Protocol] = RANKED_PROTOCOLS
+        self,
+        data: Any,
+        show_progress: bool,
+        protocols: Sequence[Protocol] = RANKED_PROTOCOLS,
+        rows: IntArray | None = None,
     ) -> Ranking:
         self.model.eval()
         self.tot_item_num = data.dataset.item_num
         self.item_tensor = data.dataset.get_item_feature().to(self.device)
         progress = partial(self._progress_bar, what="evaluate  ", shown=show_progress)
-        return rank_rows(self.score, data, progress, protocols)
+        return rank_rows(self.score, data, progress, protocols, rows)
 
     def score(self, interaction: Interaction) -> Tensor:
         """Rows -> (b, V), by the model's full ranking or item by item where it has none."""

@@ -11,9 +11,11 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from m2rec import __version__
 from m2rec.errors import UserError
+from m2rec.serving.formatting import build_json_object
 from m2rec.serving.http import schemas
-from m2rec.serving.http.errors import RequestError, answer_error, answer_json, describe_validation_errors
-from m2rec.serving.http.jobs import AddEvent, Options, RankHistory, RankUser
+from m2rec.serving.http.direct_routes import DirectRoute, DirectRoutes
+from m2rec.serving.http.errors import RequestError, answer_error, answer_json, answer_mistake
+from m2rec.serving.http.jobs import AddEvent, Options, RankHistory, RankUser, StoredEvent, Tokens
 from m2rec.serving.http.new_items import describe_abilities
 from m2rec.serving.http.pages import read_page, render_api_page
 from m2rec.serving.http.security import Guard
@@ -51,18 +53,18 @@ def build_app(service: Service, token: str, watch: Callable[[Service], None] | N
         responses=_ERRORS,
         lifespan=_make_lifespan(service, watch),
     )
-    app.add_exception_handler(UserError, _answer_user_error)
-    app.add_exception_handler(RequestValidationError, _answer_validation_error)
-    app.add_exception_handler(HTTPException, _answer_http_error)
+    for kind in (UserError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _answer_mistake)
     app.add_exception_handler(404, _answer_unknown_route)
     app.add_exception_handler(405, _answer_unknown_route)
     app.add_exception_handler(Exception, _answer_failure)
+    direct = [_add_recommend_route(app, service), _add_event_route(app, service)]
     _add_ranking_routes(app, service)
     _add_user_routes(app, service)
     _add_item_routes(app, service)
     _add_server_routes(app, service)
     _add_pages(app)
-    return Guard(app, token, service.metrics)
+    return Guard(DirectRoutes(app, direct), token, service.metrics)
 
 
 def _make_lifespan(
@@ -78,21 +80,45 @@ def _make_lifespan(
     return lifespan
 
 
-def _add_ranking_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/recommend", response_model=schemas.RankingAnswer)
+def _add_recommend_route(app: FastAPI, service: Service) -> DirectRoute:
+    @app.post("/recommend", response_model=schemas.ExplainedAnswer)
     async def recommend(body: schemas.RecommendRequest) -> Response:
-        """The best items after a history, or for a user of POST /events."""
-        known: Mapping[str, int] | None = service.recommender.model.ids if body.skip_unknown else None
+        """The best items after a history, or for a user of POST /events; with explain, why.
+
+        The reasons are those of GET /explain.
+        """
         options = Options(
-            body.exclude_seen, _keep_known(body.candidates, known), _keep_known(body.exclude, None)
+            body.exclude_seen, _freeze(body.candidates), _freeze(body.exclude), body.skip_unknown
         )
         job: RankHistory | RankUser
         if body.user is not None:
             job = RankUser(body.user, body.k, options)
         else:
-            job = RankHistory(_keep_known(body.history, known) or (), body.k, options)
+            job = RankHistory(_freeze(body.history) or (), body.k, options)
+        if body.explain:
+            return answer_json({"items": list(map(build_json_object, await service.explain_ranking(job)))})
         return _answer_ranking(await service.submit(job))
 
+    return DirectRoute("/recommend", schemas.RecommendRequest, recommend)
+
+
+def _add_event_route(app: FastAPI, service: Service) -> DirectRoute:
+    @app.post("/events", response_model=schemas.EventAnswer)
+    async def add_event(body: schemas.EventRequest) -> Response:
+        """Add a user's next event, and rank after it.
+
+        With the status 200 the event is stored, with --state on the disk. If the ranking fails afterwards,
+        warning says so and items is empty; after any other status nothing is stored.
+        """
+        job = AddEvent(body.user, body.item, body.k, Options(body.exclude_seen))
+        stored: StoredEvent = await service.submit(job)
+        items = [entry._asdict() for entry in stored.ranking]
+        return answer_json({"items": items, "warning": stored.warning})
+
+    return DirectRoute("/events", schemas.EventRequest, add_event)
+
+
+def _add_ranking_routes(app: FastAPI, service: Service) -> None:
     @app.get("/explain", response_model=schemas.ExplainAnswer)
     async def explain(
         history: _NameList = [],  # noqa: B006 - FastAPI copies it
@@ -107,8 +133,13 @@ def _add_ranking_routes(app: FastAPI, service: Service) -> None:
         """
         if bool(history) == (user is not None):
             raise RequestError(422, "history: give either history or user")
-        tokens = history if user is None else await service.read_history(user)
-        return answer_json(await service.look_up(lambda model: _explain(model, tokens, item, n)))
+        events = None if user is None else await service.read_history(user)
+
+        def look(model: Recommender) -> dict[str, Any]:
+            known = history if events is None else [token for token in events if token in model.model.ids]
+            return _explain(model, known, item, n)
+
+        return answer_json(await service.look_up(look))
 
     @app.get("/similar/{item:path}", response_model=schemas.RankingAnswer)
     async def similar(item: _Name, k: _K = 10) -> Response:
@@ -117,15 +148,6 @@ def _add_ranking_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_user_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/events", response_model=schemas.RankingAnswer)
-    async def add_event(body: schemas.EventRequest) -> Response:
-        """Add a user's next event, and rank after it.
-
-        With --state the event is on the disk when this answers.
-        """
-        job = AddEvent(body.user, body.item, body.k, Options(body.exclude_seen))
-        return _answer_ranking(await service.submit(job))
-
     @app.get("/users/{user:path}/recommendations", response_model=schemas.RankingAnswer)
     async def recommend_user(user: _Name, k: _K = 10, exclude_seen: bool | None = None) -> Response:
         """The best items for a user of POST /events."""
@@ -147,8 +169,7 @@ def _add_item_routes(app: FastAPI, service: Service) -> None:
     @app.get("/items", response_model=schemas.FoundAnswer)
     async def find_items(search: Annotated[str, Query(min_length=1, max_length=200)]) -> Response:
         """Items by token, or by a part of the title, misspelt too."""
-        found = await service.look_up(lambda model: service.find_titles(model, search))
-        return answer_json({"items": [{"item": token, "title": title} for token, title in found]})
+        return answer_json({"items": await service.look_up(lambda model: _find_titles(model, search))})
 
 
 def _add_server_routes(app: FastAPI, service: Service) -> None:
@@ -187,11 +208,8 @@ def _add_pages(app: FastAPI) -> None:
         return HTMLResponse(api_page.content, headers={"Content-Security-Policy": api_page.policy})
 
 
-def _keep_known(tokens: list[str] | None, known: Mapping[str, int] | None) -> tuple[str, ...] | None:
-    """The tokens that are known; all, where `known` is None."""
-    if tokens is None:
-        return None
-    return tuple(token for token in tokens if known is None or token in known)
+def _freeze(tokens: list[str] | None) -> Tokens | None:
+    return None if tokens is None else tuple(tokens)
 
 
 def _answer_ranking(ranking: Ranking) -> Response:
@@ -199,24 +217,25 @@ def _answer_ranking(ranking: Ranking) -> Response:
 
 
 def _explain(model: Recommender, history: list[str], items: list[str], n: int) -> dict[str, Any]:
-    reasons = []
-    for one in model.find_reasons(history, items, n) if items else []:
-        reasons.append(
-            {
-                "item": one.item,
-                "influences": [entry._asdict() for entry in one.influences],
-                "nearest_by_text": [entry._asdict() for entry in one.nearest_by_text],
-            }
-        )
-    return {"events": [event._asdict() for event in model.explain(history)], "reasons": reasons}
+    reasons = model.find_reasons(history, items, n) if items else []
+    return {
+        "events": [event._asdict() for event in model.explain(history)],
+        "reasons": list(map(build_json_object, reasons)),
+    }
+
+
+def _find_titles(recommender: Recommender, text: str) -> list[dict[str, str]]:
+    search = recommender.model.title_search
+    return [{"item": token, "title": search.names[token]} for token in search.find(text)]
 
 
 def _describe_service(service: Service) -> dict[str, Any]:
     model = service.recommender.model
     encoder = service.text_encoder
     abilities = describe_abilities(service.recommender, encoder)
+    run, folder = service.options.run, service.recommender.folder
     return {
-        "run": service.options.run.resolve().name,
+        "run": run if isinstance(run, str) else folder.name if folder else "",
         "model": str(model.config.get("model", "")),
         "dataset": str(model.config.get("dataset", "")),
         "items": len(model.tokens) - 1,
@@ -235,21 +254,8 @@ def _describe_text_form(source: Mapping[str, Any]) -> str:
     return str(source.get("template") or ". ".join(str(source.get("columns", "")).split()))
 
 
-async def _answer_user_error(_: Request, error: Exception) -> Response:
-    return answer_error(getattr(error, "status", 422), str(error))
-
-
-async def _answer_validation_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return answer_error(422, describe_validation_errors(error.errors()))
-
-
-async def _answer_http_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = str(error.detail)
-    if error.status_code == 400:  # FastAPI can't parse what Python's JSON can't
-        message = "body: can't be read as JSON; send an object as GET /docs shows it"
-    return answer_error(error.status_code, message)
+async def _answer_mistake(_: Request, error: Exception) -> Response:
+    return answer_mistake(error)
 
 
 async def _answer_unknown_route(request: Request, error: Exception) -> Response:

@@ -4,10 +4,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from m2rec.errors import UserError
 
+NOT_JSON = "body: is not valid JSON; send an object as GET /docs shows it"
+UNREADABLE = "body: can't be read as JSON; send an object as GET /docs shows it"
 _MAX_VALUE = 60  # characters of a wrong value in a message
 _WORDS = {
     "missing": "is missing",
@@ -29,10 +34,12 @@ class RequestError(UserError):
         self.status = status
 
 
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
 def answer_json(content: Any, status: int = 200) -> Response:
     """JSON in ASCII, which holds any string that Python does."""
-    body = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
-    return Response(body, status, media_type="application/json")
+    return Response(_encode(content).encode(), status, media_type="application/json")
 
 
 def answer_error(status: int, message: str) -> Response:
@@ -45,13 +52,25 @@ def answer_error(status: int, message: str) -> Response:
     return answer
 
 
+def answer_mistake(error: Exception) -> Response:
+    """The answer to what is wrong with a request; any other error is raised again."""
+    if isinstance(error, UserError):
+        return answer_error(getattr(error, "status", 422), str(error))
+    if isinstance(error, ValidationError | RequestValidationError):
+        return answer_error(422, describe_validation_errors(error.errors()))
+    if isinstance(error, HTTPException):
+        # FastAPI can't parse what Python's JSON can't
+        return answer_error(error.status_code, UNREADABLE if error.status_code == 400 else str(error.detail))
+    raise error
+
+
 def describe_validation_errors(errors: Sequence[Any]) -> str:
     """The first mistake that pydantic found, as key, problem, value."""
     first = errors[0]
     place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     kind = first["type"]
     if kind == "json_invalid":
-        return "body: is not valid JSON; send an object as GET /docs shows it"
+        return NOT_JSON
     problem = _WORDS.get(kind, first["msg"].removeprefix("Value error, "))
     value = (
         "" if kind in ("missing", "extra_forbidden", "value_error") else f", got {_shorten(first['input'])}"

@@ -1,5 +1,6 @@
 """What the ranking thread does: rankings of histories, events and rankings of users, in batches."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +11,11 @@ from m2rec.serving.http.users import LiveUsers
 from m2rec.serving.ranker import Ranking
 from m2rec.serving.recommender import Recommender
 
+logger = logging.getLogger(__name__)
+
 Tokens = tuple[str, ...]
+NO_EVENTS = "user: has no events; send one by POST /events, or give a history"
+_NOT_RANKED = "the event is stored, don't send it again; ranking failed, the server's log says why"
 
 
 class Options(NamedTuple):
@@ -19,6 +24,7 @@ class Options(NamedTuple):
     exclude_seen: bool | None = None
     candidates: Tokens | None = None
     exclude: Tokens | None = None
+    skip_unknown: bool = False
 
 
 class RankHistory(NamedTuple):
@@ -49,7 +55,16 @@ class AddEvent(NamedTuple):
 class Call(NamedTuple):
     """Anything else that must not run beside the others, such as deleting a user."""
 
-    function: Callable[[], Any]
+    function: Callable[[Recommender], Any]
+    """Of the model of the moment."""
+
+
+class StoredEvent(NamedTuple):
+    """The answer to an event, which is in the store."""
+
+    ranking: Ranking
+    warning: str = ""
+    """Why there is no ranking; empty if there is one, or none was asked for."""
 
 
 Job = RankHistory | RankUser | AddEvent | Call
@@ -69,8 +84,9 @@ class Worker:
         self._get_recommender, self._users = get_recommender, users
 
     def answer(self, jobs: Sequence[Job]) -> list[Any]:
-        """An answer, or a `ValueError`, for each job."""
+        """An answer, or an error, for each job: a `Ranking`, of an event a `StoredEvent`."""
         recommender = self._get_recommender()
+        self._users.switch_model(recommender)
         answers: dict[int, Any] = {}
         histories: _Group = []
         users: _Group = []
@@ -83,12 +99,12 @@ class Worker:
             elif isinstance(job, AddEvent):
                 events.append((place, job))
         self._answer_events(recommender, events, answers)
-        self._rank_users(recommender, users, answers)
+        answers |= self._rank_users(recommender, users)
         for group in _group_by_options(histories):
             answers |= _rank_together(group, lambda jobs, k: _rank_histories(recommender, jobs, k))
         for place, job in enumerate(jobs):
             if isinstance(job, Call):
-                answers[place] = _catch(job.function)
+                answers[place] = _catch(partial(job.function, recommender))
         return [answers[place] for place in range(len(jobs))]
 
     def _answer_events(self, recommender: Recommender, events: _Group, answers: dict[int, Any]) -> None:
@@ -107,23 +123,40 @@ class Worker:
                     later.append((place, job))
                 else:
                     turn[job.user] = (place, job)
-            given = [(job.user, job.item) for _, job in turn.values()]
-            error = _catch(partial(self._users.add_events, recommender, given))
-            if error is None:
-                self._rank_users(recommender, list(turn.values()), answers)
-            else:
-                answers |= {place: error for place, _ in turn.values()}
+            answers |= self._add_events(recommender, list(turn.values()))
             rest = later
 
-    def _rank_users(self, recommender: Recommender, group: _Group, answers: dict[int, Any]) -> None:
+    def _add_events(self, recommender: Recommender, group: _Group) -> dict[int, Any]:
+        """Store an event of each of different users, then rank; an error only where nothing is stored."""
+        error = _catch(
+            partial(self._users.add_events, recommender, [(job.user, job.item) for _, job in group])
+        )
+        if error is not None and not isinstance(error, UserError) and len(group) > 1:
+            alone: dict[int, Any] = {}
+            for one in group:
+                alone |= self._add_events(recommender, [one])
+            return alone
+        if error is not None:
+            return {place: error for place, _ in group}
+        answers = {}
+        for place, ranking in self._rank_users(recommender, group).items():
+            failed = isinstance(ranking, Exception)
+            if failed:
+                logger.error("an event is stored, but not ranked", exc_info=ranking)
+            answers[place] = StoredEvent([], _NOT_RANKED) if failed else StoredEvent(ranking)
+        return answers
+
+    def _rank_users(self, recommender: Recommender, group: _Group) -> dict[int, Any]:
+        """A ranking, or an error, by place."""
+        answers: dict[int, Any] = {place: [] for place, job in group if not job.k}
         for part in _group_by_options([(place, job) for place, job in group if job.k]):
             answers |= _rank_together(part, lambda jobs, k: self._rank_live(recommender, jobs, k))
-        answers |= {place: [] for place, job in group if not job.k}
+        return answers
 
     def _rank_live(self, recommender: Recommender, jobs: Sequence[Any], k: int) -> list[Any]:
         names = list(dict.fromkeys(job.user for job in jobs))
         found = dict(zip(names, self._users.rank(recommender, names, k, *jobs[0].options), strict=True))
-        missing = RequestError(404, "user: has no events; send one by POST /events, or give a history")
+        missing = RequestError(404, NO_EVENTS)
         return [missing if found[job.user] is None else found[job.user] for job in jobs]
 
 
@@ -143,7 +176,7 @@ def _rank_together(group: _Group, rank: Callable[[list[Any], int], list[Any]]) -
     jobs = [job for _, job in group]
     try:
         rankings = rank(jobs, max(job.k for job in jobs))
-    except ValueError as error:
+    except Exception as error:
         if len(group) == 1:
             return {group[0][0]: error}
         alone: dict[int, Any] = {}
@@ -157,8 +190,8 @@ def _rank_together(group: _Group, rank: Callable[[list[Any], int], list[Any]]) -
 
 
 def _catch(function: Callable[[], Any]) -> Any:
-    """What a function returns, or the `ValueError` that it raises."""
+    """What a function returns, or the error that it raises."""
     try:
         return function()
-    except ValueError as error:
+    except Exception as error:
         return error

@@ -47,6 +47,7 @@ class RecommendRequest(Body):
     candidates: Tokens | None = Field(None, description="Choose from these items only.")
     exclude: Tokens | None = Field(None, description="Leave out these items; unknown ones are ignored.")
     skip_unknown: bool = Field(False, description="Skip unknown items of history and candidates.")
+    explain: bool = Field(False, description="Give the reasons beside each item; takes many times as long.")
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -87,6 +88,22 @@ class ItemsRequest(Body):
     items: list[NewItem] = Field(min_length=1, max_length=MAX_NEW_ITEMS, fail_fast=True)
 
 
+class Influence(BaseModel):
+    """An item of the history, and by how much it raises or lowers the log-probability of an item."""
+
+    item: str
+    title: str
+    effect: float
+
+
+class TextNeighbor(BaseModel):
+    """An item of the history, and the cosine of its text with that of an item."""
+
+    item: str
+    title: str
+    cosine: float
+
+
 class RankedItem(BaseModel):
     """An item of a ranking; scores are comparable within one ranking only."""
 
@@ -95,10 +112,29 @@ class RankedItem(BaseModel):
     title: str
 
 
+class ExplainedItem(RankedItem):
+    """An item of a ranking, with its reasons if they were asked for."""
+
+    influences: list[Influence] = Field([], description="With explain only; the strongest first.")
+    nearest_by_text: list[TextNeighbor] = Field([], description="With explain only; the nearest first.")
+
+
 class RankingAnswer(BaseModel):
     """The best items, the best first."""
 
     items: list[RankedItem]
+
+
+class ExplainedAnswer(BaseModel):
+    """The best items, the best first, and why."""
+
+    items: list[ExplainedItem]
+
+
+class EventAnswer(RankingAnswer):
+    """The event is stored; the best items after it."""
+
+    warning: str = Field(description="Why there is no ranking; empty if there is one, or k is 0.")
 
 
 class FoundItem(BaseModel):
@@ -121,22 +157,6 @@ class ExplainedEvent(BaseModel):
     title: str
     weights: dict[str, float]
     by_layer: list[dict[str, float]]
-
-
-class Influence(BaseModel):
-    """An item of the history, and by how much it raises or lowers the log-probability of an item."""
-
-    item: str
-    title: str
-    effect: float
-
-
-class TextNeighbor(BaseModel):
-    """An item of the history, and the cosine of its text with that of an item."""
-
-    item: str
-    title: str
-    cosine: float
 
 
 class Reasons(BaseModel):

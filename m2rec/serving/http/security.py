@@ -2,18 +2,20 @@
 
 The server trusts its machine's own users: on a loopback address without a token it answers whoever names it
 by a loopback name. A page of another site can send requests through a browser, but not with JSON's content
-type, and it can't read answers unless its own name leads to this machine, so both are checked.
+type, and it can't read answers unless its own name leads to this machine, so both are checked. Nor may it
+make the server work: browsers say that a request is of another site.
 """
 
 import hmac
 import logging
 import os
+from collections.abc import Mapping
+from functools import lru_cache
 from ipaddress import ip_address
 from time import perf_counter
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m2rec.errors import UserError
@@ -25,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "M2REC_TOKEN"
 MIN_TOKEN_LENGTH = 16
-OPEN_ROUTES = ("/", "/healthz")
-"""Asked for without a token."""
+OPEN_ROUTES = ("/", "/docs", "/openapi.json", "/healthz")
+"""Answered without a token, and to links of other sites: they hold nothing of the run."""
 MAX_QUERY_BYTES = 32 * 2**10
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
 _HEADERS = [
@@ -69,6 +71,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+@lru_cache(64)
 def names_loopback(host_header: str) -> bool:
     """Whether a Host header such as `localhost:8000` or `[::1]` names the machine itself."""
     try:
@@ -125,7 +128,7 @@ class Guard:
 
     def _find_refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Status and message for a request that must not reach a route."""
-        headers, path = Headers(scope=scope), scope["path"]
+        headers, path = _read_headers(scope), scope["path"]
         if len(scope["query_string"]) > MAX_QUERY_BYTES:
             return 414, f"query: {len(scope['query_string']):,} bytes; send at most {MAX_QUERY_BYTES:,}"
         length = headers.get("content-length", "0")
@@ -141,11 +144,13 @@ class Guard:
         if self.token:
             return None if path in OPEN_ROUTES else self._check_token(headers)
         host = headers.get("host", "")
-        if path != "/healthz" and not names_loopback(host):
+        if path != "/healthz" and (len(host) > 300 or not names_loopback(host)):
             return 403, f"Host: {host[:60]!r} is not this machine's own name; use 127.0.0.1 or localhost"
+        if path not in OPEN_ROUTES and headers.get("sec-fetch-site", "").lower() == "cross-site":
+            return 403, "Sec-Fetch-Site: a page of another site asks; type this address into the browser"
         return None
 
-    def _check_token(self, headers: Headers) -> tuple[int, str] | None:
+    def _check_token(self, headers: Mapping[str, str]) -> tuple[int, str] | None:
         kind, _, given = headers.get("authorization", "").partition(" ")
         # headers are latin-1
         if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self.token):
@@ -153,7 +158,13 @@ class Guard:
         return 401, f"Authorization: send 'Bearer TOKEN' with the token of the server's {TOKEN_VARIABLE}"
 
 
-def _has_json(headers: Headers) -> bool:
+def _read_headers(scope: Scope) -> Mapping[str, str]:
+    """Headers by lower-case name; of several the first."""
+    pairs = reversed(scope["headers"])
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
+
+
+def _has_json(headers: Mapping[str, str]) -> bool:
     return headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 

@@ -3,18 +3,19 @@
 import asyncio
 import copy
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from m2rec.errors import UserError
-from m2rec.serving.dialogue import TitleSearch
 from m2rec.serving.http.batching import Batcher
 from m2rec.serving.http.errors import RequestError
-from m2rec.serving.http.jobs import Call, Job, Worker
+from m2rec.serving.http.jobs import NO_EVENTS, Call, Job, RankHistory, RankUser, Worker
 from m2rec.serving.http.metrics import Metrics
 from m2rec.serving.http.new_items import (
     MAX_ADDED,
@@ -27,11 +28,16 @@ from m2rec.serving.http.new_items import (
 from m2rec.serving.http.schemas import NewItem
 from m2rec.serving.http.store import Store, StoredItem
 from m2rec.serving.http.users import LiveUsers
+from m2rec.serving.hub_name import is_hub_name
+from m2rec.serving.ranker import Ranking
+from m2rec.serving.reasons import ExplainedItem
 from m2rec.serving.recommender import Recommender
 
 logger = logging.getLogger(__name__)
 
 MAX_LOOKUPS = 64
+MAX_CHANGES = 8
+"""Requests of new items that wait; each may hold a large body."""
 _Result = TypeVar("_Result")
 
 
@@ -39,8 +45,8 @@ _Result = TypeVar("_Result")
 class ServiceOptions:
     """What is served, and how."""
 
-    run: Path
-    """The run folder; a reload reads it again, so it may be a link that has changed."""
+    run: Path | str
+    """The run folder, or a name on the hub; a reload reads it again, so it may be a link that has changed."""
     state: Path | None = None
     """The file of users and added items; None for memory."""
     text_encoder: str = ""
@@ -66,7 +72,7 @@ class Service:
     def __init__(self, options: ServiceOptions) -> None:
         self.options = options
         self.metrics = Metrics()
-        self.recommender = Recommender.load(options.run, options.device, precision=options.precision)
+        self.recommender = self._load_run()
         encoder = open_text_encoder(options.text_encoder, self.recommender) if options.text_encoder else None
         self.text_encoder = encoder
         self._store = Store(options.state)
@@ -79,7 +85,7 @@ class Service:
         self._n_lookups = 0
         self._changes = ThreadPoolExecutor(1, "changes")
         self._change_lock = asyncio.Lock()
-        self._search: tuple[object, TitleSearch] | None = None
+        self._n_changes = 0
         self.metrics.gauges |= {
             "m2rec_items": ("Items that can be ranked.", lambda: len(self.recommender.tokens) - 1),
             "m2rec_added_items": ("Items that were added since training.", lambda: self.n_added),
@@ -109,45 +115,67 @@ class Service:
         finally:
             self._n_lookups -= 1
 
+    async def explain_ranking(self, job: RankHistory | RankUser) -> list[ExplainedItem]:
+        """As `submit`, with the reasons beside each item; they are found beside the rankings.
+
+        Raises:
+            ValueError: see `look_up` and `submit`.
+        """
+        if isinstance(job, RankHistory):
+            return await self.look_up(
+                lambda model: model.recommend(job.history, job.k, *job.options, explain=True)
+            )
+
+        def rank(model: Recommender) -> tuple[Recommender, list[str], Ranking | None]:
+            history = self._users.read_history(job.user)
+            return model, history, self._users.rank(model, [job.user], job.k, *job.options)[0]
+
+        model, history, ranking = await self.submit(Call(rank))
+        if ranking is None:
+            raise RequestError(404, NO_EVENTS)
+        return await self.look_up(lambda _: model.explain_ranking(history, ranking))
+
     async def read_history(self, user: str) -> list[str]:
-        """The known items of a user, oldest first.
+        """The items of a user, oldest first; the model of the moment may lack some.
 
         Raises:
             ValueError: there is no such user.
         """
-        history: list[str] = await self.submit(Call(lambda: self._users.read_history(user)))
+        history: list[str] = await self.submit(Call(lambda _: self._users.read_history(user)))
         if not history:
-            raise RequestError(404, "user: has no events; send one by POST /events, or give a history")
-        known = self.recommender.model.ids
-        return [item for item in history if item in known]
+            raise RequestError(404, NO_EVENTS)
+        return history
 
     async def delete_user(self, user: str) -> int:
         """Forget a user; returns how many events there were."""
-        deleted: int = await self.submit(Call(lambda: self._users.delete(user)))
+        deleted: int = await self.submit(Call(lambda _: self._users.delete(user)))
         return deleted
-
-    def find_titles(self, recommender: Recommender, text: str) -> list[tuple[str, str]]:
-        """Tokens and titles that fit a text; in the thread of `look_up`."""
-        model = recommender.model
-        if self._search is None or self._search[0] is not model:
-            self._search = (model, TitleSearch(model.tokens[1:], model.titles))
-        search = self._search[1]
-        return [(token, search.names[token]) for token in search.find(text)]
 
     async def add_items(self, new: Sequence[NewItem]) -> None:
         """Take in new items, all or none; they are stored when this returns.
 
         Raises:
-            ValueError: an item is known, a duplicate or without a usable vector; or there are too many.
+            ValueError: an item is known, a duplicate or without a usable vector; or there are too many,
+                or too many requests wait.
         """
-        async with self._change_lock:
-            if self.n_added + len(new) > MAX_ADDED:
-                message = f"items: the server takes {MAX_ADDED:,} new ones at most; train with them"
-                raise RequestError(409, message)
-            stored, longer = await self._change(self._extend_copy, new)
-            await self.submit(Call(lambda: self._store.add_items(stored)))
-            self.recommender.take_over(longer)  # once they are stored
-            self.n_added += len(stored)
+        if self._n_changes >= MAX_CHANGES:
+            message = f"items: {MAX_CHANGES} requests wait already; send this one again later"
+            raise RequestError(503, message)
+        self._n_changes += 1
+        try:
+            async with self._change_lock:
+                await self._add_items(new)
+        finally:
+            self._n_changes -= 1
+
+    async def _add_items(self, new: Sequence[NewItem]) -> None:
+        if self.n_added + len(new) > MAX_ADDED:
+            message = f"items: the server takes {MAX_ADDED:,} new ones at most; train with them"
+            raise RequestError(409, message)
+        stored, longer = await self._change(self._extend_copy, new)
+        await self.submit(Call(lambda _: self._store.add_items(stored)))
+        self.recommender.take_over(longer)  # once they are stored
+        self.n_added += len(stored)
 
     def _extend_copy(self, new: Sequence[NewItem]) -> tuple[list[StoredItem], Recommender]:
         """The items, and a copy of the recommender that has them and ranks."""
@@ -165,7 +193,7 @@ class Service:
         """
         async with self._change_lock:
             try:
-                stored = await self.submit(Call(self._store.read_items))
+                stored = await self.submit(Call(lambda _: self._store.read_items()))
                 recommender, n_added = await self._change(self._load_again, stored)
             except Exception as error:
                 self.metrics.reloads["failed"] += 1
@@ -177,11 +205,18 @@ class Service:
                 raise
             self.recommender, self.n_added, self.loaded_at = recommender, n_added, datetime.now(UTC)
             self.metrics.reloads["done"] += 1
+            with suppress(RequestError):  # those who wait do the same
+                await self.submit(Call(lambda model: None))  # the users leave the old model
             logger.warning("reloaded %s: %s items", self.options.run, f"{len(recommender.tokens) - 1:,}")
 
+    def _load_run(self) -> Recommender:
+        """The model of the run folder; a link is followed once, as it may change while files are read."""
+        options, run = self.options, self.options.run
+        folder = run if is_hub_name(run) else Path(os.path.realpath(run))
+        return Recommender.load(folder, options.device, precision=options.precision)
+
     def _load_again(self, stored: Sequence[StoredItem]) -> tuple[Recommender, int]:
-        options = self.options
-        recommender = Recommender.load(options.run, options.device, precision=options.precision)
+        recommender = self._load_run()
         if self.text_encoder is not None:
             check_text_encoder(self.text_encoder, recommender)
         return recommender, prepare_recommender(recommender, stored)

@@ -15,10 +15,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LiveUser:
-    """A user in memory."""
+    """A user's state by the model of the moment."""
 
-    recommender: Recommender
-    """That the state is of."""
     n_events: int
     """The number of the last event."""
     session: Session | None
@@ -38,31 +36,44 @@ class LiveUsers:
 
     def __init__(self, store: Store, max_users: int) -> None:
         self._store, self._max_users = store, max_users
-        self._users: OrderedDict[str, LiveUser] = OrderedDict()
+        self._recommender: Recommender | None = None
+        """The model that the states are of."""
+        self._is_recurrent = False
+        self._users: OrderedDict[str, LiveUser | None] = OrderedDict()
+        """None for a state that has to be computed again."""
 
     def __len__(self) -> int:
         return len(self._users)
 
+    def switch_model(self, recommender: Recommender) -> None:
+        """Follow the users by this model; states of another one are dropped, and with them that model."""
+        if self._recommender is not recommender:
+            self._recommender, self._is_recurrent = recommender, is_recurrent(recommender)
+            self._users = OrderedDict.fromkeys(self._users)
+
     def add_events(self, recommender: Recommender, events: Sequence[tuple[str, str]]) -> None:
         """Write each user's next item to the store, then advance the states.
+
+        A state that can't be advanced is dropped, and computed again when it is needed.
 
         Args:
             recommender: the model.
             events: users, each a different one, and known item tokens.
 
         Raises:
-            ValueError: the store can't be written; then nothing has changed.
+            ValueError: the store can't be written. After any error nothing has changed.
         """
+        self.switch_model(recommender)
         users = [self._load(recommender, user) for user, _ in events]
         self._store.add_events(
             [Event(name, user.n_events + 1, item) for user, (name, item) in zip(users, events, strict=True)]
         )
         try:
             self._advance(recommender, users, [item for _, item in events])
-        except BaseException:  # the store is right
+        except Exception:  # the store is right
+            logger.exception("states that can't be advanced are computed again")
             for name, _ in events:
-                self._users.pop(name, None)
-            raise
+                self._users[name] = None
         self._evict()
 
     def rank(
@@ -73,15 +84,17 @@ class LiveUsers:
         exclude_seen: bool | None = None,
         candidates: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
+        skip_unknown: bool = False,
     ) -> list[Ranking | None]:
         """The best items for different users, None for one without events; see `Recommender.recommend`.
 
         Raises:
             ValueError: a candidate is unknown.
         """
+        self.switch_model(recommender)
         loaded = [self._load(recommender, name) for name in users]
         known = [user for user in loaded if user.n_events]
-        options = (k, exclude_seen, candidates, exclude)
+        options = (k, exclude_seen, candidates, exclude, skip_unknown)
         sessions = [user.session for user in known if user.session is not None]
         try:
             if sessions:
@@ -111,13 +124,13 @@ class LiveUsers:
         return self._store.read_events(name)[0]
 
     def _load(self, recommender: Recommender, name: str) -> LiveUser:
-        """A user's state of this model, computed from the events if need be."""
+        """A user's state, computed from the events if need be."""
         user = self._users.get(name)
-        if user is None or user.recommender is not recommender:
+        if user is None:
             history, n_events = self._store.read_events(name)
             known = recommender.model.ids
-            user = LiveUser(recommender, n_events, None, [item for item in history if item in known])
-            if is_recurrent(recommender):
+            user = LiveUser(n_events, None, [item for item in history if item in known])
+            if self._is_recurrent:
                 user.session, user.history = recommender.session(user.history), []
             self._users[name] = user
         self._users.move_to_end(name)

@@ -1,0 +1,100 @@
+"""Recommendations as a folder of Parquet parts: processes share them out, and a job that was stopped goes on.
+
+Part n has the rows n * PART_ROWS and following of the input. A part is written whole or not at all.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from m2rec import distributed
+from m2rec.errors import UserError
+from m2rec.nn.encoder import Encoder
+from m2rec.serving.batch_files import list_history_files, write_recommendations
+from m2rec.serving.ranker import Ranking
+from m2rec.storage import lock_path, write_text
+
+PART_ROWS = 100_000
+JOB_FILE = "_job.json"  # readers of Parquet folders leave out names that begin with _
+
+Rows = Iterable[tuple[str, Iterable[str]]]
+"""Users and their item tokens."""
+
+
+def names_folder(output: str | Path) -> bool:
+    """Whether an output is a folder of parts: one that exists, or a name that ends with a slash."""
+    return str(output).endswith("/") or Path(output).is_dir()
+
+
+def write_parts(
+    folder: Path,
+    rows: Rows,
+    rank: Callable[[Rows], Iterable[tuple[str, Ranking]]],
+    job: dict[str, Any],
+) -> int:
+    """Rank the rows of the parts that are missing; under torchrun each process ranks its share of them.
+
+    Args:
+        folder: made if it does not exist.
+        rows: of the whole input.
+        rank: gives the rankings of some rows, in their order.
+        job: what decides the rankings, as JSON.
+
+    Returns:
+        The number of rows in the parts that this process has written.
+
+    Raises:
+        ValueError: the folder has parts of another job.
+    """
+    _begin_job(folder, job)
+    process, n_processes = distributed.read_launch()
+    rest, number, n_written = iter(rows), 0, 0
+    while (first := next(rest, None)) is not None:
+        part = chain([first], islice(rest, PART_ROWS - 1))
+        file = folder / f"part-{number:05d}.parquet"
+        if number % n_processes == process and not file.exists():
+            n_written += write_recommendations(file, rank(part))
+        else:
+            deque(part, maxlen=0)
+        number += 1
+    return n_written
+
+
+def describe_job(encoder: Encoder, source: Path, **options: Any) -> dict[str, Any]:
+    """What decides the rankings: the weights, the file of the histories, and the options."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    files = []
+    for file in list_history_files(source):
+        status = file.stat()
+        files.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+    return {"model": digest.hexdigest(), "histories": files, "part_rows": PART_ROWS, **options}
+
+
+def _begin_job(folder: Path, job: dict[str, Any]) -> None:
+    """Write the job's description, or compare it with that of the parts that are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / JOB_FILE
+    with lock_path(folder):
+        if not file.exists():
+            if any(_list_parts(folder)):
+                raise UserError(f"output: {folder} has parts, but no {JOB_FILE}; name another folder")
+            write_text(file, json.dumps(job, indent=1))
+            return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in job.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"output: {folder} has parts of another job, whose {key} was {before.get(key)!r} and is now "
+                f"{value!r}; remove the folder, or name another one"
+            )
+
+
+def _list_parts(folder: Path) -> Iterator[Path]:
+    return folder.glob("part-*.parquet")

@@ -1,0 +1,198 @@
+"""Interactions from the cache are those that are read and sorted anew, whatever happens to the file."""
+
+import logging
+import multiprocessing
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m2rec.compat import data_preparation
+from m2rec.data.dataset import HistoryDataset
+from m2rec.data.interaction_cache import find_cache_file, read_cache
+from m2rec.training.configuration import RunConfig, build_config
+from m2rec.training.provenance import hash_training_data
+from tests.conftest import random_rows, small, write_inter
+
+
+@pytest.fixture(autouse=True)
+def _keep_small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m2rec.data.interaction_cache.MIN_BYTES", 0)
+
+
+def load(config: RunConfig) -> tuple[HistoryDataset, list[Any]]:
+    dataset = HistoryDataset(config)
+    return dataset, list(data_preparation(config, dataset))
+
+
+def assert_same_data(config: RunConfig, other: RunConfig) -> None:
+    (ours, our_loaders), (expected, expected_loaders) = load(config), load(other)
+    assert (ours.counts, ours.gap_quartiles) == (expected.counts, expected.gap_quartiles)
+    assert (ours.n_tied, ours.ascending_ties) == (expected.n_tied, expected.ascending_ties)
+    assert ours.field2type == expected.field2type and ours.field2seqlen == expected.field2seqlen
+    for column, tokens in expected.field2id_token.items():
+        assert ours.field2id_token[column].tolist() == tokens.tolist()
+        assert ours.field2token_id[column] == expected.field2token_id[column]
+    for our_loader, loader in zip(our_loaders, expected_loaders, strict=True):
+        rows, expected_rows = our_loader.dataset.inter_feat, loader.dataset.inter_feat
+        assert rows.columns == expected_rows.columns
+        for column in rows.columns:
+            assert torch.equal(rows[column], expected_rows[column])
+    assert hash_training_data(ours, our_loaders) == hash_training_data(expected, expected_loaders)
+
+
+def find_files(data_path: Path) -> list[Path]:
+    return sorted((data_path / "toy").glob("toy.cache-*"))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"rows": "prefix", "MAX_ITEM_LIST_LENGTH": 3},
+        {"time_order": "recbole"},
+        {"ties": "shuffled"},
+        {"split": "global_time"},
+        {"user_inter_num_interval": "[4,inf)", "item_inter_num_interval": "[3,inf)", "rm_dup_inter": "last"},
+        {"val_interval": {"timestamp": "[2,inf)"}},
+    ],
+    ids=str,
+)
+def test_a_second_start_has_the_same_data(toy: Path, others: dict[str, Any]):
+    plain = build_config(small(toy, data_cache=False, **others))
+    kept = build_config(small(toy, **others))
+    assert_same_data(kept, plain)
+    (file,) = find_files(toy)
+    before = file.stat().st_mtime_ns
+    assert_same_data(kept, plain)
+    assert [file] == find_files(toy) and file.stat().st_mtime_ns == before
+
+
+def test_columns_beside_items_are_kept(tmp_path: Path):
+    rows = [(*row, f"c{row[2] % 3}", row[2] / 7) for row in random_rows()]
+    header = "user_id:token\titem_id:token\ttimestamp:float\tkind:token\trating:float"
+    write_inter(tmp_path, "toy", rows, header)
+    plain = build_config(small(tmp_path, data_cache=False, load_col={"inter": "*"}))
+    kept = build_config(small(tmp_path, load_col={"inter": "*"}))
+    assert_same_data(kept, plain)
+    assert_same_data(kept, plain)
+    assert len(find_files(tmp_path)) == 1
+
+
+def test_what_was_said_is_said_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = [*random_rows(), ("", "i1", 5), (" blank", "i1", 6)]
+    write_inter(tmp_path, "toy", rows)
+    config = build_config(small(tmp_path))
+    said = []
+    for _ in range(2):
+        caplog.clear()
+        load(config)
+        said.append([record.getMessage() for record in caplog.records if record.levelno == logging.WARNING])
+    assert said[0] == said[1] and "1 of " in said[0][1] and "blanks around" in said[0][0]
+
+
+def test_changed_data_replaces_the_file_and_changed_keys_add_one(toy: Path):
+    config = build_config(small(toy))
+    load(config)
+    (first,) = find_files(toy)
+    load(build_config(small(toy, ties="shuffled")))
+    assert len(find_files(toy)) == 2 and first in find_files(toy)
+    write_inter(toy, "toy", [*random_rows(), ("u1", "i1", 10_000)])
+    assert_same_data(config, build_config(small(toy, data_cache=False)))
+    (second,) = find_files(toy)
+    assert second != first
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "other"])
+def test_a_damaged_file_is_noticed_and_made_again(toy: Path, damage: str, caplog: pytest.LogCaptureFixture):
+    config, plain = build_config(small(toy)), build_config(small(toy, data_cache=False))
+    load(config)
+    (file,) = find_files(toy)
+    content = file.read_bytes()
+    middle = len(content) // 2
+    damaged = {
+        "empty": b"",
+        "cut": content[:middle],
+        "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "other": b"something else" * 10,
+    }
+    file.write_bytes(damaged[damage])
+    assert_same_data(config, plain)
+    assert f"data_cache: {file} is damaged" in caplog.text
+    assert file.read_bytes() == content
+    caplog.clear()
+    assert_same_data(config, plain)
+    assert "damaged" not in caplog.text
+
+
+def test_a_full_disk_costs_the_cache_only(toy: Path, caplog: pytest.LogCaptureFixture):
+    config, plain = build_config(small(toy)), build_config(small(toy, data_cache=False))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit is an OSError
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        load(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "can't be written" in caplog.text and "data_cache: false" in caplog.text
+    assert sorted(path.name for path in (toy / "toy").iterdir()) == ["toy.inter"]
+    assert_same_data(config, plain)
+    assert len(find_files(toy)) == 1
+
+
+def _write_often(data_path: Path) -> None:
+    config = build_config(small(data_path))
+    for _ in range(5):
+        for file in find_files(data_path):
+            file.unlink(missing_ok=True)
+        load(config)
+
+
+def test_processes_may_write_it_at_once(toy: Path):
+    context = multiprocessing.get_context("fork")  # with the small MIN_BYTES
+    processes = [context.Process(target=_write_often, args=(toy,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    (file,) = find_files(toy)
+    assert read_cache(file) is not None
+    assert_same_data(build_config(small(toy)), build_config(small(toy, data_cache=False)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists a process's maps there")
+def test_it_is_mapped_and_not_copied(toy: Path):
+    config = build_config(small(toy))
+    load(config)
+    dataset, _ = load(config)
+    assert dataset.histories is not None
+    address = dataset.histories.items.ctypes.data
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(find_files(toy)[0].name):
+            start, _, end = line.split()[0].partition("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    assert any(start <= address < end for start, end in ranges)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"data_cache": False},
+        {"load_col": {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id"]}},
+    ],
+)
+def test_what_is_not_kept(toy: Path, others: dict[str, Any]):
+    (toy / "toy" / "toy.item").write_text("item_id:token\ni1\n")
+    assert find_cache_file(build_config(small(toy, **others))) is None
+
+
+def test_small_files_are_read_anew(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("m2rec.data.interaction_cache.MIN_BYTES", 1 << 24)
+    load(build_config(small(toy)))
+    assert not find_files(toy)
