@@ -90,9 +90,13 @@ def check_gpus() -> None:
         )
 
 
-def is_restarted() -> bool:
-    """Whether torchrun has started this process again, after one of its processes had ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def find_launch_start() -> float | None:
+    """When this machine's `torchrun` started, in seconds since 1970; None without torchrun.
+
+    It stays while it starts its processes again. It counts these restarts only where its own process ended
+    first: the other machines' start anew with a count of 0.
+    """
+    return _find_torchrun().create_time() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def describe_unsafe_restart() -> str | None:
@@ -110,8 +114,13 @@ def name_launch() -> str | None:
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     if name is None or name not in ("", "none"):
         return name
-    parent = os.getppid()
-    return f"{gethostname()} {parent} {psutil.Process(parent).create_time():.2f}"
+    torchrun = _find_torchrun()
+    return f"{gethostname()} {torchrun.pid} {torchrun.create_time():.2f}"
+
+
+def _find_torchrun() -> psutil.Process:
+    """The process that has started this one."""
+    return psutil.Process(os.getppid())
 
 
 def require_same(value: Hashable, describe_difference: Callable[[int], str]) -> None:

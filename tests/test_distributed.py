@@ -184,12 +184,13 @@ def test_torchrun_goes_on_after_one_process_was_killed(toy: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_run_on_two_machines_goes_on_after_one_process_was_killed(toy: Path, tmp_path: Path):
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_run_on_two_machines_goes_on_after_one_process_was_killed(toy: Path, tmp_path: Path, rank: str):
     """torchrun on both machines starts its process again once both have met again."""
     runs = tmp_path / "runs"
     machines = Machines([long_run(toy, runs, 250)] * 2, [*meet_at_a_port(), "--max-restarts=3"])
     wait_for_checkpoint(runs)
-    machines.find_worker("1").kill()
+    machines.find_worker(rank).kill()
     outcomes = machines.wait()
     err = "".join(text for _, text in outcomes)
     assert [status for status, _ in outcomes] == [0, 0], err
@@ -207,6 +208,7 @@ def test_other_data_on_one_machine_is_one_line_on_each(toy: Path, tmp_path: Path
 
 
 def test_a_restart_finds_its_own_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert find_interrupted_run(tmp_path) is None  # without torchrun
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     for name, launch, files in (
         ("other", "another job", ("checkpoint.safetensors",)),
@@ -218,13 +220,13 @@ def test_a_restart_finds_its_own_run_only(tmp_path: Path, monkeypatch: pytest.Mo
         folder.mkdir()
         for file, content in {"launch.txt": launch, **dict.fromkeys(files, "")}.items():
             (folder / file).write_text(content)
-    assert find_interrupted_run(tmp_path) is None  # the first start
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert find_interrupted_run(tmp_path) == tmp_path / "ours"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # then it is the process that started this one
     assert find_interrupted_run(tmp_path) is None
     (tmp_path / "other" / "launch.txt").write_text(distributed.name_launch() or "")
     assert find_interrupted_run(tmp_path) == tmp_path / "other"
+    os.utime(tmp_path / "other" / "launch.txt", (0, 0))  # the id of an earlier command
+    assert find_interrupted_run(tmp_path) is None
 
 
 def test_a_restart_that_may_hang_is_said(monkeypatch: pytest.MonkeyPatch):

@@ -32,7 +32,8 @@ def assert_same_data(config: RunConfig, other: RunConfig) -> None:
     (ours, our_loaders), (expected, expected_loaders) = load(config), load(other)
     assert (ours.counts, ours.gap_quartiles) == (expected.counts, expected.gap_quartiles)
     assert (ours.n_tied, ours.ascending_ties) == (expected.n_tied, expected.ascending_ties)
-    assert ours.field2type == expected.field2type and ours.field2seqlen == expected.field2seqlen
+    for name in ("field2type", "field2source", "field2seqlen"):
+        assert getattr(ours, name) == getattr(expected, name)
     for column, tokens in expected.field2id_token.items():
         assert ours.field2id_token[column].tolist() == tokens.tolist()
         assert ours.field2token_id[column] == expected.field2token_id[column]
@@ -58,6 +59,7 @@ def find_files(data_path: Path) -> list[Path]:
         {"split": "global_time"},
         {"user_inter_num_interval": "[4,inf)", "item_inter_num_interval": "[3,inf)", "rm_dup_inter": "last"},
         {"val_interval": {"timestamp": "[2,inf)"}},
+        {"normalize_field": ["timestamp"]},
     ],
     ids=str,
 )
@@ -82,6 +84,33 @@ def test_columns_beside_items_are_kept(tmp_path: Path):
     assert len(find_files(tmp_path)) == 1
 
 
+def test_a_label_from_a_threshold_is_a_number(tmp_path: Path):
+    rows = [(*row, i % 5) for i, row in enumerate(random_rows())]
+    header = "user_id:token\titem_id:token\ttimestamp:float\trating:float"
+    write_inter(tmp_path, "toy", rows, header)
+    config = build_config(small(tmp_path, load_col={"inter": "*"}, threshold={"rating": 3}))
+    for _ in range(2):
+        rows = load(config)[1][0].dataset.inter_feat
+        assert rows["label"].dtype == rows["label_list"].dtype == torch.float32
+
+
+def test_gaps_are_those_of_the_file(toy: Path):
+    plain = HistoryDataset(build_config(small(toy)))
+    plain.build()
+    changed = HistoryDataset(build_config(small(toy, normalize_field=["timestamp"])))
+    changed.build()
+    assert plain.gap_quartiles is not None and plain.gap_quartiles == changed.gap_quartiles
+
+
+def test_too_short_histories_are_a_mistake_with_the_file_of_another_split(tmp_path: Path):
+    rows = [(f"u{u}", f"i{(u + j) % 7}", 100 * j + u) for u in range(40) for j in range(2)]
+    write_inter(tmp_path, "toy", rows)
+    load(build_config(small(tmp_path, split="global_time")))
+    assert len(find_files(tmp_path)) == 1
+    with pytest.raises(ValueError, match=r"no user in 'toy' has three interactions \(the most is 2; 40 "):
+        load(build_config(small(tmp_path)))
+
+
 def test_what_was_said_is_said_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     rows = [*random_rows(), ("", "i1", 5), (" blank", "i1", 6)]
     write_inter(tmp_path, "toy", rows)
@@ -104,6 +133,14 @@ def test_changed_data_replaces_the_file_and_changed_keys_add_one(toy: Path):
     assert_same_data(config, build_config(small(toy, data_cache=False)))
     (second,) = find_files(toy)
     assert second != first
+
+
+def test_the_file_of_earlier_data_is_removed_whatever_the_name(tmp_path: Path):
+    config = build_config(small(tmp_path, "to[y]"))
+    for n_users in (30, 31):
+        write_inter(tmp_path, "to[y]", random_rows(n_users))
+        load(config)
+    assert len([path for path in (tmp_path / "to[y]").iterdir() if path.suffix == ".arrow"]) == 1
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "other"])

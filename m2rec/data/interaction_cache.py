@@ -9,8 +9,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -111,16 +112,18 @@ def write_cache(path: Path, prepared: PreparedInteractions) -> None:
     try:
         write_atomically(path, lambda file: _write_table(file, _build_table(prepared)))
         logger.info("data_cache: the interactions are kept in %s", path)
-        content = path.name.rpartition("-")[0]
-        for other in path.parent.glob(f"{content.rpartition('-')[0]}-*.arrow"):
-            if not other.name.startswith(content):
-                other.unlink(missing_ok=True)
     except OSError as error:
         logger.warning(
             "data_cache: %s can't be written (%s); the next run reads the data again; to keep still about "
             "it set data_cache: false",
             path, format_one_line(error),
         )  # fmt: skip
+        return
+    content = path.name.rpartition("-")[0]
+    for other in path.parent.glob(f"{escape(content.rpartition('-')[0])}-*.arrow"):
+        if not other.name.startswith(content):
+            with suppress(OSError):  # on Windows, where another process has it mapped
+                other.unlink()
 
 
 def _build_table(prepared: PreparedInteractions) -> pa.Table:

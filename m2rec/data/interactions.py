@@ -95,12 +95,15 @@ class InteractionDataset(SequentialDataset):
         self.user_feat = self.item_feat = None
         self.counts, self.gap_quartiles = prepared.counts, prepared.gap_quartiles
         self._register_columns(prepared.types, list(prepared.types))
+        self.field2source[self.uid_field] = FeatureSource.USER_ID
+        self.field2source[self.iid_field] = FeatureSource.ITEM_ID
         self.inter_feat = pd.DataFrame(prepared.columns, copy=False)
         for column, tokens in prepared.tokens.items():
             self._set_tokens(column, tokens)
         self._init_alias()
         self.feat_name_list = self._build_feat_name_list()
         self._is_sorted = True
+        self._check_longest(int(np.bincount(prepared.columns[self.uid_field]).max()))
 
     def _keep(self) -> None:
         """Write the sorted interactions to the cache."""
@@ -243,18 +246,21 @@ class InteractionDataset(SequentialDataset):
         Args:
             before: users, items and interactions before filtering.
         """
-        name, after = self.dataset_name, _format_counts(self.counts)
         if not self.counts["interactions"]:
             raise UserError(
-                f"dataset: nothing of {name!r} is left after filtering "
-                f"({_format_counts(before)} before, {after} after); "
+                f"dataset: nothing of {self.dataset_name!r} is left after filtering "
+                f"({_format_counts(before)} before, {_format_counts(self.counts)} after); "
                 f"loosen user_inter_num_interval, item_inter_num_interval or val_interval"
             )
-        longest = int(count_codes(self.inter_feat[self.uid_field]).max())
+        self._check_longest(int(count_codes(self.inter_feat[self.uid_field]).max()))
+
+    def _check_longest(self, longest: int) -> None:
+        """Check that leave-one-out has a user with enough interactions, of whom the most have `longest`."""
         if longest < 3 and self.split == "leave_one_out":
             raise UserError(
-                f"dataset: no user in {name!r} has three interactions (the most is {longest}; {after}); "
-                f"leave-one-out needs three: history, training target, test target"
+                f"dataset: no user in {self.dataset_name!r} has three interactions (the most is {longest}; "
+                f"{_format_counts(self.counts)}); leave-one-out needs three: history, training target, test "
+                f"target"
             )
 
     def _filter_nan_user_or_item(self) -> None:
@@ -315,6 +321,17 @@ class InteractionDataset(SequentialDataset):
                 return
         super()._remap(remap_list)
 
+    def _normalize(self) -> None:
+        """RecBole's; the gaps are those of the file, so they are measured before it changes the times."""
+        normalizes = self.config["normalize_field"] or self.config["normalize_all"]
+        if normalizes and self.benchmark_filename_list is None:
+            self._measure_gaps()
+        super()._normalize()
+
+    def _measure_gaps(self) -> None:
+        users = self.inter_feat[self.uid_field].to_numpy()
+        self.gap_quartiles = measure_gap_quartiles(users, self.inter_feat[self.time_field].to_numpy())
+
     def _set_tokens(self, column: str, tokens: np.ndarray) -> None:
         """Tell RecBole the tokens of a column by id, padding's first."""
         self.field2id_token[column] = tokens
@@ -332,8 +349,8 @@ class InteractionDataset(SequentialDataset):
             self.inter_feat = reorder_rows(self.inter_feat, order)
             times = times[order]
             del order
-        users = self.inter_feat[self.uid_field].to_numpy()
-        self.gap_quartiles = measure_gap_quartiles(users, self.inter_feat[self.time_field].to_numpy())
+        if self.gap_quartiles is None:
+            self._measure_gaps()
         self._keep()
         return times
 
@@ -355,7 +372,10 @@ class InteractionDataset(SequentialDataset):
 
     def _dataframe_to_interaction(self, data: pd.DataFrame) -> Interaction:
         """RecBole's, but ids are not copied, so that processes share those of a cache."""
-        others = [name for name in data if data[name].dtype != np.int64]
+        others = []
+        for name in data:
+            if self.field2type[name] != FeatureType.TOKEN or data[name].dtype != np.int64:
+                others.append(name)
         converted = super()._dataframe_to_interaction(data[others])
         columns = {}
         for name in data:

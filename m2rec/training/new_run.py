@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -76,13 +76,20 @@ def find_interrupted_run(runs: Path) -> Path | None:
     Args:
         runs: the folder of the runs, which all machines share.
     """
-    if not distributed.is_restarted():
+    start, name = distributed.find_launch_start(), distributed.name_launch()
+    if start is None:
         return None
-    for file in sorted(runs.glob("*/launch.txt"), key=lambda path: path.stat().st_mtime, reverse=True):
-        files = RunFolder(file.parent)
-        is_ours = file.read_text(encoding="utf-8") == distributed.name_launch()
-        if is_ours and files.checkpoint_file.is_file() and not files.is_finished:
-            return files.path
+    begun: list[tuple[float, Path]] = []
+    for file in runs.glob("*/launch.txt"):
+        with suppress(FileNotFoundError):  # the end of a run removes it
+            written = file.stat().st_mtime
+            # an earlier command may have had the same rendezvous id
+            if written >= start and file.read_text(encoding="utf-8") == name:
+                begun.append((written, file.parent))
+    for _, folder in sorted(begun, reverse=True):
+        files = RunFolder(folder)
+        if files.checkpoint_file.is_file() and not files.is_finished:
+            return folder
     return None
 
 

@@ -473,8 +473,8 @@ def run_experiment(config: Config, folder: Path | None = None, comment: str = ""
             distributed.require_same(
                 folder and str(folder),
                 lambda rank: (
-                    f"resume: process {rank} does not find the run {folder}; let all machines share the "
-                    f"folder that runs_dir names, or start a new run"
+                    f"resume: process {rank} does not find the same run as the main process; let all "
+                    f"machines share the folder that runs_dir names, or start a new run"
                 ),
             )
             if folder is not None:
@@ -486,9 +486,7 @@ def run_experiment(config: Config, folder: Path | None = None, comment: str = ""
                 update_eval_batch_size(prepared.trainer.files, config["eval_batch_size"])
             return _train_and_evaluate(prepared)
         except Exception as error:
-            if (
-                distributed.local_rank()
-            ):  # 0 prints its own line, which may say only that this process is gone
+            if distributed.local_rank():  # a line of 0's may say only that this process is gone
                 logger.error("process %s: %s", distributed.process_rank(), error)
             raise
 
