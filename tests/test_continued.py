@@ -10,17 +10,21 @@ import numpy as np
 import pytest
 import torch
 
+from m2rec.compat import init_seed
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.extent import TrainingExtent, count_trained_targets, find_new_rows
+from m2rec.models.m2rec import M2Rec
 from m2rec.run_folder import RunFolder
 from m2rec.serving.recommender import Recommender
+from m2rec.settings import RunSettings
 from m2rec.text import vector_file
 from m2rec.text.continued import continue_text_vectors
 from m2rec.text.vector_file import load_item_vectors
 from m2rec.training.configuration import build_config
-from m2rec.training.continued_run import average_neighbors, build_run_config
+from m2rec.training.continued_run import average_neighbors, build_run_config, scale_to_data
 from m2rec.training.replay import ReplayLoader
 from m2rec.training.run import PreparedRun, load_data, prepare_run, run_experiment
+from m2rec.training.settling import resolve_scale_free_keys
 from tests.conftest import as_arguments, small, write_inter
 from tests.test_checkpoint import outcome, stopped_in_an_epoch
 
@@ -112,6 +116,13 @@ def test_users_that_training_did_not_have():
     ]
 
 
+def seed_again(prepared: PreparedRun) -> HistoryDataset:
+    """The training part; PyTorch then draws what it drew for the model of this run."""
+    init_seed(prepared.config["seed"], prepared.config["reproducibility"])
+    part: HistoryDataset = prepared.loaders.train.dataset
+    return part
+
+
 def test_a_run_begins_with_what_the_other_had(shop: Path):
     run = train(shop, average_epochs=0.5)
     old, _ = RunFolder(run).read_weights()
@@ -126,8 +137,13 @@ def test_a_run_begins_with_what_the_other_had(shop: Path):
     assert any(tokens.index(token) != old_tokens.index(token) for token in kept)
     for token in kept:
         assert torch.equal(table[tokens.index(token)], old_table[old_tokens.index(token)])
+    facts = prepared.continued.facts if prepared.continued else {}
+    kept_share = facts["rows_old"] / (facts["rows_old"] + facts["rows_new"])
+    assert 0.1 < kept_share < 0.9
+    fresh = M2Rec(prepared.config, seed_again(prepared)).state_dict()
     for name in state.keys() - {"encoder.id_embedding.weight"}:
-        assert torch.equal(state[name], old[name]), name
+        share = kept_share if name.startswith("encoder.layers.") else 1.0
+        assert torch.allclose(state[name], share * old[name] + (1 - share) * fresh[name], atol=1e-6), name
     new = [i for i, token in enumerate(tokens) if i and token not in kept]
     assert table[new].any(1).all() and table[new].norm(dim=1).max() <= table[1:].norm(dim=1).max()
     assert not table[0].any() and prepared.trainer.model.encoder.neighbors is None
@@ -236,14 +252,14 @@ def test_a_whole_run(command: Command, shop: Path, write_vectors: Callable[..., 
     assert set(recommender.tokens[1:]) == {str(item) for _, item, _ in make_rows(9)}
     append(shop)
     again = run_experiment(build_run_config({"continue_from": str(folder)}))
-    assert again.metrics["continued_from"]["run"] == str(folder) and again.metrics["epochs"] == 6
+    assert again.metrics["continued_from"]["run"] == str(folder) and again.metrics["epochs"] == 8
     assert "continued_from" not in json.loads(before["metrics.json"])
 
 
 def test_stopped_and_resumed(shop: Path, command: Command, monkeypatch: pytest.MonkeyPatch):
     run = train(shop)
     append(shop)
-    keys = {"continue_from": str(run), "replay_share": 0.5, "epochs": 3}
+    keys = {"continue_from": str(run), "replay_share": 0.5, "epochs": 3, "train_batch_size": 4}
     whole = run_experiment(build_run_config(keys))
     facts = whole.metrics["continued_from"]
     n_steps = -(-(facts["rows_new"] + facts["rows_replayed"]) // 4)
@@ -261,10 +277,28 @@ def test_stopped_and_resumed(shop: Path, command: Command, monkeypatch: pytest.M
 def test_keys_of_the_old_run_hold_unless_the_user_sets_them(shop: Path):
     run = train(shop, learning_rate=0.007, weight_decay=0.5, learner="adamw", seed=5)
     config = build_run_config({"continue_from": str(run), "decay_per_epoch": 0.1})
+    assert config["weight_decay"] == RunSettings().weight_decay and config["targets_per_step"] > 0
     assert config["learning_rate"] == 0.007 and config["seed"] == 5 and config["hidden_size"] == 16
-    assert config["epochs"] == 6 and config["decay_per_epoch"] == 0.1 and not config.open_keys
+    assert config["epochs"] == 8 and config["decay_per_epoch"] == 0.1 and not config.open_keys
     assert build_run_config({"continue_from": str(run), "epochs": 9, "hidden_size": 16})["epochs"] == 9
     assert build_run_config({"continue_from": "none", **values(shop)})["epochs"] == 2
+
+
+def test_settings_are_scaled_to_the_data():
+    """For the same data they are the same; for twice as much, a step takes half as much of the weights."""
+    run = {"train_batch_size": 12, "learner": "adamw", "weight_decay": 0.8, "learning_rate": 0.01,
+           "average_epochs": 1.5, "stopping_step": 6}  # fmt: skip
+    scaled = scale_to_data(run, {"train_rows": 100, "train_targets": 500})
+    assert scaled["targets_per_step"] == 60 and scaled["learning_rate"] == 0.01
+    assert not {"train_batch_size", "weight_decay", "average_epochs"} & set(scaled)
+    same = resolve_scale_free_keys(RunSettings.read(scaled), 100, 500)
+    assert {key: pytest.approx(value) for key, value in run.items() if key in same} == same and len(same) == 4
+    twice = resolve_scale_free_keys(RunSettings.read(scaled), 200, 1_000)
+    assert twice["train_batch_size"] == 12 and twice["weight_decay"] == pytest.approx(0.4 * 18 / 17, rel=0.01)
+    assert twice["average_epochs"] == 0.75
+    plain = {**run, "learner": "adam", "average_epochs": 0.0}
+    scaled = scale_to_data(plain, {"train_rows": 100, "train_targets": 500})
+    assert scaled == {**{k: v for k, v in plain.items() if k != "train_batch_size"}, "targets_per_step": 60}
 
 
 def make_unfinished(run: Path) -> None:

@@ -33,11 +33,9 @@ def small_blocks() -> Iterator[None]:
 
 
 ids = st.sampled_from(["u1", "u2", "u3", "007", "7", "é", "A B", "N/A", "x'y"])
-odd_ids = st.sampled_from(
-    [" u1", "u1 ", "\xa0u2", "", " ", "u\x85", "a\x00b", "u\u2028", '"', 'a"b', "\ufeffu1"]
-)
+ODD_IDS = [" u1", "u1 ", "\xa0u2", "", " ", "u\x85", "a\x00b", "u\u2028", '"', 'a"b', "\ufeffu1"]
+ODD_RATINGS = ["good", "1e1", "+2", " 4 ", "nan", "-0", "007", "1e99"]
 ratings = st.sampled_from(["5", "4.0", "1", "0", "", "3.5"])
-odd_ratings = st.sampled_from(["good", "1e1", "+2", " 4 ", "nan", "-0", "007", "1e99"])
 TIMES = {
     "s": st.integers(1_300_000_000, 1_700_000_000).map(str),
     "few": st.integers(0, 12).map(str),
@@ -50,35 +48,37 @@ TIMES = {
     "dates UTC": st.datetimes().map(lambda moment: f"{moment.isoformat(' ')} UTC"),
     "days": st.dates().map(str),
 }
-odd_times = st.sampled_from(
-    ["1e5", "+1", "-5", "007", "NaN", "", "2020-01-01", "0", "1.50", "soon", " 17", "12/31/2014", "9" * 30,
-     "0000-01-01", "2020-02-30", "2020-01-01 24:00:00", "1_000", "٣", "99999999999", "100000000000"]
-)  # fmt: skip
-broken_lines = st.sampled_from(
-    ["", " ", "u1", "u1,i1", "u,i,3,1,x,y", '"u1,i1,3,5,x', 'u"1",i1,3,5,x', "\x00", "u1,i1,3,5\rx",
-     "\t\t\t\t", '"a\nb",i,3,5,x', '"u""1",i1,3,5,x', '"u1","i1","3","5","x"', '"u1" ,i1,3,5,x',
-     '"",i,1,2,3', "u,i,4,5,LATIN-1"]
-)  # fmt: skip
+ODD_TIMES = [
+    "1e5", "+1", "-5", "007", "NaN", "", "2020-01-01", "0", "1.50", "soon", " 17", "12/31/2014", "9" * 30,
+    "0000-01-01", "2020-02-30", "2020-01-01 24:00:00", "1_000", "\u0663", "99999999999", "100000000000",
+]  # fmt: skip
+BROKEN = [
+    "", " ", "u1", "u1,i1", "u,i,3,1,x,y", '"u1,i1,3,5,x', 'u"1",i1,3,5,x', "\x00", "u1,i1,3,5\rx,x",
+    "\t\t\t\t", '"a\nb",i,3,5,x', '"u""1",i1,3,5,x', '"u1","i1","3","5","x"', '"u1" ,i1,3,5,x',
+    '"",i,1,2,3', "u,i,4,5,LATIN-1", "\ufeffu1,i1,3,5,x",
+]  # fmt: skip
 
 
 @st.composite
 def files(draw: st.DrawFn) -> dict[str, Any]:
     """The content of a table and how it is laid out."""
     oddness = draw(st.sampled_from([0, 0, 0.02, 0.2]))
+    missing = draw(st.sampled_from([0, 0, 0.1]))
     separator = draw(st.sampled_from([",", ",", ";", "\t", "|", "::", " "]))
     times = TIMES[draw(st.sampled_from(list(TIMES)))]
     lines = []
     for _ in range(draw(st.integers(0, 60))):
         odd = [draw(st.floats(0, 1)) < oddness for _ in range(5)]
         cells = [
-            draw(odd_ids if odd[0] else ids),
-            draw(odd_ids if odd[1] else ids),
-            draw(odd_ratings if odd[2] else ratings),
-            draw(odd_times if odd[3] else times),
+            draw(st.sampled_from(ODD_IDS) if odd[0] else ids),
+            draw(st.sampled_from(ODD_IDS) if odd[1] else ids),
+            draw(st.sampled_from(ODD_RATINGS) if odd[2] else ratings),
+            draw(st.sampled_from(ODD_TIMES) if odd[3] else times),
             draw(st.sampled_from(["view", "buy", "0", "1", ""])),
         ]
+        cells = ["" if draw(st.floats(0, 1)) < missing else cell for cell in cells]
         line = separator.join(cells)
-        lines.append(draw(broken_lines).replace(",", separator) if odd[4] else line)
+        lines.append(draw(st.sampled_from(BROKEN)).replace(",", separator) if odd[4] else line)
     header = draw(st.booleans())
     if header:
         label = draw(st.sampled_from(["event", "label"]))
@@ -240,3 +240,49 @@ def test_a_full_disk_leaves_no_data_set(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, action)
     assert [found.name for found in tmp_path.iterdir()] == ["clicks.csv"]
+
+
+ODD_LINES = [
+    *[f"{text},i1,3,5,x" for text in ODD_IDS],
+    *[f"u1,i1,{text},5,x" for text in ODD_RATINGS],
+    *[f"u1,i1,3,{text},x" for text in ODD_TIMES],
+    *BROKEN,
+]
+
+
+@pytest.mark.parametrize("line", ODD_LINES)
+def test_one_odd_line(line: str, tmp_path: Path):
+    path = tmp_path / "clicks.csv"
+    good = [f"u{n % 7},i{n % 5},{n % 3},{n},x" for n in range(60)]
+    text = "\n".join(["user,item,rating,time,event", *good[:37], line, *good[37:]])
+    path.write_bytes(text.encode().replace(b"LATIN-1", b"\xff"))
+    assert_same(build_options(path, max_bad=1, rating="rating"))
+
+
+def test_missing_ids_and_times_are_rejected_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The lines around them are columns."""
+    path = tmp_path / "clicks.csv"
+    lines = [f"u{n}, i{n % 3},{n}" for n in range(200)]
+    lines[50], lines[60], lines[70] = ",i1,50", "u1,,60", "u1, i1,"
+    path.write_text("\n".join(["user,item,time", *lines]))
+    monkeypatch.setattr(InteractionParser, "read_rows", None)
+    outcome = prepare(build_options(path, max_bad=0.1))
+    assert [int(line.split("\t")[2]) for line in outcome.lines[1:-1]] == [
+        n for n in range(200) if n not in (50, 60, 70)
+    ]
+    assert "3 of 201 lines are malformed and left out: line 52: 'user' is empty; " in outcome.remarks[0]
+    assert outcome.remarks[0].endswith("line 62: 'item' is empty; line 72: 'time' is empty")
+    assert "blanks around ids were removed: 198, the first from ' i0' in line 2" in outcome.remarks[-1]
+
+
+def test_times_with_many_decimals_are_arranged(tmp_path: Path):
+    path = tmp_path / "clicks.csv"
+    path.write_text("user,item,time\n" + "".join(f"u,i{n},{10**9 - n}.{n:010}\n" for n in range(50)))
+    assert_same(build_options(path, time_unit="ns", by_user=True, relative_times=True, drop_repeats=True))
+
+
+def test_the_first_user_of_a_core_is_the_first_that_is_left(tmp_path: Path):
+    path = tmp_path / "clicks.csv"
+    path.write_text("user,item,time\na,rare,1\nb,x,2\na,x,9\nb,y,4\na,y,5\n")
+    outcome = assert_same(build_options(path, core=2, by_user=True))
+    assert [line.split("\t")[0] for line in outcome.lines[1:-1]] == ["b", "b", "a", "a"]

@@ -61,14 +61,17 @@ OTHERS: list[st.SearchStrategy[Any]] = [
     st.sampled_from([1, "a", None]),
 ]
 GOOD = '{"user":"u1","item":"i","time":1}'
-broken_lines = st.sampled_from(
-    ["", " ", "{", "[1]", "5", "{}", "\ufeff{}", "\x00", "{'user':'u1'}", '{"a":{"b":1,"b":2}}',
-     f"{GOOD} {GOOD}", f" {GOOD}", '{"user":"u1",', '"item":"i","time":1}', GOOD.replace("u1", "LATIN-1"),
-     GOOD.replace("}", ',"user":"u2"}'), GOOD.replace("}", ",}"), GOOD.replace('"user', '"\\u0075ser'),
-     GOOD.replace("u1", "\\ud83d"), GOOD.replace("1}", "01}"), GOOD.replace("1}", "1e400}"),
-     GOOD.replace("}", ',"x":Inf}'), GOOD.replace("}", ',"x":-NaN}'), GOOD.replace("}", ',"x":-Infinity}'),
-     GOOD.replace("}", ',"x":' + "[" * 5000 + "]" * 5000 + "}")]
-)  # fmt: skip
+BROKEN = [
+    "", " ", "{", "[1]", "5", "{}", "\ufeff{}", "\x00", "{'user':'u1'}", '{"a":{"b":1,"b":2}}',
+    f"{GOOD} {GOOD}", f" {GOOD}", '{"user":"u1",', '"item":"i","time":1}', GOOD.replace("u1", "LATIN-1"),
+    GOOD.replace("}", ',"user":"u2"}'), GOOD.replace("}", ",}"), GOOD.replace('"user', '"\\u0075ser'),
+    GOOD.replace("u1", "\\ud83d"), GOOD.replace("1}", "01}"), GOOD.replace("1}", "1e400}"),
+    GOOD.replace("}", ',"x":Inf}'), GOOD.replace("}", ',"x": -NaN}'), GOOD.replace("}", ',"x":-Infinity}'),
+    GOOD.replace("}", ',"x":' + "[" * 5000 + "]" * 5000 + "}"),
+    f"{GOOD} {GOOD}\n" + GOOD.replace(",", "\n,", 1), GOOD.replace('"u1"', "9007199254740993.0"),
+    GOOD.replace('"u1"', "12345678901234567890"),
+]  # fmt: skip
+broken_lines = st.sampled_from(BROKEN)
 
 
 @st.composite
@@ -151,3 +154,16 @@ def test_most_lines_are_never_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert lines_of_rows == [1]
     assert outcome.lines[1:3] == ["u0\tB0\t\t1000000000", "u1\tB1\t5\t1000000000.001"]
     assert len(outcome.lines) == 202
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_one_odd_line(line: str, tmp_path: Path):
+    path = tmp_path / "clicks.jsonl"
+    good = [json.dumps({"user": f"u{n}", "item": "i", "time": n}) for n in range(30)]
+    text = "\n".join([*good[:14], line, *good[14:]])
+    path.write_bytes(text.encode().replace(b"LATIN-1", b"\xff"))
+    assert_same(
+        PreparationOptions(
+            "jsonl", path, "x", data_path=tmp_path, user="user", item="item", time="time", max_bad=1
+        )
+    )

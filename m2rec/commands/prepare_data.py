@@ -17,10 +17,10 @@ Conditions: --keep 'event=purchase' 'rating>=4' 'type in a,b' keeps the rows tha
 Malformed lines (no user, item or time; broken JSON; too many columns; not UTF-8) are skipped and counted;
 more than --max-bad of all are an error.
 
-Exact duplicates, the same user, item and time, are kept unless --drop-repeats is given: finding them takes
-memory for each interaction, and Amazon's and Steam's times are days, within which a user may come back.
+Exact duplicates, the same user, item and time, are kept unless --drop-repeats is given: Amazon's and Steam's
+times are days, within which a user may come back.
 
---core and --by-user hold all interactions in memory.
+--drop-repeats, --core, --by-user and --relative-times hold all interactions in memory, some 20 bytes each.
 
 A preset makes the data of a table in docs/results.md, and compares counts and checksums with the tables'
 data; the exit status is 1 if something differs. Its raw files are in --raw; --download fetches those that are
@@ -100,7 +100,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("format", nargs="?", default=None, metavar="FORMAT", choices=FORMAT_NAMES, help="one of those below")
-    add("--interactions", type=Path, help="file, for movielens the folder")
+    add("--interactions", type=Path, help="file; for movielens the folder, for parquet a file or a folder")
     add("--items", type=Path, help="file with the items' text")
     add("--dataset", metavar="NAME", help="name to give the data set")
     add("--data-path", "--data_path", type=Path, metavar="DIR", help="default: dataset")
@@ -183,7 +183,7 @@ def describe_formats() -> str:
         **{name: raw_format.about for name, raw_format in FORMATS.items()},
         "csv": "any file with a header or --columns, separated by , or tab or ; or | or --separator;\n"
         f"{'':16}items in csv, parquet or jsonl, by the file's name",
-        "parquet": "any, with pyarrow (pip install pyarrow)",
+        "parquet": "any file, or a folder of parts as Spark writes it",
         "jsonl": "any file with a JSON object in each line, or of one JSON array of objects",
     }
     return "formats:\n" + "\n".join(f"  {name:13} {about}" for name, about in formats.items())

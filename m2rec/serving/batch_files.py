@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,9 @@ from m2rec.data.raw.lines import MAX_LINE_BYTES
 from m2rec.data.raw.parquet import read_parquet_rows
 from m2rec.data.raw.tally import Tally
 from m2rec.errors import UserError
-from m2rec.serving.ranker import Ranking
+from m2rec.serving.arguments import InputWarnings, tokens_to_ids
+from m2rec.serving.ranker import Ranker, Ranking
+from m2rec.serving.ranking_options import RankingOptions
 from m2rec.storage import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -138,3 +141,38 @@ def parse_history(where: str, cell: Any) -> list[str]:
     if not isinstance(tokens, list) or not all(isinstance(token, str | int) for token in tokens):
         raise UserError(f"{where}: {HISTORY_COLUMN} is {str(cell)[:60]!r}, expected a list of tokens")
     return [str(token) for token in tokens]
+
+
+def rank_users(
+    ranker: Ranker,
+    histories: Iterable[tuple[str, Iterable[str]]],
+    options: RankingOptions,
+    skip_unknown: bool,
+    source: str,
+) -> Iterator[tuple[str, Ranking]]:
+    """Users and their rankings; histories are read as they are needed.
+
+    Args:
+        ranker: the model.
+        histories: a user's name and item tokens, oldest first.
+        options: of all rankings.
+        skip_unknown: skip unknown items.
+        source: where the histories come from, for errors.
+
+    Raises:
+        ValueError: an unknown item token.
+    """
+    warnings = InputWarnings(skip_unknown)
+    users: deque[str] = deque()  # read, and not yet ranked
+
+    def read_ids() -> Iterator[list[int]]:
+        for user, history in histories:
+            try:
+                ids = tokens_to_ids(ranker.model.ids, history, warnings)
+            except ValueError as error:
+                raise UserError(f"{source}, user {user!r}: {error}") from None
+            users.append(user)
+            yield ids
+
+    ranked = ranker.rank_in_batches(read_ids(), options, warnings)
+    return ((users.popleft(), items) for items in ranked)

@@ -2,11 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
+from m2rec.run_folder import RunFolder
 from m2rec.serving.explanation import Explanation
 from m2rec.serving.formatting import format_reasons
 from m2rec.serving.ranker import Recommendation
 from m2rec.serving.reasons import ExplainedItem, Reasons
+
+if TYPE_CHECKING:
+    from m2rec.serving.recommender import Recommender
 
 
 class RankedItems(list[Recommendation]):
@@ -68,3 +73,22 @@ def format_html_table(title: str, columns: Sequence[str], rows: Sequence[Sequenc
 def format_html_summary(title: str, facts: Mapping[str, object]) -> str:
     """A table of names and values, with a title."""
     return format_html_table(title, ("", "value"), list(facts.items()))
+
+
+def list_facts(recommender: "Recommender") -> dict[str, object]:
+    """What a notebook says of a model: its size, and its metrics if a run trained it."""
+    model = recommender.model
+    facts: dict[str, object] = {
+        "items": f"{len(model.tokens) - 1:,}",
+        "items with a title": f"{len(model.titles):,}",
+        "items of a history that count": "all" if recommender.whole_history else model.max_length,
+        "branches": ", ".join(model.encoder.branches),
+    }
+    if recommender.histories:
+        facts["users with a known history"] = f"{len(recommender.histories):,}"
+    if recommender.folder is not None:
+        facts["folder"] = recommender.folder
+        if (files := RunFolder(recommender.folder)).is_finished:
+            measured = files.read_metrics()["test_unseen"]
+            facts |= {f"{metric} on test_unseen": f"{value:.4f}" for metric, value in measured.items()}
+    return facts

@@ -7,7 +7,6 @@ B, V    histories, items including padding
 T0      width of the text vectors in their file
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,13 +39,13 @@ from m2rec.serving.notebook import (
     ItemReasons,
     RankedItems,
     format_html_summary,
+    list_facts,
 )
 from m2rec.serving.ranker import Ranker, Ranking, Recommendation, measure_recall
 from m2rec.serving.ranking_options import parse_ranking_options
 from m2rec.serving.reasons import N_REASONS, ExplainedItem, Reasons, explain_ranking, find_reasons
 from m2rec.serving.saved_model import SavedModel
 from m2rec.serving.session import SessionState
-from m2rec.text import vector_file
 
 __all__ = ["ExplainedItem", "Explanation", "Reasons", "Recommendation", "Recommender", "Session"]
 
@@ -110,27 +109,11 @@ class Recommender:
 
     def _repr_html_(self) -> str:
         """A table for a notebook."""
-        return format_html_summary(self._name, self._describe())
+        return format_html_summary(self._name, list_facts(self))
 
     @property
     def _name(self) -> str:
         return f"{self.config['model']} on {self.config['dataset']}"
-
-    def _describe(self) -> dict[str, object]:
-        facts: dict[str, object] = {
-            "items": f"{len(self.tokens) - 1:,}",
-            "items with a title": f"{len(self.model.titles):,}",
-            "items of a history that count": "all" if self.whole_history else self.model.max_length,
-            "branches": ", ".join(self.model.encoder.branches),
-        }
-        if self.histories:
-            facts["users with a known history"] = f"{len(self.histories):,}"
-        if self.folder is not None:
-            facts["folder"] = self.folder
-            if (files := RunFolder(self.folder)).is_finished:
-                measured = files.read_metrics()["test_unseen"]
-                facts |= {f"{metric} on test_unseen": f"{value:.4f}" for metric, value in measured.items()}
-        return facts
 
     @property
     def model(self) -> SavedModel:
@@ -385,22 +368,8 @@ class Recommender:
         source: str,
     ) -> Iterator[tuple[str, Ranking]]:
         """Users and their rankings, as `recommend_users` writes them."""
-        warnings = InputWarnings(skip_unknown)
         options = parse_ranking_options(self.model, k, exclude_seen)
-        known = self.model.ids
-        users: deque[str] = deque()  # read, and not yet ranked
-
-        def read_ids() -> Iterator[list[int]]:
-            for user, history in histories:
-                try:
-                    ids = tokens_to_ids(known, history, warnings)
-                except ValueError as error:
-                    raise UserError(f"{source}, user {user!r}: {error}") from None
-                users.append(user)
-                yield ids
-
-        ranked = self._ranker.rank_in_batches(read_ids(), options, warnings)
-        return ((users.popleft(), items) for items in ranked)
+        return batch_files.rank_users(self._ranker, histories, options, skip_unknown, source)
 
     def scores(self, histories: Iterable[Iterable[str]]) -> Tensor:
         """The score of every item after each history, (B, V); padding's is -inf.
@@ -575,17 +544,9 @@ class Recommender:
         Raises:
             ValueError: the file is unusable, or was not made as the run's; see also `add_items`.
         """
-        path = Path(path)
-        saved_model.require_table_text(self.model)
-        tokens, vectors, made_by = vector_file.read_text_vectors(path)
-        vector_file.check_same_text_encoder(path, made_by, self.text_source)
-        known = set(self.tokens)
-        rows = {}
-        for row, token in enumerate(tokens):
-            if token not in known and vectors[row].any():
-                rows[token] = row
-        self.add_items(rows, vectors[list(rows.values())], titles)
-        return list(rows)
+        tokens, vectors = saved_model.read_new_items(self.model, Path(path))
+        self.add_items(tokens, vectors, titles)
+        return tokens
 
     def use_index(self, probes: int = 0) -> None:
         """Rank by an index from now on, for catalogues so large that scoring all items takes too long.

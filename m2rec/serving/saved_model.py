@@ -29,6 +29,7 @@ from m2rec.nn.live import prepare_encoder
 from m2rec.run_folder import RunFolder
 from m2rec.serving.title_search import TitleSearch
 from m2rec.settings import ModelSettings, RunSettings
+from m2rec.text import vector_file
 
 _ENCODER_PREFIX = "encoder."
 
@@ -197,6 +198,23 @@ def require_table_text(model: SavedModel) -> tuple[Tensor, Tensor, Tensor]:
     if model.encoder.table_text is None:
         raise UserError("add_items: the model has no text in its item table; train with text_in_table: true")
     return vectors, mean, basis
+
+
+def read_new_items(model: SavedModel, path: Path) -> tuple[list[str], Tensor]:
+    """The items of a text-vector file that a model lacks, with a text, and their raw vectors (n, T0).
+
+    Raises:
+        ValueError: the model takes no new items; the file is unusable, or was not made as the model's.
+    """
+    require_table_text(model)
+    tokens, vectors, made_by = vector_file.read_text_vectors(path)
+    vector_file.check_same_text_encoder(path, made_by, model.text_source)
+    known = set(model.tokens)
+    rows = {}
+    for row, token in enumerate(tokens):
+        if token not in known and vectors[row].any():
+            rows[token] = row
+    return list(rows), vectors[list(rows.values())]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ T       width of the text vectors
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from m2rec.data.transitions import count_transitions
 from m2rec.errors import UserError, format_one_line
 from m2rec.models.m2rec import M2Rec
 from m2rec.run_folder import RunFolder
-from m2rec.settings import NO_RUN, SCALE_FREE_KEYS, Role, collect_keys
+from m2rec.settings import NO_RUN, SCALE_FREE_KEYS, Role, RunSettings, collect_keys
 from m2rec.text.continued import continue_text_vectors
 from m2rec.text.vector_file import TextVectors
 from m2rec.training.configuration import RunConfig, build_config, collect_user_values
@@ -33,7 +34,7 @@ from m2rec.training.replay import ReplayLoader
 logger = logging.getLogger(__name__)
 
 KEY = "continue_from"
-EPOCHS = 6
+EPOCHS = 8
 """The default of `epochs` for a run that continues another one."""
 
 # keys of the model that its weights do not depend on
@@ -45,8 +46,10 @@ _FIXED_KEYS = (collect_keys(Role.MODEL) - _FREE_KEYS) | {"MAX_ITEM_LIST_LENGTH"}
 
 _NEIGHBORS = "encoder.neighbors."  # the names of weights that are made anew after training
 _TABLE = "encoder.id_embedding.weight"
+_LAYERS = "encoder.layers."
 _ITEM_BUFFERS = ("encoder.vectors", "text_mean", "text_basis")
 
+_MAX_DECAY = 0.999  # of the weights in an epoch
 _N_NEIGHBORS = 16  # whose mean a new item starts from
 _BLOCK_SCORES = 2**24  # similarities that are held at a time
 
@@ -72,10 +75,34 @@ def build_run_config(given: Mapping[str, Any], default_file: Path | None = None)
     _check_user_values(name, settings, user_values, has_text=bool(files.read_text_source()))
     if not files.read_text_source():
         settings["text_vectors"] = "none"
+    inherited = scale_to_data(settings, files.read_metrics()["data"])
     for scale_free, plain in SCALE_FREE_KEYS.items():
-        if user_values.get(scale_free):
-            settings.pop(plain, None)
-    return build_config({**settings, "epochs": EPOCHS, **user_values, "auto": False})
+        pair = {scale_free, plain}
+        if pair & set(user_values) or (scale_free == "decay_per_epoch" and "learner" in user_values):
+            inherited = {key: value for key, value in inherited.items() if key not in pair}
+    return build_config({**inherited, "epochs": EPOCHS, **user_values, "auto": False})
+
+
+def scale_to_data(settings: Mapping[str, Any], data: Mapping[str, int]) -> dict[str, Any]:
+    """The settings of a run, with scale-free keys in place of the plain ones, so that they fit more data.
+
+    Without it weight decay would be too strong: it is a share for each step, and more data has more steps.
+
+    Args:
+        settings: all keys of a finished run.
+        data: its counts in metrics.json.
+    """
+    run, n_rows, n_targets = RunSettings.read(settings), data["train_rows"], data["train_targets"]
+    left = 1 - run.learning_rate * run.weight_decay  # of the weights, in a step
+    scaled: dict[str, Any] = {
+        "targets_per_step": max(1, round(run.train_batch_size * n_targets / n_rows)),
+        "average_targets": round(run.average_epochs * n_targets),
+    }
+    if run.learner == "adamw" and 0 < left < 1:
+        scaled["decay_per_epoch"] = min(1 - left ** math.ceil(n_rows / run.train_batch_size), _MAX_DECAY)
+    scaled = {key: value for key, value in scaled.items() if value}
+    replaced = {SCALE_FREE_KEYS[key] for key in scaled}
+    return {**{key: value for key, value in settings.items() if key not in replaced}, **scaled}
 
 
 def _find_run(name: Any) -> RunFolder:
@@ -203,13 +230,20 @@ class SourceRun:
 
 
 @torch.no_grad()
-def take_over_weights(model: M2Rec, source: SourceRun, dataset: HistoryDataset) -> dict[str, int]:
+def take_over_weights(
+    model: M2Rec, source: SourceRun, dataset: HistoryDataset, layer_share: float
+) -> dict[str, int]:
     """Give a model the weights of an earlier run; its new items start from their neighbours.
+
+    The layers keep a share of their weights only; the rest is that of a new model. Trained layers go on to
+    a worse end than new ones ("On Warm-Starting Neural Network Training", Ash & Adams 2020), item vectors do
+    not.
 
     Args:
         model: a new one for `dataset`, with its text vectors.
         source: the earlier run.
         dataset: with histories.
+        layer_share: how much the layers keep, from 0 to 1.
 
     Returns:
         How many items are kept, are new, and are gone.
@@ -224,10 +258,14 @@ def take_over_weights(model: M2Rec, source: SourceRun, dataset: HistoryDataset) 
     is_new = torch.ones(len(table), dtype=torch.bool)
     is_new[0] = is_new[there] = False
     table[is_new] = average_neighbors(table.cpu(), is_new, dataset, own.get("encoder.vectors")).to(table)
-    kept = {name: own[name] for name in _ITEM_BUFFERS if name in own}
+    weights = {**source.weights, _TABLE: table}
+    weights |= {name: own[name] for name in _ITEM_BUFFERS if name in own}
     try:
-        model.load_state_dict({**source.weights, **kept, _TABLE: table})
-    except RuntimeError as error:
+        for name, value in own.items():
+            if name.startswith(_LAYERS) and value.is_floating_point():
+                weights[name] = value.lerp(weights[name].to(value), layer_share)
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
         raise UserError(
             f"{KEY}: the weights of {source.name} do not fit the model ({format_one_line(error)}); train anew"
         ) from None
@@ -316,7 +354,8 @@ def continue_training(source: SourceRun, model: M2Rec, dataset: HistoryDataset, 
             f"{KEY}: {source.name} was trained on all training targets of this data; append new interactions "
             f"to the data set first"
         )
-    facts: dict[str, Any] = {"run": source.name, **take_over_weights(model, source, dataset)}
+    items = take_over_weights(model, source, dataset, layer_share=float((~is_new).mean()))
+    facts: dict[str, Any] = {"run": source.name, **items}
     replaying = ReplayLoader(loader, is_new, loader.config["replay_share"])
     facts |= {
         "rows_new": len(replaying.new),

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_all_start_methods, get_context
@@ -106,22 +107,39 @@ def _synchronize_device(device: str) -> None:
         torch.cuda.synchronize()
 
 
+_REPORT_PEAK = """
+import atexit, runpy, sys
+from pathlib import Path
+sys.argv, peak = sys.argv[2:], Path(sys.argv[1])
+sys.path[0] = str(Path(sys.argv[0]).parent)
+atexit.register(lambda: peak.write_text(Path("/proc/self/status").read_text()))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def measure_process(command: list[str], checkout: Path) -> tuple[float, float, float]:
     """Seconds, CPU seconds and peak memory in MiB of a Python script in a new process.
+
+    The process reports its own peak: what the system says of a child counts the parent's memory, too.
 
     Args:
         command: the script and its arguments.
         checkout: of the package that it imports.
     """
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    start = perf_counter()
-    process = subprocess.Popen([sys.executable, *command], env=environment)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**10
+    with tempfile.TemporaryDirectory() as folder:
+        status_file = Path(folder) / "status"
+        start = perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-c", _REPORT_PEAK, str(status_file), *command], env=environment
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
+        peak = _find_status_kib(status_file.read_text(), "VmHWM")
+    return seconds, usage.ru_utime + usage.ru_stime, peak / 2**10
 
 
 def draw_long_tail(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
@@ -169,7 +187,11 @@ def measure_peak_mib(work: Callable[[], object], device: str) -> float:
 
 
 def _read_status_kib(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    return _find_status_kib(Path("/proc/self/status").read_text(), key)
+
+
+def _find_status_kib(status: str, key: str) -> int:
+    for line in status.splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1])
     raise ValueError(f"/proc/self/status has no {key}; peak memory needs Linux")

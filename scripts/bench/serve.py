@@ -56,10 +56,13 @@ class Server(NamedTuple):
     first_ranking_seconds: float
     """From the line that says that it answers to the first ranking."""
 
-    def read_cpu_seconds(self) -> float:
-        """CPU seconds of all its threads so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    def read_cpu_seconds(self) -> np.ndarray:
+        """CPU seconds so far: of all threads, and of the one that reads requests and writes answers."""
+        pid, seconds = self.process.pid, []
+        for path in (f"/proc/{pid}/stat", f"/proc/{pid}/task/{pid}/stat"):
+            fields = Path(path).read_text().rpartition(")")[2].split()
+            seconds.append((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+        return np.array(seconds)
 
 
 def save_untrained_run(folder: Path) -> Path:
@@ -199,7 +202,8 @@ def measure_server(server: Server, kind: str, tokens: list[str], args: argparse.
         "per second": len(latencies) / seconds,
         "median ms": 1e3 * median(latencies),
         "p99 ms": 1e3 * quantiles(latencies, n=100)[-1],
-        "CPU ms per request": 1e3 * cpu / len(latencies),
+        "CPU ms per request": 1e3 * float(cpu[0]) / len(latencies),
+        "of them HTTP": 1e3 * float(cpu[1]) / len(latencies),
     }
 
 

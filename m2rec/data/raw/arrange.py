@@ -165,6 +165,8 @@ def _parse_scaled(texts: pa.StringArray) -> tuple[np.ndarray, int] | None:
     places = int(np.where(point >= 0, lengths - point - 1, 0).max(initial=0))
     if not places and lengths.max(initial=0) <= _INTEGER_DIGITS:
         return np.asarray(texts.cast(pa.int64()).to_numpy()), 0
+    if places > _INTEGER_DIGITS:
+        return None
     try:
         decimals = texts.cast(pa.decimal128(_DECIMAL_DIGITS, places))
     except pa.ArrowInvalid:  # too many digits

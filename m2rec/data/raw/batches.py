@@ -3,7 +3,8 @@
 A batch has the texts that are written. Both ways give the same texts, counts and remarks.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
 
@@ -15,16 +16,17 @@ from m2rec.data.column_names import LABEL_COLUMNS
 from m2rec.data.raw.blocks import Block, TableBlocks
 from m2rec.data.raw.filters import RowCondition
 from m2rec.data.raw.interactions import ColumnNames, InteractionParser, RawInteraction
-from m2rec.data.raw.tally import MalformedRowError
+from m2rec.data.raw.tally import MalformedRowError, RawRow
 from m2rec.data.raw.time_columns import convert_times
 from m2rec.data.raw.times import TimestampReader
 from m2rec.data.raw.values import format_decimal, is_missing, is_zero, parse_id, parse_rating
 
 BATCH_ROWS = 10_000  # of interactions that come from rows
 
-# What Python's str.strip removes and is no control character
+# \pZ is what Python's str.strip removes and is no control character
 _BLANK_AT_EDGE = r"^\pZ|\pZ$"
 _ODD_ID = r"^\pZ*$|[\x00-\x1f\x7f-\x{9f}]"
+_NOT_PLAIN_ID = rf"{_BLANK_AT_EDGE}|{_ODD_ID}"
 
 
 class InteractionBatch(NamedTuple):
@@ -74,27 +76,28 @@ def read_block_batches(parser: InteractionParser, blocks: TableBlocks) -> Iterat
         ValueError: see `InteractionParser.read_rows`.
     """
     odd_until = 0
-    while (block := blocks.peek(is_large=blocks.position >= odd_until)) is not None:
-        batch = _convert_block(parser, block)
-        if batch is not None:
-            blocks.take(block)
-            yield batch
-        elif block.is_large:
-            odd_until = blocks.position + max(block.size, 1)
-        else:
-            yield from build_batches(parser.read_rows(blocks.read_rows(block)))
+    with ThreadPoolExecutor(2) as pool:
+        while (block := blocks.peek(is_large=blocks.position >= odd_until)) is not None:
+            batch = _convert_block(parser, block, pool)
+            if batch is not None:
+                blocks.take(block)
+                yield batch
+            elif block.is_large:
+                odd_until = blocks.position + max(block.size, 1)
+            else:
+                yield from build_batches(parser.read_rows(blocks.read_rows(block)))
 
 
 class _OddColumnError(Exception):
     """A block that is to be read row by row."""
 
 
-def _convert_block(parser: InteractionParser, block: Block) -> InteractionBatch | None:
+def _convert_block(parser: InteractionParser, block: Block, pool: Executor) -> InteractionBatch | None:
     """The interactions of a block; None if it is odd, and the parser has not changed then."""
     if block.columns is None:
         return None
     try:
-        return _BlockConverter(parser, block.columns, block.names, block.n_rows).convert()
+        return _BlockConverter(parser, block.columns, block, pool).convert()
     except (_OddColumnError, MalformedRowError):
         return None
 
@@ -105,21 +108,16 @@ class _BlockConverter:
     Args:
         parser: of the file.
         columns: of the block, (n,) each.
-        names: of all columns of the table.
-        n_rows: n.
+        block: it.
+        pool: converts users and items beside the times.
     """
 
     def __init__(
-        self,
-        parser: InteractionParser,
-        columns: Mapping[str, pa.Array],
-        names: Collection[str],
-        n_rows: int,
+        self, parser: InteractionParser, columns: Mapping[str, pa.Array], block: Block, pool: Executor
     ) -> None:
-        self.parser, self.columns = parser, columns
-        self.names = names
-        """Of all columns."""
-        self.rows = np.arange(n_rows)
+        self.parser, self.columns, self.names, self.submit = parser, columns, block.names, pool.submit
+        self.is_complete = block.is_complete
+        self.rows = np.arange(block.n_rows)
         """Those that are kept, of the block."""
 
     def convert(self) -> InteractionBatch:
@@ -129,16 +127,21 @@ class _BlockConverter:
             _OddColumnError, MalformedRowError: something is.
         """
         removed = self._apply_conditions()
-        parser, columns = self.parser, self.parser.columns
+        rejected = self._leave_out_empty() if self.is_complete else []
+        parser, columns, submit = self.parser, self.parser.columns, self.submit
         if not len(self.rows):
             self._note_removed(removed)
+            self._reject(rejected)
             return build_batch([])
-        users, items = self._convert_ids(columns.user), self._convert_ids(columns.item)
-        ratings = self._convert_ratings(columns.rating)
+        converted = submit(self._convert_ids, columns.user), submit(self._convert_ids, columns.item)
         times, reader = self._convert_times(columns.time)
-        zeros = self._count_zeros()
-        # nothing is odd: from here on the parser changes
+        ratings, zeros = self._convert_ratings(columns.rating), self._count_zeros()
+        users, items = (column.result() for column in converted)
+        if rejected and (users.n_stripped or items.n_stripped) and not parser.ids.n_stripped:
+            raise _OddColumnError  # the first id with blanks may be in a row that is rejected
+        # nothing else is odd: from here on the parser changes
         self._note_removed(removed)
+        self._reject(rejected)
         if reader is None:
             parser.n_ordered += len(self.rows)
         else:
@@ -161,6 +164,35 @@ class _BlockConverter:
                 mask = pa.array(holds)
                 self.columns = {name: column.filter(mask) for name, column in self.columns.items()}
         return removed
+
+    def _leave_out_empty(self) -> list[tuple[int, RawRow]]:
+        """Leave out the rows without a user, item or time, which the parser rejects; returns them by line."""
+        columns = self.parser.columns
+        is_empty = np.zeros(len(self.rows), dtype=bool)
+        for names in filter(None, (columns.user, columns.item, columns.time)):
+            values = self._get_column(names)
+            missing = pc.is_null(values)
+            if pa.types.is_string(values.type):
+                missing = pc.or_(missing, pc.fill_null(pc.equal(pc.binary_length(values), 0), False))
+            is_empty |= missing.to_numpy(zero_copy_only=False)
+        if not is_empty.any():
+            return []
+        places = np.flatnonzero(is_empty)
+        parts = {name: column.take(pa.array(places)).to_pylist() for name, column in self.columns.items()}
+        rows = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        lines = [self._find_line(place) for place in places.tolist()]
+        mask = pa.array(~is_empty)
+        self.rows = self.rows[~is_empty]
+        self.columns = {name: column.filter(mask) for name, column in self.columns.items()}
+        return list(zip(lines, rows, strict=True))
+
+    def _reject(self, rejected: Sequence[tuple[int, RawRow]]) -> None:
+        """Let the parser reject rows."""
+        tally, n_before = self.parser.tally, self.parser.tally.lines
+        for tally.lines, row in rejected:
+            accepted = list(self.parser.parse_rows(iter([(tally.lines, row)])))
+            assert not accepted
+        tally.lines = n_before
 
     def _note_removed(self, removed: Mapping[RowCondition, int]) -> None:
         self.parser.filter.note_names(self.names)
@@ -187,11 +219,11 @@ class _BlockConverter:
             texts = [_read_present_id(value) for value in dictionary.to_pylist()]
             tokens = pa.array(texts, pa.string()).take(codes).dictionary_encode()
             codes, dictionary = tokens.indices, tokens.dictionary
+        if not pc.any(pc.match_substring_regex(dictionary, _NOT_PLAIN_ID)).as_py():
+            return _Ids(pa.DictionaryArray.from_arrays(codes, dictionary))
         if pc.any(pc.match_substring_regex(dictionary, _ODD_ID)).as_py():
             raise _OddColumnError
         has_blanks = pc.match_substring_regex(dictionary, _BLANK_AT_EDGE)
-        if not pc.any(has_blanks).as_py():
-            return _Ids(pa.DictionaryArray.from_arrays(codes, dictionary))
         stripped = pa.array([text.strip() for text in dictionary.to_pylist()], pa.string())
         is_stripped = np.flatnonzero(has_blanks.take(codes).to_numpy(zero_copy_only=False))
         first = int(is_stripped[0])

@@ -23,6 +23,8 @@ class Block(NamedTuple):
     """One for each line."""
     names: Collection[str] = ()
     """Of all columns."""
+    is_complete: bool = False
+    """Whether each row has all columns, though a value may be missing."""
     columns: Mapping[str, pa.Array] | None = None
     """At least those that were asked for, (n_rows,) each; None where only a reader of rows can read them."""
 

@@ -73,6 +73,10 @@ class InteractionParser:
         rows = expand_used_paths(rows, self.columns.used, self.tally)
         if self.columns.keep:
             rows = self.filter.select(rows)
+        yield from self.parse_rows(rows)
+
+    def parse_rows(self, rows: NumberedRows) -> Iterator[RawInteraction]:
+        """The interactions of rows that are kept; malformed rows are counted."""
         yield from parse_records(rows, self._parse, self.tally)
 
     def _parse(self, line: int, row: RawRow) -> RawInteraction:

@@ -145,7 +145,8 @@ class ParquetBlocks:
                 return None
         rows = self._rest if is_large else self._rest.slice(0, SMALL_BLOCK_ROWS)
         names = rows.schema.names
-        return Block(len(rows), is_large, len(rows), names, dict(zip(names, rows.columns, strict=True)))
+        columns = dict(zip(names, rows.columns, strict=True))
+        return Block(len(rows), is_large, len(rows), names, True, columns)
 
     def take(self, block: Block) -> None:
         """Count the rows of a block and go on behind it."""

@@ -78,7 +78,8 @@ class TextBlocks:
         ends = None if is_unknown else _find_plain_lines(data)
         columns = None if ends is None else self._read_columns(data, ends)
         n_rows = len(next(iter(columns.values()))) if columns else 0
-        return Block(size, is_large, n_rows, self._names or list(columns or ()), columns)
+        is_complete = bool(self._names)
+        return Block(size, is_large, n_rows, self._names or list(columns or ()), is_complete, columns)
 
     def take(self, block: Block) -> None:
         """Count the lines of a block and go on behind it."""

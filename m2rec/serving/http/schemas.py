@@ -163,6 +163,7 @@ class Reasons(BaseModel):
     """Why an item has its rank."""
 
     item: str
+    title: str
     influences: list[Influence]
     nearest_by_text: list[TextNeighbor]
 
