@@ -12,6 +12,7 @@ import torch
 from pyarrow import parquet
 
 from m2rec.serving import part_files
+from m2rec.serving.ranking_options import parse_ranking_options
 from m2rec.serving.recommender import Recommender
 from tests.serving import save_model
 from tests.test_session import events, recommender
@@ -102,14 +103,52 @@ def test_parts_of_another_job_are_not_mixed(histories: Path, tmp_path: Path):
     other = recommender()
     with torch.no_grad():
         other.model.encoder.id_embedding.weight[3] += 1
-    with pytest.raises(ValueError, match="another job, whose model was "):
+    with pytest.raises(ValueError, match="another job, whose model is another one"):
         other.recommend_file(histories, folder, 3)
     histories.touch()
-    with pytest.raises(ValueError, match="another job, whose histories was "):
+    with pytest.raises(ValueError, match="another job, whose histories is another one"):
         recommender().recommend_file(histories, folder, 3)
     (Path(folder) / "_job.json").unlink()
     with pytest.raises(ValueError, match=r"has parts, but no _job\.json"):
         recommender().recommend_file(histories, folder, 3)
+
+
+def test_what_decides_the_rankings_besides_options(histories: Path, tmp_path: Path):
+    folder = f"{tmp_path}/out/"
+    ours = recommender()
+    ours.recommend_file(histories, folder, 3)
+    default = parse_ranking_options(ours.model, 3, None).exclude_seen
+    assert ours.recommend_file(histories, folder, 3, exclude_seen=default) == 0
+    with pytest.raises(ValueError, match="whose whole_history was "):
+        Recommender(ours.model, whole_history=not ours.whole_history).recommend_file(histories, folder, 3)
+    with pytest.raises(ValueError, match="whose is_exact was True and is now False"):
+        Recommender(ours.model, ours.whole_history, precision="int8").recommend_file(histories, folder, 3)
+
+
+def test_a_job_without_a_part_may_change(histories: Path, tmp_path: Path):
+    folder = tmp_path / "out"
+    rows = read(histories)
+    rows[0]["history"] = ["nothing"]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), histories)
+    for k in (0, 3):
+        with pytest.raises(ValueError, match=r"k: expected a whole number|unknown item"):
+            recommender().recommend_file(histories, f"{folder}/", k)
+    assert recommender().recommend_file(histories, folder, 3, skip_unknown=True) == N
+
+
+def test_no_histories_are_a_part_without_rows(tmp_path: Path):
+    histories = tmp_path / "in.csv"
+    histories.write_text("user,history\n")
+    assert recommender().recommend_file(histories, f"{tmp_path}/out/", 3) == 0
+    table = parquet.read_table(tmp_path / "out")
+    assert table.num_rows == 0 and table.column_names == ["user", "items", "scores"]
+
+
+def test_a_folder_where_none_can_be(histories: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"in.parquet is a file; name a folder"):
+        recommender().recommend_file(histories, f"{histories}/", 3)
+    with pytest.raises(ValueError, match="is a folder, which needs a file of histories"):
+        recommender().recommend_users([("a", events(2))], f"{tmp_path}/out/", 3)
 
 
 def test_a_mistake_leaves_the_whole_parts_before_it(histories: Path, tmp_path: Path):

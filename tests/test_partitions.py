@@ -35,7 +35,7 @@ def rank_directly(run: str, frame: pd.DataFrame, k: int) -> list[list[str]]:
 
 def test_a_frame_and_an_iterator_of_frames(run: str):
     frame = build_histories(run, 7)
-    frame.index = pd.Index(range(10, 17))
+    frame.index = pd.Index([10, 11, 11, 11, 14, 15, 16])
     expected = rank_directly(run, frame, 3)
     found = recommend_partitions(frame, run, k=3)
     assert list(found) == ["user", "items", "scores"] and found.index.equals(frame.index)
@@ -45,6 +45,17 @@ def test_a_frame_and_an_iterator_of_frames(run: str):
     parts = list(recommend_partitions(iter([frame[:4], frame[4:4], frame[4:]]), run, k=3))
     assert [len(part) for part in parts] == [4, 0, 3]
     pd.testing.assert_frame_equal(pd.concat([parts[0], parts[2]]), found)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), pd.NA], ids=str)
+def test_missing_cells(run: str, missing: Any):
+    """A missing history is an empty one, as in files; a user must not be missing."""
+    frame = build_histories(run, 3)
+    frame["history"] = [frame["history"][0], missing, frame["history"][2]]
+    assert len(recommend_partitions(frame, run)["items"][1]) == 10
+    frame["user"] = ["u0", missing, "u2"]
+    with pytest.raises(ValueError, match="row 1 of a partition: user is empty"):
+        recommend_partitions(frame, run)
 
 
 def test_arrays_as_arrow_gives_them(run: str):

@@ -6,7 +6,7 @@ Part n has the rows n * PART_ROWS and following of the input. A part is written 
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from m2rec.storage import lock_path, write_text
 
 PART_ROWS = 100_000
 JOB_FILE = "_job.json"  # readers of Parquet folders leave out names that begin with _
+
+_LONG_KEYS = ("model", "histories")  # of a job, whose values no message has
 
 Rows = Iterable[tuple[str, Iterable[str]]]
 """Users and their item tokens."""
@@ -55,12 +57,14 @@ def write_parts(
     rest, number, n_written = iter(rows), 0, 0
     while (first := next(rest, None)) is not None:
         part = chain([first], islice(rest, PART_ROWS - 1))
-        file = folder / f"part-{number:05d}.parquet"
+        file = folder / _name_part(number)
         if number % n_processes == process and not file.exists():
             n_written += write_recommendations(file, rank(part))
         else:
             deque(part, maxlen=0)
         number += 1
+    if number == 0 and process == 0:  # a folder without a part has no columns
+        write_recommendations(folder / _name_part(0), rank(()))
     return n_written
 
 
@@ -79,22 +83,25 @@ def describe_job(encoder: Encoder, source: Path, **options: Any) -> dict[str, An
 
 def _begin_job(folder: Path, job: dict[str, Any]) -> None:
     """Write the job's description, or compare it with that of the parts that are there."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output: {folder} is a file; name a folder, or leave the slash at the end out")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / JOB_FILE
     with lock_path(folder):
-        if not file.exists():
-            if any(_list_parts(folder)):
-                raise UserError(f"output: {folder} has parts, but no {JOB_FILE}; name another folder")
+        if not any(folder.glob("part-*.parquet")):  # an earlier job may have failed before its first part
             write_text(file, json.dumps(job, indent=1))
             return
+        if not file.exists():
+            raise UserError(f"output: {folder} has parts, but no {JOB_FILE}; name another folder")
     before = json.loads(file.read_text(encoding="utf-8"))
     for key, value in job.items():
         if before.get(key) != value:
+            was = "is another one" if key in _LONG_KEYS else f"was {before.get(key)!r} and is now {value!r}"
             raise UserError(
-                f"output: {folder} has parts of another job, whose {key} was {before.get(key)!r} and is now "
-                f"{value!r}; remove the folder, or name another one"
+                f"output: {folder} has parts of another job, whose {key} {was}; remove the folder, or name "
+                f"another one"
             )
 
 
-def _list_parts(folder: Path) -> Iterator[Path]:
-    return folder.glob("part-*.parquet")
+def _name_part(number: int) -> str:
+    return f"part-{number:05d}.parquet"

@@ -57,7 +57,9 @@ def _rank_frame(
     import pandas as pd
 
     users, histories = [], []
-    for number, (user, history) in enumerate(zip(frame[USER_COLUMN], frame[HISTORY_COLUMN], strict=True)):
+    cells = frame[[USER_COLUMN, HISTORY_COLUMN]].astype(object)
+    cells = cells.where(cells.notna(), None)  # pandas has several missing values
+    for number, (user, history) in enumerate(zip(cells[USER_COLUMN], cells[HISTORY_COLUMN], strict=True)):
         where = f"row {number} of a partition"
         users.append(parse_user(where, user))
         histories.append(parse_history(where, history))

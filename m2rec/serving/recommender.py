@@ -322,8 +322,12 @@ class Recommender:
             if distributed.read_launch()[1] > 1:
                 raise UserError(f"output: several processes write a folder of parts; name it {output}/")
             return self.recommend_users(rows, output, k, exclude_seen, skip_unknown, str(path))
+        k, exclude_seen, *_ = parse_ranking_options(self.model, k, exclude_seen)
         options: dict[str, Any] = {"k": k, "exclude_seen": exclude_seen, "skip_unknown": skip_unknown}
-        job = part_files.describe_job(self.model.encoder, path, **options)
+        is_exact = self._ranker.index is None
+        job = part_files.describe_job(
+            self.model.encoder, path, **options, whole_history=self.whole_history, is_exact=is_exact
+        )
         rank = partial(self._rank_users, source=str(path), **options)
         return part_files.write_parts(Path(output), rows, rank, job)
 
@@ -340,7 +344,8 @@ class Recommender:
 
         Args:
             histories: a user's name and item tokens, oldest first.
-            output, k, exclude_seen, skip_unknown: as in `recommend_file`.
+            output: as in `recommend_file`, but no folder.
+            k, exclude_seen, skip_unknown: as in `recommend_file`.
             source: where they come from, for errors.
 
         Returns:
@@ -349,6 +354,8 @@ class Recommender:
         Raises:
             ValueError: an unknown item token, or pyarrow is not installed; k is less than 1.
         """
+        if part_files.names_folder(output):
+            raise UserError(f"output: {output} is a folder, which needs a file of histories; name a file")
         rows = self._rank_users(histories, k, exclude_seen, skip_unknown, source)
         return batch_files.write_recommendations(Path(output), rows)
 
