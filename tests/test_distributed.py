@@ -143,6 +143,9 @@ class Machines:
             errors = [command.communicate(timeout=400)[1] for command in self.commands]
         finally:
             for command in self.commands:
+                if command.poll() is None:  # its processes would go on without it
+                    for process in psutil.Process(command.pid).children(recursive=True):
+                        process.kill()
                 command.kill()
         return [(command.returncode, err) for command, err in zip(self.commands, errors, strict=True)]
 
