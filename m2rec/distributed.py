@@ -9,14 +9,16 @@ import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from socket import gethostname
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from m2rec.errors import UserError
+
+if TYPE_CHECKING:
+    import psutil
 
 # With PyTorch 2.13 processes that torchrun starts again find the addresses of those before in its store, try
 # to reach them, and end or wait for ever; with this variable each start has a store of its own.
@@ -118,8 +120,10 @@ def name_launch() -> str | None:
     return f"{gethostname()} {torchrun.pid} {torchrun.create_time():.2f}"
 
 
-def _find_torchrun() -> psutil.Process:
+def _find_torchrun() -> "psutil.Process":
     """The process that has started this one."""
+    import psutil  # here, since it is seldom needed
+
     return psutil.Process(os.getppid())
 
 

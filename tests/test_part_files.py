@@ -171,7 +171,7 @@ def test_a_folder_of_histories_is_one_input(histories: Path, tmp_path: Path):
     assert recommender().recommend_file(folder, tmp_path / "out.parquet", 3) == N
     assert_same_rows(tmp_path / "out.parquet", write_one_file(histories))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="the folder has no Parquet file"):
+    with pytest.raises(ValueError, match="the folder has no files"):
         recommender().recommend_file(tmp_path / "empty", tmp_path / "out.parquet", 3)
 
 

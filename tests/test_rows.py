@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import re
-import sys
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -426,7 +425,7 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    monkeypatch.setattr("m2rec.data.raw.parquet.PARQUET_BATCH_ROWS", 3)
+    monkeypatch.setattr("m2rec.data.raw.parquet.ROWS_AT_ONCE", 3)
     path = tmp_path / "x.parquet"
     table = {"user": ["a", "b", None, "d"], "tags": [["x"], [], None, ["y", "z"]], "other": [1, 2, 3, 4]}
     parquet.write_table(pyarrow.table(table), path)
@@ -452,12 +451,6 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="not a complete Parquet file"):
             list(read_parquet_rows(Tally(path), ["user"]))
-
-
-def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="reading Parquet needs pyarrow; run: pip install pyarrow"):
-        list(read_parquet_rows(Tally(tmp_path / "x.parquet"), ["user"]))
 
 
 def test_a_label_column_that_comes_twice(tmp_path: Path):

@@ -57,7 +57,7 @@ def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[.
     )
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml", "metrics.json", "history.csv", "model.safetensors", "items.json",
-        "text.json", "test_ranks.csv", "counts.json", "insights.json", "report.html",
+        "trained.safetensors", "text.json", "test_ranks.csv", "counts.json", "insights.json", "report.html",
     }  # fmt: skip
     assert lines[-4:-1] == [
         f"look at it: {folder}/report.html",

@@ -66,7 +66,7 @@ class InteractionDataset(SequentialDataset):
     @property
     def item_tokens(self) -> list[str]:
         """Tokens by internal id, padding's first."""
-        tokens: list[str] = self.field2id_token[self.iid_field].astype(str).tolist()
+        tokens: list[str] = np.asarray(self.field2id_token[self.iid_field]).astype(str).tolist()
         return tokens
 
     @property

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from m2rec.data.raw.delimited import read_csv_records
 from m2rec.data.raw.lines import MAX_LINE_BYTES
-from m2rec.data.raw.parquet import read_parquet_rows
-from m2rec.data.raw.tally import Tally
+from m2rec.data.raw.tally import NumberedRows, Tally
 from m2rec.errors import UserError
 from m2rec.serving.arguments import InputWarnings, tokens_to_ids
 from m2rec.serving.ranker import Ranker, Ranking
@@ -54,10 +53,9 @@ def list_history_files(path: Path) -> list[Path]:
         ValueError: there is none.
     """
     if path.is_dir():
-        parts = [part for part in sorted(path.glob("*.parquet")) if not part.name.startswith(("_", "."))]
-        if not parts:
-            raise UserError(f"{path}: the folder has no Parquet file; give a CSV or Parquet file")
-        return parts
+        from m2rec.data.raw.parquet import list_parquet_parts  # here, since it loads pyarrow
+
+        return list_parquet_parts(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; give a CSV or Parquet file")
     return [path]
@@ -67,7 +65,11 @@ def _read_one_file(path: Path, progress: bool) -> Iterator[tuple[str, list[str]]
     tally = Tally(path)
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # a history may be long
     is_parquet = path.suffix == ".parquet"
-    read_rows = read_parquet_rows if is_parquet else read_csv_records
+    read_rows: Callable[..., NumberedRows] = read_csv_records
+    if is_parquet:
+        from m2rec.data.raw.parquet import read_parquet_rows  # here, since it loads pyarrow
+
+        read_rows = read_parquet_rows
     with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=not progress) as bar:
         for line, row in read_rows(tally, (USER_COLUMN, HISTORY_COLUMN)):
             where = f"{path}, line {line}"

@@ -42,7 +42,7 @@ def read_interactions(path: Path, min_user_count: int, min_item_count: int) -> p
     frame = pd.read_csv(path, sep="\t", dtype=str, quoting=3, keep_default_na=False)
     codes = [pd.factorize(frame[column])[0] for column in ("user_id:token", "item_id:token")]
     checks = [lambda counts: counts >= min_user_count, lambda counts: counts >= min_item_count]
-    return frame[filter_by_counts(codes, checks)]
+    return frame[filter_by_counts(codes, checks).is_kept]
 
 
 def write_first_parts(frame: pd.DataFrame, share: float, folder: Path) -> str:
