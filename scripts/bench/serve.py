@@ -2,6 +2,7 @@
 
     python scripts/bench/serve.py                       # an untrained model of 3,416 items
     python scripts/bench/serve.py runs/NAME --checkout=../before
+    python scripts/bench/serve.py --soak=600            # both kinds of requests, a reload every 20 s, memory
 
 Connections ask one after the other, each as soon as its last answer is there. The server is `m2rec serve` in
 a process of its own, with users on the disk. Of another checkout, too, with `--checkout`: the servers run at
@@ -14,6 +15,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from benchmarking import (
     ROOT,
@@ -207,6 +210,32 @@ def measure_server(server: Server, kind: str, tokens: list[str], args: argparse.
     }
 
 
+async def soak_server(server: Server, tokens: list[str], args: argparse.Namespace) -> Row:
+    """Two events and a ranking in turn for `--soak` seconds, with reloads; an answer that failed ends it."""
+    events, rankings = (draw_requests(kind, tokens, args.length, 0) for kind in ("events", "recommend"))
+    mixed = (next(rankings if number % 3 == 2 else events) for number in count())
+    memory: list[float] = []
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(args.reload_seconds or 20)
+            memory.append(psutil.Process(server.process.pid).memory_info().rss / 2**20)
+            if args.reload_seconds:
+                server.process.send_signal(signal.SIGHUP)
+
+    watching = asyncio.create_task(watch())
+    latencies = await ask_for(server.port, args.soak, args.connections, mixed)
+    watching.cancel()
+    return {
+        "server": server.name,
+        "requests": len(latencies),
+        "p99 ms": 1e3 * quantiles(latencies, n=100)[-1],
+        "longest ms": 1e3 * max(latencies),
+        "reloads": len(memory) if args.reload_seconds else 0,
+        "MiB": " ".join(f"{size:.0f}" for size in memory),
+    }
+
+
 def merge_rounds(rounds: list[Row]) -> Row:
     """The median of each figure."""
     merged = dict(rounds[0])
@@ -224,6 +253,10 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--length", type=int, default=LENGTH, help="items of a history")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a round")
+    parser.add_argument(
+        "--soak", type=float, default=0.0, help="seconds of mixed requests, instead of rounds"
+    )
+    parser.add_argument("--reload-seconds", type=float, default=20.0, help="between reloads; 0: none")
     args = parse_benchmark_arguments(parser)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -235,7 +268,9 @@ def main() -> None:
             state = folder / f"{number}.db"
             servers.append(stack.enter_context(start_server(name, checkout, run, state)))
         rows = []
-        for kind in ("recommend", "events"):
+        if args.soak:
+            rows = [print_row(asyncio.run(soak_server(server, tokens, args))) for server in servers]
+        for kind in () if args.soak else ("recommend", "events"):
             rounds: dict[str, list[Row]] = {server.name: [] for server in servers}
             for turn in range(args.repeats):
                 for server in servers:
