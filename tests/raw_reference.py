@@ -1,11 +1,16 @@
 """What scripts/prepare_data.py makes of a file, computed row by row and with plain lists and dicts."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
+from types import ModuleType
+
+import pytest
 
 from m2rec.data.dominant import describe_dominant_entity
+from m2rec.data.raw import batches, tally
 from m2rec.data.raw.formats import RawInteraction
 from m2rec.data.raw.options import PreparationOptions, select_source
 from m2rec.data.raw.prepare import prepare_dataset
@@ -22,6 +27,21 @@ class Outcome:
     error: str = ""
     users: dict[str, int] = field(default_factory=dict)
     items: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def use_small_blocks(*sizes: tuple[ModuleType, str, int]) -> Iterator[None]:
+    """Within the block, blocks of a few lines, so that a small file has many.
+
+    Args:
+        sizes: module, name and value of each size that belongs to one format.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "BATCH_ROWS", 3)
+        patch.setattr(tally, "MIN_LINES_BEFORE_STOP", 10)
+        for module, name, value in sizes:
+            patch.setattr(module, name, value)
+        yield
 
 
 def prepare(options: PreparationOptions) -> Outcome:

@@ -21,6 +21,8 @@ from m2rec.settings import ModelSettings
 
 V, L, T0 = 40, 12, 16
 TOKENS = ["[PAD]", *(f"i{k}" for k in range(1, V))]
+TOKEN = "a-token-of-the-tests"
+HISTORY = ["i4", "i9", "i2", "i9"]
 TITLES = {f"i{k}": f"Tea of the year {1900 + k}" for k in range(1, V)} | {"i3": "Élan <b>& co</b>"}
 
 

@@ -12,23 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2rec.data.raw import batches, tally, text_blocks, token_counts
+from m2rec.data.raw import text_blocks, token_counts
 from m2rec.data.raw.interactions import InteractionParser
 from m2rec.data.raw.options import PreparationOptions
 from m2rec.data.raw.prepare import prepare_dataset
 from m2rec.data.raw.text_blocks import are_plain_quotes
-from tests.raw_reference import assert_same, prepare
+from tests.raw_reference import assert_same, prepare, use_small_blocks
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
-    """Blocks of a few lines, so that a small file has many."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_blocks, "LARGE_BLOCK_BYTES", 400)
-        patch.setattr(text_blocks, "SMALL_BLOCK_BYTES", 80)
-        patch.setattr(token_counts, "_MIN_MERGED", 5)
-        patch.setattr(batches, "BATCH_ROWS", 3)
-        patch.setattr(tally, "MIN_LINES_BEFORE_STOP", 10)
+    sizes = [(text_blocks, "LARGE_BLOCK_BYTES", 400), (text_blocks, "SMALL_BLOCK_BYTES", 80)]
+    with use_small_blocks(*sizes, (token_counts, "_MIN_MERGED", 5)):
         yield
 
 

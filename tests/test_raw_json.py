@@ -9,21 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2rec.data.raw import batches, json_blocks, tally, text_blocks
+from m2rec.data.raw import json_blocks, text_blocks
 from m2rec.data.raw.interactions import InteractionParser
 from m2rec.data.raw.options import PreparationOptions
-from tests.raw_reference import assert_same, prepare
+from tests.raw_reference import assert_same, prepare, use_small_blocks
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
-    """Blocks of a few lines, so that a small file has many."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_blocks, "LARGE_BLOCK_BYTES", 800)
-        patch.setattr(text_blocks, "SMALL_BLOCK_BYTES", 200)
-        patch.setattr(json_blocks, "SMALL_BLOCK_BYTES", 200)
-        patch.setattr(batches, "BATCH_ROWS", 3)
-        patch.setattr(tally, "MIN_LINES_BEFORE_STOP", 10)
+    sizes = [(text_blocks, "LARGE_BLOCK_BYTES", 800), (text_blocks, "SMALL_BLOCK_BYTES", 200)]
+    with use_small_blocks(*sizes, (json_blocks, "SMALL_BLOCK_BYTES", 200)):
         yield
 
 

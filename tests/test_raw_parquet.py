@@ -12,21 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
-from m2rec.data.raw import batches, parquet, tally
+from m2rec.data.raw import parquet
 from m2rec.data.raw.interactions import InteractionParser
 from m2rec.data.raw.options import PreparationOptions
-from tests.raw_reference import assert_same, prepare
+from tests.raw_reference import assert_same, prepare, use_small_blocks
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
-    """Blocks of a few rows, so that a small file has many."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parquet, "LARGE_BLOCK_ROWS", 12)
-        patch.setattr(parquet, "SMALL_BLOCK_ROWS", 4)
-        patch.setattr(parquet, "ROWS_AT_ONCE", 5)
-        patch.setattr(batches, "BATCH_ROWS", 3)
-        patch.setattr(tally, "MIN_LINES_BEFORE_STOP", 10)
+    sizes = [(parquet, "LARGE_BLOCK_ROWS", 12), (parquet, "SMALL_BLOCK_ROWS", 4)]
+    with use_small_blocks(*sizes, (parquet, "ROWS_AT_ONCE", 5)):
         yield
 
 

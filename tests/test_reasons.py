@@ -11,9 +11,7 @@ from m2rec.serving.formatting import build_json_object, format_reasons
 from m2rec.serving.ranker import Recommendation
 from m2rec.serving.reasons import ExplainedItem, Influence, TextNeighbor
 from m2rec.serving.recommender import Recommender
-from tests.serving import save_model
-
-HISTORY = ["i4", "i9", "i2", "i9"]
+from tests.serving import HISTORY, save_model
 
 
 @pytest.fixture(scope="module")

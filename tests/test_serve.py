@@ -21,12 +21,10 @@ from m2rec.serving.http import new_items, schemas, security, users
 from m2rec.serving.http.pages import HtmlPage
 from m2rec.serving.recommender import Recommendation, Recommender
 from tests import browser
-from tests.serving import T0, TOKENS, Client, L, V, as_pairs, save_model, serve
+from tests.serving import HISTORY, T0, TOKEN, TOKENS, Client, L, V, as_pairs, save_model, serve
 from tests.text_models import save_model as save_language_model
 
 ROOT = Path(__file__).parent.parent
-TOKEN = "a-token-of-the-tests"
-HISTORY = ["i4", "i9", "i2", "i9"]
 
 
 @pytest.fixture(scope="module")

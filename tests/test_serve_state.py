@@ -32,11 +32,9 @@ from m2rec.serving.http.jobs import AddEvent, Options, RankHistory, StoredEvent,
 from m2rec.serving.http.store import MAX_EVENTS, Event, Store
 from m2rec.serving.http.users import LiveUsers
 from m2rec.serving.recommender import Recommender
-from tests.serving import T0, TOKENS, Client, V, as_pairs, save_model, serve
+from tests.serving import HISTORY, T0, TOKEN, TOKENS, Client, V, as_pairs, save_model, serve
 
 ROOT = Path(__file__).parent.parent
-TOKEN = "a-token-of-the-tests"
-HISTORY = ["i4", "i9", "i2", "i9"]
 
 
 @pytest.fixture(scope="module")
