@@ -1,6 +1,7 @@
 """Shared helpers: small data sets on disk, runs of the command, NaN in unwritten memory, Triton on a CPU."""
 
 import csv
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 Rows = Sequence[tuple[object, object, object]]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of later garbage collections, of which each would look at a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

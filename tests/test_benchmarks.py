@@ -2,11 +2,14 @@
 
 import importlib
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy
 import pytest
@@ -16,71 +19,69 @@ from tests.text_models import save_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
-    "bench_scan": ["--lengths", "7", "--positions", "14", "--channels", "32", "--states", "4", "--no-memory"],
-    "bench_model": ["--lengths", "7", "--positions", "14", "--items", "20"],
-    "bench_stream": ["--histories", "3", "9", "--users", "1", "2", "--items", "20"],
-    "bench_loss": ["--catalogues", "30", "--positions", "20", "--largest", "50"],
+    "scan": ["--lengths", "7", "--positions", "14", "--channels", "32", "--states", "4", "--no-memory"],
+    "model": ["--lengths", "7", "--positions", "14", "--items", "20"],
+    "stream": ["--histories", "3", "9", "--users", "1", "2", "--items", "20"],
+    "loss": ["--catalogues", "30", "--positions", "20", "--largest", "50"],
 }
 # a few rows of each that must be there, and a column of figures
 EXPECTED = {
-    "bench_scan": ("what", {"reference", "torch", "ssd: torch", "mixer: m2rec"}, "forward + backward ms"),
-    "bench_model": ("model", {"M2Rec", "Mamba4Rec", "SASRec", "BERT4Rec", "GRU4Rec"}, "training ms per row"),
-    "bench_stream": ("mixer", {"mamba", "mamba2"}, "ms per event"),
-    "bench_loss": ("loss", {"whole softmax, 16 MiB of scores", "gBCE over 256 negatives"}, "peak MiB"),
+    "scan": ("what", {"reference", "torch", "ssd: torch", "mixer: m2rec"}, "forward + backward ms"),
+    "model": ("model", {"M2Rec", "Mamba4Rec", "SASRec", "BERT4Rec", "GRU4Rec"}, "training ms per row"),
+    "stream": ("mixer", {"mamba", "mamba2"}, "ms per event"),
+    "loss": ("loss", {"whole softmax, 16 MiB of scores", "gBCE over 256 negatives"}, "peak MiB"),
 }
+
+
+RunBenchmark = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunBenchmark:
+    """Run a script of scripts/bench in this process; returns the record that it leaves."""
+
+    def run(name: str, *arguments: str) -> dict[str, Any]:
+        path = ROOT / "scripts" / "bench" / f"{name}.py"
+        monkeypatch.syspath_prepend(path.parent)
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--repeats=1", f"--out={tmp_path}"])
+        monkeypatch.chdir(ROOT)
+        runpy.run_path(str(path), run_name="__main__")
+        return dict(json.loads((tmp_path / f"bench_{name}-cpu.json").read_text()))
+
+    return run
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("name", SMALL)
-def test_a_benchmark_leaves_its_results(name: str, tmp_path: Path):
-    script = f"scripts/bench/{name.removeprefix('bench_')}.py"
-    command = [
-        sys.executable,
-        script,
-        *SMALL[name],
-        "--device=cpu",
-        "--repeats=1",
-        "--threads=1",
-    ]
-    done = subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    record = json.loads((tmp_path / f"{name}-cpu.json").read_text())
+def test_a_benchmark_leaves_its_results(
+    bench: RunBenchmark, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    record = bench(name, *SMALL[name], "--device=cpu", "--threads=1")
     column, rows, number = EXPECTED[name]
     assert rows <= {row[column] for row in record["rows"]}
     assert all(row[number] >= 0 if "MiB" in number else row[number] > 0 for row in record["rows"])
-    assert (
-        record["command"].startswith(f"python scripts/bench/{name.removeprefix('bench_')}.py")
-        and record["threads"] == 1
-    )
-    assert "<svg" in (tmp_path / f"{name}-cpu.svg").read_text()
-    assert f"| {column} |" in done.stdout
+    assert record["command"].startswith(f"python scripts/bench/{name}.py") and record["threads"] == 1
+    assert "<svg" in (tmp_path / f"bench_{name}-cpu.svg").read_text()
+    assert f"| {column} |" in capsys.readouterr().out
 
 
-def test_steps(tmp_path: Path):
+def test_steps(bench: RunBenchmark, capsys: pytest.CaptureFixture[str]):
     """Of our loop and RecBole's; what has no GPU is left out."""
     models = ["M2Rec", "M2Rec, mamba_ssm", "M2Rec, RecBole's loop", "SASRec", "SASRec, RecBole's loop"]
-    sizes = ["--lengths=7", "--positions=14", "--items=20", "--steps=2", "--repeats=1", "--threads=1"]
-    command = [sys.executable, "scripts/bench/step.py", "--device=cpu", "--dropout=0", *sizes]
-    done = subprocess.run(
-        [*command, f"--out={tmp_path}", "--models", *models], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "without M2Rec, mamba_ssm: " in done.stdout
-    rows = json.loads((tmp_path / "bench_step-cpu.json").read_text())["rows"]
+    sizes = ["--lengths=7", "--positions=14", "--items=20", "--steps=2", "--threads=1"]
+    rows = bench("step", "--device=cpu", "--dropout=0", *sizes, "--models", *models)["rows"]
+    assert "without M2Rec, mamba_ssm: " in capsys.readouterr().out
     assert [row["model"] for row in rows] == [name for name in models if "mamba_ssm" not in name]
     assert all(row["ms per step"] > 0 for row in rows)
 
 
-def test_training_further(tmp_path: Path, toy: Path):
+def test_training_further(bench: RunBenchmark, toy: Path):
     """After half of the data, on all of it: anew and further."""
     sizes = ["auto=false", "hidden_size=16", "inner_size=16", "head_dim=16", "epochs=1", "neighbors=true"]
-    command = [sys.executable, "scripts/bench/continued.py", "--dataset=toy", f"--data-path={toy}",
-               "--parts=2", "--min-item-count=2", "--continued", "epochs=2", "--threads=1", "--device=cpu",
-               f"--out={tmp_path}", "--settings", *sizes]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    first, anew, further = json.loads((tmp_path / "bench_continued-cpu.json").read_text())["rows"]
+    data = ["--dataset=toy", f"--data-path={toy}", "--parts=2", "--min-item-count=2", "--device=cpu"]
+    record = bench("continued", *data, "--threads=1", "--continued", "epochs=2", "--settings", *sizes)
+    first, anew, further = record["rows"]
     assert (first["data"], anew["data"], further["data"]) == ("50%", "100%", "100%")
     assert (first["model"], anew["model"], further["model"]) == ("anew", "anew", "continued")
     assert first["users"] <= anew["users"] == further["users"] and first["epochs"] == anew["epochs"] == 1
@@ -89,13 +90,9 @@ def test_training_further(tmp_path: Path, toy: Path):
     assert further["ndcg@10: ratio"] == pytest.approx(further[quality] / anew[quality])
 
 
-def test_sparse_updates(tmp_path: Path):
-    command = [sys.executable, "scripts/bench/sparse.py", "--catalogues", "200", "900", "--dense", "200",
-               "--windows=4", "--length=7", "--repeats=1", "--threads=1", "--device=cpu",
-               f"--out={tmp_path}"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads((tmp_path / "bench_sparse-cpu.json").read_text())["rows"]
+def test_sparse_updates(bench: RunBenchmark):
+    sizes = ["--catalogues", "200", "900", "--dense", "200", "--windows=4", "--length=7"]
+    rows = bench("sparse", *sizes, "--threads=1", "--device=cpu")["rows"]
     assert [(row["items"], row["updates"]) for row in rows] == [
         (200, "rows in use"), (900, "rows in use"), (200, "all rows")
     ]  # fmt: skip
@@ -103,13 +100,9 @@ def test_sparse_updates(tmp_path: Path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of a process's peak memory is Linux's")
-def test_loading(tmp_path: Path):
+def test_loading(bench: RunBenchmark):
     """The yardstick and a run's start, each in a process of its own."""
-    sizes = ["--rows=3000", "--users=90", "--items=30", "--repeats=1", "--threads=1"]
-    command = [sys.executable, "scripts/bench/data.py", "--device=cpu", *sizes, f"--out={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    record = json.loads((tmp_path / "bench_data-cpu.json").read_text())
+    record = bench("data", "--device=cpu", "--rows=3000", "--users=90", "--items=30", "--threads=1")
     yardstick, load = record["rows"]
     assert yardstick["times the yardstick's CPU s"] == 1 < load["times the yardstick's CPU s"]
     assert 0 < yardstick["peak MiB"] < load["peak MiB"]
@@ -117,13 +110,10 @@ def test_loading(tmp_path: Path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of a process's peak memory is Linux's")
-def test_preparing_raw_data(tmp_path: Path):
+def test_preparing_raw_data(bench: RunBenchmark):
     """The same checkout twice; what it writes is compared."""
-    sizes = ["--rows=3000", "--users=90", "--items=30", "--repeats=1", "--threads=1", "--device=cpu"]
-    command = [sys.executable, "scripts/bench/raw.py", *sizes, f"--out={tmp_path}", f"--before={ROOT}"]
-    done = subprocess.run([*command, "--options", "--core=5"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    record = json.loads((tmp_path / "bench_raw-cpu.json").read_text())
+    sizes = ["--rows=3000", "--users=90", "--items=30", "--threads=1", "--device=cpu"]
+    record = bench("raw", *sizes, f"--before={ROOT}")
     assert [row["reader"] for row in record["rows"]] == ["now", "before"]
     assert all(row["rows per CPU s"] > 0 and row["peak MiB"] > 0 for row in record["rows"])
     assert record["note"].startswith("3,000 rows, up to 90 users, 30 items, ")
@@ -136,29 +126,15 @@ def test_busy_time_counts_no_moment_twice(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.skipif(find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
-def test_an_exported_graph_and_the_model(tmp_path: Path):
-    sizes = ["--items=60", "--length=9", "--batches", "1", "3", "--repeats=1", "--threads=1"]
-    command = [sys.executable, "scripts/bench/onnx_graph.py", "--device=cpu", *sizes, f"--out={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads((tmp_path / "bench_onnx_graph-cpu.json").read_text())["rows"]
+def test_an_exported_graph_and_the_model(bench: RunBenchmark):
+    sizes = ["--items=60", "--length=9", "--batches", "1", "3", "--threads=1"]
+    rows = bench("onnx_graph", "--device=cpu", *sizes)["rows"]
     assert [row["histories"] for row in rows] == [1, 3]
     assert all(row["onnxruntime ms"] > 0 for row in rows)
 
 
-def test_busy_cores(tmp_path: Path):
-    command = [
-        sys.executable,
-        "scripts/bench/busy.py",
-        "--loops",
-        "0",
-        "--calls=2",
-        "--repeats=1",
-        "--items=20",
-    ]
-    done = subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads((tmp_path / "bench_busy-cpu.json").read_text())["rows"]
+def test_busy_cores(bench: RunBenchmark):
+    rows = bench("busy", "--loops", "0", "--calls=2", "--items=20")["rows"]
     assert [row["what"] for row in rows] == ["question", "step"]
     assert all(row[f"{way}: ms"] > 0 for row in rows for way in ("plain", "ours"))
 
@@ -167,18 +143,14 @@ def test_busy_cores(tmp_path: Path):
 @pytest.mark.skipif(
     find_spec("sentence_transformers") is None, reason="sentence-transformers is not installed"
 )
-def test_encoding_compares_its_rivals(tmp_path: Path):
+def test_encoding_compares_its_rivals(bench: RunBenchmark, tmp_path: Path):
     folder = save_model(tmp_path / "model", "bert")
     items = tmp_path / "toy" / "toy.item"
     items.parent.mkdir()
     rows = [f"{k}\ttoy {'long ' * (k % 9)}film\n" for k in range(30)]
     items.write_text("item_id:token\ttitle:token\n" + "".join(rows))
-    command = [sys.executable, "scripts/bench/encode.py", "--dataset=toy", f"--data-path={tmp_path}",
-               f"--text-encoder={folder}", "--items=20", "--batch-tokens", "16", "64", "--repeats=1",
-               "--threads=1", "--device=cpu", f"--out={tmp_path}"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows_made = json.loads((tmp_path / "bench_encode-cpu.json").read_text())["rows"]
+    data = ["--dataset=toy", f"--data-path={tmp_path}", f"--text-encoder={folder}", "--items=20"]
+    rows_made = bench("encode", *data, "--batch-tokens", "16", "64", "--threads=1", "--device=cpu")["rows"]
     names = ["one at a time", "64 as they come", "16 tokens a batch", "64 tokens a batch", "bfloat16"]
     assert [row["what"] for row in rows_made] == names
     assert all(row["texts per second"] > 0 and row["difference"] < 0.03 for row in rows_made)
@@ -208,7 +180,8 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_peers_take_turns(tmp_path: Path):
-    sizes = ["--users=12", "--length=9", "--width=32", "--histories=3", "--repeats=2", "--threads=1"]
+    """In a process of its own, as its workers speak over pipes."""
+    sizes = ["--users=12", "--length=9", "--width=32", "--histories=3", "--repeats=1", "--threads=1"]
     command = [sys.executable, "scripts/bench/peers.py", "--models", "M2Rec", "RecBole GRU4Rec", *sizes]
     done = subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
