@@ -23,7 +23,7 @@ Rows = Sequence[tuple[object, object, object]]
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported out of later garbage collections, of which each would look at a million objects."""
+    """Leave what is imported, a million objects, out of later garbage collections."""
     gc.collect()
     gc.freeze()
 

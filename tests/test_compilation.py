@@ -211,7 +211,7 @@ def by_aot(monkeypatch: pytest.MonkeyPatch) -> None:
     "others",
     [
         {"average_epochs": 0.5, "n_layers": 1},
-        {"rows": "prefix", "enable_amp": True, "stopping_step": 0, "filter": "none"},
+        {"rows": "prefix", "enable_amp": True, "stopping_step": 0, "filter": "none", "n_layers": 1},
     ],
     ids=["dense", "prefix"],
 )
@@ -246,6 +246,7 @@ def test_a_compiled_run_equals_a_plain_one(command: Command, toy: Path, by_aot: 
     assert json.loads((folders[True] / "metrics.json").read_text())["epochs"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 def test_the_real_compiler(toy: Path):
     """Inductor: vectors and gradients of one layer, with dropout switched off."""

@@ -12,7 +12,7 @@ from m2rec.training.run import prepare_run
 from m2rec.training.trainer import RunTrainer
 from tests.conftest import small
 
-STEPS = int(os.environ.get("M2REC_STEPS", "200"))
+STEPS = int(os.environ.get("M2REC_STEPS", "120"))
 
 
 def test_memory_files_and_threads_stay_flat(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -39,7 +39,6 @@ if __name__ == "__main__":
     sizes = {"E": 128, "N": 32, "CHUNK": scan._CHUNK, "SOFTPLUS": True}
     taps = {"E": 128, "K": 4, "w_e": 4, "SILU": True, "BLOCK_L": conv._BLOCK_L, "BLOCK_E": conv._BLOCK_E}
     for dtype, absent in (
-        ("fp32", ()),
         ("bf16", ()),
         ("fp32", ("D", "z", "bias", "h0", "dD", "dz", "dbias")),
     ):
@@ -49,7 +48,6 @@ if __name__ == "__main__":
         compile_for(conv._forward_kernel, dtype, (), 2, **taps)
         compile_for(conv._backward_kernel, dtype, (), 4, **taps, BLOCK_K=4)
     for dtype, absent, P, N in (
-        ("fp32", (), 64, 32),
         ("bf16", (), 64, 128),
         ("fp32", ("D", "h0", "dD", "dlast"), 5, 3),
     ):
