@@ -122,7 +122,7 @@ conditions = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@settings(max_examples=50, deadline=None, database=None, derandomize=True)
 @given(table=files(), values=option_values(), keep=conditions, packing=st.sampled_from(PACKINGS))
 def test_columns_and_rows_agree(
     table: dict[str, Any],

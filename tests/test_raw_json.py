@@ -95,7 +95,7 @@ def files(draw: st.DrawFn) -> bytes:
     return mark + text.encode(errors="surrogatepass").replace(b"LATIN-1", b"\xff")
 
 
-@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@settings(max_examples=50, deadline=None, database=None, derandomize=True)
 @given(
     data=files(),
     rating=st.sampled_from([None, "stars"]),

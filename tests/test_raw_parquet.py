@@ -89,7 +89,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
     return pa.table(columns)
 
 
-@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@settings(max_examples=50, deadline=None, database=None, derandomize=True)
 @given(
     parts=st.lists(tables(), min_size=1, max_size=3),
     rating=st.sampled_from([None, "rating"]),

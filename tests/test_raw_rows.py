@@ -63,7 +63,7 @@ def test_what_is_no_list(value: object, reason: str):
 elements = st.lists(st.fixed_dictionaries({"i": st.sampled_from(["a", "b", "", "x\ty"])}), max_size=4)
 
 
-@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@settings(max_examples=50, deadline=None, database=None, derandomize=True)
 @given(lists=st.lists(elements | st.none(), min_size=1, max_size=6))
 def test_every_element_is_an_interaction_or_is_said(
     lists: list[list[dict[str, str]] | None], tmp_path_factory: pytest.TempPathFactory

@@ -185,7 +185,7 @@ def test_how_times_were_read_is_said():
 numbers = st.decimals(-(10**20), 10**20, places=3) | st.integers(-(10**12), 10**12) | st.integers(-9, 9)
 
 
-@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
 @given(values=st.lists(numbers, min_size=2, max_size=6), unit=st.sampled_from([None, *TIME_UNITS]))
 def test_reading_times_keeps_their_order(values: list[Decimal | int], unit: str | None):
     """Forced or found, in exact decimals, as written; or the file is refused as one of two units."""

@@ -1,7 +1,6 @@
 """The engine of a search, with a training that is a formula: the race, the draws, the end, failures."""
 
 import errno
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,12 +50,6 @@ PROFILES = {
     "good": {"learning_rate": 0.004, "weight_decay": 1.0},
     "fast": {"learning_rate": 0.04},
 }
-
-
-@pytest.fixture(autouse=True)
-def _unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A study syncs each line, thousands here, and no test stops the machine."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @dataclass

@@ -131,7 +131,7 @@ def check_requests(client: Client, n: int) -> None:
 
 
 def test_no_request_breaks_the_server(client: Client):
-    check_requests(client, 150)
+    check_requests(client, 80)
 
 
 @pytest.mark.slow
@@ -146,14 +146,14 @@ keys = st.sampled_from([
 bodies = st.dictionaries(keys, json_values, max_size=4).map(lambda body: json.dumps(body).encode())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["/recommend", "/events", "/items", "/reload"]), bodies | st.binary(max_size=60))
 def test_no_body_breaks_the_server(client: Client, path: str, body: bytes):
     status, content = client.ask("POST", path, body)
     assert status == 200 or (400 <= status < 500 and list(content) == ["error"])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(["/similar/", "/users/", "/items?search=", "/explain?history=", "/explain?user=", "/"]),
     st.binary(max_size=12),
