@@ -74,9 +74,10 @@ def test_a_run_loads_only_what_it_uses(toy: Path):
 def test_garbage_is_collected_where_pytorch_was_loaded_before():
     from m2rec.commands.own_process import pause_garbage_collection
 
+    before = gc.get_freeze_count()  # of what the tests have imported
     with pause_garbage_collection():
         assert gc.isenabled()
-    assert not gc.get_freeze_count()
+    assert gc.get_freeze_count() <= before
 
 
 def test_what_recbole_calls_later_is_there():
