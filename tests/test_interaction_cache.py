@@ -7,12 +7,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from m2rec.compat import data_preparation
 from m2rec.data.dataset import HistoryDataset
-from m2rec.data.interaction_cache import find_cache_file, read_cache
+from m2rec.data.interaction_cache import find_cache_file, read_cache, write_cache
 from m2rec.training.configuration import RunConfig, build_config
 from m2rec.training.provenance import hash_training_data
 from tests.conftest import random_rows, small, write_inter
@@ -227,6 +228,42 @@ def test_it_is_mapped_and_not_copied(toy: Path):
 def test_what_is_not_kept(toy: Path, others: dict[str, Any]):
     (toy / "toy" / "toy.item").write_text("item_id:token\ni1\n")
     assert find_cache_file(build_config(small(toy, **others))) is None
+
+
+def test_ids_have_four_bytes_and_rows_eight(toy: Path):
+    """Whether they are read or from the cache."""
+    config = build_config(small(toy, rows="prefix"))
+    for _ in range(2):
+        dataset, loaders = load(config)
+        histories = dataset.histories
+        assert histories is not None and dataset.row_targets is not None
+        arrays = [histories.owner, histories.items, histories.start, histories.end, dataset.row_targets]
+        arrays += [histories.split.train_stop, *histories.split.targets.values()]
+        assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
+        rows = loaders[0].dataset.inter_feat
+        for some in (rows, rows[[0, 1]], rows[:2]):
+            types = {name: some[name].dtype for name in rows.columns}
+            ids = ("user_id", "item_id", "item_id_list", "item_length")
+            assert {types.pop(name) for name in ids} == {torch.int64}
+            assert set(types.values()) == {torch.float32}
+
+
+def test_a_file_of_another_version_is_made_again(toy: Path, caplog: pytest.LogCaptureFixture):
+    """One with ids of 8 bytes, under the name that the file has now."""
+    caplog.set_level(logging.INFO)
+    config, plain = build_config(small(toy)), build_config(small(toy, data_cache=False))
+    load(config)
+    (file,) = find_files(toy)
+    content, prepared = file.read_bytes(), read_cache(file)
+    assert prepared is not None
+    for name in ("user_id", "item_id"):
+        prepared.columns[name] = prepared.columns[name].astype(np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m2rec.data.interaction_cache._VERSION", 1)
+        write_cache(file, prepared)
+    assert read_cache(file) is None and "of another version" in caplog.text
+    assert_same_data(config, plain)
+    assert file.read_bytes() == content
 
 
 def test_small_files_are_read_anew(toy: Path, monkeypatch: pytest.MonkeyPatch):

@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 MIN_BYTES = 1 << 24
 """Smaller data files are read anew: that takes a second at most."""
-_VERSION = 1  # of what the file holds and of how interactions are prepared
+COLUMN_TYPES = (np.int32, np.int64, np.float64)
+"""Of the columns that are kept."""
+_VERSION = 2  # of what the file holds and of how interactions are prepared
 _KEYS = (
     *argument_list.dataset_arguments,
     "discretization", "encoding", "numerical_features", "ties", "time_order",
@@ -46,7 +48,7 @@ class PreparedInteractions:
     """Interactions as a run takes them, sorted by user and time.
 
     Attributes:
-        columns: by name (n,) ids (int64) or numbers (float64).
+        columns: by name (n,) ids (int32 where they fit, else int64) or numbers (float64).
         tokens: by column of ids its tokens by id, padding's first.
         types: `token` or `float` by column.
         counts: users, items and interactions.
@@ -81,7 +83,7 @@ def find_cache_file(config: Config) -> Path | None:
 
 
 def read_cache(path: Path) -> PreparedInteractions | None:
-    """What `write_cache` wrote; None if there is nothing, or if it is damaged, which is logged."""
+    """What `write_cache` wrote; None if there is nothing, or if damaged or outdated, which is logged."""
     try:
         with pa.memory_map(str(path)) as file:
             content = file.read_buffer()
@@ -95,6 +97,9 @@ def read_cache(path: Path) -> PreparedInteractions | None:
         logger.warning("data_cache: %s is damaged (%s); it is made again", path, format_one_line(error))
         return None
     stored = json.loads(table.schema.metadata[b"m2rec"])
+    if stored.get("version") != _VERSION:
+        logger.info("data_cache: %s is of another version of this program; it is made again", path)
+        return None
     arrays = {name: table.column(name).chunk(0).values for name in table.column_names}
     quartiles = stored["gap_quartiles"]
     return PreparedInteractions(
@@ -132,6 +137,7 @@ def _build_table(prepared: PreparedInteractions) -> pa.Table:
     for name, tokens in prepared.tokens.items():
         arrays[f"tokens:{name}"] = pa.array(tokens.tolist(), pa.large_string())
     stored = {
+        "version": _VERSION,
         "types": prepared.types,
         "tokens": list(prepared.tokens),
         "counts": prepared.counts,
