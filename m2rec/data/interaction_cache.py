@@ -2,7 +2,7 @@
 
 A file DIR/NAME/NAME.cache-CONTENT-KEYS.arrow holds them: CONTENT is a hash of the data file, KEYS one of the
 settings that decide what is read and how it is filtered and sorted. So changed data or keys are noticed. The
-columns are memory mapped, so that several processes share them. The last 32 bytes are a hash of all others.
+columns are memory mapped, so that several processes share them. The last 64 bytes are a hash of all others.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from pyarrow import ipc
 from m2rec.compat import Config, argument_list
 from m2rec.data import inter_file
 from m2rec.errors import format_one_line
-from m2rec.storage import write_atomically
+from m2rec.storage import hash_content, hash_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _KEYS = (
 _OTHER_KEYS = {"MAX_ITEM_LIST_LENGTH"}  # which decide about rows only
 # keys with which users or items have features, or columns other types than numbers
 _FEATURE_KEYS = ("additional_feat_suffix", "benchmark_filename", "preload_weight")
-_HASH_BYTES = 32
+_HASH_BYTES = 64
 
 Message = tuple[str, int, str]
 """Logger, level and text."""
@@ -77,8 +77,7 @@ def find_cache_file(config: Config) -> Path | None:
         return None
     keys = {key: config[key] for key in _KEYS if key not in _OTHER_KEYS}
     described = json.dumps([_VERSION, path.name, keys], sort_keys=True, default=str)
-    with path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    content = hash_file(path)
     return folder / f"{name}.cache-{content[:16]}-{hashlib.sha256(described.encode()).hexdigest()[:16]}.arrow"
 
 
@@ -88,7 +87,7 @@ def read_cache(path: Path) -> PreparedInteractions | None:
         with pa.memory_map(str(path)) as file:
             content = file.read_buffer()
         body = content.slice(0, max(0, content.size - _HASH_BYTES))
-        if hashlib.sha256(body).digest() != content.slice(body.size).to_pybytes():
+        if hash_content(memoryview(body)).encode() != content.slice(body.size).to_pybytes():
             raise ValueError("its checksum is another one")
         table = ipc.open_file(pa.BufferReader(body)).read_all()
     except FileNotFoundError:
@@ -154,10 +153,9 @@ def _build_table(prepared: PreparedInteractions) -> pa.Table:
 def _write_table(path: Path, table: pa.Table) -> None:
     with pa.OSFile(str(path), "wb") as file, ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
+    digest = hash_file(path)
     with path.open("ab") as file:
-        file.write(digest)
+        file.write(digest.encode())
 
 
 class _Recorder(logging.Handler):
