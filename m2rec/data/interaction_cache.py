@@ -3,11 +3,13 @@
 A file DIR/NAME/NAME.cache-CONTENT-KEYS.arrow holds them: CONTENT is a hash of the data file, KEYS one of the
 settings that decide what is read and how it is filtered and sorted. So changed data or keys are noticed. The
 columns are memory mapped, so that several processes share them. The last 64 bytes are a hash of all others.
+A file's time of change is that of its last use: the `KEPT_FILES` last used ones of the present data are kept.
 """
 
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 MIN_BYTES = 1 << 24
 """Smaller data files are read anew: that takes a second at most."""
+KEPT_FILES = 3
+"""So many are kept of one data file, each for other keys."""
 COLUMN_TYPES = (np.int32, np.int64, np.float64)
 """Of the columns that are kept."""
 _VERSION = 2  # of what the file holds and of how interactions are prepared
@@ -92,6 +96,13 @@ def read_cache(path: Path) -> PreparedInteractions | None:
         table = ipc.open_file(pa.BufferReader(body)).read_all()
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        logger.warning(
+            "data_cache: %s can't be read (%s); the data file is read again; change the permissions of the "
+            "cache, or set data_cache: false",
+            path, format_one_line(error),
+        )  # fmt: skip
+        return None
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         logger.warning("data_cache: %s is damaged (%s); it is made again", path, format_one_line(error))
         return None
@@ -99,6 +110,8 @@ def read_cache(path: Path) -> PreparedInteractions | None:
     if stored.get("version") != _VERSION:
         logger.info("data_cache: %s is of another version of this program; it is made again", path)
         return None
+    with suppress(OSError):  # in a folder of somebody else's
+        os.utime(path)
     arrays = {name: table.column(name).chunk(0).values for name in table.column_names}
     quartiles = stored["gap_quartiles"]
     return PreparedInteractions(
@@ -124,10 +137,28 @@ def write_cache(path: Path, prepared: PreparedInteractions) -> None:
         )  # fmt: skip
         return
     content = path.name.rpartition("-")[0]
+    same_data = []
     for other in path.parent.glob(f"{escape(content.rpartition('-')[0])}-*.arrow"):
         if not other.name.startswith(content):
-            with suppress(OSError):  # on Windows, where another process has it mapped
-                other.unlink()
+            _remove(other, "the data file is another one now")
+        elif other != path:
+            same_data.append(other)
+    for other in sorted(same_data, key=_find_last_use)[: 1 - KEPT_FILES]:
+        _remove(other, f"the {KEPT_FILES} last used ones are kept")
+
+
+def _find_last_use(path: Path) -> int:
+    """Its time of change in nanoseconds; 0 if another process has removed it."""
+    with suppress(OSError):
+        return path.stat().st_mtime_ns
+    return 0
+
+
+def _remove(path: Path, reason: str) -> None:
+    """Unlink a file; a process that has it mapped keeps its content."""
+    with suppress(OSError):  # removed meanwhile; or on Windows, where another process has it mapped
+        path.unlink()
+        logger.info("data_cache: %s is removed: %s", path, reason)
 
 
 def _build_table(prepared: PreparedInteractions) -> pa.Table:
