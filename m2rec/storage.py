@@ -1,9 +1,11 @@
-"""Write files atomically, and lock files and folders against other processes."""
+"""Write files atomically, tell their contents apart, and lock files and folders against other processes."""
 
 import errno
+import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from math import inf
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Unlock = Callable[[], None]
 
+_HASHED_AT_ONCE = 1 << 20  # bytes
 _LOCK_PAUSE = 0.05  # seconds between two attempts
 # seconds by which the start of one process may seem to differ, as after its machine's clock was set
 _SAME_START = 10.0
@@ -58,6 +61,34 @@ def _sync_folder(folder: Path) -> None:
 def write_text(path: Path, content: str) -> None:
     """Write UTF-8 text atomically."""
     write_atomically(path, lambda p: p.write_text(content, encoding="utf-8"))
+
+
+def hash_file(path: Path) -> str:
+    """`hash_content` of a file.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        return _join_checksums(iter(lambda: file.read(_HASHED_AT_ONCE), b""))
+
+
+def hash_content(content: bytes | memoryview) -> str:
+    """64 hexadecimal digits that tell contents apart: twice as fast as SHA-256, and no proof against forgery.
+
+    They are the SHA-256 of the length and of the CRC-32 of each MiB.
+    """
+    view = memoryview(content)
+    return _join_checksums(view[i : i + _HASHED_AT_ONCE] for i in range(0, len(view), _HASHED_AT_ONCE))
+
+
+def _join_checksums(blocks: Iterable[bytes | memoryview]) -> str:
+    digest, length = hashlib.sha256(), 0
+    for block in blocks:
+        digest.update(zlib.crc32(block).to_bytes(4, "little"))
+        length += len(block)
+    digest.update(length.to_bytes(8, "little"))
+    return digest.hexdigest()
 
 
 @contextmanager

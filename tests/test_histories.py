@@ -3,13 +3,18 @@
 import numpy as np
 import pytest
 
-from m2rec.data.columns import order_by_user
+from m2rec.data import histories as histories_module
 from m2rec.data.histories import (
     Histories,
     concatenate_ranges,
     split_by_time,
     split_leave_one_out,
 )
+
+
+@pytest.fixture(autouse=True)
+def _few_users_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(histories_module, "_USERS_AT_ONCE", 7)
 
 
 def test_leave_one_out_by_length():
@@ -70,13 +75,30 @@ def test_ranges_are_concatenated():
     assert concatenate_ranges(start[:0], lengths[:0]).tolist() == []
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64])
-@pytest.mark.parametrize("n_users", [1, 100, 2**16, 2**16 + 1, 10**6, 2**40])
-def test_each_users_interactions_stay_in_order(dtype: type[np.integer], n_users: int):
+def test_targets_that_return_are_those_of_a_loop():
+    """In blocks of users, for another order of them, and anew for another split."""
     rng = np.random.default_rng(0)
-    n_users = min(n_users, np.iinfo(dtype).max)
-    for size in (0, 1, 3000):
-        users = (rng.integers(0, n_users, size) // 2 * 2).astype(dtype)
-        times = rng.integers(0, 50, size)
-        order = order_by_user(users, times.argsort(kind="stable"))
-        assert order.tolist() == np.lexsort((times, users)).tolist()
+    lengths = rng.integers(1, 9, 200)
+    histories = Histories(np.repeat(3 * np.arange(200), lengths), rng.integers(1, 6, lengths.sum()))
+    start, end = histories.start, histories.end
+    splits = [histories.split, split_by_time(start, end, lengths // 2, lengths // 4)]
+    for histories.split in splits:
+        for part, targets in histories.split.targets.items():
+            index = rng.permutation(np.flatnonzero(targets != -1))
+            expected = [histories.items[targets[i]] in histories.items[start[i] : targets[i]] for i in index]
+            for _ in range(2):
+                assert histories.target_returns(3 * index, part).tolist() == expected
+            assert 0 < sum(expected) < len(expected)
+
+
+def test_training_counts_are_those_of_a_loop():
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, 9, 100)
+    histories = Histories(np.repeat(np.arange(100), lengths), rng.integers(1, 30, lengths.sum()))
+    counts, targets = np.zeros((2, 30), dtype=int)
+    for start, stop in zip(histories.start, histories.split.train_stop, strict=True):
+        for position in range(start, stop):
+            counts[histories.items[position]] += stop - start >= 2
+            targets[histories.items[position]] += position > start
+    assert histories.training_counts(30).tolist() == counts.tolist()
+    assert histories.count_training_targets(30).tolist() == targets.tolist()

@@ -1,18 +1,21 @@
 """Interactions from the cache are those that are read and sorted anew, whatever happens to the file."""
 
+import errno
 import logging
 import multiprocessing
+import os
 import resource
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from m2rec.compat import data_preparation
 from m2rec.data.dataset import HistoryDataset
-from m2rec.data.interaction_cache import find_cache_file, read_cache
+from m2rec.data.interaction_cache import find_cache_file, read_cache, write_cache
 from m2rec.training.configuration import RunConfig, build_config
 from m2rec.training.provenance import hash_training_data
 from tests.conftest import random_rows, small, write_inter
@@ -68,9 +71,9 @@ def test_a_second_start_has_the_same_data(toy: Path, others: dict[str, Any]):
     kept = build_config(small(toy, **others))
     assert_same_data(kept, plain)
     (file,) = find_files(toy)
-    before = file.stat().st_mtime_ns
+    before = file.stat().st_ino  # a file that is made again is another one
     assert_same_data(kept, plain)
-    assert [file] == find_files(toy) and file.stat().st_mtime_ns == before
+    assert [file] == find_files(toy) and file.stat().st_ino == before
 
 
 def test_columns_beside_items_are_kept(tmp_path: Path):
@@ -227,6 +230,90 @@ def test_it_is_mapped_and_not_copied(toy: Path):
 def test_what_is_not_kept(toy: Path, others: dict[str, Any]):
     (toy / "toy" / "toy.item").write_text("item_id:token\ni1\n")
     assert find_cache_file(build_config(small(toy, **others))) is None
+
+
+def test_the_three_last_used_files_are_kept(toy: Path, caplog: pytest.LogCaptureFixture):
+    """The one that was used longest ago is removed, whenever it was made."""
+    caplog.set_level(logging.INFO)
+    configs = []
+    for first in (1, 2, 3, 4, 5):
+        configs.append(build_config(small(toy, val_interval={"timestamp": f"[{first},inf)"})))
+    load(configs[0])
+    found = [find_files(toy)[0]]
+    for config in configs[1:3]:
+        load(config)
+        found += set(find_files(toy)) - set(found)
+    for age, file in enumerate(found):  # as if all were old, the first one the oldest
+        os.utime(file, (10 + age, 10 + age))
+    load(configs[0])  # so now the second one is
+    load(configs[3])
+    assert set(found) - set(find_files(toy)) == {found[1]} and len(find_files(toy)) == 3
+    assert f"{found[1]} is removed: the 3 last used ones are kept" in caplog.text
+    load(configs[4])
+    assert found[2] not in find_files(toy) and found[0] in find_files(toy)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows keeps a file that is mapped")
+def test_a_file_that_is_removed_stays_where_it_is_mapped(toy: Path):
+    config = build_config(small(toy))
+    load(config)
+    dataset, _ = load(config)
+    assert dataset.histories is not None
+    items = dataset.histories.items.tolist()
+    for file in find_files(toy):
+        file.unlink()
+    assert dataset.histories.items.tolist() == items == load(config)[0].histories.items.tolist()
+
+
+def test_a_file_without_the_right_to_read_it_is_not_damaged(toy: Path, caplog: pytest.LogCaptureFixture):
+    config, plain = build_config(small(toy)), build_config(small(toy, data_cache=False))
+    load(config)
+    (file,) = find_files(toy)
+
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m2rec.data.interaction_cache.pa.memory_map", refuse)
+        assert_same_data(config, plain)
+    assert f"{file} can't be read (" in caplog.text and "Permission denied" in caplog.text
+    assert "change the permissions" in caplog.text and "damaged" not in caplog.text
+
+
+def test_ids_have_four_bytes_and_rows_eight(toy: Path):
+    """Whether they are read or from the cache."""
+    config = build_config(small(toy, rows="prefix"))
+    for _ in range(2):
+        dataset, loaders = load(config)
+        histories = dataset.histories
+        assert histories is not None and dataset.row_targets is not None
+        arrays = [histories.owner, histories.items, histories.start, histories.end, dataset.row_targets]
+        arrays += [histories.split.train_stop, *histories.split.targets.values()]
+        assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
+        rows = loaders[0].dataset.inter_feat
+        for some in (rows, rows[[0, 1]], rows[:2]):
+            types = {name: some[name].dtype for name in rows.columns}
+            ids = ("user_id", "item_id", "item_id_list", "item_length")
+            assert {types.pop(name) for name in ids} == {torch.int64}
+            assert set(types.values()) == {torch.float32}
+
+
+def test_a_file_of_another_version_is_made_again(toy: Path, caplog: pytest.LogCaptureFixture):
+    """One with ids of 8 bytes, under the name that the file has now."""
+    caplog.set_level(logging.INFO)
+    config, plain = build_config(small(toy)), build_config(small(toy, data_cache=False))
+    load(config)
+    (file,) = find_files(toy)
+    content, prepared = file.read_bytes(), read_cache(file)
+    assert prepared is not None
+    for name in ("user_id", "item_id"):
+        prepared.columns[name] = prepared.columns[name].astype(np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m2rec.data.interaction_cache._VERSION", 1)
+        write_cache(file, prepared)
+    assert read_cache(file) is None and "of another version" in caplog.text
+    assert_same_data(config, plain)
+    assert file.read_bytes() == content
 
 
 def test_small_files_are_read_anew(toy: Path, monkeypatch: pytest.MonkeyPatch):

@@ -97,6 +97,7 @@ def test_processes_write_a_share_each(histories: Path, tmp_path: Path, monkeypat
 
 def test_parts_of_another_job_are_not_mixed(histories: Path, tmp_path: Path):
     folder = f"{tmp_path}/out/"
+    parquet.write_table(parquet.read_table(histories), histories, compression="none")
     recommender().recommend_file(histories, folder, 3)
     with pytest.raises(ValueError, match="has parts of another job, whose k was 3 and is now 4"):
         recommender().recommend_file(histories, folder, 4)
@@ -105,12 +106,27 @@ def test_parts_of_another_job_are_not_mixed(histories: Path, tmp_path: Path):
         other.model.encoder.id_embedding.weight[3] += 1
     with pytest.raises(ValueError, match="another job, whose model is another one"):
         other.recommend_file(histories, folder, 3)
-    histories.touch()
+    content = histories.read_bytes()
+    middle = content.index(b"u12")  # a user's name, of the same length
+    histories.write_bytes(content[:middle] + b"u21" + content[middle + 3 :])
     with pytest.raises(ValueError, match="another job, whose histories is another one"):
         recommender().recommend_file(histories, folder, 3)
     (Path(folder) / "_job.json").unlink()
     with pytest.raises(ValueError, match=r"has parts, but no _job\.json"):
         recommender().recommend_file(histories, folder, 3)
+
+
+def test_a_copy_of_the_histories_is_the_same_input(histories: Path, tmp_path: Path):
+    """As on another machine: in another folder, of another time."""
+    folder = tmp_path / "out"
+    recommender().recommend_file(histories, f"{folder}/", 3)
+    (folder / "part-00001.parquet").unlink()
+    copy = tmp_path / "elsewhere" / "copy.parquet"
+    copy.parent.mkdir()
+    copy.write_bytes(histories.read_bytes())
+    os.utime(copy, (1, 1))
+    assert recommender().recommend_file(copy, folder, 3) > 0
+    assert_same_rows(folder, write_one_file(histories))
 
 
 def test_what_decides_the_rankings_besides_options(histories: Path, tmp_path: Path):

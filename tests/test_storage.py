@@ -1,4 +1,4 @@
-"""Locks: by the file system, and by a file where it has none."""
+"""Contents are told apart; locks: by the file system, and by a file where it has none."""
 
 import errno
 import logging
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from m2rec.storage import lock_path
+from m2rec.storage import hash_content, hash_file, lock_path
 
 fcntl = pytest.importorskip("fcntl")
 
 NO_FLOCK = """
 import fcntl, sys
 from pathlib import Path
-from m2rec.storage import lock_path
+from m2rec.storage import hash_content, hash_file, lock_path
 def refuse(descriptor, operation):
     raise OSError(9, "no locks")
 fcntl.flock = refuse
@@ -158,3 +158,19 @@ def test_a_path_that_cant_be_locked_at_all_is_used_unlocked(
         os, "open", lambda path, flags, *mode: refuse() if flags & os.O_CREAT else real(path, flags)
     )
     assert try_lock(tmp_path)
+
+
+def test_contents_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A flipped bit anywhere, blocks in another order, zeros more or less."""
+    monkeypatch.setattr("m2rec.storage._HASHED_AT_ONCE", 100)
+    content = bytes(range(256))
+    contents = [content[:100] * 2, content[:200], content[100:200] + content[:100], b"", b"\0", bytes(100)]
+    contents += [bytes(101), bytes(200), content]
+    for place in range(256):
+        contents.append(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+    assert len({hash_content(some) for some in contents}) == len(contents)
+    for some in contents[:9]:
+        file = tmp_path / "file"
+        file.write_bytes(some)
+        assert hash_file(file) == hash_content(some) == hash_content(memoryview(some))
+        assert len(hash_file(file)) == 64

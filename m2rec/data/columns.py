@@ -17,6 +17,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from m2rec.data.id_arrays import choose_id_type, count_ids, take
+
 DOUBLE_DIGITS = 15  # decimal digits that a double always keeps
 EXACT_INTEGERS = 2**53  # whole numbers below it are doubles
 
@@ -80,7 +82,12 @@ class NumberColumn:
         self._chunks.append(values)
 
     def build(self) -> np.ndarray:
-        """All numbers, (n,) doubles; NaN where a text is missing or invalid."""
+        """All numbers, (n,) doubles; NaN where a text is missing or invalid.
+
+        Whole numbers that are doubles are let go, chunk by chunk: neither ties nor errors ask for them again.
+        """
+        if all(_are_exact(chunk) for chunk in self._chunks):
+            return self._move_integers()
         parsed = [_parse_chunk(chunk) for chunk in self._chunks]
         if all(values.dtype.kind in "iu" for values in parsed):
             doubles = [values.astype(np.float64) for values in parsed]
@@ -89,6 +96,15 @@ class NumberColumn:
             for chunk, values in zip(self._chunks, parsed, strict=True):
                 doubles.append(_round_as_decimals(chunk, values))
         return np.concatenate([np.empty(0), *doubles])
+
+    def _move_integers(self) -> np.ndarray:
+        numbers, start = np.empty(sum(map(len, self._chunks))), 0
+        self._chunks.reverse()
+        while self._chunks:
+            chunk = self._chunks.pop()
+            numbers[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        return numbers
 
     def separate_ties(self, times: np.ndarray) -> np.ndarray:
         """What `build` returned, but numbers that differ only beyond double precision stay different.
@@ -174,6 +190,12 @@ class ColumnTable:
             is_invalid &= ~column.find_missing()
         if is_invalid.any():
             raise InvalidNumberError(name, is_invalid, column.find_text(int(is_invalid.argmax())))
+
+
+def _are_exact(chunk: np.ndarray | pa.StringArray) -> bool:
+    """Whether a chunk has whole numbers only, of which each is a double."""
+    is_array = isinstance(chunk, np.ndarray) and chunk.dtype.kind == "i"
+    return is_array and int(chunk.max(initial=0)) < EXACT_INTEGERS
 
 
 def _parse_digits(texts: pa.StringArray) -> np.ndarray | None:
@@ -272,8 +294,7 @@ def hash_tokens(tokens: Sequence[str]) -> np.ndarray:
 
 def count_codes(column: pd.Series) -> np.ndarray:
     """How often each category of a column of tokens occurs, (number of categories,)."""
-    codes = column.cat.codes.to_numpy()
-    return np.bincount(codes[codes >= 0], minlength=len(column.cat.categories))
+    return count_ids(column.cat.codes.to_numpy(), len(column.cat.categories))
 
 
 def order_by_appearance(column: pd.Series) -> pd.Categorical:
@@ -303,20 +324,20 @@ def filter_by_counts(
         codes: of users and of items, (n,) each.
         checks: for users and for items, which numbers of rows are right.
     """
-    rows, rounds = np.arange(len(codes[0])), 0
-    counts = [np.bincount(column) for column in codes]
+    rows, rounds = np.arange(len(codes[0]), dtype=choose_id_type(len(codes[0]))), 0
+    counts = [count_ids(column, int(column.max(initial=-1)) + 1) for column in codes]
     while True:
         is_dropped = np.zeros(len(rows), dtype=bool)
         for column, count, check in zip(codes, counts, checks, strict=True):
             is_wrong = ~check(count) & (count > 0)
             if is_wrong.any():
-                is_dropped |= is_wrong[column[rows]]
+                is_dropped |= take(is_wrong, take(column, rows))
         if not is_dropped.any():
             break
         rounds += 1
         dropped, rows = rows[is_dropped], rows[~is_dropped]
         for column, count in zip(codes, counts, strict=True):
-            count -= np.bincount(column[dropped], minlength=len(count))
+            count -= count_ids(take(column, dropped), len(count))
     is_kept = np.zeros(len(codes[0]), dtype=bool)
     is_kept[rows] = True
     return FilteredRows(is_kept, rounds)
@@ -350,27 +371,10 @@ class TokenIds(Mapping[str, int]):
 
 
 def reorder_rows(frame: pd.DataFrame, order: np.ndarray) -> pd.DataFrame:
-    """The rows in this order, numbered anew; column by column, which pandas does not do."""
-    columns = {name: frame[name].array.take(order) for name in frame}
+    """The rows in this order, numbered anew; the frame loses its columns one by one, which saves memory."""
+    columns = {}
+    for name in list(frame):
+        values = frame.pop(name)
+        is_numpy = isinstance(values.dtype, np.dtype)
+        columns[name] = take(values.to_numpy(), order) if is_numpy else values.array.take(order)
     return pd.DataFrame(columns, copy=False)
-
-
-def order_by_user(users: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """An order of interactions, rearranged so that each user's are together, users ascending.
-
-    NumPy sorts 16 bits at a time without comparisons, so this takes far less time than sorting users at once.
-
-    Args:
-        users: (n,) non-negative integers.
-        order: (n,), such as the order by time; each user's interactions stay in it.
-    """
-    for shift in range(0, max(1, int(users.max(initial=0)).bit_length()), 16):
-        some_bits = (users >> shift).astype(np.uint16)
-        order = order[some_bits[order].argsort(kind="stable")]
-    return order
-
-
-def is_ordered(users: np.ndarray, times: np.ndarray) -> bool:
-    """Whether interactions are in the order of users, each user's in the order of times; (n,) both."""
-    is_same_user = users[1:] == users[:-1]
-    return bool(((users[1:] > users[:-1]) | (is_same_user & (times[1:] >= times[:-1]))).all())

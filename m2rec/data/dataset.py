@@ -124,7 +124,8 @@ class HistoryDataset(InteractionDataset):
         items = self.inter_feat[self.iid_field].numpy()
         histories = Histories(users, items)
         if self._period_counts is not None:
-            n_train, n_valid = (counts[histories.users] for counts in self._period_counts)
+            own = (counts[histories.users] for counts in self._period_counts)
+            n_train, n_valid = (counts.astype(histories.start.dtype) for counts in own)
             histories.split = split_by_time(histories.start, histories.end, n_train, n_valid)
         self.histories = histories
         self._settle_max_length(histories)
@@ -154,10 +155,12 @@ class HistoryDataset(InteractionDataset):
         order = times[second].argsort(kind="stable")
         start = histories.start[order]
         train_stop = histories.split.train_stop[order]
-        step = self.max_item_list_len if self.is_dense else 1
+        step = min(self.max_item_list_len, len(times)) if self.is_dense else 1
         n_rows = np.maximum((train_stop - start - 2) // step + 1, 0)
-        rows_after = n_rows.cumsum().repeat(n_rows) - np.arange(n_rows.sum()) - 1  # of the same user
-        targets = [train_stop.repeat(n_rows) - 1 - step * rows_after]
+        rows_after = (n_rows.cumsum(dtype=n_rows.dtype) - 1).repeat(n_rows)
+        rows_after -= np.arange(len(rows_after), dtype=n_rows.dtype)  # of the same user
+        rows_after *= step
+        targets = [(train_stop - 1).repeat(n_rows) - rows_after]
         starts = [start.repeat(n_rows)]
         for positions in histories.split.targets.values():
             target = positions[order]
@@ -181,7 +184,7 @@ class HistoryDataset(InteractionDataset):
             name, negatives = self._sample_negative_lists()
             interactions[name] = negatives
             columns[name] = RowColumn(name, is_history=True)
-        begin = np.maximum(start, target - self.max_item_list_len)
+        begin = np.maximum(start, target - min(self.max_item_list_len, len(self.inter_feat)))
         length_column = self.item_list_length_field
         return LazyRows(
             RowColumns(interactions, columns, length_column, begin, target, self.max_item_list_len)

@@ -39,7 +39,7 @@ class TrainingExtent:
         users = hash_users(dataset)
         order = users.argsort()
         lengths = np.maximum(split.train_stop - dataset.histories.start, 0)
-        return cls(users[order], lengths[order])
+        return cls(users[order], lengths[order].astype(np.int64))
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m2rec.data.id_arrays import choose_id_type, count_ids
+
 NO_TARGET = -1
-_USERS_AT_ONCE = 1 << 15  # whose histories are in memory
+_USERS_AT_ONCE = 1 << 13  # whose histories are in memory
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,12 @@ class Histories:
     owner: np.ndarray
     items: np.ndarray
     split: Split = field(init=False)
+    _returns: dict[str, tuple[np.ndarray, np.ndarray]] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         is_first = np.append(True, self.owner[1:] != self.owner[:-1])
-        self.start = np.flatnonzero(is_first)
-        self.end = np.append(self.start[1:], len(self.owner))
+        self.start = np.flatnonzero(is_first).astype(choose_id_type(len(self.owner)))
+        self.end = np.append(self.start[1:], self.start.dtype.type(len(self.owner)))
         self.users = self.owner[self.start]
         self.split = split_leave_one_out(self.start, self.end)
 
@@ -103,30 +106,43 @@ class Histories:
         return lengths
 
     def items_before_target(self, users: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """All items before each user's target of `part`, as (index into users, item) pairs."""
+        """All items before each user's target of `part`, as (index into users, item) pairs of int64."""
         start, target = self._find_histories(users, part)
         lengths = target - start
         user_index = np.repeat(np.arange(len(users)), lengths)
-        return user_index, self.items[concatenate_ranges(start, lengths)]
+        return user_index, self.items[concatenate_ranges(start, lengths)].astype(np.int64, copy=False)
 
     def target_returns(self, users: np.ndarray, part: str) -> np.ndarray:
         """Whether each user's target of `part` is among the items before it, (len(users),)."""
-        returns = np.zeros(len(users), dtype=bool)
-        start, target = self._find_histories(users, part)
-        targets = self.items[target]
-        for first in range(0, len(users), _USERS_AT_ONCE):
+        target = self.split.targets[part]
+        if part not in self._returns or self._returns[part][0] is not target:  # or of another split
+            self._returns[part] = target, self._find_returns(target)
+        returns: np.ndarray = self._returns[part][1][self._find_users(users)]
+        return returns
+
+    def _find_returns(self, target: np.ndarray) -> np.ndarray:
+        """Whether the items before each user's target have it, (m,); not without a target."""
+        returns = np.zeros(len(target), dtype=bool)
+        for first in range(0, len(target), _USERS_AT_ONCE):
             some = slice(first, first + _USERS_AT_ONCE)
-            lengths = target[some] - start[some]
-            is_target = self.items[concatenate_ranges(start[some], lengths)] == targets[some].repeat(lengths)
-            returns[some] = np.bincount(np.arange(len(lengths)).repeat(lengths), is_target, len(lengths)) > 0
+            start, end = self.start[some], self.end[some]
+            stop = np.where(target[some] == NO_TARGET, start, target[some])
+            first_item = start[0]
+            is_target = self.items[first_item : end[-1]] == self.items[stop].repeat(end - start)
+            n_before = np.append(0, is_target.cumsum(dtype=np.int32))
+            returns[some] = n_before[stop - first_item] > n_before[start - first_item]
         return returns
 
     def _find_histories(self, users: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
         """Positions of each user's first item and of the target of `part`."""
-        first, last = self.users[0], self.users[-1]
-        is_whole = last - first + 1 == len(self.users)  # without a number left out
-        index = users - first if is_whole else np.searchsorted(self.users, users)
+        index = self._find_users(users)
         return self.start[index], self.split.targets[part][index]
+
+    def _find_users(self, users: np.ndarray) -> np.ndarray:
+        """Where these user ids are in `users`."""
+        first, last = int(self.users[0]), int(self.users[-1])
+        is_whole = last - first + 1 == len(self.users)  # without a number left out
+        return users - first if is_whole else np.searchsorted(self.users, users)
 
     def training_counts(self, n_items: int) -> np.ndarray:
         """Occurrences of each item in the training data, as input or target, (n_items,).
@@ -201,9 +217,11 @@ class Histories:
 
     def _count_training_items(self, first: np.ndarray, n_items: int) -> np.ndarray:
         """How often each item is in the intervals [first, train_stop)."""
-        lengths = np.maximum(self.split.train_stop - first, 0)
-        positions = concatenate_ranges(first, lengths)
-        return np.bincount(self.items[positions], minlength=n_items)
+        stop = self.split.train_stop
+        first = np.minimum(first, stop)
+        before_in_after = np.stack([first - self.start, stop - first, self.end - stop], axis=1).ravel()
+        is_counted = np.tile([False, True, False], len(stop)).repeat(before_in_after)
+        return count_ids(self.items[is_counted], n_items)
 
 
 def shift_targets(items: Tensor, lengths: Tensor, last: Tensor) -> Tensor:

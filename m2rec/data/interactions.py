@@ -21,13 +21,12 @@ from m2rec.data.columns import (
     count_codes,
     encode_tokens,
     filter_by_counts,
-    is_ordered,
     list_tokens,
     order_by_appearance,
-    order_by_user,
     reorder_rows,
 )
 from m2rec.data.dominant import describe_dominant_entity
+from m2rec.data.id_arrays import choose_id_type, count_ids, is_ordered, order_by_time, order_by_user
 from m2rec.data.interaction_cache import PreparedInteractions
 from m2rec.data.ties import hash_interactions
 from m2rec.data.time_statistics import measure_gap_quartiles
@@ -103,7 +102,8 @@ class InteractionDataset(SequentialDataset):
         self._init_alias()
         self.feat_name_list = self._build_feat_name_list()
         self._is_sorted = True
-        self._check_longest(int(np.bincount(prepared.columns[self.uid_field]).max()))
+        users = prepared.columns[self.uid_field]
+        self._check_longest(int(count_ids(users, len(prepared.tokens[self.uid_field])).max()))
 
     def _keep(self) -> None:
         """Write the sorted interactions to the cache."""
@@ -115,7 +115,7 @@ class InteractionDataset(SequentialDataset):
         ):
             return
         columns = {name: self.inter_feat[name].to_numpy() for name in self.inter_feat}
-        if any(values.dtype not in (np.int64, np.float64) for values in columns.values()):
+        if any(values.dtype not in interaction_cache.COLUMN_TYPES for values in columns.values()):
             return
         types = {name: str(self.field2type[name].value) for name in columns}
         tokens = {name: self.field2id_token[name] for name in columns if name in self.field2id_token}
@@ -220,7 +220,8 @@ class InteractionDataset(SequentialDataset):
             )  # fmt: skip
 
     def _data_filtering(self) -> None:
-        before = self._count_sizes()
+        rows = self._count_rows()
+        before = self._count_sizes(rows)
         if not before["interactions"]:
             raise UserError(f"dataset: {self.dataset_name!r} has no interactions, only a header")
         try:
@@ -230,21 +231,24 @@ class InteractionDataset(SequentialDataset):
                 raise
         feat = self.inter_feat
         is_whole = len(feat) == before["interactions"] and self.config["rm_dup_inter"] is None
-        self.counts = before if is_whole else self._count_sizes()
-        self._check_sizes(before)
-        for column in feat:
-            if not is_whole and isinstance(feat[column].dtype, pd.CategoricalDtype):
-                feat[column] = order_by_appearance(feat[column])
+        if not is_whole:
+            for column in feat:
+                if isinstance(feat[column].dtype, pd.CategoricalDtype):
+                    feat[column] = order_by_appearance(feat[column])
+            rows = self._count_rows()
+        self.counts = self._count_sizes(rows)
+        self._check_sizes(before, rows)
         for kind, column in (("user", self.uid_field), ("item", self.iid_field)):
-            warning = describe_dominant_entity(kind, feat[column].cat.categories, count_codes(feat[column]))
+            warning = describe_dominant_entity(kind, feat[column].cat.categories, rows[column])
             if warning:
                 logger.warning("%s", warning)
 
-    def _check_sizes(self, before: dict[str, int]) -> None:
+    def _check_sizes(self, before: dict[str, int], rows: dict[str, np.ndarray]) -> None:
         """Check that something can be trained after filtering.
 
         Args:
             before: users, items and interactions before filtering.
+            rows: of each user and item after it.
         """
         if not self.counts["interactions"]:
             raise UserError(
@@ -252,7 +256,7 @@ class InteractionDataset(SequentialDataset):
                 f"({_format_counts(before)} before, {_format_counts(self.counts)} after); "
                 f"loosen user_inter_num_interval, item_inter_num_interval or val_interval"
             )
-        self._check_longest(int(count_codes(self.inter_feat[self.uid_field]).max()))
+        self._check_longest(int(rows[self.uid_field].max()))
 
     def _check_longest(self, longest: int) -> None:
         """Check that leave-one-out has a user with enough interactions, of whom the most have `longest`."""
@@ -278,12 +282,20 @@ class InteractionDataset(SequentialDataset):
         ordered = self.inter_feat.sort_values(self.time_field, kind="stable")
         self.inter_feat = ordered.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
 
-    def _count_sizes(self) -> dict[str, int]:
-        feat = self.inter_feat
+    def _filter_inter_by_user_or_item(self) -> None:
+        """RecBole's, which without features of users and items copies the interactions for nothing."""
+        if self.user_feat is not None or self.item_feat is not None:
+            super()._filter_inter_by_user_or_item()
+
+    def _count_rows(self) -> dict[str, np.ndarray]:
+        """The interactions of each user and of each item, by column."""
+        return {column: count_codes(self.inter_feat[column]) for column in (self.uid_field, self.iid_field)}
+
+    def _count_sizes(self, rows: dict[str, np.ndarray]) -> dict[str, int]:
         return {
-            "users": int(np.count_nonzero(count_codes(feat[self.uid_field]))),
-            "items": int(np.count_nonzero(count_codes(feat[self.iid_field]))),
-            "interactions": len(feat),
+            "users": int(np.count_nonzero(rows[self.uid_field])),
+            "items": int(np.count_nonzero(rows[self.iid_field])),
+            "interactions": len(self.inter_feat),
         }
 
     def _filter_by_inter_num(self) -> None:
@@ -316,8 +328,11 @@ class InteractionDataset(SequentialDataset):
         if len(remap_list) == 1:
             ((feat, column, _),) = remap_list
             if isinstance(feat[column].dtype, pd.CategoricalDtype):
-                self._set_tokens(column, np.array(["[PAD]", *list_tokens(feat[column])]))
-                feat[column] = feat[column].cat.codes.to_numpy().astype(np.int64) + 1
+                tokens = np.array(["[PAD]", *list_tokens(feat[column])])
+                self._set_tokens(column, tokens)
+                ids = feat[column].cat.codes.to_numpy().astype(choose_id_type(len(tokens)))
+                ids += 1
+                feat[column] = ids
                 return
         super()._remap(remap_list)
 
@@ -339,30 +354,29 @@ class InteractionDataset(SequentialDataset):
 
     def _sort_interactions(self) -> np.ndarray:
         """Sort by user and time, ties by `tie_order`; returns the times that decided, (n,)."""
-        times: np.ndarray = self.inter_feat[self.time_field].to_numpy()
-        if self.time_order != "exact":
-            times = times.astype(np.float32)
-        if self._is_sorted:
-            return times
-        order = self._find_order(times)
-        if order is not None:
-            self.inter_feat = reorder_rows(self.inter_feat, order)
-            times = times[order]
-            del order
-        if self.gap_quartiles is None:
-            self._measure_gaps()
-        self._keep()
-        return times
+        if not self._is_sorted:
+            order = self._find_order()
+            if order is not None:
+                self.inter_feat = reorder_rows(self.inter_feat, order)
+                del order
+            if self.gap_quartiles is None:
+                self._measure_gaps()
+            self._keep()
+        return self._read_times()
 
-    def _find_order(self, times: np.ndarray) -> np.ndarray | None:
+    def _read_times(self) -> np.ndarray:
+        """The times that decide the order, (n,)."""
+        times: np.ndarray = self.inter_feat[self.time_field].to_numpy()
+        return times if self.time_order == "exact" else times.astype(np.float32)
+
+    def _find_order(self) -> np.ndarray | None:
         """The order by user, time and `tie_order`, (n,); None if the interactions have it already."""
-        users = self.inter_feat[self.uid_field].to_numpy()
+        users, times = self.inter_feat[self.uid_field].to_numpy(), self._read_times()
         if self.tie_order == "shuffled":
             return order_by_user(users, np.lexsort((self._hash_interactions(), times)))
         if is_ordered(users, times):
             return None
-        by_time: np.ndarray = times.argsort(kind="stable")
-        return order_by_user(users, by_time)
+        return order_by_user(users, order_by_time(times))
 
     def _hash_interactions(self) -> np.ndarray:
         feat = self.inter_feat
@@ -371,10 +385,13 @@ class InteractionDataset(SequentialDataset):
         return hash_interactions(users, items, times, self.user_tokens, self.item_tokens)
 
     def _dataframe_to_interaction(self, data: pd.DataFrame) -> Interaction:
-        """RecBole's, but ids are not copied, so that processes share those of a cache."""
+        """RecBole's, but ids are not copied, so that processes share those of a cache.
+
+        Ids keep their type, and rows have int64: `LazyRows` widens what it cuts.
+        """
         others = []
         for name in data:
-            if self.field2type[name] != FeatureType.TOKEN or data[name].dtype != np.int64:
+            if self.field2type[name] != FeatureType.TOKEN or data[name].dtype not in (np.int32, np.int64):
                 others.append(name)
         converted = super()._dataframe_to_interaction(data[others])
         columns = {}

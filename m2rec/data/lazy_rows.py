@@ -2,6 +2,7 @@
 
 The interactions are one flat array per column. A row is a pair of positions in them: its target and where its
 history begins. So memory does not grow with L, with the number of rows per user, or with the number of parts.
+Ids and positions have 4 bytes where they fit; columns that are cut have int64, as RecBole's.
 
 letter  meaning
 n, N    interactions, rows
@@ -82,10 +83,12 @@ class RowColumns(MutableMapping[str, Tensor]):
         if name in self._kept:
             return self._kept[name]
         if name == self._length_column:
-            return torch.from_numpy(self._target - self._begin)
+            return _widen(torch.from_numpy(self._target - self._begin))
         column = self._columns[name]
         values = self._interactions[column.source]
-        return self._cut_histories(values) if column.is_history else values[torch.from_numpy(self._target)]
+        if column.is_history:
+            return self._cut_histories(values)
+        return _widen(values[torch.from_numpy(self._target).long()])
 
     def __setitem__(self, name: str, values: Tensor) -> None:
         self._kept[name] = values
@@ -108,10 +111,11 @@ class RowColumns(MutableMapping[str, Tensor]):
         """Each row's part of (n, ...) values, (N, L, ...), right-padded with 0."""
         position = np.arange(self._max_length)
         lengths = self._target - self._begin
-        histories = values.new_empty((self.n_rows, self._max_length, *values.shape[1:]))
+        shape = self.n_rows, self._max_length, *values.shape[1:]
+        histories = _widen(values[:0]).new_empty(shape)
         for first in range(0, self.n_rows, _ROWS_AT_ONCE):
             some = slice(first, first + _ROWS_AT_ONCE)
-            index = np.minimum(self._begin[some, None] + position, len(values) - 1)
+            index = np.minimum(self._begin[some, None] + position, len(values) - 1)  # int64
             histories[some] = values[torch.from_numpy(index)]
             histories[some][torch.from_numpy(position >= lengths[some, None])] = 0
         return histories
@@ -147,6 +151,11 @@ class LazyRows(Interaction):
             self.interaction = self.interaction.take(_to_array(index))
         else:
             super()._reindex(index)
+
+
+def _widen(values: Tensor) -> Tensor:
+    """Ids as int64, anything else as it is."""
+    return values.long() if values.dtype == torch.int32 else values
 
 
 def _to_array(index: Any) -> np.ndarray:

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
-from m2rec.data.columns import is_ordered, order_by_user
+from m2rec.data.id_arrays import BLOCK, is_ordered, order_by_time, order_by_user, take
 
 _DAY = 86_400
 _RECENT_DAYS = (7, 30, 90, 365)
@@ -101,10 +100,15 @@ def measure_gap_quartiles(users: np.ndarray, times: np.ndarray) -> tuple[float, 
         times: (n,).
     """
     if not is_ordered(users, times):
-        order = order_by_user(users, times.argsort(kind="stable"))
-        users, times = users[order], times[order]
-    gaps = pd.Series(np.diff(times)[users[1:] == users[:-1]])
-    if gaps.empty:
+        order = order_by_user(users, order_by_time(times))
+        users, times = take(users, order), take(times, order)
+    gaps, n_gaps = np.empty(max(0, len(times) - 1), dtype=times.dtype), 0
+    for start in range(0, len(gaps), BLOCK):
+        some = slice(start, start + BLOCK + 1)
+        own = np.diff(times[some])[users[some][1:] == users[some][:-1]]
+        gaps[n_gaps : n_gaps + len(own)] = own
+        n_gaps += len(own)
+    if not n_gaps:
         return None
-    low, middle, high = gaps.quantile([0.25, 0.5, 0.75]).tolist()
+    low, middle, high = np.percentile(gaps[:n_gaps], [25, 50, 75], overwrite_input=True).tolist()
     return low, middle, high

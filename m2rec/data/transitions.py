@@ -68,8 +68,9 @@ def _count_block(
         earlier, later = histories.training_pairs(kind + 1)
         for pair_kind, source, target in ((kind, earlier, later), (kind + WINDOW, later, earlier)):
             inside = (source >= low) & (source < high)
-            codes.append((source[inside] * n_items + target[inside]) * n_kinds + pair_kind)
-    ordered = np.concatenate(codes).astype(np.int64, copy=False)
+            pairs = source[inside].astype(np.int64) * n_items + target[inside]  # beyond the range of ids
+            codes.append(pairs * n_kinds + pair_kind)
+    ordered = np.concatenate(codes)
     del codes  # of millions of interactions, each array here takes gigabytes
     ordered.sort()  # numbers that hold pair and kind: several times as fast as sorting an index
     pairs, kinds = np.divmod(ordered, n_kinds)

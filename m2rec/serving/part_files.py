@@ -16,7 +16,7 @@ from m2rec.errors import UserError
 from m2rec.nn.encoder import Encoder
 from m2rec.serving.batch_files import list_history_files, write_recommendations
 from m2rec.serving.ranker import Ranking
-from m2rec.storage import lock_path, write_text
+from m2rec.storage import hash_file, lock_path, write_text
 
 PART_ROWS = 100_000
 JOB_FILE = "_job.json"  # readers of Parquet folders leave out names that begin with _
@@ -69,15 +69,17 @@ def write_parts(
 
 
 def describe_job(encoder: Encoder, source: Path, **options: Any) -> dict[str, Any]:
-    """What decides the rankings: the weights, the file of the histories, and the options."""
+    """What decides the rankings: the weights, the contents of the files of histories, and the options.
+
+    Machines may have copies of the files, so neither paths nor times are compared.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     files = []
     for file in list_history_files(source):
-        status = file.stat()
-        files.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+        files.append([file.stat().st_size, hash_file(file)])
     return {"model": digest.hexdigest(), "histories": files, "part_rows": PART_ROWS, **options}
 
 

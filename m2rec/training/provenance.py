@@ -26,6 +26,8 @@ _SORTED_SHARE = 0.95
 
 _PACKAGES = ("torch", "recbole", "numpy", "pandas", "safetensors")
 
+_HASHED_AT_ONCE = 1 << 20  # rows, of which a copy may be made
+
 # the parts of a run's protocol that do not depend on its settings
 _FIXED_PROTOCOL = {
     "ranking": "full, over all items",
@@ -60,7 +62,11 @@ def hash_training_data(dataset: HistoryDataset, loaders: Iterable[Any]) -> str:
     if features is not None:
         arrays += [features[column].numpy() for column in features.columns]
     for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
+        for start in range(0, len(array), _HASHED_AT_ONCE):
+            some = array[start : start + _HASHED_AT_ONCE]
+            if some.dtype == np.int32:  # the hash says nothing of how ids are held
+                some = some.astype(np.int64)
+            digest.update(np.ascontiguousarray(some).data)
     return digest.hexdigest()
 
 

@@ -2,9 +2,10 @@
 
     python scripts/bench/data.py                                    # 2 million rows
     python scripts/bench/data.py --rows=20_000_000 --users=1_000_000 --items=269_000
+    python scripts/bench/data.py --file=dataset/ml-1m/ml-1m.inter --length=200 --training-rows=prefix
 
 The yardstick is what no loader can do without: pyarrow reads the same file and sorts it once by user and
-time. Each task runs in its own process, in turns; its time is from the start of the process to its end, with
+time. A second start takes the interactions from `data_cache`, if the file is large enough. Each task runs in its own process, in turns; its time is from the start of the process to its end, with
 all imports. CPU seconds, of all threads, say more than seconds on a machine that others use. The data are
 random: users and items have long tails, and the lines are in the order of time.
 """
@@ -29,6 +30,7 @@ from benchmarking import (
 NAME = "bench"
 YARDSTICK = "pyarrow reads, one sort"
 LOAD = "command to model built"
+LOAD_AGAIN = "second start"
 _LINES_AT_ONCE = 1_000_000
 _FIRST_TIME, _LAST_TIME = 1_400_000_000, 1_700_000_000  # seconds
 
@@ -65,36 +67,41 @@ def read_and_sort(path: Path) -> None:
     table.take(order)
 
 
-def load_run(path: Path, length: int) -> None:
-    """All that a run does before its first step."""
+def load_run(path: Path, length: int, training_rows: str) -> None:
+    """All that a run without text does before its first step."""
     from m2rec.training.configuration import build_config
     from m2rec.training.run import prepare_run
 
     values = {
         "auto": False,
         "baselines": False,
-        "dataset": NAME,
+        "dataset": path.stem,
         "data_path": str(path.parent.parent),
         "gpu_id": "",
         "MAX_ITEM_LIST_LENGTH": length,
         "report": False,
-        "runs_dir": str(path.parent.parent / "runs"),
+        "rows": training_rows,
+        "text_vectors": "none",
     }
-    prepare_run(build_config(values))
+    with tempfile.TemporaryDirectory() as runs:
+        prepare_run(build_config({**values, "runs_dir": runs}))
 
 
-def measure_task(task: str, path: Path, length: int) -> tuple[float, float, float]:
+def measure_task(task: str, path: Path, args: argparse.Namespace) -> tuple[float, float, float]:
     """Seconds, CPU seconds and peak memory in MiB of this script with `--task`, in a new process."""
-    script = str(Path(__file__).resolve())
-    return measure_process([script, f"--task={task}", f"--file={path}", f"--length={length}"], ROOT)
+    if task == LOAD:
+        for kept in path.parent.glob("*.cache-*.arrow"):
+            kept.unlink()
+    options = [f"--file={path}", f"--length={args.length}", f"--training-rows={args.training_rows}"]
+    return measure_process([str(Path(__file__).resolve()), f"--task={task}", *options], ROOT)
 
 
-def measure_tasks(path: Path, length: int, repeats: int) -> list[Row]:
+def measure_tasks(path: Path, args: argparse.Namespace) -> list[Row]:
     """A row for each task, medians over the rounds; and how they compare."""
-    rounds: dict[str, list[tuple[float, float, float]]] = {YARDSTICK: [], LOAD: []}
-    for _ in range(repeats):
+    rounds: dict[str, list[tuple[float, float, float]]] = {YARDSTICK: [], LOAD: [], LOAD_AGAIN: []}
+    for _ in range(args.repeats):
         for task, measured in rounds.items():
-            measured.append(measure_task(task, path, length))
+            measured.append(measure_task(task, path, args))
     rows = []
     yardstick = median(cpu for _, cpu, _ in rounds[YARDSTICK])
     for task, measured in rounds.items():
@@ -105,15 +112,17 @@ def measure_tasks(path: Path, length: int, repeats: int) -> list[Row]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of this benchmark; `--task` and `--file` are for the processes that it starts."""
+    """The flags of this benchmark; `--task` is for the processes that it starts."""
     parser = build_benchmark_parser(__doc__, "bench_data")
     parser.set_defaults(repeats=3)
     parser.add_argument("--rows", type=int, default=2_000_000, help="interactions")
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--items", type=int, default=26_900)
     parser.add_argument("--length", type=int, default=50, help="L")
-    parser.add_argument("--task", choices=[YARDSTICK, LOAD], help=argparse.SUPPRESS)
-    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--training-rows", choices=["dense", "prefix"], default="dense")
+    parser.add_argument("--task", choices=[YARDSTICK, LOAD, LOAD_AGAIN], help=argparse.SUPPRESS)
+    file_help = "a NAME/NAME.inter in place of random interactions; its caches are removed"
+    parser.add_argument("--file", type=Path, help=file_help)
     return parser
 
 
@@ -122,13 +131,16 @@ def main() -> None:
     args = parse_benchmark_arguments(build_parser())
     if args.task == YARDSTICK:
         read_and_sort(args.file)
-    elif args.task == LOAD:
-        load_run(args.file, args.length)
+    elif args.task:
+        load_run(args.file, args.length, args.training_rows)
+    elif args.file:
+        path = args.file.resolve()
+        write_benchmark_results(args, measure_tasks(path, args), f"{path.name}, L = {args.length}")
     else:
         with tempfile.TemporaryDirectory() as folder:
             path = write_random_interactions(Path(folder), args.rows, args.users, args.items)
             size = path.stat().st_size / 2**20
-            rows = measure_tasks(path, args.length, args.repeats)
+            rows = measure_tasks(path, args)
         note = f"{args.rows:,} interactions, {args.users:,} users, {args.items:,} items, {size:,.0f} MiB"
         write_benchmark_results(args, rows, f"{note}, L = {args.length}")
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from m2rec.data.id_arrays import order_by_user
 from m2rec.data.raw.batches import InteractionBatch
 from m2rec.data.raw.options import PreparationOptions
 from m2rec.data.raw.tally import Tally
@@ -91,8 +92,6 @@ class HeldInteractions:
 
     def sort_by_user(self) -> None:
         """User by user as they first appear, each user's interactions by time; ties stay in file order."""
-        from m2rec.data.columns import order_by_user  # here, since it loads pandas
-
         users = _number_by_appearance(self._columns[0])
         self._take(order_by_user(users, self._times.argsort(kind="stable")))
 
