@@ -60,7 +60,7 @@ def test_each_users_interactions_stay_in_order(dtype: type[np.integer], n_users:
         lambda n: np.where(n == 0, -(2.0**-60), n - 1),
         lambda n: 1e9 * n,
         lambda n: n * 2.0**1000,
-        lambda n: (3 + 2.0**24 * (n > 5) + 2 * n).astype(np.float32),
+        lambda n: np.where(n == 0, 3, 2.0**24 + 2 * n).astype(np.float32),
         lambda n: (n / 7).astype(np.float32),
     ],
     ids=["seconds", "nanoseconds", "negative", "halves", "tiny", "wide", "huge", "float32", "decimals"],

@@ -174,3 +174,5 @@ def test_contents_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         file.write_bytes(some)
         assert hash_file(file) == hash_content(some) == hash_content(memoryview(some))
         assert len(hash_file(file)) == 64
+    monkeypatch.setattr("m2rec.storage.zlib.crc32", lambda block: 0)
+    assert hash_content(bytes(10)) != hash_content(bytes(11))

@@ -6,7 +6,7 @@
 
 The yardstick is what no loader can do without: pyarrow reads the same file and sorts it once by user and
 time. A second start takes the interactions from `data_cache`, if the file is large enough. Each task runs in
-its own process, in turns; its time is from the start of the process to its end, all imports included. CPU
+its own process, in turns; its time is from the start of the process to its end, with all imports. CPU
 seconds, of all threads, say more than seconds on a machine that others use. The data are random: users and
 items have long tails, and the lines are in the order of time.
 """
