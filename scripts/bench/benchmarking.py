@@ -117,7 +117,32 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def measure_process(command: list[str], checkout: Path) -> tuple[float, float, float]:
+ProcessCost = tuple[float, float, float]
+"""Seconds, CPU seconds of all threads, peak memory in MiB."""
+
+
+def add_interaction_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of benchmarks on random interactions, of which three rounds are enough."""
+    parser.set_defaults(repeats=3)
+    parser.add_argument("--rows", type=int, default=2_000_000, help="interactions")
+    parser.add_argument("--users", type=int, default=100_000)
+    parser.add_argument("--items", type=int, default=26_900)
+
+
+def measure_in_turns(tasks: Mapping[str, Callable[[], ProcessCost]], repeats: int, column: str) -> list[Row]:
+    """A row for each task, named in this column: the medians of its costs; in each round all take turns."""
+    rounds: dict[str, list[ProcessCost]] = {name: [] for name in tasks}
+    for _ in range(repeats):
+        for name, measure in tasks.items():
+            rounds[name].append(measure())
+    rows = []
+    for name, costs in rounds.items():
+        seconds, cpu_seconds, peak = (median(values) for values in zip(*costs, strict=True))
+        rows.append({column: name, "s": seconds, "CPU s": cpu_seconds, "peak MiB": peak})
+    return rows
+
+
+def measure_process(command: list[str], checkout: Path) -> ProcessCost:
     """Seconds, CPU seconds and peak memory in MiB of a Python script in a new process.
 
     The process reports its own peak: what the system says of a child counts the parent's memory, too.

@@ -13,15 +13,18 @@ items have long tails, and the lines are in the order of time.
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from benchmarking import (
     ROOT,
+    ProcessCost,
     Row,
+    add_interaction_arguments,
     build_benchmark_parser,
     draw_long_tail,
+    measure_in_turns,
     measure_process,
     parse_benchmark_arguments,
     print_row,
@@ -88,7 +91,7 @@ def load_run(path: Path, length: int, training_rows: str) -> None:
         prepare_run(build_config({**values, "runs_dir": runs}))
 
 
-def measure_task(task: str, path: Path, args: argparse.Namespace) -> tuple[float, float, float]:
+def measure_task(task: str, path: Path, args: argparse.Namespace) -> ProcessCost:
     """Seconds, CPU seconds and peak memory in MiB of this script with `--task`, in a new process."""
     if task == LOAD:
         for kept in path.parent.glob("*.cache-*.arrow"):
@@ -99,26 +102,19 @@ def measure_task(task: str, path: Path, args: argparse.Namespace) -> tuple[float
 
 def measure_tasks(path: Path, args: argparse.Namespace) -> list[Row]:
     """A row for each task, medians over the rounds; and how they compare."""
-    rounds: dict[str, list[tuple[float, float, float]]] = {YARDSTICK: [], LOAD: [], LOAD_AGAIN: []}
-    for _ in range(args.repeats):
-        for task, measured in rounds.items():
-            measured.append(measure_task(task, path, args))
+    tasks = {task: partial(measure_task, task, path, args) for task in (YARDSTICK, LOAD, LOAD_AGAIN)}
+    yardstick, *starts = measure_in_turns(tasks, args.repeats, "task")
     rows = []
-    yardstick = median(cpu for _, cpu, _ in rounds[YARDSTICK])
-    for task, measured in rounds.items():
-        seconds, cpu_seconds, peak = (median(column) for column in zip(*measured, strict=True))
-        row: Row = {"task": task, "s": seconds, "CPU s": cpu_seconds, "peak MiB": peak}
-        rows.append(print_row({**row, "times the yardstick's CPU s": cpu_seconds / yardstick}))
+    for row in (yardstick, *starts):
+        ratio = row["CPU s"] / yardstick["CPU s"]
+        rows.append(print_row({**row, "times the yardstick's CPU s": ratio}))
     return rows
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this benchmark; `--task` is for the processes that it starts."""
     parser = build_benchmark_parser(__doc__, "bench_data")
-    parser.set_defaults(repeats=3)
-    parser.add_argument("--rows", type=int, default=2_000_000, help="interactions")
-    parser.add_argument("--users", type=int, default=100_000)
-    parser.add_argument("--items", type=int, default=26_900)
+    add_interaction_arguments(parser)
     parser.add_argument("--length", type=int, default=50, help="L")
     parser.add_argument("--training-rows", choices=["dense", "prefix"], default="dense")
     parser.add_argument("--task", choices=[YARDSTICK, LOAD, LOAD_AGAIN], help=argparse.SUPPRESS)

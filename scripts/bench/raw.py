@@ -14,17 +14,20 @@ import argparse
 import filecmp
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from benchmarking import (
     ROOT,
+    ProcessCost,
     Row,
+    add_interaction_arguments,
     build_benchmark_parser,
     draw_long_tail,
+    measure_in_turns,
     measure_process,
     parse_benchmark_arguments,
     print_row,
@@ -61,8 +64,8 @@ def _name_codes(letter: str, codes: np.ndarray) -> pa.StringArray:
     return pc.utf8_replace_slice(digits, 0, 1, letter)
 
 
-def prepare(checkout: Path, path: Path, name: str, options: Sequence[str]) -> tuple[float, float, float]:
-    """Seconds, CPU seconds and peak MiB of a preparation by a checkout."""
+def prepare(checkout: Path, path: Path, name: str, options: Sequence[str]) -> ProcessCost:
+    """What a preparation by a checkout takes."""
     command = [str(checkout / "scripts" / "prepare_data.py"), "csv", f"--interactions={path}"]
     command += [f"--{column}={column}" for column in ("user", "item", "rating", "time")]
     command += [f"--dataset={name}", f"--data-path={path.parent}", *options]
@@ -72,28 +75,20 @@ def prepare(checkout: Path, path: Path, name: str, options: Sequence[str]) -> tu
 def measure_checkouts(args: argparse.Namespace, path: Path) -> list[Row]:
     """A row for each checkout, medians over the rounds; they write the same."""
     checkouts = {NOW: ROOT} | ({BEFORE: args.before.resolve()} if args.before else {})
-    rounds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in checkouts}
-    for _ in range(args.repeats):
-        for name, measured in rounds.items():
-            measured.append(prepare(checkouts[name], path, name, args.options))
+    tasks = {
+        name: partial(prepare, checkout, path, name, args.options) for name, checkout in checkouts.items()
+    }
+    rows = measure_in_turns(tasks, args.repeats, "reader")
     written = [path.parent / name / f"{name}.inter" for name in checkouts]
     if not all(filecmp.cmp(written[0], other, shallow=False) for other in written):
         raise SystemExit(f"{written[0]} and {written[1]} differ")
-    rows = []
-    for name, measured in rounds.items():
-        seconds, cpu_seconds, peak = (median(column) for column in zip(*measured, strict=True))
-        row: Row = {"reader": name, "s": seconds, "CPU s": cpu_seconds, "peak MiB": peak}
-        rows.append(print_row({**row, "rows per CPU s": args.rows / cpu_seconds}))
-    return rows
+    return [print_row({**row, "rows per CPU s": args.rows / row["CPU s"]}) for row in rows]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this benchmark."""
     parser = build_benchmark_parser(__doc__, "bench_raw")
-    parser.set_defaults(repeats=3)
-    parser.add_argument("--rows", type=int, default=2_000_000, help="interactions")
-    parser.add_argument("--users", type=int, default=100_000)
-    parser.add_argument("--items", type=int, default=26_900)
+    add_interaction_arguments(parser)
     parser.add_argument("--before", type=Path, help="folder of a checkout of an earlier commit")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further ones of the command")
     return parser
