@@ -53,6 +53,19 @@ class RunFolder:
         self.checkpoint_file = path / "checkpoint.safetensors"  # the training state of an unfinished run
         self.launch_file = path / "launch.txt"  # of an unfinished run: the torchrun command that began it
 
+    def name_shard(self, moment: str, rank: int, n_processes: int) -> Path:
+        """The file of what only one process has of a checkpoint, with `shard_items`.
+
+        Args:
+            moment: names the checkpoint; two must not mix.
+            rank, n_processes: number of the process, from 0, and how many there are.
+        """
+        return self.path / f"checkpoint-{moment}.{rank + 1}-of-{n_processes}.safetensors"
+
+    def list_shards(self) -> list[Path]:
+        """The files that `name_shard` names, of all checkpoints and processes."""
+        return sorted(self.path.glob("checkpoint-*-of-*.safetensors"))
+
     @property
     def is_finished(self) -> bool:
         """Whether the run was trained and tested."""
