@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-# a server that has loaded PyTorch and RecBole once; its forks begin at once, and may use autograd
+# a server that has loaded once what takes seconds; its forks begin at once, and may use autograd
 _SERVER = get_context("forkserver")
-_SERVER.set_forkserver_preload(["run_mm", "m2rec.training.run", "tests.conftest"])
+_SERVER.set_forkserver_preload(["run_mm", "m2rec.training.run", "tests.conftest", "torch._dynamo"])
 
 
 def run_together(n: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:

@@ -151,7 +151,7 @@ def test_the_memory_of_all_processes_is_that_of_one(tmp_path: Path, n: int):
     run_together(n, tmp_path, check_whole_network, n)
 
 
-def train(arguments: list[str], expected: int = 0, stop_at: int = 0) -> None:
+def train(arguments: list[str], expected: tuple[int, ...] = (0,), stop_at: int = 0) -> None:
     """run_mm.py in one of several processes, of which the last is asked to stop in that step."""
     step, done = RunTrainer._train_step, [0]
 
@@ -162,7 +162,7 @@ def train(arguments: list[str], expected: int = 0, stop_at: int = 0) -> None:
         return step(self, *batch)
 
     RunTrainer._train_step = count_step  # type: ignore[method-assign]
-    assert main(arguments) == expected
+    assert main(arguments) in expected
 
 
 SAMPLED = {
@@ -218,11 +218,12 @@ def test_torchrun_shards_and_one_process_reads_the_run(command: Command, toy: Pa
 
 
 def test_stopped_and_resumed_is_as_never_stopped(command: Command, values: dict[str, Any], tmp_path: Path):
-    """Six steps an epoch; the second process is asked to stop in the third of the second epoch."""
+    """Nine steps an epoch; the second process is asked to stop in the third of the second epoch."""
     values |= {"shard_items": True, "train_batch_size": 5, "epochs": 3, "valid_users": 7}
     whole, stopped = (as_arguments({**values, "runs_dir": tmp_path / name}) for name in ("whole", "stopped"))
     run_together(2, tmp_path, train, whole)
-    run_together(2, tmp_path, train, stopped, 128 + signal.SIGTERM, 9)
+    statuses = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # of that process, of the other
+    run_together(2, tmp_path, train, stopped, statuses, 12)
     folder = find_run(tmp_path / "stopped")
     shards = [f"checkpoint-0-3.{rank}-of-2.safetensors" for rank in (1, 2)]
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == shards

@@ -69,7 +69,7 @@ class ShardedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) -> their rows (..., D); a process that needs none gives ids of shape (0,)."""
-        from torch.distributed import _functional_collectives as collectives  # here: it takes a moment
+        from torch.distributed import _functional_collectives as collectives  # here: only some PyTorch have it
 
         flat, order = ids.flatten().sort()
         ends = torch.searchsorted(flat, torch.tensor(self.bounds[1:], device=flat.device))
