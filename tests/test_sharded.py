@@ -10,21 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from m2rec import distributed
+from m2rec import distributed, tensor_files
 from m2rec.errors import UserError
 from m2rec.nn import sharded_embedding
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.sharded_embedding import ShardedEmbedding
+from m2rec.run_folder import RunFolder
+from m2rec.serving.recommender import Recommender
 from m2rec.settings import ModelSettings
-from m2rec.tensor_files import read_tensors, write_tensors
+from m2rec.tensor_files import RowBlocks, open_tensors, read_tensors, write_tensors
 from m2rec.training import checkpoint
 from m2rec.training.configuration import build_config
 from m2rec.training.ema import WeightEMA
 from m2rec.training.lazy_adam import LazyAdam, expose_gradient_rows
-from m2rec.training.sharding import clip_with_own_rows, gather_weights, scatter_weights, settle_shard_items
+from m2rec.training.sharding import clip_with_own_rows, load_weights, settle_shard_items, write_weights
 from m2rec.training.sparse_updates import resolve_sparse_updates
 from m2rec.training.trainer import RunTrainer
 from run_mm import main
@@ -103,17 +106,17 @@ def check_clipping(sharded: ShardedEmbedding, whole: Whole, own: slice) -> None:
 
 def check_gathering(sharded: ShardedEmbedding, whole: Whole) -> None:
     sharded_embedding._BLOCK_ROWS = 4
-    gathered = sharded.gather_weight()
-    assert (gathered is None) == (distributed.process_rank() > 0)
-    if gathered is not None:
-        assert torch.equal(gathered, whole.embedding.weight)
+    blocks, is_main = list(sharded.gather_blocks()), distributed.is_main_process()
+    assert bool(blocks) == is_main and max(map(len, blocks), default=0) <= 4
+    if is_main:
+        assert torch.equal(torch.cat(blocks), whole.embedding.weight)
     before = sharded.rows.weight.detach().clone()
-    sharded.scatter_weight(None if gathered is None else gathered + 1)
+    sharded.scatter_rows(torch.cat(blocks) + 1 if is_main else None)
     assert torch.equal(sharded.rows.weight, before + 1)
 
 
-def check_whole_network(n: int) -> None:
-    """Initial values, and bytes of the table, of its moments and of its average, over all n processes."""
+def check_whole_network(folder: Path) -> None:
+    """Initial values, files, and bytes of table, moments and average, over all processes."""
     with distributed.join_process_group(torch.device("cpu")):
         held, encoders = [], []
         for is_sharded in (False, True):
@@ -127,18 +130,20 @@ def check_whole_network(n: int) -> None:
             held.append([encoder.own_embedding.weight, average, state["first"], state["second"]])
             encoders.append(encoder)
         one, sharded = encoders
+        before = sharded.own_embedding.weight.detach().clone()
         own = torch.tensor([tensor.untyped_storage().nbytes() for tensor in held[1]])
         torch.distributed.all_reduce(own)
         assert own.tolist() == [tensor.untyped_storage().nbytes() for tensor in held[0]]
-        gathered = gather_weights(sharded)
-        if gathered is not None:
-            assert gathered.keys() == one.state_dict().keys()
-            assert all(torch.equal(gathered[name], tensor) for name, tensor in one.state_dict().items())
-            gathered = {name: tensor + 1 for name, tensor in gathered.items()}
-        scatter_weights(sharded, gathered)
-        again = gather_weights(sharded)
-        if again is not None and gathered is not None:
-            assert all(torch.equal(again[name], tensor) for name, tensor in gathered.items())
+        files, is_main = RunFolder(folder), distributed.is_main_process()
+        write_weights(files, sharded, {"epoch": "3"})
+        if is_main:
+            weights, metadata = files.read_weights()  # which compares the checksum
+            assert metadata == {"epoch": "3"} and weights.keys() == one.state_dict().keys()
+            assert all(torch.equal(weights[name], tensor) for name, tensor in one.state_dict().items())
+            files.write_weights({name: tensor + 1 for name, tensor in weights.items()})
+        load_weights(files, sharded)
+        assert torch.equal(sharded.own_embedding.weight, before + 1)
+        assert torch.equal(sharded.norm.weight, one.norm.weight + 1)
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -148,7 +153,7 @@ def test_rows_gradients_and_scores_are_those_of_one_process(tmp_path: Path, n: i
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_memory_of_all_processes_is_that_of_one(tmp_path: Path, n: int):
-    run_together(n, tmp_path, check_whole_network, n)
+    run_together(n, tmp_path, check_whole_network, tmp_path)
 
 
 def train(arguments: list[str], expected: tuple[int, ...] = (0,), stop_at: int = 0) -> None:
@@ -213,7 +218,8 @@ def test_torchrun_shards_and_one_process_reads_the_run(command: Command, toy: Pa
     assert weights["encoder.id_embedding.weight"].shape == (21, 16)
     metrics = json.loads((find_run(runs) / "metrics.json").read_text())
     assert metrics["parameters"] == sum(t.numel() for name, t in weights.items() if "encoder." in name)
-    status, _, err = command(*as_arguments({**values, "epochs": 1}))
+    assert len(Recommender.load(find_run(runs)).recommend(["i1", "i2"], k=3)) == 3
+    status, _, err = command(*as_arguments(values))
     assert status == 0 and "shard_items: no effect, a single process holds all rows" in err
 
 
@@ -240,7 +246,7 @@ def test_stopped_and_resumed_is_as_never_stopped(command: Command, values: dict[
 
 def test_a_part_of_another_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    files = checkpoint.RunFolder(tmp_path)
+    files = RunFolder(tmp_path)
     numbers = {"moment": "3-7", "random": {}}
     write_tensors(files.name_shard("3-7", 0, 2), {"a": torch.ones(2)}, {"numbers": json.dumps(numbers)})
     assert torch.equal(checkpoint._read_shard(files, "3-7")[0]["a"], torch.ones(2))
@@ -248,6 +254,29 @@ def test_a_part_of_another_checkpoint_is_refused(tmp_path: Path, monkeypatch: py
     with pytest.raises(checkpoint.CannotResume, match="is of another checkpoint, 3-7; start a new run"):
         checkpoint._read_shard(files, "4-0")
     assert read_tensors(files.list_shards()[0])
+
+
+def test_a_tensor_in_blocks_is_written_as_a_whole_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tensor_files, "_BLOCK_BYTES", 50)  # two rows
+    table = torch.randn(7, 5)
+    others = {"bytes": torch.arange(3).byte(), "yes": torch.tensor(True), "half": torch.ones(2, 2).bfloat16(),
+              "none": torch.zeros(0, 3), "numbers": torch.arange(4), "t": torch.randn(3, 2).T}  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    write_tensors(whole, {"table": table, **others}, {"a": "b"})
+    write_tensors(parts, {"table": RowBlocks((7, 5), table.dtype, table.split(3)), **others}, {"a": "b"})
+    (one, about), (other, about_other) = read_tensors(whole), read_tensors(parts)
+    assert about_other == about == {"a": "b"} and other.keys() == one.keys()
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+    with safe_open(whole, "pt") as a, safe_open(parts, "pt") as b:
+        assert a.metadata() == b.metadata()
+    for path in (whole, parts):
+        with open_tensors(path) as (file, metadata):
+            assert torch.equal(file.get_slice("table")[2:4], table[2:4]) and metadata == {"a": "b"}
+    content = bytearray(parts.read_bytes())
+    content[-9] ^= 1
+    parts.write_bytes(content)
+    with pytest.raises(UserError, match="is corrupt: the checksum does not match"), open_tensors(parts):
+        pass
 
 
 def build_sharded(data: Path, monkeypatch: pytest.MonkeyPatch, **others: Any) -> Any:

@@ -16,6 +16,7 @@ b       rows of a batch
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,12 @@ from torch import Tensor, nn
 from m2rec import distributed
 
 _BLOCK_ROWS = 8_192  # a multiple of the 16 values that PyTorch draws at a time
+
+
+class Rows(Protocol):
+    """A tensor (V, D), or a part of a file, of which rows can be read."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 class ShardedEmbedding(nn.Module):
@@ -69,7 +76,9 @@ class ShardedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) -> their rows (..., D); a process that needs none gives ids of shape (0,)."""
-        from torch.distributed import _functional_collectives as collectives  # here: only some PyTorch have it
+        from torch.distributed import (
+            _functional_collectives as collectives,
+        )  # here: only some PyTorch have it
 
         flat, order = ids.flatten().sort()
         ends = torch.searchsorted(flat, torch.tensor(self.bounds[1:], device=flat.device))
@@ -108,41 +117,43 @@ class ShardedEmbedding(nn.Module):
         return torch.cat([block.view(len(x), size) for block, size in zip(blocks, sizes, strict=True)], dim=1)
 
     @torch.no_grad()
-    def gather_weight(self) -> Tensor | None:
-        """The whole table (V, D), on the CPU of the main process; None on all others."""
-        own = self.rows.weight
-        whole = None
-        if distributed.is_main_process():
-            whole = torch.empty(self.num_embeddings, self.embedding_dim, dtype=own.dtype)
-            whole[: self.end] = own.cpu()
-        for rank, start, end in self._split_other_shards():
-            if distributed.process_rank() == rank:
-                dist.send(own[start - self.start : end - self.start].contiguous(), 0)
-            elif whole is not None:
+    def gather_blocks(self) -> Iterator[Tensor]:
+        """All V rows in their order, in blocks (k, D), for the main process; all others get none.
+
+        All must iterate to the end.
+        """
+        rank = distributed.process_rank()
+        for owner, start, end in self._split_shards():
+            own = self.rows.weight[start - self.start : end - self.start]
+            if owner == rank == 0:
+                yield own.detach().cpu()
+            elif owner == rank:
+                dist.send(own.contiguous(), 0)
+            elif rank == 0:
                 block = own.new_empty(end - start, self.embedding_dim)
-                dist.recv(block, rank)
-                whole[start:end] = block.cpu()
-        return whole
+                dist.recv(block, owner)
+                yield block.cpu()
 
     @torch.no_grad()
-    def scatter_weight(self, whole: Tensor | None) -> None:
-        """Give each process its rows of the main process's whole table (V, D); None on all others."""
-        own = self.rows.weight
-        if whole is not None:
-            own.copy_(whole[: self.end])
-        for rank, start, end in self._split_other_shards():
-            if whole is not None:
-                dist.send(whole[start:end].to(own.device).contiguous(), rank)
-            elif distributed.process_rank() == rank:
+    def scatter_rows(self, whole: Rows | None) -> None:
+        """Give each process its rows of the main process's whole table (V, D); None in all others."""
+        rank = distributed.process_rank()
+        for owner, start, end in self._split_shards():
+            own = self.rows.weight[start - self.start : end - self.start]
+            if whole is not None and owner == rank:
+                own.copy_(whole[start:end])
+            elif whole is not None:
+                dist.send(whole[start:end].to(self.rows.weight.device).contiguous(), owner)
+            elif owner == rank:
                 block = own.new_empty(end - start, self.embedding_dim)
                 dist.recv(block, 0)
-                own[start - self.start : end - self.start] = block
+                own.copy_(block)
 
-    def _split_other_shards(self) -> Iterator[tuple[int, int, int]]:
-        """Process, start and end of blocks of rows, of all processes but the main one."""
-        for rank in range(1, len(self.bounds) - 1):
-            for start in range(self.bounds[rank], self.bounds[rank + 1], _BLOCK_ROWS):
-                yield rank, start, min(start + _BLOCK_ROWS, self.bounds[rank + 1])
+    def _split_shards(self) -> Iterator[tuple[int, int, int]]:
+        """Process, start and end of blocks of rows, of all V."""
+        for rank, (first, last) in enumerate(pairwise(self.bounds)):
+            for start in range(first, last, _BLOCK_ROWS):
+                yield rank, start, min(start + _BLOCK_ROWS, last)
 
 
 def _split_rows(n_rows: int) -> Iterator[tuple[int, int]]:

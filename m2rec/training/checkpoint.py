@@ -244,7 +244,8 @@ def check_best_weights(files: RunFolder, epoch: int, best_epoch: int | None) -> 
     """
     if best_epoch is None and not files.weights_file.exists():
         return None
-    _, metadata = files.read_weights()
+    with files.open_weights() as (_, metadata):
+        pass
     weights_epoch = int(metadata.get("epoch", -1))
     if weights_epoch > epoch:
         return weights_epoch, float(metadata["score"])

@@ -1,7 +1,9 @@
 """The key `shard_items`: each process holds a part of the ID embedding (`nn/sharded_embedding.py`)."""
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from m2rec import distributed
 from m2rec.errors import UserError
 from m2rec.models.m2rec import M2Rec
 from m2rec.nn.sharded_embedding import ShardedEmbedding
+from m2rec.run_folder import RunFolder
 from m2rec.settings import NO_RUN
+from m2rec.tensor_files import RowBlocks
 from m2rec.training.configuration import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -94,26 +98,38 @@ def count_parameters(model: nn.Module) -> int:
     return elsewhere + sum(p.numel() for p in model.parameters())
 
 
-def gather_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """The model's state with whole tables, named as in a single process; None but in the main process."""
-    state = dict(model.state_dict())
+def write_weights(files: RunFolder, model: nn.Module, metadata: dict[str, str]) -> None:
+    """Write the model's weights, named as in a single process; all processes call it.
+
+    A sharded table goes into the file block by block.
+    """
+    state: dict[str, Tensor | RowBlocks] = dict(model.state_dict())
     for name, shard in _iterate_shards(model):
         del state[f"{name}.rows.weight"]
-        whole = shard.gather_weight()
-        if whole is not None:
-            state[f"{name}.weight"] = whole
-    return state if distributed.is_main_process() else None
+        shape, dtype = (shard.num_embeddings, shard.embedding_dim), shard.rows.weight.dtype
+        state[f"{name}.weight"] = RowBlocks(shape, dtype, shard.gather_blocks())
+    if distributed.is_main_process():
+        files.write_weights(state, metadata)
+        return
+    for tensor in state.values():
+        if isinstance(tensor, RowBlocks):
+            deque(tensor.blocks, maxlen=0)
 
 
-def scatter_weights(model: nn.Module, weights: dict[str, Tensor] | None) -> None:
-    """Give all processes the main process's weights, named as in a single process; None in the others."""
-    state = None if weights is None else dict(weights)
-    for name, shard in _iterate_shards(model):
-        shard.scatter_weight(None if state is None else state.pop(f"{name}.weight"))
-        if state is not None:
+def load_weights(files: RunFolder, model: nn.Module) -> None:
+    """Give all processes the weights that `write_weights` wrote; the main process reads them."""
+    tables = {f"{name}.weight" for name, _ in _iterate_shards(model)}
+    with ExitStack() as stack:
+        state: dict[str, Tensor] = {}
+        file = None
+        if distributed.is_main_process():
+            file, _ = stack.enter_context(files.open_weights())
+            state = {name: file.get_tensor(name) for name in file.keys() if name not in tables}
+        for name, shard in _iterate_shards(model):
+            shard.scatter_rows(None if file is None else file.get_slice(f"{name}.weight"))
             state[f"{name}.rows.weight"] = shard.rows.weight
-    if state is not None:
-        model.load_state_dict(state)
+        if file is not None:
+            model.load_state_dict(state)
     distributed.broadcast_weights(model, list_own_names(model))
 
 

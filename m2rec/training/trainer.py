@@ -33,10 +33,10 @@ from m2rec.training.lazy_adam import LazyAdam, expose_gradient_rows
 from m2rec.training.sharding import (
     clip_with_own_rows,
     describe_shards,
-    gather_weights,
     list_own_names,
+    load_weights,
     require_shared_folder,
-    scatter_weights,
+    write_weights,
 )
 from m2rec.training.signals import RunInterrupted, StopRequest
 
@@ -528,9 +528,7 @@ class RunTrainer(Trainer):
         if distributed.is_main_process() or self.is_sharded:
             metadata = {"epoch": str(epoch), "score": str(float(self.best_valid_score))}
             with self._averaged_weights():
-                weights = gather_weights(self.model)
-                if weights is not None:
-                    self.files.write_weights(weights, metadata)
+                write_weights(self.files, self.model, metadata)
         self.best_epoch = epoch
 
     def rewrite_best_weights(self) -> None:
@@ -547,14 +545,19 @@ class RunTrainer(Trainer):
 
     def load_best_weights(self) -> None:
         """Load the best weights into the model."""
-        weights: dict[str, Tensor] | None = None
+        if self.is_sharded:
+            return load_weights(self.files, self.model)
+        weights: dict[str, Tensor] = {}
         if distributed.is_main_process():
             weights, _ = self.files.read_weights(str(self.device))
         if isinstance(self.model, M2Rec):  # a finished run may have neighbours
-            neighbors = load_neighbors(weights or {}, "encoder.neighbors.")
+            neighbors = load_neighbors(weights, "encoder.neighbors.")
             self.model.encoder.neighbors = distributed.broadcast_value(neighbors)
             self.model.to(self.device)
-        scatter_weights(self.model, weights)
+        if distributed.is_main_process():
+            self.model.load_state_dict(weights)
+        distributed.broadcast_weights(self.model)
+        return None
 
     def evaluate(
         self,
