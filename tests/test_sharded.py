@@ -224,14 +224,14 @@ def test_torchrun_shards_and_one_process_reads_the_run(command: Command, toy: Pa
 
 
 def test_stopped_and_resumed_is_as_never_stopped(command: Command, values: dict[str, Any], tmp_path: Path):
-    """Nine steps an epoch; the second process is asked to stop in the third of the second epoch."""
-    values |= {"shard_items": True, "train_batch_size": 5, "epochs": 3, "valid_users": 7}
+    """Four steps an epoch; the second process is asked to stop in the second of the second epoch."""
+    values |= {"shard_items": True, "train_batch_size": 12, "valid_users": 7}
     whole, stopped = (as_arguments({**values, "runs_dir": tmp_path / name}) for name in ("whole", "stopped"))
     run_together(2, tmp_path, train, whole)
     statuses = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # of that process, of the other
-    run_together(2, tmp_path, train, stopped, statuses, 12)
+    run_together(2, tmp_path, train, stopped, statuses, 6)
     folder = find_run(tmp_path / "stopped")
-    shards = [f"checkpoint-0-3.{rank}-of-2.safetensors" for rank in (1, 2)]
+    shards = [f"checkpoint-0-2.{rank}-of-2.safetensors" for rank in (1, 2)]
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == shards
     status, _, err = command(f"--resume={folder}", runs_dir=False)
     cure = "has its ID embedding in 2 part(s) and is resumed in 1; start 2 process(es), as at first"
