@@ -10,7 +10,7 @@ All processes must call the same methods, in the same order.
 letter  meaning
 V, D    items including padding, model width
 n       processes
-R       rows of this process, V / n or one less
+R       rows of this process, V / n rounded up or down
 b       rows of a batch
 """
 
@@ -76,9 +76,8 @@ class ShardedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) -> their rows (..., D); a process that needs none gives ids of shape (0,)."""
-        from torch.distributed import (
-            _functional_collectives as collectives,
-        )  # here: only some PyTorch have it
+        # here, since a PyTorch without processes lacks it
+        from torch.distributed import _functional_collectives as collectives
 
         flat, order = ids.flatten().sort()
         ends = torch.searchsorted(flat, torch.tensor(self.bounds[1:], device=flat.device))
