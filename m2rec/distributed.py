@@ -6,7 +6,7 @@ loss is a mean over targets. Random numbers, of dropout and of sampled negatives
 """
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from socket import gethostname
 from typing import TYPE_CHECKING, Any
@@ -175,6 +175,12 @@ def reduce_max(value: int, device: torch.device) -> int:
     return int(largest)
 
 
+def wait_for_all() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def gather_rows(local_rows: Tensor) -> Tensor:
     """The rows of all processes, concatenated by rank; their numbers may differ."""
     if world_size() == 1:
@@ -184,11 +190,13 @@ def gather_rows(local_rows: Tensor) -> Tensor:
     return torch.cat(parts).to(local_rows.device)
 
 
-def broadcast_weights(model: nn.Module) -> None:
-    """Copy the main process's parameters and buffers to all processes."""
+def broadcast_weights(model: nn.Module, own: Collection[str] = ()) -> None:
+    """Copy the main process's parameters and buffers, but for those that each has for itself, to all."""
     if world_size() == 1:
         return
-    for tensor in model.state_dict().values():
+    for name, tensor in model.state_dict().items():
+        if name in own:
+            continue
         contiguous = tensor.contiguous()  # NCCL needs it
         dist.broadcast(contiguous, 0)
         tensor.copy_(contiguous)
@@ -227,12 +235,12 @@ def sum_sparse_gradient(parameter: nn.Parameter) -> None:
     if parameter.grad is not None:
         gradient = parameter.grad.coalesce()
         ids, rows = gradient.indices()[0], gradient.values()
-    all_ids, all_rows = torch.cat(_gather_on_device(ids)), torch.cat(_gather_on_device(rows))
+    all_ids, all_rows = torch.cat(gather_on_device(ids)), torch.cat(gather_on_device(rows))
     total = torch.sparse_coo_tensor(all_ids[None], all_rows, parameter.shape, check_invariants=False)
     parameter.grad = total.coalesce()
 
 
-def _gather_on_device(local_rows: Tensor) -> list[Tensor]:
+def gather_on_device(local_rows: Tensor) -> list[Tensor]:
     """The rows of each process, by rank; their numbers may differ."""
     count = torch.tensor([len(local_rows)], device=local_rows.device)
     counts = [torch.zeros_like(count) for _ in range(world_size())]

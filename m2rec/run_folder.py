@@ -9,6 +9,7 @@ import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,8 @@ from m2rec.yaml_values import read_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from m2rec.tensor_files import RowBlocks
 
 ITEMS_FILE = "items.json"
 
@@ -52,6 +55,19 @@ class RunFolder:
         self.weights_file = path / "model.safetensors"  # the best weights so far
         self.checkpoint_file = path / "checkpoint.safetensors"  # the training state of an unfinished run
         self.launch_file = path / "launch.txt"  # of an unfinished run: the torchrun command that began it
+
+    def name_shard(self, moment: str, rank: int, n_processes: int) -> Path:
+        """The file of what only one process has of a checkpoint, with `shard_items`.
+
+        Args:
+            moment: names the checkpoint; two must not mix.
+            rank, n_processes: number of the process, from 0, and how many there are.
+        """
+        return self.path / f"checkpoint-{moment}.{rank + 1}-of-{n_processes}.safetensors"
+
+    def list_shards(self) -> list[Path]:
+        """The files that `name_shard` names, of all checkpoints and processes."""
+        return sorted(self.path.glob("checkpoint-*-of-*.safetensors"))
 
     @property
     def is_finished(self) -> bool:
@@ -155,7 +171,15 @@ class RunFolder:
 
         return read_tensors(self.weights_file, device)
 
-    def write_weights(self, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    def open_weights(self) -> AbstractContextManager[tuple[Any, dict[str, str]]]:
+        """The weights and their metadata, as `tensor_files.open_tensors` has them; checked, but not read."""
+        from m2rec.tensor_files import open_tensors
+
+        return open_tensors(self.weights_file)
+
+    def write_weights(
+        self, weights: Mapping[str, Tensor | RowBlocks], metadata: dict[str, str] | None = None
+    ) -> None:
         """Write the weights atomically."""
         from m2rec.tensor_files import write_tensors
 

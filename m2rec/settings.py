@@ -43,8 +43,8 @@ class Role(Enum):
     TRAINING = (
         "MAX_ITEM_LIST_LENGTH", "auto", "average_epochs", "average_targets", "clip_grad_norm", "compile",
         "continue_from", "decay_per_epoch", "enable_amp", "eval_step", "learner", "learning_rate",
-        "replay_share", "reproducibility", "rows", "shuffle", "sparse_updates", "targets_per_step",
-        "train_batch_size", "valid_users", "weight_decay",
+        "replay_share", "reproducibility", "rows", "shard_items", "shuffle", "sparse_updates",
+        "targets_per_step", "train_batch_size", "valid_users", "weight_decay",
     )  # fmt: skip
     LENGTH = ("epochs", "patience_targets", "stopping_step")
     # where the text vectors come from; a run stores a hash of the vectors themselves
@@ -239,6 +239,7 @@ class ModelSettings(Settings):
     negatives_shared: Count = 128
     negative_sampling: Literal["uniform", "popularity"] = "uniform"
     gbce_t: Annotated[float, Field(ge=0, le=1)] = 0.75
+    shard_items: bool = False
     sparse_updates: bool | Literal["auto"] = Field("auto", description="auto, True or False")
     compile: bool | Literal["auto"] = Field("auto", description="auto, True or False")
     exclude_seen: bool | Literal["auto"] = Field(True, description="auto, True or False")

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,20 +18,107 @@ from m2rec.errors import UserError, format_one_line
 from m2rec.storage import write_atomically
 
 _CHECKSUM_KEY = "checksum_sha256"
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_BLOCK_BYTES = 2**24  # that are read at a time
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+class RowBlocks(NamedTuple):
+    """A tensor that is written block by block, so that nobody holds all of it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Iterable[Tensor]
+    """Its rows, in their order; iterated once."""
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor | RowBlocks], metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file atomically; shared or strided tensors are copied first.
 
     Its metadata gets a checksum of tensors and metadata, which `read_tensors` compares.
     """
     metadata = metadata or {}
+    whole = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    if len(whole) < len(tensors):
+        write_atomically(path, lambda temporary: _write_blocks(temporary, tensors, metadata))
+    else:
+        _write_whole(path, whole, metadata)
+
+
+def _write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     plain = _separate_tensors(tensors)
     metadata_with_checksum = {**metadata, _CHECKSUM_KEY: _hash_tensors(plain, metadata)}
     try:
         write_atomically(path, lambda temporary: save_file(plain, temporary, metadata_with_checksum))
     except SafetensorError as error:  # such as a full disk
         raise OSError(f"{path} can't be written: {error}") from error
+
+
+def _write_blocks(path: Path, tensors: Mapping[str, Tensor | RowBlocks], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file without the library, which needs whole tensors: header, then tensors."""
+    parts = [_split_tensor(name, tensor) for name, tensor in sorted(tensors.items())]
+    blank = "0" * hashlib.sha256().digest_size * 2
+    header: dict[str, Any] = {"__metadata__": {_CHECKSUM_KEY: blank, **metadata}}
+    end = 0
+    for part in sorted(parts, key=lambda part: (-part.dtype.itemsize, part.name)):  # so that all are aligned
+        begin, end = end, end + part.n_bytes
+        entry = {"dtype": _TYPE_NAMES[part.dtype], "shape": part.shape, "data_offsets": [begin, end]}
+        header[part.name] = entry
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    head = struct.pack("<Q", len(head)) + head
+    with path.open("wb") as file:
+        file.write(head)
+
+        def write_parts() -> Iterator[_TensorParts]:
+            for part in parts:
+                file.seek(len(head) + header[part.name]["data_offsets"][0])
+                yield part._replace(blocks=_write_through(part, file))
+
+        checksum = _hash_parts(write_parts(), metadata)
+        file.seek(head.index(blank.encode()))
+        file.write(checksum.encode())
+
+
+class _TensorParts(NamedTuple):
+    """A tensor of a file, in blocks of rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Iterable[Tensor]
+
+    @property
+    def n_bytes(self) -> int:
+        n_values = 1
+        for size in self.shape:
+            n_values *= size
+        return n_values * self.dtype.itemsize
+
+
+def _split_tensor(name: str, tensor: Tensor | RowBlocks) -> _TensorParts:
+    if isinstance(tensor, RowBlocks):
+        return _TensorParts(name, *tensor)
+    return _TensorParts(name, tuple(tensor.shape), tensor.dtype, [tensor.detach()])
+
+
+def _write_through(part: _TensorParts, file: Any) -> Iterator[Tensor]:
+    """The blocks, each of which is written before."""
+    n_bytes = 0
+    for block in part.blocks:
+        n_bytes += file.write(_view_bytes(block))
+        yield block
+    assert n_bytes == part.n_bytes, f"{part.name}: {n_bytes} bytes of {part.n_bytes}"
+
+
+def _view_bytes(tensor: Tensor) -> memoryview:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _separate_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,6 +170,35 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 @contextmanager
+def open_tensors(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A safetensors file that holds its checksum, of which parts can be read, and its metadata.
+
+    Yields:
+        what `safetensors.safe_open` returns, and the metadata; nothing is in memory yet.
+
+    Raises:
+        ValueError: as `read_tensors`.
+    """
+    with _open_tensors(path, "cpu") as file:
+        metadata = dict(file.metadata() or {})
+        checksum = metadata.pop(_CHECKSUM_KEY, None)
+        if checksum != _hash_parts((_read_parts(file, name) for name in sorted(file.keys())), metadata):
+            raise UserError(f"{path} is corrupt: the checksum does not match")
+        yield file, metadata
+
+
+def _read_parts(file: Any, name: str) -> _TensorParts:
+    """A tensor of an open file, which is read as its blocks are iterated."""
+    rows = file.get_slice(name)
+    parts = _TensorParts(name, tuple(rows.get_shape()), _TYPES[rows.get_dtype()], ())
+    if not parts.shape or not parts.n_bytes:
+        return parts._replace(blocks=(file.get_tensor(name) for _ in range(1)))
+    n_rows = parts.shape[0]
+    step = max(1, _BLOCK_BYTES * n_rows // parts.n_bytes)
+    return parts._replace(blocks=(rows[start : start + step] for start in range(0, n_rows, step)))
+
+
+@contextmanager
 def _open_tensors(path: Path, device: str) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device=device) as file:
@@ -92,11 +208,16 @@ def _open_tensors(path: Path, device: str) -> Iterator[Any]:
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    return _hash_parts((_split_tensor(name, tensor) for name, tensor in sorted(tensors.items())), metadata)
+
+
+def _hash_parts(parts: Iterable[_TensorParts], metadata: Mapping[str, str]) -> str:
+    """The checksum of tensors that are sorted by name."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for part in parts:
+        digest.update(f"{part.name} {part.dtype} {part.shape}".encode())
+        for block in part.blocks:
+            digest.update(_view_bytes(block))
     return digest.hexdigest()
 
 

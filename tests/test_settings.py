@@ -61,6 +61,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("negatives_shared", 0, "a whole number from 1 to "),
     ("n_negatives", 0, "a whole number from 1 to "),
     ("compile", "yes", "auto, True or False"),
+    ("shard_items", "yes", "True or False"),
     ("sparse_updates", "yes", "auto, True or False"),
     ("exclude_seen", "no", "auto, True or False"),
 ]

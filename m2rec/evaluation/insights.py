@@ -76,7 +76,7 @@ def _measure_width(part: HistoryDataset) -> int:
 def _summarize_gate(encoder: Encoder, test: HistoryDataset) -> dict[str, Any]:
     """Weights of the gate, mean over channels, by layer, position and popularity."""
     assert test.histories is not None
-    device = encoder.id_embedding.weight.device
+    device = encoder.device
     counts = test.histories.training_counts(test.item_num)
     layers = [_BucketMeans(Buckets(1, ())) for _ in encoder.layers]
     positions, popularity = _BucketMeans(_POSITION_BUCKETS), _BucketMeans(POPULARITY_BUCKETS)

@@ -148,6 +148,7 @@ def rank_rows(
     show_progress: Callable[[Iterable[Tensor]], Iterable[Tensor]],
     protocols: Sequence[Protocol] = RANKED_PROTOCOLS,
     rows: IntArray | None = None,
+    take_part: Callable[[], None] | None = None,
 ) -> Ranking:
     """Rank all items for rows of a part, which are shared out over the processes.
 
@@ -157,6 +158,8 @@ def rank_rows(
         show_progress: wraps the batches of row numbers.
         protocols: as in `rank_batches`.
         rows: (n,) numbers of the rows, ascending; None for all.
+        take_part: where processes score together, what one does that has no batch left; None where each
+            scores alone.
     """
     part: HistoryDataset = loader.dataset
     assert part.histories is not None and part.part is not None
@@ -170,6 +173,9 @@ def rank_rows(
         for batch in show_progress(shard.split(step) if len(shard) else ()):
             interaction = loader.collate_fn(numbers[batch].numpy())[0]
             yield score(interaction), _find_seen_items(interaction, part)
+        if take_part is not None:
+            for _ in range(_count_missing_batches(len(numbers), step)):
+                take_part()
 
     items = rank_batches(score_batches(), max(loader.config["topk"]), protocols)
     order = distributed.gather_rows(shard).argsort()
@@ -178,3 +184,10 @@ def rank_rows(
     owners = feat[part.owner_field][numbers].numpy()
     returning = part.histories.target_returns(owners, part.part)
     return Ranking(feat[part.iid_field][numbers].numpy(), returning, items)
+
+
+def _count_missing_batches(n_rows: int, step: int) -> int:
+    """How many batches of `step` rows the main process has more than this one."""
+    n, rank = distributed.world_size(), distributed.process_rank()
+    most, own = (len(range(first, n_rows, n)) for first in (0, rank))
+    return -(-most // step) - -(-own // step)

@@ -18,6 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from m2rec import distributed
 from m2rec.compat import Config, InputType, Interaction, SequentialDataset, SequentialRecommender
 from m2rec.data.dataset import HistoryDataset
 from m2rec.data.histories import shift_targets
@@ -60,7 +61,11 @@ class M2Rec(SequentialRecommender):
         text = self._get_item_vectors(config, dataset)
         self.text_source = None if text is None else text.provenance
         self.encoder = Encoder(
-            self.settings, self.n_items, self.max_seq_length, None if text is None else text.vectors
+            self.settings,
+            self.n_items,
+            self.max_seq_length,
+            None if text is None else text.vectors,
+            is_sharded=self.settings.shard_items and distributed.world_size() > 1,
         )
         by_popularity = self.settings.negative_sampling == "popularity"
         counts = self._count_item_targets(dataset) if by_popularity else None
@@ -69,6 +74,7 @@ class M2Rec(SequentialRecommender):
         self.register_buffer("text_mean", None if text is None else text.mean)
         self.register_buffer("text_basis", None if text is None else text.basis)
         self._prepared: PreparedEncoder | None = None
+        self._own_table: Tensor | None = None
 
     def _get_item_vectors(self, config: Config, dataset: SequentialDataset) -> TextVectors | None:
         """The vectors that training put on the data set; in RecBole's own flow load them."""
@@ -168,17 +174,31 @@ class M2Rec(SequentialRecommender):
         """
         history = interaction[self.ITEM_SEQ]
         lengths = interaction[self.ITEM_SEQ_LEN]
+        if self.encoder.is_sharded:
+            return self._check_scores(self._score_with_other_processes(history, lengths))
         prepared = self._find_prepared_encoder()
         if prepared is None:
             scores = self.encoder.score_all_items(self(history, lengths), history)
         else:
             scores = prepared.score_all_items(history, lengths)
+        return self._check_scores(scores)
+
+    def _score_with_other_processes(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """(B, V), where the item table is sharded; the items of a batch are looked up once."""
+        if self._own_table is None:
+            self._own_table = self.encoder.compute_own_table()
+        step = self.encoder.prepare_step(history, [])
+        return self.encoder.score_all_items(self(history, lengths, step), history, self._own_table)
+
+    @staticmethod
+    def _check_scores(scores: Tensor) -> Tensor:
         if not torch.isfinite(scores).all():
             raise UserError("scores are NaN or infinite: training diverged; lower learning_rate")
         return scores
 
     def train(self, mode: bool = True) -> Self:
-        """As in `nn.Module`; training forgets the prepared network."""
+        """As in `nn.Module`; training forgets the prepared network, and each change of mode the own table."""
+        self._own_table = None
         if mode:
             self._prepared = None
         super().train(mode)

@@ -5,6 +5,7 @@ B, L    batch, sequence length (right-padded with item 0)
 D       model width (hidden_size)
 V, T    items including padding, width of the text vectors
 K       branches of a layer
+R       rows of a sharded item table in one process
 S       positions that have a target
 """
 
@@ -24,6 +25,7 @@ from m2rec.nn.layer import Layer, LayerState
 from m2rec.nn.mamba import MarkedParameters, ParameterMarks
 from m2rec.nn.neighbors import Neighbors, load_neighbors
 from m2rec.nn.repeat_bias import BIAS_MARKS, add_to_all_scores, create_repeat_bias
+from m2rec.nn.sharded_embedding import ShardedEmbedding
 from m2rec.nn.step_items import DistinctItems, StepItems, TableRows, find_distinct_items, list_all_items
 from m2rec.nn.text_projection import TextBranch, TextProjection, mask_items_with_text
 from m2rec.ops.contracts import without_autocast
@@ -43,6 +45,8 @@ class Encoder(MarkedParameters):
         max_length: longest history, in steps.
         vectors: (V, T) frozen text vectors in internal item ids, zero for an item without
             text; None without text. They are stored with the weights.
+        is_sharded: whether each process holds a part of the ID embedding; all processes then look up and
+            score together (`ShardedEmbedding`).
     """
 
     marks: ClassVar[ParameterMarks] = {"repeat_bias": BIAS_MARKS}
@@ -51,11 +55,17 @@ class Encoder(MarkedParameters):
     has_text: Tensor | None
     available: Tensor | None
     """(V, K), which branches have an input for each item; None if all have one for every item."""
+    id_embedding: nn.Embedding | ShardedEmbedding
     neighbors: Neighbors | None
     """What is added to the network's scores; set after training."""
 
     def __init__(
-        self, settings: ModelSettings, n_items: int, max_length: int, vectors: Tensor | None = None
+        self,
+        settings: ModelSettings,
+        n_items: int,
+        max_length: int,
+        vectors: Tensor | None = None,
+        is_sharded: bool = False,
     ) -> None:
         super().__init__()
         width = settings.hidden_size
@@ -63,7 +73,9 @@ class Encoder(MarkedParameters):
         self.settings = settings
         self.register_buffer("vectors", None)
         self.register_buffer("has_text", None, persistent=False)
-        self.id_embedding = nn.Embedding(n_items, width, padding_idx=0)
+        self.id_embedding = (
+            ShardedEmbedding(n_items, width) if is_sharded else nn.Embedding(n_items, width, padding_idx=0)
+        )
         in_table = text_dim > 0 and settings.text_in_table
         self.table_text = TextProjection(text_dim, width, _INITIAL_STD) if in_table else None
         self.repeat_bias = create_repeat_bias(settings.repeat_bias)
@@ -86,7 +98,28 @@ class Encoder(MarkedParameters):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.id_embedding.weight.device
+        return self.own_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.own_embedding.weight.dtype
+
+    @property
+    def n_items(self) -> int:
+        """V."""
+        return self.id_embedding.num_embeddings
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the ID embedding."""
+        return isinstance(self.id_embedding, ShardedEmbedding)
+
+    @property
+    def own_embedding(self) -> nn.Embedding:
+        """The rows of the ID embedding that this process holds; all of them if it is not sharded."""
+        embedding = self.id_embedding
+        return embedding.rows if isinstance(embedding, ShardedEmbedding) else embedding
 
     def iterate_branches(self) -> Iterator[Branch]:
         """The branches of all layers."""
@@ -155,15 +188,19 @@ class Encoder(MarkedParameters):
         Mamba4Rec draws every linear map anew, Mamba's among them, which moves the initial
         step size from [0.001, 0.1] to about 0.69.
         """
-        nn.init.normal_(self.id_embedding.weight, std=_INITIAL_STD)
+        if isinstance(self.id_embedding, ShardedEmbedding):
+            self.id_embedding.draw_weight(_INITIAL_STD)
+        else:
+            nn.init.normal_(self.id_embedding.weight, std=_INITIAL_STD)
         if self.settings.init == "mamba4rec":
             for module in self.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.normal_(module.weight, std=_INITIAL_STD)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            self.id_embedding.weight[0] = 0
+        if isinstance(self.id_embedding, nn.Embedding):
+            with torch.no_grad():
+                self.id_embedding.weight[0] = 0
 
     def prepare_step(self, items: Tensor, scored: Sequence[Tensor] | None = None) -> StepItems:
         """Compute once what a training step looks up of its items; each item's text is projected once.
@@ -174,7 +211,7 @@ class Encoder(MarkedParameters):
             items: (B, L), the histories.
             scored: ids of any shapes, the items that the loss compares; None for all items.
         """
-        n_items, is_sparse = len(self.id_embedding.weight), self.id_embedding.sparse
+        n_items, is_sparse = self.n_items, self.id_embedding.sparse
         with without_autocast(self.device):
             if scored is None:
                 in_table = list_all_items(n_items, items.device)
@@ -192,7 +229,7 @@ class Encoder(MarkedParameters):
         return StepItems(table, in_histories, texts)
 
     def _compute_table_rows(self, items: DistinctItems) -> TableRows:
-        rows = self.id_embedding.weight if items.ids is None else self.id_embedding(items.ids)
+        rows = self._get_weight() if items.ids is None else self.id_embedding(items.ids)
         if self.table_text is None:
             return TableRows(items, rows)
         assert self.vectors is not None
@@ -200,6 +237,11 @@ class Encoder(MarkedParameters):
         if self.training and self.settings.id_dropout:
             return TableRows(items, rows, text)
         return TableRows(items, rows + text)
+
+    def _get_weight(self) -> Tensor:
+        """(V, D), the ID embedding."""
+        assert isinstance(self.id_embedding, nn.Embedding), "no process has the whole table"
+        return self.id_embedding.weight
 
     def embed_items(self, ids: Tensor, step: StepItems | None = None) -> Tensor:
         """ids of any shape (...) -> their rows of the item table (..., D); of `step`, if they are there."""
@@ -215,13 +257,36 @@ class Encoder(MarkedParameters):
 
     def item_table(self, step: StepItems | None = None) -> Tensor:
         """The whole item table, (V, D); row 0 is zero. Of `step`, if it has all items."""
-        n_items = len(self.id_embedding.weight)
+        n_items = self.n_items
         every_item = list_all_items(n_items, self.device)
         table = self._compute_table_rows(every_item) if step is None else step.table
         assert table.items.ids is None
         if table.text is None:
             return table.rows
         return self._drop_ids(table.rows, torch.arange(n_items, device=self.device)) + table.text
+
+    def compute_own_table(self) -> Tensor:
+        """(R, D), the rows of a sharded item table that belong to this process; no gradient."""
+        embedding = self.id_embedding
+        assert isinstance(embedding, ShardedEmbedding)
+        rows = embedding.rows.weight.detach()
+        if self.table_text is None:
+            return rows
+        assert self.vectors is not None
+        with torch.no_grad():
+            return rows + self.table_text.project_vectors(self.vectors[embedding.start : embedding.end])
+
+    def take_part_in_lookup(self) -> Tensor:
+        """What a process without rows does where others train on theirs; returns a loss of 0."""
+        return cast(Tensor, self.id_embedding(torch.zeros(0, dtype=torch.long, device=self.device)).sum())
+
+    @torch.no_grad()
+    def take_part_in_scoring(self) -> None:
+        """What a process without rows does where others score all items for theirs."""
+        self.take_part_in_lookup()
+        embedding = self.id_embedding
+        assert isinstance(embedding, ShardedEmbedding)
+        embedding.score_items(self.own_embedding.weight[:0], self.own_embedding.weight)
 
     def _drop_ids(self, rows: Tensor, ids: Tensor) -> Tensor:
         """In training, drop the ID embedding of some items with text, as for cold-start items."""
@@ -340,12 +405,15 @@ class Encoder(MarkedParameters):
         Args:
             x: (B, D), the vector of each history's end.
             items: (B, L), the history, which decides where `repeat_bias` and `neighbors` are added.
-            table: (V, D), the item table, if it is at hand.
+            table: (V, D), the item table, if it is at hand; (R, D), this process's part, if it is sharded.
 
         Returns:
             (B, V); padding's score means nothing.
         """
-        scores = F.linear(x, self.item_table() if table is None else table)
+        if isinstance(self.id_embedding, ShardedEmbedding):
+            scores = self.id_embedding.score_items(x, self.compute_own_table() if table is None else table)
+        else:
+            scores = F.linear(x, self.item_table() if table is None else table)
         if self.neighbors is not None:
             scores = self.neighbors.add_to_all_scores(scores, items, (items > 0).sum(1))
         return add_to_all_scores(scores, items, self.repeat_bias)

@@ -64,15 +64,15 @@ class LossInput(NamedTuple):
     @property
     def n_items(self) -> int:
         """V."""
-        return len(self.encoder.id_embedding.weight)
+        return self.encoder.n_items
 
 
 def compute_loss(given: LossInput) -> Tensor:
     """The loss that `loss_type` names, outside autocast and in the type of the weights."""
-    weight = given.encoder.id_embedding.weight
-    loss = LOSSES[given.encoder.settings.loss_type]
-    with without_autocast(weight.device):
-        return loss.compute(given._replace(x=given.x.to(weight.dtype)))
+    encoder = given.encoder
+    loss = LOSSES[encoder.settings.loss_type]
+    with without_autocast(encoder.device):
+        return loss.compute(given._replace(x=given.x.to(encoder.dtype)))
 
 
 def draw_negatives(

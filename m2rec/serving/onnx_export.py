@@ -131,7 +131,7 @@ def export_onnx(model: SavedModel, path: Path, live: bool = False) -> None:
         model.encoder.require_recurrence()
     encoder = copy_portable_encoder(model)
     portable = make_onnx_encoder(encoder, model.max_length)
-    table = portable.id_embedding.weight
+    table = portable.own_embedding.weight
     if live:
         _, states = encoder.advance(torch.ones(1, 1, dtype=torch.int64))
         module = LiveModule(portable, table, map_tensors(_split_complex, states))

@@ -1,5 +1,9 @@
 """A checkpoint: the full training state in one safetensors file, and whether a run can be resumed from it.
 
+With `shard_items` a file of each process lies beside it: its part of the ID embedding and of what belongs to
+that, and its random state. The checkpoint names these files, and is written after them, so that a run which
+is killed at any time has one checkpoint whose files are all there.
+
 Nothing is pickled: what is not a tensor is a number, a text or a list of them in the file's metadata.
 """
 
@@ -13,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from m2rec import distributed
 from m2rec.errors import UserError, format_one_line
 from m2rec.git import join_commits, split_commits
 from m2rec.run_folder import RunFolder
@@ -55,10 +60,19 @@ class TrainingState(NamedTuple):
     """Of the model."""
     table_optimizer: LazyAdam | None = None
     """With `sparse_updates`, of the ID embedding, which `optimizer` then leaves out."""
+    own_names: frozenset[str] = frozenset()
+    """With `shard_items`, of the model's tensors that each process has for itself."""
+
+    def is_own(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint, by its name there, is one that each process has for itself."""
+        if not self.own_names:
+            return False
+        plain = name.removeprefix(_MODEL).removeprefix(_AVERAGE)
+        return name.startswith((_TABLE, _RANDOM)) or plain in self.own_names
 
 
 def save_checkpoint(files: RunFolder, training: TrainingState, numbers: Values) -> None:
-    """Write a checkpoint atomically over an earlier one.
+    """Write a checkpoint atomically over an earlier one; with `shard_items`, in all processes.
 
     Args:
         files: the run folder.
@@ -78,7 +92,47 @@ def save_checkpoint(files: RunFolder, training: TrainingState, numbers: Values) 
         numbers["taken"] = training.ema.n_updates
     if training.table_optimizer is not None:
         tensors |= _add_prefix(_TABLE, training.table_optimizer.state_tensors())
-    write_tensors(files.checkpoint_file, tensors, {"numbers": json.dumps(numbers)})
+    if not training.own_names:
+        write_tensors(files.checkpoint_file, tensors, {"numbers": json.dumps(numbers)})
+        return
+    rank, n = distributed.process_rank(), distributed.world_size()
+    moment = _name_moment(numbers)
+    own = {name: tensor for name, tensor in tensors.items() if training.is_own(name)}
+    shard_numbers = {"moment": moment, "random": numbers.pop("random")}
+    path = files.name_shard(moment, rank, n)
+    write_tensors(path, own, {"numbers": json.dumps(shard_numbers)})
+    distributed.wait_for_all()
+    if rank == 0:
+        common = {name: tensor for name, tensor in tensors.items() if name not in own}
+        write_tensors(files.checkpoint_file, common, {"numbers": json.dumps({**numbers, "shards": n})})
+    distributed.wait_for_all()
+    if rank == 0:  # those of earlier checkpoints
+        current = {files.name_shard(moment, other, n) for other in range(n)}
+        for old in set(files.list_shards()) - current:
+            old.unlink(missing_ok=True)
+
+
+def _name_moment(numbers: Values) -> str:
+    """What no other checkpoint of the run has: the last whole epoch, and the steps after it."""
+    return f"{numbers['epoch']}-{numbers['partial']['steps']}"
+
+
+def check_shards(files: RunFolder, training: TrainingState) -> None:
+    """Check that the ID embedding of a checkpoint has as many parts as there are processes now.
+
+    Raises:
+        UserError: it has another number.
+    """
+    try:
+        saved = int(read_checkpoint_numbers(files.checkpoint_file).get("shards", 1))
+    except (LookupError, ValueError):
+        return  # `load_checkpoint` says what is wrong
+    now = distributed.world_size() if training.own_names else 1
+    if saved != now:
+        raise UserError(
+            f"resume: {files.path} has its ID embedding in {saved} part(s) and is resumed in {now}; start "
+            f"{saved} process(es), as at first"
+        )
 
 
 def load_checkpoint(files: RunFolder, training: TrainingState, run_inputs: Values) -> Values:
@@ -96,6 +150,9 @@ def load_checkpoint(files: RunFolder, training: TrainingState, run_inputs: Value
     try:
         tensors, metadata = read_tensors(files.checkpoint_file)
         numbers: Values = json.loads(metadata["numbers"])
+        if training.own_names:
+            own, numbers["random"] = _read_shard(files, _name_moment(numbers))
+            tensors |= own
         check_unchanged_inputs(numbers["notes"], run_inputs, files)
         training.model.load_state_dict(_select_prefix(tensors, _MODEL))
         _load_optimizer_state(training.optimizer, _select_prefix(tensors, _OPTIMIZER))
@@ -113,6 +170,16 @@ def load_checkpoint(files: RunFolder, training: TrainingState, run_inputs: Value
             f"{files.checkpoint_file} is not a valid checkpoint of this run ({reason}); start a new run"
         ) from error
     return numbers
+
+
+def _read_shard(files: RunFolder, moment: str) -> tuple[Tensors, Values]:
+    """What only this process has of a checkpoint, and the numbers of its random state."""
+    path = files.name_shard(moment, distributed.process_rank(), distributed.world_size())
+    tensors, metadata = read_tensors(path)
+    numbers = json.loads(metadata["numbers"])
+    if numbers["moment"] != moment:
+        raise CannotResume(f"{path} is of another checkpoint, {numbers['moment']}; start a new run")
+    return tensors, numbers["random"]
 
 
 def check_unchanged_inputs(saved: Values, current: Values, files: RunFolder) -> None:
@@ -177,7 +244,8 @@ def check_best_weights(files: RunFolder, epoch: int, best_epoch: int | None) -> 
     """
     if best_epoch is None and not files.weights_file.exists():
         return None
-    _, metadata = files.read_weights()
+    with files.open_weights() as (_, metadata):
+        pass
     weights_epoch = int(metadata.get("epoch", -1))
     if weights_epoch > epoch:
         return weights_epoch, float(metadata["score"])

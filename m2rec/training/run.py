@@ -49,6 +49,7 @@ from m2rec.training.provenance import (
 )
 from m2rec.training.recbole_keys import check_reranker_size
 from m2rec.training.settling import settle_settings
+from m2rec.training.sharding import count_parameters, settle_shard_items
 from m2rec.training.signals import RunInterrupted, StopRequest
 from m2rec.training.sparse_updates import resolve_sparse_updates
 from m2rec.training.trainer import RunTrainer
@@ -116,7 +117,7 @@ class PreparedRun:
     @property
     def n_parameters(self) -> int:
         """How many parameters the model has."""
-        return _count_parameters(self.trainer.model)
+        return count_parameters(self.trainer.model)
 
     def train(self, on_validation: Callable[[int, float], None] | None = None) -> None:
         """Train; no test row is scored.
@@ -183,6 +184,7 @@ class PreparedRun:
         metrics["baselines"] = evaluate_baselines(self.config, train.dataset, (valid, test))
         if distributed.is_main_process():
             trainer.files.write_metrics(metrics)
+        if distributed.is_main_process() or trainer.is_sharded:
             self._write_insights_and_report()
         return RunResult(trainer.folder, metrics)
 
@@ -244,11 +246,16 @@ class PreparedRun:
         }
 
     def _write_insights_and_report(self) -> None:
-        """Write insights.json and report.html; an error here does not spoil the finished run."""
+        """Write insights.json and report.html; an error here does not spoil the finished run.
+
+        Where the item table is sharded, all processes take part, since the main one can't score alone.
+        """
         trainer = self.trainer
         try:
             test = self.loaders.test.dataset
             insights = collect_insights(trainer.model, trainer.score, test, self.dataset)
+            if not distributed.is_main_process():
+                return
             trainer.files.write_insights(insights)
             if self.config["report"]:
                 from m2rec.reports import run_page  # matplotlib takes a second
@@ -317,6 +324,8 @@ def prepare_run(
     if warning:
         logger.warning("%s", warning)
     _settle_compile(config)
+    if config.model_settings is not None:
+        settle_shard_items(config)
     source = SourceRun.read(config)
     dataset, loaders, data_counts = _load_and_describe_data(config, load)
     _settle_sparse_updates(config, dataset.item_num, is_resumed=folder is not None)
@@ -384,7 +393,7 @@ def _build_model(config: Config, train_dataset: Any) -> nn.Module:
     with _explain_errors(f"model: {config['variant']} can't be made from these keys and this data"):
         with redirect_stdout(sys.stderr):  # FEARec prints in its constructor
             model: nn.Module = find_model_class(config["model"])(config, train_dataset).to(config["device"])
-    logger.info("%s: %s parameters", config["variant"], f"{_count_parameters(model):,}")
+    logger.info("%s: %s parameters", config["variant"], f"{count_parameters(model):,}")
     return model
 
 
@@ -416,10 +425,6 @@ def _build_trainer(
         "commits": [read_commit()],  # read now: the code may change during the training
     }
     return trainer
-
-
-def _count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def build_resumed_config(folder: Path, machine: Mapping[str, Any]) -> Config:

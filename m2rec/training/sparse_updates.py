@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from m2rec import distributed
 from m2rec.errors import UserError
 from m2rec.models.m2rec import M2Rec
 from m2rec.nn.losses import LOSSES
@@ -29,7 +30,9 @@ def resolve_sparse_updates(config: RunConfig, n_items: int, is_resumed: bool) ->
     Raises:
         UserError: true was asked for, and another key is in the way.
     """
-    requested = config["sparse_updates"]
+    requested, key = config["sparse_updates"], "sparse_updates"
+    if config["shard_items"] and distributed.world_size() > 1:  # which is made of them
+        requested, key = True, "shard_items"
     obstacle = _find_obstacle(config)
     if requested == "auto":
         if is_resumed:
@@ -39,8 +42,8 @@ def resolve_sparse_updates(config: RunConfig, n_items: int, is_resumed: bool) ->
         compared = "at least" if n_items >= MIN_ITEMS else "fewer than"
         return SparseChoice(n_items >= MIN_ITEMS, f"auto: {n_items:,} items, {compared} {MIN_ITEMS:,}")
     if requested and obstacle:
-        raise UserError(f"sparse_updates: True needs {obstacle}; or set sparse_updates: false")
-    return SparseChoice(bool(requested), "named by sparse_updates")
+        raise UserError(f"{key}: True needs {obstacle}; or set {key}: false")
+    return SparseChoice(bool(requested), f"named by {key}")
 
 
 def _find_obstacle(config: RunConfig) -> str:

@@ -30,6 +30,14 @@ from m2rec.training.captured_step import CapturedSteps
 from m2rec.training.compilation import compile_layers
 from m2rec.training.ema import WeightEMA
 from m2rec.training.lazy_adam import LazyAdam, expose_gradient_rows
+from m2rec.training.sharding import (
+    clip_with_own_rows,
+    describe_shards,
+    list_own_names,
+    load_weights,
+    require_shared_folder,
+    write_weights,
+)
 from m2rec.training.signals import RunInterrupted, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -57,7 +65,8 @@ class RunTrainer(Trainer):
     `model.safetensors` holds the best weights so far; `history.csv` gets a line per epoch;
     `checkpoint.safetensors` holds the full training state, written after each epoch, every
     `checkpoint_minutes` within one, and when the run is asked to stop. No pickle is written or read.
-    Under torchrun each batch is sharded across the processes, and the main process writes all files.
+    Under torchrun each batch is sharded across the processes, and the main process writes all files. With
+    `shard_items` each process also writes its part of the ID embedding beside each checkpoint.
 
     Args:
         config: a RecBole Config.
@@ -100,7 +109,10 @@ class RunTrainer(Trainer):
         self._history_columns = ["epoch", "loss", "seconds"]
         for metric in config["metrics"]:
             self._history_columns += [f"valid.{metric.lower()}@{k}" for k in config["topk"]]
-        distributed.broadcast_weights(model)
+        distributed.broadcast_weights(model, list_own_names(model))
+        if self.is_sharded:
+            require_shared_folder(folder)
+            logger.info("%s", describe_shards(model))
         if distributed.is_main_process():
             if not is_resumed:
                 self.files.append_history(self._history_columns)
@@ -110,11 +122,16 @@ class RunTrainer(Trainer):
                 self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the ID embedding; all then look up and score together."""
+        return isinstance(self.model, M2Rec) and self.model.encoder.is_sharded
+
+    @property
     def _table(self) -> nn.Embedding | None:
-        """The embedding that `sparse_updates` is about; None without."""
+        """The embedding that `sparse_updates` is about, this process's part of it; None without."""
         if self.config["sparse_updates"] is not True or not isinstance(self.model, M2Rec):
             return None
-        return self.model.encoder.id_embedding
+        return self.model.encoder.own_embedding
 
     @property
     def _table_weight(self) -> nn.Parameter | None:
@@ -248,7 +265,7 @@ class RunTrainer(Trainer):
         """Write the full training state: after the last whole epoch, and after `partial` of the next one."""
         self.train_seconds = perf_counter() - self._started_at
         self._checkpointed_at = perf_counter()
-        if not distributed.is_main_process():
+        if not (distributed.is_main_process() or self.is_sharded):
             return
         progress = self._progress
         numbers = {
@@ -269,7 +286,13 @@ class RunTrainer(Trainer):
             generator = torch.Generator()
             generator.set_state(self._progress.loader_state)
         return checkpoint.TrainingState(
-            self.model, self.optimizer, generator, self.ema, self.device, self._table_optimizer
+            self.model,
+            self.optimizer,
+            generator,
+            self.ema,
+            self.device,
+            self._table_optimizer,
+            list_own_names(self.model),
         )
 
     def _load_checkpoint(self) -> None:
@@ -277,7 +300,9 @@ class RunTrainer(Trainer):
 
         Raises:
             CannotResume: the checkpoint is invalid, or the run's inputs have changed.
+            UserError: the ID embedding is sharded over another number of processes.
         """
+        checkpoint.check_shards(self.files, self._training_state())
         try:
             numbers = checkpoint.load_checkpoint(self.files, self._training_state(), self.run_inputs)
             self._restore_progress(numbers)
@@ -285,7 +310,7 @@ class RunTrainer(Trainer):
                 self._restore_files(numbers["epoch"])
         except ValueError as error:
             raise checkpoint.CannotResume(str(error)) from error
-        if not distributed.is_main_process():  # the checkpoint has the main process's random state only
+        if not (distributed.is_main_process() or self.is_sharded):  # their random state is in no file
             seed = self.config["seed"] + distributed.process_rank()
             torch.manual_seed(seed + 1_000_003 * self.start_epoch)
         best = (self.best_epoch, self.best_valid_score)  # all processes must stop early together
@@ -398,8 +423,12 @@ class RunTrainer(Trainer):
         """Scale all gradients so that their norm is at most that of clip_grad_norm."""
         parameters: list[Tensor] = list(self._list_dense_parameters())
         if self._table_weight is not None and self._table_weight.grad is not None:
-            parameters.append(expose_gradient_rows(self._table_weight))
+            rows = expose_gradient_rows(self._table_weight)
+            if self.is_sharded:
+                return clip_with_own_rows(parameters, rows, **self.clip_grad_norm)
+            parameters.append(rows)
         clip_grad_norm_(parameters, **self.clip_grad_norm)
+        return None
 
     def _compute_gradients(self, batch: Interaction, is_dense: bool) -> Tensor:
         """Set the gradients of a batch's loss, on every process; returns the loss."""
@@ -412,8 +441,10 @@ class RunTrainer(Trainer):
                 losses = torch.stack(losses).sum()
             loss = losses.reshape(()) * weight  # GCSAN's and TransRec's have the shape (1,)
             loss.backward()
+        elif self.is_sharded:
+            self.model.encoder.take_part_in_lookup().backward()
         loss = distributed.sum_gradients(self._list_dense_parameters(), loss.detach())
-        if self._table_weight is not None:
+        if self._table_weight is not None and not self.is_sharded:
             distributed.sum_sparse_gradient(self._table_weight)
         self._check_nan(loss)
         return loss
@@ -494,10 +525,10 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         """Write the weights as the best ones; `_write_checkpoint` writes the training state."""
-        if distributed.is_main_process():
+        if distributed.is_main_process() or self.is_sharded:
             metadata = {"epoch": str(epoch), "score": str(float(self.best_valid_score))}
             with self._averaged_weights():
-                self.files.write_weights(self.model.state_dict(), metadata)
+                write_weights(self.files, self.model, metadata)
         self.best_epoch = epoch
 
     def rewrite_best_weights(self) -> None:
@@ -508,11 +539,14 @@ class RunTrainer(Trainer):
     def remove_checkpoint(self) -> None:
         """Remove the training state of a finished run."""
         if distributed.is_main_process():
-            self.files.checkpoint_file.unlink(missing_ok=True)
+            for path in (self.files.checkpoint_file, *self.files.list_shards()):
+                path.unlink(missing_ok=True)
             self.files.launch_file.unlink(missing_ok=True)
 
     def load_best_weights(self) -> None:
         """Load the best weights into the model."""
+        if self.is_sharded:
+            return load_weights(self.files, self.model)
         weights: dict[str, Tensor] = {}
         if distributed.is_main_process():
             weights, _ = self.files.read_weights(str(self.device))
@@ -523,6 +557,7 @@ class RunTrainer(Trainer):
         if distributed.is_main_process():
             self.model.load_state_dict(weights)
         distributed.broadcast_weights(self.model)
+        return None
 
     def evaluate(
         self,
@@ -566,7 +601,8 @@ class RunTrainer(Trainer):
         self.tot_item_num = data.dataset.item_num
         self.item_tensor = data.dataset.get_item_feature().to(self.device)
         progress = partial(self._progress_bar, what="evaluate  ", shown=show_progress)
-        return rank_rows(self.score, data, progress, protocols, rows)
+        take_part = self.model.encoder.take_part_in_scoring if self.is_sharded else None
+        return rank_rows(self.score, data, progress, protocols, rows, take_part)
 
     def score(self, interaction: Interaction) -> Tensor:
         """Rows -> (b, V), by the model's full ranking or item by item where it has none."""

@@ -123,8 +123,11 @@ def _read_versions(encoder: Encoder) -> list[tuple[int, int]]:
 
 
 def can_prepare(encoder: Encoder) -> bool:
-    """Whether the network is on a CPU, in float32 or float64, without hooks, quantized or foreign layers."""
-    has_type = encoder.id_embedding.weight.dtype in (torch.float32, torch.float64)
+    """Whether the network is on a CPU, in float32 or float64, without hooks, quantized or foreign layers.
+
+    One whose item table is sharded can't be prepared: that needs the whole table.
+    """
+    has_type = encoder.dtype in (torch.float32, torch.float64) and not encoder.is_sharded
     return encoder.device.type == "cpu" and has_type and all(map(_is_unmodified, encoder.modules()))
 
 
