@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+import ctypes
+import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -207,6 +209,7 @@ class Service:
             self.metrics.reloads["done"] += 1
             with suppress(RequestError):  # those who wait do the same
                 await self.submit(Call(lambda model: None))  # the users leave the old model
+            await self._change(_return_free_memory)
             logger.warning("reloaded %s: %s items", self.options.run, f"{len(recommender.tokens) - 1:,}")
 
     def _load_run(self) -> Recommender:
@@ -253,6 +256,13 @@ def check_ranks(recommender: Recommender) -> None:
     if not recommender.scores([[first]])[0, 1:].isfinite().all():
         raise UserError("model.safetensors: the scores are not finite; train again")
     recommender.recommend([first], 1)
+
+
+def _return_free_memory() -> None:
+    """Give an old model's memory back to the system; glibc would keep it for the next, and it adds up."""
+    gc.collect()
+    with suppress(AttributeError, OSError, TypeError):  # another C library, or Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_mistake(error: Exception) -> bool:
