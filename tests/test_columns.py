@@ -15,7 +15,7 @@ import torch
 from pyarrow import parquet
 
 from m2rec.compat import SequentialDataset, data_preparation
-from m2rec.data import inter_file, parquet_file, plain_file
+from m2rec.data import columns, inter_file, parquet_file, plain_file
 from m2rec.data.columns import filter_by_counts, separate_close_times
 from m2rec.data.dataset import HistoryDataset
 from m2rec.errors import UserError
@@ -338,3 +338,22 @@ def test_ids_and_filters_are_those_of_recbole(tmp_path: Path, others: dict[str, 
     ours.build()
     expected.build()
     assert (ours.counts, ours.gap_quartiles) == (expected.counts, expected.gap_quartiles)
+
+
+@pytest.mark.parametrize(
+    ("text", "makes_strings"), [("1600000000.357", False), ("1600000000.123456789", True)]
+)
+def test_fractions_of_seconds_make_no_string_of_each_cell(
+    monkeypatch: pytest.MonkeyPatch, text: str, makes_strings: bool
+):
+    """A hundred million of them took 12 GB; only times beyond double precision are compared as texts."""
+    formatted, format_texts = [], columns._format_texts
+    monkeypatch.setattr(
+        columns, "_format_texts", lambda chunk: formatted.append(chunk) or format_texts(chunk)
+    )
+    numbers = columns.NumberColumn()
+    numbers.append(pa.array([text, "1600000001.5"]))
+    times = numbers.build()
+    formatted.clear()
+    assert numbers.separate_ties(times).tolist() == [float(text), 1600000001.5]
+    assert bool(formatted) == makes_strings

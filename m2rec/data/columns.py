@@ -115,9 +115,9 @@ class NumberColumn:
         if all(isinstance(chunk, np.ndarray) for chunk in self._chunks):
             numbers = np.concatenate([np.empty(0, dtype=np.int64), *self._chunks])
             return _separate_integers(numbers, times) if numbers.dtype.kind == "i" else times
-        texts = pd.concat([_format_texts(chunk) for chunk in self._chunks], ignore_index=True)
-        if not (texts.str.len() > DOUBLE_DIGITS).any():
+        if not any(_may_exceed_doubles(chunk) for chunk in self._chunks):
             return times
+        texts = pd.concat([_format_texts(chunk) for chunk in self._chunks], ignore_index=True)
         return separate_close_times(texts, times)
 
     def find_text(self, position: int) -> str | None:
@@ -196,6 +196,15 @@ def _are_exact(chunk: np.ndarray | pa.StringArray) -> bool:
     """Whether a chunk has whole numbers only, of which each is a double."""
     is_array = isinstance(chunk, np.ndarray) and chunk.dtype.kind == "i"
     return is_array and int(chunk.max(initial=0)) < EXACT_INTEGERS
+
+
+def _may_exceed_doubles(chunk: np.ndarray | pa.StringArray) -> bool:
+    """Whether a number of a chunk may have more digits than a double keeps; makes no string of each cell."""
+    if not isinstance(chunk, np.ndarray):
+        longest = pc.max(pc.binary_length(chunk)).as_py()
+        return longest is not None and longest > DOUBLE_DIGITS
+    limit = 10**DOUBLE_DIGITS
+    return chunk.dtype.kind != "i" or bool(((chunk >= limit) | (chunk <= -limit)).any())
 
 
 def _parse_digits(texts: pa.StringArray) -> np.ndarray | None:
