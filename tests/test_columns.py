@@ -346,7 +346,7 @@ def test_ids_and_filters_are_those_of_recbole(tmp_path: Path, others: dict[str, 
 def test_fractions_of_seconds_make_no_string_of_each_cell(
     monkeypatch: pytest.MonkeyPatch, text: str, makes_strings: bool
 ):
-    """A hundred million of them took 18 GB at the peak; only times beyond double precision are compared as texts."""
+    """A hundred million of them took 18 GB; only times beyond double precision are compared as texts."""
     formatted, format_texts = [], columns._format_texts
     monkeypatch.setattr(
         columns, "_format_texts", lambda chunk: formatted.append(chunk) or format_texts(chunk)

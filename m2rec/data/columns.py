@@ -87,24 +87,12 @@ class NumberColumn:
         Whole numbers that are doubles are let go, chunk by chunk: neither ties nor errors ask for them again.
         """
         if all(_are_exact(chunk) for chunk in self._chunks):
-            return self._move_integers()
+            return _move_to_doubles(self._chunks)
         parsed = [_parse_chunk(chunk) for chunk in self._chunks]
-        if all(values.dtype.kind in "iu" for values in parsed):
-            doubles = [values.astype(np.float64) for values in parsed]
-        else:
-            doubles = []
-            for chunk, values in zip(self._chunks, parsed, strict=True):
-                doubles.append(_round_as_decimals(chunk, values))
-        return np.concatenate([np.empty(0), *doubles])
-
-    def _move_integers(self) -> np.ndarray:
-        numbers, start = np.empty(sum(map(len, self._chunks))), 0
-        self._chunks.reverse()
-        while self._chunks:
-            chunk = self._chunks.pop()
-            numbers[start : start + len(chunk)] = chunk
-            start += len(chunk)
-        return numbers
+        if not all(values.dtype.kind in "iu" for values in parsed):
+            for index, chunk in enumerate(self._chunks):
+                parsed[index] = _round_as_decimals(chunk, parsed[index])
+        return _move_to_doubles(parsed)
 
     def separate_ties(self, times: np.ndarray) -> np.ndarray:
         """What `build` returned, but numbers that differ only beyond double precision stay different.
@@ -171,25 +159,35 @@ class ColumnTable:
             InvalidNumberError: a number is invalid, or a time is missing, NaN or infinite.
         """
         built: dict[str, pd.Categorical | np.ndarray] = {}
-        for name, numbers in self._numbers.items():
-            values = numbers.build()
-            self._check_numbers(name, values)
-            if exact_order and name == self._time_column:
-                values = numbers.separate_ties(values)
-            built[name] = values
+        for name in list(self._numbers):  # each lets its texts go before the next needs memory
+            built[name] = self._build_numbers(name, self._numbers.pop(name), exact_order)
         for name, tokens in self._tokens.items():
             built[name] = tokens.build()
-        self._numbers.clear()
         pa.default_memory_pool().release_unused()  # else the process keeps the memory of all batches
         return pd.DataFrame({name: built[name] for name in self._order}, copy=False)
 
-    def _check_numbers(self, name: str, values: np.ndarray) -> None:
-        column = self._numbers[name]
+    def _build_numbers(self, name: str, column: NumberColumn, exact_order: bool) -> np.ndarray:
+        values = column.build()
+        self._check_numbers(name, column, values)
+        return column.separate_ties(values) if exact_order and name == self._time_column else values
+
+    def _check_numbers(self, name: str, column: NumberColumn, values: np.ndarray) -> None:
         is_invalid = ~np.isfinite(values) if name == self._time_column else np.isnan(values)
         if is_invalid.any() and name != self._time_column:
             is_invalid &= ~column.find_missing()
         if is_invalid.any():
             raise InvalidNumberError(name, is_invalid, column.find_text(int(is_invalid.argmax())))
+
+
+def _move_to_doubles(chunks: list[np.ndarray]) -> np.ndarray:
+    """All numbers as doubles, (n,); the chunks are let go one by one."""
+    numbers, start = np.empty(sum(map(len, chunks))), 0
+    chunks.reverse()
+    while chunks:
+        chunk = chunks.pop()
+        numbers[start : start + len(chunk)] = chunk
+        start += len(chunk)
+    return numbers
 
 
 def _are_exact(chunk: np.ndarray | pa.StringArray) -> bool:
@@ -235,7 +233,7 @@ def _round_as_decimals(chunk: np.ndarray | pa.StringArray, values: np.ndarray) -
     """Doubles of a chunk in a column that is not all integers, where pandas reads integers as decimals."""
     is_array = isinstance(chunk, np.ndarray)
     if values.dtype.kind == "f" or (is_array and values.max(initial=0) < EXACT_INTEGERS):
-        return values.astype(np.float64)
+        return values.astype(np.float64, copy=False)
     texts = pd.concat([_format_texts(chunk), pd.Series(["0.5"], dtype=object)])
     return np.asarray(pd.to_numeric(texts, errors="coerce").to_numpy()[:-1])
 
