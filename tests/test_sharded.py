@@ -91,6 +91,25 @@ def compare_with_one_process(n: int) -> None:
         scores = sharded.score_items(whole.x[rank], sharded.rows.weight.detach())
         torch.testing.assert_close(scores, whole.x[rank] @ whole.embedding.weight.detach().T)
         check_gathering(sharded, whole)
+        check_scoring_without_rows(rank)
+
+
+def check_scoring_without_rows(rank: int) -> None:
+    """One process scores; all others have no rows left, but items with a text part of the table."""
+    vectors = torch.randn(V, 3, generator=torch.Generator().manual_seed(5))
+    encoders = []
+    for is_sharded in (False, True):
+        torch.manual_seed(3)
+        encoders.append(Encoder(SETTINGS, V, 5, vectors, is_sharded).eval())
+    one, sharded = encoders
+    if rank > 0:
+        sharded.take_part_in_scoring()
+        return
+    items, x = torch.tensor([[1, 2], [V - 1, 0]]), torch.randn(2, SETTINGS.hidden_size)
+    with torch.no_grad():
+        sharded.prepare_step(items, [])
+        scores = sharded.score_all_items(x, items)
+        torch.testing.assert_close(scores, one.score_all_items(x, items))
 
 
 def check_clipping(sharded: ShardedEmbedding, whole: Whole, own: slice) -> None:
