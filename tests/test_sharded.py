@@ -198,9 +198,10 @@ SAMPLED = {
 
 @pytest.fixture
 def values(toy: Path, write_vectors: Callable[..., Path]) -> dict[str, Any]:
-    """30 users: the last batch has a single row, and processes have different numbers of batches to rank."""
-    write_vectors(toy, "toy", [f"i{k}" for k in range(18)])
-    return small(toy, id_dropout=0.3, **SAMPLED)
+    """43 rows of training: the last batch has a single one, with items that the steps before did not use."""
+    write_inter(toy, "toy", random_rows(n_users=31, n_items=200))
+    write_vectors(toy, "toy", [f"i{k}" for k in range(180)])
+    return small(toy, id_dropout=0.3, **{**SAMPLED, "train_batch_size": 7, "learning_rate": 0.03})
 
 
 def find_run(runs: Path) -> Path:
@@ -220,6 +221,8 @@ def test_a_run_equals_one_with_whole_tables(values: dict[str, Any], tmp_path: Pa
     whole, sharded = outcomes
     for part in ("valid", "test", "test_unseen"):
         assert sharded[0][part] == pytest.approx(whole[0][part], abs=1e-5)
+    losses = [[float(row["loss"]) for row in rows] for _, rows, *_ in outcomes]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert sharded[2] == whole[2]
     torch.testing.assert_close(sharded[3], whole[3], atol=1e-4, rtol=1e-4)
     for name, recommended in insights[0]["gate"]["by_layer"].items():

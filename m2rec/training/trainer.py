@@ -442,7 +442,9 @@ class RunTrainer(Trainer):
             loss = losses.reshape(()) * weight  # GCSAN's and TransRec's have the shape (1,)
             loss.backward()
         elif self.is_sharded:
-            self.model.encoder.take_part_in_lookup().backward()
+            with self._catch_up_when_read():  # others read this process's rows
+                part = self.model.encoder.take_part_in_lookup()
+            part.backward()
         loss = distributed.sum_gradients(self._list_dense_parameters(), loss.detach())
         if self._table_weight is not None and not self.is_sharded:
             distributed.sum_sparse_gradient(self._table_weight)
