@@ -175,8 +175,17 @@ def test_the_memory_of_all_processes_is_that_of_one(tmp_path: Path, n: int):
     run_together(n, tmp_path, check_whole_network, tmp_path)
 
 
-def train(arguments: list[str], expected: tuple[int, ...] = (0,), stop_at: int = 0) -> None:
-    """run_mm.py in one of several processes, of which the last is asked to stop in that step."""
+def train(
+    arguments: list[str], expected: tuple[int, ...] = (0,), stop_at: int = 0, minutes: str = ""
+) -> None:
+    """run_mm.py in one of several processes.
+
+    Args:
+        arguments: of the command.
+        expected: exit statuses.
+        stop_at: the step in which the last process is asked to stop; 0 for none.
+        minutes: between checkpoints by the clock of the last process alone.
+    """
     step, done = RunTrainer._train_step, [0]
 
     def count_step(self: RunTrainer, *batch: Any) -> Tensor:
@@ -186,7 +195,9 @@ def train(arguments: list[str], expected: tuple[int, ...] = (0,), stop_at: int =
         return step(self, *batch)
 
     RunTrainer._train_step = count_step  # type: ignore[method-assign]
-    assert main(arguments) in expected
+    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    own = [f"--checkpoint_minutes={minutes}"] if minutes and is_last else []
+    assert main([*arguments, *own]) in expected
 
 
 SAMPLED = {
@@ -246,10 +257,13 @@ def test_torchrun_shards_and_one_process_reads_the_run(command: Command, toy: Pa
 
 
 def test_stopped_and_resumed_is_as_never_stopped(command: Command, values: dict[str, Any], tmp_path: Path):
-    """Four steps an epoch; the second process is asked to stop in the second of the second epoch."""
+    """Four steps an epoch; the second process is asked to stop in the second of the second epoch.
+
+    In the run that is never stopped only the second process's clock says that a checkpoint is due.
+    """
     values |= {"shard_items": True, "train_batch_size": 12, "valid_users": 7}
     whole, stopped = (as_arguments({**values, "runs_dir": tmp_path / name}) for name in ("whole", "stopped"))
-    run_together(2, tmp_path, train, whole)
+    run_together(2, tmp_path, train, whole, (0,), 0, "1e-9")
     statuses = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # of that process, of the other
     run_together(2, tmp_path, train, stopped, statuses, 6)
     folder = find_run(tmp_path / "stopped")

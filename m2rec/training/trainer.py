@@ -393,7 +393,10 @@ class RunTrainer(Trainer):
 
     def _is_checkpoint_due(self) -> bool:
         minutes: float = self.config["checkpoint_minutes"]
-        return perf_counter() - self._checkpointed_at > 60 * minutes
+        is_due = perf_counter() - self._checkpointed_at > 60 * minutes
+        if not self.is_sharded:
+            return is_due
+        return bool(distributed.reduce_max(int(is_due), self.device))  # all write together; clocks differ
 
     def _global_stop_signal(self) -> int:
         """The signal that asked any of the processes to stop, 0 without one."""
