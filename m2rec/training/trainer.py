@@ -471,7 +471,7 @@ class RunTrainer(Trainer):
         n_processes = distributed.world_size()
         if n_processes == 1:
             return batch, 1.0
-        shard = batch[torch.arange(distributed.process_rank(), len(batch), n_processes)]
+        shard = batch[torch.arange(len(batch))[distributed.process_rank() :: n_processes]]
         if not is_dense:
             return shard, len(shard) / len(batch)
         lengths = self.config["ITEM_LIST_LENGTH_FIELD"]
