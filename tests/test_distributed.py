@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from m2rec import distributed
+from m2rec.compat import Interaction
 from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.training import checkpoint
 from m2rec.training.new_run import find_interrupted_run
+from m2rec.training.trainer import RunTrainer
 from tests.conftest import as_arguments, random_rows, small, write_inter
 
 ROOT = Path(__file__).parent.parent
@@ -267,6 +269,22 @@ def test_alone_nothing_happens():
     assert distributed.broadcast_value("x") == "x"
     loss = torch.tensor(3.0)
     assert distributed.sum_gradients([parameter], loss) is loss and parameter.grad is None
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 5])
+def test_each_row_of_a_batch_is_in_one_process(monkeypatch: pytest.MonkeyPatch, n_rows: int):
+    """Also where two and more processes have none."""
+    batch = Interaction({"item_length": torch.arange(1, n_rows + 1)})
+    trainer = RunTrainer.__new__(RunTrainer)
+    trainer.config = {"ITEM_LIST_LENGTH_FIELD": "item_length"}
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    found, total = [], 0.0
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "process_rank", lambda rank=rank: rank)
+        shard, weight = trainer._shard_batch(batch, is_dense=True)
+        found += shard["item_length"].tolist()
+        total += weight
+    assert sorted(found) == list(range(1, n_rows + 1)) and total == pytest.approx(1)
 
 
 def test_one_process_that_is_asked_to_stop_stops_all(toy: Path, tmp_path: Path):

@@ -91,6 +91,25 @@ def compare_with_one_process(n: int) -> None:
         scores = sharded.score_items(whole.x[rank], sharded.rows.weight.detach())
         torch.testing.assert_close(scores, whole.x[rank] @ whole.embedding.weight.detach().T)
         check_gathering(sharded, whole)
+        check_scoring_without_rows(rank)
+
+
+def check_scoring_without_rows(rank: int) -> None:
+    """One process scores; all others have no rows left, but items with a text part of the table."""
+    vectors = torch.randn(V, 3, generator=torch.Generator().manual_seed(5))
+    encoders = []
+    for is_sharded in (False, True):
+        torch.manual_seed(3)
+        encoders.append(Encoder(SETTINGS, V, 5, vectors, is_sharded).eval())
+    one, sharded = encoders
+    if rank > 0:
+        sharded.take_part_in_scoring()
+        return
+    items, x = torch.tensor([[1, 2], [V - 1, 0]]), torch.randn(2, SETTINGS.hidden_size)
+    with torch.no_grad():
+        sharded.prepare_step(items, [])
+        scores = sharded.score_all_items(x, items)
+        torch.testing.assert_close(scores, one.score_all_items(x, items))
 
 
 def check_clipping(sharded: ShardedEmbedding, whole: Whole, own: slice) -> None:
@@ -156,8 +175,17 @@ def test_the_memory_of_all_processes_is_that_of_one(tmp_path: Path, n: int):
     run_together(n, tmp_path, check_whole_network, tmp_path)
 
 
-def train(arguments: list[str], expected: tuple[int, ...] = (0,), stop_at: int = 0) -> None:
-    """run_mm.py in one of several processes, of which the last is asked to stop in that step."""
+def train(
+    arguments: list[str], expected: tuple[int, ...] = (0,), stop_at: int = 0, minutes: str = ""
+) -> None:
+    """run_mm.py in one of several processes.
+
+    Args:
+        arguments: of the command.
+        expected: exit statuses.
+        stop_at: the step in which the last process is asked to stop; 0 for none.
+        minutes: between checkpoints by the clock of the last process alone.
+    """
     step, done = RunTrainer._train_step, [0]
 
     def count_step(self: RunTrainer, *batch: Any) -> Tensor:
@@ -167,7 +195,9 @@ def train(arguments: list[str], expected: tuple[int, ...] = (0,), stop_at: int =
         return step(self, *batch)
 
     RunTrainer._train_step = count_step  # type: ignore[method-assign]
-    assert main(arguments) in expected
+    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    own = [f"--checkpoint_minutes={minutes}"] if minutes and is_last else []
+    assert main([*arguments, *own]) in expected
 
 
 SAMPLED = {
@@ -179,9 +209,10 @@ SAMPLED = {
 
 @pytest.fixture
 def values(toy: Path, write_vectors: Callable[..., Path]) -> dict[str, Any]:
-    """30 users: the last batch has a single row, and processes have different numbers of batches to rank."""
-    write_vectors(toy, "toy", [f"i{k}" for k in range(18)])
-    return small(toy, id_dropout=0.3, **SAMPLED)
+    """43 rows of training: the last batch has a single one, with items that the steps before did not use."""
+    write_inter(toy, "toy", random_rows(n_users=31, n_items=200))
+    write_vectors(toy, "toy", [f"i{k}" for k in range(180)])
+    return small(toy, id_dropout=0.3, **{**SAMPLED, "train_batch_size": 7, "learning_rate": 0.03})
 
 
 def find_run(runs: Path) -> Path:
@@ -201,6 +232,8 @@ def test_a_run_equals_one_with_whole_tables(values: dict[str, Any], tmp_path: Pa
     whole, sharded = outcomes
     for part in ("valid", "test", "test_unseen"):
         assert sharded[0][part] == pytest.approx(whole[0][part], abs=1e-5)
+    losses = [[float(row["loss"]) for row in rows] for _, rows, *_ in outcomes]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert sharded[2] == whole[2]
     torch.testing.assert_close(sharded[3], whole[3], atol=1e-4, rtol=1e-4)
     for name, recommended in insights[0]["gate"]["by_layer"].items():
@@ -224,10 +257,13 @@ def test_torchrun_shards_and_one_process_reads_the_run(command: Command, toy: Pa
 
 
 def test_stopped_and_resumed_is_as_never_stopped(command: Command, values: dict[str, Any], tmp_path: Path):
-    """Four steps an epoch; the second process is asked to stop in the second of the second epoch."""
+    """Four steps an epoch; the second process is asked to stop in the second of the second epoch.
+
+    In the run that is never stopped only the second process's clock says that a checkpoint is due.
+    """
     values |= {"shard_items": True, "train_batch_size": 12, "valid_users": 7}
     whole, stopped = (as_arguments({**values, "runs_dir": tmp_path / name}) for name in ("whole", "stopped"))
-    run_together(2, tmp_path, train, whole)
+    run_together(2, tmp_path, train, whole, (0,), 0, "1e-9")
     statuses = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # of that process, of the other
     run_together(2, tmp_path, train, stopped, statuses, 6)
     folder = find_run(tmp_path / "stopped")

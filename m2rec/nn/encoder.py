@@ -286,7 +286,7 @@ class Encoder(MarkedParameters):
         self.take_part_in_lookup()
         embedding = self.id_embedding
         assert isinstance(embedding, ShardedEmbedding)
-        embedding.score_items(self.own_embedding.weight[:0], self.own_embedding.weight)
+        embedding.score_items(self.own_embedding.weight[:0], self.compute_own_table())
 
     def _drop_ids(self, rows: Tensor, ids: Tensor) -> Tensor:
         """In training, drop the ID embedding of some items with text, as for cold-start items."""

@@ -393,7 +393,10 @@ class RunTrainer(Trainer):
 
     def _is_checkpoint_due(self) -> bool:
         minutes: float = self.config["checkpoint_minutes"]
-        return perf_counter() - self._checkpointed_at > 60 * minutes
+        is_due = perf_counter() - self._checkpointed_at > 60 * minutes
+        if not self.is_sharded:
+            return is_due
+        return bool(distributed.reduce_max(int(is_due), self.device))  # all write together; clocks differ
 
     def _global_stop_signal(self) -> int:
         """The signal that asked any of the processes to stop, 0 without one."""
@@ -442,7 +445,9 @@ class RunTrainer(Trainer):
             loss = losses.reshape(()) * weight  # GCSAN's and TransRec's have the shape (1,)
             loss.backward()
         elif self.is_sharded:
-            self.model.encoder.take_part_in_lookup().backward()
+            with self._catch_up_when_read():  # others read this process's rows
+                part = self.model.encoder.take_part_in_lookup()
+            part.backward()
         loss = distributed.sum_gradients(self._list_dense_parameters(), loss.detach())
         if self._table_weight is not None and not self.is_sharded:
             distributed.sum_sparse_gradient(self._table_weight)
@@ -466,7 +471,7 @@ class RunTrainer(Trainer):
         n_processes = distributed.world_size()
         if n_processes == 1:
             return batch, 1.0
-        shard = batch[torch.arange(distributed.process_rank(), len(batch), n_processes)]
+        shard = batch[torch.arange(len(batch))[distributed.process_rank() :: n_processes]]
         if not is_dense:
             return shard, len(shard) / len(batch)
         lengths = self.config["ITEM_LIST_LENGTH_FIELD"]
