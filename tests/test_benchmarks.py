@@ -135,6 +135,7 @@ def test_an_exported_graph_and_the_model(bench: RunBenchmark):
     assert all(row["onnxruntime ms"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_busy_cores(bench: RunBenchmark):
     rows = bench("busy", "--loops", "0", "--calls=2", "--items=20")["rows"]
     assert [row["what"] for row in rows] == ["question", "step"]

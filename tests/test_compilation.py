@@ -210,10 +210,13 @@ def by_aot(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "others",
     [
-        {"average_epochs": 0.5, "n_layers": 1},
-        {"rows": "prefix", "enable_amp": True, "stopping_step": 0, "filter": "none", "n_layers": 1},
+        pytest.param({"average_epochs": 0.5, "n_layers": 1}, id="dense"),
+        pytest.param(
+            {"rows": "prefix", "enable_amp": True, "stopping_step": 0, "filter": "none", "n_layers": 1},
+            id="prefix",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["dense", "prefix"],
 )
 def test_stopped_and_resumed_is_as_never_stopped(
     command: Command, toy: Path, tmp_path: Path, by_aot: None, others: dict[str, Any]

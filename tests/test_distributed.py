@@ -45,7 +45,7 @@ def result(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[
     return json.loads((run / "metrics.json").read_text()), load_file(run / "model.safetensors"), ranks
 
 
-@pytest.mark.parametrize("rows", ["dense", "prefix"])
+@pytest.mark.parametrize("rows", ["dense", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(toy: Path, tmp_path: Path, rows: str):
     """30 users do not divide by the batches, nor rows by two; the last batch has a single row."""
     arguments = as_arguments(
@@ -202,6 +202,7 @@ def test_a_run_on_two_machines_goes_on_after_one_process_was_killed(toy: Path, t
     check_that_it_went_on(runs, err, 250)
 
 
+@pytest.mark.slow  # torchrun waits for the other machine
 def test_other_data_on_one_machine_is_one_line_on_each(toy: Path, tmp_path: Path):
     rows = [*random_rows(), ("u1", "i1", 10_000)]
     write_inter(tmp_path / "other", "toy", rows)
