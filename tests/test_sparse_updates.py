@@ -183,7 +183,7 @@ def prepare(data: Path, **others: Any) -> PreparedRun:
         {},
         {"decay_per_epoch": 0.3, "average_epochs": 0.5},
         {"loss_type": "gBCE", "clip_grad_norm": {"max_norm": 0.1}, "average_epochs": 0.5},
-        {"loss_type": "BPR", "rows": "prefix", "learner": "adamw", "eval_step": 2},
+        {"loss_type": "BPR", "rows": "prefix", "learner": "adamw", "eval_step": 2, "train_batch_size": 32},
     ],
     ids=lambda others: "-".join(others) or "adam",
 )
