@@ -349,9 +349,18 @@ def test_it_implies_sparse_updates_and_the_rule_leaves_neighbors_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     write_inter(tmp_path, "toy", random_rows())
+    assert "neighbors" in build_config(small(tmp_path, auto=True)).open_keys
     config = build_sharded(tmp_path, monkeypatch, auto=True)
-    assert "neighbors" in config.open_keys
     settle_shard_items(config)
     assert "neighbors" not in config.open_keys and not config["neighbors"]
     choice = resolve_sparse_updates(config, 20, is_resumed=False)
     assert choice == (True, "named by shard_items")
+
+
+def test_the_recipe_of_a_data_set_is_taken_without_neighbors(monkeypatch: pytest.MonkeyPatch):
+    recipe = {"dataset": "ml-100k", "loss_type": "sampled"}
+    assert build_config(recipe)["neighbors"]
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    config = build_config({**recipe, "shard_items": True})
+    settle_shard_items(config)
+    assert not config["neighbors"]

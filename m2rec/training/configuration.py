@@ -228,6 +228,8 @@ def _list_decided_keys(values: Mapping[str, Any]) -> frozenset[str]:
         decided.add("n_negatives")
     if _NETWORK_KEYS <= set(values):  # the config of an earlier run, which lacks this key
         decided.add("neighbors")
+    if values.get("shard_items") and distributed.world_size() > 1:  # neighbors compare whole tables
+        decided.add("neighbors")
     return frozenset(decided)
 
 

@@ -42,9 +42,8 @@ def settle_shard_items(config: RunConfig) -> None:
     obstacle = _find_obstacle(config)
     if obstacle:
         raise UserError(f"shard_items: True needs {obstacle}; or set shard_items: false")
-    if "neighbors" in config.open_keys:
-        config.open_keys -= {"neighbors"}
-        logger.info("neighbors: false (they need the whole item table, and shard_items: True)")
+    parts = distributed.world_size()
+    logger.info("shard_items: %d parts of the item table; no neighbors, which compare whole tables", parts)
 
 
 def _find_obstacle(config: RunConfig) -> str:
