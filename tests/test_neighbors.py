@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ from m2rec.data import transitions
 from m2rec.data.histories import Histories
 from m2rec.evaluation.measurement import measure_protocol
 from m2rec.evaluation.protocols import Protocol
-from m2rec.evaluation.ranking import rank_rows
+from m2rec.evaluation.ranking import Ranking, rank_rows
 from m2rec.nn import neighbors as module
 from m2rec.nn.encoder import Encoder
-from m2rec.nn.neighbors import find_similar_items
+from m2rec.nn.neighbors import Neighbors, find_similar_items
 from m2rec.reports.baselines import describe_comparison, list_compared_models
 from m2rec.run_folder import RunFolder
 from m2rec.serving.recommender import Recommender
@@ -146,38 +148,76 @@ def prepared(chains: Path) -> PreparedRun:
     return prepared
 
 
+def rank_with(
+    prepared: PreparedRun, neighbors: Neighbors, weights: tuple[float, ...], protocol: Protocol
+) -> Ranking:
+    """The whole ranking of all items, with neighbours of these weights in the network."""
+    for table, weight in zip(neighbors.values(), weights, strict=True):
+        table.weight.fill_(weight)
+    prepared.trainer.model.encoder.neighbors = neighbors
+    protocols = (Protocol.ALL, Protocol.UNSEEN)
+    ranking = rank_rows(prepared.trainer.score, prepared.loaders.valid, iter, protocols)
+    prepared.trainer.model.encoder.neighbors = None
+    return replace(ranking, items={protocol: ranking.items[protocol]})
+
+
+@pytest.mark.parametrize("protocol", [Protocol.ALL, Protocol.UNSEEN])
 @pytest.mark.parametrize("metric", ["NDCG@10", "ItemCoverage@5"])
 def test_the_weights_are_the_best_of_all_pairs(
-    prepared: PreparedRun, monkeypatch: pytest.MonkeyPatch, metric: str
+    prepared: PreparedRun, monkeypatch: pytest.MonkeyPatch, metric: str, protocol: Protocol
 ):
     """Against a whole ranking of all items for each pair."""
     monkeypatch.setattr(neighbor_weights, "_BATCH_SCORES", 300)
+    monkeypatch.setattr(neighbor_weights, "_FACTORS", ())
     prepared.config["valid_metric"] = metric
     prepared.config["metrics"] = ["NDCG", "ItemCoverage"]
-    encoder, loader = prepared.trainer.model.encoder, prepared.loaders.valid
-    trainer, train = prepared.trainer, prepared.loaders.train.dataset
+    trainer, loader = prepared.trainer, prepared.loaders.valid
     trainer.evaluate_protocols(loader)
-    neighbors = build_neighbors(encoder, train)
-    choice = choose_weights(neighbors, trainer.score, loader)
+    neighbors = build_neighbors(trainer.model.encoder, prepared.loaders.train.dataset)
+    choice = choose_weights(neighbors, trainer.score, loader, protocol)
     results = {}
-    encoder.neighbors = neighbors
-    for first in neighbor_weights._WEIGHTS["transitions"]:
-        for second in neighbor_weights._WEIGHTS["text"]:
-            neighbors["transitions"].weight.fill_(first)
-            neighbors["text"].weight.fill_(second)
-            ranking = rank_rows(trainer.score, loader, iter, (Protocol.ALL,))
-            measured = measure_protocol(ranking, Protocol.ALL, loader.dataset)
-            results[first, second] = measured[metric.lower()]
+    for pair in product(*neighbor_weights._WEIGHTS.values()):
+        ranking = rank_with(prepared, neighbors, pair, protocol)
+        results[pair] = measure_protocol(ranking, protocol, loader.dataset)[metric.lower()]
     assert choice.without == results[0, 0]
     assert choice.best == max(results.values()) == results[tuple(choice.weights.values())]
     assert choice.best > choice.without and choice.n_users == len(loader.dataset)
 
 
+def test_both_weights_grow_as_long_as_validation_loses_no_more_than_its_error(
+    prepared: PreparedRun, monkeypatch: pytest.MonkeyPatch
+):
+    trainer, loader = prepared.trainer, prepared.loaders.valid
+    trainer.evaluate_protocols(loader)
+    neighbors = build_neighbors(trainer.model.encoder, prepared.loaders.train.dataset)
+    factors = (1.2, 1.5, 2, 3, 1e6)
+    monkeypatch.setattr(neighbor_weights, "_FACTORS", ())
+    pair = choose_weights(neighbors, trainer.score, loader, Protocol.UNSEEN).weights
+    assert all(pair.values())
+    monkeypatch.setattr(neighbor_weights, "_FACTORS", factors)
+    choice = choose_weights(neighbors, trainer.score, loader, Protocol.UNSEEN)
+    gains = {}
+    for factor in (1, *factors):
+        weights = tuple(factor * weight for weight in pair.values())
+        ranks, _ = rank_with(prepared, neighbors, weights, Protocol.UNSEEN).select_rows(Protocol.UNSEEN)
+        gains[factor] = np.where(ranks > 0, 1 / np.log2(np.maximum(ranks, 1) + 1), 0)
+    best = max(gains.values(), key=np.mean)
+    kept = 1
+    for factor, gain in gains.items():
+        lost = [(best - gain)[fold::20].mean() for fold in range(20)]
+        if np.mean(best - gain) <= np.std(lost, ddof=1) / 20**0.5 + 1e-9:
+            kept = factor
+    assert kept not in (1, 1e6)
+    assert choice.weights == {kind: kept * weight for kind, weight in pair.items()}
+    assert choice.best == pytest.approx(gains[kept].mean(), abs=1e-4)
+
+
 def test_few_users_choose_where_there_are_many(prepared: PreparedRun, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(neighbor_weights, "_MAX_USERS", 20)
-    prepared.trainer.evaluate_protocols(prepared.loaders.valid)
-    neighbors = build_neighbors(prepared.trainer.model.encoder, prepared.loaders.train.dataset)
-    assert choose_weights(neighbors, prepared.trainer.score, prepared.loaders.valid).n_users == 20
+    trainer = prepared.trainer
+    trainer.evaluate_protocols(prepared.loaders.valid)
+    neighbors = build_neighbors(trainer.model.encoder, prepared.loaders.train.dataset)
+    assert choose_weights(neighbors, trainer.score, prepared.loaders.valid, Protocol.ALL).n_users == 20
 
 
 def test_many_texts_are_not_compared(
@@ -364,9 +404,13 @@ def test_unknown_tokens_of_a_neighbour_table_are_refused(chains: Path):
         Recommender.load(folder)
 
 
-def test_the_log_says_what_was_chosen(chains: Path, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize(("exclude_seen", "protocol"), [(True, "valid_unseen"), (False, "valid")])
+def test_the_log_says_what_was_chosen(
+    chains: Path, caplog: pytest.LogCaptureFixture, exclude_seen: bool, protocol: str
+):
+    """By the ranking that `recommend` gives."""
     caplog.set_level("INFO")
-    metrics = run(chains).metrics
+    metrics = run(chains, exclude_seen=exclude_seen).metrics
     (line,) = (message for message in caplog.messages if "validation targets:" in message)
     assert line.startswith("neighbors: transitions x ")
-    assert f"ndcg@10 {metrics['valid']['ndcg@10']:.4f}, without " in line
+    assert f"ndcg@10 {metrics[protocol]['ndcg@10']:.4f} on {protocol}, without " in line

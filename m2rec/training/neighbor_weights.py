@@ -7,10 +7,12 @@ P       candidates of a row, R + k
 """
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +23,7 @@ from m2rec.data.dataset import HistoryDataset
 from m2rec.data.transitions import count_transitions
 from m2rec.evaluation.measurement import measure_protocol
 from m2rec.evaluation.protocols import Protocol
-from m2rec.evaluation.ranking import Ranking
+from m2rec.evaluation.ranking import Ranking, mask_history_scores
 from m2rec.evaluation.saved_model import sample_evenly
 from m2rec.nn.encoder import Encoder
 from m2rec.nn.neighbors import Neighbors, NeighborTable, choose_width, find_similar_items
@@ -33,6 +35,9 @@ _WEIGHTS: dict[str, tuple[float, ...]] = {
     "transitions": (0, 0.12, 0.25, 0.5, 1, 2, 3, 4, 6),
     "text": (0, 0.5, 1, 2, 4, 6, 9, 12),
 }
+# with which the best pair is multiplied; with the last one next to nothing is left of the network
+_FACTORS = (1.5, 2, 3, 5, 10, 30, 100)
+_N_FOLDS = 20  # of the users, for the standard error of a difference
 
 _MAX_USERS = 20_000  # whose validation targets choose
 _MAX_SCORES = 4_000_000_000  # of the network, for them
@@ -95,8 +100,13 @@ def _tabulate_transitions(train: HistoryDataset) -> NeighborTable:
     return table
 
 
-def choose_weights(neighbors: Neighbors, score: Score, loader: Any) -> WeightChoice:
-    """The weights with which the validation metric is best; at equal metrics the smaller ones.
+def choose_weights(neighbors: Neighbors, score: Score, loader: Any, protocol: Protocol) -> WeightChoice:
+    """The weights that the validation targets ask for.
+
+    Of the pairs of `_WEIGHTS` the one with the best metric, at equal metrics the smaller one. Then both
+    weights are multiplied by the greatest of `_FACTORS` with which the metric is not worse than the best one
+    by more than a standard error. Validation flatters the network: it was trained on the last item of each of
+    these histories, as part of the same history, and will not have been on those of the test.
 
     One process chooses for all.
 
@@ -104,35 +114,89 @@ def choose_weights(neighbors: Neighbors, score: Score, loader: Any) -> WeightCho
         neighbors: the tables.
         score: of the network without neighbours.
         loader: of the validation rows.
+        protocol: by which the rankings are judged, ALL or UNSEEN.
     """
-    choice = _choose_weights(neighbors, score, loader) if distributed.is_main_process() else None
+    choice = None
+    if distributed.is_main_process():
+        choice = _choose_weights(_Trial(neighbors, score, loader, protocol))
     chosen: WeightChoice = distributed.broadcast_value(choice)
     return chosen
 
 
-@torch.no_grad()
-def _choose_weights(neighbors: Neighbors, score: Score, loader: Any) -> WeightChoice:
-    part: HistoryDataset = loader.dataset
-    config = loader.config
-    rows = sample_evenly(len(part), min(_MAX_USERS, max(1, _MAX_SCORES // part.item_num)))
-    grid = list(product(*(_WEIGHTS[kind] for kind in neighbors)))
-    best_items: list[list[Tensor]] = [[] for _ in grid]
-    for batch in torch.from_numpy(rows).split(max(1, _BATCH_SCORES // part.item_num)):
-        interaction = loader.collate_fn(batch.numpy())[0]
-        candidates = _find_candidates(neighbors, score(interaction), interaction, part, max(config["topk"]))
-        for found, weights in zip(best_items, grid, strict=True):
-            found.append(candidates.rank(weights, max(config["topk"])))
-    targets = part.inter_feat[part.iid_field][rows].numpy()
-    owners = part.inter_feat[part.owner_field][rows].numpy()
-    assert part.histories is not None and part.part is not None
-    returning = part.histories.target_returns(owners, part.part)
-    sign = 1 if config["valid_metric_bigger"] else -1
-    results = []
-    for found in best_items:
-        ranking = Ranking(targets, returning, {Protocol.ALL: torch.cat(found).long().numpy()})
-        results.append(measure_protocol(ranking, Protocol.ALL, part)[config["valid_metric"].lower()])
-    best = max(range(len(grid)), key=lambda i: (sign * results[i], -sum(grid[i])))
-    return WeightChoice(dict(zip(neighbors, grid[best], strict=True)), results[0], results[best], len(rows))
+def _choose_weights(trial: "_Trial") -> WeightChoice:
+    kinds = list(trial.neighbors)
+    grid = list(product(*(_WEIGHTS[kind] for kind in kinds)))
+    results = [trial.measure(ranking) for ranking in trial.rank(grid)]
+    best = max(range(len(grid)), key=lambda i: (trial.sign * results[i], -sum(grid[i])))
+    multiples = [tuple(factor * weight for weight in grid[best]) for factor in (1, *_FACTORS)]
+    rankings = trial.rank(multiples) if any(grid[best]) else []
+    chosen, result = grid[best], results[best]
+    if rankings:
+        number = _find_greatest_good_multiple(trial, rankings)
+        chosen, result = multiples[number], trial.measure(rankings[number])
+    weights = dict(zip(kinds, chosen, strict=True))
+    return WeightChoice(weights, results[0], result, len(trial.rows))
+
+
+def _find_greatest_good_multiple(trial: "_Trial", rankings: list[Ranking]) -> int:
+    """The last ranking whose metric is not worse than the best one by more than a standard error."""
+    results = [trial.sign * trial.measure(ranking) for ranking in rankings]
+    best = int(np.argmax(results))
+    by_fold = np.array([trial.measure_folds(ranking) for ranking in rankings])
+    lost = trial.sign * (by_fold[best] - by_fold)
+    errors = lost.std(axis=1, ddof=1) / math.sqrt(lost.shape[1]) if lost.shape[1] > 1 else np.zeros(len(lost))
+    is_good = results[best] - np.array(results) <= errors
+    return int(np.flatnonzero(is_good)[-1])
+
+
+class _Trial:
+    """Rankings of validation rows with some weights, and their metric.
+
+    Args:
+        neighbors, score, loader, protocol: as in `choose_weights`.
+    """
+
+    def __init__(self, neighbors: Neighbors, score: Score, loader: Any, protocol: Protocol) -> None:
+        self.neighbors, self.score, self.loader, self.protocol = neighbors, score, loader, protocol
+        self.part: HistoryDataset = loader.dataset
+        self.rows = sample_evenly(len(self.part), min(_MAX_USERS, max(1, _MAX_SCORES // self.part.item_num)))
+        self.sign = 1 if loader.config["valid_metric_bigger"] else -1
+
+    @torch.no_grad()
+    def rank(self, grid: Sequence[tuple[float, ...]]) -> list[Ranking]:
+        """The ranking of the rows with each of these weights."""
+        part, k = self.part, max(self.loader.config["topk"])
+        best_items: list[list[Tensor]] = [[] for _ in grid]
+        for batch in torch.from_numpy(self.rows).split(max(1, _BATCH_SCORES // part.item_num)):
+            interaction = self.loader.collate_fn(batch.numpy())[0]
+            scores = self.score(interaction)
+            if self.protocol is Protocol.UNSEEN:
+                mask_history_scores(scores, interaction, part)
+            candidates = _find_candidates(self.neighbors, scores, interaction, part, k)
+            for found, weights in zip(best_items, grid, strict=True):
+                found.append(candidates.rank(weights, k))
+        targets = part.inter_feat[part.iid_field][self.rows].numpy()
+        owners = part.inter_feat[part.owner_field][self.rows].numpy()
+        assert part.histories is not None and part.part is not None
+        returning = part.histories.target_returns(owners, part.part)
+        rankings = []
+        for found in best_items:
+            rankings.append(Ranking(targets, returning, {self.protocol: torch.cat(found).long().numpy()}))
+        return rankings
+
+    def measure(self, ranking: Ranking) -> float:
+        """The metric by which the training is judged."""
+        name = self.loader.config["valid_metric"].lower()
+        return measure_protocol(ranking, self.protocol, self.part)[name]
+
+    def measure_folds(self, ranking: Ranking) -> list[float]:
+        """The same of parts of the rows that are alike in size."""
+        folds = []
+        for first in range(min(_N_FOLDS, len(self.rows))):
+            fold = slice(first, None, _N_FOLDS)
+            items = {self.protocol: ranking.items[self.protocol][fold]}
+            folds.append(self.measure(Ranking(ranking.targets[fold], ranking.returning[fold], items)))
+        return folds
 
 
 class _Candidates(NamedTuple):
@@ -175,7 +239,9 @@ def _find_candidates(
     return _Candidates(ids, scores.gather(1, ids).masked_fill(is_hidden, -torch.inf), added)
 
 
-def add_neighbors(encoder: Encoder, train: HistoryDataset, score: Score, loader: Any) -> WeightChoice:
+def add_neighbors(
+    encoder: Encoder, train: HistoryDataset, score: Score, loader: Any, protocol: Protocol
+) -> WeightChoice:
     """Give a trained network the neighbours that its validation targets ask for; none if they ask for none.
 
     Args:
@@ -183,10 +249,11 @@ def add_neighbors(encoder: Encoder, train: HistoryDataset, score: Score, loader:
         train: the training part.
         score: of the network.
         loader: of the validation rows, one at least.
+        protocol: by which the weights are chosen.
     """
     encoder.neighbors = None
     neighbors = build_neighbors(encoder, train)
-    choice = choose_weights(neighbors, score, loader)
+    choice = choose_weights(neighbors, score, loader, protocol)
     for kind, weight in choice.weights.items():
         if weight:
             table = neighbors[kind]

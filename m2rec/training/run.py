@@ -215,11 +215,13 @@ class PreparedRun:
         """Give the model the neighbours that validation asks for, which may be none."""
         start = perf_counter()
         trainer, train = self.trainer, self.loaders.train.dataset
-        choice = add_neighbors(trainer.model.encoder, train, trainer.score, self.loaders.valid)
+        protocol = Protocol.UNSEEN if self.config["exclude_seen"] else Protocol.ALL
+        choice = add_neighbors(trainer.model.encoder, train, trainer.score, self.loaders.valid, protocol)
         logger.info(
-            "neighbors: %s, chosen on %s validation targets: %s %.4f, without %.4f; %.1f s",
+            "neighbors: %s, chosen on %s validation targets: %s %.4f on %s, without %.4f; %.1f s",
             ", ".join(f"{kind} x {weight:g}" for kind, weight in choice.weights.items()),
-            f"{choice.n_users:,}", trainer.valid_metric, choice.best, choice.without, perf_counter() - start,
+            f"{choice.n_users:,}", trainer.valid_metric, choice.best, protocol.get_name("valid"),
+            choice.without, perf_counter() - start,
         )  # fmt: skip
 
     def _describe_run(self) -> dict[str, Any]:
