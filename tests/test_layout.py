@@ -1,4 +1,4 @@
-"""What holds the project together: import direction, the README's tree, committed text."""
+"""What holds the project together: import direction, the tree of files, committed text."""
 
 import ast
 import re
@@ -104,16 +104,16 @@ def tracked() -> list[Path]:
     return [ROOT / line for line in done.stdout.splitlines()]
 
 
-def test_the_readme_names_every_room_and_file_at_the_top():
-    tree = (ROOT / "README.md").read_text()
+def test_the_tree_names_every_room_and_file_at_the_top():
+    tree = (ROOT / "CONTRIBUTING.md").read_text()
     shown = {path.relative_to(ROOT).parts[0] for path in tracked()}
     shown |= {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     for name in shown - {"__init__.py", "__pycache__"}:
         assert name.startswith(".git") or re.search(rf"^ *{re.escape(name)}", tree, re.M), name
 
 
-def test_every_path_in_the_readme_exists():
-    tree = re.search(r"```\n(run_mm\.py.*?)```", (ROOT / "README.md").read_text(), re.S)
+def test_every_path_in_the_tree_exists():
+    tree = re.search(r"```\n(run_mm\.py.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
     assert tree
     folders = [ROOT]
     for line in tree[1].splitlines():
