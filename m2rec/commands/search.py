@@ -218,6 +218,7 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
     from m2rec.commands.run import RESUME_KEYS
     from m2rec.experiments.study import find_best_trial, format_arguments
     from m2rec.experiments.trial_tables import format_search_summary
+    from m2rec.settings import override_settings
     from m2rec.training.checkpoint import CannotResume
     from m2rec.training.configuration import build_config
     from m2rec.training.run import RunResult, build_resumed_config, run_experiment
@@ -225,7 +226,7 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
     winner = find_best_trial(opened)
     assert winner is not None
     print(format_search_summary(opened, setup.config["valid_metric"]))
-    settings = {**setup.base, **winner.user_attrs["settings"]}
+    settings = override_settings(setup.base, winner.user_attrs["settings"])
     changes = format_arguments(winner.user_attrs["settings"]) or "the plain run"
     print(f"trial {winner.number} wins: {changes}", flush=True)
     origin = f"settings of trial {winner.number} of {setup.task.folder}, search {opened.user_attrs[_ID_KEY]}:"

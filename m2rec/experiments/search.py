@@ -31,6 +31,7 @@ from m2rec.experiments.study import (
     log_trial,
 )
 from m2rec.git import read_commit
+from m2rec.settings import override_settings
 from m2rec.storage import lock_path
 
 try:
@@ -75,6 +76,10 @@ class SearchTask:
     """Trials before the sampler learns from them."""
     is_maximized: bool = True
     """Whether a higher score is better."""
+    carried: Settings = field(default_factory=dict)
+    """Keys of every drawn trial, unless its origin has them: what they say stays, whatever else is drawn."""
+    n_targets: int = 1
+    """Training targets of an epoch."""
 
 
 def list_example_settings(plan: SearchPlan) -> list[dict[str, Any]]:
@@ -236,7 +241,7 @@ class _Worker:
         keys = list(ranges)
         varied = [key for key in keys if random.random() < VARIED_SHARE] or [random.choice(keys)]
         scratch = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
-        settings = dict(base)
+        settings = {**self.task.carried, **base}
         for key in varied:
             value = self.study.sampler.sample_independent(
                 self.study, scratch, key, make_distribution(ranges[key])
@@ -287,7 +292,7 @@ class _Worker:
             store_progress()
             self._end_trial(trial.number, state, score, reason)
 
-        settings = {**self.task.fixed, **self._draw_settings(trial)}
+        settings = override_settings(self.task.fixed, self._draw_settings(trial))
         store_progress()
         try:
             best = self.train(settings, find_trial_folder(self.task.folder, trial.number), watch, progress)
@@ -347,7 +352,10 @@ def get_run_length(trial: Any, task: SearchTask) -> RunLength:
     """What decides how long a run of a trial's settings is trained."""
     values = {"epochs": 2**31, "stopping_step": 0, "eval_step": 1, **task.plain}
     values.update(trial.user_attrs.get("settings", {}))
-    return RunLength(values["epochs"], values["stopping_step"] * values["eval_step"])
+    patience = values["stopping_step"] * values["eval_step"]
+    if values.get("patience_targets"):
+        patience = round(values["patience_targets"] / task.n_targets)
+    return RunLength(values["epochs"], patience)
 
 
 def is_profile(trial: Any) -> bool:
