@@ -237,14 +237,33 @@ def test_the_end_of_the_time_leaves_the_final_run_its_share(tmp_path: Path, monk
     study = start(task)
     run_trials(study, task, Formula(before_epoch=tick))
     stopped_at = clock[0]
-    assert 60 <= stopped_at + estimate_final_seconds(study, task) <= 61
+    assert 59 <= stopped_at + estimate_final_seconds(study, task) <= 60
     (paused,) = (t for t in study.trials if t.state.name == "RUNNING")
     assert get_progress(paused)["paused"] and get_progress(paused)["trained_epochs"] >= 1
     run_trials(study, task, Formula(before_epoch=tick))  # the time is over
     assert clock[0] == stopped_at
     run_trials(study, replace(task, deadline=Deadline(90.0)), Formula(before_epoch=tick))
     assert study.trials[paused.number].state.name != "RUNNING"  # more time continues with that trial
-    assert 90 <= clock[0] + estimate_final_seconds(study, task) <= 91
+    assert 89 <= clock[0] + estimate_final_seconds(study, task) <= 90
+
+
+@pytest.mark.parametrize("seconds", [100.0, 103.0, 109.0])
+def test_no_epoch_is_begun_that_would_end_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+):
+    """An epoch takes 9 s, and the final run three of them."""
+    clock = [0.0]
+    monkeypatch.setattr(search_budget, "time", lambda: clock[0])
+    monkeypatch.setattr(search, "perf_counter", lambda: clock[0])
+
+    def tick(settings: Settings, epoch: int) -> None:
+        clock[0] += 9.0
+
+    task = make_task(tmp_path, trials=None, deadline=Deadline(seconds))
+    task = replace(task, plain={**task.plain, "epochs": 3})
+    study = start(task)
+    run_trials(study, task, Formula(epochs=3, before_epoch=tick))
+    assert seconds - 9 <= clock[0] + estimate_final_seconds(study, task) <= seconds
 
 
 def test_a_scale_free_key_replaces_its_plain_key(tmp_path: Path):

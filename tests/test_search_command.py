@@ -24,6 +24,7 @@ pytest.importorskip("optuna")
 import optuna
 
 import run_mm
+from m2rec.commands import search as search_command
 from m2rec.commands import search_setup
 from m2rec.commands.search_setup import SearchSetup, plan_search
 from m2rec.experiments.search import SearchTask, enqueue_profiles
@@ -208,6 +209,17 @@ def test_a_stopped_and_killed_search_ends_as_one_that_was_not(
     assert run_mm.main(arguments(tmp_path)) == 0
     assert "search: resumed with" in capsys.readouterr().err
     assert results(tmp_path) == results(searched[0])
+
+
+def test_a_resumed_search_says_what_is_unfinished(tmp_path: Path):
+    """A trial that was stopped on its way is none of the three ends."""
+    study, _ = make_study(tmp_path)
+    assert search_command._describe_start(study) == "new"
+    for _ in range(2):
+        study.ask().set_user_attr("progress", {"trained_epochs": 1, "seconds": 3.0, "paused": True})
+    study.tell(1, state=optuna.trial.TrialState.PRUNED)
+    expected = "resumed with 0 complete, 1 pruned, 0 failed, 1 unfinished"
+    assert search_command._describe_start(study) == expected
 
 
 def test_too_short_a_time_says_what_it_managed(toy: Path, capsys: pytest.CaptureFixture[str]):

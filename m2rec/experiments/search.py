@@ -16,7 +16,12 @@ from typing import Any
 
 from m2rec.errors import UserError, format_one_line
 from m2rec.experiments.race import Runner, Standing, judge_race
-from m2rec.experiments.search_budget import Deadline, RunLength, estimate_run_seconds
+from m2rec.experiments.search_budget import (
+    Deadline,
+    RunLength,
+    estimate_run_seconds,
+    measure_epoch_seconds,
+)
 from m2rec.experiments.search_plan import SearchPlan
 from m2rec.experiments.search_space import Range, Settings, Space
 from m2rec.experiments.study import (
@@ -150,7 +155,7 @@ class _Worker:
         self.commit = read_commit()  # as it was imported, whatever is committed meanwhile
 
     def run(self) -> None:
-        while not self.is_time_over():
+        while not self.is_time_over(find_best_trial(self.study)):
             with lock_path(find_study_file(self.task.folder)):
                 claim = self.claim_trial()
             if claim is not None:
@@ -162,8 +167,10 @@ class _Worker:
             else:
                 sleep(_WAIT_SECONDS)
 
-    def is_time_over(self) -> bool:
-        return self.task.deadline.is_over(estimate_final_seconds(self.study, self.task))
+    def is_time_over(self, trial: Any) -> bool:
+        """Whether another epoch, as those of this trial, would leave too little for the final run."""
+        epoch = 0.0 if trial is None else measure_epoch_seconds(get_progress(trial))
+        return self.task.deadline.is_over(estimate_final_seconds(self.study, self.task) + epoch)
 
     def claim_trial(self) -> _Claim | None:
         """Lock a trial that was left, or a new one; None if there is none now.
@@ -286,7 +293,7 @@ class _Worker:
             store_progress()
             is_hopeless = bool(trial.should_prune())
             is_pruned = is_hopeless and not is_profile(trial)  # profiles are judged by their race
-            return is_pruned or (limit is not None and epoch + 1 >= limit) or self.is_time_over()
+            return is_pruned or (limit is not None and epoch + 1 >= limit) or self.is_time_over(trial)
 
         def end(state: str, score: float | None = None, reason: str = "") -> None:
             store_progress()
