@@ -92,6 +92,13 @@ SCALE_FREE_KEYS = {
 }
 
 
+def override_settings(settings: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with stronger ones; of a scale-free key and its plain key only the stronger is left."""
+    replaced = {SCALE_FREE_KEYS.get(key) for key in stronger}
+    replaced |= {scale_free for scale_free, plain in SCALE_FREE_KEYS.items() if plain in stronger}
+    return {**{key: value for key, value in settings.items() if key not in replaced}, **stronger}
+
+
 class KeyValues(Protocol):
     """What settings are read from: a dict or a RecBole Config."""
 

@@ -33,6 +33,8 @@ from tests.conftest import as_arguments, random_rows, small, write_inter
 ROOT = Path(__file__).parent.parent
 RECIPES = {"amazon-beauty": "amazon", "amazon-sports-outdoors": "amazon", "amazon-toys-games": "amazon",
            "ml-1m": "ml-1m"}  # fmt: skip
+N_ROWS = {"amazon-beauty": 22_512, "amazon-sports-outdoors": 35_678, "amazon-toys-games": 19_539}
+"""Of training, at the length of the recipe."""
 
 
 def describe(**others: Any) -> DataStatistics:
@@ -343,7 +345,9 @@ def test_of_a_pair_the_stronger_holds(tmp_path: Path):
     config = build_config({"targets_per_step": 40, "average_epochs": 2, "auto": False}, file)
     assert (config["targets_per_step"], config["average_epochs"], config["average_targets"]) == (40, 2, 0)
     config = build_config({"dataset": "amazon-beauty", "targets_per_step": 40})
-    assert config["targets_per_step"] == 40 and config["weight_decay"] == 1.0
+    assert config["targets_per_step"] == 40 and config["decay_per_epoch"] == 0.16153
+    config = build_config({"dataset": "amazon-beauty", "weight_decay": 0.5})
+    assert (config["weight_decay"], config["decay_per_epoch"], config["learner"]) == (0.5, 0.0, "adamw")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -352,8 +356,25 @@ def test_a_recipe_is_a_row_of_the_tables(name: str):
     sweep = Sweep.read(ROOT / "results" / f"{RECIPES[name]}.yaml")
     row = build_config({**sweep.keys(name, "M2Rec with neighbours"), "dataset": name, "auto": False})
     plain = build_config({"dataset": name}, ROOT / "config.yaml")
-    keys = collect_keys(Role.MODEL, Role.TRAINING, Role.LENGTH, Role.PROTOCOL) - {"auto"}
-    assert {key: plain[key] for key in keys} == {key: row[key] for key in keys}
+    keys = collect_keys(Role.MODEL, Role.TRAINING, Role.LENGTH, Role.PROTOCOL) - {"auto", "decay_per_epoch"}
+    found = {key: plain[key] for key in keys}
+    if name in N_ROWS:
+        found |= resolve_scale_free_keys(plain.run_settings, N_ROWS[name], 1)
+    expected = {key: row[key] for key in keys}
+    assert found.pop("weight_decay") == pytest.approx(expected.pop("weight_decay"), rel=1e-4)
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", N_ROWS)
+@pytest.mark.parametrize("given", [{}, {"train_batch_size": 64}, {"learning_rate": 0.0005}])
+def test_a_recipe_keeps_its_decay_in_an_epoch(name: str, given: dict[str, Any]):
+    """Whatever batch or learning rate the user sets."""
+    config = build_config({"dataset": name, **given})
+    settings = config.run_settings.replace(resolve_scale_free_keys(config.run_settings, N_ROWS[name], 1))
+    n_steps = -(-N_ROWS[name] // settings.train_batch_size)
+    of_row = 1 - (1 - 0.002 * 1.0) ** -(-N_ROWS[name] // 256)
+    taken = 1 - (1 - settings.learning_rate * settings.weight_decay) ** n_steps
+    assert taken == pytest.approx(of_row, rel=1e-4) and settings.learner == "adamw"
 
 
 @pytest.mark.parametrize(
@@ -379,7 +400,7 @@ def test_a_recipe_takes_no_decay_for_another_learner():
         ({"dropout_prob": 0.1}, "the recipe of amazon-beauty"),  # the recipe does not say it
         ({"epochs": 3, "hidden_size": 64}, "the recipe of amazon-beauty without hidden_size, epochs"),
         ({"targets_per_step": 40}, "the recipe of amazon-beauty without train_batch_size"),
-        ({"learner": "adam"}, "the recipe of amazon-beauty without learner, weight_decay"),
+        ({"learner": "adam"}, "the recipe of amazon-beauty without learner, decay_per_epoch"),
         ({"auto": False}, ""),
         (
             {

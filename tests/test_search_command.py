@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,19 +24,21 @@ pytest.importorskip("optuna")
 import optuna
 
 import run_mm
-from m2rec.commands.profiles import PROFILES
-from m2rec.commands.search_setup import plan_search
+from m2rec.commands import search as search_command
+from m2rec.commands import search_setup
+from m2rec.commands.search_setup import SearchSetup, plan_search
 from m2rec.experiments.search import SearchTask, enqueue_profiles
 from m2rec.experiments.search_budget import Budget
 from m2rec.experiments.search_pool import SearchPool
 from m2rec.experiments.search_space import SpaceAround
 from m2rec.experiments.search_view import SearchView
 from m2rec.experiments.study import TRIAL_STATES, get_progress, make_halving_pruner, open_study
-from m2rec.settings import SCALE_FREE_KEYS
+from m2rec.settings import SCALE_FREE_KEYS, Role, collect_keys, override_settings
 from m2rec.storage import lock_path
-from m2rec.training.configuration import build_config
+from m2rec.training import automatic_settings
+from m2rec.training.configuration import build_config, resolve_settings
 from m2rec.training.data_cache import DataCache
-from m2rec.training.run import prepare_run
+from m2rec.training.run import load_data, prepare_run
 from m2rec.yaml_values import format_value
 from tests.test_search import PLAIN, RULES_HERE
 
@@ -87,8 +90,9 @@ def test_a_search_ends_with_the_run_of_the_best(searched: tuple[Path, list[str],
     assert metrics["valid"]["ndcg@10"] == scores[winner.number]
     assert metrics["test"] and metrics["parameters"] == get_progress(winner)["parameters"]
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert winner.user_attrs["settings"].items() <= config.items() and "search" not in config
-    assert config["auto"] is False
+    settings = winner.user_attrs["settings"]
+    assert {key: settings[key] for key in settings if key not in SCALE_FREE_KEYS}.items() <= config.items()
+    assert config["auto"] is False and "search" not in config and not any(map(config.get, SCALE_FREE_KEYS))
     line = (run / "config.yaml").read_text().splitlines()[1]
     assert line.startswith(f"# settings of trial {winner.number} of {folder}/runs/search/M2Rec-toy-")
     assert "python run_mm.py" in line and "--search=7" in line
@@ -115,12 +119,18 @@ def test_the_table_of_trials_has_every_key_in_which_they_differ(searched: tuple[
     trials = read_study(folder).trials
     assert [row["state"] for row in rows] == [TRIAL_STATES[trial.state.name] for trial in trials]
     varied = {key for trial in trials for key in trial.user_attrs["settings"]}
-    assert {"learning_rate", "weight_decay", "init", "learner", "stopping_step"} <= varied <= set(rows[0])
+    scaled = {"decay_per_epoch", "targets_per_step", "patience_targets"}
+    assert {"learning_rate", "init", "learner", *scaled} <= varied <= set(rows[0])
+    plain = {key for key in varied if key not in SCALE_FREE_KEYS}
     for row, trial in zip(rows, trials, strict=True):
         config = yaml.safe_load(
             next((folder / "runs" / "search").glob(f"*/trial-{trial.number:04}/*/config.yaml")).read_text()
         )
-        assert {key: row[key] for key in varied} == {key: format_value(config[key]) for key in varied}
+        assert {key: row[key] for key in plain} == {key: format_value(config[key]) for key in plain}
+        settings = trial.user_attrs["settings"]
+        for key in scaled & set(settings):
+            assert row[key] == format_value(settings[key])
+        assert int(row["patience_targets"]) > 0, "where a trial leaves the key, that of the plain run"
 
 
 def test_no_test_row_is_scored_by_a_trial(searched: tuple[Path, list[str], list[str]]):
@@ -201,6 +211,17 @@ def test_a_stopped_and_killed_search_ends_as_one_that_was_not(
     assert results(tmp_path) == results(searched[0])
 
 
+def test_a_resumed_search_says_what_is_unfinished(tmp_path: Path):
+    """A trial that was stopped on its way is none of the three ends."""
+    study, _ = make_study(tmp_path)
+    assert search_command._describe_start(study) == "new"
+    for _ in range(2):
+        study.ask().set_user_attr("progress", {"trained_epochs": 1, "seconds": 3.0, "paused": True})
+    study.tell(1, state=optuna.trial.TrialState.PRUNED)
+    expected = "resumed with 0 complete, 1 pruned, 0 failed, 1 unfinished"
+    assert search_command._describe_start(study) == expected
+
+
 def test_too_short_a_time_says_what_it_managed(toy: Path, capsys: pytest.CaptureFixture[str]):
     assert run_mm.main(arguments(toy.parent, search="0.1s")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -265,24 +286,92 @@ def plan(toy: Path, **others: object) -> Any:
     return plan_search(given, Budget(trials=50))
 
 
-def test_profiles_become_plain_settings(toy: Path):
-    """Steps of 1,500 targets, and a share of the weights that an epoch takes, as numbers of these data."""
+def load_trial(setup: SearchSetup, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """What a trial is trained with, and its number of rows."""
+    config = build_config(override_settings(setup.base, settings))
+    _, loaders = load_data(config)
+    return resolve_settings(config), len(loaders.train.dataset)
+
+
+def write_rare_items(toy: Path) -> None:
+    write_inter(toy, "toy", random_rows(n_users=2_100, n_items=700, longest=6))
+
+
+def test_profiles_are_scaled_as_the_rule_scales_them(toy: Path):
+    """To steps of 500 targets, the fewest, and a patience of 260 of them."""
     setup = plan(toy, auto=False)
-    as_plain = {"defaults", "learnable gate", "long histories"}
-    assert list(setup.profiles) == [name for name in PROFILES if name not in as_plain]
+    names = ["plain", "rare items", "rare items with text", "much data", "small data", "S6", "no filter"]
+    assert list(setup.profiles) == names, "defaults, learnable gate and long histories are as plain"
     assert setup.profiles["plain"] == {}
-    rare = setup.profiles["rare items"]
-    assert rare["hidden_size"] == 128 and rare["learner"] == "adamw" and rare["train_batch_size"] == 28
-    # an epoch is one step, whose learning rate times the decay is the share of an epoch
-    assert rare["learning_rate"] * rare["weight_decay"] == pytest.approx(0.16, rel=1e-3)
-    assert not set(SCALE_FREE_KEYS) & {key for profile in setup.profiles.values() for key in profile}
+    rare, much = setup.profiles["rare items"], setup.profiles["much data"]
+    assert (rare["hidden_size"], rare["learner"], rare["decay_per_epoch"]) == (128, "adamw", 0.16)
+    assert (rare["targets_per_step"], rare["average_targets"]) == (500, 130 * 500)
+    assert much["patience_targets"] == 260 * 500
+    assert not {*SCALE_FREE_KEYS.values()} & {key for profile in setup.profiles.values() for key in profile}
+
+
+def test_the_defaults_race_against_the_rule(toy: Path):
+    """And the rule's own profile, which is the plain run, does not race again."""
+    write_rare_items(toy)
+    setup = plan(toy)
+    assert setup.task.plain["hidden_size"] == 128 and "rare items" not in setup.profiles
+    found, _ = load_trial(setup, setup.profiles["defaults"])
+    fixed = build_config({"dataset": "toy", "data_path": str(toy), "auto": False, "gpu_id": ""})
+    keys = collect_keys(Role.MODEL, Role.TRAINING, Role.LENGTH) - {"neighbors", "exclude_seen", "n_negatives"}
+    assert {key: found[key] for key in keys & found.keys()} == {
+        key: fixed[key] for key in keys & found.keys()
+    }
+    assert found["neighbors"] is True
+
+
+@pytest.mark.parametrize("drawn", [{"learning_rate": 0.008}, {"targets_per_step": 2_000}])
+def test_a_drawn_trial_keeps_the_share_of_the_weights(toy: Path, drawn: dict[str, Any]):
+    """Whatever its learning rate and its steps."""
+    write_rare_items(toy)
+    setup = plan(toy)
+    config, n_rows = load_trial(setup, {**setup.task.carried, **drawn})
+    n_steps = math.ceil(n_rows / config["train_batch_size"])
+    left = (1 - config["learning_rate"] * config["weight_decay"]) ** n_steps
+    assert 1 - left == pytest.approx(0.16, rel=1e-3) and config["weight_decay"] != setup.base["weight_decay"]
+
+
+@pytest.mark.parametrize(
+    ("min_items", "max_scores", "given", "drawn", "plain"),
+    [
+        (21, 10**9, {}, None, ("CE", 512)),
+        (20, 10**9, {}, ["CE", "sampled"], ("CE", 1_024)),
+        (20, 10**9, {"n_negatives": 7}, ["CE", "sampled"], ("CE", 7)),
+        (20, 10**9, {"loss_type": "CE"}, None, ("CE", 512)),
+        (20, 10, {}, None, ("sampled", 1_024)),
+        (20, 10, {"auto": False}, None, ("CE", 512)),
+    ],
+)
+def test_the_loss_is_drawn_where_both_make_sense(
+    toy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    min_items: int,
+    max_scores: int,
+    given: dict[str, Any],
+    drawn: list[str] | None,
+    plain: tuple[str, int],
+):
+    """Of 20 items."""
+    monkeypatch.setattr(automatic_settings, "MIN_ITEMS_TO_SAMPLE", min_items)
+    monkeypatch.setattr(automatic_settings, "MAX_SOFTMAX_SCORES", max_scores)
+    setup = plan(toy, **given)
+    assert setup.task.space.make_ranges(setup.task.plain).get("loss_type") == drawn
+    assert (setup.task.fixed["loss_type"], setup.task.fixed["n_negatives"]) == plain
+    assert not any({"loss_type", "n_negatives"} & set(profile) for profile in setup.profiles.values())
 
 
 def test_longer_histories_are_tried_where_there_are_any(toy: Path):
     rows = [("u", f"i{k % 9}", k) for k in range(300)] + [("v", f"i{k % 9}", k) for k in range(300)]
     write_inter(toy, "long", rows)
     setup = plan(toy, dataset="long", auto=False)
-    assert setup.profiles["long histories"] == {"MAX_ITEM_LIST_LENGTH": 200, "train_batch_size": 16}
+    long = setup.profiles["long histories"]
+    assert long == {"MAX_ITEM_LIST_LENGTH": 200, **setup.task.carried}
+    config, n_rows = load_trial(setup, long)
+    assert n_rows == 4 and config["train_batch_size"] == 4, "an epoch is one step, as with 12 rows"
     assert setup.task.space.make_ranges(setup.task.plain)["MAX_ITEM_LIST_LENGTH"] == [50, 200]
 
 
@@ -292,21 +381,38 @@ def test_the_plain_run_is_what_the_data_say(toy: Path):
     assert setup.task.plain["train_batch_size"] != 64 and setup.base["auto"] is False
     for key in ("train_batch_size", "stopping_step", "MAX_ITEM_LIST_LENGTH"):
         assert setup.task.fixed[key] == setup.task.plain[key]
+    assert setup.profiles["plain"] == {} and not any(map(setup.task.fixed.get, SCALE_FREE_KEYS))
 
 
 def test_a_profile_gives_way_to_the_user(toy: Path):
-    profiles = plan(toy, learning_rate=0.1, train_batch_size=8, filter="causal", gate="softmax").profiles
-    for profile in profiles.values():
-        assert not {"learning_rate", "train_batch_size", "filter", "gate"} & set(profile)
+    setup = plan(toy, learning_rate=0.1, train_batch_size=8, filter="causal", gate="softmax")
+    profiles, decided = setup.profiles, {"learning_rate", "train_batch_size", "filter", "gate"}
+    for profile in (*profiles.values(), setup.task.carried, setup.task.space.rules):
+        assert not {*decided, "targets_per_step"} & set(profile)
     assert not {"no filter", "learnable gate"} & set(profiles)  # nothing is left of them
 
 
-def test_a_profile_that_does_not_fit_is_left_out(toy: Path, caplog: pytest.LogCaptureFixture):
-    """Those with decay need adamw."""
+def test_a_profile_that_does_not_fit_is_left_out(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     caplog.set_level("INFO")
-    profiles = plan(toy, auto=False, learner="sgd").profiles
-    assert not {"rare items", "rare items with text"} & set(profiles) and "much data" in profiles
-    assert "search: profile rare items is left out: decay_per_epoch: 0.16 needs learner: adamw" in caplog.text
+    monkeypatch.setitem(search_setup.VARIATIONS, "wide", {"hidden_size": 70})
+    assert "wide" not in plan(toy).profiles
+    assert (
+        "search: profile wide is left out: head_dim: 64 does not divide expand * hidden_size" in caplog.text
+    )
+
+
+def test_another_learner_has_no_decay(toy: Path):
+    """As for the rule: it would be an L2 term."""
+    for name, profile in plan(toy, auto=False, learner="sgd").profiles.items():
+        assert not {"learner", "weight_decay", "decay_per_epoch"} & set(profile), name
+
+
+def test_other_models_keep_what_the_user_set_in_targets(toy: Path):
+    space = plan(toy, model="SASRec", targets_per_step=40).task.space
+    assert "learning_rate" in space.rules and "train_batch_size" not in space.rules
+    assert "train_batch_size" in plan(toy, model="SASRec").task.space.rules
 
 
 def test_other_keys_are_another_search(toy: Path):

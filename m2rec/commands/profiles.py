@@ -2,17 +2,18 @@
 
 from typing import Any
 
-from m2rec.training import automatic_settings
-
 PLAIN = "plain"
 """The run as the user asked for it, without a profile."""
+DEFAULTS = "defaults"
+"""The fixed defaults, as with `auto: false`."""
 
-PROFILES: dict[str, dict[str, Any]] = {
-    PLAIN: {},
-    **automatic_settings.PROFILES,
+VARIATIONS: dict[str, dict[str, Any]] = {
     "S6": {"mixer": "mamba", "init": "mamba4rec"},
     "no filter": {"filter": "none"},
     "learnable gate": {"gate": "softmax"},
     "long histories": {"MAX_ITEM_LIST_LENGTH": 200},
 }
-"""What each changes in the plain run. Keys that the user sets are stronger than a profile's."""
+"""Profiles beside those two and the rule's: what each changes in the plain run.
+
+Keys that the user sets are stronger than a profile's.
+"""

@@ -22,7 +22,13 @@ from uuid import uuid4
 
 from m2rec.cli import name_command, name_commands_in, name_program, run_command
 from m2rec.errors import UserError
-from m2rec.experiments.search_budget import Budget, Deadline, format_duration, parse_budget
+from m2rec.experiments.search_budget import (
+    Budget,
+    Deadline,
+    format_duration,
+    measure_epoch_seconds,
+    parse_budget,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -180,7 +186,11 @@ def _open_study(setup: "SearchSetup") -> "optuna.Study":
 def _describe_start(opened: "optuna.Study") -> str:
     from m2rec.experiments.study import count_states, get_progress
 
-    return f"resumed with {count_states(opened)}" if get_progress(opened.trials[0]) else "new"
+    trials = opened.trials
+    if not get_progress(trials[0]):
+        return "new"
+    n_unfinished = sum(trial.state.name == "RUNNING" for trial in trials)
+    return f"resumed with {count_states(opened)}, {n_unfinished} unfinished"
 
 
 def _check_outcome(opened: "optuna.Study", setup: "SearchSetup", budget: Budget) -> None:
@@ -202,8 +212,7 @@ def _check_outcome(opened: "optuna.Study", setup: "SearchSetup", budget: Budget)
     if best is None:
         raise UserError(f"{text}: no epoch was finished; the same command with more time resumes")
     n_trained = sum(bool(trial.intermediate_values) for trial in opened.get_trials(deepcopy=False))
-    progress = study.get_progress(best)
-    epoch = progress["seconds"] / progress["trained_epochs"]
+    epoch = measure_epoch_seconds(study.get_progress(best))
     rounds = epoch * setup.task.first_epochs * len(setup.profiles) / setup.n_workers
     total = 2 * (rounds + search.estimate_final_seconds(opened, setup.task))
     raise UserError(
@@ -218,6 +227,7 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
     from m2rec.commands.run import RESUME_KEYS
     from m2rec.experiments.study import find_best_trial, format_arguments
     from m2rec.experiments.trial_tables import format_search_summary
+    from m2rec.settings import override_settings
     from m2rec.training.checkpoint import CannotResume
     from m2rec.training.configuration import build_config
     from m2rec.training.run import RunResult, build_resumed_config, run_experiment
@@ -225,7 +235,7 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
     winner = find_best_trial(opened)
     assert winner is not None
     print(format_search_summary(opened, setup.config["valid_metric"]))
-    settings = {**setup.base, **winner.user_attrs["settings"]}
+    settings = override_settings(setup.base, winner.user_attrs["settings"])
     changes = format_arguments(winner.user_attrs["settings"]) or "the plain run"
     print(f"trial {winner.number} wins: {changes}", flush=True)
     origin = f"settings of trial {winner.number} of {setup.task.folder}, search {opened.user_attrs[_ID_KEY]}:"

@@ -16,7 +16,12 @@ from typing import Any
 
 from m2rec.errors import UserError, format_one_line
 from m2rec.experiments.race import Runner, Standing, judge_race
-from m2rec.experiments.search_budget import Deadline, RunLength, estimate_run_seconds
+from m2rec.experiments.search_budget import (
+    Deadline,
+    RunLength,
+    estimate_run_seconds,
+    measure_epoch_seconds,
+)
 from m2rec.experiments.search_plan import SearchPlan
 from m2rec.experiments.search_space import Range, Settings, Space
 from m2rec.experiments.study import (
@@ -31,6 +36,7 @@ from m2rec.experiments.study import (
     log_trial,
 )
 from m2rec.git import read_commit
+from m2rec.settings import override_settings
 from m2rec.storage import lock_path
 
 try:
@@ -75,6 +81,10 @@ class SearchTask:
     """Trials before the sampler learns from them."""
     is_maximized: bool = True
     """Whether a higher score is better."""
+    carried: Settings = field(default_factory=dict)
+    """Keys of every drawn trial, unless its origin has them: what they say stays, whatever else is drawn."""
+    n_targets: int = 1
+    """Training targets of an epoch."""
 
 
 def list_example_settings(plan: SearchPlan) -> list[dict[str, Any]]:
@@ -145,7 +155,7 @@ class _Worker:
         self.commit = read_commit()  # as it was imported, whatever is committed meanwhile
 
     def run(self) -> None:
-        while not self.is_time_over():
+        while not self.is_time_over(find_best_trial(self.study)):
             with lock_path(find_study_file(self.task.folder)):
                 claim = self.claim_trial()
             if claim is not None:
@@ -157,8 +167,10 @@ class _Worker:
             else:
                 sleep(_WAIT_SECONDS)
 
-    def is_time_over(self) -> bool:
-        return self.task.deadline.is_over(estimate_final_seconds(self.study, self.task))
+    def is_time_over(self, trial: Any) -> bool:
+        """Whether another epoch, as those of this trial, would leave too little for the final run."""
+        epoch = 0.0 if trial is None else measure_epoch_seconds(get_progress(trial))
+        return self.task.deadline.is_over(estimate_final_seconds(self.study, self.task) + epoch)
 
     def claim_trial(self) -> _Claim | None:
         """Lock a trial that was left, or a new one; None if there is none now.
@@ -236,7 +248,7 @@ class _Worker:
         keys = list(ranges)
         varied = [key for key in keys if random.random() < VARIED_SHARE] or [random.choice(keys)]
         scratch = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
-        settings = dict(base)
+        settings = {**self.task.carried, **base}
         for key in varied:
             value = self.study.sampler.sample_independent(
                 self.study, scratch, key, make_distribution(ranges[key])
@@ -281,13 +293,13 @@ class _Worker:
             store_progress()
             is_hopeless = bool(trial.should_prune())
             is_pruned = is_hopeless and not is_profile(trial)  # profiles are judged by their race
-            return is_pruned or (limit is not None and epoch + 1 >= limit) or self.is_time_over()
+            return is_pruned or (limit is not None and epoch + 1 >= limit) or self.is_time_over(trial)
 
         def end(state: str, score: float | None = None, reason: str = "") -> None:
             store_progress()
             self._end_trial(trial.number, state, score, reason)
 
-        settings = {**self.task.fixed, **self._draw_settings(trial)}
+        settings = override_settings(self.task.fixed, self._draw_settings(trial))
         store_progress()
         try:
             best = self.train(settings, find_trial_folder(self.task.folder, trial.number), watch, progress)
@@ -347,7 +359,10 @@ def get_run_length(trial: Any, task: SearchTask) -> RunLength:
     """What decides how long a run of a trial's settings is trained."""
     values = {"epochs": 2**31, "stopping_step": 0, "eval_step": 1, **task.plain}
     values.update(trial.user_attrs.get("settings", {}))
-    return RunLength(values["epochs"], values["stopping_step"] * values["eval_step"])
+    patience = values["stopping_step"] * values["eval_step"]
+    if values.get("patience_targets"):
+        patience = round(values["patience_targets"] / task.n_targets)
+    return RunLength(values["epochs"], patience)
 
 
 def is_profile(trial: Any) -> bool:

@@ -82,6 +82,12 @@ def estimate_run_seconds(notes: Mapping[str, Any], is_complete: bool, length: Ru
     return seconds / epochs * max(epochs, min(length.epochs, end))
 
 
+def measure_epoch_seconds(notes: Mapping[str, Any]) -> float:
+    """How long an epoch of a trial takes, by the notes of the trial; 0 before the first has ended."""
+    epochs = int(notes.get("trained_epochs", 0))
+    return float(notes["seconds"]) / epochs if epochs else 0.0
+
+
 @dataclass(frozen=True)
 class Deadline:
     """The moment when a search must have its result."""

@@ -48,8 +48,8 @@ def find_worker_log(folder: Path, index: int) -> Path:
 class SearchPool:
     """Runs the workers of a search until all have ended, or the time is over.
 
-    A worker ends by itself when only the time for the final run is left, after its epoch. Where no epoch
-    ends before the whole time is over, the workers are stopped.
+    A worker ends by itself after its epoch, where another one would take the time of the final run. Where no
+    epoch ends before the whole time is over, the workers are stopped.
 
     A worker whose process was killed costs its trial, and the search goes on with the others; it is started
     again if it was the last.

@@ -97,13 +97,14 @@ class Choices:
 
 RULES: dict[str, Rule] = {
     "learning_rate": Factor(4, high=0.05),
-    "weight_decay": Factor(4, high=10.0),
-    "average_epochs": Factor(2, high=10.0),
+    # a share of the weights and a number of targets: a drawn learning rate or length does not change them
+    "decay_per_epoch": Factor(4, high=0.5),
+    "average_targets": Factor(2, high=2**53, is_whole=True),
     "dropout_prob": Steps(0.1, 2, low=0.0, high=0.8),
-    "train_batch_size": Factor(4, high=8192, is_whole=True),
+    "targets_per_step": Factor(4, high=32_768, is_whole=True),
     "hidden_size": Width(),
     "n_layers": Steps(1, 1, low=1, high=4),
-    "loss_type": Choices(("CE", "sampled")),
+    "loss_type": Choices(("CE", "sampled")),  # where the catalogue is large, but not too large for CE
     "mixer": Choices(("mamba2", "mamba", "attention")),
     "filter": Choices(("causal", "none")),
     "gate": Choices(("softmax", "mean")),
@@ -111,19 +112,18 @@ RULES: dict[str, Rule] = {
 }
 """What is searched for M2Rec."""
 
-GENERAL_KEYS = (
-    "learning_rate", "weight_decay", "train_batch_size", "dropout_prob", "hidden_dropout_prob",
-    "attn_dropout_prob", "hidden_size", "embedding_size", "n_layers",
-)  # fmt: skip
-"""What is searched for any other model, as far as it has the key."""
-
 _DROPOUT = RULES["dropout_prob"]
-_GENERAL_RULES: dict[str, Rule] = {
-    **{key: RULES[key] for key in GENERAL_KEYS if key in RULES},
+GENERAL_RULES: dict[str, Rule] = {
+    "learning_rate": RULES["learning_rate"],
+    "train_batch_size": Factor(4, high=8192, is_whole=True),
+    "dropout_prob": _DROPOUT,
     "hidden_dropout_prob": _DROPOUT,
     "attn_dropout_prob": _DROPOUT,
+    "hidden_size": RULES["hidden_size"],
     "embedding_size": Width(),
+    "n_layers": RULES["n_layers"],
 }
+"""What is searched for any other model, as far as it has the key."""
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,13 @@ def build_space(
 
     Args:
         is_m2rec: whether the model is M2Rec itself; another one keeps its parts.
-        plain: all settings of the run as the user asked for it.
+        plain: all settings of the run as the user asked for it, scale-free keys in place of plain ones.
         profiles: the settings of each profile; their values are among the choices.
-        fixed: keys that the user has set.
+        fixed: keys that stay as they are.
     """
     rules = {}
     profiles = list(profiles)
-    for key, rule in (RULES if is_m2rec else _GENERAL_RULES).items():
+    for key, rule in (RULES if is_m2rec else GENERAL_RULES).items():
         if key in fixed or key not in plain:
             continue
         if isinstance(rule, Choices):

@@ -14,8 +14,6 @@ _RARE_ITEMS = {
     "average_targets": 200_000, "patience_targets": 400_000, "epochs": 60,
 }  # fmt: skip
 PROFILES: dict[str, dict[str, Any]] = {
-    # the fixed defaults, as with auto: false
-    "defaults": {},
     # most items are rare: wide, and pulled to zero all the time (amazon-beauty)
     "rare items": _RARE_ITEMS,
     # the same where they have text; Mamba4Rec's initial values start its branch small
@@ -100,15 +98,7 @@ def choose_settings(data: DataStatistics, decided: Mapping[str, Any] | None = No
         decided: keys of the rule that the user has set; what is chosen for the others goes with them.
     """
     name, why = choose_profile(data)
-    profile = PROFILES[name]
-    decided = decided or {}
-    choices = {key: Choice(value, f"{name}: {why}") for key, value in profile.items()}
-    width = decided.get("hidden_size", profile["hidden_size"])
-    if width != profile["hidden_size"]:
-        factor = profile["inner_size"] // profile["hidden_size"]
-        choices["inner_size"] = Choice(factor * width, f"{factor} times hidden_size {width}")
-    choices |= _scale_steps(data, {**profile, **decided}, decided.get("targets_per_step"))
-    choices["dropout_prob"] = _choose_dropout(data, width)
+    choices = scale_profile(name, data, decided or {}, why)
     choices |= _choose_loss(data)
     choices["exclude_seen"] = _choose_exclude_seen(data)
     choices["gate"] = Choice("mean", "softmax was no better on the data of the tables")
@@ -130,6 +120,28 @@ def choose_profile(data: DataStatistics) -> tuple[str, str]:
     if data.targets >= MUCH_DATA_TARGETS:
         return "much data", f"{targets}, {median}"
     return "small data", f"{targets}, {median}"
+
+
+def scale_profile(
+    name: str, data: DataStatistics, decided: Mapping[str, Any], why: str = "a profile"
+) -> dict[str, Choice]:
+    """The settings of one of PROFILES for data of this size.
+
+    Args:
+        name: of the profile.
+        data: what it is like.
+        decided: as for `choose_settings`.
+        why: the reason for this profile.
+    """
+    profile = PROFILES[name]
+    choices = {key: Choice(value, f"{name}: {why}") for key, value in profile.items()}
+    width = decided.get("hidden_size", profile["hidden_size"])
+    if width != profile["hidden_size"]:
+        factor = profile["inner_size"] // profile["hidden_size"]
+        choices["inner_size"] = Choice(factor * width, f"{factor} times hidden_size {width}")
+    choices |= _scale_steps(data, {**profile, **decided}, decided.get("targets_per_step"))
+    choices["dropout_prob"] = _choose_dropout(data, width)
+    return choices
 
 
 def _scale_steps(data: DataStatistics, values: Mapping[str, Any], per_step: int | None) -> dict[str, Choice]:
@@ -154,6 +166,11 @@ def _choose_dropout(data: DataStatistics, hidden_size: int) -> Choice:
     ratio = data.targets / parameters
     dropout = next(value for limit, value in DROPOUT_BY_TARGETS_PER_PARAMETER if ratio < limit)
     return Choice(dropout, f"{ratio:.2g} targets per parameter")
+
+
+def is_loss_open(data: DataStatistics) -> bool:
+    """Whether either loss may be the better one: sampling saves time, and the whole softmax is affordable."""
+    return data.items >= MIN_ITEMS_TO_SAMPLE and data.targets * data.items <= MAX_SOFTMAX_SCORES
 
 
 def _choose_loss(data: DataStatistics) -> dict[str, Choice]:

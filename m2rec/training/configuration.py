@@ -190,7 +190,7 @@ def _merge_values(
     recipe = properties.pop(shipped.RECIPE_KEY, None)
     if variant or settings_class is None or not {**weak, **strong}["auto"]:
         recipe = None
-    decided = _list_decided_keys(strong)
+    decided = list_decided_keys(strong)
     taken = {key: value for key, value in (recipe or {}).items() if key not in decided}
     chosen = _merge_layers(properties, taken, strong)
     values = _merge_layers(weak, chosen)
@@ -207,14 +207,14 @@ def _describe_recipe(name: str, recipe: Mapping[str, Any], user_values: Mapping[
         recipe: as it is shipped.
         user_values: keys that are stronger.
     """
-    overridden = _list_decided_keys(user_values)
+    overridden = list_decided_keys(user_values)
     left_out = [key for key in recipe if key in overridden]
     if recipe and len(left_out) == len(recipe):
         return ""
     return f"the recipe of {name}{' without ' if left_out else ''}{', '.join(left_out)}"
 
 
-def _list_decided_keys(values: Mapping[str, Any]) -> frozenset[str]:
+def list_decided_keys(values: Mapping[str, Any]) -> frozenset[str]:
     """The keys that are set, and those that they decide."""
     decided = set(values)
     for scale_free, plain in SCALE_FREE_KEYS.items():
@@ -267,7 +267,7 @@ def _add_auto_values(values: dict[str, Any], model: Model, set_keys: Collection[
 
 def _list_open_keys(values: Mapping[str, Any], set_keys: Collection[str]) -> frozenset[str]:
     """The keys that the rule may choose: none that is set, nor one that a key which is set decides."""
-    return RULE_KEYS - _list_decided_keys({key: values[key] for key in set_keys})
+    return RULE_KEYS - list_decided_keys({key: values[key] for key in set_keys})
 
 
 def _check_values(values: dict[str, Any], model: Model) -> tuple[RunSettings, ModelSettings | None]:

@@ -6,7 +6,6 @@ T       width of the text vectors
 """
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,12 @@ from m2rec.data.transitions import count_transitions
 from m2rec.errors import UserError, format_one_line
 from m2rec.models.m2rec import M2Rec
 from m2rec.run_folder import RunFolder
-from m2rec.settings import NO_RUN, SCALE_FREE_KEYS, Role, RunSettings, collect_keys
+from m2rec.settings import NO_RUN, SCALE_FREE_KEYS, Role, RunSettings, collect_keys, override_settings
 from m2rec.text.continued import continue_text_vectors
 from m2rec.text.vector_file import TextVectors
 from m2rec.training.configuration import RunConfig, build_config, collect_user_values
 from m2rec.training.replay import ReplayLoader
+from m2rec.training.settling import find_scale_free_keys
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,6 @@ _TABLE = "encoder.id_embedding.weight"
 _LAYERS = "encoder.layers."
 _ITEM_BUFFERS = ("encoder.vectors", "text_mean", "text_basis")
 
-_MAX_DECAY = 0.999  # of the weights in an epoch
 _N_NEIGHBORS = 16  # whose mean a new item starts from
 _BLOCK_SCORES = 2**24  # similarities that are held at a time
 
@@ -92,17 +91,9 @@ def scale_to_data(settings: Mapping[str, Any], data: Mapping[str, int]) -> dict[
         settings: all keys of a finished run.
         data: its counts in metrics.json.
     """
-    run, n_rows, n_targets = RunSettings.read(settings), data["train_rows"], data["train_targets"]
-    left = 1 - run.learning_rate * run.weight_decay  # of the weights, in a step
-    scaled: dict[str, Any] = {
-        "targets_per_step": max(1, round(run.train_batch_size * n_targets / n_rows)),
-        "average_targets": round(run.average_epochs * n_targets),
-    }
-    if run.learner == "adamw" and 0 < left < 1:
-        scaled["decay_per_epoch"] = min(1 - left ** math.ceil(n_rows / run.train_batch_size), _MAX_DECAY)
-    scaled = {key: value for key, value in scaled.items() if value}
-    replaced = {SCALE_FREE_KEYS[key] for key in scaled}
-    return {**{key: value for key, value in settings.items() if key not in replaced}, **scaled}
+    scaled = find_scale_free_keys(RunSettings.read(settings), data["train_rows"], data["train_targets"])
+    scaled.pop("patience_targets", None)  # the patience stays in epochs, of which there are few
+    return override_settings(settings, scaled)
 
 
 def _find_run(name: Any) -> RunFolder:

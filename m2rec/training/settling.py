@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from m2rec.training.configuration import RunConfig
 
 logger = logging.getLogger(__name__)
 
+_MAX_DECAY = 0.999  # of the weights in an epoch
 _MAX_COUNTED_HISTORIES = 100_000  # whose returning targets are counted
 
 
@@ -54,13 +56,21 @@ def _choose_open_keys(config: RunConfig, dataset: HistoryDataset, train: History
     if not config.open_keys:
         return {}
     statistics = collect_statistics(dataset, has_item_text(config))
-    choices = choose_settings(statistics, _collect_decided_keys(config, len(train), train.n_targets))
+    decided = collect_decided_keys(config, RULE_KEYS - config.open_keys, train)
+    choices = choose_settings(statistics, decided)
     return {key: choice for key, choice in choices.items() if key in config.open_keys}
 
 
-def _collect_decided_keys(config: RunConfig, n_rows: int, n_targets: int) -> dict[str, Any]:
-    """The keys of the rule that it may not choose; steps and averages in targets, however they were set."""
-    decided = {key: config[key] for key in RULE_KEYS - config.open_keys if key in config}
+def collect_decided_keys(config: RunConfig, keys: Iterable[str], train: HistoryDataset) -> dict[str, Any]:
+    """The values of keys that the rule may not choose; steps and averages in targets, however they were set.
+
+    Args:
+        config: of the run.
+        keys: some of RULE_KEYS.
+        train: the training part of the data.
+    """
+    n_rows, n_targets = len(train), train.n_targets
+    decided = {key: config[key] for key in keys if key in config}
     if decided.get("targets_per_step") == 0:
         decided["targets_per_step"] = max(1, round(config["train_batch_size"] * n_targets / n_rows))
     if decided.get("average_targets") == 0:
@@ -86,6 +96,28 @@ def collect_statistics(dataset: HistoryDataset, has_text: bool) -> DataStatistic
         returning_share=histories.measure_returning_share(_MAX_COUNTED_HISTORIES),
         has_text=has_text,
     )
+
+
+def find_scale_free_keys(settings: RunSettings, n_rows: int, n_targets: int) -> dict[str, Any]:
+    """The scale-free keys that stand for the plain keys: the reverse of `resolve_scale_free_keys`.
+
+    A key whose plain key is 0, or is no share of the weights, is left out.
+
+    Args:
+        settings: the plain keys.
+        n_rows: training rows, at least 1.
+        n_targets: their targets, at least 1.
+    """
+    left = 1 - settings.learning_rate * settings.weight_decay  # of the weights, in a step
+    values: dict[str, Any] = {
+        "targets_per_step": max(1, round(settings.train_batch_size * n_targets / n_rows)),
+        "average_targets": round(settings.average_epochs * n_targets),
+        "patience_targets": settings.stopping_step * settings.eval_step * n_targets,
+    }
+    if settings.learner == "adamw" and 0 < left < 1:
+        n_steps = math.ceil(n_rows / settings.train_batch_size)
+        values["decay_per_epoch"] = min(1 - left**n_steps, _MAX_DECAY)
+    return {key: value for key, value in values.items() if value}
 
 
 def resolve_scale_free_keys(settings: RunSettings, n_rows: int, n_targets: int) -> dict[str, Any]:
