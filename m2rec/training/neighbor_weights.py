@@ -61,6 +61,8 @@ class WeightChoice(NamedTuple):
     """The same with these weights."""
     n_users: int
     """How many users' targets chose."""
+    factor: float = 1
+    """With which the best pair was multiplied."""
 
 
 @torch.no_grad()
@@ -130,12 +132,12 @@ def _choose_weights(trial: "_Trial") -> WeightChoice:
     best = max(range(len(grid)), key=lambda i: (trial.sign * results[i], -sum(grid[i])))
     multiples = [tuple(factor * weight for weight in grid[best]) for factor in (1, *_FACTORS)]
     rankings = trial.rank(multiples) if any(grid[best]) else []
-    chosen, result = grid[best], results[best]
+    chosen, result, factor = grid[best], results[best], 1.0
     if rankings:
         number = _find_greatest_good_multiple(trial, rankings)
-        chosen, result = multiples[number], trial.measure(rankings[number])
+        chosen, result, factor = multiples[number], trial.measure(rankings[number]), (1, *_FACTORS)[number]
     weights = dict(zip(kinds, chosen, strict=True))
-    return WeightChoice(weights, results[0], result, len(trial.rows))
+    return WeightChoice(weights, results[0], result, len(trial.rows), factor)
 
 
 def _find_greatest_good_multiple(trial: "_Trial", rankings: list[Ranking]) -> int:

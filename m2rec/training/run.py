@@ -217,10 +217,12 @@ class PreparedRun:
         trainer, train = self.trainer, self.loaders.train.dataset
         protocol = Protocol.UNSEEN if self.config["exclude_seen"] else Protocol.ALL
         choice = add_neighbors(trainer.model.encoder, train, trainer.score, self.loaders.valid, protocol)
+        weights = ", ".join(f"{kind} x {weight:g}" for kind, weight in choice.weights.items())
+        if choice.factor > 1:
+            weights += f" (the best pair times {choice.factor:g}, within its standard error)"
         logger.info(
             "neighbors: %s, chosen on %s validation targets: %s %.4f on %s, without %.4f; %.1f s",
-            ", ".join(f"{kind} x {weight:g}" for kind, weight in choice.weights.items()),
-            f"{choice.n_users:,}", trainer.valid_metric, choice.best, protocol.get_name("valid"),
+            weights, f"{choice.n_users:,}", trainer.valid_metric, choice.best, protocol.get_name("valid"),
             choice.without, perf_counter() - start,
         )  # fmt: skip
 
