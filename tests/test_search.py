@@ -23,6 +23,8 @@ from m2rec.experiments.search import (
     enqueue_profiles,
     estimate_final_seconds,
     find_best_trial,
+    find_first_epochs,
+    judge_profiles,
     run_trials,
 )
 from m2rec.experiments.search_budget import (
@@ -264,6 +266,32 @@ def test_no_epoch_is_begun_that_would_end_too_late(
     study = start(task)
     run_trials(study, task, Formula(epochs=3, before_epoch=tick))
     assert seconds - 9 <= clock[0] + estimate_final_seconds(study, task) <= seconds
+
+
+@pytest.mark.parametrize(("epoch", "first"), [(1.0, 8), (5.0, 2), (12.0, 1)])
+def test_the_first_round_is_as_short_as_the_time_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: float, first: int
+):
+    """Four profiles in 240 s: a quarter of the time that is left is for the first round."""
+    clock = [0.0]
+    monkeypatch.setattr(search_budget, "time", lambda: clock[0])
+    monkeypatch.setattr(search, "perf_counter", lambda: clock[0])
+
+    def tick(settings: Settings, _: int) -> None:
+        clock[0] += epoch
+
+    task = make_task(tmp_path, trials=None, deadline=Deadline(240.0))
+    task = replace(task, first_epochs=8, plain={**task.plain, "epochs": 32})
+    study = start(task)
+    train = Formula(epochs=32, before_epoch=tick)
+    run_trials(study, task, train)
+    assert find_first_epochs(study, task) == first
+    order = [{**PLAIN, **settings}["learning_rate"] for settings, _ in train.trained]
+    rounds = [order[n * first : (n + 1) * first] for n in range(4)]
+    assert [len(set(rates)) for rates in rounds] == [1, 1, 1, 1]
+    assert len({rates[0] for rates in rounds}) == 4  # all profiles, before any of them goes on
+    assert judge_profiles(study, task).rounds > 0
+    assert clock[0] <= 240
 
 
 def test_a_scale_free_key_replaces_its_plain_key(tmp_path: Path):

@@ -213,7 +213,7 @@ def _check_outcome(opened: "optuna.Study", setup: "SearchSetup", budget: Budget)
         raise UserError(f"{text}: no epoch was finished; the same command with more time resumes")
     n_trained = sum(bool(trial.intermediate_values) for trial in opened.get_trials(deepcopy=False))
     epoch = measure_epoch_seconds(study.get_progress(best))
-    rounds = epoch * setup.task.first_epochs * len(setup.profiles) / setup.n_workers
+    rounds = epoch * search.find_first_epochs(opened, setup.task) * len(setup.profiles) / setup.n_workers
     total = 2 * (rounds + search.estimate_final_seconds(opened, setup.task))
     raise UserError(
         f"{text}: {n_trained} of them have trained an epoch, which takes {format_duration(epoch)}; the "

@@ -153,6 +153,7 @@ def plan_search(given: Mapping[str, Any], budget: Budget) -> SearchSetup:
         trials=budget.trials,
         seed=plain["seed"],
         first_epochs=first_epochs,
+        n_workers=len(gpus),
         startup_trials=len(profiles),
         is_maximized=bool(config["valid_metric_bigger"]),
     )

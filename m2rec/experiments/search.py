@@ -4,6 +4,7 @@ The engine of `run_mm.py --search` and of scripts/tune.py. It is handed the func
 """
 
 import gc
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -44,10 +45,14 @@ try:
 except ModuleNotFoundError:  # study.check_optuna says how to get it
     optuna = None
 
+logger = logging.getLogger(__name__)
+
 MAX_CONFIG_DRAWS = 20  # draws that are tried before the fixed settings are reported as invalid
 MAX_FAILURES_IN_A_ROW = 20
 MAX_DRAWS = 20  # of new settings that no trial has had
 VARIED_SHARE = 1 / 3  # of the keys of the best settings that a new trial draws anew
+_FIRST_EPOCHS_KEY = "first_epochs"  # of a study: the length of its first round, once an epoch was timed
+_FIRST_ROUND_SHARE = 0.25  # of the time that is left; all later rounds together take a little more
 _WAIT_SECONDS = 0.3  # between two looks for a trial that another worker may leave
 
 Watch = Callable[[int, float], bool]
@@ -76,7 +81,9 @@ class SearchTask:
     deadline: Deadline = field(default_factory=Deadline)
     seed: int = 2020
     first_epochs: int = 1
-    """Of the race of the profiles."""
+    """Of the race of the profiles; fewer where the time is short (`find_first_epochs`)."""
+    n_workers: int = 1
+    """How many train at a time."""
     startup_trials: int = 10
     """Trials before the sampler learns from them."""
     is_maximized: bool = True
@@ -280,7 +287,7 @@ class _Worker:
         scores = list(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values.values())
         progress = {**get_progress(trial), "worker": os.getpid(), "paused": False, "commit": self.commit}
         before, start = progress.get("seconds", 0.0), perf_counter()
-        is_pruned = False
+        is_pruned, n_before = False, progress.get("trained_epochs", 0)
 
         def store_progress(**others: Any) -> None:
             progress.update(others, seconds=round(before + perf_counter() - start, 1))
@@ -293,7 +300,10 @@ class _Worker:
             store_progress()
             is_hopeless = bool(trial.should_prune())
             is_pruned = is_hopeless and not is_profile(trial)  # profiles are judged by their race
-            return is_pruned or (limit is not None and epoch + 1 >= limit) or self.is_time_over(trial)
+            self._fit_first_round(trial)
+            first = find_first_epochs(self.study, self.task)  # it may have become smaller than the limit
+            is_at_limit = limit is not None and epoch + 1 >= (first if n_before < first else limit)
+            return is_pruned or is_at_limit or self.is_time_over(trial)
 
         def end(state: str, score: float | None = None, reason: str = "") -> None:
             store_progress()
@@ -315,6 +325,24 @@ class _Worker:
             end("PRUNED")
         else:
             store_progress(paused=True)
+
+    def _fit_first_round(self, trial: Any) -> None:
+        """Shorten the first round of the race, once an epoch was timed, so that all profiles are compared."""
+        task, attributes = self.task, self.study.user_attrs
+        if not task.deadline.is_set or _FIRST_EPOCHS_KEY in attributes or not is_profile(trial):
+            return
+        n_profiles = sum(map(is_profile, self.study.get_trials(deepcopy=False)))
+        epoch = measure_epoch_seconds(get_progress(trial))
+        seconds = _FIRST_ROUND_SHARE * task.deadline.measure_seconds_left() * task.n_workers / n_profiles
+        fitting = int(seconds / epoch) if epoch else task.first_epochs
+        least = task.plain.get("eval_step", 1)
+        first_epochs = min(task.first_epochs, max(fitting, least))
+        self.study.set_user_attr(_FIRST_EPOCHS_KEY, first_epochs)
+        if first_epochs < task.first_epochs:
+            logger.info(
+                "an epoch takes %.1f s: the profiles are first compared after %d epochs, not %d",
+                epoch, first_epochs, task.first_epochs,
+            )  # fmt: skip
 
     def _end_trial(self, number: int, state: str, score: float | None = None, reason: str = "") -> None:
         """Store and log how a trial ended."""
@@ -344,7 +372,12 @@ def judge_profiles(study: "optuna.Study", task: SearchTask) -> Standing:
             continue
         scores = {epochs: sign * score for epochs, score in trial.intermediate_values.items()}
         runners.append(Runner(trial.number, scores, trial.state.name in TRIAL_STATES))
-    return judge_race(runners, task.first_epochs)
+    return judge_race(runners, find_first_epochs(study, task))
+
+
+def find_first_epochs(study: "optuna.Study", task: SearchTask) -> int:
+    """After how many epochs the profiles are first compared."""
+    return int(study.user_attrs.get(_FIRST_EPOCHS_KEY, task.first_epochs))
 
 
 def estimate_final_seconds(study: "optuna.Study", task: SearchTask) -> float:

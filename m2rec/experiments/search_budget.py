@@ -95,6 +95,15 @@ class Deadline:
     ends_at: float = inf
     """As `time.time` counts."""
 
+    @property
+    def is_set(self) -> bool:
+        """Whether there is such a moment."""
+        return self.ends_at < inf
+
+    def measure_seconds_left(self) -> float:
+        """Until then; 0 afterwards."""
+        return max(0.0, self.ends_at - time())
+
     def is_over(self, reserved_seconds: float) -> bool:
         """Whether no more than the reserved seconds are left."""
         return time() + reserved_seconds >= self.ends_at
