@@ -221,7 +221,8 @@ def test_an_item_file_of_no_use_stops_only_who_asked(
     ("first_line", "expected"),
     [
         ("item_id:token\ttitle:token_seq", True),
-        ("item_id:token\tprice:float", True),  # every column beside the item is read
+        ("item_id:token\tprice:float", False),
+        ("item_id:token\tsizes:float_seq\tbrand:token", True),
         ("item_id:token", False),
         ("title:token_seq", False),
         ("no header", False),

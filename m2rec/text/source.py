@@ -131,7 +131,7 @@ def has_item_text(config: Config) -> bool:
 
 
 def _has_text_column(config: Config) -> bool:
-    """Whether the item file has a column beside the item token; a file that can't be read has none."""
+    """Whether the item file has a column of text; a file that can't be read has none."""
     id_column = config["ITEM_ID_FIELD"]
     try:
         header = inter_file.read_header(_get_item_file(config), config["field_separator"])
