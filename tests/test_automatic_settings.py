@@ -165,6 +165,26 @@ def test_the_statistics_are_counted(tmp_path: Path):
         assert statistics.targets == loaders.train.dataset.n_targets
 
 
+@pytest.mark.parametrize(("data", "epochs"), [({}, 15), (ML_1M, 20), (ML_100K, 25)])
+def test_without_validation_the_epochs_are_few_and_fixed(data: dict[str, Any], epochs: int):
+    """Nothing would stop a run, and nothing choose the weights of neighbours."""
+    choices = choose_settings(describe(**data, has_validation=False))
+    assert choices["epochs"].value == epochs and choices["neighbors"].value is False
+    assert "patience_targets" not in choices
+    stops = "(no validation targets, which stop a run and choose the weights of neighbours)"
+    assert f"epochs {epochs}, neighbors false {stops}" in format_choices(choices)
+
+
+def test_missing_validation_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    config = build_config(write_rows(tmp_path, {"u": "a b c", "v": "b c a", "w": "c a"}))
+    dataset, _ = load_data(config)
+    assert not collect_statistics(dataset, has_text=False).has_validation
+    assert (config["epochs"], config["neighbors"]) == (25, False)
+    assert "epochs 25, neighbors false (no validation targets" in caplog.text
+    assert "patience" not in caplog.text
+
+
 def test_returns_are_counted_in_some_of_many_histories(tmp_path: Path):
     keys = write_rows(tmp_path, {f"u{n}": "a a a a a" if n % 2 else "a b c d e" for n in range(10)})
     dataset, _ = load_data(build_config({**keys, "auto": False}))

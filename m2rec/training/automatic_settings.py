@@ -47,6 +47,9 @@ TARGETS_PER_STEP = (500, 8_000)
 AVERAGED_STEPS = 130
 MIN_PATIENCE_STEPS = 260
 
+# Epochs where no validation can end a run: after so many the runs of results/*.csv had their best weights.
+EPOCHS_WITHOUT_VALIDATION = {"rare items": 15, "rare items with text": 15, "much data": 20, "small data": 25}
+
 # Dropout by targets per parameter: the first limit that is not reached counts.
 DROPOUT_BY_TARGETS_PER_PARAMETER = ((0.5, 0.4), (1.5, 0.3), (float("inf"), 0.2))
 
@@ -76,6 +79,8 @@ class DataStatistics:
     """Of the targets of training and validation, those that their user had before."""
     has_text: bool
     """Whether items have text vectors, or a text to make them from."""
+    has_validation: bool = True
+    """Whether there is a validation target."""
 
 
 class Choice(NamedTuple):
@@ -113,6 +118,11 @@ def choose_settings(data: DataStatistics, decided: Mapping[str, Any] | None = No
     choices["exclude_seen"] = _choose_exclude_seen(data)
     choices["gate"] = Choice("mean", "softmax was no better on the data of the tables")
     choices["neighbors"] = Choice(True, "validation chooses their weights, 0 among them")
+    if not data.has_validation:
+        reason = "no validation targets, which stop a run and choose the weights of neighbours"
+        choices["epochs"] = Choice(EPOCHS_WITHOUT_VALIDATION[name], reason)
+        choices["neighbors"] = Choice(False, reason)
+        del choices["patience_targets"]
     return choices
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from m2rec.data.dataset import HistoryDataset
+from m2rec.data.histories import NO_TARGET
 from m2rec.settings import SCALE_FREE_KEYS, RunSettings
 from m2rec.text.source import has_item_text
 from m2rec.training.automatic_settings import (
@@ -85,6 +86,7 @@ def collect_statistics(dataset: HistoryDataset, has_text: bool) -> DataStatistic
         median_item_count=float(np.median(counts[counts > 0])) if counts.any() else 0.0,
         returning_share=histories.measure_returning_share(_MAX_COUNTED_HISTORIES),
         has_text=has_text,
+        has_validation=bool((histories.split.targets["valid"] != NO_TARGET).any()),
     )
 
 
