@@ -411,13 +411,17 @@ def test_a_recipe_takes_no_decay_for_another_learner():
         ),
     ],
 )
-def test_the_log_says_what_of_a_recipe_was_taken(given: dict[str, Any], expected: str):
-    assert build_config({"dataset": "amazon-beauty", **given}).recipe == expected
+def test_a_recipe_says_what_of_it_was_taken(given: dict[str, Any], expected: str):
+    recipe = build_config({"dataset": "amazon-beauty", **given}).recipe
+    assert {choice.reason for choice in recipe.values()} == ({expected} if expected else set())
+    assert not set(recipe) & set(given)
 
 
-def test_an_empty_recipe_is_taken_whole():
-    """That of ml-100k are the defaults."""
-    assert build_config({"dataset": "ml-100k", "epochs": 3}).recipe == "the recipe of ml-100k"
+def test_the_log_lists_the_values_of_a_recipe(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    load_data(build_config({"dataset": "ml-100k", "epochs": 3, "gpu_id": ""}))
+    (line,) = (message for message in caplog.messages if message.startswith("auto: "))
+    assert line.startswith("auto: neighbors true (the recipe of ml-100k); exclude_seen true (0.0% of")
 
 
 def test_a_run_repeats_from_its_config(toy: Path):

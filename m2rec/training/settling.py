@@ -37,11 +37,8 @@ def settle_settings(config: RunConfig, dataset: HistoryDataset, train: HistoryDa
     config.settle({"MAX_ITEM_LIST_LENGTH": dataset.max_item_list_len})
     choices = _choose_open_keys(config, dataset, train)
     config.settle({key: choice.value for key, choice in choices.items()})
-    sources = [config.recipe] if config.recipe else []
-    if choices:
-        sources.append(format_choices(choices))
-    if sources:
-        logger.info("auto: %s", "; ".join(sources))
+    if chosen := {**config.recipe, **choices}:
+        logger.info("auto: %s", format_choices(chosen))
     values = resolve_scale_free_keys(config.run_settings, len(train), train.n_targets)
     if values:
         plain = ", ".join(f"{key} {value:g}" for key, value in values.items() if type(value) is not str)
