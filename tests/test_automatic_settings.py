@@ -79,6 +79,12 @@ def test_the_rule(data: dict[str, Any], profile: str, expected: dict[str, Any]):
     assert "\n" not in line and all(f"{key} " in line for key in choices)
 
 
+def test_few_targets_and_many_epochs_are_written_out():
+    line = format_choices(choose_settings(describe(targets=100)))
+    assert "targets_per_step 500 (1 step an epoch)" in line
+    assert "patience_targets 130000 (1,300 epochs)" in line
+
+
 @pytest.mark.parametrize(
     ("data", "decided", "expected"),
     [

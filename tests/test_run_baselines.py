@@ -110,6 +110,16 @@ def test_table_and_page(run: Callable[..., dict[str, Any]], tmp_path: Path):
     assert "by the similarity of their texts" not in text  # it has none
 
 
+def test_the_page_explains_recent_popularity(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    run(report=True, split="global_time")
+    (page,) = (tmp_path / "runs").glob("*/report.html")
+    text = " ".join(page.read_text().split())
+    assert "data. Popularity, last 7 days, counts only that end of the training data. TransitionGraph" in text
+    assert " parameters, 1 epoch (best " in text
+
+
 def describe(ours: float, metric: str = "ndcg@10", **others: float) -> str:
     baselines = {name: {"test_unseen": {metric: value}} for name, value in others.items()}
     own = {"model": "M2Rec", "valid_metric": metric, "protocol": {}, "test_unseen": {metric: ours}}

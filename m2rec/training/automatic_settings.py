@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from m2rec.errors import format_count
+
 _RARE_ITEMS = {
     "hidden_size": 128, "inner_size": 256, "dropout_prob": 0.4, "init": "standard",
     "learning_rate": 0.002, "decay_per_epoch": 0.16, "targets_per_step": 1_500,
@@ -150,9 +152,11 @@ def _scale_steps(data: DataStatistics, values: Mapping[str, Any], per_step: int 
     epochs = 3 if values["average_targets"] else 10  # the average is smooth, and needs less patience
     patience = max(epochs * data.targets, MIN_PATIENCE_STEPS * per_step)
     n_steps = max(1, round(data.targets / per_step))
+    n_epochs = patience / max(data.targets, 1)
+    shown = f"{n_epochs:.3g}" if n_epochs < 1_000 else f"{n_epochs:,.0f}"
     choices = {
-        "targets_per_step": Choice(per_step, f"{n_steps:,} steps an epoch"),
-        "patience_targets": Choice(patience, f"{patience / max(data.targets, 1):.3g} epochs"),
+        "targets_per_step": Choice(per_step, f"{format_count(n_steps, 'step')} an epoch"),
+        "patience_targets": Choice(patience, f"{shown} epochs"),
     }
     if values["average_targets"]:
         choices["average_targets"] = Choice(AVERAGED_STEPS * per_step, f"{AVERAGED_STEPS} steps")
