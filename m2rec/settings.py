@@ -48,7 +48,7 @@ class Role(Enum):
     )  # fmt: skip
     LENGTH = ("epochs", "patience_targets", "stopping_step")
     # where the text vectors come from; a run stores a hash of the vectors themselves
-    TEXT_SOURCE = ("text_encoder", "text_vectors")
+    TEXT_SOURCE = ("text_encoder", "text_fingerprint", "text_vectors")
     # how a trained model recommends unless it is told otherwise
     SERVING = ("exclude_seen",)
     METRICS = ("metric_decimal_place", "metrics", "topk")
@@ -237,6 +237,7 @@ class ModelSettings(Settings):
     id_dropout: Rate = 0.0
     text_vectors: Text = "auto"
     text_encoder: Text = "auto"
+    text_fingerprint: Text = "any"
     text_whitening: Literal["pca", "zca", "none"] = "pca"
     text_width: Annotated[int, Field(ge=0, le=65_536)] = 0
     init: Literal["standard", "mamba4rec"] = "standard"

@@ -81,6 +81,12 @@ def test_the_rule(data: dict[str, Any], profile: str, expected: dict[str, Any]):
     assert "\n" not in line and all(f"{key} " in line for key in choices)
 
 
+def test_few_targets_and_many_epochs_are_written_out():
+    line = format_choices(choose_settings(describe(targets=100)))
+    assert "targets_per_step 500 (1 step an epoch)" in line
+    assert "patience_targets 130000 (1,300 epochs)" in line
+
+
 @pytest.mark.parametrize(
     ("data", "decided", "expected"),
     [
@@ -165,6 +171,26 @@ def test_the_statistics_are_counted(tmp_path: Path):
             has_text=True,
         )
         assert statistics.targets == loaders.train.dataset.n_targets
+
+
+@pytest.mark.parametrize(("data", "epochs"), [({}, 15), (ML_1M, 20), (ML_100K, 25)])
+def test_without_validation_the_epochs_are_few_and_fixed(data: dict[str, Any], epochs: int):
+    """Nothing would stop a run, and nothing choose the weights of neighbours."""
+    choices = choose_settings(describe(**data, has_validation=False))
+    assert choices["epochs"].value == epochs and choices["neighbors"].value is False
+    assert "patience_targets" not in choices
+    stops = "(no validation targets, which stop a run and choose the weights of neighbours)"
+    assert f"epochs {epochs}, neighbors false {stops}" in format_choices(choices)
+
+
+def test_missing_validation_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    config = build_config(write_rows(tmp_path, {"u": "a b c", "v": "b c a", "w": "c a"}))
+    dataset, _ = load_data(config)
+    assert not collect_statistics(dataset, has_text=False).has_validation
+    assert (config["epochs"], config["neighbors"]) == (25, False)
+    assert "epochs 25, neighbors false (no validation targets" in caplog.text
+    assert "patience" not in caplog.text
 
 
 def test_returns_are_counted_in_some_of_many_histories(tmp_path: Path):
@@ -412,13 +438,17 @@ def test_a_recipe_takes_no_decay_for_another_learner():
         ),
     ],
 )
-def test_the_log_says_what_of_a_recipe_was_taken(given: dict[str, Any], expected: str):
-    assert build_config({"dataset": "amazon-beauty", **given}).recipe == expected
+def test_a_recipe_says_what_of_it_was_taken(given: dict[str, Any], expected: str):
+    recipe = build_config({"dataset": "amazon-beauty", **given}).recipe
+    assert {choice.reason for choice in recipe.values()} == ({expected} if expected else set())
+    assert not set(recipe) & set(given)
 
 
-def test_an_empty_recipe_is_taken_whole():
-    """That of ml-100k are the defaults."""
-    assert build_config({"dataset": "ml-100k", "epochs": 3}).recipe == "the recipe of ml-100k"
+def test_the_log_lists_the_values_of_a_recipe(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    load_data(build_config({"dataset": "ml-100k", "epochs": 3, "gpu_id": ""}))
+    (line,) = (message for message in caplog.messages if message.startswith("auto: "))
+    assert line.startswith("auto: neighbors true (the recipe of ml-100k); exclude_seen true (0.0% of")
 
 
 def test_a_run_repeats_from_its_config(toy: Path):

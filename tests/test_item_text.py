@@ -1,5 +1,6 @@
 """Texts from NAME.item: joined columns, templates, unusable files; the items of NAME.inter."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -40,6 +41,22 @@ def test_texts_join_the_chosen_columns(items: Path):
     assert made.columns == ["title", "genre"]
     assert read_item_texts(items, "item_id", ["genre"]).tokens == ["1", "4"]
     assert read_item_texts(items, "item_id", ["genre", "title"]).texts[0] == "Comedy. Toy Story"
+
+
+def test_numbers_are_no_text_unless_they_are_named(items: Path, caplog: pytest.LogCaptureFixture):
+    lines = ["item_id:token\ttitle:token_seq\tprice:float\tsizes:float_seq", "1\tTea\t9.5\t1 2"]
+    items.write_text("\n".join(lines) + "\n")
+    caplog.set_level(logging.INFO)
+    read = read_item_texts(items, "item_id", None)
+    assert (read.texts, read.columns) == (["Tea"], ["title"])
+    assert f"{items}: numbers are no text, left out: price, sizes" in caplog.text
+    caplog.clear()
+    assert read_item_texts(items, "item_id", ["title", "price"]).texts == ["Tea. 9.5"]
+    assert read_item_texts(items, "item_id", None, "{title} for {price}").texts == ["Tea for 9.5"]
+    assert not caplog.text
+    items.write_text("item_id:token\tprice:float\n1\t9.5\n")
+    with pytest.raises(ValueError, match="no item has text in a column of type token or token_seq; add one"):
+        read_item_texts(items, "item_id", None)
 
 
 def test_a_template_leaves_out_what_is_empty(items: Path):

@@ -40,6 +40,8 @@ def test_a_table_with_titles(folder: Path, said: pytest.CaptureFixture[str]):
     assert recommend.main([str(folder), "--history", "i1", "i2", "-k", "18"]) == 0
     lines = said.readouterr().out.splitlines()
     assert lines[:3] == ["after 2 items, the last of them:", "     i1    Green tea", "     i2"]
+    assert recommend.main([str(folder), "--history", "i1"]) == 0
+    assert said.readouterr().out.startswith("after 1 item, the last of them:")
     found = Recommender.load(folder).recommend(["i1", "i2"], 18)
     assert len(lines) == 5 + 18
     for place, (line, item) in enumerate(zip(lines[5:], found, strict=True), 1):

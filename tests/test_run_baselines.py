@@ -110,9 +110,19 @@ def test_table_and_page(run: Callable[..., dict[str, Any]], tmp_path: Path):
     assert "by the similarity of their texts" not in text  # it has none
 
 
+def test_the_page_explains_recent_popularity(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    run(report=True, split="global_time")
+    (page,) = (tmp_path / "runs").glob("*/report.html")
+    text = " ".join(page.read_text().split())
+    assert "data. Popularity, last 7 days, counts only that end of the training data. TransitionGraph" in text
+    assert " parameters, 1 epoch (best " in text
+
+
 def describe(ours: float, metric: str = "ndcg@10", **others: float) -> str:
     baselines = {name: {"test_unseen": {metric: value}} for name, value in others.items()}
-    own = {"model": "M2Rec", "valid_metric": metric, "test_unseen": {metric: ours}}
+    own = {"model": "M2Rec", "valid_metric": metric, "protocol": {}, "test_unseen": {metric: ours}}
     return describe_comparison({**own, "baselines": baselines})
 
 
@@ -125,6 +135,19 @@ def test_the_sentence():
     assert describe(0.1, A=0.0) == "" and describe(0.1) == ""
     assert describe(9.0, "averagepopularity@10", A=1.0) == ""
     assert list_compared_models({"model": "M2Rec"}) == {} == list_compared_models({"baselines": {}})
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_the_sentence_is_about_what_recommend_does(run: Callable[..., dict[str, Any]], exclude_seen: bool):
+    metrics = run(exclude_seen=exclude_seen)
+    part = "test_unseen" if exclude_seen else "test"
+    metrics["test"]["ndcg@10"], metrics["test_unseen"]["ndcg@10"] = 0.3, 0.1
+    for measured in metrics["baselines"].values():
+        measured[part]["ndcg@10"] = metrics[part]["ndcg@10"] / 2
+    same = "2.0 times as good as"
+    assert describe_comparison(metrics) == (
+        f"M2Rec is {same} Popularity, and {same} TransitionGraph in NDCG@10 on {part}"
+    )
 
 
 DAY = 86_400

@@ -51,6 +51,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("neighbors", "auto", "True or False"),
     ("text_vectors", "", "some text"),
     ("text_encoder", "", "some text"),
+    ("text_fingerprint", "", "some text"),
     ("text_whitening", True, "one of pca, zca, none"),
     ("text_width", -1, "a whole number from 0 to "),
     ("init", "xavier", "one of standard, mamba4rec"),
@@ -168,7 +169,7 @@ def test_the_lists_of_keys():
     assert machine == MACHINE_KEYS
     lasting = {
         "epochs", "exclude_seen", "metric_definitions", "patience_targets", "stopping_step", "text_encoder",
-        "text_vectors",
+        "text_fingerprint", "text_vectors",
     }  # fmt: skip
     assert machine | lasting == provenance._RESUME_OVERRIDES
     assert set(RESUME_KEYS) == {"eval_batch_size", "gpu_id", "use_gpu", "show_progress", "state"}

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from m2rec.commands import embed_items
 from m2rec.data.item_file import ItemTexts
 from m2rec.models import m2rec as model_module
 from m2rec.storage import lock_path
+from m2rec.tensor_files import read_metadata
 from m2rec.text import source, vector_file
 from m2rec.text.item_text import read_item_texts
 from m2rec.text.source import ensure_text_vectors, has_item_text
@@ -152,6 +155,42 @@ def test_the_model_gets_the_vectors_that_training_loaded(
     assert caplog.text.count("text for 12 of 20 items") == 1
 
 
+def test_a_repeat_with_other_vectors_is_said(
+    toy: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """By the config of the run, which names them; whenever the same vectors were made, they are the same."""
+    assert trained(toy, tmp_path) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    file, stored = toy / FILE, yaml.safe_load((folder / "config.yaml").read_text())
+    assert stored["text_fingerprint"] == read_metadata(file)["fingerprint"]
+
+    def repeat(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main([f"--config_files={folder / 'config.yaml'}", *arguments]) == 0
+        return capsys.readouterr().err
+
+    file.unlink()
+    assert "text_fingerprint" not in repeat()
+    embed = ["--dataset=toy", f"--data-path={toy}", "--text-encoder=lsa", "--template=a {title}"]
+    assert embed_items.main(embed) == 0
+    start = f"text_fingerprint: {stored['text_fingerprint'][:12]}, but "
+    assert start + f"{file} has " in repeat()
+    assert "text_fingerprint" not in repeat("--text_fingerprint=any")
+    assert "text_fingerprint" not in repeat("--text_vectors=none")
+    file.unlink()
+    assert start + "there are no text vectors: " in repeat("--text_encoder=none")
+
+
+def test_vectors_of_a_run_that_had_none(
+    toy: Path, write_vectors: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert trained(toy, tmp_path) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    file = write_vectors(toy, "toy", [f"i{k}" for k in range(20)])
+    assert main([f"--config_files={folder / 'config.yaml'}"]) == 0
+    assert f"text_fingerprint: none, but {file} has " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("keys", [{"text_encoder": "none"}, {"text_vectors": "none"}])
 def test_none_are_made_where_none_are_wanted(toy: Path, items: Path, tmp_path: Path, keys: dict[str, str]):
     assert trained(toy, tmp_path, **keys) == 0
@@ -182,7 +221,8 @@ def test_an_item_file_of_no_use_stops_only_who_asked(
     ("first_line", "expected"),
     [
         ("item_id:token\ttitle:token_seq", True),
-        ("item_id:token\tprice:float", True),  # every column beside the item is read
+        ("item_id:token\tprice:float", False),
+        ("item_id:token\tsizes:float_seq\tbrand:token", True),
         ("item_id:token", False),
         ("title:token_seq", False),
         ("no header", False),

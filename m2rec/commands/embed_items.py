@@ -67,7 +67,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = text.add_argument
     add("--id-column", default="item_id", help="column of the item token")
     add("--separator", default=r"\t", help=r"between columns, as field_separator; \t, a tab, by default")
-    add("--columns", nargs="+", help="columns to join, in order; all by default")
+    add("--columns", nargs="+", help="columns to join, in order; all but numbers (type float) by default")
     add("--template", default="", help="instead: 'title: {title}; genre: {genre}', without what is empty")
     model = parser.add_argument_group("model")
     add = model.add_argument

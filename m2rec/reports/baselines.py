@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _HIGHER_IS_BETTER = ("hit", "recall", "precision", "ndcg", "mrr", "map")
-_COMPARED_PROTOCOL = "test_unseen"
+_DEFAULT_PROTOCOL = "test_unseen"  # of older runs, and of models that recommend nothing
 _WITHOUT_NEIGHBORS = "without neighbors"
 _TIMES_FROM = 1.5  # a ratio from here on is said as "times as good", a smaller one in per cent
 
@@ -27,7 +27,7 @@ def list_compared_models(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, A
 def describe_comparison(metrics: Mapping[str, Any]) -> str:
     """How much better than each baseline the run is, one sentence; empty where that can't be said.
 
-    It is about the run's valid_metric on test_unseen.
+    It is about the run's valid_metric under the protocol that its `recommend()` follows.
 
     Args:
         metrics: the content of metrics.json.
@@ -38,7 +38,8 @@ def describe_comparison(metrics: Mapping[str, Any]) -> str:
     metric = metrics["valid_metric"]
     if metric.partition("@")[0] not in _HIGHER_IS_BETTER:
         return ""
-    ours, *baselines = (values[_COMPARED_PROTOCOL][metric] for values in models.values())
+    protocol = metrics["protocol"].get("recommends_as", _DEFAULT_PROTOCOL)
+    ours, *baselines = (values[protocol][metric] for values in models.values())
     name, *names = models
     parts = []
     for other, value in zip(names, baselines, strict=True):
@@ -46,7 +47,7 @@ def describe_comparison(metrics: Mapping[str, Any]) -> str:
             parts.append(f"{_describe_ratio(ours / value)} {other}")
     if not parts:
         return ""
-    return f"{name} is {', and '.join(parts)} in {metric.upper()} on {_COMPARED_PROTOCOL}"
+    return f"{name} is {', and '.join(parts)} in {metric.upper()} on {protocol}"
 
 
 def _describe_ratio(ratio: float) -> str:

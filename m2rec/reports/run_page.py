@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import jinja2
 
-from m2rec.errors import UserError
+from m2rec.errors import UserError, format_count
 from m2rec.reports import charts
 from m2rec.reports.baselines import describe_comparison, list_compared_models
 from m2rec.run_folder import RunFolder
@@ -224,6 +224,7 @@ def _render_page(title: str, runs: Mapping[str, RunRecord], **context: Any) -> s
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
+    environment.filters["count"] = format_count
     environment.filters["duration"] = _format_duration
     environment.filters["setting"] = _format_setting_value
     environment.filters["quote"] = lambda path: quote(str(path))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import TextIO
 
 from m2rec.cli import write_escaped
+from m2rec.errors import format_count
 from m2rec.serving.ranker import Ranking
 from m2rec.serving.recommender import Recommender
 
@@ -33,7 +34,7 @@ class Dialogue:
 
     def run(self, lines: Iterable[str]) -> None:
         """Answer each line until the end or `quit`."""
-        self.say(f"{len(self.catalogue.names):,} items. Type {HELP}.")
+        self.say(f"{format_count(len(self.catalogue.names), 'item')}. Type {HELP}.")
         self.prompt()
         for line in lines:
             text = line.strip()

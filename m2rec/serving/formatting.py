@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m2rec.errors import format_count
 from m2rec.serving.ranker import Recommendation
 from m2rec.serving.reasons import ExplainedItem, Reasons
 
@@ -51,7 +52,7 @@ def format_as_table(history: Sequence[str], ranking: RankedEntries, titles: Mapp
     for entry in ranking:
         lengths.append(len(entry.item))
     width = min(max(lengths), _MAX_TOKEN_WIDTH)
-    lines = [f"after {len(history):,} items, the last of them:"]
+    lines = [f"after {format_count(len(history), 'item')}, the last of them:"]
     for token in last:
         name = _shorten_token(token)
         title = titles.get(token, "")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from m2rec import distributed
-from m2rec.errors import UserError
+from m2rec.errors import UserError, format_count
 from m2rec.run_folder import RunFolder
 from m2rec.serving import batch_files, export, hub, onnx_export, part_files, saved_model, session
 from m2rec.serving.arguments import (
@@ -105,7 +105,7 @@ class Recommender:
         return recommender
 
     def __repr__(self) -> str:
-        return f"<Recommender: {self._name}, {len(self.tokens) - 1:,} items>"
+        return f"<Recommender: {self._name}, {format_count(len(self.tokens) - 1, 'item')}>"
 
     def _repr_html_(self) -> str:
         """A table for a notebook."""

@@ -1,7 +1,8 @@
 """NAME.item -> one text per item, by a template or by joining columns."""
 
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -9,6 +10,8 @@ from string import Formatter
 from m2rec.data import inter_file
 from m2rec.data.item_file import ItemTexts, format_file_stamp
 from m2rec.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # the text between two columns: what closes the first, what separates them, what opens the second
 LITERAL_BETWEEN_COLUMNS = re.compile(r"""([)\]}"'»]*)([^\w([{"'«]*)(.*)""", re.S)
@@ -33,7 +36,7 @@ def read_item_texts(
     Args:
         path: NAME.item.
         id_column: column of the item token.
-        columns: columns to join by ". ", in order; all by default. Not with a template.
+        columns: columns to join by ". ", in order; all that are no numbers by default. Not with a template.
         template: such as `title: {title}; genre: {genre}`; a part whose column is empty is left out.
         separator: between columns.
 
@@ -50,7 +53,7 @@ def read_item_texts(
     if template:
         parts = parse_template(template)
     else:
-        names = columns or list_text_columns(header, id_column)
+        names = columns or _choose_text_columns(path, header, id_column)
         parts = [TemplatePart(". ", "", column) for column in dict.fromkeys(names)]
     used = list(dict.fromkeys(part.column for part in parts))
     for column in (id_column, *used):
@@ -66,14 +69,29 @@ def read_item_texts(
         if text:
             text_of[token] = text
     if not text_of:
-        raise UserError(f"{path}: no item has text in {', '.join(used)}")
+        where = f"in {', '.join(used)}" if used else "in a column of type token or token_seq; add one"
+        raise UserError(f"{path}: no item has text {where}")
     tokens = sorted(text_of)
     return ItemTexts(tokens, [text_of[token] for token in tokens], used, template, file_stamp)
 
 
-def list_text_columns(header: Iterable[str], id_column: str) -> list[str]:
-    """The columns that are an item's text where nobody names any: all but the item token."""
-    return [column for column in header if column != id_column]
+def _choose_text_columns(path: Path, header: Mapping[str, str], id_column: str) -> list[str]:
+    """What `list_text_columns` lists; the log says which columns are left out."""
+    names = list_text_columns(header, id_column)
+    numbers = [column for column in header if column not in (id_column, *names)]
+    if numbers:
+        logger.info("%s: numbers are no text, left out: %s", path, ", ".join(numbers))
+    return names
+
+
+def list_text_columns(header: Mapping[str, str], id_column: str) -> list[str]:
+    """The columns that are an item's text where nobody names any: all but the item token and numbers.
+
+    Args:
+        header: names of the columns with their types.
+        id_column: column of the item token.
+    """
+    return [name for name, kind in header.items() if name != id_column and not kind.startswith("float")]
 
 
 def parse_template(template: str) -> list[TemplatePart]:

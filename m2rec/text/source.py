@@ -25,6 +25,8 @@ from m2rec.text.vector_file import LSA_NAME, TextVectors
 
 logger = logging.getLogger(__name__)
 
+_SHOWN_DIGITS = 12  # of a fingerprint
+
 
 def find_vector_file(config: Config) -> Path | None:
     """The text-vector file of a run, None if there is none or the model uses no text.
@@ -90,6 +92,32 @@ def load_text_vectors(config: Config, path: Path | None, id_tokens: Sequence[str
     return text
 
 
+def check_fingerprint(config: Config, text: TextVectors | None) -> str:
+    """Log if the vectors are not those that `text_fingerprint` names; return the value that names them.
+
+    Args:
+        config: of a run with `uses_text`.
+        text: what `load_text_vectors` has given.
+    """
+    expected = get_model_settings(config).text_fingerprint
+    found, where = vector_file.NO_VECTORS, "there are no text vectors"
+    if text is not None:
+        found = vector_file.get_fingerprint(text.provenance)
+        where = f"{text.provenance['file']} has {found[:_SHOWN_DIGITS]}"
+    if expected not in (vector_file.ANY_VECTORS, found):
+        cure = "set text_vectors: none"
+        if expected != vector_file.NO_VECTORS:
+            cure = f"make its vectors again with {name_command('embed')} and the options in its text.json"
+        logger.warning(
+            "text_fingerprint: %s, but %s: this run will differ from the one that the config is of; "
+            "%s, or set text_fingerprint: any",
+            expected[:_SHOWN_DIGITS],
+            where,
+            cure,
+        )
+    return found
+
+
 def has_item_text(config: Config) -> bool:
     """Whether a run has text vectors, or a text to make them from.
 
@@ -103,7 +131,7 @@ def has_item_text(config: Config) -> bool:
 
 
 def _has_text_column(config: Config) -> bool:
-    """Whether the item file has a column beside the item token; a file that can't be read has none."""
+    """Whether the item file has a column of text; a file that can't be read has none."""
     id_column = config["ITEM_ID_FIELD"]
     try:
         header = inter_file.read_header(_get_item_file(config), config["field_separator"])

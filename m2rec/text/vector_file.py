@@ -25,6 +25,7 @@ from m2rec.text.whitening import compute_mean_cosine, fit_whitening
 
 VECTOR_FILE_SUFFIX = ".text.safetensors"
 LSA_NAME = "lsa"  # the `model` of vectors made by `lsa`
+ANY_VECTORS, NO_VECTORS = "any", "none"  # values of `text_fingerprint` that are no fingerprint
 ITEM_FILE_KEY = "item_file"  # size and time of NAME.item (`item_file.format_file_stamp`)
 
 
@@ -237,6 +238,11 @@ def _match_tokens(file: RawVectors, id_tokens: Sequence[str]) -> tuple[list[int]
         else:
             missing.append(token)
     return ids, rows, missing
+
+
+def get_fingerprint(provenance: Mapping[str, Any]) -> str:
+    """What identifies vectors: the fingerprint of what made them, else the hash of their file."""
+    return str(provenance.get("fingerprint") or provenance["sha256"])
 
 
 def format_missing_items(tokens: Sequence[str]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from m2rec.errors import format_count
+
 _RARE_ITEMS = {
     "hidden_size": 128, "inner_size": 256, "dropout_prob": 0.4, "init": "standard",
     "learning_rate": 0.002, "decay_per_epoch": 0.16, "targets_per_step": 1_500,
@@ -45,6 +47,9 @@ TARGETS_PER_STEP = (500, 8_000)
 AVERAGED_STEPS = 130
 MIN_PATIENCE_STEPS = 260
 
+# Epochs where no validation can end a run: after so many the runs of results/*.csv had their best weights.
+EPOCHS_WITHOUT_VALIDATION = {"rare items": 15, "rare items with text": 15, "much data": 20, "small data": 25}
+
 # Dropout by targets per parameter: the first limit that is not reached counts.
 DROPOUT_BY_TARGETS_PER_PARAMETER = ((0.5, 0.4), (1.5, 0.3), (float("inf"), 0.2))
 
@@ -74,6 +79,8 @@ class DataStatistics:
     """Of the targets of training and validation, those that their user had before."""
     has_text: bool
     """Whether items have text vectors, or a text to make them from."""
+    has_validation: bool = True
+    """Whether there is a validation target."""
 
 
 class Choice(NamedTuple):
@@ -103,6 +110,11 @@ def choose_settings(data: DataStatistics, decided: Mapping[str, Any] | None = No
     choices["exclude_seen"] = _choose_exclude_seen(data)
     choices["gate"] = Choice("mean", "softmax was no better on the data of the tables")
     choices["neighbors"] = Choice(True, "validation chooses their weights, 0 among them")
+    if not data.has_validation:
+        reason = "no validation targets, which stop a run and choose the weights of neighbours"
+        choices["epochs"] = Choice(EPOCHS_WITHOUT_VALIDATION[name], reason)
+        choices["neighbors"] = Choice(False, reason)
+        del choices["patience_targets"]
     return choices
 
 
@@ -152,9 +164,11 @@ def _scale_steps(data: DataStatistics, values: Mapping[str, Any], per_step: int 
     epochs = 3 if values["average_targets"] else 10  # the average is smooth, and needs less patience
     patience = max(epochs * data.targets, MIN_PATIENCE_STEPS * per_step)
     n_steps = max(1, round(data.targets / per_step))
+    n_epochs = patience / max(data.targets, 1)
+    shown = f"{n_epochs:.3g}" if n_epochs < 1_000 else f"{n_epochs:,.0f}"
     choices = {
-        "targets_per_step": Choice(per_step, f"{n_steps:,} steps an epoch"),
-        "patience_targets": Choice(patience, f"{patience / max(data.targets, 1):.3g} epochs"),
+        "targets_per_step": Choice(per_step, f"{format_count(n_steps, 'step')} an epoch"),
+        "patience_targets": Choice(patience, f"{shown} epochs"),
     }
     if values["average_targets"]:
         choices["average_targets"] = Choice(AVERAGED_STEPS * per_step, f"{AVERAGED_STEPS} steps")

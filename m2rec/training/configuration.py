@@ -32,7 +32,7 @@ from m2rec.settings import (
     collect_keys,
     get_defaults,
 )
-from m2rec.training.automatic_settings import RULE_KEYS
+from m2rec.training.automatic_settings import RULE_KEYS, Choice
 from m2rec.training.recbole_keys import (
     DataSettings,
     LoopSettings,
@@ -84,8 +84,8 @@ class RunConfig(Config):
     """None for a model that is not made of M2Rec's parts."""
     open_keys: frozenset[str]
     """The keys that the rule of `auto` chooses once the data is loaded."""
-    recipe: str
-    """What was taken of the recipe that is shipped for the data set, in words; empty if nothing was."""
+    recipe: dict[str, Choice]
+    """What was taken of the recipe that is shipped for the data set, by key."""
 
     def settle(self, values: Mapping[str, Any]) -> None:
         """Replace what was left open; `resolve_settings` then gives the answer."""
@@ -147,7 +147,7 @@ def build_config(given: Mapping[str, Any], default_file: Path | None = None) -> 
     config.open_keys = _list_open_keys(values, set_keys) if follows_rule else frozenset()
     if values.get("exclude_seen") == "auto":
         config.open_keys |= {"exclude_seen"}
-    config.recipe = "" if recipe is None else _describe_recipe(values["dataset"], recipe, user_values)
+    config.recipe = _list_recipe_choices(values["dataset"], recipe or {}, user_values)
     if settings:
         resolve_scan_backend(settings, config["device"])
     unused_keys = sorted(set(user_values) - collect_model_keys(model))
@@ -199,8 +199,10 @@ def _merge_values(
     return values, recipe, frozenset(chosen)
 
 
-def _describe_recipe(name: str, recipe: Mapping[str, Any], user_values: Mapping[str, Any]) -> str:
-    """Such as `the recipe of ml-1m without epochs`; empty if the user has set all its keys.
+def _list_recipe_choices(
+    name: str, recipe: Mapping[str, Any], user_values: Mapping[str, Any]
+) -> dict[str, Choice]:
+    """What the user leaves of a recipe, for a reason such as `the recipe of ml-1m without epochs`.
 
     Args:
         name: of the data set.
@@ -209,9 +211,8 @@ def _describe_recipe(name: str, recipe: Mapping[str, Any], user_values: Mapping[
     """
     overridden = list_decided_keys(user_values)
     left_out = [key for key in recipe if key in overridden]
-    if recipe and len(left_out) == len(recipe):
-        return ""
-    return f"the recipe of {name}{' without ' if left_out else ''}{', '.join(left_out)}"
+    reason = f"the recipe of {name}{' without ' if left_out else ''}{', '.join(left_out)}"
+    return {key: Choice(value, reason) for key, value in recipe.items() if key not in left_out}
 
 
 def list_decided_keys(values: Mapping[str, Any]) -> frozenset[str]:

@@ -26,7 +26,7 @@ from m2rec.models.m2rec import M2Rec
 from m2rec.run_folder import RunFolder
 from m2rec.settings import NO_RUN, SCALE_FREE_KEYS, Role, RunSettings, collect_keys, override_settings
 from m2rec.text.continued import continue_text_vectors
-from m2rec.text.vector_file import TextVectors
+from m2rec.text.vector_file import ANY_VECTORS, TextVectors
 from m2rec.training.configuration import RunConfig, build_config, collect_user_values
 from m2rec.training.replay import ReplayLoader
 from m2rec.training.settling import find_scale_free_keys
@@ -74,6 +74,7 @@ def build_run_config(given: Mapping[str, Any], default_file: Path | None = None)
     _check_user_values(name, settings, user_values, has_text=bool(files.read_text_source()))
     if not files.read_text_source():
         settings["text_vectors"] = "none"
+    settings["text_fingerprint"] = ANY_VECTORS  # those of new items come into the space of the run's
     inherited = scale_to_data(settings, files.read_metrics()["data"])
     for scale_free, plain in SCALE_FREE_KEYS.items():
         pair = {scale_free, plain}

@@ -14,6 +14,7 @@ import torch
 from m2rec import __version__, distributed
 from m2rec.compat import Config
 from m2rec.data.dataset import HistoryDataset
+from m2rec.evaluation.protocols import Protocol
 from m2rec.settings import MACHINE_KEYS, Role, collect_keys
 from m2rec.threads import describe_threads
 from m2rec.training.configuration import resolve_scan_backend, resolve_settings
@@ -165,13 +166,18 @@ def _format_share(count: int, total: int, noun: str) -> str:
 
 
 def describe_protocol(config: Config, dataset: HistoryDataset) -> dict[str, str]:
-    """How the data is split and how items are ranked."""
+    """How the data is split and how items are ranked, in the metrics and by `Recommender.recommend`."""
     shares = {"valid_from": config["valid_from"], "test_from": config["test_from"]}
+    settings, recommends = config.model_settings, {}
+    if settings is not None:
+        served = Protocol.UNSEEN if settings.exclude_seen else Protocol.ALL
+        recommends = {"recommends_as": served.get_name("test")}
     sample = f", {config['valid_users']:,} users of it at most" if config["valid_users"] else ""
     return {
         "split": dataset.split,
         "targets": _TARGETS[dataset.split].format(**shares),
         **_FIXED_PROTOCOL,
+        **recommends,
         "time_order": dataset.time_order,
         "tie_order": dataset.tie_order,
         "rows": dataset.rows,

@@ -28,8 +28,13 @@ from m2rec.git import join_commits, read_commit
 from m2rec.models.m2rec import M2Rec
 from m2rec.models.registry import find_model_class
 from m2rec.run_folder import RunFolder
-from m2rec.settings import Role, get_defaults
-from m2rec.text.source import ensure_text_vectors, find_vector_file, load_text_vectors
+from m2rec.settings import Role, get_defaults, get_model_settings
+from m2rec.text.source import (
+    check_fingerprint,
+    ensure_text_vectors,
+    find_vector_file,
+    load_text_vectors,
+)
 from m2rec.training.baselines import evaluate_baselines
 from m2rec.training.checkpoint import CannotResume
 from m2rec.training.compilation import resolve_compile
@@ -338,7 +343,10 @@ def prepare_run(
         tokens = dataset.item_tokens
         file = ensure_text_vectors(config, tokens[1:]) if folder is None else find_vector_file(config)
         load_vectors = partial(load_text_vectors, config) if source is None else source.load_text_vectors
-        loaders.train.dataset.item_vectors = load_vectors(file, tokens)
+        text = load_vectors(file, tokens)
+        loaders.train.dataset.item_vectors = text
+        if folder is None and get_model_settings(config).uses_text:
+            config.settle({"text_fingerprint": check_fingerprint(config, text)})
         if config["device"].type == "cuda":
             torch.cuda.reset_peak_memory_stats(config["device"])
         timer.lap("text")

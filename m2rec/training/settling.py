@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from m2rec.data.dataset import HistoryDataset
+from m2rec.data.histories import NO_TARGET
 from m2rec.settings import SCALE_FREE_KEYS, RunSettings
 from m2rec.text.source import has_item_text
 from m2rec.training.automatic_settings import (
@@ -38,11 +39,8 @@ def settle_settings(config: RunConfig, dataset: HistoryDataset, train: HistoryDa
     config.settle({"MAX_ITEM_LIST_LENGTH": dataset.max_item_list_len})
     choices = _choose_open_keys(config, dataset, train)
     config.settle({key: choice.value for key, choice in choices.items()})
-    sources = [config.recipe] if config.recipe else []
-    if choices:
-        sources.append(format_choices(choices))
-    if sources:
-        logger.info("auto: %s", "; ".join(sources))
+    if chosen := {**config.recipe, **choices}:
+        logger.info("auto: %s", format_choices(chosen))
     values = resolve_scale_free_keys(config.run_settings, len(train), train.n_targets)
     if values:
         plain = ", ".join(f"{key} {value:g}" for key, value in values.items() if type(value) is not str)
@@ -95,6 +93,7 @@ def collect_statistics(dataset: HistoryDataset, has_text: bool) -> DataStatistic
         median_item_count=float(np.median(counts[counts > 0])) if counts.any() else 0.0,
         returning_share=histories.measure_returning_share(_MAX_COUNTED_HISTORIES),
         has_text=has_text,
+        has_validation=bool((histories.split.targets["valid"] != NO_TARGET).any()),
     )
 
 
