@@ -110,9 +110,7 @@ def test_table_and_page(run: Callable[..., dict[str, Any]], tmp_path: Path):
     assert "by the similarity of their texts" not in text  # it has none
 
 
-def test_the_page_explains_recent_popularity(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
-):
+def test_the_page_explains_recent_popularity(run: Callable[..., dict[str, Any]], tmp_path: Path):
     run(report=True, split="global_time")
     (page,) = (tmp_path / "runs").glob("*/report.html")
     text = " ".join(page.read_text().split())
