@@ -59,6 +59,7 @@ ML_100K = {"targets": 97_171, "items": 1_682, "users": 943, "median_item_count":
     [
         ({}, "rare items", {"hidden_size": 128, "decay_per_epoch": 0.16, "dropout_prob": 0.4}),
         ({}, "rare items", {"targets_per_step": 1_460, "average_targets": 130 * 1_460, "init": "standard"}),
+        ({"targets": 30_000}, "rare items", {"decay_per_epoch": 0.037}),
         ({"has_text": True}, "rare items with text", {"hidden_size": 128, "init": "mamba4rec"}),
         ({"users": 1_500}, "small data", {"hidden_size": 64, "decay_per_epoch": 0.0}),
         ({"returning_share": 0.3}, "small data", {"average_targets": 0, "exclude_seen": False}),

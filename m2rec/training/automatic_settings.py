@@ -50,6 +50,10 @@ MIN_PATIENCE_STEPS = 260
 # Epochs where no validation can end a run: after so many the runs of results/*.csv had their best weights.
 EPOCHS_WITHOUT_VALIDATION = {"rare items": 15, "rare items with text": 15, "much data": 20, "small data": 25}
 
+# Weight decay takes at most the profile's share of the weights in an epoch. Each target of an item pulls the
+# item's weights up once, so where items have few targets decay takes as much for each of them and less in all.
+DECAY_PER_ITEM_TARGET = 0.015
+
 # Dropout by targets per parameter: the first limit that is not reached counts.
 DROPOUT_BY_TARGETS_PER_PARAMETER = ((0.5, 0.4), (1.5, 0.3), (float("inf"), 0.2))
 
@@ -153,6 +157,8 @@ def scale_profile(
         choices["inner_size"] = Choice(factor * width, f"{factor} times hidden_size {width}")
     choices |= _scale_steps(data, {**profile, **decided}, decided.get("targets_per_step"))
     choices["dropout_prob"] = _choose_dropout(data, width)
+    if profile["decay_per_epoch"]:
+        choices["decay_per_epoch"] = _choose_decay(data, profile["decay_per_epoch"])
     return choices
 
 
@@ -180,6 +186,12 @@ def _choose_dropout(data: DataStatistics, hidden_size: int) -> Choice:
     ratio = data.targets / parameters
     dropout = next(value for limit, value in DROPOUT_BY_TARGETS_PER_PARAMETER if ratio < limit)
     return Choice(dropout, f"{ratio:.2g} targets per parameter")
+
+
+def _choose_decay(data: DataStatistics, most: float) -> Choice:
+    per_item = data.targets / max(data.items, 1)
+    decay = min(most, round(DECAY_PER_ITEM_TARGET * per_item, 3))
+    return Choice(decay, f"{per_item:.2g} targets per item")
 
 
 def is_loss_open(data: DataStatistics) -> bool:
