@@ -191,6 +191,8 @@ def test_both_weights_grow_as_long_as_validation_loses_no_more_than_its_error(
     trainer.evaluate_protocols(loader)
     neighbors = build_neighbors(trainer.model.encoder, prepared.loaders.train.dataset)
     factors = (1.2, 1.5, 2, 3, 1e6)
+    assert choose_weights(neighbors, trainer.score, loader, Protocol.UNSEEN).factor == 1  # of so few users
+    monkeypatch.setattr(neighbor_weights, "_MIN_USERS_TO_MULTIPLY", 60)
     monkeypatch.setattr(neighbor_weights, "_FACTORS", ())
     pair = choose_weights(neighbors, trainer.score, loader, Protocol.UNSEEN).weights
     assert all(pair.values())

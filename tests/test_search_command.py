@@ -337,6 +337,21 @@ def test_a_drawn_trial_keeps_the_share_of_the_weights(toy: Path, drawn: dict[str
     assert config["weight_decay"] != setup.base["weight_decay"]
 
 
+def test_scale_free_keys_of_the_user_hold_in_all_trials(toy: Path):
+    """The share and the targets, whatever a profile changes and whatever is drawn."""
+    write_rare_items(toy)
+    setup = plan(toy, decay_per_epoch=0.1, targets_per_step=300)
+    searched = set(setup.task.space.make_ranges(setup.task.plain))
+    assert not searched & {"decay_per_epoch", "weight_decay", "targets_per_step", "train_batch_size"}
+    settings = [{**setup.task.carried, "learning_rate": 0.008}, *setup.profiles.values()]
+    for changes in settings:
+        config, n_rows = load_trial(setup, changes)
+        n_steps = math.ceil(n_rows / config["train_batch_size"])
+        left = (1 - config["learning_rate"] * config["weight_decay"]) ** n_steps
+        assert 1 - left == pytest.approx(0.1, rel=1e-3)
+        assert config["train_batch_size"] * 2_800 / n_rows == pytest.approx(300, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("min_items", "max_scores", "given", "drawn", "plain"),
     [

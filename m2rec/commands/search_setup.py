@@ -121,7 +121,8 @@ def plan_search(given: Mapping[str, Any], budget: Budget) -> SearchSetup:
         ensure_text_vectors(config, dataset.item_tokens[1:])  # once, not in each worker
     plain = resolve_settings(config)  # `load_data` has settled what depends on the data
     own = {key: value for key, value in user_values.items() if key in MACHINE_KEYS}
-    base = {**plain, **own, "auto": False}
+    scale_free = {key: user_values[key] for key in SCALE_FREE_KEYS if user_values.get(key)}
+    base = override_settings({**plain, **own, "auto": False}, scale_free)
     profiles, carried, fixed = {PLAIN: dict[str, Any]()}, dict[str, Any](), list_decided_keys(user_values)
     train = loaders.train.dataset
     if plain["model"] == _M2REC:
@@ -235,7 +236,9 @@ class PlainRun:
                 settings[key] = value
         scaled = find_scale_free_keys(RunSettings.read(resolved), n_rows, n_targets)
         for key, plain_key in SCALE_FREE_KEYS.items():
-            if plain_key in settings and key not in self.decided_keys:
+            if plain_key in settings and self.user_values.get(key):
+                del settings[plain_key]  # what the user's key comes to with these settings
+            elif plain_key in settings and key not in self.decided_keys:
                 del settings[plain_key]
                 settings[key] = round_setting(own.get(key, scaled.get(key, RunSettings.defaults()[key])))
         if "MAX_ITEM_LIST_LENGTH" in settings:  # there are other rows, whose steps keep their targets

@@ -35,6 +35,7 @@ from m2rec.experiments.study import (
     get_progress,
     is_maximized,
     log_trial,
+    make_halving_pruner,
 )
 from m2rec.git import read_commit
 from m2rec.settings import override_settings
@@ -51,7 +52,7 @@ MAX_CONFIG_DRAWS = 20  # draws that are tried before the fixed settings are repo
 MAX_FAILURES_IN_A_ROW = 20
 MAX_DRAWS = 20  # of new settings that no trial has had
 VARIED_SHARE = 1 / 3  # of the keys of the best settings that a new trial draws anew
-_FIRST_EPOCHS_KEY = "first_epochs"  # of a study: the length of its first round, once an epoch was timed
+_FIRST_ROUND_KEY = "first_round"  # of a study: how long its first round is, for which deadline
 _FIRST_ROUND_SHARE = 0.25  # of the time that is left; all later rounds together take a little more
 _WAIT_SECONDS = 0.3  # between two looks for a trial that another worker may leave
 
@@ -162,6 +163,7 @@ class _Worker:
         self.commit = read_commit()  # as it was imported, whatever is committed meanwhile
 
     def run(self) -> None:
+        self._forget_first_round()
         while not self.is_time_over(find_best_trial(self.study)):
             with lock_path(find_study_file(self.task.folder)):
                 claim = self.claim_trial()
@@ -288,6 +290,8 @@ class _Worker:
         progress = {**get_progress(trial), "worker": os.getpid(), "paused": False, "commit": self.commit}
         before, start = progress.get("seconds", 0.0), perf_counter()
         is_pruned, n_before = False, progress.get("trained_epochs", 0)
+        epoch_ends: list[float] = []
+        self.study.pruner = make_halving_pruner(find_first_epochs(self.study, self.task))
 
         def store_progress(**others: Any) -> None:
             progress.update(others, seconds=round(before + perf_counter() - start, 1))
@@ -300,7 +304,10 @@ class _Worker:
             store_progress()
             is_hopeless = bool(trial.should_prune())
             is_pruned = is_hopeless and not is_profile(trial)  # profiles are judged by their race
-            self._fit_first_round(trial)
+            ended_at = perf_counter()
+            if is_profile(trial) and len(epoch_ends) > 0:  # the time of the first includes the start
+                self._fit_first_round(ended_at - epoch_ends[-1])
+            epoch_ends.append(ended_at)
             first = find_first_epochs(self.study, self.task)  # it may have become smaller than the limit
             is_at_limit = limit is not None and epoch + 1 >= (first if n_before < first else limit)
             return is_pruned or is_at_limit or self.is_time_over(trial)
@@ -326,22 +333,29 @@ class _Worker:
         else:
             store_progress(paused=True)
 
-    def _fit_first_round(self, trial: Any) -> None:
+    def _forget_first_round(self) -> None:
+        """With another deadline a race that is in its first round is fitted to the time anew."""
+        fitted = self.study.user_attrs.get(_FIRST_ROUND_KEY, {})
+        if fitted and fitted["ends_at"] != self.task.deadline.ends_at:
+            standing = judge_profiles(self.study, self.task)
+            if not standing.rounds and not standing.is_decided:
+                self.study.set_user_attr(_FIRST_ROUND_KEY, {})
+
+    def _fit_first_round(self, epoch_seconds: float) -> None:
         """Shorten the first round of the race, once an epoch was timed, so that all profiles are compared."""
-        task, attributes = self.task, self.study.user_attrs
-        if not task.deadline.is_set or _FIRST_EPOCHS_KEY in attributes or not is_profile(trial):
+        task = self.task
+        if not task.deadline.is_set or self.study.user_attrs.get(_FIRST_ROUND_KEY):
             return
         n_profiles = sum(map(is_profile, self.study.get_trials(deepcopy=False)))
-        epoch = measure_epoch_seconds(get_progress(trial))
         seconds = _FIRST_ROUND_SHARE * task.deadline.measure_seconds_left() * task.n_workers / n_profiles
-        fitting = int(seconds / epoch) if epoch else task.first_epochs
-        least = task.plain.get("eval_step", 1)
-        first_epochs = min(task.first_epochs, max(fitting, least))
-        self.study.set_user_attr(_FIRST_EPOCHS_KEY, first_epochs)
+        fitting = int(seconds / epoch_seconds) if epoch_seconds else task.first_epochs
+        first_epochs = min(task.first_epochs, max(fitting, task.plain.get("eval_step", 1)))
+        fitted = {"epochs": first_epochs, "ends_at": task.deadline.ends_at}
+        self.study.set_user_attr(_FIRST_ROUND_KEY, fitted)
         if first_epochs < task.first_epochs:
             logger.info(
                 "an epoch takes %.1f s: the profiles are first compared after %d epochs, not %d",
-                epoch, first_epochs, task.first_epochs,
+                epoch_seconds, first_epochs, task.first_epochs,
             )  # fmt: skip
 
     def _end_trial(self, number: int, state: str, score: float | None = None, reason: str = "") -> None:
@@ -377,7 +391,8 @@ def judge_profiles(study: "optuna.Study", task: SearchTask) -> Standing:
 
 def find_first_epochs(study: "optuna.Study", task: SearchTask) -> int:
     """After how many epochs the profiles are first compared."""
-    return int(study.user_attrs.get(_FIRST_EPOCHS_KEY, task.first_epochs))
+    fitted = study.user_attrs.get(_FIRST_ROUND_KEY, {})
+    return int(fitted.get("epochs", task.first_epochs))
 
 
 def estimate_final_seconds(study: "optuna.Study", task: SearchTask) -> float:

@@ -51,7 +51,7 @@ MIN_PATIENCE_STEPS = 260
 EPOCHS_WITHOUT_VALIDATION = {"rare items": 15, "rare items with text": 15, "much data": 20, "small data": 25}
 
 # Weight decay takes at most the profile's share of the weights in an epoch. Each target of an item pulls the
-# item's weights up once, so where items have few targets decay takes as much for each of them and less in all.
+# item's weights up once, so where items have few targets decay takes as much for each, and less in all.
 DECAY_PER_ITEM_TARGET = 0.015
 
 # Dropout by targets per parameter: the first limit that is not reached counts.

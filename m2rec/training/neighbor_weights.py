@@ -8,7 +8,7 @@ P       candidates of a row, R + k
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -30,17 +30,18 @@ from m2rec.nn.neighbors import Neighbors, NeighborTable, choose_width, find_simi
 
 logger = logging.getLogger(__name__)
 
-# the weights that are tried, every pair of them
+# the weights that are tried, every pair of them; with the greatest next to nothing is left of the network
 _WEIGHTS: dict[str, tuple[float, ...]] = {
-    "transitions": (0, 0.12, 0.25, 0.5, 1, 2, 3, 4, 6),
-    "text": (0, 0.5, 1, 2, 4, 6, 9, 12),
+    "transitions": (0, 0.12, 0.25, 0.5, 1, 2, 3, 4, 6, 15, 60, 600),
+    "text": (0, 0.5, 1, 2, 4, 6, 9, 12, 30, 120, 1200),
 }
-# with which the best pair is multiplied; with the last one next to nothing is left of the network
+# with which the best pair is multiplied
 _FACTORS = (1.5, 2, 3, 5, 10, 30, 100)
 _N_FOLDS = 20  # of the users, for the standard error of a difference
+_MIN_USERS_TO_MULTIPLY = 100  # of fewer the error is not known well enough
 
 _MAX_USERS = 20_000  # whose validation targets choose
-_MAX_SCORES = 4_000_000_000  # of the network, for them
+_MAX_SCORES = 4_000_000_000  # of the network, for them, in each of two passes
 _BATCH_SCORES = 2**22  # in a batch of rows
 
 # all pairs of items with this many numbers each take some minutes of one thread
@@ -107,8 +108,9 @@ def choose_weights(neighbors: Neighbors, score: Score, loader: Any, protocol: Pr
 
     Of the pairs of `_WEIGHTS` the one with the best metric, at equal metrics the smaller one. Then both
     weights are multiplied by the greatest of `_FACTORS` with which the metric is not worse than the best one
-    by more than a standard error. Validation flatters the network: it was trained on the last item of each of
-    these histories, as part of the same history, and will not have been on those of the test.
+    by more than a standard error; not with few users. Validation flatters the network: it was trained on the
+    last item of each of these histories, as part of the same history, and will not have been on those of the
+    test.
 
     One process chooses for all.
 
@@ -131,7 +133,8 @@ def _choose_weights(trial: "_Trial") -> WeightChoice:
     results = [trial.measure(ranking) for ranking in trial.rank(grid)]
     best = max(range(len(grid)), key=lambda i: (trial.sign * results[i], -sum(grid[i])))
     multiples = [tuple(factor * weight for weight in grid[best]) for factor in (1, *_FACTORS)]
-    rankings = trial.rank(multiples) if any(grid[best]) else []
+    is_open = any(grid[best]) and len(trial.rows) >= _MIN_USERS_TO_MULTIPLY
+    rankings = list(trial.rank(multiples)) if is_open else []
     chosen, result, factor = grid[best], results[best], 1.0
     if rankings:
         number = _find_greatest_good_multiple(trial, rankings)
@@ -165,8 +168,8 @@ class _Trial:
         self.sign = 1 if loader.config["valid_metric_bigger"] else -1
 
     @torch.no_grad()
-    def rank(self, grid: Sequence[tuple[float, ...]]) -> list[Ranking]:
-        """The ranking of the rows with each of these weights."""
+    def rank(self, grid: Sequence[tuple[float, ...]]) -> Iterator[Ranking]:
+        """The ranking of the rows with each of these weights, one at a time."""
         part, k = self.part, max(self.loader.config["topk"])
         best_items: list[list[Tensor]] = [[] for _ in grid]
         for batch in torch.from_numpy(self.rows).split(max(1, _BATCH_SCORES // part.item_num)):
@@ -181,10 +184,8 @@ class _Trial:
         owners = part.inter_feat[part.owner_field][self.rows].numpy()
         assert part.histories is not None and part.part is not None
         returning = part.histories.target_returns(owners, part.part)
-        rankings = []
         for found in best_items:
-            rankings.append(Ranking(targets, returning, {self.protocol: torch.cat(found).long().numpy()}))
-        return rankings
+            yield Ranking(targets, returning, {self.protocol: torch.cat(found).long().numpy()})
 
     def measure(self, ranking: Ranking) -> float:
         """The metric by which the training is judged."""
