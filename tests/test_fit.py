@@ -154,6 +154,27 @@ def test_polars_and_pandas_are_one_data_set(tmp_path: Path):
     ]  # fmt: skip
 
 
+def test_prices_are_no_text_unless_they_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    items = pd.DataFrame(
+        {"item_id": ["i1", "i2"], "title": ["A", "B"], "price": [1.5, np.nan], "year": [1999.0, np.nan]}
+    )
+    name = write_dataset(tmp_path, None, FRAME, COLUMNS, items, "item_id")
+    head = (tmp_path / name / f"{name}.item").read_text().splitlines()[0]
+    assert head == "item_id:token\ttitle:token_seq\tyear:token_seq"
+    assert (
+        "items: column 'price' has numbers, which are no text; text=[COLUMN, ...] would take it"
+        in caplog.text
+    )
+    name = write_dataset(tmp_path, None, FRAME, COLUMNS, items, "item_id", ["price"])
+    assert (tmp_path / name / f"{name}.item").read_text().splitlines()[:2] == [
+        "item_id:token\tprice:token_seq",
+        "i1\t1.5",
+    ]
+    with pytest.raises(ValueError, match="items: the frame has no column of text; leave items out"):
+        write_dataset(tmp_path, None, FRAME, COLUMNS, items[["item_id", "price"]], "item_id")
+
+
 def test_a_named_data_set_is_not_replaced(tmp_path: Path):
     assert write_dataset(tmp_path, "shop", FRAME, COLUMNS) == "shop"
     assert write_dataset(tmp_path, "shop", FRAME, COLUMNS) == "shop"

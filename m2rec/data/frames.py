@@ -6,6 +6,7 @@ n       interactions
 
 import csv
 import hashlib
+import logging
 import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from m2rec.data.raw.tally import MalformedRowError
 from m2rec.data.raw.values import is_missing, join_texts, parse_id
 from m2rec.errors import UserError
 from m2rec.yaml_values import suggest_spelling
+
+logger = logging.getLogger(__name__)
 
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]+")
 _NAME_PREFIX = "frame-"
@@ -332,7 +335,7 @@ def _format_dates(column: pd.Series) -> pd.Series:
 
 
 def _read_items(frame: Any, item_id: str, columns: Sequence[str] | None) -> pd.DataFrame:
-    """The table of NAME.item: a text column for each column of the frame.
+    """The table of NAME.item: a text column for each column of the frame, but for those of fractions.
 
     Raises:
         ValueError: it is not a frame, lacks a column, or an item occurs twice.
@@ -345,6 +348,11 @@ def _read_items(frame: Any, item_id: str, columns: Sequence[str] | None) -> pd.D
     parts = {"item_id:token": tokens}
     for name in names:
         values = _get_column("items", frame, name, "name columns of text with text=[COLUMN, ...]")
+        if columns is None and _has_fractions(values):
+            logger.info(
+                "items: column %r has numbers, which are no text; text=[COLUMN, ...] would take it", name
+            )
+            continue
         header = f"{name_text_column(str(name))}:token_seq"
         if header in parts or header == "item_id:token_seq":
             raise UserError(f"items: column {name!r} has the name of another one in the file; rename it")
@@ -352,6 +360,11 @@ def _read_items(frame: Any, item_id: str, columns: Sequence[str] | None) -> pd.D
     if len(parts) == 1:
         raise UserError("items: the frame has no column of text; leave items out")
     return pd.DataFrame(parts)[tokens.notna()]
+
+
+def _has_fractions(values: pd.Series) -> bool:
+    """Whether these are numbers such as prices; whole numbers, such as years, may be words."""
+    return bool(pd.api.types.is_float_dtype(values.dtype) and (values.dropna() % 1 != 0).any())
 
 
 def _format_text(value: Any) -> str:
