@@ -291,7 +291,8 @@ class _Worker:
         before, start = progress.get("seconds", 0.0), perf_counter()
         is_pruned, n_before = False, progress.get("trained_epochs", 0)
         epoch_ends: list[float] = []
-        self.study.pruner = make_halving_pruner(find_first_epochs(self.study, self.task))
+        if self.study.user_attrs.get(_FIRST_ROUND_KEY):  # drawn trials are compared as early as the profiles
+            self.study.pruner = make_halving_pruner(find_first_epochs(self.study, self.task))
 
         def store_progress(**others: Any) -> None:
             progress.update(others, seconds=round(before + perf_counter() - start, 1))
