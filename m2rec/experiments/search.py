@@ -291,8 +291,7 @@ class _Worker:
         before, start = progress.get("seconds", 0.0), perf_counter()
         is_pruned, n_before = False, progress.get("trained_epochs", 0)
         epoch_ends: list[float] = []
-        if self.study.user_attrs.get(_FIRST_ROUND_KEY):  # drawn trials are compared as early as the profiles
-            self.study.pruner = make_halving_pruner(find_first_epochs(self.study, self.task))
+        self._fit_pruner()
 
         def store_progress(**others: Any) -> None:
             progress.update(others, seconds=round(before + perf_counter() - start, 1))
@@ -333,6 +332,11 @@ class _Worker:
             end("PRUNED")
         else:
             store_progress(paused=True)
+
+    def _fit_pruner(self) -> None:
+        """Compare drawn trials as early as the profiles were."""
+        if self.study.user_attrs.get(_FIRST_ROUND_KEY):
+            self.study.pruner = make_halving_pruner(find_first_epochs(self.study, self.task))
 
     def _forget_first_round(self) -> None:
         """With another deadline a race that is in its first round is fitted to the time anew."""
