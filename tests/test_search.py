@@ -99,6 +99,15 @@ class Formula:
         return height + 0.1 * (values["mixer"] == "mamba") + 1
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The only number is the time that a search sees, in seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(search_budget, "time", lambda: clock[0])
+    monkeypatch.setattr(search, "perf_counter", lambda: clock[0])
+    return clock
+
+
 def make_task(tmp_path: Path, trials: int | None = 12, **others: Any) -> SearchTask:
     folder = tmp_path / "searches" / "one"
     task = SearchTask(folder, {"epochs": 12}, SpaceAround(RULES_HERE), PLAIN, trials, startup_trials=4)
@@ -227,11 +236,8 @@ def test_two_workers_share_a_search(tmp_path: Path):
     assert len(set(keys)) == len(keys)  # no epoch was trained twice
 
 
-def test_the_end_of_the_time_leaves_the_final_run_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_end_of_the_time_leaves_the_final_run_its_share(tmp_path: Path, clock: list[float]):
     """An epoch takes 1 s, a run 12 s: of 60 s about 48 are for the trials."""
-    clock = [0.0]
-    monkeypatch.setattr(search_budget, "time", lambda: clock[0])
-    monkeypatch.setattr(search, "perf_counter", lambda: clock[0])
 
     def tick(settings: Settings, epoch: int) -> None:
         clock[0] += 1.0
@@ -251,13 +257,8 @@ def test_the_end_of_the_time_leaves_the_final_run_its_share(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("seconds", [100.0, 103.0, 109.0])
-def test_no_epoch_is_begun_that_would_end_too_late(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
-):
+def test_no_epoch_is_begun_that_would_end_too_late(tmp_path: Path, clock: list[float], seconds: float):
     """An epoch takes 9 s, and the final run three of them."""
-    clock = [0.0]
-    monkeypatch.setattr(search_budget, "time", lambda: clock[0])
-    monkeypatch.setattr(search, "perf_counter", lambda: clock[0])
 
     def tick(settings: Settings, epoch: int) -> None:
         clock[0] += 9.0
@@ -271,15 +272,12 @@ def test_no_epoch_is_begun_that_would_end_too_late(
 
 @pytest.mark.parametrize(("epoch", "first"), [(1.0, 8), (4.0, 3), (12.0, 1)])
 def test_the_first_round_is_as_short_as_the_time_asks_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: float, first: int
+    tmp_path: Path, clock: list[float], epoch: float, first: int
 ):
     """Four profiles in 240 s: a quarter of the time that is left is for the first round.
 
     The start of a trial, which takes 10 s, is no part of an epoch.
     """
-    clock = [0.0]
-    monkeypatch.setattr(search_budget, "time", lambda: clock[0])
-    monkeypatch.setattr(search, "perf_counter", lambda: clock[0])
 
     def tick(settings: Settings, number: int) -> None:
         clock[0] += epoch + 10.0 * (number == 0)
@@ -295,11 +293,7 @@ def test_the_first_round_is_as_short_as_the_time_asks_for(
     assert trained[:4] == [max(first, 2), first, first, first]  # an epoch is timed in the second
 
 
-def test_more_time_makes_the_first_round_longer_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    clock = [0.0]
-    monkeypatch.setattr(search_budget, "time", lambda: clock[0])
-    monkeypatch.setattr(search, "perf_counter", lambda: clock[0])
-
+def test_more_time_makes_the_first_round_longer_again(tmp_path: Path, clock: list[float]):
     def tick(settings: Settings, _: int) -> None:
         clock[0] += 10.0
 

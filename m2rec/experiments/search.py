@@ -53,7 +53,7 @@ MAX_FAILURES_IN_A_ROW = 20
 MAX_DRAWS = 20  # of new settings that no trial has had
 VARIED_SHARE = 1 / 3  # of the keys of the best settings that a new trial draws anew
 _FIRST_ROUND_KEY = "first_round"  # of a study: how long its first round is, for which deadline
-_FIRST_ROUND_SHARE = 0.25  # of the time that is left; all later rounds together take a little more
+_FIRST_ROUND_SHARE = 0.25  # of the time that is left; all later rounds together take about as much
 _WAIT_SECONDS = 0.3  # between two looks for a trial that another worker may leave
 
 Watch = Callable[[int, float], bool]

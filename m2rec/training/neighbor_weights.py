@@ -149,7 +149,7 @@ def _find_greatest_good_multiple(trial: "_Trial", rankings: list[Ranking]) -> in
     best = int(np.argmax(results))
     by_fold = np.array([trial.measure_folds(ranking) for ranking in rankings])
     lost = trial.sign * (by_fold[best] - by_fold)
-    errors = lost.std(axis=1, ddof=1) / math.sqrt(lost.shape[1]) if lost.shape[1] > 1 else np.zeros(len(lost))
+    errors = lost.std(axis=1, ddof=1) / math.sqrt(_N_FOLDS)
     is_good = results[best] - np.array(results) <= errors
     return int(np.flatnonzero(is_good)[-1])
 
@@ -195,7 +195,7 @@ class _Trial:
     def measure_folds(self, ranking: Ranking) -> list[float]:
         """The same of parts of the rows that are alike in size."""
         folds = []
-        for first in range(min(_N_FOLDS, len(self.rows))):
+        for first in range(_N_FOLDS):
             fold = slice(first, None, _N_FOLDS)
             items = {self.protocol: ranking.items[self.protocol][fold]}
             folds.append(self.measure(Ranking(ranking.targets[fold], ranking.returning[fold], items)))
