@@ -190,7 +190,7 @@ def test_both_weights_grow_as_long_as_validation_loses_no_more_than_its_error(
     trainer, loader = prepared.trainer, prepared.loaders.valid
     trainer.evaluate_protocols(loader)
     neighbors = build_neighbors(trainer.model.encoder, prepared.loaders.train.dataset)
-    factors = (1.2, 1.5, 2, 3, 1e6)
+    factors = (1.2, 1.5, 2, 3, 100)
     assert choose_weights(neighbors, trainer.score, loader, Protocol.UNSEEN).factor == 1  # of so few users
     monkeypatch.setattr(neighbor_weights, "_MIN_USERS_TO_MULTIPLY", 60)
     monkeypatch.setattr(neighbor_weights, "_FACTORS", ())
@@ -209,9 +209,12 @@ def test_both_weights_grow_as_long_as_validation_loses_no_more_than_its_error(
         lost = [(best - gain)[fold::20].mean() for fold in range(20)]
         if np.mean(best - gain) <= np.std(lost, ddof=1) / 20**0.5 + 1e-9:
             kept = factor
-    assert kept not in (1, 1e6) and choice.factor == kept
+    assert kept not in (1, 100) and choice.factor == kept
     assert choice.weights == {kind: kept * weight for kind, weight in pair.items()}
     assert choice.best == pytest.approx(gains[kept].mean(), abs=1e-4)
+    monkeypatch.setattr(neighbor_weights, "_WEIGHTS", {kind: (weight,) for kind, weight in pair.items()})
+    choice = choose_weights(neighbors, trainer.score, loader, Protocol.UNSEEN)
+    assert choice.factor == 1 and choice.weights == pair  # no weight is greater than those of the pairs
 
 
 def test_few_users_choose_where_there_are_many(prepared: PreparedRun, monkeypatch: pytest.MonkeyPatch):

@@ -35,7 +35,7 @@ _WEIGHTS: dict[str, tuple[float, ...]] = {
     "transitions": (0, 0.12, 0.25, 0.5, 1, 2, 3, 4, 6, 15, 60, 600),
     "text": (0, 0.5, 1, 2, 4, 6, 9, 12, 30, 120, 1200),
 }
-# with which the best pair is multiplied
+# with which the best pair is multiplied, up to the greatest weights that are tried
 _FACTORS = (1.5, 2, 3, 5, 10, 30, 100)
 _N_FOLDS = 20  # of the users, for the standard error of a difference
 _MIN_USERS_TO_MULTIPLY = 100  # of fewer the error is not known well enough
@@ -108,7 +108,8 @@ def choose_weights(neighbors: Neighbors, score: Score, loader: Any, protocol: Pr
 
     Of the pairs of `_WEIGHTS` the one with the best metric, at equal metrics the smaller one. Then both
     weights are multiplied by the greatest of `_FACTORS` with which the metric is not worse than the best one
-    by more than a standard error; not with few users. Validation flatters the network: it was trained on the
+    by more than a standard error, and no weight is greater than the greatest of `_WEIGHTS`; not with few
+    users. Validation flatters the network: it was trained on the
     last item of each of these histories, as part of the same history, and will not have been on those of the
     test.
 
@@ -132,15 +133,21 @@ def _choose_weights(trial: "_Trial") -> WeightChoice:
     grid = list(product(*(_WEIGHTS[kind] for kind in kinds)))
     results = [trial.measure(ranking) for ranking in trial.rank(grid)]
     best = max(range(len(grid)), key=lambda i: (trial.sign * results[i], -sum(grid[i])))
-    multiples = [tuple(factor * weight for weight in grid[best]) for factor in (1, *_FACTORS)]
-    is_open = any(grid[best]) and len(trial.rows) >= _MIN_USERS_TO_MULTIPLY
-    rankings = list(trial.rank(multiples)) if is_open else []
     chosen, result, factor = grid[best], results[best], 1.0
-    if rankings:
+    if any(chosen) and len(trial.rows) >= _MIN_USERS_TO_MULTIPLY:
+        factors = (1.0, *_find_possible_factors(kinds, chosen))
+        multiples = [tuple(factor * weight for weight in chosen) for factor in factors]
+        rankings = list(trial.rank(multiples))
         number = _find_greatest_good_multiple(trial, rankings)
-        chosen, result, factor = multiples[number], trial.measure(rankings[number]), (1, *_FACTORS)[number]
+        chosen, result, factor = multiples[number], trial.measure(rankings[number]), factors[number]
     weights = dict(zip(kinds, chosen, strict=True))
     return WeightChoice(weights, results[0], result, len(trial.rows), factor)
+
+
+def _find_possible_factors(kinds: list[str], weights: tuple[float, ...]) -> list[float]:
+    """The factors with which no weight exceeds the greatest of its kind: ties are left to the network."""
+    by_kind = list(zip(kinds, weights, strict=True))
+    return [f for f in _FACTORS if all(f * weight <= max(_WEIGHTS[kind]) for kind, weight in by_kind)]
 
 
 def _find_greatest_good_multiple(trial: "_Trial", rankings: list[Ranking]) -> int:
