@@ -7,6 +7,7 @@ import pytest
 from rapidfuzz import process
 
 from m2rec.serving.dialogue import Dialogue, format_rank_change
+from m2rec.serving.formatting import format_reasons
 from m2rec.serving.title_search import MAX_WANTED, TitleSearch
 from tests.test_session import TOKENS, V, recommender
 
@@ -90,12 +91,27 @@ def places(said: str) -> list[str]:
 
 def test_the_ranking_changes_with_each_item():
     model = recommender(whole_history=False)
-    said = talk("i5", "tea", "why", "quit", "i9")
+    said = talk("i5", "tea", "quit", "i9")
     assert "39 items. Type a title" in said and "+ i5\n" in said and "+ Tea\n" in said and "i9" not in said
     shown = [line.split()[-1] for line in places(said)]
     expected = [model.recommend(history, k=3) for history in (["i5"], ["i5", "i3"])]
     assert shown == [item.title or item.item for found in expected for item in found]
-    assert "  Tea: temporal " in said and "semantic" in said
+
+
+def test_why_an_item_is_recommended():
+    """The reasons of `recommend(explain=True)`; the gate's weights only where training chose them."""
+    for gate, n_lines in (("softmax", 3 + 2), ("mean", 3)):
+        model = recommender(whole_history=False, gate=gate)
+        output = io.StringIO()
+        Dialogue(model, 3, output).run(["i5", "tea", "why"])
+        lines = output.getvalue().splitlines()[-n_lines:]
+        explained = model.recommend(["i5", "i3"], k=3, explain=True)
+        assert any(item.influences for item in explained)
+        for rank, (item, line) in enumerate(zip(explained, lines, strict=False), 1):
+            why = format_reasons(item) or "no item of the history stands out"
+            assert line == f"{rank:>3}  {item.title or item.item}: {why}"
+        assert all("temporal " in line and "semantic " in line for line in lines[3:])
+        assert "temporal" not in "".join(lines[:3])
 
 
 def test_what_was_seen_stays_or_goes():

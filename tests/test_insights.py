@@ -64,6 +64,14 @@ def test_the_gate(prepared: tuple):
     assert gate["by_popularity"]["6-20"] == pytest.approx(mean[inside].mean(0).tolist(), abs=1e-4)
 
 
+def test_a_gate_that_is_not_learned_has_no_weights_to_show(toy: Path):
+    config = build_config(small(toy, text_vectors="none", gate="mean"))
+    dataset, (train, _, test) = load_data(config)
+    model = find_model_class("M2Rec")(config, train.dataset).eval()
+    found = insights.collect_insights(model, scores_of(model), test.dataset, dataset)
+    assert "gate" not in found and "filter" in found
+
+
 def test_the_filter(prepared: tuple):
     """A channel with a single slow mode lets its period through and little else."""
     model, test, dataset = prepared

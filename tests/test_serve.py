@@ -302,6 +302,7 @@ def test_new_items_by_text(tmp_path: Path):
     with serve(folder, text_encoder=name) as client:
         status, about = client.ask("GET", "/model")
         assert status == 200 and not about["no_texts"] and about["text_form"] == "title. category"
+        assert about["learned_gate"] and about["branches"][0] == "temporal"
         text = "toy story. comedy"
         new = [{"item": "new", "title": "Toy story 9", "text": text}]
         assert client.ask("POST", "/items", {"items": new}) == (200, {"added": ["new"]})

@@ -48,8 +48,8 @@ def collect_insights(
         whole: the data set, with the gaps between interactions.
 
     Returns:
-        `examples`, and where they exist `gaps` (quartiles of the time between interactions), `gate` and, by
-        layer, `filter`.
+        `examples`, and where they exist `gaps` (quartiles of the time between interactions), `gate`, if it is
+        learned, and, by layer, `filter`.
     """
     model.eval()
     insights: dict[str, Any] = {"examples": _collect_examples(score, test)}
@@ -59,7 +59,7 @@ def collect_insights(
     encoder = getattr(model, "encoder", None)
     if not isinstance(encoder, Encoder):
         return insights
-    if len(encoder.branches) > 1:
+    if encoder.has_learned_gate:
         insights["gate"] = _summarize_gate(encoder, test)
     filters = [layer.filter for layer in encoder.layers if isinstance(layer.filter, CausalFilter)]
     if filters:

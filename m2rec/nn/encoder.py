@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from m2rec.nn.batching import group_rows_by_length
 from m2rec.nn.branch import Branch, ItemBatch
 from m2rec.nn.dropout import Dropout
+from m2rec.nn.gate import SoftmaxGate
 from m2rec.nn.layer import Layer, LayerState
 from m2rec.nn.mamba import MarkedParameters, ParameterMarks
 from m2rec.nn.neighbors import Neighbors, load_neighbors
@@ -94,6 +95,11 @@ class Encoder(MarkedParameters):
         """Names of a layer's branches, in the order of the gate's weights."""
         first = cast(Layer, self.layers[0])
         return [branch.name for branch in first.branches.values()]
+
+    @property
+    def has_learned_gate(self) -> bool:
+        """Whether training has chosen the branches' weights; they are equal otherwise."""
+        return isinstance(cast(Layer, self.layers[0]).gate, SoftmaxGate)
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@ from typing import TextIO
 
 from m2rec.cli import write_escaped
 from m2rec.errors import format_count
+from m2rec.serving.formatting import format_reasons
 from m2rec.serving.ranker import Ranking
 from m2rec.serving.recommender import Recommender
 
@@ -87,10 +88,17 @@ class Dialogue:
             self.say(f"{rank:>3} {change:>4}  {name}")
 
     def why(self) -> None:
-        """Show the gate weight of each branch at the last events."""
+        """Show the reasons for the ranking, and a learned gate's weights at the last events."""
         if not self.history:
             self.say("nothing to explain yet")
             return
+        for rank, item in enumerate(self.recommender.explain_ranking(self.history, self.ranking), 1):
+            reasons = format_reasons(item) or "no item of the history stands out"
+            self.say(f"{rank:>3}  {item.title or item.item}: {reasons}")
+        if self.recommender.model.encoder.has_learned_gate:
+            self._show_gate()
+
+    def _show_gate(self) -> None:
         for event in self.recommender.explain(self.history)[-5:]:
             weights = ", ".join(f"{branch} {weight:.0%}" for branch, weight in event.weights.items())
             name = event.title or event.item

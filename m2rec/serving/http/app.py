@@ -242,6 +242,7 @@ def _describe_service(service: Service) -> dict[str, Any]:
         "added_items": service.n_added,
         "titles": len(model.titles),
         "branches": model.encoder.branches,
+        "learned_gate": model.encoder.has_learned_gate,
         "loaded": service.loaded_at.isoformat(timespec="seconds"),
         "text_encoder": encoder.fingerprint_fields["model"] if encoder else "",
         "text_form": _describe_text_form(model.text_source),

@@ -197,6 +197,8 @@ class ModelAnswer(BaseModel):
     added_items: int
     titles: int
     branches: list[str]
+    learned_gate: bool
+    """Whether training has chosen the branches' weights; they are equal otherwise."""
     loaded: str = Field(description="When, in UTC.")
     text_encoder: str = Field(description="The language model that POST /items takes texts with, or empty.")
     text_form: str = Field(description="How the run's texts were made of columns; empty without text.")
