@@ -449,7 +449,8 @@ def test_the_log_lists_the_values_of_a_recipe(caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
     load_data(build_config({"dataset": "ml-100k", "epochs": 3, "gpu_id": ""}))
     (line,) = (message for message in caplog.messages if message.startswith("auto: "))
-    assert line.startswith("auto: neighbors true (the recipe of ml-100k); exclude_seen true (0.0% of")
+    values = "neighbors true, MAX_ITEM_LIST_LENGTH 200, targets_per_step 1080"
+    assert line.startswith(f"auto: {values} (the recipe of ml-100k); exclude_seen true (0.0% of")
 
 
 def test_a_run_repeats_from_its_config(toy: Path):
