@@ -129,16 +129,35 @@ def test_the_race_is_won_by_the_best_profile(tmp_path: Path):
     study = start(task)
     run_trials(study, task, train)
     states = {origin: state for origin, state, _ in results(study)}
-    assert states == {"plain": "PRUNED", "slow": "PRUNED", "good": "COMPLETE", "fast": "PRUNED"}
+    assert states == {"plain": "COMPLETE", "slow": "PRUNED", "good": "COMPLETE", "fast": "PRUNED"}
     assert find_best_trial(study).user_attrs["origin"] == "good"
-    # all have two epochs before any has three, the better two four before one has five, and none is repeated
+    # all have two epochs before any has three, the better two four before one has five, and none is repeated;
+    # the plain run, which is one of them, is trained to its end, too
     epochs = [
         (settings["learning_rate"] if "learning_rate" in settings else 0.001, epoch)
         for settings, epoch in train.trained
     ]
-    assert len(set(epochs)) == len(epochs) == 4 * 2 + 2 * 2 + 8
+    assert len(set(epochs)) == len(epochs) == 4 * 2 + 2 * 2 + 2 * 8
     assert max(epoch for _, epoch in epochs[:8]) == 1 and max(epoch for _, epoch in epochs[:12]) == 3
-    assert {rate for rate, _ in epochs[12:]} == {0.004}
+    assert {rate for rate, _ in epochs[12:20]} == {0.001} and {rate for rate, _ in epochs[20:]} == {0.004}
+
+
+def test_a_plain_run_that_learns_slowly_is_not_overlooked(tmp_path: Path):
+    """It is the last after each round, and the best at its end."""
+
+    class SlowPlain(Formula):
+        def __call__(self, settings: Settings, folder: Path, watch: Watch, notes: Settings) -> float | None:
+            if set(settings) - {"epochs"}:
+                return super().__call__(settings, folder, watch, notes)
+            scores = [0.1] * (self.epochs - 1) + [9.0]
+            best = super().__call__(settings, folder, lambda epoch, _: watch(epoch, scores[epoch]), notes)
+            return None if best is None else scores[-1]
+
+    task = make_task(tmp_path, trials=4)
+    study = start(task)
+    run_trials(study, task, SlowPlain())
+    assert find_best_trial(study).user_attrs["origin"] == "plain"
+    assert [state for _, state, _ in results(study)].count("COMPLETE") == 2
 
 
 def test_a_search_goes_around_the_best(tmp_path: Path):
@@ -448,6 +467,19 @@ def test_a_round_is_judged_at_its_epoch():
 def test_a_profile_that_ended_early_stays_in_with_its_best():
     standing = judge_race([runner(0, 0.9, is_ended=True), runner(1, 0.1, 0.2), runner(2, 0.3, 0.4)], 2)
     assert standing.alive == [0, 2] and standing.limits == {2: 4} and standing.dropped == [1]
+
+
+def test_the_one_that_stays_takes_the_last_place_of_the_better_half():
+    """Five, then three, then two, which go on to their ends; where it is ahead of the other, alone."""
+    runners = [replace(runner(0, 0.1, 0.1, 0.1, 0.1), stays=True)]
+    runners += [runner(number, *[number / 10] * 4) for number in range(2, 6)]
+    assert judge_race(runners, 4).alive == [5, 4, 0]
+    assert judge_race(runners, 2).alive == [5, 0] and not judge_race(runners, 2).is_decided
+    last = judge_race(runners, 1)
+    assert last.alive == [5, 0] and last.rounds == 3 and last.is_decided
+    assert last.limits == {5: None, 0: None} and last.dropped == [2, 3, 4]
+    ahead = [replace(runners[0], scores={**runners[0].scores, 4: 0.9}), *runners[1:]]
+    assert judge_race(ahead, 1).alive == [0] and judge_race(ahead, 1).is_decided
 
 
 def test_a_race_of_one_is_decided():

@@ -32,7 +32,7 @@ from m2rec.experiments.search_budget import Budget
 from m2rec.experiments.search_pool import SearchPool
 from m2rec.experiments.search_space import SpaceAround
 from m2rec.experiments.search_view import SearchView
-from m2rec.experiments.study import TRIAL_STATES, get_progress, make_halving_pruner, open_study
+from m2rec.experiments.study import PROGRESS_KEY, TRIAL_STATES, get_progress, make_halving_pruner, open_study
 from m2rec.settings import SCALE_FREE_KEYS, Role, collect_keys, override_settings
 from m2rec.storage import lock_path
 from m2rec.training import automatic_settings
@@ -220,6 +220,25 @@ def test_a_resumed_search_says_what_is_unfinished(tmp_path: Path):
     study.tell(1, state=optuna.trial.TrialState.PRUNED)
     expected = "resumed with 0 complete, 1 pruned, 0 failed, 1 unfinished"
     assert search_command._describe_start(study) == expected
+
+
+def test_a_winner_that_never_met_the_end_of_the_plain_run_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    task = SearchTask(tmp_path / "one", {}, SpaceAround(RULES_HERE), PLAIN)
+    study = open_study(task.folder, True, None)
+    enqueue_profiles(study, {"plain": {}, "fast": {"learning_rate": 0.04}}, task)
+    plain, fast = study.ask(), study.ask()
+    plain.set_user_attr(PROGRESS_KEY, {"trained_epochs": 3})
+    study.tell(fast, 0.5)
+    search_command._warn_of_plain_run(study, winner=plain.number)
+    assert not caplog.messages
+    search_command._warn_of_plain_run(study, winner=fast.number)
+    (message,) = caplog.messages
+    assert message.startswith("the plain run was trained for 3 epochs only")
+    study.tell(plain, 0.4)
+    search_command._warn_of_plain_run(study, winner=fast.number)
+    assert len(caplog.messages) == 1
 
 
 def test_too_short_a_time_says_what_it_managed(toy: Path, capsys: pytest.CaptureFixture[str]):

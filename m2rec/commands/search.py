@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import uuid4
 
 from m2rec.cli import name_command, name_commands_in, name_program, run_command
-from m2rec.errors import UserError
+from m2rec.errors import UserError, format_count
 from m2rec.experiments.search_budget import (
     Budget,
     Deadline,
@@ -238,6 +238,7 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
     settings = override_settings(setup.base, winner.user_attrs["settings"])
     changes = format_arguments(winner.user_attrs["settings"]) or "the plain run"
     print(f"trial {winner.number} wins: {changes}", flush=True)
+    _warn_of_plain_run(opened, winner.number)
     origin = f"settings of trial {winner.number} of {setup.task.folder}, search {opened.user_attrs[_ID_KEY]}:"
     before = _find_run(Path(setup.config["runs_dir"]), origin)
     if before is None:
@@ -251,6 +252,20 @@ def _run_winner(opened: "optuna.Study", setup: "SearchSetup", command: str) -> "
     except CannotResume as error:
         logger.warning("%s; the run of the best settings starts anew", error)
         return run_experiment(build_config(settings, find_config_file()), comment=f"{origin} {command}")
+
+
+def _warn_of_plain_run(opened: "optuna.Study", winner: int) -> None:
+    """Say so if the winner was compared with a part of the plain run only."""
+    from m2rec.experiments.search import is_plain
+    from m2rec.experiments.study import get_progress
+
+    for trial in opened.trials:
+        if is_plain(trial) and trial.number != winner and trial.state.name == "RUNNING":
+            logger.warning(
+                "the plain run was trained for %s only, and may come to more than the winner; the same "
+                "command with more time compares them at their ends",
+                format_count(get_progress(trial).get("trained_epochs", 0), "epoch"),
+            )
 
 
 def _find_run(runs_dir: Path, comment: str) -> Any:

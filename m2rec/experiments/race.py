@@ -1,4 +1,8 @@
-"""The race of the profiles: all are trained for a few epochs, the better half twice as long, and so on."""
+"""The race of the profiles: all are trained for a few epochs, the better half twice as long, and so on.
+
+One of them may have a place in the better half whatever it scores: the plain run. The winner must beat it at
+their ends, since settings that learn slowly are behind for many epochs.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +18,8 @@ class Runner:
     """By the number of epochs; a higher one is better."""
     is_ended: bool = False
     """Whether it is trained no more."""
+    stays: bool = False
+    """Whether it is in the better half of each round, whatever it scores."""
 
     @property
     def epochs(self) -> int:
@@ -34,17 +40,14 @@ class Standing:
         dropped: trials that are out.
         alive: trials that are in.
         rounds: how many are over.
+        is_decided: whether all that are in are trained to their ends.
     """
 
     limits: dict[int, int | None] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
     alive: list[int] = field(default_factory=list)
     rounds: int = 0
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether at most one is left."""
-        return len(self.alive) <= 1
+    is_decided: bool = False
 
 
 def judge_race(runners: Sequence[Runner], first_epochs: int) -> Standing:
@@ -57,23 +60,36 @@ def judge_race(runners: Sequence[Runner], first_epochs: int) -> Standing:
         runners: all that did not fail, whether started or not.
         first_epochs: length of the first round; each further one is twice as long.
     """
-    alive, limit, rounds = list(runners), first_epochs, 0
-    while len(alive) > 1:
+    alive, limit, rounds, is_decided = list(runners), first_epochs, 0, len(runners) <= 1
+    while not is_decided:
         late = [runner for runner in alive if runner.epochs < limit and not runner.is_ended]
         if late:
             limits: dict[int, int | None] = {runner.number: limit for runner in late}
             return _build_standing(limits, runners, alive, rounds)
         alive.sort(key=lambda runner: (-runner.score_at(limit), runner.number))
-        alive = alive[: (len(alive) + 1) // 2]
+        is_last = len(alive) <= 2
+        alive = _keep_better_half(alive)
+        is_decided = is_last or len(alive) == 1
         limit *= 2
         rounds += 1
     limits = {runner.number: None for runner in alive if not runner.is_ended}
-    return _build_standing(limits, runners, alive, rounds)
+    return _build_standing(limits, runners, alive, rounds, is_decided)
+
+
+def _keep_better_half(ranked: Sequence[Runner]) -> list[Runner]:
+    """The first half, the last places of which are for those that stay; at least the first."""
+    n_kept = (len(ranked) + 1) // 2
+    staying = [runner for runner in ranked[n_kept:] if runner.stays]
+    return [*ranked[: max(1, n_kept - len(staying))], *staying]
 
 
 def _build_standing(
-    limits: dict[int, int | None], runners: Sequence[Runner], alive: Sequence[Runner], rounds: int
+    limits: dict[int, int | None],
+    runners: Sequence[Runner],
+    alive: Sequence[Runner],
+    rounds: int,
+    is_decided: bool = False,
 ) -> Standing:
     kept = [runner.number for runner in alive]
     dropped = [runner.number for runner in runners if runner.number not in kept and not runner.is_ended]
-    return Standing(limits, dropped, kept, rounds)
+    return Standing(limits, dropped, kept, rounds, is_decided)

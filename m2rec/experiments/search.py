@@ -390,7 +390,8 @@ def judge_profiles(study: "optuna.Study", task: SearchTask) -> Standing:
         if not is_profile(trial) or never_starts or trial.state.name == "FAIL":
             continue
         scores = {epochs: sign * score for epochs, score in trial.intermediate_values.items()}
-        runners.append(Runner(trial.number, scores, trial.state.name in TRIAL_STATES))
+        is_ended = trial.state.name in TRIAL_STATES
+        runners.append(Runner(trial.number, scores, is_ended, stays=is_plain(trial)))
     return judge_race(runners, find_first_epochs(study, task))
 
 
@@ -421,6 +422,11 @@ def get_run_length(trial: Any, task: SearchTask) -> RunLength:
 def is_profile(trial: Any) -> bool:
     """Whether a trial is in the race."""
     return "profile" in trial.user_attrs
+
+
+def is_plain(trial: Any) -> bool:
+    """Whether a trial is the profile that changes nothing."""
+    return is_profile(trial) and not trial.user_attrs["settings"]
 
 
 def check_failures(trials: Sequence["optuna.trial.FrozenTrial"], folder: Path) -> None:

@@ -86,7 +86,7 @@ class SearchView:
         self._n_rounds = standing.rounds
         trials = study.get_trials(deepcopy=False)
         left = [trials[number].user_attrs["origin"] for number in standing.alive]
-        verb = "wins" if len(left) == 1 else "go on"
+        verb = "wins" if len(left) == 1 else "go on to their ends" if standing.is_decided else "go on"
         logger.info("race, round %s: %s %s", standing.rounds, ", ".join(left), verb)
 
     def _describe(self, study: "optuna.Study", seconds: float) -> str:
