@@ -225,6 +225,7 @@ def test_a_resumed_search_says_what_is_unfinished(tmp_path: Path):
 def test_a_winner_that_never_met_the_end_of_the_plain_run_is_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
+    caplog.set_level("WARNING")
     task = SearchTask(tmp_path / "one", {}, SpaceAround(RULES_HERE), PLAIN)
     study = open_study(task.folder, True, None)
     enqueue_profiles(study, {"plain": {}, "fast": {"learning_rate": 0.04}}, task)
