@@ -24,6 +24,8 @@ Rows = Sequence[tuple[object, object, object]]
 
 def pytest_collection_finish() -> None:
     """Leave what is imported, a million objects, out of later garbage collections."""
+    torch.use_deterministic_algorithms(True)  # the first call imports half of them: torch._inductor
+    torch.use_deterministic_algorithms(False)
     gc.collect()
     gc.freeze()
 
