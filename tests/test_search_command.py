@@ -176,10 +176,12 @@ def test_changed_data_are_refused(
 
 
 def wait_for_trials(folder: Path, n_ended: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline, size = time.monotonic() + 120, 0
     while time.monotonic() < deadline:
         time.sleep(0.05)
-        if list((folder / "runs" / "search").glob("*.log")):
+        sizes = [path.stat().st_size for path in (folder / "runs" / "search").glob("*.log")]
+        if sizes and sizes[0] != size:  # else there is nothing new in it
+            size = sizes[0]
             ended = [t for t in read_study(folder).trials if t.state.is_finished()]
             if len(ended) >= n_ended:
                 return
