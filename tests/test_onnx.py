@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from m2rec.serving import onnx_export
 from m2rec.serving.recommender import Recommender
 from tests.test_session import TOKENS, L, events, recommender
 
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
+# they are not imported here: each process of the tests would do so, and one needs them
+pytestmark = pytest.mark.skipif(
+    find_spec("onnxruntime") is None or find_spec("onnxscript") is None, reason="needs m2rec[onnx]"
+)
 
 CODE = """
 import json, sys
