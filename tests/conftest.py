@@ -4,6 +4,7 @@ import csv
 import gc
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ Rows = Sequence[tuple[object, object, object]]
 
 def pytest_collection_finish() -> None:
     """Leave what is imported, a million objects, out of later garbage collections."""
+    torch.use_deterministic_algorithms(True)  # the first call imports half of them: torch._inductor
+    torch.use_deterministic_algorithms(False)
     gc.collect()
     gc.freeze()
 
@@ -102,18 +105,32 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     return call
 
 
-@pytest.fixture
-def write_vectors() -> Callable[..., Path]:
+def write_random_vectors(data_path: Path, dataset: str, tokens: list[str]) -> Path:
     """Write random text vectors (n, 8) for the given tokens beside a data set."""
     from m2rec.text import vector_file
 
-    def write(data_path: Path, dataset: str, tokens: list[str]) -> Path:
-        path = data_path / dataset / f"{dataset}{vector_file.VECTOR_FILE_SUFFIX}"
-        vectors = np.random.default_rng(0).normal(size=(len(tokens), 8))
-        vector_file.write_text_vectors(path, tokens, vectors, {"model": "random"})
-        return path
+    path = data_path / dataset / f"{dataset}{vector_file.VECTOR_FILE_SUFFIX}"
+    vectors = np.random.default_rng(0).normal(size=(len(tokens), 8))
+    vector_file.write_text_vectors(path, tokens, vectors, {"model": "random"})
+    return path
 
-    return write
+
+@pytest.fixture
+def write_vectors() -> Callable[..., Path]:
+    """The function `write_random_vectors`."""
+    return write_random_vectors
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    """Copy a folder with `data` and one run in `runs`; the copy of the run is as if it was trained there.
+
+    So the tests of a file share one training, and each may change its files.
+    """
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    (folder,) = (target / "runs").iterdir()
+    config = folder / "config.yaml"
+    config.write_text(config.read_text(encoding="utf-8").replace(str(source), str(target)), encoding="utf-8")
+    return folder
 
 
 def small(data_path: Path, dataset: str = "toy", **others: object) -> dict[str, object]:

@@ -3,7 +3,6 @@
 import importlib
 import json
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -129,7 +128,7 @@ def test_busy_time_counts_no_moment_twice(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.skipif(find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
 def test_an_exported_graph_and_the_model(bench: RunBenchmark):
-    sizes = ["--items=60", "--length=9", "--batches", "1", "3", "--threads=1"]
+    sizes = ["--items=60", "--layers=1", "--length=9", "--batches", "1", "3", "--threads=1"]
     rows = bench("onnx_graph", "--device=cpu", *sizes)["rows"]
     assert [row["histories"] for row in rows] == [1, 3]
     assert all(row["onnxruntime ms"] > 0 for row in rows)
@@ -173,36 +172,35 @@ def test_a_rival_without_room_is_left_out(
     assert capsys.readouterr().out == "without large: out of memory\n"
 
 
-PEER_SIZES = {"length": 9, "width": 32, "layers": 2, "heads": 2, "dropout": 0.2, "threads": 1}
-
-
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
     return importlib.import_module("peers")
 
 
-def test_peers_take_turns(tmp_path: Path):
-    """In a process of its own, as its workers speak over pipes."""
-    sizes = ["--users=12", "--length=9", "--width=32", "--histories=3", "--repeats=1", "--threads=1"]
-    command = [sys.executable, "scripts/bench/peers.py", "--models", "M2Rec", "RecBole GRU4Rec", *sizes]
-    done = subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_peers_take_turns(peers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """And count the targets of an epoch, which is one batch of all rows."""
+    models, answers, ask = ["M2Rec", "RecBole GRU4Rec", "RecBole SASRec"], [], peers.Worker.ask
+
+    def listen(worker: Any, request: str) -> dict[str, Any]:
+        answers.append((request, ask(worker, request)))
+        return answers[-1][1]
+
+    monkeypatch.setattr(peers.Worker, "ask", listen)
+    sizes = ["--users=4", "--length=9", "--width=32", "--histories=3", "--threads=1", "--batch=10000"]
+    options = ["--steps=1", "--repeats=1", f"--out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["scripts/bench/peers.py", "--models", *models, *sizes, *options])
+    monkeypatch.chdir(ROOT)
+    peers.main()
     record = json.loads((tmp_path / "bench_peers-cpu.json").read_text())
-    assert [row["model"] for row in record["rows"]] == ["M2Rec", "RecBole GRU4Rec"]
+    n_targets = len(peers.draw_interactions(4)) - 3 * 4
+    assert [request for request, _ in answers] == 2 * 3 * ["train 1", "rank"]
+    assert {answer["targets"] for request, answer in answers if request == "train 1"} == {n_targets}
+    assert [row["targets per epoch"] for row in record["rows"]] == 3 * [n_targets]
+    assert [row["model"] for row in record["rows"]] == models
     assert record["rows"][0]["training, ratio"] == record["rows"][0]["inference, ratio"] == 1
     assert all(row["training, s per epoch"] > 0 for row in record["rows"])
     assert record["versions"]["RecBole GRU4Rec"]["torch"] == torch.__version__
-
-
-@pytest.mark.parametrize("model", ["M2Rec", "RecBole SASRec"])
-def test_a_peer_counts_the_targets_of_an_epoch(model: str, peers: ModuleType, tmp_path: Path):
-    peers.write_interactions(peers.draw_interactions(4), tmp_path / "data.npz")
-    task = {**PEER_SIZES, "data": str(tmp_path / "data.npz"), "batch": 10_000, "histories": 4}
-    with peers.start_workers([model], task, tmp_path) as ready:
-        epoch = ready[model].worker.ask("train 1")  # all rows are one batch
-    n_items = len(peers.draw_interactions(4))
-    assert epoch["targets"] == ready[model].epoch_targets == n_items - 3 * 4
 
 
 @pytest.mark.skipif(find_spec("ensurepip") is None, reason="environments have no pip here")

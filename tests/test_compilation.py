@@ -30,6 +30,8 @@ from tests.test_encoder import SMALL, L, T, V, histories
 
 CPU = torch.device("cpu")
 HAS_COMPILER = not compilation._find_obstacle("cpu")
+# the layer that is compiled soonest, for what does not depend on the parts of a layer
+SHORT = {"mixer": "attention", "filter": "none", "n_layers": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +142,7 @@ def test_a_layer_is_one_graph(others: dict[str, Any]):
 
 def test_same_vectors_and_gradients_at_all_sizes(toy: Path):
     """In compiled code and where it does not fit: one row, one position, short histories."""
-    plain = made(toy)
+    plain = made(toy, n_layers=1)
     model = compiled(copy.deepcopy(plain), "aot_eager")
     for n_rows, length in ((4, 10), (3, 10), (1, 10), (5, 4), (2, 1)):
         items = torch.randint(1, plain.n_items, (n_rows, length))
@@ -167,7 +169,7 @@ def test_code_is_made_once_and_for_training_alone(toy: Path):
 
 
 def test_copies_are_plain_and_names_stay(toy: Path):
-    plain = made(toy)
+    plain = made(toy, **SHORT)
     names = list(plain.state_dict())
     backend = CountingBackend()
     model = compiled(plain, backend)
@@ -181,7 +183,7 @@ def test_copies_are_plain_and_names_stay(toy: Path):
 
 
 def test_generators_and_gradients_are_left_alone(toy: Path):
-    model = made(toy, dropout_prob=0.5).eval()
+    model = made(toy, dropout_prob=0.5, **SHORT).eval()
     before = torch.get_rng_state()
     compiled(model, "aot_eager")
     assert torch.equal(torch.get_rng_state(), before)
@@ -193,7 +195,7 @@ def test_a_failure_is_one_line(toy: Path):
         raise RuntimeError("first line\nsecond line " + "x" * 1_000)
 
     with pytest.raises(UserError, match=r"compile: True does not work here \(.*set compile: false") as error:
-        compiled(made(toy), backend)
+        compiled(made(toy, **SHORT), backend)
     assert len(str(error.value)) < 400 and "\n" not in str(error.value)
 
 
@@ -210,7 +212,7 @@ def by_aot(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "others",
     [
-        pytest.param({"average_epochs": 0.5, "n_layers": 1}, id="dense"),
+        pytest.param({"average_epochs": 0.5, **SHORT}, id="dense"),
         pytest.param(
             {"rows": "prefix", "enable_amp": True, "stopping_step": 0, "filter": "none", "n_layers": 1},
             id="prefix",
@@ -238,7 +240,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
 def test_a_compiled_run_equals_a_plain_one(command: Command, toy: Path, by_aot: None):
     folders = {}
     for answer in (True, False):
-        values = small(toy, dropout_prob=0.0, n_layers=1, text_vectors="none", compile=answer)
+        values = small(toy, dropout_prob=0.0, text_vectors="none", compile=answer, **SHORT)
         status, out, err = command(*as_arguments(values))
         assert status == 0, err
         folders[answer] = Path(out.splitlines()[-1])

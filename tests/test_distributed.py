@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,38 @@ from m2rec.tensor_files import read_tensors, write_tensors
 from m2rec.training import checkpoint
 from m2rec.training.new_run import find_interrupted_run
 from m2rec.training.trainer import RunTrainer
+from run_mm import main
 from tests.conftest import as_arguments, random_rows, small, write_inter
+from tests.processes import run_together
 
 ROOT = Path(__file__).parent.parent
+Command = Callable[..., tuple[int, str, str]]
 
 
 def launched(n: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """run_mm.py in n processes."""
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+    """run_mm.py in n processes of torchrun."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
     command = [sys.executable, *start, "run_mm.py", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def run_command(arguments: list[str], expected: int, errors: Path) -> None:
+    """run_mm.py in one of several processes, whose stderr goes to a file for each."""
+    path = errors.with_name(f"{errors.name}-{os.environ['RANK']}")
+    with path.open("w") as file, redirect_stderr(file):
+        os.dup2(file.fileno(), 2)  # what is written without Python, too
+        assert main(arguments) == expected
+
+
+def run_in_two(folder: Path, *arguments: str, expected: int = 0) -> list[str]:
+    """run_mm.py in two processes, which find each other as under torchrun; the stderr of both.
+
+    They are there at once. What is torchrun's own is left to `launched`.
+    """
+    errors = Path(tempfile.mkdtemp(dir=folder)) / "stderr"
+    run_together(2, folder, run_command, list(arguments), expected, errors)
+    return [errors.with_name(f"stderr-{rank}").read_text() for rank in range(2)]
 
 
 def result(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[dict[str, str]]]:
@@ -46,7 +69,7 @@ def result(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[
 
 
 @pytest.mark.parametrize("rows", ["dense", pytest.param("prefix", marks=pytest.mark.slow)])
-def test_two_processes_equal_one(toy: Path, tmp_path: Path, rows: str):
+def test_two_processes_equal_one(command: Command, toy: Path, tmp_path: Path, rows: str):
     """30 users do not divide by the batches, nor rows by two; the last batch has a single row."""
     arguments = as_arguments(
         small(toy, rows=rows, dropout_prob=0.0, text_vectors="none", train_batch_size=7, learner="sgd",
@@ -54,13 +77,12 @@ def test_two_processes_equal_one(toy: Path, tmp_path: Path, rows: str):
               metrics="[NDCG,ItemCoverage]",
               average_epochs=0.5)
     )  # fmt: skip
-    outcomes = {}
-    for n in (1, 2):
-        done = launched(n, *arguments, f"--runs_dir={tmp_path / str(n)}")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("M2Rec on toy") == 1
-        outcomes[n] = result(tmp_path / str(n))
-    one, two = outcomes[1], outcomes[2]
+    status, out, err = command(*arguments, f"--runs_dir={tmp_path / 'one'}", runs_dir=False)
+    assert status == 0, err
+    done = launched(2, *arguments, f"--runs_dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("M2Rec on toy") == out.count("M2Rec on toy") == 1
+    one, two = result(tmp_path / "one"), result(tmp_path / "two")
     assert two[0]["processes"] == 2
     for part in ("valid", "test", "test_unseen"):
         assert two[0][part] == pytest.approx(one[0][part], abs=1e-5)
@@ -79,9 +101,8 @@ def test_sparse_updates_of_two_processes_equal_those_of_all_rows(toy: Path, tmp_
     outcomes = []
     for is_sparse in ("false", "true"):
         runs = tmp_path / is_sparse
-        done = launched(2, *arguments, f"--sparse_updates={is_sparse}", f"--runs_dir={runs}")
-        assert done.returncode == 0, done.stderr
-        assert ("sparse updates of the ID embedding" in done.stderr) == (is_sparse == "true")
+        err, _ = run_in_two(tmp_path, *arguments, f"--sparse_updates={is_sparse}", f"--runs_dir={runs}")
+        assert ("sparse updates of the ID embedding" in err) == (is_sparse == "true")
         outcomes.append(result(runs)[1])
     torch.testing.assert_close(outcomes[1], outcomes[0], atol=1e-3, rtol=1e-3)
 
@@ -90,18 +111,16 @@ def test_more_processes_than_rows(tmp_path: Path):
     """One user has enough for validation and test; two processes have one row of each between them."""
     rows = [("u", f"i{k}", k) for k in range(12)] + [("v", f"i{k}", k) for k in range(2)]
     write_inter(tmp_path / "data", "toy", rows)
-    done = launched(2, *as_arguments(small(tmp_path / "data")), f"--runs_dir={tmp_path / 'runs'}")
-    assert done.returncode == 0, done.stderr
+    run_in_two(tmp_path, *as_arguments(small(tmp_path / "data")), f"--runs_dir={tmp_path / 'runs'}")
     metrics, _, ranks = result(tmp_path / "runs")
     assert metrics["processes"] == 2 and len(ranks) == 1 and ranks[0]["user"] == "u"
 
 
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(toy: Path, tmp_path: Path):
     arguments = as_arguments(small(toy, learning_rate=1e30, learner="sgd", epochs=20))
-    done = launched(2, *arguments, f"--runs_dir={tmp_path}")
-    assert done.returncode != 0
-    assert re.search("run_mm.py: error: (training loss became|scores are) ", done.stderr)
-    assert "GLHF" not in done.stderr
+    both = "".join(run_in_two(tmp_path, *arguments, f"--runs_dir={tmp_path / 'runs'}", expected=2))
+    assert re.search("run_mm.py: error: (training loss became|scores are) ", both)
+    assert "GLHF" not in both
 
 
 def meet_at_a_port() -> list[str]:
@@ -116,9 +135,10 @@ def meet_at_a_port() -> list[str]:
 class Machines:
     """torchrun commands that run at once, as on as many machines."""
 
-    def __init__(self, arguments: list[list[str]], options: list[str]) -> None:
-        start = [sys.executable, "-m", "torch.distributed.run", *options, "run_mm.py"]
+    def __init__(self, arguments: list[list[str]], options: list[str], script: str = "run_mm.py") -> None:
+        start = [sys.executable, "-m", "torch.distributed.run", *options, script]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment["PYTHONPATH"] = str(ROOT)
         self.commands = []
         for own in arguments:
             process = subprocess.Popen(
@@ -177,15 +197,30 @@ def long_run(toy: Path, runs: Path, n_epochs: int) -> list[str]:
     )  # fmt: skip
 
 
+# run_mm.py; in the first try the second process ends by kill -9 in its ninth step, in the second epoch
+KILLED = """
+import os, runpy, signal, sys
+from m2rec.training.trainer import RunTrainer
+
+if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+    step, done = RunTrainer._train_step, []
+    def count_step(self, *batch):
+        done.append(batch)
+        if len(done) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *batch)
+    RunTrainer._train_step = count_step
+runpy.run_path("run_mm.py", run_name="__main__")
+"""
+
+
 def test_torchrun_goes_on_after_one_process_was_killed(toy: Path, tmp_path: Path):
-    runs = tmp_path / "runs"
+    runs, script = tmp_path / "runs", tmp_path / "killed.py"
+    script.write_text(KILLED)
     options = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    machine = Machines([long_run(toy, runs, 60)], options)
-    wait_for_checkpoint(runs)
-    machine.find_worker("1").kill()
-    ((status, err),) = machine.wait()
+    ((status, err),) = Machines([long_run(toy, runs, 4)], options, str(script)).wait()
     assert status == 0, err
-    check_that_it_went_on(runs, err, 60)
+    check_that_it_went_on(runs, err, 4)
 
 
 @pytest.mark.slow
@@ -254,9 +289,9 @@ def test_processes_that_nothing_tells_apart(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_mistake_is_one_line(toy: Path, tmp_path: Path):
-    done = launched(2, *as_arguments(small(toy, hidden_sise=3)), f"--runs_dir={tmp_path}")
-    assert done.returncode != 0
-    assert done.stderr.count("run_mm.py: error: unknown key 'hidden_sise'") == 1
+    own = [*as_arguments(small(toy, hidden_sise=3)), f"--runs_dir={tmp_path / 'runs'}"]
+    both = "".join(run_in_two(tmp_path, *own, expected=2))
+    assert both.count("run_mm.py: error: unknown key 'hidden_sise'") == 1
 
 
 def test_alone_nothing_happens():
@@ -322,6 +357,5 @@ def test_one_process_that_is_asked_to_stop_stops_all(toy: Path, tmp_path: Path):
     write_tensors(weights, load_file(weights), {"epoch": str(kept["epoch"] + 1), "score": "9.9"})
     patience = f"stopping_step: {kept['cur_step'] + 2}"
     config.write_text(config.read_text().replace("stopping_step: 9999", patience))
-    done = launched(2, f"--resume={folder}")
-    assert done.returncode == 0, done.stderr
+    run_in_two(tmp_path, f"--resume={folder}")
     assert result(runs)[0]["epochs"] == kept["epoch"] + 4

@@ -1,11 +1,10 @@
 """scripts/embed_items.py from the command line: files, restarts after kill -9, changes, mistakes."""
 
 import logging
-import os
 import signal
-import subprocess
-import sys
 from importlib.util import find_spec
+from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from m2rec.commands import embed_items
 from m2rec.text import vector_file
 from tests.text_models import save_model
 
-ROOT = Path(__file__).parent.parent
 ITEMS = "item_id:token\ttitle:token_seq\tgenre:token_seq\n1\tToy Story\tComedy\n2\tHeat\t\n3\t\t\n"
 
 
@@ -185,23 +183,23 @@ def test_vectors_made_elsewhere(items: Path, tmp_path: Path, caplog: pytest.LogC
     assert run(items, *given) == 0 and "toy.text.safetensors: vectors changed" in caplog.text
 
 
-CHILD = """
-import sys
-from m2rec.commands import embed_items
-from m2rec.text import language_model
-from m2rec.text.language_model import TextEncoder
+def embed_three_batches(command: list[str], has_three: Event) -> None:
+    """The command with a file for each batch, which waits in the fourth until it is killed."""
+    from m2rec.text import language_model
+    from m2rec.text.language_model import TextEncoder
 
-language_model.BATCHES_PER_FILE = 1
-real, calls = TextEncoder._encode_batch, []
-def slow(self, texts):
-    if len(calls) == 3:
-        print("three", flush=True)
-        sys.stdin.read()  # until it is killed
-    calls.append(texts)
-    return real(self, texts)
-TextEncoder._encode_batch = slow
-embed_items.main(sys.argv[1:])
-"""
+    real, calls = TextEncoder._encode_batch, []
+
+    def encode(self: TextEncoder, texts: list[str]) -> np.ndarray:
+        if len(calls) == 3:
+            has_three.set()
+            signal.pause()
+        calls.append(texts)
+        return real(self, texts)
+
+    language_model.BATCHES_PER_FILE = 1
+    TextEncoder._encode_batch = encode  # type: ignore[method-assign]
+    embed_items.main(command)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 here")
@@ -216,14 +214,14 @@ def test_a_killed_run_goes_on_where_it_stopped(
     command = ["--dataset=toy", f"--data_path={items.parent.parent}", f"--text-encoder={encoder}",
                "--batch-tokens=16", "--device=cpu"]  # fmt: skip
     assert embed_items.main([*command, f"--output={items.parent / 'whole'}"]) == 0
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"three\n"
+    forks = get_context("fork")  # it has imported transformers already
+    has_three = forks.Event()
+    child = forks.Process(target=embed_three_batches, args=(command, has_three))
+    child.start()
+    assert has_three.wait(100)
     child.kill()
-    assert child.wait() == -signal.SIGKILL
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     partial = items.parent / "toy.text.safetensors.partial"
     assert len(list(partial.iterdir())) == 3 and not (items.parent / "toy.text.safetensors").exists()
     encoded: list[int] = []

@@ -24,7 +24,9 @@ def test_memory_files_and_threads_stay_flat(toy: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(RunTrainer, "_train_step", watched)
     epochs = -(-STEPS // 6)
-    values = small(toy, epochs=epochs, stopping_step=epochs, text_vectors="none", train_batch_size=7)
+    values = small(
+        toy, epochs=epochs, stopping_step=epochs, text_vectors="none", train_batch_size=7, n_layers=1
+    )
     prepare_run(build_config({**values, "average_epochs": 0.5, "runs_dir": str(tmp_path)})).train()
     assert len(seen) == 6 * epochs >= STEPS
     warm, end = seen[len(seen) // 4], seen[-1]

@@ -4,11 +4,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import dask.dataframe
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster
 
 from m2rec import Recommender, recommend_partitions
 from m2rec.serving import partitions
@@ -91,13 +89,16 @@ def test_a_worker_loads_the_run_once(run: str, monkeypatch: pytest.MonkeyPatch):
     assert len(loads) == 1
 
 
-def test_dask_with_two_worker_processes(run: str, tmp_path: Path):
+def test_dask_with_a_worker_process(run: str, tmp_path: Path):
+    import dask.dataframe
+    from distributed import Client, LocalCluster
+
     frame = build_histories(run, 20)
     for number, part in enumerate(np.array_split(np.arange(20), 4)):
         frame.iloc[part].to_parquet(tmp_path / f"part-{number}.parquet", index=False)
     expected = recommend_partitions(frame, run, k=4)
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster,
         Client(cluster),
     ):
         parts = dask.dataframe.read_parquet(str(tmp_path / "part-*.parquet"))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 QUICK = {
     "epochs": 1, "hidden_size": 16, "inner_size": 16, "head_dim": 16, "d_state": 4, "n_layers": 1,
-    "MAX_ITEM_LIST_LENGTH": 10, "text_width": 16, "topk": [10], "gate": "softmax",
+    "MAX_ITEM_LIST_LENGTH": 10, "text_width": 16, "topk": [10], "gate": "softmax", "train_batch_size": 1024,
 }  # fmt: skip
 
 

@@ -15,20 +15,30 @@ from m2rec.serving import int8_table
 from m2rec.serving.recommender import Recommender
 from m2rec.training.configuration import build_config
 from m2rec.training.run import run_experiment
-from tests.conftest import small, write_inter
+from tests.conftest import copy_run, random_rows, small, write_inter
 
 ROOT = Path(__file__).parent.parent
 # i1 and i10 to i14 have titles
 TITLES = {"i1": "Green tea", **{f"i{k}": f"Cup no. {k}" for k in range(10, 15)}}
 
 
-@pytest.fixture
-def folder(toy: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`, in which some items have titles, and the run of it in `runs`."""
+    root = tmp_path_factory.mktemp("trained")
+    write_inter(root / "data", "toy", random_rows())
     lines = ["item_id:token\tbrand_name:token\ttitle:token_seq"]
     lines += [f"{token}\tours\t{title}" for token, title in TITLES.items()]
-    (toy / "toy" / "toy.item").write_text("\n".join([*lines, "i2\tours\t"]) + "\n", encoding="utf-8")
-    keys = small(toy, epochs=1, runs_dir=str(tmp_path / "runs"), text_vectors="none")
-    return run_experiment(build_config(keys)).folder
+    items = root / "data" / "toy" / "toy.item"
+    items.write_text("\n".join([*lines, "i2\tours\t"]) + "\n", encoding="utf-8")
+    keys = small(root / "data", epochs=1, runs_dir=str(root / "runs"), text_vectors="none")
+    run_experiment(build_config(keys))
+    return root
+
+
+@pytest.fixture
+def folder(trained_once: Path, tmp_path: Path) -> Path:
+    return copy_run(trained_once, tmp_path)
 
 
 @pytest.fixture
@@ -85,15 +95,19 @@ def test_an_item_that_the_run_does_not_know_yet(folder: Path, toy: Path, said: p
 
 def test_a_terminal_without_accents(folder: Path):
     (folder / "titles.json").write_text('{"i1": "Thé"}', encoding="utf-8")
-    command = [sys.executable, "scripts/recommend.py", str(folder), "--history", "i1", "--keep-seen", "-k=20"]
+    code = """
+import sys
+from m2rec.commands.recommend import main
+sys.exit(main(sys.argv[1:]) or main([*sys.argv[1:], "--json"]))
+"""
+    arguments = [str(folder), "--history", "i1", "--keep-seen", "-k=20"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    for arguments in (command, [*command, "--json"]):
-        done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        if "--json" in arguments:
-            assert "Thé" in [item["title"] for item in json.loads(done.stdout)]
-        else:
-            assert "Th\\xe9" in done.stdout
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    *table, as_json = done.stdout.splitlines()
+    assert "Th\\xe9" in "\n".join(table)
+    assert "Thé" in [item["title"] for item in json.loads(as_json)]
 
 
 def test_nothing_is_answered_with_what_is_popular(folder: Path, said: pytest.CaptureFixture[str]):

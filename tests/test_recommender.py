@@ -22,7 +22,7 @@ from m2rec.settings import ModelSettings
 from m2rec.text import vector_file
 from m2rec.training import run
 from m2rec.training.configuration import build_config
-from tests.conftest import random_rows, small
+from tests.conftest import copy_run, random_rows, small, write_inter, write_random_vectors
 from tests.test_encoder import SMALL
 
 TOKENS = [f"i{k}" for k in range(20)]
@@ -33,9 +33,19 @@ def vectors(toy: Path, write_vectors: Callable[..., Path]) -> Path:
     return write_vectors(toy, "toy", [*TOKENS, "new", "newer"])
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`, which has text vectors, and the run of it in `runs`."""
+    root = tmp_path_factory.mktemp("trained")
+    write_inter(root / "data", "toy", random_rows())
+    write_random_vectors(root / "data", "toy", [*TOKENS, "new", "newer"])
+    trained(root / "data", root)
+    return root
+
+
 @pytest.fixture
-def folder(toy: Path, tmp_path: Path, vectors: Path) -> Path:
-    return trained(toy, tmp_path)
+def folder(trained_once: Path, tmp_path: Path) -> Path:
+    return copy_run(trained_once, tmp_path)
 
 
 def trained(toy: Path, tmp_path: Path, **others: object) -> Path:

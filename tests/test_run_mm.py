@@ -26,6 +26,7 @@ from tests.test_vector_import import Trap
 
 ROOT = Path(__file__).parent.parent
 Command = Callable[..., tuple[int, str, str]]
+QUICK = {"auto": False, "MAX_ITEM_LIST_LENGTH": 10, "baselines": False, "report": False}  # of every model
 
 
 def test_a_run_end_to_end(command: Command, toy: Path, write_vectors: Callable[..., Path]):
@@ -201,7 +202,7 @@ def test_the_readmes_own_data(command: Command, tmp_path: Path):
 
 
 def test_a_key_that_the_model_does_not_read_is_named(command: Command, toy: Path):
-    base = as_arguments({"dataset": "toy", "data_path": toy, "epochs": 1, "gpu_id": ""})
+    base = as_arguments({"dataset": "toy", "data_path": toy, "epochs": 1, "gpu_id": "", **QUICK})
     _, _, err = command(*base, "--model=SASRec", "--filter=none")
     assert "these keys are ignored by SASRec: filter" in err
     _, _, err = command(*base, "--model=Mamba4Rec", "--num_layers=1", "--save_dataset=true")
@@ -265,7 +266,7 @@ def test_nothing_is_pickled_or_unpickled(
     Path("saved").mkdir()
     for name in (f"saved/toy-for-{model}-dataloader.pth", "other.pth"):
         Path(name).write_bytes(pickle.dumps(Trap(ran)))
-    given = {"dataset": "toy", "model": model, "data_path": toy, "epochs": 1, "gpu_id": ""}
+    given = {"dataset": "toy", "model": model, "data_path": toy, "epochs": 1, "gpu_id": "", **QUICK}
     for keys in ([], ["--dataloaders_save_path=other.pth"], ["--save_dataloaders=true"]):
         assert command(*as_arguments(given), *keys)[0] == 0
     assert not ran.exists() and len(list(Path("saved").iterdir())) == 1
@@ -282,7 +283,7 @@ def test_a_run_without_text_resumes_with_id_dropout(command: Command, toy: Path,
 
 
 def test_bpr_of_a_recbole_model(command: Command, toy: Path):
-    given = {"dataset": "toy", "data_path": toy, "epochs": 1, "gpu_id": ""}
+    given = {"dataset": "toy", "data_path": toy, "epochs": 1, "gpu_id": "", **QUICK}
     status, _, err = command(*as_arguments(given), "--model=GRU4Rec", "--loss_type=BPR", "--topk=[5,10]")
     assert status == 0, err
 

@@ -1,7 +1,9 @@
 """run_mm.py --search on tiny data: real runs in real workers, from the command to the run of the best."""
 
 import csv
+import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -11,6 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +69,18 @@ def results(folder: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, list[str]]:
-    """A folder with a search that has ended; its exit status, and what it printed."""
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[str]]:
+    """A folder with a search that has ended, and what it printed."""
     folder = tmp_path_factory.mktemp("searched")
     write_inter(folder / "data", "toy", random_rows())
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run_mm.py"), *arguments(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout.splitlines(), done.stderr.splitlines()
+    root, out, err = logging.getLogger(), io.StringIO(), io.StringIO()
+    handlers = list(root.handlers)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("OMP_NUM_THREADS", "1")
+        status = run_mm.main(arguments(folder))
+    root.handlers[:] = handlers  # that of the command writes to `err`
+    assert status == 0, err.getvalue()
+    return folder, out.getvalue().splitlines(), err.getvalue().splitlines()
 
 
 def test_a_search_ends_with_the_run_of_the_best(searched: tuple[Path, list[str], list[str]]):
@@ -176,10 +180,12 @@ def test_changed_data_are_refused(
 
 
 def wait_for_trials(folder: Path, n_ended: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline, size = time.monotonic() + 120, 0
     while time.monotonic() < deadline:
         time.sleep(0.05)
-        if list((folder / "runs" / "search").glob("*.log")):
+        sizes = [path.stat().st_size for path in (folder / "runs" / "search").glob("*.log")]
+        if sizes and sizes[0] != size:  # else there is nothing new in it
+            size = sizes[0]
             ended = [t for t in read_study(folder).trials if t.state.is_finished()]
             if len(ended) >= n_ended:
                 return
@@ -201,11 +207,11 @@ def test_a_stopped_and_killed_search_ends_as_one_that_was_not(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("run_mm.py: stopped; resume with: python run_mm.py --")
     assert " --dataset=toy " in last and last.endswith("--search=7")
-    command = [sys.executable, str(ROOT / "run_mm.py"), *arguments(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = get_context("fork").Process(target=run_mm.main, args=(arguments(tmp_path),))
+    process.start()
     wait_for_trials(tmp_path, 4)
     process.kill()
-    process.wait()
+    process.join()
     assert run_mm.main(arguments(tmp_path)) == 0
     assert "search: resumed with" in capsys.readouterr().err
     assert results(tmp_path) == results(searched[0])

@@ -64,8 +64,7 @@ def assert_same(found: list[Recommendation], expected: list[Recommendation]):
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
-@pytest.mark.parametrize("exclude_seen", [False, True])
-def test_equal_to_a_whole_pass(settings: dict, exclude_seen: bool):
+def test_equal_to_a_whole_pass(settings: dict):
     """At every length, far beyond those in training, from an empty start or from a history."""
     model, history = recommender(**settings), events(600)
     live, late = model.session(), model.session(history[:590])
@@ -73,7 +72,9 @@ def test_equal_to_a_whole_pass(settings: dict, exclude_seen: bool):
         live.add(token)
         if n > 590:
             late.add(token)
-        if n in (1, 2, 5, L, L + 1, 300, 591, 600):
+        if n not in (1, 2, 5, L, L + 1, 300, 591, 600):
+            continue
+        for exclude_seen in (False, True):
             expected = model.recommend(history[:n], k=V, exclude_seen=exclude_seen)
             assert_same(live.recommend(V, exclude_seen), expected)
             if n > 590:

@@ -34,7 +34,7 @@ from run_mm import main
 from tests.conftest import as_arguments, random_rows, small, write_inter
 from tests.processes import run_together
 from tests.test_checkpoint import outcome
-from tests.test_distributed import launched
+from tests.test_distributed import run_in_two
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -241,12 +241,11 @@ def test_a_run_equals_one_with_whole_tables(values: dict[str, Any], tmp_path: Pa
     assert insights[1]["examples"] == insights[0]["examples"]
 
 
-def test_torchrun_shards_and_one_process_reads_the_run(command: Command, toy: Path, tmp_path: Path):
+def test_two_processes_shard_and_one_process_reads_the_run(command: Command, toy: Path, tmp_path: Path):
     runs = tmp_path / "runs"
     values = small(toy, **SAMPLED, text_vectors="none", epochs=1, shard_items=True, runs_dir=runs)
-    done = launched(2, *as_arguments(values))
-    assert done.returncode == 0, done.stderr
-    assert re.search("10 and 11 rows of the ID embedding in 2 processes", done.stderr)
+    err, _ = run_in_two(tmp_path, *as_arguments(values))
+    assert re.search("10 and 11 rows of the ID embedding in 2 processes", err)
     weights = load_file(find_run(runs) / "model.safetensors")
     assert weights["encoder.id_embedding.weight"].shape == (21, 16)
     metrics = json.loads((find_run(runs) / "metrics.json").read_text())

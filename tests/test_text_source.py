@@ -24,7 +24,7 @@ from m2rec.training.configuration import build_config
 from m2rec.training.run import prepare_run
 from run_mm import main
 from tests.conftest import as_arguments, small
-from tests.test_distributed import launched
+from tests.test_distributed import run_in_two
 from tests.text_models import save_model
 
 FILE = Path("toy") / f"toy{vector_file.VECTOR_FILE_SUFFIX}"
@@ -270,8 +270,7 @@ def test_a_data_folder_that_can_t_be_written(
 
 
 def test_two_processes_share_them(toy: Path, items: Path, tmp_path: Path):
-    done = launched(2, *as_arguments(small(toy, epochs=1)), f"--runs_dir={tmp_path / 'runs'}")
-    assert done.returncode == 0, done.stderr
+    run_in_two(tmp_path, *as_arguments(small(toy, epochs=1)), f"--runs_dir={tmp_path / 'runs'}")
     text = text_of_run(tmp_path)
     assert text and text["model"] == "lsa"
     assert {path.name for path in (toy / "toy").iterdir()} == {"toy.inter", "toy.item", FILE.name}

@@ -34,10 +34,10 @@ K = 10
 TEXT_WIDTH = 384
 
 
-def build_recommender(n_items: int, length: int) -> Recommender:
+def build_recommender(n_items: int, length: int, layers: int) -> Recommender:
     """An untrained network with text."""
     torch.manual_seed(0)
-    encoder = Encoder(ModelSettings(), n_items, length, torch.randn(n_items, TEXT_WIDTH))
+    encoder = Encoder(ModelSettings(n_layers=layers), n_items, length, torch.randn(n_items, TEXT_WIDTH))
     tokens = ["[PAD]", *(f"i{item}" for item in range(1, n_items))]
     about: dict[str, Any] = {"titles": {}, "text_mean": None, "text_basis": None, "text_source": {}}
     config = {"MAX_ITEM_LIST_LENGTH": length}
@@ -73,7 +73,7 @@ def build_graph_ranking(
 
 def measure_rankings(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """Batches of histories of random lengths, by the model and by its graph."""
-    recommender = build_recommender(args.items, args.length)
+    recommender = build_recommender(args.items, args.length, args.layers)
     recommender.export(folder / "model.onnx")
     session = open_session(folder / "model.onnx", args.threads)
     random = np.random.default_rng(0)
@@ -107,13 +107,15 @@ def main() -> None:
     parser = build_benchmark_parser(__doc__, "bench_onnx_graph")
     parser.add_argument("--items", type=int, default=1_683)
     parser.add_argument("--length", type=int, default=50, help="items of the longest history")
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     args = parse_benchmark_arguments(parser)
     if args.device != "cpu":
         raise SystemExit(f"--device: {args.device} is not measured; give cpu")
     with tempfile.TemporaryDirectory() as folder:
         rows = list(measure_rankings(args, Path(folder)))
-    note = f"D = 64, two layers, {args.items - 1:,} items with text, histories of 1 to {args.length} items"
+    sizes = f"D = 64, {args.layers} layers, {args.items - 1:,} items with text"
+    note = f"{sizes}, histories of 1 to {args.length} items"
     write_benchmark_results(args, rows, note)
 
 

@@ -98,6 +98,8 @@ def test_causal_conv1d_of_any_types(
         pytest.skip("the kernels compute in float32")
     length = 4 if backend == "step" else 20 if backend == "triton" else 200
     x, weight, bias = on_device(conv_inputs(length), torch.float32).values()
+    if backend == "triton" and not torch.cuda.is_available():
+        x = x[:1]  # the interpreter takes a tenth of a second for a row
     x, weight, bias = x.to(dtype), weight.to(others or dtype), bias.to(others or dtype).requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         if backend == "step":

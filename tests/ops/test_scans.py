@@ -124,7 +124,7 @@ def test_selective_scan_torch_equals_reference(length: int, dtype: torch.dtype):
 
 
 # the interpreter takes seconds for a hundred steps: on a CPU only what differs in kind
-KERNEL_LENGTHS = [*LENGTHS, 8, 9, 64, 1000] if GPU else [1, 2, 8, 9, 35]
+KERNEL_LENGTHS = [*LENGTHS, 8, 9, 64, 1000] if GPU else [1, 8, 19]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -160,7 +160,8 @@ def test_selective_scan_native_equals_reference(length: int, dtype: torch.dtype)
 def test_selective_scan_of_awkward_sizes(channels: int, states: int, backend: str):
     """Several blocks of channels, blocks that are not full, strided inputs as a mixer's splits give them."""
     needs(backend)
-    wide = torch.randn(2, 9, 2 * channels + 2 * states + 1, dtype=torch.float64)
+    length = 2 if backend == "triton" and not GPU else 9  # sizes, not steps, are awkward here
+    wide = torch.randn(2, length, 2 * channels + 2 * states + 1, dtype=torch.float64)
     x, delta, B, C, _ = wide.split([channels, channels, states, states, 1], dim=-1)
     inputs = {"u": x, "delta": delta.abs(), "A": -torch.rand(channels, states).double(), "B": B, "C": C}
     expected = outputs_and_gradients(selective_scan_ref, inputs)
@@ -245,7 +246,8 @@ def test_mamba_ssm_equals_reference(name: str, length: int, dtype: torch.dtype):
 def test_selective_scan_optional_arguments(backend: str, left_out: tuple[str, ...]):
     needs(backend)
     dtype = torch.float32 if backend in FLOAT32_ONLY else torch.float64
-    inputs = {k: v for k, v in scan_inputs(17).items() if k not in left_out}
+    length = 9 if backend == "triton" else 17  # a chunk and a step
+    inputs = {k: v for k, v in scan_inputs(length).items() if k not in left_out}
     inputs["delta"] = inputs["delta"].abs()
     expected = outputs_and_gradients(selective_scan_ref, inputs)
     actual = outputs_and_gradients(selective_scan, on_device(inputs, dtype), backend=backend)
