@@ -72,7 +72,7 @@ def test_a_frame_has_columns_of_reasons(recommender: Recommender):
 
 def test_reasons_in_words():
     influences = [Influence("1", "Star Wars", 1.234), Influence("2", "", 0.5)]
-    near = [TextNeighbor("3", "Alien", 0.777)]
+    near = [TextNeighbor("3", "Alien", 0.777), TextNeighbor("4", "Heat", 0.06)]  # the last is no reason
     assert format_reasons(ExplainedItem("9", 1.0, "", influences, near)) == (
         "because of Star Wars (+1.23), 2 (+0.50); nearest by text: Alien (0.78)"
     )

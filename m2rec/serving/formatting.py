@@ -10,6 +10,7 @@ from m2rec.serving.reasons import ExplainedItem, Reasons
 
 _MAX_TOKEN_WIDTH = 40  # characters of a token in the table
 _SHOWN_HISTORY = 5  # items of the history above the table
+_MIN_SHOWN_COSINE = 0.1  # whitened vectors of texts that have nothing in common have about 0
 
 
 RankedEntries = Sequence[Recommendation | ExplainedItem]
@@ -33,7 +34,8 @@ def format_as_json(ranking: RankedEntries) -> str:
 def format_reasons(entry: ExplainedItem) -> str:
     """Why an item is recommended, in one line; empty without a reason."""
     raised = ", ".join(f"{one.title or one.item} ({one.effect:+.2f})" for one in entry.influences)
-    near = ", ".join(f"{one.title or one.item} ({one.cosine:.2f})" for one in entry.nearest_by_text)
+    likely = [one for one in entry.nearest_by_text if one.cosine >= _MIN_SHOWN_COSINE]
+    near = ", ".join(f"{one.title or one.item} ({one.cosine:.2f})" for one in likely)
     parts = [f"because of {raised}" if raised else "", f"nearest by text: {near}" if near else ""]
     return "; ".join(filter(None, parts))
 
