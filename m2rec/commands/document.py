@@ -13,6 +13,7 @@ from m2rec.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE_PATH = ROOT / "docs" / "settings.md"
+_USUAL_KEYS = ("auto", "exclude_seen", "neighbors")  # shown as `auto: true` has them whatever the data
 PAGE_HEADER = (
     "# Settings\n\nMade by `python scripts/document.py` from `m2rec/settings.py` and `config.yaml`. A key is "
     "given in `config.yaml`, in a file that `--config_files` names, or as `--key=value`; the last is the "
@@ -43,7 +44,9 @@ def build_settings_page(config: str) -> str:
     from m2rec.training.configuration import build_config, resolve_settings  # load PyTorch and RecBole
 
     fields = {**ModelSettings.model_fields, **RunSettings.model_fields}
-    defaults = resolve_settings(build_config({}, ROOT / "config.yaml"))
+    usual = resolve_settings(build_config({}, ROOT / "config.yaml"))
+    plain = resolve_settings(build_config({"auto": False}, ROOT / "config.yaml"))
+    defaults = {**plain, **{key: usual[key] for key in _USUAL_KEYS}}
     lines = [PAGE_HEADER]
     for section, keys in read_config_sections(config):
         lines += [f"## {section}\n", "| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
