@@ -129,9 +129,8 @@ def test_overfits_eight_users(tmp_path: Path):
     rows = [(f"u{u}", f"i{(7 * u + k * (u + 1)) % 40}", k) for u in range(8) for k in range(10)]
     write_inter(tmp_path, "toy", rows)
     model, (batches, _, _) = made(tmp_path, dropout_prob=0, hidden_size=32, topk=[10])
-    assert (
-        train(model, batches, 60, learning_rate=0.03)[-1] < 0.35
-    )  # first items of a history can't be told apart
+    # first items of a history can't be told apart
+    assert train(model, batches, 60, learning_rate=0.03)[-1] < 0.35
     interaction = batches.dataset.inter_feat
     best = model.eval().full_sort_predict(interaction)[:, 1:].argmax(1) + 1
     assert torch.equal(best, interaction["item_id"])

@@ -67,9 +67,8 @@ def judge_race(runners: Sequence[Runner], first_epochs: int) -> Standing:
             limits: dict[int, int | None] = {runner.number: limit for runner in late}
             return _build_standing(limits, runners, alive, rounds)
         alive.sort(key=lambda runner: (-runner.score_at(limit), runner.number))
-        is_last = len(alive) <= 2
+        is_decided = len(alive) == 2
         alive = _keep_better_half(alive)
-        is_decided = is_last or len(alive) == 1
         limit *= 2
         rounds += 1
     limits = {runner.number: None for runner in alive if not runner.is_ended}
